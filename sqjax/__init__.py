@@ -1,0 +1,36 @@
+"""sqjax: SmoothQuant and post-training quantization for any JAX function of parameters.
+
+calibrate -> smooth -> quantize -> jax.jit(quantized(fn)): see the README for the five lines, and each function's
+docstring for its shapes, errors and source.
+"""
+
+import importlib
+from typing import Any
+
+from sqjax.calibration import calibrate as calibrate
+from sqjax.execution import quantized as quantized
+from sqjax.matmul import QuantWeight as QuantWeight
+from sqjax.qtensor import QTensor as QTensor
+from sqjax.qtensor import dequantize as dequantize
+from sqjax.quantization import quantize as quantize
+from sqjax.quantization import smoothquant as smoothquant
+from sqjax.schemes import W8A8 as W8A8
+from sqjax.schemes import W8A8_O1 as W8A8_O1
+from sqjax.schemes import W8A8_O2 as W8A8_O2
+from sqjax.schemes import W8A8_O3 as W8A8_O3
+from sqjax.schemes import Scheme as Scheme
+from sqjax.smoothing import fold as fold
+from sqjax.smoothing import fold_stats as fold_stats
+from sqjax.smoothing import scales as scales
+from sqjax.smoothing import smooth as smooth
+from sqjax.statistics import Stats as Stats
+from sqjax.verification import verify as verify
+
+_NAMESPACES = ("linen", "models")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `sqjax.linen` and `sqjax.models` when they are first used: flax takes a second to import."""
+    if name in _NAMESPACES:
+        return importlib.import_module(f"sqjax.{name}")
+    raise AttributeError(f"module 'sqjax' has no attribute {name!r}")

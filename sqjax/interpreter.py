@@ -1,0 +1,130 @@
+"""The walk: runs a traced program in which some values are special, and hands those to a table of rules."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from sqjax.matmul import QuantWeight
+from sqjax.trees import named_leaves
+
+#: Primitives that only call an inner program, and the parameter that holds it. The walk looks through them
+#: where something special flows in.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter leaf on its way through the program: its path, and the value it has taken on so far."""
+
+    path: str = field(metadata={"static": True})
+    value: Any
+
+
+class Rules(NamedTuple):
+    """What to do where a `Leaf` meets a primitive: a rule by the primitive's name, else `otherwise`.
+
+    A rule is called as rule(equation, *operands) and returns the result (a list of them, if the primitive has
+    several).
+    """
+
+    table: Mapping[str, Callable[..., Any]]
+    otherwise: Callable[..., Any]
+
+
+class Traced(NamedTuple):
+    """A function as a program: its jaxpr, the paths of its first inputs (the leaves), its output's treedef."""
+
+    jaxpr: ClosedJaxpr
+    paths: tuple[str, ...]
+    treedef: jax.tree_util.PyTreeDef
+
+
+def is_array(x: Any) -> bool:
+    """Whether an argument is an input of the program; anything else (a bool, a string) is passed as it is."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def array_leaves(args: Any) -> list[Any]:
+    """The program's inputs among the arguments, in the order in which `trace` names them."""
+    return [x for x in jax.tree.leaves(args) if is_array(x)]
+
+
+def trace(
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Traced, list[Any]]:
+    """Traces fn(params, *args, **kwargs) into (program, its inputs after the leaves).
+
+    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs.
+    """
+    paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: isinstance(x, QuantWeight))
+    avals = [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+    flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)))
+
+    def flat_fn(leaves, inputs):
+        rest = iter(inputs)
+        filled = [next(rest) if is_array(x) else x for x in flat]
+        args, kwargs = jax.tree_util.tree_unflatten(arguments, filled)
+        return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+
+    inputs = array_leaves((args, dict(kwargs)))
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, inputs)
+    return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
+
+
+def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The program that a call-like equation runs, or None."""
+    name = CALLS.get(equation.primitive.name)
+    if name is None:
+        return None
+    inner = equation.params[name]
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+
+
+def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:
+    """Runs `jaxpr`. Equations that meet no `Leaf` are emitted again as they were, custom gradients included."""
+    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(v) for v in equation.invars]
+        with source_info_util.user_context(equation.source_info.traceback):
+            results = _step(equation, operands, rules)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:
+    if not any(isinstance(x, Leaf) for x in operands):
+        results = emit(equation, *operands)
+    elif (inner := inner_program(equation)) is not None:
+        return walk(inner.jaxpr, inner.consts, operands, rules)
+    else:
+        results = rules.table.get(equation.primitive.name, rules.otherwise)(equation, *operands)
+    return results if equation.primitive.multiple_results else [results]
+
+
+def emit(equation: JaxprEqn, *operands: Any) -> Any:
+    """The equation itself, on other operands."""
+    return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+
+
+def source_of(equation: JaxprEqn) -> str:
+    """Where the user's program made this equation: "file:line (function)"."""
+    return source_info_util.summarize(equation.source_info)

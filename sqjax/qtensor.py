@@ -1,0 +1,114 @@
+"""`QTensor`: integer values and float scales that stand for a float array."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sqjax.formats import INT8, Format, Granularity, scale_from_absmax, to_format
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized array: `values * scale`, seen under the logical shape and dtype of the float array it replaces.
+
+    Invariants (`check` holds them):
+
+    - `values` is stored with the contracted axes last: a Dense kernel of logical shape (in, out) is stored
+      (out, in), which is what int8 matrix units read without a transpose.
+    - `scale` is float32, has the rank of `values`, and broadcasts against it.
+    - `order[i]` is the stored axis, counted from the end, that holds logical axis i. Counting from the end lets
+      leading axes (layers stacked for a scan) come and go.
+    - `dtype` is the logical dtype: what `dequantize` returns and a matmul's result is cast to.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> w = sq.QTensor.quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), contracting=(0,))
+        >>> w.shape, w.values.dtype.name
+        ((2, 2), 'int8')
+    """
+
+    values: Array
+    scale: Array
+    order: tuple[int, ...] = field(metadata={"static": True})
+    dtype: np.dtype = field(metadata={"static": True})
+
+    @classmethod
+    def quantize(
+        cls,
+        x: Float[Array, "..."],
+        contracting: tuple[int, ...],
+        granularity: Granularity = "per_channel",
+        fmt: Format = INT8,
+    ) -> "QTensor":
+        """Quantizes `x` along its logical axes `contracting`.
+
+        Args:
+            x: a float array (for example a Dense kernel, (in, out)).
+            contracting: the axes that a matmul sums over; they share one scale and are stored last.
+            granularity: "per_channel" (one scale for every index of the other axes) or "per_tensor".
+            fmt: the number format.
+        """
+        contracting = tuple(a % x.ndim for a in contracting)
+        stored = tuple(a for a in range(x.ndim) if a not in contracting) + contracting
+        moved = x.transpose(stored)
+        axes = tuple(range(-len(contracting), 0)) if granularity == "per_channel" else None
+        scale = scale_from_absmax(jnp.max(jnp.abs(moved), axis=axes, keepdims=True), fmt)
+        order = tuple(stored.index(a) - x.ndim for a in range(x.ndim))
+        return cls(to_format(moved, scale, fmt), scale, order, x.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        lead = self.values.shape[: self.values.ndim - len(self.order)]
+        return lead + tuple(self.values.shape[a] for a in self.order)
+
+    @property
+    def ndim(self) -> int:
+        """The logical rank."""
+        return self.values.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in (self.values, self.scale))
+
+    def transpose(self, permutation: tuple[int, ...]) -> "QTensor":
+        """The logical transpose: only `order` changes, the stored values stay where they are."""
+        return replace(self, order=tuple(self.order[p] for p in permutation))
+
+    def check(self, where: str) -> None:
+        """Raises ValueError, naming `where`, if an invariant does not hold."""
+        problem = None
+        if self.values.dtype != INT8.dtype:
+            problem = f"values must be {INT8.name}, got {self.values.dtype.name}: was the tree cast?"
+        elif self.scale.dtype != jnp.float32:
+            problem = f"scale must be float32, got {self.scale.dtype.name}: was the tree cast?"
+        elif self.scale.ndim != self.values.ndim:
+            problem = f"scale of rank {self.values.ndim} expected, got shape {self.scale.shape}"
+        elif any(s not in (1, v) for s, v in zip(self.scale.shape, self.values.shape, strict=True)):
+            problem = f"scale {self.scale.shape} does not broadcast against values {self.values.shape}"
+        elif sorted(self.order) != list(range(-len(self.order), 0)):
+            problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
+        if problem:
+            raise ValueError(f"{where}: not a valid QTensor: {problem}; quantize the float leaf again")
+
+
+def dequantize(q: QTensor) -> Array:
+    """values * scale, in the logical shape and dtype: the float array that `q` stands for.
+
+    |dequantize(quantize(x)) - x| <= scale / 2 elementwise.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> w = jnp.array([[1.0, -2.0], [0.5, 4.0]])
+        >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)
+        True
+    """
+    x = q.values.astype(jnp.float32) * q.scale
+    lead = q.values.ndim - len(q.order)
+    return x.transpose(*range(lead), *(a % x.ndim for a in q.order)).astype(q.dtype)

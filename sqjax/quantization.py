@@ -1,0 +1,136 @@
+"""`quantize`: parameter trees whose matmul weights become int8, by rules on their names."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sqjax.calibration import calibrate
+from sqjax.formats import scale_from_absmax
+from sqjax.graph import Site
+from sqjax.matmul import QuantWeight
+from sqjax.qtensor import QTensor
+from sqjax.schemes import W8A8, Scheme
+from sqjax.smoothing import Alpha, fold, fold_stats, scales, unfold
+from sqjax.statistics import Stats, leaves_by_path, weight_absmax
+from sqjax.trees import PyTree, check_finite, first_matches, is_concrete, map_named
+
+Rules = Scheme | Mapping[str, Scheme | None]
+
+
+def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
+    """The tree with the weight of every site replaced by a `QuantWeight`; run it with `quantized(fn)`.
+
+    A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases, embeddings that are no
+    head) stays as it is. Pure; works under jit.
+
+    Args:
+        params: the calibrated or the smoothed tree.
+        stats: their statistics. Static schemes need those of *these* params: after `smooth`, pass
+            `fold_stats(stats, scales(...))`, or let `smoothquant` do it all.
+        scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
+            first pattern found in a site's path wins; a site that none matches stays float.
+
+    Raises:
+        ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
+            scales asked of statistics that do not describe these params. (Values can not be checked under jit.)
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
+        >>> x = jnp.array([[1.0, 16.0]])
+        >>> qparams = sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W8A8)
+        >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
+        [[17.0, 17.0, 17.0]]
+    """
+    leaves = leaves_by_path(params, stats.graph)
+    check_finite(params, "parameter")
+    rules = scheme if isinstance(scheme, Mapping) else {"": scheme}
+    sites = {site.path: site for site in stats.graph.sites}
+    found = first_matches(rules, sites, "quantize rule")
+    schemes = {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
+    static = [sites[path] for path, s in schemes.items() if s is not None and s.activations == "static"]
+    _check_described(params, stats, static)
+
+    def changed(path: str, leaf: Array) -> Any:
+        rule = schemes.get(path)
+        return leaf if rule is None else quantize_weight(leaf, sites[path].axes, rule, stats.absmax[path])
+
+    return map_named(changed, params)
+
+
+def quantize_weight(
+    weight: Array,
+    contracting: tuple[int, ...],
+    scheme: Scheme,
+    absmax: Array | None = None,
+    smoothing: Array | None = None,
+) -> QuantWeight:
+    """One weight, quantized along its axes `contracting`.
+
+    Args:
+        weight: float, for example a Dense kernel (in, out) with contracting=(0,).
+        contracting: the axes that the matmul sums over.
+        scheme: how.
+        absmax: max |X_j| of the activation it meets (any shape; its largest value counts): for static schemes.
+        smoothing: s of the contracted axes' shape for smoothing at run time; `weight` is then multiplied by s here,
+            and `absmax` is that of X itself, before the division by s.
+    """
+    input_scale = None
+    if smoothing is not None:
+        others = tuple(a for a in range(weight.ndim) if a not in contracting)
+        weight = (weight.astype(jnp.float32) * jnp.expand_dims(smoothing, others)).astype(weight.dtype)
+    if scheme.activations == "static":
+        if absmax is None:
+            raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
+        absmax = absmax if smoothing is None else absmax / smoothing
+        input_scale = scale_from_absmax(jnp.max(absmax))
+    return QuantWeight(QTensor.quantize(weight, contracting, scheme.weights), input_scale, smoothing, scheme.activations)
+
+
+def _check_described(params: PyTree, stats: Stats, static: list[Site]) -> None:
+    """Raises ValueError if the statistics are of other (say, not yet smoothed) parameters than these."""
+    if not static or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
+        return
+    original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
+    for site in static:
+        now, then = weight_absmax(site, original[site.path]), stats.weight_absmax[site.path]
+        tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
+        if not np.allclose(now, then, rtol=tolerance, atol=0):
+            raise ValueError(
+                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static activation "
+                "scales would be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the params before "
+                "smoothing, or calibrate again"
+            )
+
+
+def smoothquant(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    alpha: Alpha = 0.5,
+    scheme: Rules = W8A8,
+    *,
+    groups: str | Iterable[str] = "all",
+    progress: bool = False,
+) -> PyTree:
+    """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
+
+    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too.
+    Arguments and errors are those of `calibrate`, `scales` and `quantize`. Xiao et al. 2022, arXiv 2211.10438.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params, x = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}, jnp.array([[1.0, 16.0]])
+        >>> qparams = sq.smoothquant(fn, params, [x], alpha=0.5, scheme=sq.W8A8_O3)
+        >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
+        [[17.0, 17.0, 17.0]]
+    """
+    stats = calibrate(fn, params, batches, progress=progress)
+    s = scales(params, stats, alpha, groups=groups)
+    return quantize(fold(params, stats.graph, s), fold_stats(stats, s), scheme)

@@ -1,0 +1,201 @@
+"""SmoothQuant: per-channel scales from statistics, and their exact fold into the parameters.
+
+(X / s)(s W) = X W for every positive s: dividing the leaves that produce X by s and multiplying the rows of W by s
+leaves the function as it was, while outliers move from activations, which are hard to quantize, to weights, which
+are easy. Xiao et al. 2022, arXiv 2211.10438.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sqjax.graph import Graph, Group
+from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
+from sqjax.trees import PyTree, check_finite, first_matches, is_concrete, map_named
+
+#: The authors' floor under max |W_j| and under s.
+FLOOR = 1e-5
+
+Alpha = Any  # a number (or a traced scalar), or a mapping from name patterns to numbers
+
+
+def scales(
+    params: PyTree,
+    stats: Stats,
+    alpha: Alpha = 0.5,
+    *,
+    groups: str | Iterable[str] = "all",
+    round_scales: Literal["pow2"] | None = None,
+) -> dict[str, Array]:
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every group (Xiao et al. 2022, equation 4).
+
+    max|W_j| runs over every output of every site in the group; max|W_j| and s have a floor of 1e-5, as in the
+    authors' code. Tied channels share one s, from the largest of their statistics. Where we deviate: a channel that
+    calibration never saw alive gets s = 1 (the authors' code gives 1e-5 there and multiplies the norm by 100,000).
+
+    Args:
+        params: the calibrated parameters. All groups' scales come from these, so their order does not matter.
+        stats: what `calibrate` returned.
+        alpha: 0 (all difficulty stays in the activations' favourite place, the weights decide) to 1 (the activations
+            decide); or a mapping from name patterns to numbers, the first pattern that matches a group's site wins.
+        groups: "all"; "norm" (what the authors' code smooths: groups that a norm absorbs, the head left out); or name
+            patterns, searched in the sites' paths.
+        round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and bfloat16.
+
+    Returns:
+        {group name: float32 s, shape (the group's number of scales,)}.
+
+    Raises:
+        ValueError: params are not the calibrated tree, or hold NaN or infinity; alpha is outside [0, 1]; a pattern
+            matches nothing, or a group has no pattern. (Values can not be checked under jit.)
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
+        >>> stats = sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])])
+        >>> sq.scales(params, stats, alpha=0.5)["w"].tolist()
+        [1.0, 4.0]
+    """
+    leaves = leaves_by_path(params, stats.graph)
+    check_finite(params, "parameter")
+    chosen = stats.graph.select(groups)
+    alphas = _alphas(alpha, chosen)
+    return {g.name: _group_scales(g, leaves, stats, alphas[g.name], round_scales) for g in chosen}
+
+
+def _group_scales(
+    group: Group, leaves: Mapping[str, Array], stats: Stats, alpha: Any, round_scales: str | None
+) -> Array:
+    sites = {site.path: site for site in stats.graph.sites}
+    x_max = w_max = jnp.zeros(group.size, jnp.float32)
+    for path, labels in group.sites:
+        scale_of = labels.array.ravel() - 1
+        x_max = x_max.at[scale_of].max(stats.absmax[path].ravel())
+        w_max = w_max.at[scale_of].max(weight_absmax(sites[path], leaves[path]).ravel())
+    s = smoothing_scales(x_max, w_max, alpha)
+    return jnp.exp2(jnp.round(jnp.log2(s))) if round_scales == "pow2" else s
+
+
+def smoothing_scales(x_absmax: Array, w_absmax: Array, alpha: Any) -> Array:
+    """The formula on arrays: max(x^alpha / max(w, 1e-5)^(1 - alpha), 1e-5), and 1 where x is 0."""
+    alive = x_absmax > 0
+    x = jnp.where(alive, x_absmax, jnp.float32(1.0))
+    w = jnp.maximum(w_absmax, jnp.float32(FLOOR))
+    alpha = jnp.asarray(alpha, jnp.float32)
+    s = jnp.maximum(x**alpha / w ** (1 - alpha), jnp.float32(FLOOR))
+    return jnp.where(alive, s, jnp.float32(1.0))
+
+
+def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
+    groups = list(groups)
+    if not isinstance(alpha, Mapping):
+        alpha = {"": alpha}
+    for pattern, value in alpha.items():
+        if is_concrete(value) and not 0 <= float(value) <= 1:
+            raise ValueError(f"alpha{f' for {pattern!r}' if pattern else ''}: expected a number in [0, 1], got {value}")
+    paths = [path for g in groups for path, _ in g.sites]
+    found = first_matches(alpha, paths, "alpha pattern") if paths else {}
+    chosen = {g.name: next((found[p] for p, _ in g.sites if found[p] is not None), None) for g in groups}
+    if missing := [name for name, pattern in chosen.items() if pattern is None]:
+        raise ValueError(f"alpha: no pattern matches {missing[:5]}; end the mapping with '.*' for the rest")
+    return {name: alpha[pattern] for name, pattern in chosen.items()}
+
+
+def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
+    """Moves the scales into the parameters: site weights are multiplied by s, absorbing leaves divided by it.
+
+    The result has the same tree, shapes and dtypes and is the same function. Computed in float32, cast back once.
+
+    Args:
+        params: the calibrated tree.
+        graph: `stats.graph`.
+        s: {group name: s}, as `scales` returns it; groups that are left out stay as they are.
+
+    Raises:
+        ValueError: params are not the calibrated tree, or a group is unknown or of another size.
+    """
+    leaves_by_path(params, graph)
+    _check_scales(graph, s)
+    return _scaled(params, graph, s, 1)
+
+
+def unfold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
+    """The inverse of `fold`: the parameters before s was folded in, up to rounding."""
+    return _scaled(params, graph, s, -1)
+
+
+def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> PyTree:
+    factors: dict[str, list[tuple[Array, Any]]] = {}
+    for group in graph.groups:
+        if group.name in s:
+            for path, labels in group.leaves:
+                factors.setdefault(path, []).append((s[group.name], sign * labels.array))
+
+    def scaled(path: str, leaf: Array) -> Array:
+        if path not in factors:
+            return leaf
+        value = leaf.astype(jnp.float32)
+        for scale, labels in factors[path]:
+            with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)])
+            value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
+        return value.astype(leaf.dtype)
+
+    return map_named(scaled, params)
+
+
+def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
+    """The statistics of the folded model: absmax and abs_sum of every site divided by s.
+
+    Equal to calibrating again up to rounding. Static activation scales must come from these.
+
+    Raises:
+        ValueError: a group is unknown or its s has another size.
+    """
+    _check_scales(stats.graph, s)
+    divisors = expand(s, stats.graph)
+
+    def divided(statistic):
+        return {path: x / divisors[path] if path in divisors else x for path, x in statistic.items()}
+
+    folded = {name: x * s[name] if name in s else x for name, x in stats.folded.items()}
+    return Stats(
+        divided(stats.absmax), divided(stats.abs_sum), stats.count, stats.weight_absmax, folded, stats.graph
+    )
+
+
+def _check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
+    sizes = {g.name: g.size for g in graph.groups}
+    for name, scale in s.items():
+        if name not in sizes:
+            raise ValueError(f"no group is named {name!r}; the groups are {list(sizes)[:5]} ...")
+        if jnp.shape(scale) != (sizes[name],):
+            raise ValueError(f"{name}: expected s of shape {(sizes[name],)}, got {jnp.shape(scale)}")
+
+
+def smooth(
+    params: PyTree,
+    stats: Stats,
+    alpha: Alpha = 0.5,
+    *,
+    groups: str | Iterable[str] = "all",
+    round_scales: Literal["pow2"] | None = None,
+) -> PyTree:
+    """SmoothQuant: the same function with its activation outliers moved into the weights; `fold` of `scales`.
+
+    Pure; works under jit, and is differentiable with respect to alpha and params. Arguments and errors are those of
+    `scales`. Static activation scales then need `fold_stats(stats, scales(params, stats, alpha))`; `smoothquant`
+    does the whole sequence.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
+        >>> stats = sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])])
+        >>> sq.smooth(params, stats, 0.5)["norm"].tolist()
+        [1.0, 0.25]
+    """
+    s = scales(params, stats, alpha, groups=groups, round_scales=round_scales)
+    return fold(params, stats.graph, s)

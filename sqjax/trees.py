@@ -1,0 +1,86 @@
+"""Parameter trees: leaves named by their path, and regular expressions that choose among the names."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def named_leaves(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[tuple[str, ...], list[Any], jax.tree_util.PyTreeDef]:
+    """(paths, leaves, treedef): each path is the leaf's keys joined by "/", as in "layers/0/q_proj/kernel"."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat)
+    return paths, [leaf for _, leaf in flat], treedef
+
+
+def map_named(change: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """The tree with every leaf replaced by change(path, leaf)."""
+    paths, leaves, treedef = named_leaves(tree)
+    return jax.tree_util.tree_unflatten(treedef, [change(p, x) for p, x in zip(paths, leaves, strict=True)])
+
+
+def is_concrete(x: Any) -> bool:
+    """False for a tracer or an abstract value: checks of values are possible only outside jit."""
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def is_float(x: Any) -> bool:
+    """Whether a leaf is a floating-point array."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def check_finite(tree: PyTree, what: str) -> None:
+    """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity. Tracers are passed over."""
+    paths, leaves, _ = named_leaves(tree)
+    floats = [(p, x) for p, x in zip(paths, leaves, strict=True) if is_float(x) and is_concrete(x)]
+    flags = jax.device_get(_all_finite([x for _, x in floats]))
+    for (path, leaf), fine in zip(floats, flags, strict=True):
+        if not fine:
+            bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+            raise ValueError(
+                f"{what} {path or '(the array itself)'}: {bad} of {leaf.size} values are NaN or infinite; "
+                "finite numbers are expected: mend or drop them first"
+            )
+
+
+@jax.jit
+def _all_finite(arrays: list[Any]) -> list[Any]:
+    return [jnp.all(jnp.isfinite(x)) for x in arrays]
+
+
+def first_matches(patterns: Iterable[str], names: Iterable[str], what: str) -> dict[str, str | None]:
+    """For every name the first pattern that `re.search` finds in it, or None.
+
+    Raises:
+        ValueError: a pattern that is not a regular expression, or that matches no name (near misses are listed).
+            A pattern whose every match is taken by an earlier one passes.
+    """
+    patterns, names = list(patterns), list(names)
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for pattern in patterns:
+        try:
+            matches = [n for n in names if re.search(pattern, n)]
+        except re.error as error:
+            raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+        if not matches:
+            raise ValueError(f"{what} {pattern!r} matches nothing. Near misses: {_near_misses(pattern, names)}")
+        for name in matches:
+            found[name] = found[name] or pattern
+    return found
+
+
+def _near_misses(pattern: str, names: list[str]) -> str:
+    def likeness(name: str) -> float:
+        parts = [name, *name.split("/")]
+        return max(difflib.SequenceMatcher(None, pattern.lower(), p.lower()).ratio() for p in parts)
+
+    near = sorted(names, key=likeness, reverse=True)[:5]
+    return ", ".join(repr(n) for n in near) if near else "there are no names at all"

@@ -1,0 +1,234 @@
+"""Hugging Face directories written with safetensors and read back; everything that must be refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from sqjax.models import Model, load
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "max_position_embeddings": 128,
+}
+
+
+def tensors(config=CONFIG, dtype=np.float32):
+    """A checkpoint's tensors, (out, in), spelled out from the configuration alone."""
+    h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h), "model.norm.weight": (h,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], h)
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": (q, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, q),
+            "mlp.gate_proj": (f, h),
+            "mlp.up_proj": (f, h),
+            "mlp.down_proj": (h, f),
+            "input_layernorm": (h,),
+            "post_attention_layernorm": (h,),
+        }
+        biased = ("self_attn",) * config["attention_bias"] + ("mlp",) * config["mlp_bias"]
+        for name, shape in layer.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+            if name.startswith(biased or "-"):
+                shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def write(directory, config=CONFIG, weights=None):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors(config) if weights is None else weights, directory / "model.safetensors")
+    return directory
+
+
+def expected_tree(weights):
+    """Paths and arrays, by string surgery that shares nothing with the library's table."""
+    tree = {}
+    for name, array in weights.items():
+        path = name.replace(".", "/")
+        if array.ndim == 2:
+            array = array if "embed" in path else array.T
+            path = path.replace("weight", "embedding" if "embed" in path else "kernel")
+        tree[path] = array
+    return tree
+
+
+def assert_same(params, weights, dtype=jnp.float32):
+    got, expected = flatten_dict(params, sep="/"), expected_tree(weights)
+    assert got.keys() == expected.keys()
+    for path, leaf in got.items():
+        assert leaf.dtype == dtype, path
+        np.testing.assert_array_equal(leaf.astype(jnp.float32), expected[path].astype(np.float32), path)
+
+
+def test_round_trip(tmp_path):
+    model, params = load(write(tmp_path))
+    assert_same(params, tensors())
+    assert model.config.rope_theta == 5000.0
+    assert model.config.max_length == 128
+    assert model.tokenizer is None
+    assert jnp.isfinite(model.apply(params, jnp.asarray([[1, 2, 3]]))).all()
+
+
+@pytest.mark.parametrize("stored", [jnp.bfloat16, np.float16, np.float64])
+def test_other_dtypes(tmp_path, stored):
+    weights = tensors(dtype=stored)
+    _, params = load(write(tmp_path, weights=weights))
+    assert_same(params, weights)
+    _, params = load(tmp_path, dtype=jnp.bfloat16)
+    rounded = {name: array.astype(jnp.bfloat16) for name, array in weights.items()}
+    assert_same(params, rounded, jnp.bfloat16)
+
+
+def test_biases(tmp_path):
+    config = CONFIG | {"attention_bias": True, "mlp_bias": True}
+    model, params = load(write(tmp_path, config))
+    assert_same(params, tensors(config))
+    assert model.config.attention_bias
+    assert model.config.mlp_bias
+
+
+def test_tied_embeddings_ignore_a_stored_head_and_rotary_buffers(tmp_path):
+    config = CONFIG | {"tie_word_embeddings": True}
+    extra = {
+        "lm_head.weight": np.ones((31, 12), np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
+    }
+    _, params = load(write(tmp_path, config, tensors(config) | extra))
+    assert_same(params, tensors(config))
+
+
+def shard(directory, weights, config=CONFIG):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    names = sorted(weights)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, directory / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def test_shards(tmp_path):
+    _, params = load(shard(tmp_path, tensors()))
+    assert_same(params, tensors())
+
+
+def test_missing_shard(tmp_path):
+    shard(tmp_path, tensors())
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: expected this file"):
+        load(tmp_path)
+
+
+def test_older_and_newer_configurations_agree(tmp_path):
+    older = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "head_dim")}
+    newer = older | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 4}
+    older |= {"rope_theta": 5000.0, "num_key_value_heads": None, "num_attention_heads": 3}
+    model, _ = load(write(tmp_path / "newer", newer, tensors()))
+    assert model.config.rope_theta == 5000.0
+    full = CONFIG | {"num_key_value_heads": 3, "num_attention_heads": 3}
+    model, _ = load(write(tmp_path / "older", older, tensors(full)))
+    assert (model.config.num_kv_heads, model.config.head_dim) == (3, 4)
+
+
+def test_mistral_without_a_window(tmp_path):
+    config = CONFIG | {"model_type": "mistral", "sliding_window": None}
+    model, _ = load(write(tmp_path, config, tensors()))
+    assert isinstance(model, Model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "expected model_type 'llama' or 'mistral', got 'gpt2'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*llama3.*not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear.*not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters = .*yarn.*not supported"),
+        ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = .*not supported"),
+        ({"vocab_size": None}, "vocab_size: expected a number, got none"),
+        ({"num_key_value_heads": 4}, "expected a multiple of num_kv_heads"),
+    ],
+)
+def test_configurations_that_would_be_computed_wrongly(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, CONFIG | change, tensors()))
+
+
+def test_every_tensor_problem_in_one_error(tmp_path):
+    weights = tensors()
+    del weights["model.norm.weight"]
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].T.copy()
+    weights["model.layers.2.mlp.up_proj.weight"] = np.ones((20, 12), np.float32)
+    weights["model.layers.0.mlp.experts"] = np.ones(3, np.float32)
+    weights["lm_head.weight"] = np.ones((31, 12), np.int8)
+    with pytest.raises(ValueError, match=r"5 problem\(s\)") as caught:
+        load(write(tmp_path, weights=weights))
+    for line in (
+        "model/norm/weight: expected a tensor for it, got none",
+        "model.layers.1.mlp.up_proj.weight: expected shape (20, 12), got (12, 20)",
+        "model.layers.2.mlp.up_proj.weight: expected no such tensor, got one of shape (20, 12)",
+        "model.layers.0.mlp.experts: expected no such tensor, got one of shape (3,)",
+        "lm_head.weight: expected a dtype of ('F64', 'F32', 'F16', 'BF16'), got I8",
+    ):
+        assert line in str(caught.value)
+
+
+def test_broken_directories(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: expected this file"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+        load(tmp_path)
+    write(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights are not read"):
+        load(tmp_path)
+
+
+def test_nothing_to_load(tmp_path):
+    accepted = r"expected one of \['smollm2-135m'\], an existing .gguf file, or a directory"
+    with pytest.raises(ValueError, match=accepted + ".*no such path"):
+        load(tmp_path / "absent.gguf")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=accepted + ".*another kind of file"):
+        load(tmp_path / "model.bin")
+
+
+def test_apply_is_jittable_after_load(tmp_path):
+    model, params = load(write(tmp_path))
+    ids = np.asarray([[3, 4, 5, 6]])
+    np.testing.assert_allclose(jax.jit(model.apply)(params, ids), model.apply(params, ids), atol=1e-5)
