@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from sqjax.interpreter import Leaf, Rules, emit, source_of, trace, walk
+from sqjax.interpreter import Leaf, Rules, source_of, trace, walk
 from sqjax.matmul import QuantWeight, quantized_dot_general
 from sqjax.trees import named_leaves
 
@@ -44,6 +44,8 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(params, *args, **kwargs):
         paths, leaves, _ = named_leaves(params, is_leaf=_is_quantized)
+        if not any(map(_is_quantized, leaves)):
+            return fn(params, *args, **kwargs)
         traced, inputs = trace(fn, params, args, kwargs)
         values = [Leaf(path, x) if _is_quantized(x) else x for path, x in zip(paths, leaves, strict=True)]
         outputs = walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*values, *inputs], RULES)
@@ -110,7 +112,8 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     stored_as_seen = tensor.order == tuple(range(-tensor.ndim, 0))
     if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,) and leaf.value.smoothing is None):
         return _refuse(equation, leaf, indices)
-    values = emit(equation, tensor.values, indices)
+    # Rows out of range take jnp.take's NaN from the scale; int8 has none.
+    values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 0})
     if tensor.scale.shape[0] == 1:
         scale = tensor.scale.reshape((1,) * values.ndim)
     else:

@@ -87,12 +87,18 @@ def trace(
 
 
 def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """The program that a call-like equation runs, or None."""
+    """The program that a call-like equation runs, or None.
+
+    jax traces library functions such as jnp.take once, and their equations know no line of the user's program; those
+    get the line of the call.
+    """
     name = CALLS.get(equation.primitive.name)
     if name is None:
         return None
     inner = equation.params[name]
-    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+    inner, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+    equations = [e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns]
+    return ClosedJaxpr(inner.replace(eqns=equations), consts)
 
 
 def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:

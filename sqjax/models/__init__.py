@@ -1,0 +1,13 @@
+"""Decoder language models that read real checkpoints: the Llama family, greedy generation, a key/value cache.
+
+    model, params = sqjax.models.load("smollm2-135m")
+    logits = model.apply(params, ids)                              # (batch, tokens, vocab)
+    ids = sqjax.models.greedy(model, params, prompt_ids, 32)       # (batch, 32)
+
+`model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
+"""
+
+from sqjax.models.generation import greedy as greedy
+from sqjax.models.llama import LlamaConfig as LlamaConfig
+from sqjax.models.loading import load as load
+from sqjax.models.model import Model as Model

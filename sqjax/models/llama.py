@@ -1,0 +1,190 @@
+"""The Llama family of decoder language models in Flax linen, with Hugging Face's parameter names."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from sqjax.models.attention import KVCache, attend, causal_mask, rotary_angles, rotate
+
+LayerCache = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a Llama model. Hashable, so that it may be a static argument of `jax.jit`.
+
+    Raises:
+        ValueError: if a size is not positive, the query heads are not a multiple of the key/value heads, or
+            ``head_dim`` is odd (the rotary embedding pairs its two halves).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_length: int = 2048
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "max_length", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"LlamaConfig.{name}: expected a positive number, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"LlamaConfig.num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, "
+                f"got {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"LlamaConfig.head_dim: expected an even number, got {self.head_dim}")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, returned in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
+        return (normed * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and grouped queries."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        angles: Float[Array, "tokens half"],
+        mask: Bool[Array, "tokens slots"],
+        cache: LayerCache | None,
+        start: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache]:
+        """Returns the output, and the keys and values it looked at (the updated cache, if there was one)."""
+        config = self.config
+
+        def heads(name: str, count: int) -> Array:
+            flat = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(x)
+            return flat.reshape(*x.shape[:2], count, config.head_dim)
+
+        queries = rotate(heads("q_proj", config.num_heads), angles)
+        keys = rotate(heads("k_proj", config.num_kv_heads), angles).swapaxes(1, 2)
+        values = heads("v_proj", config.num_kv_heads).swapaxes(1, 2)
+        if cache is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, start, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, start, axis=2)
+        mixed = attend(queries, keys, values, mask).reshape(*x.shape[:2], -1)
+        out = nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(mixed)
+        return out, (keys, values)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+        config = self.config
+        gate = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="gate_proj")(x)
+        up = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="up_proj")(x)
+        return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each after a norm and each added to the residual stream."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask, cache, start):
+        eps = self.config.rms_norm_eps
+        attention = Attention(self.config, name="self_attn")
+        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), angles, mask, cache, start)
+        x = x + mixed
+        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
+        return x, cache
+
+
+class Layers(nn.Module):
+    """All blocks, unrolled, under the names "0", "1", ..."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask, cache: KVCache | None):
+        start = None if cache is None else cache.length
+        seen = []
+        for i in range(self.config.num_layers):
+            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+            x, layer_cache = Block(self.config, name=str(i))(x, angles, mask, layer_cache, start)
+            seen.append(layer_cache)
+        if cache is None:
+            return x, None
+        keys, values = zip(*seen, strict=True)
+        return x, KVCache(keys, values, cache.length + angles.shape[0])
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; also gives the embedding matrix's logits for a tied output."""
+
+    config: LlamaConfig
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
+        self.layers = Layers(config)
+        self.norm = RMSNorm(config.rms_norm_eps)
+
+    def __call__(self, ids: Int[Array, "batch tokens"], cache: KVCache | None):
+        tokens = ids.shape[1]
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        positions = start + jnp.arange(tokens, dtype=jnp.int32)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        mask = causal_mask(positions, tokens if cache is None else cache.keys[0].shape[2])
+        x, cache = self.layers(self.embed_tokens(ids), angles, mask, cache)
+        return self.norm(x), cache
+
+    def attend(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens vocab"]:
+        return self.embed_tokens.attend(x)
+
+
+class Llama(nn.Module):
+    """A Llama decoder: token ids to the logits of the next token.
+
+    The parameter tree has Hugging Face's names: ``model/layers/0/self_attn/q_proj/kernel`` and so on, kernels
+    in (in, out); ``lm_head/kernel`` only when the embeddings are not tied. Everything is computed in the
+    parameters' dtype but norms and softmax, which are computed in float32.
+    """
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "batch tokens"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
+        """Without a cache: the logits of every position. With one: those of the last, and the cache grown."""
+        decoder = Decoder(self.config, name="model")
+        x, cache = decoder(ids, cache)
+        if cache is not None:
+            x = x[:, -1:]
+        if self.config.tie_embeddings:
+            return decoder.attend(x), cache
+        return nn.Dense(self.config.vocab_size, use_bias=False, name="lm_head")(x), cache
