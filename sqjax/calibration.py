@@ -12,7 +12,7 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax.folding import find_graph
-from sqjax.graph import Graph
+from sqjax.graph import Graph, Site
 from sqjax.interpreter import Leaf, Rules, Traced, array_leaves, emit, trace, walk
 from sqjax.program import VIEWS, Program
 from sqjax.smoothing import fold
@@ -35,9 +35,9 @@ class _Seen(NamedTuple):
     axes: tuple[int, ...]
 
 
-def observe(traced: Traced, leaves: Iterable[Any], inputs: Iterable[Any]) -> tuple[list[Any], dict[str, Observation]]:
+def observe(traced: Traced, leaves: Iterable[Any], inputs: Iterable[Any]) -> tuple[list[Any], dict[Site, Observation]]:
     """Runs a program; returns its outputs and an observation of every matmul of an activation with a leaf."""
-    seen: dict[str, Observation] = {}
+    seen: dict[Site, Observation] = {}
 
     def plain(equation: JaxprEqn, *operands: Any) -> Any:
         return emit(equation, *(x.value.array if isinstance(x, Leaf) else x for x in operands))
@@ -50,10 +50,10 @@ def observe(traced: Traced, leaves: Iterable[Any], inputs: Iterable[Any]) -> tup
         contracting, batch = equation.params["dimension_numbers"]
         for leaf, x, w_axes, x_axes in zip(operands, operands[::-1], contracting, contracting[::-1], strict=True):
             if isinstance(leaf, Leaf) and not isinstance(x, Leaf) and not batch[0]:
-                order = np.argsort([leaf.value.axes[a] for a in w_axes])
-                observation = observe_activation(x, tuple(x_axes[i] for i in order))
-                old = seen.get(leaf.path)
-                seen[leaf.path] = observation if old is None else combine(old, observation)
+                pairs = sorted((leaf.value.axes[a], b) for a, b in zip(w_axes, x_axes, strict=True))
+                axes, own = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+                site, observation = Site(leaf.path, axes, tuple(x.shape[b] for b in own)), observe_activation(x, own)
+                seen[site] = combine(seen[site], observation) if site in seen else observation
         return plain(equation, *operands)
 
     named = zip(traced.paths, leaves, strict=True)
@@ -109,43 +109,45 @@ def calibrate(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], *,
     for number, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress)):
         args = batch if isinstance(batch, tuple) else (batch,)
         check_finite(args, f"calibration batch {number}, input")
-        recorder = recorder or Recorder.start(fn, params, args)
+        recorder = recorder or Recorder(fn, params, proven_graph(fn, params, args))
         recorder.record(args, number)
     if recorder is None:
         raise ValueError("calibrate: batches is empty (an iterator that was used up?); at least one batch is needed")
     return recorder.stats()
 
 
+def proven_graph(fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...]) -> Graph:
+    """The graph of fn(params, *args), found and proved."""
+    traced, inputs = _trace(fn, params, args, 0)
+    graph = find_graph(Program(traced), shared_arrays(params))
+    if not graph.sites:
+        raise ValueError("calibrate: fn multiplies no activation with a leaf of params, so there is nothing to do")
+    return prove(traced, params, inputs, graph)
+
+
 class Recorder:
-    """The state of a calibration: the proven graph, compiled programs by the batch's shapes, running totals."""
+    """A calibration under way: running totals, and compiled programs by the shapes of a batch."""
 
-    def __init__(self, fn: Callable[..., Any], params: PyTree):
-        self.fn, self.params = fn, params
-        self.programs: dict[Any, Callable[..., dict[str, Observation]]] = {}
-        self.totals: dict[str, Observation] = {}
-
-    @classmethod
-    def start(cls, fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...]) -> "Recorder":
-        """Finds the graph on the first batch and proves it."""
-        recorder = cls(fn, params)
-        traced, inputs = _trace(fn, params, args, 0)
-        recorder.graph = prove(traced, params, inputs, find_graph(Program(traced), shared_arrays(params)))
-        if not recorder.graph.sites:
-            raise ValueError("calibrate: fn multiplies no activation with a leaf of params, so there is nothing to do")
-        return recorder
+    def __init__(self, fn: Callable[..., Any], params: PyTree, graph: Graph):
+        self.fn, self.params, self.graph = fn, params, graph
+        self.programs: dict[str, Callable[..., dict[str, Observation]]] = {}
+        self.totals = {
+            site.path: Observation(*jnp.zeros((2, *site.channels), jnp.float32), jnp.int32(0)) for site in graph.sites
+        }
 
     def record(self, args: tuple[Any, ...], number: int) -> None:
         """Adds what the sites see in one batch."""
         key = str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
         if key not in self.programs:
             traced, _ = _trace(self.fn, self.params, args, number)
-            self.programs[key] = jax.jit(lambda leaves, inputs: observe(traced, leaves, inputs)[1])
-        seen = self.programs[key](jax.tree.leaves(self.params), array_leaves(args))
-        for site in self.graph.sites:
-            if site.path not in seen:
-                raise ValueError(f"calibration batch {number}: {site.path} was in the first batch's program, not in this one's")
-            old = self.totals.get(site.path)
-            self.totals[site.path] = seen[site.path] if old is None else combine(old, seen[site.path])
+            self.programs[key] = jax.jit(partial(self._add, traced, number))
+        self.totals = self.programs[key](self.totals, jax.tree.leaves(self.params), array_leaves(args))
+
+    def _add(self, traced: Traced, number: int, totals: dict[str, Observation], leaves: Any, inputs: Any):
+        _, seen = observe(traced, leaves, inputs)
+        if missing := [site.path for site in self.graph.sites if site not in seen]:
+            raise ValueError(f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's")
+        return {site.path: combine(totals[site.path], seen[site]) for site in self.graph.sites}
 
     def stats(self) -> Stats:
         """The totals as `Stats`."""
@@ -197,7 +199,7 @@ def prove(traced: Traced, params: PyTree, inputs: list[Any], graph: Graph) -> Gr
     def run(params, s, inputs):
         outputs, seen = observe(traced, jax.tree.leaves(fold(params, graph, s)), inputs)
         scale = expand(s, graph)
-        absmax = {path: o.absmax * scale[path] if path in scale else o.absmax for path, o in seen.items()}
+        absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in graph.sites}
         return outputs, absmax
 
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}

@@ -26,9 +26,9 @@ def certify(program: Program, labels: Mapping[Var, Labels]) -> str | None:
             return f"a value of dtype {program.avals[var].dtype} can not be rescaled"
         if labels[var].ndim != len(program.shape(var)):
             return f"labels of rank {labels[var].ndim} on a value of rank {len(program.shape(var))}"
-    for equation in program.equations:
-        if touched.isdisjoint(v for v in (*equation.inputs, *equation.outputs) if isinstance(v, int)):
-            continue
+        if any(size not in (1, full) for size, full in zip(labels[var].shape, program.shape(var), strict=True)):
+            return f"labels of shape {labels[var].shape} on a value of shape {program.shape(var)}"
+    for equation in {id(e): e for var in sorted(touched) for e in program.touching(var)}.values():
         law = LAWS.get(equation.name)
         if law is None or not law(program, equation, *_operands(program, equation, labels)):
             return f"{equation} does not pass the scale on"
@@ -39,8 +39,8 @@ def _operands(
     program: Program, equation: Equation, labels: Mapping[Var, Labels]
 ) -> tuple[list[Labels], list[Labels]]:
     def of(atom):
-        ndim = len(program.shape(atom)) if isinstance(atom, int) else atom.ndim
-        return labels.get(atom, np.zeros((1,) * ndim, int)) if isinstance(atom, int) else np.zeros((1,) * ndim, int)
+        found = labels.get(atom) if isinstance(atom, int) else None
+        return np.zeros((1,) * len(program.shape(atom)), int) if found is None else found
 
     return [of(v) for v in equation.inputs], [of(v) for v in equation.outputs]
 
@@ -88,7 +88,7 @@ def _multiply(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[
 
 def _divide(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """Exponents subtract."""
-    quotient = _product(xs[0], -xs[1])
+    quotient = _product(xs[0], np.asarray(-xs[1]))
     return quotient is not None and _equal(quotient, ys[0])
 
 
@@ -122,7 +122,7 @@ def _split(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Lab
 def _concatenate(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """Every piece that is not zero carries its part of the result's labels."""
     axis = e.params["dimension"]
-    sizes = [program.shape(v)[axis] if isinstance(v, int) else v.shape[axis] for v in e.inputs]
+    sizes = [program.shape(v)[axis] for v in e.inputs]
     parts = zip(lab.split(ys[0], axis, sizes), xs, e.inputs, strict=True)
     return all(_equal(part, x) for part, x, v in parts if not program.is_zero(v))
 

@@ -31,7 +31,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
         >>> fn = lambda p, x: x @ p["w"]
         >>> params, x = {"w": jnp.eye(2)}, jnp.array([[1.0, 2.0]])
         >>> qparams = sq.quantize(params, sq.calibrate(fn, params, [x]))
-        >>> jax.jit(sq.quantized(fn))(qparams, x).tolist()
+        >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[1.0, 2.0]]
     """
     try:
@@ -84,7 +84,8 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
         out = quantized_dot_general(rhs, lhs.value, dimensions, lhs.path)
         weight_axes = lhs.value.ndim - len(lhs_axes)
         out = jnp.moveaxis(out, range(-weight_axes, 0), range(weight_axes))
-    return out.astype(equation.outvars[0].aval.dtype)
+    result: Any = equation.outvars[0].aval
+    return out.astype(result.dtype)
 
 
 def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -108,18 +109,16 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     if not isinstance(leaf, Leaf) or isinstance(indices, Leaf):
         return _refuse(equation, leaf, indices)
     tensor, numbers = leaf.value.tensor, equation.params["dimension_numbers"]
+    tensor.check(leaf.path)
     whole_rows = tuple(equation.params["slice_sizes"]) == (1, *tensor.shape[1:])
-    stored_as_seen = tensor.order == tuple(range(-tensor.ndim, 0))
+    stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
     if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,) and leaf.value.smoothing is None):
         return _refuse(equation, leaf, indices)
-    # Rows out of range take jnp.take's NaN from the scale; int8 has none.
-    values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 0})
-    if tensor.scale.shape[0] == 1:
-        scale = tensor.scale.reshape((1,) * values.ndim)
-    else:
-        params = {**equation.params, "slice_sizes": (1,) * tensor.ndim}
-        scale = equation.primitive.bind(tensor.scale, indices, **params)
-    return (values.astype(jnp.float32) * scale).astype(tensor.dtype)
+    # Rows out of range are 1 times the fill value: int8 has no NaN, jnp.take's usual one.
+    values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 1})
+    scale = jnp.broadcast_to(tensor.scale, (*tensor.shape[:1], *tensor.scale.shape[1:]))
+    params = {**equation.params, "slice_sizes": (1, *scale.shape[1:])}
+    return (values.astype(jnp.float32) * equation.primitive.bind(scale, indices, **params)).astype(tensor.dtype)
 
 
 RULES = Rules(

@@ -6,6 +6,7 @@ primitive: given the labels of some of an equation's variables, it puts labels o
 believed only after `sqjax.certificate` has checked it.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,7 +24,14 @@ BUDGET = 20_000
 
 
 class Refused(Exception):
-    """Why an activation's scale can not be folded."""
+    """Why an activation's scale can not be folded: one reason, or one for every way that was tried."""
+
+    def __str__(self) -> str:
+        return "; and ".join(self.args[:4])
+
+    def at(self, equation: Equation) -> "Refused":
+        """The same, with the equation named where none is named yet."""
+        return Refused(*(r if "`" in r else f"{r} (through {equation})" for r in self.args))
 
 
 class Place(NamedTuple):
@@ -46,11 +54,14 @@ class Ties:
         return lab.compress(np.where(labels == 0, 0, np.sign(labels) * (self.roots[np.abs(labels) - 1] + 1)))
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Ties channel a[i] with channel b[i]."""
-        for p, q in np.unique(np.stack([a, b], -1), axis=0):
-            p, q = sorted((self.roots[p], self.roots[q]))
-            if p != q:
-                self.roots = np.where(self.roots == q, p, self.roots)
+        """Ties channel a[i] with channel b[i]; the smallest of them stands for all that are tied."""
+        while (differ := self.roots[a] != self.roots[b]).any():
+            p, q = self.roots[a[differ]], self.roots[b[differ]]
+            parent = np.arange(self.roots.size)
+            np.minimum.at(parent, np.maximum(p, q), np.minimum(p, q))
+            while (parent != (up := parent[parent])).any():
+                parent = up
+            self.roots = parent[self.roots]
 
 
 class Closure:
@@ -62,13 +73,13 @@ class Closure:
         self.labels: dict[Var, Labels] = {}
         self.queue: deque[Equation] = deque()
         self.undecided: list[tuple[Equation, Sequence[tuple[Var, Labels]]]] = []
-        self.visits = 0
+        self.visits = itertools.count(1)
 
     def copy(self) -> "Closure":
         other = Closure(self.program, self.shared, 0)
         other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
         other.queue, other.undecided = deque(self.queue), list(self.undecided)
-        other.visits = self.visits
+        other.visits = self.visits  # one budget for all branches
         return other
 
     def __getitem__(self, atom: Var | np.ndarray) -> Labels | None:
@@ -84,6 +95,7 @@ class Closure:
         shape = self.program.shape(atom)
         if not shape and labels.ndim:
             labels = self.tie_along(labels, range(labels.ndim)).reshape(())
+        labels = self.tie_along(labels, [a for a, n in enumerate(labels.shape) if n > shape[a]])  # x broadcasts
         old = self[atom]
         if old is None:
             self._admit(atom)
@@ -93,11 +105,7 @@ class Closure:
         merged = self.ties.of(merged)
         if old is None or not np.array_equal(merged, self.ties.of(old)):
             self.labels[atom] = merged
-            self.queue.extend(self._equations(atom))
-
-    def _equations(self, var: Var) -> list[Equation]:
-        maker = self.program.maker.get(var)
-        return [*([maker] if maker else []), *self.program.readers.get(var, [])]
+            self.queue.extend(self.program.touching(atom))
 
     def _admit(self, var: Var) -> None:
         """Refuses variables that can not carry a scale, whatever it is."""
@@ -110,7 +118,7 @@ class Closure:
             raise Refused(f"its scale would reach a value of dtype {program.avals[var].dtype}")
         if (path := program.leaves.get(var)) in self.shared:
             raise Refused(f"the array at {path} also stands at {self.shared[path]}")
-        for equation in self._equations(var):
+        for equation in program.touching(var):
             if equation.name not in RULES:
                 raise Refused(f"{equation} stands in the way")
 
@@ -141,18 +149,35 @@ class Closure:
         return {var: ties.of(labels) for var, labels in self.labels.items()}
 
     def choose(self, equation: Equation, options: Sequence[tuple[Var | np.ndarray, Labels]]) -> None:
-        """Notes that one of `options` (variable, labels) must be taken, leaves first."""
-        options = [(v, labels) for v, labels in options if isinstance(v, int)]
-        self.undecided.append((equation, sorted(options, key=lambda o: o[0] not in self.program.from_leaves)))
+        """Takes one of `options` (variable, labels): the only possible one, or notes that there is a choice."""
+        possible: list[tuple[Var, Labels]] = []
+        reasons: list[str] = []
+        for var, labels in options:
+            if isinstance(var, int):
+                try:
+                    self._admit(var)
+                except Refused as refused:
+                    reasons += refused.at(equation).args
+                else:
+                    possible.append((var, labels))
+        if not possible:
+            raise Refused(*dict.fromkeys(reasons or [f"{equation} would have to scale a constant"]))
+        if len(possible) == 1:
+            self.put(*possible[0])
+        else:
+            possible.sort(key=lambda o: o[0] not in self.program.from_leaves)  # leaves first
+            self.undecided.append((equation, possible))
 
     def close(self) -> "Closure":
         """The fixed point; where there is a choice, the first one that leads to a fixed point."""
         while self.queue:
             equation = self.queue.popleft()
-            self.visits += 1
-            if self.visits > BUDGET:
+            if next(self.visits) > BUDGET:
                 raise Refused(f"the search gave up after {BUDGET} equations")
-            RULES[equation.name](self, equation)
+            try:
+                RULES[equation.name](self, equation)
+            except Refused as refused:
+                raise refused.at(equation) from None
         while self.undecided:
             equation, options = self.undecided.pop()
             if any(self[v] is not None for v, _ in options):
@@ -161,15 +186,15 @@ class Closure:
         return self
 
     def _branch(self, equation: Equation, options: Sequence[tuple[Var, Labels]]) -> "Closure":
-        reasons = []
+        reasons: list[str] = []
         for var, labels in options:
             branch = self.copy()
             try:
                 branch.put(var, labels)
                 return branch.close()
-            except Refused as reason:
-                reasons.append(str(reason))
-        raise Refused(f"{equation}: " + "; and ".join(dict.fromkeys(reasons)))
+            except Refused as refused:
+                reasons += refused.at(equation).args
+        raise Refused(*dict.fromkeys(reasons))
 
 
 Rule = Callable[[Closure, Equation], None]
@@ -194,7 +219,9 @@ def _undo_transpose(c, labels, params, old, new):
 
 
 def _undo_reshape(c, labels, params, old, new):
-    return lab.reshape(labels, new, old)
+    if (order := params.get("dimensions")) is None:
+        return lab.reshape(labels, new, old)
+    return lab.reshape(labels, new, tuple(old[a] for a in order)).transpose(np.argsort(order))
 
 
 def _undo_squeeze(c, labels, params, old, new):
@@ -235,7 +262,7 @@ def _split(c: Closure, e: Equation) -> None:
 
 def _concatenate(c: Closure, e: Equation) -> None:
     axis = e.params["dimension"]
-    sizes = [c.program.shape(x)[axis] if isinstance(x, int) else x.shape[axis] for x in e.inputs]
+    sizes = [c.program.shape(x)[axis] for x in e.inputs]
     if (labels := c[e.outputs[0]]) is not None:
         for x, piece in zip(e.inputs, lab.split(labels, axis, sizes), strict=True):
             c.put(x, piece)
@@ -317,7 +344,7 @@ def _sides(program: Program, e: Equation) -> tuple[_Side, _Side]:
     contracting, batch = e.params["dimension_numbers"]
     sides, start = [], len(batch[0])
     for var, c, b in zip(e.inputs, contracting, batch, strict=True):
-        ndim = len(program.shape(var)) if isinstance(var, int) else var.ndim
+        ndim = len(program.shape(var))
         free = tuple(a for a in range(ndim) if a not in c and a not in b)
         sides.append(_Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free)))))
         start += len(free)
@@ -328,9 +355,9 @@ def _dot(c: Closure, e: Equation) -> None:
     """Labels along contracted axes must meet their opposites in a leaf; labels along the others pass through."""
     sides, y = _sides(c.program, e), e.outputs[0]
     ndim = len(c.program.shape(y))
-    carriers = []
+    carriers: list[_Side] = []
     for me, other in (sides, sides[::-1]):
-        if (labels := c[me.var]) is None:
+        if (labels := c[me.var]) is None or _cancelled(labels, c[other.var]):
             continue
         if _cancels(c, labels, me, other):
             _meet(c, e, labels, me, other)
@@ -347,6 +374,11 @@ def _dot(c: Closure, e: Equation) -> None:
         c.choose(e, [(s.var, _into(c.copy(), labels, s)) for s in sides])
 
 
+def _cancelled(labels: Labels, other: Labels | None) -> bool:
+    """Whether one channel's scale meets its inverse: all channels are tied, or there is one only."""
+    return other is not None and labels.size == other.size == 1 and labels.item() == -other.item()
+
+
 def _cancels(c: Closure, labels: Labels, me: _Side, other: _Side) -> bool:
     meets_leaf = other.var in c.program.from_leaves and me.var not in c.program.from_leaves
     return lab.varies(labels, me.contracted) or (labels.size == 1 and meets_leaf)
@@ -358,7 +390,7 @@ def _meet(c: Closure, e: Equation, labels: Labels, me: _Side, other: _Side) -> N
     if not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)
-    ndim = len(c.program.shape(other.var)) if isinstance(other.var, int) else other.var.ndim
+    ndim = len(c.program.shape(other.var))
     c.put(other.var, -lab.put_axes(met, other.batch + other.contracted, ndim))
 
 
@@ -404,6 +436,7 @@ def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
         else:
             groups.append(group)
             grouped.update(path for path, _ in group.sites)
+    refused = {path: reason for path, reason in refused.items() if path not in grouped}
     leaves = tuple((path, program.shape(var)) for var, path in program.leaves.items())
     sites = tuple(dict.fromkeys(p.site for p in places))
     return Graph(leaves, sites, tuple(groups), tuple(refused.items()))
@@ -418,11 +451,16 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             continue
         sides = _sides(program, equation)
         for me, other in (sides, sides[::-1]):
-            view = program.views.get(me.var) if isinstance(me.var, int) else None
-            if view is None or not isinstance(other.var, int) or other.var in program.from_leaves:
+            if not isinstance(me.var, int) or me.var not in program.from_leaves:
                 continue
-            if me.batch:
-                others[view.path] = f"{equation} has batch axes"
+            if not isinstance(other.var, int) or other.var in program.from_leaves:
+                continue
+            view = program.views.get(me.var)
+            if view is None or me.batch:
+                maker = program.maker.get(me.var)
+                what = f"what {maker} makes of it" if maker else f"it in {program.avals[me.var].dtype}"
+                why = f"{equation} has batch axes" if view else f"{equation} multiplies {what}"
+                others.update(dict.fromkeys(program.leaves_behind(me.var), why))
                 continue
             order = np.argsort([view.axes[a] for a in me.contracted])
             axes = tuple(view.axes[me.contracted[i]] for i in order)
@@ -463,6 +501,8 @@ def find_group(
     closure.put(place.activation, lab.put_axes(seed, place.axes, len(program.shape(place.activation))))
     closure = closure.close()
     found = closure.numbered()
+    if place.activation not in found:
+        raise Refused("it holds only zeros" if size else "it has no channels")
     if problem := certify(program, found):
         raise Refused(problem)
     leaves = {program.leaves[v]: labels for v, labels in found.items() if v in program.leaves}

@@ -83,12 +83,12 @@ class Graph(NamedTuple):
         patterns = [groups] if isinstance(groups, str) else list(groups)
         paths = [path for g in self.groups for path, _ in g.sites]
         found = first_matches(patterns, paths, "groups pattern")
-        return tuple(g for g in self.groups if any(found[path] for path, _ in g.sites))
+        return tuple(g for g in self.groups if any(found[path] is not None for path, _ in g.sites))
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {len(self.sites)} sites"]
         for g in self.groups:
-            channels = sum(labels.array.size for _, labels in g.sites[:1])
+            channels = max(np.count_nonzero(labels.array) for _, labels in g.sites)
             tied = f" ({channels} channels tied)" if channels != g.size else ""
             sites = ", ".join(path for path, _ in g.sites)
             lines.append(f"  {g.size} scales{tied}: {', '.join(g.absorbers)} -> {sites}")

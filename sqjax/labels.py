@@ -47,6 +47,8 @@ def reshape(labels: Labels, old: Shape, new: Shape) -> Labels:
     The shapes are cut into the shortest runs of axes with equal products; only runs in which labels vary are
     written out in full.
     """
+    if 0 in old:
+        return np.zeros((1,) * len(new), int)  # nothing to label
     full, target = [], []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -72,8 +74,8 @@ def _transpose(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
 
 
 def _reshape(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    if params.get("dimensions") is not None:
-        raise NotImplementedError("a reshape that permutes")
+    if (order := params.get("dimensions")) is not None:
+        labels, old = labels.transpose(order), tuple(old[a] for a in order)
     return reshape(labels, old, new)
 
 
@@ -104,17 +106,19 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels]] = {
     "copy_p": _keep,
     "neg": _keep,
     "sharding_constraint": _keep,
+    "name": _keep,
+    "stop_gradient": _keep,
 }
 
 
-def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
+def split(labels: Labels, axis: int, sizes: Sequence[int | np.integer]) -> list[Labels]:
     """The labels of the pieces of a split."""
     if labels.shape[axis] == 1:
         return [labels] * len(sizes)
     return [compress(piece) for piece in np.split(labels, np.cumsum(sizes)[:-1], axis)]
 
 
-def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int]) -> Labels:
+def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int | np.integer]) -> Labels:
     """The labels of a concatenation of pieces that have `sizes` along `axis`."""
     shape = list(np.broadcast_shapes(*([*p.shape[:axis], 1, *p.shape[axis + 1 :]] for p in pieces)))
     full = [np.broadcast_to(p, [*shape[:axis], n, *shape[axis + 1 :]]) for p, n in zip(pieces, sizes, strict=True)]

@@ -47,7 +47,7 @@ class QuantDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
-        kernel = self._kernel(x.shape[-1])
+        kernel: QuantWeight = self._kernel(x.shape[-1])
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, bias = promote_dtype(x, bias, dtype=self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
         y = quantized_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), self._where()).astype(x.dtype)
@@ -92,6 +92,12 @@ def quantize_dense(
 
     Raises:
         ValueError: no kernel of rank 2, a misshapen smoothing, or a static scheme without absmax.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "bias": jnp.zeros(2)}
+        >>> sq.linen.quantize_dense(params)["kernel"].tensor.values.tolist()
+        [[127, 64], [-64, 127]]
     """
     kernel = params.get("kernel")
     if kernel is None or kernel.ndim != 2:

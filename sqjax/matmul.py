@@ -34,11 +34,19 @@ class QuantWeight:
             s * W and the activation quantizer divides by s: smoothing at run time, (X/s)(sW) = XW.
         activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the whole
             activation, at run time) or "static" (`input_scale`).
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> params = {"w": jnp.ones((2, 3))}
+        >>> w = sq.quantize(params, sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])]))["w"]
+        >>> w.shape, w.tensor.values.shape, w.activations
+        ((2, 3), (3, 2), 'per_token')
     """
 
     tensor: QTensor
-    input_scale: Array | None
-    smoothing: Array | None
+    input_scale: Any
+    smoothing: Any
     activations: Activations = field(metadata={"static": True})
 
     @property
@@ -75,35 +83,37 @@ def quantized_dot_general(
     tensor.check(where)
     if x_batch or w_batch:
         raise ValueError(f"{where}: a quantized weight with batch axes is not supported; keep this site in float")
-    order = [tensor.order[a] % tensor.ndim for a in range(tensor.ndim)]
-    stored = [order[a] for a in w_axes]
-    if sorted(stored) != list(range(tensor.ndim - len(stored), tensor.ndim)):
+    stored = [tensor.axes[a] for a in w_axes]
+    first = tensor.ndim - len(stored)
+    one_scale = math.prod(tensor.scale.shape[first:]) == 1
+    if sorted(stored) != list(range(first, tensor.ndim)) or not one_scale:
         raise ValueError(
-            f"{where}: quantized along its axes {_contracted(tensor, len(stored))} but contracted along {tuple(w_axes)}; "
-            "give this site a rule of None to keep it in float"
+            f"{where}: contracted along its axes {tuple(w_axes)}, but it was quantized for a contraction along "
+            f"{_contracted(tensor)}; give this site a rule of None to keep it in float"
         )
     x_axes = [a for _, a in sorted(zip(stored, x_axes, strict=True))]
     free = [a for a in range(x.ndim) if a not in x_axes]
     rows, inner = math.prod(x.shape[a] for a in free), math.prod(x.shape[a] for a in x_axes)
     if inner > LONGEST_CONTRACTION:
         raise ValueError(
-            f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: split the contraction"
+            f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: "
+            "split the contraction"
         )
     x2d = x.transpose(*free, *x_axes).reshape(rows, inner)
     if weight.smoothing is not None:
-        x2d = (x2d.astype(jnp.float32) / weight.smoothing.reshape(1, inner)).astype(x.dtype)
-    values = tensor.values.reshape(-1, inner)
-    scale = tensor.scale.reshape(-1) if tensor.scale.size > 1 else tensor.scale.reshape(1)
+        x2d = x2d.astype(jnp.float32) / weight.smoothing.reshape(1, inner)
+    outer = tensor.values.shape[:first]
+    values = tensor.values.reshape(math.prod(outer), inner)
+    scale = jnp.broadcast_to(tensor.scale.reshape(tensor.scale.shape[:first]), outer).reshape(-1)
     out = int8_matmul(weight.activations, x2d, values, scale, weight.input_scale)
     kept = [a for a in range(tensor.ndim) if a not in w_axes]  # logical free axes, in the order the caller expects
-    stored_kept = sorted(order[a] for a in kept)
-    out = out.reshape(*(x.shape[a] for a in free), *(tensor.values.shape[a] for a in stored_kept))
-    tail = [len(free) + stored_kept.index(order[a]) for a in kept]
-    return out.transpose(*range(len(free)), *tail)
+    out = out.reshape(*(x.shape[a] for a in free), *outer)
+    return out.transpose(*range(len(free)), *(len(free) + tensor.axes[a] for a in kept))
 
 
-def _contracted(tensor: QTensor, count: int) -> tuple[int, ...]:
-    return tuple(i for i, a in enumerate(tensor.order) if a >= -count)
+def _contracted(tensor: QTensor) -> tuple[int, ...]:
+    """The logical axes that share one scale."""
+    return tuple(i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] == 1 != tensor.values.shape[a])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -111,7 +121,7 @@ def int8_matmul(
     activations: Activations,
     x: Float[Array, "rows channels"],
     values: Int8[Array, "outputs channels"],
-    scale: Float[Array, " outputs_or_one"],
+    scale: Float[Array, " outputs"],
     input_scale: Float[Array, ""] | None,
 ) -> Float[Array, "rows outputs"]:
     """(q_x @ values.T) * scale_x * scale in float32, where q_x = round(x / scale_x) and the sum is in int32."""
@@ -122,7 +132,7 @@ def int8_matmul(
 
 @int8_matmul.defjvp
 def _straight_through(activations, primals, tangents):
-    x, values, scale, _ = primals
+    _, values, scale, _ = primals
     out = int8_matmul(activations, *primals)
     dx = tangents[0].astype(jnp.float32)
     return out, lax.dot_general(dx, values.astype(jnp.float32), _LAST_AXES) * scale[None, :]
@@ -137,7 +147,7 @@ def activation_scale(
             raise ValueError("static activations need an input_scale: quantize with the statistics of calibrate")
         return input_scale.reshape(1, 1)
     axis = 1 if activations == "per_token" else None
-    return scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    return scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
 
 
 _LAST_AXES = (((1,), (1,)), ((), ()))

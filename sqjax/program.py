@@ -113,7 +113,7 @@ class Program:
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
         self.zeros: set[Var] = set()
-        self.views = {v: View(p, tuple(range(len(self.avals[v].shape)))) for v, p in self.leaves.items()}
+        self.views = {v: View(p, tuple(range(len(self.shape(v))))) for v, p in self.leaves.items() if self.is_float(v)}
         for equation in self.equations:
             variables = [v for v in equation.inputs if isinstance(v, int)]
             for v in variables:
@@ -123,18 +123,38 @@ class Program:
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_ZEROS and self.is_zero(equation.inputs[0]):
                 self.zeros.update(equation.outputs)
-            if equation.name in VIEWS and (view := self.views.get(equation.inputs[0])) is not None:
-                self.views[equation.outputs[0]] = View(view.path, VIEWS[equation.name](equation.params, view.axes))
+            if equation.name in VIEWS and isinstance(equation.inputs[0], int) and self.is_float(equation.outputs[0]):
+                if (view := self.views.get(equation.inputs[0])) is not None:
+                    self.views[equation.outputs[0]] = View(view.path, VIEWS[equation.name](equation.params, view.axes))
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""
         return atom in self.zeros if isinstance(atom, int) else not np.any(atom)
 
-    def shape(self, var: Var) -> tuple[int, ...]:
-        return tuple(self.avals[var].shape)
+    def touching(self, var: Var) -> list[Equation]:
+        """The equations a variable stands in: its maker, then its readers."""
+        return [*([self.maker[var]] if var in self.maker else []), *self.readers.get(var, [])]
 
-    def is_float(self, var: Var) -> bool:
-        return jax.numpy.issubdtype(self.avals[var].dtype, jax.numpy.floating)
+    def leaves_behind(self, var: Var) -> set[str]:
+        """The paths of the leaves that a variable is computed from."""
+        paths, seen, stack = set(), set(), [var]
+        while stack:
+            if (v := stack.pop()) in seen:
+                continue
+            seen.add(v)
+            if v in self.leaves:
+                paths.add(self.leaves[v])
+            elif v in self.maker:
+                stack += [x for x in self.maker[v].inputs if isinstance(x, int)]
+        return paths
+
+    def shape(self, atom: Var | np.ndarray) -> tuple[int, ...]:
+        return tuple(self.avals[atom].shape if isinstance(atom, int) else atom.shape)
+
+    def is_float(self, atom: Var | np.ndarray) -> bool:
+        """Whether an operand may carry a scale: float8 has too few exponents for that."""
+        dtype = self.avals[atom].dtype if isinstance(atom, int) else atom.dtype
+        return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
 _KEEPS_ZEROS = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy"}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ class QTensor:
     - `values` is stored with the contracted axes last: a Dense kernel of logical shape (in, out) is stored
       (out, in), which is what int8 matrix units read without a transpose.
     - `scale` is float32, has the rank of `values`, and broadcasts against it.
-    - `order[i]` is the stored axis, counted from the end, that holds logical axis i. Counting from the end lets
-      leading axes (layers stacked for a scan) come and go.
+    - `order` gives the stored axis, counted from the end, of each of the last `len(order)` logical axes; the axes
+      before those are stored in place. So leading axes (layers stacked for a scan) may come and go.
     - `dtype` is the logical dtype: what `dequantize` returns and a matmul's result is cast to.
 
     Example:
@@ -32,8 +33,8 @@ class QTensor:
         ((2, 2), 'int8')
     """
 
-    values: Array
-    scale: Array
+    values: Any  # an int8 Array; a ShapeDtypeStruct, a sharding, ... where jax maps over the tree
+    scale: Any
     order: tuple[int, ...] = field(metadata={"static": True})
     dtype: np.dtype = field(metadata={"static": True})
 
@@ -53,19 +54,24 @@ class QTensor:
             granularity: "per_channel" (one scale for every index of the other axes) or "per_tensor".
             fmt: the number format.
         """
-        contracting = tuple(a % x.ndim for a in contracting)
+        contracting = tuple(sorted(a % x.ndim for a in contracting))
         stored = tuple(a for a in range(x.ndim) if a not in contracting) + contracting
         moved = x.transpose(stored)
         axes = tuple(range(-len(contracting), 0)) if granularity == "per_channel" else None
         scale = scale_from_absmax(jnp.max(jnp.abs(moved), axis=axes, keepdims=True), fmt)
-        order = tuple(stored.index(a) - x.ndim for a in range(x.ndim))
+        order = _shortest(tuple(stored.index(a) - x.ndim for a in range(x.ndim)))
         return cls(to_format(moved, scale, fmt), scale, order, x.dtype)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The stored axis of every logical axis."""
+        lead = self.ndim - len(self.order)
+        return (*range(lead), *(a + self.ndim for a in self.order))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
-        lead = self.values.shape[: self.values.ndim - len(self.order)]
-        return lead + tuple(self.values.shape[a] for a in self.order)
+        return tuple(self.values.shape[a] for a in self.axes)
 
     @property
     def ndim(self) -> int:
@@ -79,7 +85,7 @@ class QTensor:
 
     def transpose(self, permutation: tuple[int, ...]) -> "QTensor":
         """The logical transpose: only `order` changes, the stored values stay where they are."""
-        return replace(self, order=tuple(self.order[p] for p in permutation))
+        return replace(self, order=_shortest(tuple(self.axes[p] - self.ndim for p in permutation)))
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
@@ -94,6 +100,8 @@ class QTensor:
             problem = f"scale {self.scale.shape} does not broadcast against values {self.values.shape}"
         elif sorted(self.order) != list(range(-len(self.order), 0)):
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
+        elif len(self.order) > self.ndim:
+            problem = f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
         if problem:
             raise ValueError(f"{where}: not a valid QTensor: {problem}; quantize the float leaf again")
 
@@ -109,6 +117,10 @@ def dequantize(q: QTensor) -> Array:
         >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)
         True
     """
-    x = q.values.astype(jnp.float32) * q.scale
-    lead = q.values.ndim - len(q.order)
-    return x.transpose(*range(lead), *(a % x.ndim for a in q.order)).astype(q.dtype)
+    return (q.values.astype(jnp.float32) * q.scale).transpose(q.axes).astype(q.dtype)
+
+
+def _shortest(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The order without the leading axes that are stored in place."""
+    moved = [i for i, a in enumerate(order) if a != i - len(order)]
+    return order[moved[0] :] if moved else ()

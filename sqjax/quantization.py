@@ -1,6 +1,8 @@
 """`quantize`: parameter trees whose matmul weights become int8, by rules on their names."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,7 +49,7 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    leaves = leaves_by_path(params, stats.graph)
+    leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     rules = scheme if isinstance(scheme, Mapping) else {"": scheme}
     sites = {site.path: site for site in stats.graph.sites}
@@ -56,13 +58,14 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
     static = [sites[path] for path, s in schemes.items() if s is not None and s.activations == "static"]
     _check_described(params, stats, static)
 
-    def changed(path: str, leaf: Array) -> Any:
+    def changed(path: str, leaf: Any) -> Any:
         rule = schemes.get(path)
-        return leaf if rule is None else quantize_weight(leaf, sites[path].axes, rule, stats.absmax[path])
+        return leaf if rule is None else quantize_weight(jnp.asarray(leaf), sites[path].axes, rule, stats.absmax[path])
 
     return map_named(changed, params)
 
 
+@partial(jax.jit, static_argnames=("contracting", "scheme"))
 def quantize_weight(
     weight: Array,
     contracting: tuple[int, ...],
@@ -77,34 +80,37 @@ def quantize_weight(
         contracting: the axes that the matmul sums over.
         scheme: how.
         absmax: max |X_j| of the activation it meets (any shape; its largest value counts): for static schemes.
-        smoothing: s of the contracted axes' shape for smoothing at run time; `weight` is then multiplied by s here,
-            and `absmax` is that of X itself, before the division by s.
+        smoothing: s of the contracted axes' shape, in their order in the weight, for smoothing at run time; `weight`
+            is then multiplied by s here, and `absmax`, of the same shape, is that of X before the division by s.
     """
-    input_scale = None
+    dtype, input_scale = weight.dtype, None
     if smoothing is not None:
-        others = tuple(a for a in range(weight.ndim) if a not in contracting)
-        weight = (weight.astype(jnp.float32) * jnp.expand_dims(smoothing, others)).astype(weight.dtype)
+        others = tuple(a for a in range(weight.ndim) if a not in contracting and a - weight.ndim not in contracting)
+        weight = weight.astype(jnp.float32) * jnp.expand_dims(smoothing, others)
     if scheme.activations == "static":
         if absmax is None:
             raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
         absmax = absmax if smoothing is None else absmax / smoothing
         input_scale = scale_from_absmax(jnp.max(absmax))
-    return QuantWeight(QTensor.quantize(weight, contracting, scheme.weights), input_scale, smoothing, scheme.activations)
+    tensor = replace(QTensor.quantize(weight, contracting, scheme.weights), dtype=dtype)
+    return QuantWeight(tensor, input_scale, smoothing, scheme.activations)
 
 
 def _check_described(params: PyTree, stats: Stats, static: list[Site]) -> None:
     """Raises ValueError if the statistics are of other (say, not yet smoothed) parameters than these."""
     if not static or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
         return
-    original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
+    with jax.ensure_compile_time_eval():  # also where a jitted function has closed over these values
+        original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
+        absmax = {site: np.asarray(weight_absmax(site, original[site.path])) for site in static}
     for site in static:
-        now, then = weight_absmax(site, original[site.path]), stats.weight_absmax[site.path]
+        now, then = absmax[site], stats.weight_absmax[site.path]
         tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
         if not np.allclose(now, then, rtol=tolerance, atol=0):
             raise ValueError(
-                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static activation "
-                "scales would be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the params before "
-                "smoothing, or calibrate again"
+                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static "
+                "activation scales would be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the "
+                "params before smoothing, or calibrate again"
             )
 
 

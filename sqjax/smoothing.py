@@ -6,8 +6,10 @@ are easy. Xiao et al. 2022, arXiv 2211.10438.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -67,15 +69,23 @@ def scales(
 
 
 def _group_scales(
-    group: Group, leaves: Mapping[str, Array], stats: Stats, alpha: Any, round_scales: str | None
+    group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None
 ) -> Array:
     sites = {site.path: site for site in stats.graph.sites}
-    x_max = w_max = jnp.zeros(group.size, jnp.float32)
-    for path, labels in group.sites:
-        scale_of = labels.array.ravel() - 1
-        x_max = x_max.at[scale_of].max(stats.absmax[path].ravel())
-        w_max = w_max.at[scale_of].max(weight_absmax(sites[path], leaves[path]).ravel())
-    s = smoothing_scales(x_max, w_max, alpha)
+    seen = [
+        (labels.array.ravel(), stats.absmax[path].ravel(), weight_absmax(sites[path], leaves[path]).ravel())
+        for path, labels in group.sites
+    ]
+    return _scales_of(seen, alpha, group.size, round_scales)
+
+
+@partial(jax.jit, static_argnames=("size", "round_scales"))
+def _scales_of(seen: list[tuple[Array, Array, Array]], alpha: Any, size: int, round_scales: str | None) -> Array:
+    """s of a group, from (which scale, absmax, weight absmax) of the channels of each of its sites."""
+    x_max = w_max = jnp.zeros(size + 1, jnp.float32)  # entry 0 takes the channels without a scale
+    for scale_of, x, w in seen:
+        x_max, w_max = x_max.at[scale_of].max(x), w_max.at[scale_of].max(w)
+    s = smoothing_scales(x_max[1:], w_max[1:], alpha)
     return jnp.exp2(jnp.round(jnp.log2(s))) if round_scales == "pow2" else s
 
 
@@ -116,6 +126,15 @@ def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
 
     Raises:
         ValueError: params are not the calibrated tree, or a group is unknown or of another size.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 1))}
+        >>> stats = sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])])
+        >>> folded = sq.fold(params, stats.graph, {"w": jnp.array([1.0, 4.0])})
+        >>> folded["norm"].tolist(), folded["w"].tolist()
+        ([1.0, 0.25], [[1.0], [4.0]])
     """
     leaves_by_path(params, graph)
     _check_scales(graph, s)
@@ -134,16 +153,17 @@ def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> 
             for path, labels in group.leaves:
                 factors.setdefault(path, []).append((s[group.name], sign * labels.array))
 
-    def scaled(path: str, leaf: Array) -> Array:
-        if path not in factors:
-            return leaf
-        value = leaf.astype(jnp.float32)
-        for scale, labels in factors[path]:
-            with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)])
-            value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
-        return value.astype(leaf.dtype)
+    return map_named(lambda path, leaf: _scale_leaf(leaf, factors[path]) if path in factors else leaf, params)
 
-    return map_named(scaled, params)
+
+@jax.jit
+def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]]) -> Array:
+    """The leaf times s where its label is positive, divided by s where it is negative, for every (s, labels)."""
+    value = leaf.astype(leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32)
+    for scale, labels in factors:
+        with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)]).astype(value.dtype)
+        value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
+    return value.astype(leaf.dtype)
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
@@ -151,8 +171,20 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
 
     Equal to calibrating again up to rounding. Static activation scales must come from these.
 
+    Args:
+        stats: what `calibrate` returned.
+        s: {group name: s}, the same that `fold` is given.
+
     Raises:
         ValueError: a group is unknown or its s has another size.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 1))}
+        >>> stats = sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])])
+        >>> sq.fold_stats(stats, {"w": jnp.array([1.0, 4.0])}).absmax["w"].tolist()
+        [1.0, 4.0]
     """
     _check_scales(stats.graph, s)
     divisors = expand(s, stats.graph)

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from sqjax.graph import Graph, Site
@@ -23,13 +26,26 @@ class Stats:
         weight_absmax: float32, the channels' shape: max over outputs of |W_j|, of the parameters that were calibrated.
         folded: {group: s} that `fold_stats` has divided out since; ones at first.
         graph: the sites and groups (static, hashable).
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
+        >>> batches = jnp.array([[1.0, 16.0]]), jnp.array([[-3.0, 0.5]])
+        >>> first, second = (sq.calibrate(fn, params, [x]) for x in batches)
+        >>> stats = first.merge(second)
+        >>> stats.absmax["w"].tolist(), int(stats.count["w"])
+        ([3.0, 16.0], 2)
+        >>> print(stats.graph)
+        1 groups, 1 sites
+          2 scales: norm -> w
     """
 
-    absmax: dict[str, Array]
-    abs_sum: dict[str, Array]
-    count: dict[str, Array]
-    weight_absmax: dict[str, Array]
-    folded: dict[str, Array]
+    absmax: dict[str, Any]
+    abs_sum: dict[str, Any]
+    count: dict[str, Any]
+    weight_absmax: dict[str, Any]
+    folded: dict[str, Any]
     graph: Graph = field(metadata={"static": True})
 
     def merge(self, other: "Stats") -> "Stats":
@@ -50,13 +66,17 @@ class Stats:
         )
 
 
-def weight_absmax(site: Site, leaf: Array) -> Array:
+def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
     """max over outputs of |W| for every channel of the site: float32, the channels' shape."""
-    others = tuple(a for a in range(leaf.ndim) if a not in site.axes)
-    return jnp.max(jnp.abs(leaf).astype(jnp.float32), axis=others)
+    return _absmax(leaf, tuple(a for a in range(jnp.ndim(leaf)) if a not in site.axes))
 
 
-def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=1)
+def _absmax(x: ArrayLike, axes: tuple[int, ...]) -> Array:
+    return jnp.max(jnp.abs(x).astype(jnp.float32), axis=axes)
+
+
+def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
     """{path: leaf}, checked against the tree that was calibrated.
 
     Raises:
@@ -81,10 +101,12 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Array]:
 
 
 def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
-    """{site: s of each of its channels} for the groups in `s`."""
-    return {
-        path: s[group.name][labels.array - 1]
-        for group in graph.groups
-        if group.name in s
-        for path, labels in group.sites
-    }
+    """{site: s of each of its channels} for the groups in `s`; 1 for channels that no group scales."""
+    factors: dict[str, Array] = {}
+    for group in graph.groups:
+        if group.name in s:
+            with_one = jnp.concatenate([jnp.ones(1, jnp.float32), s[group.name].astype(jnp.float32)])
+            for path, labels in group.sites:
+                factor = with_one[labels.array]
+                factors[path] = factors[path] * factor if path in factors else factor
+    return factors

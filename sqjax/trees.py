@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,9 +16,16 @@ PyTree = Any
 def named_leaves(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[tuple[str, ...], list[Any], jax.tree_util.PyTreeDef]:
-    """(paths, leaves, treedef): each path is the leaf's keys joined by "/", as in "layers/0/q_proj/kernel"."""
+    """(paths, leaves, treedef): each path is the leaf's keys joined by "/", as in "layers/0/q_proj/kernel".
+
+    Raises:
+        ValueError: two leaves have one path, as in {"a/b": x, "a": {"b": y}}.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat)
+    if len(set(paths)) < len(paths):
+        twice = sorted(path for path, times in Counter(paths).items() if times > 1)
+        raise ValueError(f"two leaves of the tree have one path, {twice[:5]}; rename a key that holds a '/'")
     return paths, [leaf for _, leaf in flat], treedef
 
 
@@ -41,7 +49,8 @@ def check_finite(tree: PyTree, what: str) -> None:
     """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity. Tracers are passed over."""
     paths, leaves, _ = named_leaves(tree)
     floats = [(p, x) for p, x in zip(paths, leaves, strict=True) if is_float(x) and is_concrete(x)]
-    flags = jax.device_get(_all_finite([x for _, x in floats]))
+    with jax.ensure_compile_time_eval():  # also where a jitted function has closed over these values
+        flags = jax.device_get(_all_finite([x for _, x in floats]))
     for (path, leaf), fine in zip(floats, flags, strict=True):
         if not fine:
             bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
@@ -73,7 +82,7 @@ def first_matches(patterns: Iterable[str], names: Iterable[str], what: str) -> d
         if not matches:
             raise ValueError(f"{what} {pattern!r} matches nothing. Near misses: {_near_misses(pattern, names)}")
         for name in matches:
-            found[name] = found[name] or pattern
+            found[name] = pattern if found[name] is None else found[name]
     return found
 
 

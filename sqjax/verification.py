@@ -42,7 +42,7 @@ def verify(fn: Callable[..., Any], before: PyTree, after: PyTree, *inputs: Any, 
     paths, expected, _ = named_leaves(run(before))
     _, got, _ = named_leaves(run(after))
     if tolerance is None:
-        dtypes = {str(x.dtype) for x in jax.tree.leaves(before)}
+        dtypes = {str(jax.numpy.result_type(x)) for x in jax.tree.leaves(before)}
         tolerance = max([TOLERANCES[d] for d in dtypes if d in TOLERANCES], default=TOLERANCES["float32"])
     worst = 0.0
     for path, a, b in zip(paths, expected, got, strict=True):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -28,20 +29,24 @@ def empty_cache(layers: int, batch: int, kv_heads: int, capacity: int, head_dim:
     return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
 
-def rotary_angles(
-    positions: Int[Array, " tokens"], head_dim: int, theta: float
-) -> Float[Array, "tokens half"]:
-    """The angle position * theta^(-2i / head_dim) by which pair i of a head turns, in float32."""
+def rotary_table(
+    positions: Int[Array, " tokens"], head_dim: int, theta: float, dtype: DTypeLike
+) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    """Cosine and sine of position * theta^(-2i / head_dim), the angle by which pair i of a head turns.
+
+    Computed in float32. The barrier keeps the compiler from computing them again for every head of every layer.
+    """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return positions.astype(jnp.float32)[:, None] * (theta**-exponents)[None, :]
+    angles = positions.astype(jnp.float32)[:, None] * (theta**-exponents)[None, :]
+    return jax.lax.optimization_barrier((jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)))
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], angles: Float[Array, "tokens half"]
+    x: Float[Array, "batch tokens heads head_dim"],
+    table: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]],
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Turns each pair (x_i, x_{i + head_dim/2}) by its angle: the rotary embedding in halves."""
-    cos = jnp.cos(angles).astype(x.dtype)[None, :, None, :]
-    sin = jnp.sin(angles).astype(x.dtype)[None, :, None, :]
+    cos, sin = (half[None, :, None, :] for half in table)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from sqjax.models.attention import KVCache, attend, causal_mask, rotary_angles, rotate
+from sqjax.models.attention import KVCache, attend, causal_mask, rotary_table, rotate
 
 LayerCache = tuple[Array, Array]
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens hidden"],
-        angles: Float[Array, "tokens half"],
+        table: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]],
         mask: Bool[Array, "tokens slots"],
         cache: LayerCache | None,
         start: Int[Array, ""] | None,
@@ -84,8 +84,8 @@ class Attention(nn.Module):
             flat = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(x)
             return flat.reshape(*x.shape[:2], count, config.head_dim)
 
-        queries = rotate(heads("q_proj", config.num_heads), angles)
-        keys = rotate(heads("k_proj", config.num_kv_heads), angles).swapaxes(1, 2)
+        queries = rotate(heads("q_proj", config.num_heads), table)
+        keys = rotate(heads("k_proj", config.num_kv_heads), table).swapaxes(1, 2)
         values = heads("v_proj", config.num_kv_heads).swapaxes(1, 2)
         if cache is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, start, axis=2)
@@ -114,10 +114,10 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, cache, start):
+    def __call__(self, x, table, mask, cache, start):
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, name="self_attn")
-        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), angles, mask, cache, start)
+        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), table, mask, cache, start)
         x = x + mixed
         x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return x, cache
@@ -129,17 +129,17 @@ class Layers(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, cache: KVCache | None):
+    def __call__(self, x, table, mask, cache: KVCache | None):
         start = None if cache is None else cache.length
         seen = []
         for i in range(self.config.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, layer_cache = Block(self.config, name=str(i))(x, angles, mask, layer_cache, start)
+            x, layer_cache = Block(self.config, name=str(i))(x, table, mask, layer_cache, start)
             seen.append(layer_cache)
         if cache is None:
             return x, None
         keys, values = zip(*seen, strict=True)
-        return x, KVCache(keys, values, cache.length + angles.shape[0])
+        return x, KVCache(keys, values, cache.length + x.shape[1])
 
 
 class Decoder(nn.Module):
@@ -157,9 +157,10 @@ class Decoder(nn.Module):
         tokens = ids.shape[1]
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         positions = start + jnp.arange(tokens, dtype=jnp.int32)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(ids)
+        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = causal_mask(positions, tokens if cache is None else cache.keys[0].shape[2])
-        x, cache = self.layers(self.embed_tokens(ids), angles, mask, cache)
+        x, cache = self.layers(x, table, mask, cache)
         return self.norm(x), cache
 
     def attend(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens vocab"]:

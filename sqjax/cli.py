@@ -1,0 +1,28 @@
+"""The command line: `sqjax demo`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. Errors of the user's making are one line on stderr."""
+    parser = argparse.ArgumentParser(prog="sqjax", description="Post-training quantization for JAX")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="quantize a real language model to int8 and show accuracy and speed")
+    demo.add_argument("--quick", action="store_true", help="an impatient minute: less text, fewer repeats")
+    demo.add_argument("--alpha", type=float, default=0.85, help="smoothing strength, 0 to 1 (default 0.85)")
+    demo.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
+    options = parser.parse_args(arguments)
+    try:
+        from sqjax.demo import FULL, QUICK, demo as run
+
+        run(QUICK if options.quick else FULL, options.alpha, options.model)
+    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"sqjax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
