@@ -26,14 +26,26 @@ def main(name: str = "smollm2-135m") -> None:
     variants |= {k: sq.quantize(params, stats, s) for k, s in (("O1", sq.W8A8), ("O2", sq.W8A8_O2), ("O3", sq.W8A8_O3))}
     print(f"{name} on {jax.devices()[0].device_kind}, jax {jax.__version__}; every matmul in int8, lm_head too")
 
-    forward, read, cache = jax.jit(sq.quantized(model.apply)), jax.jit(sq.quantized(model.decode)), model.init_cache(1, TOKENS)
-    report(f"forward, {TOKENS} tokens, all logits", TOKENS, {k: lambda p=p: forward(p, ids) for k, p in variants.items()})
+    forward, read, cache = (
+        jax.jit(sq.quantized(model.apply)),
+        jax.jit(sq.quantized(model.decode)),
+        model.init_cache(1, TOKENS),
+    )
+    report(
+        f"forward, {TOKENS} tokens, all logits", TOKENS, {k: lambda p=p: forward(p, ids) for k, p in variants.items()}
+    )
     report(f"prefill, {TOKENS} tokens", TOKENS, {k: lambda p=p: read(p, ids, cache)[0] for k, p in variants.items()})
     prompt = ids[:, :1]
-    report("decode, batch 1", STEPS, {k: lambda p=p: sq.models.greedy(model, p, prompt, STEPS) for k, p in variants.items()})
+    report(
+        "decode, batch 1",
+        STEPS,
+        {k: lambda p=p: sq.models.greedy(model, p, prompt, STEPS) for k, p in variants.items()},
+    )
 
     plain = jax.jit(model.apply)
-    print(f"calibration / plain forward passes: {calibration_ratio(model, params, ids, plain):.2f} (compile time apart)")
+    print(
+        f"calibration / plain forward passes: {calibration_ratio(model, params, ids, plain):.2f} (compile time apart)"
+    )
 
 
 def report(title: str, tokens: int, runs: dict) -> None:

@@ -25,7 +25,7 @@ class Observation(NamedTuple):
 
     absmax: Array
     abs_sum: Array
-    count: Array
+    tokens: Array
 
 
 class _Seen(NamedTuple):
@@ -67,13 +67,13 @@ def observe_activation(x: Array, axes: tuple[int, ...]) -> Observation:
     """Statistics of the channels `axes` of an activation, over all its other axes."""
     magnitude = jnp.abs(jnp.moveaxis(x, axes, range(-len(axes), 0))).astype(jnp.float32)
     tokens = tuple(range(magnitude.ndim - len(axes)))
-    count = jnp.int32(np.prod([magnitude.shape[a] for a in tokens], dtype=int))
-    return Observation(magnitude.max(tokens), magnitude.sum(tokens), count)
+    seen = jnp.int32(np.prod([magnitude.shape[a] for a in tokens], dtype=int))
+    return Observation(magnitude.max(tokens), magnitude.sum(tokens), seen)
 
 
 def combine(a: Observation, b: Observation) -> Observation:
     """Observations merge by max and +."""
-    return Observation(jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.count + b.count)
+    return Observation(jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens)
 
 
 def calibrate(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], *, progress: bool = False) -> Stats:
@@ -131,9 +131,8 @@ class Recorder:
     def __init__(self, fn: Callable[..., Any], params: PyTree, graph: Graph):
         self.fn, self.params, self.graph = fn, params, graph
         self.programs: dict[str, Callable[..., dict[str, Observation]]] = {}
-        self.totals = {
-            site.path: Observation(*jnp.zeros((2, *site.channels), jnp.float32), jnp.int32(0)) for site in graph.sites
-        }
+        zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in graph.sites}
+        self.totals = {path: Observation(x, x, jnp.int32(0)) for path, x in zeros.items()}
 
     def record(self, args: tuple[Any, ...], number: int) -> None:
         """Adds what the sites see in one batch."""
@@ -146,7 +145,9 @@ class Recorder:
     def _add(self, traced: Traced, number: int, totals: dict[str, Observation], leaves: Any, inputs: Any):
         _, seen = observe(traced, leaves, inputs)
         if missing := [site.path for site in self.graph.sites if site not in seen]:
-            raise ValueError(f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's")
+            raise ValueError(
+                f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's"
+            )
         return {site.path: combine(totals[site.path], seen[site]) for site in self.graph.sites}
 
     def stats(self) -> Stats:
@@ -156,7 +157,7 @@ class Recorder:
         return Stats(
             {path: o.absmax for path, o in self.totals.items()},
             {path: o.abs_sum for path, o in self.totals.items()},
-            {path: o.count for path, o in self.totals.items()},
+            {path: o.tokens for path, o in self.totals.items()},
             {site.path: weight_absmax(site, leaves[site.path]) for site in self.graph.sites},
             {group.name: jnp.ones(group.size, jnp.float32) for group in self.graph.groups},
             self.graph,
@@ -169,8 +170,8 @@ def _trace(fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], number
     except Exception as error:
         shapes = jax.tree.map(lambda x: jnp.shape(x) if isinstance(x, jax.Array | np.ndarray) else x, args)
         raise ValueError(
-            f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; a batch is one argument, "
-            f"or a tuple of fn's arguments after params. {type(error).__name__}: {error}"
+            f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; a batch is one "
+            f"argument, or a tuple of fn's arguments after params. {type(error).__name__}: {error}"
         ) from error
 
 
@@ -215,7 +216,9 @@ def prove(traced: Traced, params: PyTree, inputs: list[Any], graph: Graph) -> Gr
         return graph
     sound = [g for g in graph.groups if passes([g.name])]
     if not passes([g.name for g in sound]):
-        raise ValueError("calibrate: groups that fold exactly one by one do not fold together; please report this program")
+        raise ValueError(
+            "calibrate: groups that fold exactly one by one do not fold together; please report this program"
+        )
     failed = [path for g in graph.groups if g not in sound for path, _ in g.sites]
     reason = "folding it with powers of two changed a bit of fn's output"
     return graph._replace(groups=tuple(sound), refused=(*graph.refused, *((path, reason) for path in failed)))

@@ -35,9 +35,7 @@ def certify(program: Program, labels: Mapping[Var, Labels]) -> str | None:
     return None
 
 
-def _operands(
-    program: Program, equation: Equation, labels: Mapping[Var, Labels]
-) -> tuple[list[Labels], list[Labels]]:
+def _operands(program: Program, equation: Equation, labels: Mapping[Var, Labels]) -> tuple[list[Labels], list[Labels]]:
     def of(atom):
         found = labels.get(atom) if isinstance(atom, int) else None
         return np.zeros((1,) * len(program.shape(atom)), int) if found is None else found
@@ -105,7 +103,9 @@ def _dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Label
     rhs_free = [a for a in range(xs[1].ndim) if a not in (*rhs_axes, *rhs_batch)]
     lhs = xs[0].transpose(*lhs_batch, *lhs_free, *lhs_axes)
     rhs = xs[1].transpose(*rhs_batch, *rhs_free, *rhs_axes)
-    lhs = np.expand_dims(lhs, tuple(range(len(lhs_batch) + len(lhs_free), len(lhs_batch) + len(lhs_free) + len(rhs_free))))
+    lhs = np.expand_dims(
+        lhs, tuple(range(len(lhs_batch) + len(lhs_free), len(lhs_batch) + len(lhs_free) + len(rhs_free)))
+    )
     rhs = np.expand_dims(rhs, tuple(range(len(rhs_batch), len(rhs_batch) + len(lhs_free))))
     product = _product(lhs, rhs)
     if product is None:

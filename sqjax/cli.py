@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     options = parser.parse_args(arguments)
     try:
-        from sqjax.demo import FULL, QUICK, demo as run
+        from sqjax.demo import FULL, QUICK
+        from sqjax.demo import demo as run
 
         run(QUICK if options.quick else FULL, options.alpha, options.model)
     except (ValueError, RuntimeError, ImportError) as error:

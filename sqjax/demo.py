@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax.calibration import calibrate
@@ -63,8 +64,9 @@ def demo(size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m
     norms = sum(g.norm for g in stats.graph.groups)
     print(f"{len(stats.graph.sites)} matmuls; {len(stats.graph.groups)} groups fold ({norms} into norms), bit for bit")
 
+    prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
     best = {name: _variant(params, stats, alpha, "all", scheme) for name, scheme in SCHEMES.items()}
-    speeds = measure_speed(model, {"float32": params, **best}, size)
+    speeds = measure_speed(model, {"float32": params, **best}, prompt, size)
     rows = [Row("float32", _perplexity(model, params, evaluation, "float32"), _nbytes(params), *speeds["float32"])]
     for scheme_name, scheme in SCHEMES.items():
         for smoothing, groups in (("unsmoothed", None), ("norms only", "norm"), ("all groups", "all")):
@@ -74,7 +76,6 @@ def demo(size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m
                 Row(name, _perplexity(model, variant, evaluation, name), _nbytes(variant), *speeds[scheme_name])
             )
     print_table(rows, size, alpha)
-    prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
     for name, tree in {"float32": params, "W8A8 " + next(iter(best)): next(iter(best.values()))}.items():
         ids = np.asarray(greedy(model, tree, prompt, size.generated))[0]
         print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
@@ -98,7 +99,9 @@ def _nbytes(params: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def measure_speed(model: Model, variants: Mapping[str, Any], size: Size) -> dict[str, tuple[float, float]]:
+def measure_speed(
+    model: Model, variants: Mapping[str, Any], prompt: Array, size: Size
+) -> dict[str, tuple[float, float]]:
     """{variant: (prefill, decode) tokens/s}, medians of interleaved runs.
 
     Prefill reads 256 tokens into a cache; decode is greedy generation after the demo's prompt, batch 1.
@@ -106,7 +109,6 @@ def measure_speed(model: Model, variants: Mapping[str, Any], size: Size) -> dict
     tokens = 256
     ids = jnp.asarray(np.arange(tokens)[None] + 1000, jnp.int32)
     cache = model.init_cache(1, tokens)
-    prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
     read = jax.jit(quantized(model.decode))
     prefill = {name: (lambda tree=tree: read(tree, ids, cache)) for name, tree in variants.items()}
     decode = {name: (lambda tree=tree: greedy(model, tree, prompt, size.generated)) for name, tree in variants.items()}

@@ -116,7 +116,7 @@ class Closure:
             raise Refused(f"its scale would reach {program.roots[var]}")
         if not program.is_float(var):
             raise Refused(f"its scale would reach a value of dtype {program.avals[var].dtype}")
-        if (path := program.leaves.get(var)) in self.shared:
+        if (path := program.leaves.get(var, "")) in self.shared:
             raise Refused(f"the array at {path} also stands at {self.shared[path]}")
         for equation in program.touching(var):
             if equation.name not in RULES:
@@ -295,12 +295,13 @@ def _compare(c: Closure, e: Equation) -> None:
 def _multiply(c: Closure, e: Equation) -> None:
     """The result carries the labels of one factor."""
     y = e.outputs[0]
-    factors = [x for x in e.inputs if c[x] is not None]
+    factors = [(x, labels) for x in e.inputs if (labels := c[x]) is not None]
     if len(factors) == 2:
         raise Refused(f"{e} multiplies two values of that scale")
     if factors:
-        c.put(y, _spread(c[factors[0]], c.program.shape(y)))
-        c.put(factors[0], c[y])
+        [(x, labels)] = factors
+        c.put(y, _spread(labels, c.program.shape(y)))
+        c.put(x, c[y])
     elif (labels := c[y]) is not None:
         c.choose(e, [(x, labels) for x in e.inputs])
 

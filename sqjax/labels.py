@@ -49,7 +49,8 @@ def reshape(labels: Labels, old: Shape, new: Shape) -> Labels:
     """
     if 0 in old:
         return np.zeros((1,) * len(new), int)  # nothing to label
-    full, target = [], []
+    full: list[int] = []
+    target: list[int] = []
     i = j = 0
     while i < len(old) or j < len(new):
         i0, j0 = i, j
@@ -111,14 +112,14 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels]] = {
 }
 
 
-def split(labels: Labels, axis: int, sizes: Sequence[int | np.integer]) -> list[Labels]:
+def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
     """The labels of the pieces of a split."""
     if labels.shape[axis] == 1:
         return [labels] * len(sizes)
     return [compress(piece) for piece in np.split(labels, np.cumsum(sizes)[:-1], axis)]
 
 
-def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int | np.integer]) -> Labels:
+def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int]) -> Labels:
     """The labels of a concatenation of pieces that have `sizes` along `axis`."""
     shape = list(np.broadcast_shapes(*([*p.shape[:axis], 1, *p.shape[axis + 1 :]] for p in pieces)))
     full = [np.broadcast_to(p, [*shape[:axis], n, *shape[axis + 1 :]]) for p, n in zip(pieces, sizes, strict=True)]

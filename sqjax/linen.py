@@ -47,7 +47,7 @@ class QuantDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
-        kernel: QuantWeight = self._kernel(x.shape[-1])
+        kernel = self._kernel(x.shape[-1])
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, bias = promote_dtype(x, bias, dtype=self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
         y = quantized_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), self._where()).astype(x.dtype)
@@ -63,7 +63,7 @@ class QuantDense(nn.Module):
 
         if not self.has_variable("params", "kernel"):
             return self.param("kernel", init)
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if not isinstance(kernel, QuantWeight):
             raise ValueError(
                 f"{self._where()}: expected a QuantWeight, got {type(kernel).__name__} of shape {jnp.shape(kernel)}; "

@@ -123,9 +123,11 @@ class Program:
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_ZEROS and self.is_zero(equation.inputs[0]):
                 self.zeros.update(equation.outputs)
-            if equation.name in VIEWS and isinstance(equation.inputs[0], int) and self.is_float(equation.outputs[0]):
-                if (view := self.views.get(equation.inputs[0])) is not None:
-                    self.views[equation.outputs[0]] = View(view.path, VIEWS[equation.name](equation.params, view.axes))
+            if equation.name in VIEWS and variables and self.is_float(equation.outputs[0]):
+                (x,), (y,) = variables, equation.outputs
+                if x in self.views:
+                    path, axes = self.views[x]
+                    self.views[y] = View(path, VIEWS[equation.name](equation.params, axes))
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""
@@ -158,4 +160,3 @@ class Program:
 
 
 _KEEPS_ZEROS = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy"}
-

@@ -68,9 +68,7 @@ def scales(
     return {g.name: _group_scales(g, leaves, stats, alphas[g.name], round_scales) for g in chosen}
 
 
-def _group_scales(
-    group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None
-) -> Array:
+def _group_scales(group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None) -> Array:
     sites = {site.path: site for site in stats.graph.sites}
     seen = [
         (labels.array.ravel(), stats.absmax[path].ravel(), weight_absmax(sites[path], leaves[path]).ravel())
@@ -193,9 +191,7 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
         return {path: x / divisors[path] if path in divisors else x for path, x in statistic.items()}
 
     folded = {name: x * s[name] if name in s else x for name, x in stats.folded.items()}
-    return Stats(
-        divided(stats.absmax), divided(stats.abs_sum), stats.count, stats.weight_absmax, folded, stats.graph
-    )
+    return Stats(divided(stats.absmax), divided(stats.abs_sum), stats.count, stats.weight_absmax, folded, stats.graph)
 
 
 def _check_scales(graph: Graph, s: Mapping[str, Array]) -> None:

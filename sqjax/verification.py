@@ -14,7 +14,9 @@ from sqjax.trees import PyTree, named_leaves
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 
-def verify(fn: Callable[..., Any], before: PyTree, after: PyTree, *inputs: Any, tolerance: float | None = None) -> float:
+def verify(
+    fn: Callable[..., Any], before: PyTree, after: PyTree, *inputs: Any, tolerance: float | None = None
+) -> float:
     """Runs fn(before, *inputs) and fn(after, *inputs), and compares what they return.
 
     Args:

@@ -310,7 +310,7 @@ def skip_connection():
 
     def fn(p, x):
         h = x * p["gain"][None]
-        return h @ p["a"] + jnp.concatenate([jnp.tanh(x), h], 1) @ p["both"]
+        return jnp.concatenate([jnp.tanh(x), h], 1) @ p["both"] + h @ p["a"]
 
     return Case(fn, params, (normal(3, 4),), [(4, ["gain"], ["a", "both"])])
 
@@ -704,6 +704,15 @@ def test_the_certificate_passes_what_is_lawful(fn, params, labels):
         assert certify(program, {**others, var: swapped}), "two channels swapped"
         assert "shape" in certify(program, {**others, var: np.resize(array, [7] * array.ndim)})
         assert "rank" in certify(program, {**others, var: array[None]})
+
+
+def test_the_certificate_counts_no_label_twice():
+    """u * u with every channel tied carries s^2; that is not the scale of channel 1 + 1."""
+    program = program_of(lambda p, x: (u := x @ p["a"]) * u @ p["b"], AB, X)
+    carried = carelessly(program, {"a": -(COLUMNS**0), "b": 2 * ROWS**0})
+    (product,) = (e for e in program.equations if e.name == "mul")
+    carried[product.outputs[0]] = np.array([[-2]])
+    assert "`mul` at" in certify(program, carried)
 
 
 def test_the_certificate_refuses_channels_that_a_site_reads_in_another_order():

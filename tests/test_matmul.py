@@ -251,6 +251,9 @@ def test_contraction_along_an_axis_it_was_not_quantized_for_is_refused():
     weight = quantize_weight(normal(4, 3, 7), (1,), Scheme())
     with pytest.raises(ValueError, match=r"^attn/kernel: contracted along its axes \(0, 1\), but .* along \(1,\)"):
         quantized_dot_general(normal(5, 4, 3), weight, (((1, 2), (0, 1)), ((), ())), "attn/kernel")
+    weight = quantize_weight(normal(4, 3, 7), (0,), Scheme())  # stored (3, 7, 4): the last two are contracted
+    with pytest.raises(ValueError, match=r"^attn/kernel: contracted along its axes \(0, 2\), but .* along \(0,\)"):
+        quantized_dot_general(normal(5, 4, 7), weight, (((1, 2), (0, 2)), ((), ())), "attn/kernel")
 
 
 def test_contraction_along_some_of_the_quantized_axes_uses_their_shared_scale():

@@ -82,19 +82,13 @@ def test_round_trip(tmp_path):
     assert (config.rope_theta, config.max_length, config.tie_embeddings) == (5000.0, 128, False)
     assert model.tokenizer is None
     names = {"attn_q": "self_attn/q_proj", "attn_k": "self_attn/k_proj", "attn_v": "self_attn/v_proj"}
-    names |= {"attn_output": "self_attn/o_proj"} | {
-        f"ffn_{n}": f"mlp/{n}_proj" for n in ("gate", "up", "down")
-    }
+    names |= {"attn_output": "self_attn/o_proj"} | {f"ffn_{n}": f"mlp/{n}_proj" for n in ("gate", "up", "down")}
     for i in range(2):
         for theirs, ours in names.items():
             np.testing.assert_array_equal(leaf(params, i, ours), weights[f"blk.{i}.{theirs}.weight"].T)
         norms = params["model"]["layers"][str(i)]
-        np.testing.assert_array_equal(
-            norms["input_layernorm"]["weight"], weights[f"blk.{i}.attn_norm.weight"]
-        )
-        np.testing.assert_array_equal(
-            norms["post_attention_layernorm"]["weight"], weights[f"blk.{i}.ffn_norm.weight"]
-        )
+        np.testing.assert_array_equal(norms["input_layernorm"]["weight"], weights[f"blk.{i}.attn_norm.weight"])
+        np.testing.assert_array_equal(norms["post_attention_layernorm"]["weight"], weights[f"blk.{i}.ffn_norm.weight"])
     np.testing.assert_array_equal(params["model"]["embed_tokens"]["embedding"], weights["token_embd.weight"])
     np.testing.assert_array_equal(params["model"]["norm"]["weight"], weights["output_norm.weight"])
     np.testing.assert_array_equal(params["lm_head"]["kernel"], weights["output.weight"].T)

@@ -115,9 +115,7 @@ def test_the_oracle_can_tell_the_configurations_apart():
 
 
 def test_tree_has_hugging_face_names():
-    shapes = jax.eval_shape(
-        Model(replace(GROUPED, num_layers=1, tie_embeddings=False)).init, jax.random.key(0)
-    )
+    shapes = jax.eval_shape(Model(replace(GROUPED, num_layers=1, tie_embeddings=False)).init, jax.random.key(0))
     got = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
     assert got == {
         "model/embed_tokens/embedding": (61, 24),
@@ -209,9 +207,7 @@ def test_init_dtype_and_keys():
     init = jax.jit(model.init, static_argnums=1)
     a, b = init(jax.random.key(0), jnp.bfloat16), init(jax.random.key(1), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(a)} == {jnp.dtype(jnp.bfloat16)}
-    assert not np.array_equal(
-        a["model"]["embed_tokens"]["embedding"], b["model"]["embed_tokens"]["embedding"]
-    )
+    assert not np.array_equal(a["model"]["embed_tokens"]["embedding"], b["model"]["embed_tokens"]["embedding"])
 
 
 def test_an_unknown_token_is_not_silently_another():

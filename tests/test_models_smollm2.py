@@ -114,9 +114,7 @@ def test_real_model_continues_in_english(loaded):
 
 def test_real_model_predicts_text(loaded):
     model, params = loaded
-    ids = encode(
-        model, "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun."
-    )
+    ids = encode(model, "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.")
     logs = jax.nn.log_softmax(model.apply(params, ids)[0, :-1])
     loss = -np.mean(logs[np.arange(logs.shape[0]), ids[0, 1:]])
     assert 1 < loss < 4  # chance is log(49152) = 10.8

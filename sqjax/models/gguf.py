@@ -63,9 +63,7 @@ def read_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, 
     try:
         reader = package.GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ValueError(
-            f"{path}: expected a GGUF file, got {error or 'a damaged one'}; fetch it again"
-        ) from error
+        raise ValueError(f"{path}: expected a GGUF file, got {error or 'a damaged one'}; fetch it again") from error
     metadata = {name: value.contents() for name, value in reader.fields.items()}
     shapes = {tensor.name: tuple(int(n) for n in tensor.shape[::-1]) for tensor in reader.tensors}
     config = read_config(str(path), metadata, shapes)
@@ -138,9 +136,7 @@ def _unreadable(tensors: list, dequantize: Callable) -> list[str]:
         try:
             dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError:
-            problems.append(
-                f"{tensor.name}: expected a type that `gguf` can read, got {tensor.tensor_type.name}"
-            )
+            problems.append(f"{tensor.name}: expected a type that `gguf` can read, got {tensor.tensor_type.name}")
     return problems
 
 

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         queries = rotate(heads("q_proj", config.num_heads), table)
         keys = rotate(heads("k_proj", config.num_kv_heads), table).swapaxes(1, 2)
         values = heads("v_proj", config.num_kv_heads).swapaxes(1, 2)
-        if cache is not None:
+        if cache is not None and start is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, start, axis=2)
             values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, start, axis=2)
         mixed = attend(queries, keys, values, mask).reshape(*x.shape[:2], -1)

@@ -59,7 +59,7 @@ def assemble(
     found: dict[str, tuple[str, bool]] = {}
     problems = list(problems)
     for own_name, (name, shape) in tensors.items():
-        path, transposed = translate(name) or (None, False)
+        path, transposed = translate(name) or ("", False)
         if path not in wanted:
             problems.append(f"{own_name}: expected no such tensor, got one of shape {shape}")
         elif path in found:
@@ -69,13 +69,9 @@ def assemble(
             expected = wanted[path][::-1] if transposed else wanted[path]
             if shape != expected:
                 problems.append(f"{own_name}: expected shape {expected}, got {shape}")
-    problems += [
-        f"{path}: expected a tensor for it, got none" for path in sorted(wanted.keys() - found.keys())
-    ]
+    problems += [f"{path}: expected a tensor for it, got none" for path in sorted(wanted.keys() - found.keys())]
     raise_problems(source, problems)
-    leaves = {
-        path: _leaf(read(own_name), transposed, dtype) for path, (own_name, transposed) in found.items()
-    }
+    leaves = {path: _leaf(read(own_name), transposed, dtype) for path, (own_name, transposed) in found.items()}
     return unflatten_dict(leaves, sep="/")
 
 

@@ -1,7 +1,7 @@
 """`Model`: a decoder's configuration and tokenizer together with the pure functions that run it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,7 @@ class Model:
         config = self.config
         return empty_cache(config.num_layers, batch, config.num_kv_heads, length, config.head_dim, dtype)
 
-    def decode(
-        self, params: Params, ids: TokenIds, cache: KVCache
-    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    def decode(self, params: Params, ids: TokenIds, cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Reads more tokens: the logits after the last of them, and the cache that remembers them all.
 
         Several tokens at once are a prefill, one token is a step. Inside `jax.jit` nothing can see a cache
@@ -73,8 +71,8 @@ class Model:
                 f"cache: expected room for {ids.shape[1]} tokens, got {capacity}; "
                 "make a longer one with model.init_cache(batch, length)"
             )
-        logits, cache = Llama(self.config).apply({"params": params}, jnp.asarray(ids), cache)
-        return logits[:, -1], cache
+        logits, grown = Llama(self.config).apply({"params": params}, jnp.asarray(ids), cache)
+        return logits[:, -1], cast(KVCache, grown)
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.config.max_length:

@@ -56,8 +56,7 @@ def _download(directory: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         tail = "\n  ".join((done.stderr + done.stdout).strip().splitlines()[-5:])
         raise RuntimeError(
-            f"could not download {REQUIREMENT}: `{' '.join(command)}` "
-            f"ended with code {done.returncode}:\n  {tail}"
+            f"could not download {REQUIREMENT}: `{' '.join(command)}` ended with code {done.returncode}:\n  {tail}"
         )
     return wheels[0]
 

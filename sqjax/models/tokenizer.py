@@ -110,7 +110,5 @@ def _import_tokenizers():
         import tokenizers.models
         import tokenizers.pre_tokenizers
     except ImportError as error:
-        raise ImportError(
-            "this checkpoint's tokenizer needs `tokenizers`: pip install sqjax[demo]"
-        ) from error
+        raise ImportError("this checkpoint's tokenizer needs `tokenizers`: pip install sqjax[demo]") from error
     return tokenizers

@@ -223,9 +223,7 @@ def make(directory, model_class, config, groups, seed):
             smoothed, scales = smooth(model, groups, absmax, float(label))
             smoothed_absmax = input_absmax(smoothed, ids_calibration)
             before = model.state_dict()
-            changed = {
-                name: value for name, value in smoothed.state_dict().items() if not value.equal(before[name])
-            }
+            changed = {name: value for name, value in smoothed.state_dict().items() if not value.equal(before[name])}
             reference |= {f"smoothed/{label}/{name}": value for name, value in changed.items()}
             reference |= {f"scales/{label}/{name}": value for name, value in scales.items()}
             reference[f"smoothed_logits/{label}"] = logits(smoothed, ids)
