@@ -121,7 +121,10 @@ def proven_graph(fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...]) 
     traced, inputs = _trace(fn, params, args, 0)
     graph = find_graph(Program(traced), shared_arrays(params))
     if not graph.sites:
-        raise ValueError("calibrate: fn multiplies no activation with a leaf of params, so there is nothing to do")
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
+        raise ValueError(
+            f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"
+        )
     return prove(traced, params, inputs, graph)
 
 

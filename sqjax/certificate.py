@@ -115,7 +115,7 @@ def _dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Label
 
 
 def _split(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
-    pieces = lab.split(xs[0], e.params["axis"], e.params["sizes"])
+    pieces = lab.split(xs[0], e.params["axis"], [int(n) for n in e.params["sizes"]])
     return all(_equal(piece, y) for piece, y in zip(pieces, ys, strict=True))
 
 

@@ -253,7 +253,7 @@ _UNDO = {
 
 
 def _split(c: Closure, e: Equation) -> None:
-    axis, sizes = e.params["axis"], e.params["sizes"]
+    axis, sizes = e.params["axis"], [int(n) for n in e.params["sizes"]]
     if (labels := c[e.inputs[0]]) is not None:
         for y, piece in zip(e.outputs, lab.split(labels, axis, sizes), strict=True):
             c.put(y, piece)
@@ -444,10 +444,15 @@ def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
 
 
 def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
-    """(the matmuls of an activation with a leaf, {leaf: why it is none} of the others that a matmul meets)."""
+    """(the matmuls of an activation with a leaf, {leaf: why it is none} of other leaves that a matmul may meet)."""
     places: list[Place] = []
     others: dict[str, str] = {}
     for equation in program.equations:
+        if equation.runs_a_program:  # scan, while, cond, custom kernels
+            read = [
+                program.leaves_behind(v) for v in equation.inputs if isinstance(v, int) and v in program.from_leaves
+            ]
+            others.update(dict.fromkeys(sorted(set().union(*read)), f"{equation} reads it, and is not looked into"))
         if equation.name != "dot_general":
             continue
         sides = _sides(program, equation)

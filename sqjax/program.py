@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from sqjax.interpreter import Traced, inner_program, source_of
 
@@ -23,6 +23,10 @@ class Equation(NamedTuple):
     @property
     def params(self) -> dict[str, Any]:
         return self.origin.params
+
+    @property
+    def runs_a_program(self) -> bool:
+        return any(True for _ in jaxprs_in_params(self.params))
 
     def __str__(self) -> str:
         return f"`{self.name}` at {source_of(self.origin)}"

@@ -995,3 +995,17 @@ def test_every_group_of_a_random_program_folds_exactly(first, middle, last, seed
         for path, _ in group.leaves:
             assert not np.array_equal(folded[path], params[path])
         np.testing.assert_array_equal(fn(folded, x), expected)
+
+
+def test_leaves_that_a_scan_reads_are_reported_with_its_line():
+    def scanned(params, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x @ params["first"], params["stacked"])[0]
+
+    params = {"first": jnp.ones((3, 3)), "stacked": jnp.ones((2, 3, 3))}
+    stats = sq.calibrate(scanned, params, [jnp.ones((4, 3))])
+    assert [site.path for site in stats.graph.sites] == ["first"]
+    assert "`scan` at" in dict(stats.graph.refused)["stacked"]
+    with pytest.raises(ValueError, match=r"(?s)no matmul.*stacked: `scan` at .*test_folding"):
+        sq.calibrate(
+            lambda p, x: scanned({"first": jnp.eye(3), **p}, x), {"stacked": params["stacked"]}, [jnp.ones((4, 3))]
+        )
