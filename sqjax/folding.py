@@ -6,198 +6,17 @@ primitive: given the labels of some of an equation's variables, it puts labels o
 believed only after `sqjax.certificate` has checked it.
 """
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sqjax import labels as lab
 from sqjax.certificate import certify
-from sqjax.graph import Graph, Group, LabelMap, Site
+from sqjax.closure import Closure, Refused, Rule
+from sqjax.graph import Graph, Group, LabelMap
 from sqjax.labels import Labels
 from sqjax.program import Equation, Program, Var
-
-#: Equations that one search may visit: far more than any sound group needs.
-BUDGET = 20_000
-
-
-class Refused(Exception):
-    """Why an activation's scale can not be folded: one reason, or one for every way that was tried."""
-
-    def __str__(self) -> str:
-        return "; and ".join(self.args[:4])
-
-    def at(self, equation: Equation) -> "Refused":
-        """The same, with the equation named where none is named yet."""
-        return Refused(*(r if "`" in r else f"{r} (through {equation})" for r in self.args))
-
-
-class Place(NamedTuple):
-    """A site in the program: the matmul's activation, and its contracted axes in the order of the leaf's."""
-
-    site: Site
-    equation: Equation
-    activation: Var
-    axes: tuple[int, ...]
-
-
-class Ties:
-    """A union-find of channels: tied channels share one scale."""
-
-    def __init__(self, roots: np.ndarray):
-        self.roots = roots
-
-    def of(self, labels: Labels) -> Labels:
-        """The labels with every channel replaced by the one that stands for it."""
-        return lab.compress(np.where(labels == 0, 0, np.sign(labels) * (self.roots[np.abs(labels) - 1] + 1)))
-
-    def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Ties channel a[i] with channel b[i]; the smallest of them stands for all that are tied."""
-        while (differ := self.roots[a] != self.roots[b]).any():
-            p, q = self.roots[a[differ]], self.roots[b[differ]]
-            parent = np.arange(self.roots.size)
-            np.minimum.at(parent, np.maximum(p, q), np.minimum(p, q))
-            while (parent != (up := parent[parent])).any():
-                parent = up
-            self.roots = parent[self.roots]
-
-
-class Closure:
-    """Labels on the way to a fixed point, for one site's activation."""
-
-    def __init__(self, program: Program, shared: Mapping[str, str], channels: int):
-        self.program, self.shared = program, shared
-        self.ties = Ties(np.arange(channels))
-        self.labels: dict[Var, Labels] = {}
-        self.queue: deque[Equation] = deque()
-        self.undecided: list[tuple[Equation, Sequence[tuple[Var, Labels]]]] = []
-        self.visits = itertools.count(1)
-
-    def copy(self) -> "Closure":
-        other = Closure(self.program, self.shared, 0)
-        other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
-        other.queue, other.undecided = deque(self.queue), list(self.undecided)
-        other.visits = self.visits  # one budget for all branches
-        return other
-
-    def __getitem__(self, atom: Var | np.ndarray) -> Labels | None:
-        labels = self.labels.get(atom) if isinstance(atom, int) else None
-        return None if labels is None else self.ties.of(labels)
-
-    def put(self, atom: Var | np.ndarray, labels: Labels | None) -> None:
-        """Adds labels to a variable, and wakes the equations it stands in."""
-        if labels is None or not labels.any() or self.program.is_zero(atom):
-            return
-        if not isinstance(atom, int):
-            raise Refused(f"it would scale the constant {atom}")
-        shape = self.program.shape(atom)
-        if not shape and labels.ndim:
-            labels = self.tie_along(labels, range(labels.ndim)).reshape(())
-        labels = self.tie_along(labels, [a for a, n in enumerate(labels.shape) if n > shape[a]])  # x broadcasts
-        old = self[atom]
-        if old is None:
-            self._admit(atom)
-            merged = labels
-        else:
-            merged = self.merge(old, labels)
-        merged = self.ties.of(merged)
-        if old is None or not np.array_equal(merged, self.ties.of(old)):
-            self.labels[atom] = merged
-            self.queue.extend(self.program.touching(atom))
-
-    def _admit(self, var: Var) -> None:
-        """Refuses variables that can not carry a scale, whatever it is."""
-        program = self.program
-        if var in program.outputs:
-            raise Refused("its scale would reach an output of fn")
-        if var in program.roots:
-            raise Refused(f"its scale would reach {program.roots[var]}")
-        if not program.is_float(var):
-            raise Refused(f"its scale would reach a value of dtype {program.avals[var].dtype}")
-        if (path := program.leaves.get(var, "")) in self.shared:
-            raise Refused(f"the array at {path} also stands at {self.shared[path]}")
-        for equation in program.touching(var):
-            if equation.name not in RULES:
-                raise Refused(f"{equation} stands in the way")
-
-    def merge(self, a: Labels, b: Labels) -> Labels:
-        """One label array for two: no label gives way, different channels are tied, opposite signs refused."""
-        a, b = np.broadcast_arrays(a, b)
-        both = (a != 0) & (b != 0)
-        if (np.sign(a) != np.sign(b))[both].any():
-            raise Refused("an element would have to be both multiplied and divided")
-        differ = both & (a != b)
-        if differ.any():
-            self.ties.join(np.abs(a[differ]) - 1, np.abs(b[differ]) - 1)
-        return np.where(a == 0, b, a)
-
-    def tie_along(self, labels: Labels, axes: Iterable[int]) -> Labels:
-        """Ties all labels along each of `axes`, which get size 1."""
-        for axis in axes:
-            while (size := labels.shape[axis]) > 1:
-                first, second, odd = np.split(labels, [size // 2, size // 2 * 2], axis)
-                labels = np.concatenate([self.merge(first, second), odd], axis)
-        return self.ties.of(labels)
-
-    def numbered(self) -> dict[Var, Labels]:
-        """The labels of every variable, the channels that stand for themselves numbered 0, 1, 2 ..."""
-        used, number = np.unique(self.ties.roots, return_inverse=True)
-        assert (used[number] == self.ties.roots).all()
-        ties = Ties(number)
-        return {var: ties.of(labels) for var, labels in self.labels.items()}
-
-    def choose(self, equation: Equation, options: Sequence[tuple[Var | np.ndarray, Labels]]) -> None:
-        """Takes one of `options` (variable, labels): the only possible one, or notes that there is a choice."""
-        possible: list[tuple[Var, Labels]] = []
-        reasons: list[str] = []
-        for var, labels in options:
-            if isinstance(var, int):
-                try:
-                    self._admit(var)
-                except Refused as refused:
-                    reasons += refused.at(equation).args
-                else:
-                    possible.append((var, labels))
-        if not possible:
-            raise Refused(*dict.fromkeys(reasons or [f"{equation} would have to scale a constant"]))
-        if len(possible) == 1:
-            self.put(*possible[0])
-        else:
-            possible.sort(key=lambda o: o[0] not in self.program.from_leaves)  # leaves first
-            self.undecided.append((equation, possible))
-
-    def close(self) -> "Closure":
-        """The fixed point; where there is a choice, the first one that leads to a fixed point."""
-        while self.queue:
-            equation = self.queue.popleft()
-            if next(self.visits) > BUDGET:
-                raise Refused(f"the search gave up after {BUDGET} equations")
-            try:
-                RULES[equation.name](self, equation)
-            except Refused as refused:
-                raise refused.at(equation) from None
-        while self.undecided:
-            equation, options = self.undecided.pop()
-            if any(self[v] is not None for v, _ in options):
-                continue
-            return self._branch(equation, options)
-        return self
-
-    def _branch(self, equation: Equation, options: Sequence[tuple[Var, Labels]]) -> "Closure":
-        reasons: list[str] = []
-        for var, labels in options:
-            branch = self.copy()
-            try:
-                branch.put(var, labels)
-                return branch.close()
-            except Refused as refused:
-                reasons += refused.at(equation).args
-        raise Refused(*dict.fromkeys(reasons))
-
-
-Rule = Callable[[Closure, Equation], None]
+from sqjax.sites import Place, Side, find_heads, find_sites, sides_of
 
 
 def _move(c: Closure, e: Equation) -> None:
@@ -331,32 +150,11 @@ def _reduce(c: Closure, e: Equation) -> None:
         c.put(x, np.expand_dims(labels, axes))
 
 
-class _Side(NamedTuple):
-    """One operand of a dot_general: its axes, and where its free axes stand in the result."""
-
-    var: Var | np.ndarray
-    contracted: tuple[int, ...]
-    batch: tuple[int, ...]
-    free: tuple[int, ...]
-    out: tuple[int, ...]
-
-
-def _sides(program: Program, e: Equation) -> tuple[_Side, _Side]:
-    contracting, batch = e.params["dimension_numbers"]
-    sides, start = [], len(batch[0])
-    for var, c, b in zip(e.inputs, contracting, batch, strict=True):
-        ndim = len(program.shape(var))
-        free = tuple(a for a in range(ndim) if a not in c and a not in b)
-        sides.append(_Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free)))))
-        start += len(free)
-    return sides[0], sides[1]
-
-
 def _dot(c: Closure, e: Equation) -> None:
     """Labels along contracted axes must meet their opposites in a leaf; labels along the others pass through."""
-    sides, y = _sides(c.program, e), e.outputs[0]
+    sides, y = sides_of(c.program, e), e.outputs[0]
     ndim = len(c.program.shape(y))
-    carriers: list[_Side] = []
+    carriers: list[Side] = []
     for me, other in (sides, sides[::-1]):
         if (labels := c[me.var]) is None or _cancelled(labels, c[other.var]):
             continue
@@ -380,12 +178,12 @@ def _cancelled(labels: Labels, other: Labels | None) -> bool:
     return other is not None and labels.size == other.size == 1 and labels.item() == -other.item()
 
 
-def _cancels(c: Closure, labels: Labels, me: _Side, other: _Side) -> bool:
+def _cancels(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
     meets_leaf = other.var in c.program.from_leaves and me.var not in c.program.from_leaves
     return lab.varies(labels, me.contracted) or (labels.size == 1 and meets_leaf)
 
 
-def _meet(c: Closure, e: Equation, labels: Labels, me: _Side, other: _Side) -> None:
+def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
     if lab.varies(labels, me.free):
         raise Refused(f"{e} adds up its channels")
     if not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
@@ -395,7 +193,7 @@ def _meet(c: Closure, e: Equation, labels: Labels, me: _Side, other: _Side) -> N
     c.put(other.var, -lab.put_axes(met, other.batch + other.contracted, ndim))
 
 
-def _into(c: Closure, labels: Labels, side: _Side) -> Labels:
+def _into(c: Closure, labels: Labels, side: Side) -> Labels:
     """The result's labels as labels of one operand: tied along the other operand's free axes."""
     mine = (*range(len(side.batch)), *side.out)
     tied = c.tie_along(labels, [a for a in range(labels.ndim) if a not in mine])
@@ -424,7 +222,7 @@ def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
         shared: {path: another path} of leaves that are the same array at two places of the tree.
     """
     places, refused = find_sites(program)
-    heads = _heads(program, places)
+    heads = find_heads(program, places)
     groups: list[Group] = []
     grouped: set[str] = set()
     for place in places:
@@ -443,56 +241,6 @@ def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
     return Graph(leaves, sites, tuple(groups), tuple(refused.items()))
 
 
-def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
-    """(the matmuls of an activation with a leaf, {leaf: why it is none} of other leaves that a matmul may meet)."""
-    places: list[Place] = []
-    others: dict[str, str] = {}
-    for equation in program.equations:
-        if equation.runs_a_program:  # scan, while, cond, custom kernels
-            read = [
-                program.leaves_behind(v) for v in equation.inputs if isinstance(v, int) and v in program.from_leaves
-            ]
-            others.update(dict.fromkeys(sorted(set().union(*read)), f"{equation} reads it, and is not looked into"))
-        if equation.name != "dot_general":
-            continue
-        sides = _sides(program, equation)
-        for me, other in (sides, sides[::-1]):
-            if not isinstance(me.var, int) or me.var not in program.from_leaves:
-                continue
-            if not isinstance(other.var, int) or other.var in program.from_leaves:
-                continue
-            view = program.views.get(me.var)
-            if view is None or me.batch:
-                maker = program.maker.get(me.var)
-                what = f"what {maker} makes of it" if maker else f"it in {program.avals[me.var].dtype}"
-                why = f"{equation} has batch axes" if view else f"{equation} multiplies {what}"
-                others.update(dict.fromkeys(program.leaves_behind(me.var), why))
-                continue
-            order = np.argsort([view.axes[a] for a in me.contracted])
-            axes = tuple(view.axes[me.contracted[i]] for i in order)
-            shape = program.shape(me.var)
-            site = Site(view.path, axes, tuple(shape[me.contracted[i]] for i in order))
-            places.append(Place(site, equation, other.var, tuple(other.contracted[i] for i in order)))
-    seen: dict[str, Site] = {}
-    for place in places:
-        if seen.setdefault(place.site.path, place.site) != place.site:
-            others[place.site.path] = f"it is contracted along different axes; {place.equation} is the second use"
-    return [p for p in places if p.site.path not in others], others
-
-
-def _heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
-    """The sites whose product reaches an output of fn through no other site."""
-    weights = {p.equation.outputs[0]: p.site.path for p in places}
-    reaching, heads = set(program.outputs), set()
-    for equation in reversed(program.equations):
-        if reaching.intersection(equation.outputs):
-            if (path := weights.get(equation.outputs[0])) is not None:
-                heads.add(path)
-            else:
-                reaching.update(v for v in equation.inputs if isinstance(v, int))
-    return frozenset(heads)
-
-
 def find_group(
     program: Program, place: Place, places: Sequence[Place], shared: Mapping[str, str], heads: frozenset[str]
 ) -> Group:
@@ -502,7 +250,7 @@ def find_group(
         Refused: with the reason.
     """
     size = int(np.prod(place.site.channels))
-    closure = Closure(program, shared, size)
+    closure = Closure(program, RULES, shared, size)
     seed = -1 - np.arange(size).reshape(place.site.channels)
     closure.put(place.activation, lab.put_axes(seed, place.axes, len(program.shape(place.activation))))
     closure = closure.close()

@@ -25,7 +25,7 @@ FLOORS = [
     ["interpreter"],
     ["program", "labels"],
     ["graph"],
-    ["certificate"],
+    ["sites", "certificate", "closure"],
     ["folding"],
     ["statistics"],
     ["smoothing"],

@@ -18,14 +18,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import sqjax as sq
-from sqjax import folding
+from sqjax import closure
 from sqjax import labels as lab
 from sqjax.calibration import shared_arrays
 from sqjax.certificate import certify
-from sqjax.folding import find_graph, find_sites
+from sqjax.folding import find_graph
 from sqjax.interpreter import trace
 from sqjax.models import LlamaConfig, Model
 from sqjax.program import Program
+from sqjax.sites import find_sites
 
 
 class Case(NamedTuple):
@@ -859,7 +860,7 @@ def test_a_search_that_would_branch_for_ever_gives_up(monkeypatch):
             y = y + (x @ p[f"a{i}"]) * (x @ p[f"b{i}"])
         return (jax.nn.relu(jnp.exp(x)) * jax.nn.relu(jnp.exp(-x)) + y) @ p["w"]
 
-    monkeypatch.setattr(folding, "BUDGET", 2000)
+    monkeypatch.setattr(closure, "BUDGET", 2000)
     for f in (fn, other_order):
         reason = dict(graph_of(f, params, X).refused)["w"]
         assert "`exp` at" in reason or "gave up" in reason
