@@ -94,7 +94,7 @@ def calibrate(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], *,
 
     Raises:
         ValueError: there are no batches; a batch does not fit `fn`; a parameter, a batch or an activation holds NaN or
-            infinity; `fn` multiplies no activation with a leaf.
+            infinity; there is no matmul of an activation with a leaf.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq

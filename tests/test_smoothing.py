@@ -474,7 +474,7 @@ def test_an_activation_that_overflows_is_refused():
 
 
 def test_a_function_without_matmuls_is_refused():
-    with pytest.raises(ValueError, match="no activation"):
+    with pytest.raises(ValueError, match="no matmul of an activation"):
         sq.calibrate(lambda p, x: x * p["norm"][None], {"norm": jnp.ones(6)}, [GOOD])
 
 
