@@ -13,12 +13,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="an impatient minute: less text, fewer repeats")
     demo.add_argument("--alpha", type=float, default=0.85, help="smoothing strength, 0 to 1 (default 0.85)")
     demo.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
+    demo.add_argument("--float-head", action="store_true", help="keep lm_head in float, as the authors do")
     options = parser.parse_args(arguments)
     try:
         from sqjax.demo import FULL, QUICK
         from sqjax.demo import demo as run
 
-        run(QUICK if options.quick else FULL, options.alpha, options.model)
+        run(QUICK if options.quick else FULL, options.alpha, options.model, options.float_head)
     except (ValueError, RuntimeError, ImportError) as error:
         print(f"sqjax: {error}", file=sys.stderr)
         return 1

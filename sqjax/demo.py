@@ -50,7 +50,9 @@ class Row(NamedTuple):
     decode: float
 
 
-def demo(size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m") -> list[Row]:
+def demo(
+    size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m", float_head: bool = False
+) -> list[Row]:
     """Calibrates, smooths and quantizes a model, prints what that costs and gains, and returns the table's rows."""
     model, params = load(model_name)
     if model.tokenizer is None:
@@ -65,17 +67,17 @@ def demo(size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m
     print(f"{len(stats.graph.sites)} matmuls; {len(stats.graph.groups)} groups fold ({norms} into norms), bit for bit")
 
     prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
-    best = {name: _variant(params, stats, alpha, "all", scheme) for name, scheme in SCHEMES.items()}
+    best = {name: _variant(params, stats, alpha, "all", scheme, float_head) for name, scheme in SCHEMES.items()}
     speeds = measure_speed(model, {"float32": params, **best}, prompt, size)
     rows = [Row("float32", _perplexity(model, params, evaluation, "float32"), _nbytes(params), *speeds["float32"])]
     for scheme_name, scheme in SCHEMES.items():
         for smoothing, groups in (("unsmoothed", None), ("norms only", "norm"), ("all groups", "all")):
             name = f"W8A8 {scheme_name}, {smoothing}"
-            variant = _variant(params, stats, alpha, groups, scheme)
+            variant = _variant(params, stats, alpha, groups, scheme, float_head)
             rows.append(
                 Row(name, _perplexity(model, variant, evaluation, name), _nbytes(variant), *speeds[scheme_name])
             )
-    print_table(rows, size, alpha)
+    print_table(rows, size, alpha, float_head)
     for name, tree in {"float32": params, "W8A8 " + next(iter(best)): next(iter(best.values()))}.items():
         ids = np.asarray(greedy(model, tree, prompt, size.generated))[0]
         print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
@@ -86,9 +88,15 @@ def _shipped(name: str) -> str:
     return (resources.files("sqjax") / "text" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def _variant(params: Any, stats: Stats, alpha: float, groups: str | None, scheme: Scheme) -> Any:
+def _variant(
+    params: Any, stats: Stats, alpha: float, groups: str | None, scheme: Scheme, float_head: bool = False
+) -> Any:
     s = {} if groups is None else scales(params, stats, alpha, groups=groups)
-    return quantize(fold(params, stats.graph, s), fold_stats(stats, s), scheme)
+    return quantize(
+        fold(params, stats.graph, s),
+        fold_stats(stats, s),
+        {"lm_head|embed": None, ".*": scheme} if float_head else scheme,
+    )
 
 
 def _perplexity(model: Model, params: Any, tokens: np.ndarray, name: str) -> float:
@@ -129,10 +137,11 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, description
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def print_table(rows: list[Row], size: Size, alpha: float) -> None:
+def print_table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> None:
     """Prints the rows, speeds also as ratios to the first."""
     base = rows[0]
-    print(f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothing with alpha {alpha}; every matmul in int8")
+    what = "the head in float, every other matmul in int8" if float_head else "every matmul in int8"
+    print(f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothing with alpha {alpha}; {what}")
     print(f"{'':32}{'perplexity':>12}{'MB':>8}{'prefill tok/s':>20}{'decode tok/s':>20}")
     for row in rows:
         prefill = f"{row.prefill:.0f} ({row.prefill / base.prefill:.2f}x)"

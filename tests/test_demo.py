@@ -76,6 +76,15 @@ def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
     assert demo.PROMPT in printed
 
 
+def test_the_head_may_stay_float():
+    model = Model(LlamaConfig(60, 32, 64, 1, 4, 2, 8, tie_embeddings=True))
+    params = model.init(jax.random.key(0))
+    stats = sq.calibrate(model.apply, params, [jnp.zeros((1, 4), jnp.int32)])
+    variant = demo._variant(params, stats, 0.5, "all", sq.W8A8, float_head=True)
+    assert variant["model"]["embed_tokens"]["embedding"] is params["model"]["embed_tokens"]["embedding"]
+    assert isinstance(variant["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], sq.QuantWeight)
+
+
 class _Letters(Tokenizer):
     """A tokenizer of characters."""
 
