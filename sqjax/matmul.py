@@ -162,5 +162,5 @@ def _int8_dot(q: Int8[Array, "rows channels"], values: Int8[Array, "outputs chan
 
     if q.shape[0] != 1:
         return dot(q, values)
-    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows are 10 to 20 times faster.
+    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one.
     return lax.platform_dependent(q, values, cpu=dot_of_two_rows, default=dot)

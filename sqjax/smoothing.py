@@ -40,8 +40,8 @@ def scales(
     Args:
         params: the calibrated parameters. All groups' scales come from these, so their order does not matter.
         stats: what `calibrate` returned.
-        alpha: 0 (all difficulty stays in the activations' favourite place, the weights decide) to 1 (the activations
-            decide); or a mapping from name patterns to numbers, the first pattern that matches a group's site wins.
+        alpha: from 0 (s depends on the weights only) to 1 (on the activations only: all difficulty moves into the
+            weights); or a mapping from name patterns to numbers, the first pattern that matches a group's site wins.
         groups: "all"; "norm" (what the authors' code smooths: groups that a norm absorbs, the head left out); or name
             patterns, searched in the sites' paths.
         round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and bfloat16.

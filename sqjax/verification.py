@@ -9,8 +9,8 @@ import numpy as np
 from sqjax.execution import quantized
 from sqjax.trees import PyTree, named_leaves
 
-#: Largest relative error of a right fold, by the precision of the parameters: the right fold of a 30-layer model
-#: gave 2.5e-6 in float32. In half precision rounding hides wrong folds: trust `calibrate`'s bitwise proof there.
+#: Largest relative error to accept of a right fold, by the precision of the parameters. In half precision rounding
+#: hides wrong folds: trust `calibrate`'s bitwise proof there.
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 
