@@ -20,7 +20,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     quantized(fn)(qparams, *args, **kwargs) is fn(params, *args, **kwargs) in which every matmul with a quantized weight
     runs int8 x int8 -> int32; everything else is re-emitted as it was. On a float tree it is `fn` itself. Wrap it in
-    jax.jit: outside, every call traces `fn` anew. The same `fn` gives the same wrapper, so that jit keeps its cache; the
+    jax.jit: outside, every call traces `fn` anew. The same `fn` gives the same wrapper, so jit keeps its cache; the
     last 256 functions are remembered. Where a quantized weight itself flows into a function with a custom derivative,
     that derivative is lost; the matmul's own is straight-through.
 
