@@ -148,6 +148,10 @@ def _splits_hidden_size(value: Any, config: Any) -> bool:
     return value is None or value * config.num_attention_heads == config.hidden_size
 
 
+def _is_hidden_size(value: Any, config: Any) -> bool:
+    return value in (None, config.hidden_size)
+
+
 def _window_is_never_reached(value: Any, config: Any) -> bool:
     return value is not None and value >= config.max_position_embeddings
 
@@ -181,5 +185,9 @@ ASSUMPTIONS = (
     Assumption("FlaxGPT2", "scale_attn_by_inverse_layer_idx", _is(False), "divides by no layer's number", _OWN),
     Assumption("FlaxOPT", "enable_bias", _is(True), "has biases", _OWN),
     Assumption("FlaxOPT", "layer_norm_elementwise_affine", _is(True), "has norms with gains and biases", _OWN),
+    Assumption("FlaxMarian", "share_encoder_decoder_embeddings", _is(True), "has one embedding for both sides", _OWN),
+    Assumption("FlaxRoFormer", "embedding_size", _is_hidden_size, "has embeddings of hidden_size", _OWN),
+    Assumption("FlaxResNet", "downsample_in_bottleneck", _is(False), "strides in its second convolution", _OWN),
+    Assumption("FlaxWav2Vec2", "adapter_attn_dim", _is(None), "has no adapters in its attention", _OWN),
     Assumption(_ABSOLUTE, "position_embedding_type", _is(None, "absolute"), "has absolute positions", _OWN),
 )
