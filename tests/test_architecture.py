@@ -19,14 +19,16 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
-    ["formats", "trees"],
+    ["formats", "trees", "views"],
     ["qtensor"],
     ["matmul"],
-    ["interpreter"],
-    ["program", "labels"],
+    ["equations"],
+    ["interpreter", "labels"],
+    ["program"],
     ["graph"],
     ["sites", "certificate", "closure"],
-    ["folding"],
+    ["stacks"],
+    ["folding", "evaluation"],
     ["statistics"],
     ["smoothing"],
     ["calibration"],
