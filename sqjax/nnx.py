@@ -13,8 +13,9 @@ from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
 from sqjax.dense import check_kernel, dense, quantize_kernel
+from sqjax.equations import inner_program
 from sqjax.execution import quantized
-from sqjax.interpreter import inner_program, trace
+from sqjax.interpreter import trace
 from sqjax.matmul import QuantWeight
 from sqjax.schemes import W8A8, Scheme
 from sqjax.trees import PyTree, named_leaves

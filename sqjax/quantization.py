@@ -91,7 +91,9 @@ def quantize_weight(
     dtype, input_scale = weight.dtype, None
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
-        weight = weight.astype(jnp.float32) * _spread(s, (*batch, *sorted(a % weight.ndim for a in contracting)), weight.ndim)
+        weight = weight.astype(jnp.float32) * _spread(
+            s, (*batch, *sorted(a % weight.ndim for a in contracting)), weight.ndim
+        )
     if scheme.activations == "static":
         if absmax is None:
             raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
