@@ -430,6 +430,16 @@ def test_one_plus_w_absorbs_affinely():
     np.testing.assert_allclose((1 + after) * s[scale_of], 1 + before, rtol=1e-6)
 
 
+def test_one_plus_w_in_bfloat16_is_refused():
+    """1 + w computed in bfloat16 is too coarse for w = (1 + w)/s - 1 to bring it back."""
+    case, fn, params, _ = built(gemma)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    graph = find_graph(Program(trace(fn, params, case.args, {})[0]), {})
+    reasons = dict(graph.refused)
+    for path in kernels("model/layers/0/self_attn", *QKV):
+        assert re.search(r"1 \+ model/layers/0/input_layernorm/weight in bfloat16", reasons[path])
+
+
 # The function ---------------------------------------------------------------------------------------------------------
 
 

@@ -81,11 +81,12 @@ def from_flax(
 
     Example:
         >>> import numpy as np, sqjax as sq
-        >>> from transformers import FlaxGPT2LMHeadModel, GPT2Config
-        >>> model = FlaxGPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=16))
+        >>> from transformers import FlaxOPTForCausalLM, OPTConfig
+        >>> sizes = {"hidden_size": 8, "ffn_dim": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
+        >>> model = FlaxOPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=31))
         >>> fn, params = sq.models.from_flax(model, outputs="logits")
         >>> fn(params, np.array([[1, 2, 3]])).shape
-        (1, 3, 32)
+        (1, 3, 31)
     """
     name = type(model).__name__
     if not any(c.__name__ == "FlaxPreTrainedModel" for c in type(model).__mro__):
@@ -97,9 +98,7 @@ def from_flax(
         raise ValueError(f"{name} would compute something else than its configuration says:\n" + "\n".join(problems))
     initialized = model._is_initialized
     if params is None and not initialized:
-        raise ValueError(
-            f"{name}: made with _do_init=False, it holds no parameters; pass them: from_flax(model, params)"
-        )
+        raise ValueError(f"{name}: holds no parameters (_do_init=False); pass them: from_flax(model, params)")
     params = model.params if params is None else params
     bare = copy.copy(model)
     if initialized:
