@@ -16,10 +16,12 @@ import sqjax as sq
 def main() -> dict[str, float]:
     sizes = {"vocab_size": 512, "hidden_size": 128, "ffn_dim": 512, "max_position_embeddings": 64}
     config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, init_std=0.1)
-    fn, params = sq.models.from_flax(FlaxOPTForCausalLM(config), outputs="logits")
+    model = FlaxOPTForCausalLM(config, _do_init=False)
+    params = jax.jit(model.init_weights, static_argnums=1)(jax.random.key(0), (1, 1))
     for layer in params["model"]["decoder"]["layers"].values():
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             layer[norm]["scale"] = layer[norm]["scale"].at[:4].set(30.0)
+    fn, params = sq.models.from_flax(model, params, outputs="logits")
     *batches, ids = np.random.default_rng(0).integers(4, 512, (5, 2, 32))
 
     stats = sq.calibrate(fn, params, batches)

@@ -443,9 +443,16 @@ def test_one_plus_w_in_bfloat16_is_refused():
 # The function ---------------------------------------------------------------------------------------------------------
 
 
+class Compiled(hf.FlaxOPTForCausalLM):
+    """The class, initialised by one compiled program: op by op it takes ten seconds."""
+
+    def init_weights(self, rng, input_shape, params=None):
+        return jax.jit(super().init_weights, static_argnums=1)(rng, input_shape)
+
+
 @functools.cache
 def initialised():
-    return hf.FlaxOPTForCausalLM(opt().config)
+    return Compiled(opt().config)
 
 
 def test_the_function_is_the_model():
@@ -541,13 +548,14 @@ def test_quantized_generate_is_greedy_decoding_in_int8(build):
 
 
 def test_quantized_beam_search_runs_the_models_own_loop():
+    """The score of a sequence that has not ended is the log-probability of its new tokens in the int8 model."""
     _, fn, params, stats = built(gpt2)
     qparams, beams = sq.quantize(params, stats, sq.W8A8), ENDLESS | {"num_beams": 2}
     got = jax.jit(sq.quantized(fn.generate), static_argnames=STATIC)(qparams, IDS, **beams)
-    expected = jax.jit(fn.generate, static_argnames=STATIC)(params, IDS, **beams)
-    assert got.sequences.shape == expected.sequences.shape == (2, 9)
     np.testing.assert_array_equal(got.sequences[:, :5], IDS)
-    np.testing.assert_allclose(got.scores, expected.scores, rtol=0.05)
+    odds = jax.nn.log_softmax(jax.jit(sq.quantized(fn))(qparams, got.sequences))[:, 4:-1]
+    odds = np.take_along_axis(odds, np.asarray(got.sequences)[:, 5:, None], -1)
+    np.testing.assert_allclose(got.scores, odds.sum((1, 2)), rtol=1e-4)
 
 
 def test_speech_is_transcribed_in_int8():

@@ -80,11 +80,12 @@ def from_flax(
             configuration (a `rope_theta`, tied embeddings, ...) and would compute something else than it says.
 
     Example:
-        >>> import numpy as np, sqjax as sq
+        >>> import jax, numpy as np, sqjax as sq
         >>> from transformers import FlaxOPTForCausalLM, OPTConfig
         >>> sizes = {"hidden_size": 8, "ffn_dim": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
-        >>> model = FlaxOPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=31))
-        >>> fn, params = sq.models.from_flax(model, outputs="logits")
+        >>> model = FlaxOPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=31), _do_init=False)
+        >>> params = jax.jit(model.init_weights, static_argnums=1)(jax.random.key(0), (1, 1))
+        >>> fn, params = sq.models.from_flax(model, params, outputs="logits")
         >>> fn(params, np.array([[1, 2, 3]])).shape
         (1, 3, 31)
     """
