@@ -62,6 +62,7 @@ class Closure:
         shared: {path: another path} of leaves that are the same array; no scale may reach them.
         channels: the number of channels of the activation.
         absorbers: the only leaves that may be divided; None: any.
+        crossing: whether a scale may meet its inverse in another activation (keys and queries), not only in a leaf.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Closure:
         shared: Mapping[str, str],
         channels: int,
         absorbers: frozenset[str] | None = None,
+        crossing: bool = False,
     ):
         self.program, self.rules, self.shared, self.absorbers = program, rules, shared, absorbers
+        self.crossing = crossing
         self.causes: dict[Var, Equation | None] = {}
         self.current: Equation | None = None
         self.ties = Ties(np.arange(channels))
@@ -82,7 +85,7 @@ class Closure:
         self.visits = itertools.count(1)
 
     def copy(self) -> "Closure":
-        other = Closure(self.program, self.rules, self.shared, 0, self.absorbers)
+        other = Closure(self.program, self.rules, self.shared, 0, self.absorbers, self.crossing)
         other.causes, other.current = dict(self.causes), self.current
         other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
         other.queue, other.undecided = deque(self.queue), list(self.undecided)

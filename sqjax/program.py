@@ -32,6 +32,11 @@ class Equation(NamedTuple):
         return self.origin.params
 
     @property
+    def variables(self) -> list[Var]:
+        """The variables among its inputs."""
+        return [v for v in self.inputs if isinstance(v, int)]
+
+    @property
     def runs_a_program(self) -> bool:
         return any(True for _ in jaxprs_in_params(self.params))
 
@@ -176,7 +181,7 @@ class Program:
                     body = equation.body._replace(equations=self._alive(equation.body.equations, alive))
                     equation = equation._replace(body=body)
                 kept.append(equation)
-                alive.update(v for v in equation.inputs if isinstance(v, int))
+                alive.update(equation.variables)
         return tuple(kept[::-1])
 
     def _index(self) -> None:
@@ -190,7 +195,7 @@ class Program:
         self._slices: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
-            for v in {v for v in equation.inputs if isinstance(v, int)}:
+            for v in set(equation.variables):
                 self.readers.setdefault(v, []).append(equation)
         for var in self._slices:
             if not self._read_once(self._chain(var)[:-1]):
@@ -204,7 +209,7 @@ class Program:
             if equation.body is not None:
                 self._enter(equation, equation.body)
                 self._visit(equation.body.equations)
-            variables = [v for v in equation.inputs if isinstance(v, int)]
+            variables = equation.variables
             self.maker.update(dict.fromkeys(equation.outputs, equation))
             if variables and all(v in self.from_leaves for v in variables) and equation.body is None:
                 self.from_leaves.update(equation.outputs)
@@ -303,7 +308,7 @@ class Program:
             if v in self.leaves:
                 paths.add(self.leaves[v])
             elif v in self.maker:
-                stack += [x for x in self.maker[v].inputs if isinstance(x, int)]
+                stack += self.maker[v].variables
         return paths
 
     def shape(self, atom: Var | np.ndarray) -> tuple[int, ...]:
