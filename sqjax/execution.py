@@ -231,7 +231,9 @@ RULES = Rules(
         "dot_general": _dot,
         "transpose": _transpose,
         "convert_element_type": _convert,
-        **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"), _copy),
+        **dict.fromkeys(
+            ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"), _copy
+        ),
         **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
         "slice": _slice,
         "gather": _gather,

@@ -162,11 +162,11 @@ def find_keys(search: Search) -> list[Keys]:
     Lin et al. 2024, arXiv 2405.04532. The keys are the operand over whose tokens the softmax runs. Where no leaf
     absorbs the scale on both sides, nothing is found.
     """
-    program, found, met = search.program, [], set()
+    program = search.program
+    found: list[Keys] = []
+    met: set[Var] = set()
     for equation in program.equations:
-        if equation.name != "dot_general" or any(
-            v in program.from_leaves for v in equation.inputs if isinstance(v, int)
-        ):
+        if equation.name != "dot_general" or program.from_leaves.intersection(equation.variables):
             continue
         for side in sides_of(program, equation):
             if isinstance(side.var, int) and side.var not in met and normalised_over(program, equation, side.out):

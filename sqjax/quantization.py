@@ -135,9 +135,9 @@ def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
         tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
         if not np.allclose(now, then, rtol=tolerance, atol=0):
             raise ValueError(
-                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static activation "
-                "scales, or smoothing at run time, would be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), "
-                "with the params before smoothing, or calibrate again"
+                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static "
+                "activation scales, or smoothing at run time, would be wrong. Pass "
+                "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or calibrate again"
             )
 
 
