@@ -87,6 +87,7 @@ class Program:
         constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
+        picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of a stack.
         zeros: variables known to hold only zeros.
         views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
@@ -189,6 +190,7 @@ class Program:
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
         self.zeros: set[Var] = set()
+        self.picked: dict[Var, Equation] = {}
         self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
@@ -215,6 +217,10 @@ class Program:
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_VALUES:
                 self._pass_constant(equation)
+            if equation.name in ("dynamic_slice", "gather") and equation.inputs[0] in self.from_leaves:
+                self.picked[equation.outputs[0]] = equation
+            elif equation.name in VIEWS and variables and variables[0] in self.picked:
+                self.picked[equation.outputs[0]] = self.picked[variables[0]]
             if equation.name in VIEWS and len(variables) == 1 and variables[0] in self.views:
                 self._pass_view(variables[0], equation)
 

@@ -1,7 +1,7 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
             if not isinstance(me.var, int) or me.var not in program.from_leaves:
+                others.update(_picked(program, equation, me.var, other.var))
                 continue
             if not isinstance(other.var, int) or other.var in program.from_leaves:
                 continue
@@ -97,6 +98,17 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
         return {}
     read = [program.leaves_behind(v) for v in equation.variables if v in program.from_leaves]
     return dict.fromkeys(sorted(set().union(*read)), why)
+
+
+def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mapping[str, str]:
+    """{leaf: why it is no site} where an activation is multiplied with what an index has picked of a leaf."""
+    if me not in program.picked or not isinstance(other, int) or other in program.from_leaves:
+        return {}
+    source = program.picked[me]
+    if other in program.picked and source.name == "gather":
+        return {}  # rows of an embedding: the activation
+    why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
+    return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
 
 
 def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
