@@ -83,7 +83,10 @@ def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = 
         Refused: with the reason.
     """
     found, closure = _close(search, place.activation, place.axes, absorbers)
-    return _group(search, place.site.path, found, closure)
+    group = _group(search, place.site.path, found, closure)
+    if not group.absorbers or group.name not in dict(group.sites):
+        raise Refused("no leaf absorbs its scale")
+    return group
 
 
 def _close(
@@ -126,25 +129,36 @@ def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
 
 def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
     """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
-    program, places = search.program, search.places
+    program = search.program
     stack = Stack.of(program, found)
     variables = {program.leaves[v]: v for v in found if v in program.leaves}
     leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
-    labelled = [(p, stack.of_site(p, found.get(p.activation))) for p in places if p.site.path in leaves]
-    sites = {p.site.path: labels for p, labels in labelled if labels.any()}
-    for place, labels in labelled:
-        if not np.array_equal(sites.get(place.site.path, labels), labels):
-            raise Refused(f"{place.equation} multiplies another part of {place.site.path} with something else")
+    sites = _scaled_sites(search, stack, found)
     absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
     return Group(
         name=name,
         size=stack.size * math.prod(program.lengths[scan] for scan in stack.scans),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in places) and not search.heads.intersection(sites),
+        norm=not absorbers.intersection(p.site.path for p in search.places) and not search.heads.intersection(sites),
         ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
         steps=tuple(program.lengths[scan] for scan in stack.scans),
     )
+
+
+def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
+    """{site: the labels of its channels} for the sites whose activation carries labels."""
+    sites: dict[str, Labels] = {}
+    for place in search.places:
+        activation = found.get(place.activation)
+        if activation is not None and lab.varies(
+            activation, [a for a in range(activation.ndim) if a not in place.axes]
+        ):
+            raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
+        labels = stack.of_site(place, activation)
+        if not np.array_equal(sites.setdefault(place.site.path, labels), labels):
+            raise Refused(f"{place.equation} multiplies another part of {place.site.path} with something else")
+    return {path: labels for path, labels in sites.items() if labels.any()}
 
 
 class Keys(NamedTuple):

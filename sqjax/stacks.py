@@ -39,8 +39,8 @@ class Stack(NamedTuple):
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
         """The labels of a site's channels, in the order of `Site.channels`."""
         stacked, channels = place.view.stacked, place.site.channels
-        if activation is None or lab.varies(activation, [a for a in range(activation.ndim) if a not in place.axes]):
-            return np.zeros(channels, int)  # no label, or none of channels
+        if activation is None:
+            return np.zeros(channels, int)
         shape = [self.program.shape(place.activation)[a] for a in place.axes]
         own = np.broadcast_to(-lab.take_axes(activation, place.axes), shape).reshape(channels[len(stacked) :])
         own = own.reshape((1,) * len(stacked) + own.shape)
