@@ -47,11 +47,12 @@ def shown_params(params: Any, shown: Callable[[Any], str]) -> str:
 
 
 class Step(NamedTuple):
-    """What an interpreter did: an operation, its operands' values, its result."""
+    """What an interpreter did: an operation, its operands' values, its result, the operation's parameters."""
 
     op: str
     operands: tuple[Any, ...]
     result: Any
+    params: Any
 
 
 def _einsum(dims, a, b):
@@ -173,6 +174,11 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "dynamic_slice": (_dynamic_slice, lambda n, x, ids: lax.dynamic_slice(x, _starts(x, n, ids), n)),
     "dynamic_update_slice": (_update, _lax_update),
     "barrier": (lambda _, x: x, lambda _, x: lax.optimization_barrier(x)),
+    "cond": (
+        lambda _, x, ids: 2 * x if ids[0] > 0 else -x,
+        lambda _, x, ids: lax.cond(ids[0] > 0, lambda x: x + x, lax.neg, x),
+    ),
+    "loop": (lambda _, x: -x, lambda _, x: lax.fori_loop(0, 3, lambda _, x: -x, x)),
     "bfloat16": (_bfloat16, lambda _, x: x.astype(jnp.bfloat16).astype(x.dtype)),
 }
 WRAPPERS = {"jit": jax.jit, "remat": jax.checkpoint}
@@ -190,30 +196,30 @@ def evaluate(dag: Dag, leaves: Mapping[str, Any], inputs: Sequence[Any]) -> list
             values.append(params)
         elif op == "call":
             inner = evaluate(params[1], {}, xs)
+            values.append(returned(inner))
             steps += inner
-            values.append(returned(params[1], inner))
         elif op == "scan":
             values.append(_scan(params, xs, steps))
         else:
             result = OPERATIONS[op][0](params, *xs)
             values.append(result if isinstance(result, tuple) else np.asarray(result))
-        steps.append(Step(op, xs, values[-1]))
-    steps.append(Step("return", tuple(values[k] for k in dag.outputs), None))
+        steps.append(Step(op, xs, values[-1], params))
+    steps.append(Step("return", tuple(values[k] for k in dag.outputs), None, None))
     return steps
 
 
-def returned(dag: Dag, steps: list[Step]) -> Any:
-    """What a program returned; one value if it returns one."""
+def returned(steps: list[Step]) -> Any:
+    """Takes the last step off: what a program returned; one value if it returns one."""
     values = steps.pop().operands
     return values if len(values) > 1 else values[0]
 
 
 def _scan(params: Any, xs: Sequence[Any], steps: list[Step]) -> Any:
-    body, layers, stacked = params
+    body, layers, stacked, reverse = params
     carry, *rest = xs
-    for k in range(layers):
+    for k in reversed(range(layers)) if reverse else range(layers):
         inner = evaluate(body, {}, (carry, *(x[k] if s else x for x, s in zip(rest, stacked, strict=True))))
-        carry = returned(body, inner)
+        carry = returned(inner)
         steps += inner
     return carry
 
@@ -248,11 +254,13 @@ def _constant(value: Any) -> Any:
 
 
 def _lax_scan(params: Any, xs: Sequence[Any]) -> Any:
-    body, layers, stacked = params
+    body, layers, stacked, reverse = params
     carry, *rest = xs
 
     def step(carry, sliced):
         now = iter(sliced)
         return function(body)({}, carry, *(next(now) if s else x for x, s in zip(rest, stacked, strict=True))), None
 
-    return lax.scan(step, carry, [x for x, s in zip(rest, stacked, strict=True) if s], length=layers)[0]
+    return lax.scan(step, carry, [x for x, s in zip(rest, stacked, strict=True) if s], length=layers, reverse=reverse)[
+        0
+    ]

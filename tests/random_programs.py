@@ -90,7 +90,8 @@ class Builder:
             k = self._append(Node("leaf", (), name), self.leaves[name])
         else:
             stacked = bool(self.layers) and self.tape(6) < 5
-            outside = self.outer.leaf((self.layers, *shape) if stacked else shape)
+            make = self.outer.leaf if self.tape(4) else self.outer.weight
+            outside = make((self.layers, *shape) if stacked else shape)
             self.operands.append(outside)
             self.stacked.append(stacked)
             value = self.outer.values[outside][0] if stacked else self.outer.values[outside]
@@ -303,6 +304,11 @@ def unary(*names: str) -> Callable:
     return lambda b, v: b.add(b.tape.pick(names), v)
 
 
+def control(b: Builder, v: int) -> int:
+    """Control flow with something labelled inside: a barrier."""
+    return b.add("cond", v, b.inputs[1]) if b.outer is None and b.tape(2) else b.add("loop", v)
+
+
 def power(b: Builder, v: int) -> int:
     return b.add("power", v, params=b.tape.pick([2, 3, -1]))
 
@@ -487,6 +493,18 @@ def scores(b: Builder, v: int) -> int:
     return b.add("dot", v, b.like(v), params=(((last,), (last,)), ((0,), (0,)) if b.tape(2) and last > 0 else ((), ())))
 
 
+def attention(b: Builder, v: int) -> int:
+    """One head: probabilities of queries and keys, times values."""
+    c = b.shape(v)[-1:]
+    if len(b.shape(v)) != 2:
+        raise Rejected
+    q, k, x = (b.add("dot", v, b.weight((*c, 2)), params=(((1,), (0,)), ((), ()))) for _ in range(3))
+    if b.tape(2):
+        q, x = gain(b, q), bias(b, x)
+    p = b.add("exp", b.add("tanh", b.add("dot", q, k, params=(((1,), (1,)), ((), ())))))
+    return b.add("dot", p, x, params=(((1,), (0,)), ((), ())))
+
+
 def rows(b: Builder, v: int) -> int:
     axis = b.tape.pick(range(len(b.shape(v))))
     ids = np.array(b.tape.pick([[0], [1, 0], [0, 0, 1]]), np.int32)
@@ -535,7 +553,7 @@ def call(b: Builder, v: int) -> int:
 
 def layers(b: Builder, v: int) -> int:
     """A scan over two or three stacked layers."""
-    if b.outer is not None or not b.shape(v):
+    if not b.shape(v) or (b.outer is not None and b.outer.outer is not None):
         raise Rejected
     inner = Builder(b.tape, [b.values[v]], b, layers=2 + b.tape(2))
     carry = inner.inputs[0]
@@ -553,13 +571,26 @@ def layers(b: Builder, v: int) -> int:
     if inner.shape(y) != inner.shape(carry):
         raise Rejected
     y = inner.add("add", carry, y) if b.tape(2) else inner.add("tanh", y)
+    if b.tape(8) == 7:
+        y = inner.step([(1, layers)], y)
     body = inner.finish([y])
-    return b.add("scan", v, *inner.operands, params=(body._replace(inputs=()), inner.layers, tuple(inner.stacked)))
+    return b.add(
+        "scan",
+        v,
+        *inner.operands,
+        params=(body._replace(inputs=()), inner.layers, tuple(inner.stacked), bool(b.tape(2))),
+    )
 
 
 PRODUCERS = [(4, gain), (5, matmul), (2, affine_gain), (1, bias), (1, embedding), (1, two_matmuls)]
 MATMULS = [(6, matmul), (2, two_matmuls)]
-BARRIERS = [(2, unary("tanh", "exp", "logistic", "abs", "square", "sign")), (1, power), (1, norm), (1, sort)]
+BARRIERS = [
+    (2, unary("tanh", "exp", "logistic", "abs", "square", "sign")),
+    (1, power),
+    (1, norm),
+    (1, sort),
+    (1, control),
+]
 MOVES = [
     (4, leaky),
     (2, unary("neg", "relu", "barrier", "bfloat16")),
@@ -585,13 +616,15 @@ MOVES = [
     (2, cumulative),
     (2, reduce),
     (3, mixed),
+    (2, attention),
+    (1, unary("abs", "sign")),
     (1, scores),
     (2, rows),
     (2, window),
     (2, cache),
     *BARRIERS,
 ]
-OUTER = [*MOVES, (2, call), (2, residual)]
+OUTER = [*MOVES, (2, call), (2, residual), (1, layers)]
 AFTER = [(3, lambda b, v: v), (2, residual), (2, layers), (1, norm), (1, unary("tanh"))]
 
 

@@ -25,7 +25,7 @@ from sqjax.graph import Graph, Group
 from sqjax.interpreter import trace
 from sqjax.program import Program
 
-PROGRAMS, TAPE = 2000, 200
+PROGRAMS, TAPE = 1200, 200
 
 
 def drawn(seed: int, number: int) -> Dag:
@@ -56,12 +56,14 @@ def rescaled(leaf: np.ndarray, labels: np.ndarray, s: np.ndarray, offset: float 
     return (offset + leaf) * factors[labels.clip(min=0)] / factors[(-labels).clip(min=0)] - offset
 
 
-def folded(dag: Dag, groups: Iterable[Group], s: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The leaves with every group's scales folded in."""
-    leaves = dict(dag.leaves)
-    for group in groups:
-        for path, labels, *offset in group.leaves:
-            leaves[path] = rescaled(leaves[path], labels.array, s[group.name], *offset)
+def folded(
+    dag: Dag, graph: Graph, s: Mapping[str, np.ndarray], groups: Iterable[Group] | None = None
+) -> dict[str, np.ndarray]:
+    """The leaves with the scales of all groups, or of these, folded in."""
+    leaves, offsets = dict(dag.leaves), dict(getattr(graph, "offsets", ()))
+    for group in graph.groups if groups is None else groups:
+        for path, labels in group.leaves:
+            leaves[path] = rescaled(leaves[path], labels.array, s[group.name], offsets.get(path, 0.0))
     return leaves
 
 
@@ -90,19 +92,56 @@ def reached(dag: Dag, leaves: Mapping[str, np.ndarray]) -> set[str]:
     return {new.op for new, old in steps if not all(map(same, new.operands, old.operands))}
 
 
+def check_sites(dag: Dag, graph: Graph, group: Group, leaves: Mapping[str, np.ndarray], s: np.ndarray) -> None:
+    """Fails unless what each site reads is divided by just the scales that the group's label map says.
+
+    Statistics of the folded model are derived from these maps. Seen are matmuls of a leaf as it is, not of a view.
+    """
+    named, sites = {id(x): path for path, x in dag.leaves.items()}, {site.path: site for site in graph.sites}
+    runs = [run(dag, dag.leaves, dag.inputs), run(dag, leaves, dag.inputs), run(dag, dag.leaves, other_inputs(dag))]
+    for old, new, other in zip(*runs, strict=True):
+        for me in (0, 1) if old.op == "dot" else ():
+            site = sites.get(named.get(id(old.operands[me]), ""))
+            if site is None or same(old.operands[1 - me], other.operands[1 - me]):
+                continue  # no site, or no activation
+            axes = [axis for pair in old.params for axis in zip(pair[me], pair[1 - me], strict=True)]
+            factors = (
+                np.concatenate([[1.0], s])[dict(group.sites)[site.path].array]
+                if site.path in dict(group.sites)
+                else 1.0
+            )
+            expected = old.operands[1 - me] / along(
+                factors, [dict(axes)[a] for a in (*site.batch, *site.axes)], old.operands[1 - me].ndim
+            )
+            assert same(new.operands[1 - me], expected), (
+                f"the input of {site} has other scales: {group}\n{graph}\n{dag}"
+            )
+
+
+def along(factors: np.ndarray | float, axes: Sequence[int], ndim: int) -> np.ndarray | float:
+    """An array as one of rank `ndim`, its axis i at `axes[i]`."""
+    if np.ndim(factors) == 0:
+        return factors
+    spread = np.reshape(factors, np.shape(factors) + (1,) * (ndim - np.ndim(factors)))
+    return np.moveaxis(spread, range(np.ndim(factors)), axes)
+
+
 def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
     """Fails unless each group, and all of them at once, fold exactly; the operations that each group reaches."""
     s = {group.name: powers_of_two(rng, group.size) for group in graph.groups}
     found = []
     for group in graph.groups:
-        leaves = folded(dag, [group], s)
-        for path, labels, *_ in group.leaves:
+        leaves = folded(dag, graph, s, [group])
+        for path, labels in group.leaves:
             assert labels.array.any(), f"no label on {path} in {group}\n{dag}"
             assert not np.array_equal(leaves[path], dag.leaves[path]), f"{path} stays as it was\n{dag}"
-        assert group.absorbers, f"nothing absorbs {group}\n{dag}"
         assert unchanged(dag, leaves), f"not exact: {group}\n{graph}\n{dag}"
+        check_sites(dag, graph, group, leaves, s[group.name])
         found.append(reached(dag, leaves))
-    assert unchanged(dag, folded(dag, graph.groups, s)), f"exact one by one, not together: {graph}\n{dag}"
+    sites = [path for group in graph.groups for path, _ in group.sites]
+    assert len(sites) == len(set(sites)), f"a site in two groups: {graph}\n{dag}"
+    assert all(group.name in dict(group.sites) for group in graph.groups), f"not named by a site: {graph}\n{dag}"
+    assert unchanged(dag, folded(dag, graph, s)), f"exact one by one, not together: {graph}\n{dag}"
     return found
 
 
@@ -117,6 +156,7 @@ def survey(seed: int, count: int) -> Counter:
         graph = find_graph(program_of(dag), {})
         groups = check(dag, graph, np.random.default_rng([seed, number, 1]))
         tally.update(groups=len(groups), sites=len(graph.sites), refused=len(graph.refused))
+        tally["absorbed by nothing"] += sum(not group.absorbers for group in graph.groups)
         tally.update(op for ops in groups for op in ops)
         tally.update(f"a program with {op}" for op in {node.op for node in dag.nodes})
     return tally
@@ -142,6 +182,7 @@ REACHED = {
 def test_every_fold_of_a_random_program_is_exact():
     tally = survey(0, PROGRAMS)
     assert tally["groups"] >= PROGRAMS // 4
+    assert tally["absorbed by nothing"] <= PROGRAMS // 200  # an activation that is all padding, read through slices
     few = {op: tally[op] for op, least in REACHED.items() if tally[op] < least}
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
 
@@ -185,18 +226,31 @@ def test_a_wrong_fold_is_seen():
         graph = find_graph(program_of(dag), {})
         for group in graph.groups:
             s = {group.name: powers_of_two(np.random.default_rng(number), group.size)}
-            for path, *_ in group.leaves:
-                leaves = folded(dag, [group], s) | {path: dag.leaves[path]}
+            for path, _ in group.leaves:
+                leaves = folded(dag, graph, s, [group]) | {path: dag.leaves[path]}
                 wrong += 1
                 seen += not unchanged(dag, leaves)
     assert wrong > 100
     assert seen > 0.9 * wrong
 
 
+def test_a_search_without_its_certificate_is_caught():
+    """The programs are hard enough: the search alone finds folds that are not exact, and the oracle sees them."""
+    caught = 0
+    with mock.patch.object(folding, "certify", return_value=None):
+        for number in range(200):
+            dag = drawn(5, number)
+            try:
+                check(dag, find_graph(program_of(dag), {}), np.random.default_rng(number))
+            except AssertionError:
+                caught += 1
+    assert caught >= 4
+
+
 def test_fold_does_the_same_as_numpy():
     """Powers of two, and 1 + w for multiples of 1/64, are exact in float32 too."""
     compared = 0
-    for number in range(60):
+    for number in range(30):
         dag = drawn(3, number)
         graph = find_graph(program_of(dag), {})
         if not graph.groups:
@@ -204,10 +258,10 @@ def test_fold_does_the_same_as_numpy():
         s = {g.name: powers_of_two(np.random.default_rng(number), g.size) for g in graph.groups}
         leaves = {path: jnp.asarray(x, jnp.float32) for path, x in dag.leaves.items()}
         got = sq.fold(leaves, graph, {name: jnp.asarray(x, jnp.float32) for name, x in s.items()})
-        for path, x in folded(dag, graph.groups, s).items():
+        for path, x in folded(dag, graph, s).items():
             np.testing.assert_array_equal(got[path], x)
         compared += 1
-    assert compared > 10
+    assert compared > 8
 
 
 # The certificate under attack ---------------------------------------------------------------------------
@@ -285,10 +339,10 @@ def attack(case: Certified, rng: np.random.Generator) -> Counter:
 
 def test_the_certificate_refuses_mutated_labels():
     tally: Counter = Counter()
-    for number in range(300):
+    for number in range(150):
         for case in certified(drawn(4, number)):
             tally += attack(case, np.random.default_rng([4, number]))
-    assert tally["wrong"] > 300, tally
+    assert tally["wrong"] > 200, tally
     for how in ("dropped", "signs flipped", "two channels swapped", "two channels tied", "one element changed"):
         assert tally[how, "refused"] > 50, tally
         assert tally[how, "refused"] > 20 * tally[how, "passed"], tally
