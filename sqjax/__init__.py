@@ -26,11 +26,11 @@ from sqjax.smoothing import smooth as smooth
 from sqjax.statistics import Stats as Stats
 from sqjax.verification import verify as verify
 
-_NAMESPACES = ("linen", "models")
+_NAMESPACES = ("linen", "models", "nnx")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `sqjax.linen` and `sqjax.models` when they are first used: flax takes a second to import."""
+    """Loads `sqjax.linen`, `sqjax.nnx` and `sqjax.models` when they are first used: flax takes a second to import."""
     if name in _NAMESPACES:
         return importlib.import_module(f"sqjax.{name}")
     raise AttributeError(f"module 'sqjax' has no attribute {name!r}")

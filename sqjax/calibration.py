@@ -1,23 +1,28 @@
 """Calibration: runs a function on example batches, and records what each of its matmuls saw."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
+from sqjax.evaluation import evaluate
 from sqjax.folding import find_graph
 from sqjax.graph import Graph, Site
-from sqjax.interpreter import Leaf, Rules, Traced, array_leaves, emit, trace, walk
-from sqjax.program import VIEWS, Program
+from sqjax.interpreter import array_leaves, trace
+from sqjax.program import Program, Var
+from sqjax.sites import Place, find_sites
 from sqjax.smoothing import fold
 from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
-from sqjax.trees import PyTree, check_finite, named_leaves
+from sqjax.trees import PyTree, check_finite, map_named, named_leaves
+
+Fn = Callable[..., Any]
 
 
 class Observation(NamedTuple):
@@ -28,47 +33,61 @@ class Observation(NamedTuple):
     tokens: Array
 
 
-class _Seen(NamedTuple):
-    """A leaf's value at some point of the program; its axis i is the leaf's axis `axes[i]`."""
+def observe(
+    program: Program, leaves: Iterable[Any], inputs: Iterable[Any], mask: Array | None = None
+) -> tuple[list[Any], dict[Site, Observation]]:
+    """Runs a program; returns its outputs and an observation of every site."""
+    places, _ = find_sites(program)
+    axes: dict[Var, set[tuple[int, ...]]] = {}
+    for place in places:
+        axes.setdefault(place.activation, set()).add(place.axes)
 
-    array: Any
-    axes: tuple[int, ...]
+    def probe(var: Var) -> Callable[[Array], dict[tuple[int, ...], Observation]]:
+        return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
 
-
-def observe(traced: Traced, leaves: Iterable[Any], inputs: Iterable[Any]) -> tuple[list[Any], dict[Site, Observation]]:
-    """Runs a program; returns its outputs and an observation of every matmul of an activation with a leaf."""
-    seen: dict[Site, Observation] = {}
-
-    def plain(equation: JaxprEqn, *operands: Any) -> Any:
-        return emit(equation, *(x.value.array if isinstance(x, Leaf) else x for x in operands))
-
-    def view(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-        axes = VIEWS[equation.primitive.name](equation.params, leaf.value.axes)
-        return Leaf(leaf.path, _Seen(emit(equation, leaf.value.array), axes))
-
-    def dot(equation: JaxprEqn, *operands: Any) -> Any:
-        contracting, batch = equation.params["dimension_numbers"]
-        for leaf, x, w_axes, x_axes in zip(operands, operands[::-1], contracting, contracting[::-1], strict=True):
-            if isinstance(leaf, Leaf) and not isinstance(x, Leaf) and not batch[0]:
-                pairs = sorted((leaf.value.axes[a], b) for a, b in zip(w_axes, x_axes, strict=True))
-                axes, own = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
-                site, observation = Site(leaf.path, axes, tuple(x.shape[b] for b in own)), observe_activation(x, own)
-                seen[site] = combine(seen[site], observation) if site in seen else observation
-        return plain(equation, *operands)
-
-    named = zip(traced.paths, leaves, strict=True)
-    args = [Leaf(path, _Seen(x, tuple(range(jnp.ndim(x))))) for path, x in named]
-    rules = Rules({**dict.fromkeys(VIEWS, view), "dot_general": dot}, plain)
-    outputs = walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*args, *inputs], rules)
-    return [x.value.array if isinstance(x, Leaf) else x for x in outputs], seen
+    outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in axes})
+    observations: dict[Site, Observation] = {}
+    for place in places:
+        observation = _at_site(program, place, seen[place.activation][place.axes])
+        old = observations.get(place.site)
+        observations[place.site] = observation if old is None else combine(old, observation)
+    return outputs, observations
 
 
-def observe_activation(x: Array, axes: tuple[int, ...]) -> Observation:
-    """Statistics of the channels `axes` of an activation, over all its other axes."""
+def observe_activation(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Observation:
+    """Statistics of the channels `axes` of an activation, over all its other axes.
+
+    A mask of shape (batch, tokens) picks the tokens that count, of an activation whose other axes begin with
+    (batch, tokens) or are (batch * tokens,); an activation without these axes counts whole.
+    """
     magnitude = jnp.abs(jnp.moveaxis(x, axes, range(-len(axes), 0))).astype(jnp.float32)
-    tokens = tuple(range(magnitude.ndim - len(axes)))
-    seen = jnp.int32(np.prod([magnitude.shape[a] for a in tokens], dtype=int))
-    return Observation(magnitude.max(tokens), magnitude.sum(tokens), seen)
+    tokens = magnitude.shape[: magnitude.ndim - len(axes)]
+    reduced = tuple(range(len(tokens)))
+    count = jnp.int32(np.prod(tokens, dtype=int))
+    if mask is not None and tokens[:1] == (mask.size,):
+        mask = mask.reshape(mask.size)
+    if mask is not None and tokens[: mask.ndim] == mask.shape:
+        magnitude = jnp.where(mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0)
+        count = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(np.prod(tokens[mask.ndim :], dtype=int))
+    return Observation(magnitude.max(reduced), magnitude.sum(reduced), count)
+
+
+def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
+    """What was seen of an activation, one entry for each step of the scans around it, as the site's channels.
+
+    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same.
+    """
+    around, over = program.scopes[place.activation], [scan for scan, _ in place.view.stacked]
+    reduced = tuple(i for i, scan in enumerate(around) if scan not in over)
+    steps = [program.lengths[scan] if scan in around else 1 for scan in over]
+
+    def shaped(x: Array) -> Array:
+        own = place.site.channels[len(over) :]
+        x = x.reshape(*steps, *own)
+        return jnp.broadcast_to(x, place.site.channels)
+
+    tokens = seen.tokens.sum(reduced)
+    return Observation(shaped(seen.absmax.max(reduced)), shaped(seen.abs_sum.sum(reduced)), tokens.max())
 
 
 def combine(a: Observation, b: Observation) -> Observation:
@@ -76,17 +95,28 @@ def combine(a: Observation, b: Observation) -> Observation:
     return Observation(jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens)
 
 
-def calibrate(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], *, progress: bool = False) -> Stats:
+def calibrate(
+    fn: Fn | Sequence[Fn],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    mask: Callable[..., Any] | None = None,
+    progress: bool = False,
+) -> Stats:
     """Finds what can be folded in `fn`, proves it, and records what every matmul sees in the batches.
 
     The proof: all groups are folded at once with random powers of two, which are exact in float32 and bfloat16, and
     `fn` must return the same bits on the first batch. A group that changes a bit is refused.
 
     Args:
-        fn: a pure function fn(params, *batch): Flax linen's `apply`, a Hugging Face Flax model, any JAX function.
+        fn: a pure function fn(params, *batch): Flax linen's `apply`, a Hugging Face Flax model, any JAX function. Or
+            several functions that share the parameters (an encoder and a decoder, a prefill and a step): only what
+            folds in all of them is folded.
         params: its parameter tree of float arrays.
         batches: an iterable; a tuple is splatted into fn(params, *batch), anything else is one argument. Shapes may
-            differ from batch to batch (each new shape compiles once).
+            differ from batch to batch (each new shape compiles once). For several functions: one iterable for each.
+        mask: mask(*batch) gives booleans of shape (batch, tokens), or of the tokens' shape: False for padding, whose
+            activations do not count. An activation without these axes (a pooled one) counts whole.
         progress: whether to show a progress bar.
 
     Returns:
@@ -105,59 +135,86 @@ def calibrate(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any], *,
         [3.0, 16.0]
     """
     check_finite(params, "parameter")
-    recorder: Recorder | None = None
-    for number, batch in enumerate(tqdm(batches, desc="calibrating", unit="batch", disable=not progress)):
-        args = batch if isinstance(batch, tuple) else (batch,)
-        check_finite(args, f"calibration batch {number}, input")
-        recorder = recorder or Recorder(fn, params, proven_graph(fn, params, args))
-        recorder.record(args, number)
-    if recorder is None:
-        raise ValueError("calibrate: batches is empty (an iterator that was used up?); at least one batch is needed")
+    functions, streams = ([fn], [batches]) if callable(fn) else (list(fn), list(batches))
+    if len(functions) != len(streams):
+        raise ValueError(f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches")
+    opened = [_open(stream) for stream in streams]
+    graph = proven_graph(functions, params, [first for first, _ in opened])
+    recorder = Recorder(params, graph, mask)
+    for function, (_, stream) in zip(functions, opened, strict=True):
+        expected = None
+        for number, batch in enumerate(tqdm(stream, desc="calibrating", unit="batch", disable=not progress)):
+            args = _args(batch, number)
+            expected = recorder.record(function, args, number, expected)
     return recorder.stats()
 
 
-def proven_graph(fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...]) -> Graph:
-    """The graph of fn(params, *args), found and proved."""
-    traced, inputs = _trace(fn, params, args, 0)
-    graph = find_graph(Program(traced), shared_arrays(params))
+def _open(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterable[Any]]:
+    """(the arguments of the first batch, all batches)."""
+    stream = iter(batches)
+    for first in stream:
+        return _args(first, 0), itertools.chain([first], stream)
+    raise ValueError("calibrate: batches is empty (an iterator that was used up?); at least one batch is needed")
+
+
+def _args(batch: Any, number: int) -> tuple[Any, ...]:
+    args = batch if isinstance(batch, tuple) else (batch,)
+    check_finite(args, f"calibration batch {number}, input")
+    return args
+
+
+def proven_graph(functions: Sequence[Fn], params: PyTree, batches: Sequence[tuple[Any, ...]]) -> Graph:
+    """The graph of functions that share parameters, found and proved on one batch for each."""
+
+    def together(params, *batches):
+        return [fn(params, *args) for fn, args in zip(functions, batches, strict=True)]
+
+    several = len(functions) > 1
+    program, inputs = _program(together if several else functions[0], params, batches if several else batches[0], 0)
+    graph = find_graph(program, shared_arrays(params))
     if not graph.sites:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
         raise ValueError(
             f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"
         )
-    return prove(traced, params, inputs, graph)
+    return prove(program, params, inputs, graph)
 
 
 class Recorder:
     """A calibration under way: running totals, and compiled programs by the shapes of a batch."""
 
-    def __init__(self, fn: Callable[..., Any], params: PyTree, graph: Graph):
-        self.fn, self.params, self.graph = fn, params, graph
-        self.programs: dict[str, Callable[..., dict[str, Observation]]] = {}
+    def __init__(self, params: PyTree, graph: Graph, mask: Callable[..., Any] | None):
+        self.params, self.graph, self.mask = params, graph, mask
+        self.programs: dict[Any, tuple[frozenset[Site], Callable[..., dict[str, Observation]]]] = {}
         zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in graph.sites}
         self.totals = {path: Observation(x, x, jnp.int32(0)) for path, x in zeros.items()}
 
-    def record(self, args: tuple[Any, ...], number: int) -> None:
-        """Adds what the sites see in one batch."""
-        key = str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
+    def record(self, fn: Fn, args: tuple[Any, ...], number: int, expected: frozenset[Site] | None) -> frozenset[Site]:
+        """Adds what the sites see in one batch; returns those sites, which every batch of a function must have."""
+        key = id(fn), str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
         if key not in self.programs:
-            traced, _ = _trace(self.fn, self.params, args, number)
-            self.programs[key] = jax.jit(partial(self._add, traced, number))
-        self.totals = self.programs[key](self.totals, jax.tree.leaves(self.params), array_leaves(args))
-
-    def _add(self, traced: Traced, number: int, totals: dict[str, Observation], leaves: Any, inputs: Any):
-        _, seen = observe(traced, leaves, inputs)
-        if missing := [site.path for site in self.graph.sites if site not in seen]:
+            program, _ = _program(fn, self.params, args, number)
+            sites = frozenset(p.site for p in find_sites(program)[0]).intersection(self.graph.sites)
+            self.programs[key] = sites, jax.jit(partial(self._add, program))
+        sites, add = self.programs[key]
+        if missing := sorted(site.path for site in (expected or sites) - sites):
             raise ValueError(
                 f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's"
             )
-        return {site.path: combine(totals[site.path], seen[site]) for site in self.graph.sites}
+        mask = None if self.mask is None else jnp.asarray(self.mask(*args), bool)
+        self.totals = add(self.totals, jax.tree.leaves(self.params), array_leaves(args), mask)
+        return sites
+
+    def _add(self, program: Program, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any):
+        _, seen = observe(program, leaves, inputs, mask)
+        found = {site.path: combine(totals[site.path], o) for site, o in seen.items() if site in self.graph.sites}
+        return totals | found
 
     def stats(self) -> Stats:
         """The totals as `Stats`."""
         check_finite({path: o.absmax for path, o in self.totals.items()}, "activation at")
         leaves = leaves_by_path(self.params, self.graph)
-        return Stats(
+        stats = Stats(
             {path: o.absmax for path, o in self.totals.items()},
             {path: o.abs_sum for path, o in self.totals.items()},
             {path: o.tokens for path, o in self.totals.items()},
@@ -165,17 +222,22 @@ class Recorder:
             {group.name: jnp.ones(group.size, jnp.float32) for group in self.graph.groups},
             self.graph,
         )
+        if unreached := stats.unreached:
+            named = ", ".join(f"{path}{list(entries)}" for path, entries in unreached.items())
+            warnings.warn(f"calibrate: no token reached {named}; these keep s = 1 there", stacklevel=3)
+        return stats
 
 
-def _trace(fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], number: int) -> tuple[Traced, list[Any]]:
+def _program(fn: Fn, params: PyTree, args: Sequence[Any], number: int) -> tuple[Program, list[Any]]:
     try:
-        return trace(fn, params, args, {})
+        traced, inputs = trace(fn, params, tuple(args), {})
     except Exception as error:
         shapes = jax.tree.map(lambda x: jnp.shape(x) if isinstance(x, jax.Array | np.ndarray) else x, args)
         raise ValueError(
             f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; a batch is one "
             f"argument, or a tuple of fn's arguments after params. {type(error).__name__}: {error}"
         ) from error
+    return Program(traced), inputs
 
 
 def shared_arrays(params: PyTree) -> dict[str, str]:
@@ -189,19 +251,28 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
     return shared
 
 
-def prove(traced: Traced, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
+def prove(program: Program, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
     """The graph without the groups that fail the proof; these are refused.
 
     One compiled program runs with s = 1 and with s drawn from 2^-3 .. 2^3, so that no order of summation differs:
-    its outputs must agree bit for bit, and every site's absmax must be exactly the old one divided by s.
+    its outputs must agree bit for bit, and every site's absmax must be exactly the old one divided by s. Leaves w that
+    are read as c + w are rounded first, in both, so that this sum can be scaled exactly.
 
     Raises:
         ValueError: the groups that pass one by one fail together.
     """
 
+    offsets = dict(graph.offsets)
+
+    def rounded(params):
+        def coarse(path, leaf):
+            return leaf if path not in offsets else jnp.round((offsets[path] + leaf) * 256) / 256 - offsets[path]
+
+        return map_named(coarse, params)
+
     @jax.jit
     def run(params, s, inputs):
-        outputs, seen = observe(traced, jax.tree.leaves(fold(params, graph, s)), inputs)
+        outputs, seen = observe(program, jax.tree.leaves(fold(rounded(params), graph, s)), inputs)
         scale = expand(s, graph)
         absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in graph.sites}
         return outputs, absmax

@@ -6,6 +6,7 @@ and the outputs, which carry no label, are unchanged for every positive s.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ def certify(program: Program, labels: Mapping[Var, Labels]) -> str | None:
         if var in program.roots:
             return f"{program.roots[var]} can not be rescaled"
         if var in program.outputs:
-            return "an output of fn would be rescaled"
+            return f"{program.outputs[var]} would be rescaled"
+        if var in program.barred:
+            return program.barred[var]
         if not program.is_float(var):
             return f"a value of dtype {program.avals[var].dtype} can not be rescaled"
         if labels[var].ndim != len(program.shape(var)):
@@ -49,10 +52,36 @@ def _equal(a: Labels, b: Labels) -> bool:
 
 
 def _moved(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
-    """The result's labels are the operand's, moved as the data is."""
+    """The result's labels are the operand's, moved as the data is; indices carry none."""
     old, new = program.shape(e.inputs[0]), program.shape(e.outputs[0])
     floats = program.is_float(e.inputs[0]) and program.is_float(e.outputs[0])
-    return floats and _equal(lab.MOVES[e.name](xs[0], e.params, old, new), ys[0])
+    moved = lab.MOVES[e.name](lab.compress(xs[0]), e.params, old, new)
+    return floats and moved is not None and not any(x.any() for x in xs[1:]) and _equal(moved, ys[0])
+
+
+def _sign(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """A sign is the same after division by s > 0."""
+    return not ys[0].any()
+
+
+def _pairwise(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """Every result is one operand."""
+    return all(_equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def _pad(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """What is padded carries its part of the result's labels; zeros may carry any."""
+    padding = e.params["padding_config"]
+    lawful = program.is_zero(e.inputs[1]) and not any(n < 0 for widths in padding for n in widths)
+    return lawful and _equal(lab.unpad(lab.compress(ys[0]), padding, program.shape(e.inputs[0])), lab.compress(xs[0]))
+
+
+def _update(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """Both that are not zero carry the result's labels, which do not vary along the axes that are written to."""
+    operand, update = e.inputs[:2]
+    written = lab.changed_axes(program.shape(operand), program.shape(update))
+    terms = [(x, v) for x, v in zip(xs, e.inputs[:2], strict=False) if not program.is_zero(v)]
+    return not lab.varies(lab.compress(ys[0]), written) and all(_equal(x, ys[0]) for x, _ in terms)
 
 
 def _alike(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -98,7 +127,11 @@ def _reduce(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[La
 
 def _dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """All products that are added up carry one label: the result's."""
-    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = e.params["dimension_numbers"]
+    return _products(e.params["dimension_numbers"], xs, ys)
+
+
+def _products(dimensions: Any, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dimensions
     lhs_free = [a for a in range(xs[0].ndim) if a not in (*lhs_axes, *lhs_batch)]
     rhs_free = [a for a in range(xs[1].ndim) if a not in (*rhs_axes, *rhs_batch)]
     lhs = xs[0].transpose(*lhs_batch, *lhs_free, *lhs_axes)
@@ -112,6 +145,18 @@ def _dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Label
         return False
     product, summed = lab.compress(product), tuple(range(product.ndim - len(lhs_axes), product.ndim))
     return not lab.varies(product, summed) and _equal(product.squeeze(summed), ys[0])
+
+
+def _ragged_dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """Rows meet one matrix of a stack each: as a dot where labels are the same for all of them."""
+    numbers = e.params["ragged_dot_dimension_numbers"]
+    stack = tuple(numbers.rhs_group_dimensions)
+    ((lhs_axes, rhs_axes), batch), rhs = numbers.dot_dimension_numbers, lab.compress(xs[1])
+    if any(batch) or lab.varies(rhs, stack) or not stack:
+        return False
+    kept = [a for a in range(rhs.ndim) if a not in stack]
+    dimensions = (lhs_axes, tuple(kept.index(a) for a in rhs_axes)), ((), ())
+    return _products(dimensions, [xs[0], rhs.squeeze(stack)], ys)
 
 
 def _split(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -137,7 +182,12 @@ LAWS: dict[str, Law] = {
     "select_n": _select,
     "mul": _multiply,
     "div": _divide,
+    "sign": _sign,
+    "optimization_barrier": _pairwise,
+    "pad": _pad,
+    "dynamic_update_slice": _update,
     "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
     "split": _split,
     "concatenate": _concatenate,
 }

@@ -100,7 +100,9 @@ class Closure:
         """Refuses variables that can not carry a scale, whatever it is."""
         program = self.program
         if var in program.outputs:
-            raise Refused("its scale would reach an output of fn")
+            raise Refused(f"its scale would reach {program.outputs[var]}")
+        if var in program.barred:
+            raise Refused(program.barred[var])
         if var in program.roots:
             raise Refused(f"its scale would reach {program.roots[var]}")
         if not program.is_float(var):

@@ -1,17 +1,20 @@
 """`quantized(fn)`: the same function on a tree whose weights are quantized."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from sqjax.interpreter import Leaf, Rules, source_of, trace, walk
-from sqjax.matmul import QuantWeight, quantized_dot_general
+from sqjax.equations import program_in, scan_in, source_of
+from sqjax.interpreter import Leaf, Rules, trace, walk
+from sqjax.matmul import QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.trees import named_leaves
 
 
@@ -51,9 +54,7 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         traced, inputs = trace(fn, params, args, kwargs)
         values = [Leaf(path, x) if _is_quantized(x) else x for path, x in zip(paths, leaves, strict=True)]
         outputs = walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*values, *inputs], RULES)
-        if escaped := [x.path for x in outputs if isinstance(x, Leaf)]:
-            raise ValueError(f"{escaped[0]}: fn returns this quantized leaf; keep it in float with a rule of None")
-        return jax.tree_util.tree_unflatten(traced.treedef, outputs)
+        return jax.tree_util.tree_unflatten(traced.treedef, _no_leaves(outputs))
 
     return run
 
@@ -84,10 +85,20 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
     else:
         dimensions = ((rhs_axes, lhs_axes), (rhs_batch, lhs_batch))
         out = quantized_dot_general(rhs, lhs.value, dimensions, lhs.path)
-        weight_axes = lhs.value.ndim - len(lhs_axes)
-        out = jnp.moveaxis(out, range(-weight_axes, 0), range(weight_axes))
+        first, weight_axes = len(lhs_batch), lhs.value.ndim - len(lhs_axes) - len(lhs_batch)
+        out = jnp.moveaxis(out, range(-weight_axes, 0), range(first, first + weight_axes))
     result: Any = equation.outvars[0].aval
     return out.astype(result.dtype)
+
+
+def _ragged_dot(equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any) -> Array:
+    """Rows that meet one matrix of a stack each, int8 x int8 -> int32."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(numbers.lhs_ragged_dimensions) == (0,)
+    if isinstance(lhs, Leaf) or not plain:
+        return _refuse(equation, lhs, rhs, group_sizes)
+    result: Any = equation.outvars[0].aval
+    return quantized_ragged_dot(lhs, rhs.value, group_sizes, rhs.path).astype(result.dtype)
 
 
 def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -106,6 +117,34 @@ def _copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     return leaf
 
 
+def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    params, shape = equation.params, leaf.value.shape
+    strides = params["strides"] or (1,) * len(shape)
+    cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
+    whole = [len(range(n)[cut]) == n for n, cut in zip(shape, cuts, strict=True)]
+    if not all(whole) and (leaf.value.smoothing is not None or _stacked(leaf)):
+        return _refuse(equation, leaf)
+    return Leaf(leaf.path, replace(leaf.value, tensor=leaf.value.tensor.slice(cuts)))
+
+
+def _stacked(leaf: Leaf) -> bool:
+    """Whether its static scales belong to one matrix of a stack each."""
+    return leaf.value.input_scale is not None and leaf.value.input_scale.ndim > 0
+
+
+def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """reshape, squeeze, and the broadcast_in_dim that only adds axes of size 1."""
+    result: Any = equation.outvars[0].aval
+    params, shape = equation.params, result.shape
+    permuting = equation.primitive.name == "reshape" and params["dimensions"] is not None
+    repeating = math.prod(shape) != math.prod(leaf.value.shape)
+    moving = list(kept := params.get("broadcast_dimensions", ())) != sorted(kept)
+    tensor = None if permuting or repeating or moving else leaf.value.tensor.reshape(shape)
+    if tensor is None or _stacked(leaf):
+        return _refuse(equation, leaf)
+    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+
+
 def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     """Rows of a quantized embedding: int8 rows are gathered, and only they are dequantized."""
     if not isinstance(leaf, Leaf) or isinstance(indices, Leaf):
@@ -114,13 +153,75 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     tensor.check(leaf.path)
     whole_rows = tuple(equation.params["slice_sizes"]) == (1, *tensor.shape[1:])
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
-    if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,) and leaf.value.smoothing is None):
+    if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,)):
         return _refuse(equation, leaf, indices)
     # Rows out of range are 1 times the fill value: int8 has no NaN, jnp.take's usual one.
     values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 1})
     scale = jnp.broadcast_to(tensor.scale, (*tensor.shape[:1], *tensor.scale.shape[1:]))
     params = {**equation.params, "slice_sizes": (1, *scale.shape[1:])}
-    return (values.astype(jnp.float32) * equation.primitive.bind(scale, indices, **params)).astype(tensor.dtype)
+    rows = values.astype(jnp.float32) * equation.primitive.bind(scale, indices, **params)
+    if (smoothing := leaf.value.smoothing) is not None:  # the tensor holds s * W
+        rows = rows / smoothing.reshape((1,) * (rows.ndim - smoothing.ndim) + smoothing.shape)
+    return rows.astype(tensor.dtype)
+
+
+def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """Steps into the body; a stacked leaf hands out one layer's values and scales at each step."""
+    scan: Any = scan_in(equation)
+    consts, carry, xs = scan.sort(operands)
+    if moved := [x for x in carry if isinstance(x, Leaf)]:
+        return _refuse(equation, *moved)
+    for x in xs:
+        if isinstance(x, Leaf) and not (x.value.tensor.axes[0] == 0 and x.value.tensor.scale.shape[0] > 0):
+            return _refuse(equation, x)
+    xs = [_per_step(x, scan.length) for x in xs]
+
+    def step(carry, slices):
+        outputs = _no_leaves(walk(scan.step.jaxpr, scan.step.consts, [*consts, *carry, *slices], RULES))
+        return outputs[: scan.carry], outputs[scan.carry :]
+
+    carry, ys = lax.scan(step, carry, xs, length=scan.length, **scan.options)
+    return [*carry, *ys]
+
+
+def _per_step(x: Any, length: int) -> Any:
+    """A leaf whose every array has the steps as its first axis."""
+    if not isinstance(x, Leaf):
+        return x
+    tensor = x.value.tensor
+    scale = jnp.broadcast_to(tensor.scale, (length, *tensor.scale.shape[1:]))
+    return Leaf(x.path, replace(x.value, tensor=replace(tensor, scale=scale)))
+
+
+def _no_leaves(values: list[Any]) -> list[Any]:
+    if escaped := [x.path for x in values if isinstance(x, Leaf)]:
+        raise ValueError(f"{escaped[0]}: fn returns this quantized leaf; keep it in float with a rule of None")
+    return values
+
+
+def _while(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """Leaves are constants of the loop."""
+    params = equation.params
+    test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    test_consts, body_consts, carry = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
+    if moved := [x for x in carry if isinstance(x, Leaf)]:
+        return _refuse(equation, *moved)
+    return lax.while_loop(
+        lambda carry: walk(test.jaxpr, test.consts, [*test_consts, *carry], RULES)[0],
+        lambda carry: _no_leaves(walk(body.jaxpr, body.consts, [*body_consts, *carry], RULES)),
+        list(carry),
+    )
+
+
+def _cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
+    """Each branch walks with the leaves it is given."""
+    programs = [program_in(equation, branch) for branch in equation.params["branches"]]
+
+    def branch(program):
+        return lambda: _no_leaves(walk(program.jaxpr, program.consts, operands, RULES))
+
+    return lax.switch(index, [branch(program) for program in programs])
 
 
 RULES = Rules(
@@ -128,8 +229,14 @@ RULES = Rules(
         "dot_general": _dot,
         "transpose": _transpose,
         "convert_element_type": _convert,
-        "copy": _copy,
+        **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"), _copy),
+        **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
+        "slice": _slice,
         "gather": _gather,
+        "ragged_dot_general": _ragged_dot,
+        "scan": _scan,
+        "while": _while,
+        "cond": _cond,
     },
     _refuse,
 )

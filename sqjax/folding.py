@@ -17,6 +17,7 @@ from sqjax.graph import Graph, Group, LabelMap
 from sqjax.labels import Labels
 from sqjax.program import Equation, Program, Var
 from sqjax.sites import Place, Side, find_heads, find_sites, sides_of
+from sqjax.stacks import Stack
 
 
 def _move(c: Closure, e: Equation) -> None:
@@ -24,7 +25,10 @@ def _move(c: Closure, e: Equation) -> None:
     x, y = e.inputs[0], e.outputs[0]
     old, new = c.program.shape(x), c.program.shape(y)
     if (labels := c[x]) is not None:
-        c.put(y, lab.MOVES[e.name](labels, e.params, old, new))
+        moved = lab.MOVES[e.name](labels, e.params, old, new)
+        if moved is None:
+            raise Refused(f"{e} does not take its channels whole")
+        c.put(y, moved)
     if (labels := c[y]) is not None:
         c.put(x, _UNDO.get(e.name, _same)(c, labels, e.params, old, new))
 
@@ -62,7 +66,25 @@ def _undo_slice(c, labels, params, old, new):
     return full
 
 
+def _undo_running(c, labels, params, old, new):
+    return c.tie_along(labels, [params["axis"]])
+
+
+def _undo_dynamic_slice(c, labels, params, old, new):
+    return c.tie_along(labels, lab.changed_axes(old, new))
+
+
+def _undo_gather(c, labels, params, old, new):
+    whole = lab.gathered_axes(params, old)
+    tied = c.tie_along(labels, [a for a in range(len(new)) if a not in [b for _, b in whole]])
+    return lab.put_axes(lab.take_axes(tied, [b for _, b in whole]), [a for a, _ in whole], len(old))
+
+
 _UNDO = {
+    **dict.fromkeys(("cumsum", "cummax", "cummin"), _undo_running),
+    "rev": lambda c, labels, params, old, new: np.flip(labels, params["dimensions"]),
+    "dynamic_slice": _undo_dynamic_slice,
+    "gather": _undo_gather,
     "transpose": _undo_transpose,
     "reshape": _undo_reshape,
     "squeeze": _undo_squeeze,
@@ -103,6 +125,39 @@ def _alike(c: Closure, e: Equation) -> None:
             c.put(v, labels)
     if e.name == "select_n" and c[e.inputs[0]] is not None:
         raise Refused(f"{e} chooses by it")
+
+
+def _pairwise(c: Closure, e: Equation) -> None:
+    """Every result is one operand."""
+    for x, y in zip(e.inputs, e.outputs, strict=True):
+        c.put(y, c[x])
+        c.put(x, c[y])
+
+
+def _pad(c: Closure, e: Equation) -> None:
+    """Zeros all round carry any label."""
+    (x, value), y, padding = e.inputs, e.outputs[0], e.params["padding_config"]
+    if not c.program.is_zero(value) or any(n < 0 for widths in padding for n in widths):
+        raise Refused(f"{e} pads it with something else than zeros")
+    if (labels := c[x]) is not None:
+        c.put(y, lab.pad(labels, padding, c.program.shape(x)))
+    if (labels := c[y]) is not None:
+        c.put(x, lab.unpad(labels, padding, c.program.shape(x)))
+
+
+def _update(c: Closure, e: Equation) -> None:
+    """Both carry the result's labels, which do not vary along the axes that are written to."""
+    terms = [*e.inputs[:2], e.outputs[0]]
+    written = lab.changed_axes(c.program.shape(terms[0]), c.program.shape(terms[1]))
+    for labels in [c[v] for v in terms]:
+        if labels is not None:
+            tied = c.tie_along(labels, written)
+            for v in terms:
+                c.put(v, tied)
+
+
+def _sign(c: Closure, e: Equation) -> None:
+    """A sign does not change when x is divided by s > 0."""
 
 
 def _compare(c: Closure, e: Equation) -> None:
@@ -162,15 +217,21 @@ def _dot(c: Closure, e: Equation) -> None:
             _meet(c, e, labels, me, other)
         else:
             carriers.append(me)
+            labels = c.tie_along(labels, me.stack)
             c.put(y, lab.put_axes(lab.take_axes(labels, me.batch + me.free), (*range(len(me.batch)), *me.out), ndim))
     if (labels := c[y]) is None:
         return
+    _carry_back(c, e, labels, carriers)
+
+
+def _carry_back(c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side]) -> None:
+    """Labels of a product are those of one factor."""
     if len(carriers) == 2:
         raise Refused(f"{e} multiplies two values of that scale")
     if carriers:
         c.put(carriers[0].var, _into(c, labels, carriers[0]))
     else:
-        c.choose(e, [(s.var, _into(c.copy(), labels, s)) for s in sides])
+        c.choose(e, [(s.var, _into(c.copy(), labels, s)) for s in sides_of(c.program, e)])
 
 
 def _cancelled(labels: Labels, other: Labels | None) -> bool:
@@ -184,7 +245,7 @@ def _cancels(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
 
 
 def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
-    if lab.varies(labels, me.free):
+    if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
     if not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
         raise Refused(f"{e} multiplies it with another activation")
@@ -197,7 +258,7 @@ def _into(c: Closure, labels: Labels, side: Side) -> Labels:
     """The result's labels as labels of one operand: tied along the other operand's free axes."""
     mine = (*range(len(side.batch)), *side.out)
     tied = c.tie_along(labels, [a for a in range(labels.ndim) if a not in mine])
-    ndim = len(side.batch) + len(side.free) + len(side.contracted)
+    ndim = len(c.program.shape(side.var))
     return lab.put_axes(lab.take_axes(tied, mine), side.batch + side.free, ndim)
 
 
@@ -206,9 +267,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("add", "add_any", "sub", "max", "min", "select_n"), _alike),
     **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _compare),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
+    "sign": _sign,
+    "optimization_barrier": _pairwise,
+    "pad": _pad,
+    "dynamic_update_slice": _update,
     "mul": _multiply,
     "div": _divide,
     "dot_general": _dot,
+    "ragged_dot_general": _dot,
     "split": _split,
     "concatenate": _concatenate,
 }
@@ -236,9 +302,10 @@ def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
             groups.append(group)
             grouped.update(path for path, _ in group.sites)
     refused = {path: reason for path, reason in refused.items() if path not in grouped}
-    leaves = tuple((path, program.shape(var)) for var, path in program.leaves.items())
+    leaves = tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves)
     sites = tuple(dict.fromkeys(p.site for p in places))
-    return Graph(leaves, sites, tuple(groups), tuple(refused.items()))
+    offsets = {program.leaves[var]: c for var, c in program.offsets.items()}
+    return Graph(leaves, sites, tuple(groups), tuple(refused.items()), tuple(offsets.items()))
 
 
 def find_group(
@@ -249,9 +316,10 @@ def find_group(
     Raises:
         Refused: with the reason.
     """
-    size = int(np.prod(place.site.channels))
+    sizes = [program.shape(place.activation)[a] for a in place.axes]
+    size = int(np.prod(sizes))
     closure = Closure(program, RULES, shared, size)
-    seed = -1 - np.arange(size).reshape(place.site.channels)
+    seed = -1 - np.arange(size).reshape(sizes)
     closure.put(place.activation, lab.put_axes(seed, place.axes, len(program.shape(place.activation))))
     closure = closure.close()
     found = closure.numbered()
@@ -259,15 +327,26 @@ def find_group(
         raise Refused("it holds only zeros" if size else "it has no channels")
     if problem := certify(program, found):
         raise Refused(problem)
-    leaves = {program.leaves[v]: labels for v, labels in found.items() if v in program.leaves}
-    sites = {
-        p.site.path: np.broadcast_to(-lab.take_axes(found[p.activation], p.axes), p.site.channels)
-        for p in places
-        if p.activation in found and p.site.path in leaves and (leaves[p.site.path] > 0).any()
-    }
+    return _group(program, place.site.path, found, places, heads)
+
+
+def _group(
+    program: Program, name: str, found: Mapping[Var, Labels], places: Sequence[Place], heads: frozenset[str]
+) -> Group:
+    """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
+    stack = Stack.of(program, found)
+    leaves = {program.leaves[v]: stack.of_leaf(v, labels) for v, labels in found.items() if v in program.leaves}
+    sites: dict[str, Labels] = {}
+    for place in places:
+        path = place.site.path
+        if path not in leaves or not (leaves[path] > 0).any():
+            continue
+        labels = stack.of_site(place, found.get(place.activation))
+        if not np.array_equal(sites.setdefault(path, labels), labels):
+            raise Refused(f"{place.equation} multiplies another part of {path} with something else")
     absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
     return Group(
-        name=place.site.path,
+        name=name,
         size=int(max(labels.max() for labels in sites.values())),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),

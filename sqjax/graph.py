@@ -24,11 +24,19 @@ class LabelMap(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A leaf that an activation is multiplied with: its path, its contracted axes, their sizes."""
+    """A leaf that an activation is multiplied with.
+
+    Attributes:
+        path: the leaf's name.
+        axes: its contracted axes.
+        channels: the sizes of `batch`, then of `axes`: the shape of the site's statistics.
+        batch: its axes that hold one matrix each: layers that a scan runs over, experts.
+    """
 
     path: str
     axes: tuple[int, ...]
     channels: tuple[int, ...]
+    batch: tuple[int, ...] = ()
 
 
 class Group(NamedTuple):
@@ -63,12 +71,14 @@ class Graph(NamedTuple):
         sites: every matmul of an activation with a leaf.
         groups: what can be folded. Every group has passed the certificate.
         refused: (site, reason).
+        offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is rescaled.
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
     sites: tuple[Site, ...]
     groups: tuple[Group, ...]
     refused: tuple[tuple[str, str], ...]
+    offsets: tuple[tuple[str, float], ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
         """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths).

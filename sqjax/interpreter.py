@@ -9,21 +9,9 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from sqjax.equations import emit, inner_program
 from sqjax.matmul import QuantWeight
 from sqjax.trees import named_leaves
-
-#: Primitives that only call an inner program, and the parameter that holds it. The walk looks through them
-#: where something special flows in.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
 
 
 @jax.tree_util.register_dataclass
@@ -86,21 +74,6 @@ def trace(
     return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
 
 
-def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """The program that a call-like equation runs, or None.
-
-    jax traces library functions such as jnp.take once, and their equations know no line of the user's program; those
-    get the line of the call.
-    """
-    name = CALLS.get(equation.primitive.name)
-    if name is None:
-        return None
-    inner = equation.params[name]
-    inner, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-    equations = [e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns]
-    return ClosedJaxpr(inner.replace(eqns=equations), consts)
-
-
 def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:
     """Runs `jaxpr`. Equations that meet no `Leaf` are emitted again as they were, custom gradients included."""
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -124,13 +97,3 @@ def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:
     else:
         results = rules.table.get(equation.primitive.name, rules.otherwise)(equation, *operands)
     return results if equation.primitive.multiple_results else [results]
-
-
-def emit(equation: JaxprEqn, *operands: Any) -> Any:
-    """The equation itself, on other operands."""
-    return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
-
-
-def source_of(equation: JaxprEqn) -> str:
-    """Where the user's program made this equation: "file:line (function)"."""
-    return source_info_util.summarize(equation.source_info)

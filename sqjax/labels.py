@@ -5,10 +5,11 @@ scale of channel c", -(c + 1) "divided by it". An axis along which labels do not
 stay tiny however large the arrays they describe.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from sqjax.views import runs
 
 Labels = np.ndarray
 Shape = tuple[int, ...]
@@ -42,27 +43,16 @@ def put_axes(labels: Labels, axes: Sequence[int], ndim: int) -> Labels:
 
 
 def reshape(labels: Labels, old: Shape, new: Shape) -> Labels:
-    """Labels of an array of shape `old` after a reshape to `new`.
-
-    The shapes are cut into the shortest runs of axes with equal products; only runs in which labels vary are
-    written out in full.
-    """
+    """Labels of an array of shape `old` after a reshape to `new`; only axes along which labels vary are written out."""
     if 0 in old:
         return np.zeros((1,) * len(new), int)  # nothing to label
-    full: list[int] = []
-    target: list[int] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while (a := math.prod(old[i0:i])) != (b := math.prod(new[j0:j])):
-            if a < b:
-                i += 1
-            else:
-                j += 1
-        varying = any(labels.shape[k] > 1 for k in range(i0, i))
-        full += old[i0:i] if varying else (1,) * (i - i0)
-        target += new[j0:j] if varying else (1,) * (j - j0)
+    full, target = list(old), list(new)
+    for sources, targets in runs(old, new):
+        if all(labels.shape[a] == 1 for a in sources):
+            for a in sources:
+                full[a] = 1
+            for a in targets:
+                target[a] = 1
     return compress(np.broadcast_to(labels, full).reshape(target))
 
 
@@ -94,22 +84,88 @@ def _slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
     return compress(labels[tuple(slice(a, b, c) if size > 1 else slice(None) for a, b, c, size in cuts)])
 
 
-#: Primitives with one operand that only move data: what they do to a label array, given (labels, the equation's
-#: parameters, the operand's shape, the result's shape).
-MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels]] = {
+def _reverse(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return np.flip(labels, params["dimensions"])
+
+
+def _running(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """Running sums and maxima, along an axis on which labels do not vary."""
+    return None if varies(labels, [params["axis"]]) else labels
+
+
+def _dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """A slice that starts who knows where, along axes on which labels do not vary."""
+    return None if varies(labels, changed_axes(old, new)) else labels
+
+
+def changed_axes(old: Shape, new: Shape) -> list[int]:
+    """The axes along which two shapes differ."""
+    return [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
+
+
+def gathered_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
+    """(axis of the operand, axis of the result) for the axes that a gather takes whole."""
+    numbers = params["dimension_numbers"]
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    windows = zip([a for a in range(len(old)) if a not in gone], numbers.offset_dims, strict=True)
+    return [(a, b) for a, b in windows if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map]
+
+
+def _gather(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """Rows chosen by indices: labels along the axes that are taken whole. Out of range is 0 or NaN at any scale."""
+    whole = gathered_axes(params, old)
+    if params["fill_value"] not in (None, 0) and not np.isnan(params["fill_value"]):
+        return None
+    if varies(labels, [a for a in range(len(old)) if a not in [x for x, _ in whole]]):
+        return None
+    moved = take_axes(labels, [a for a, _ in whole])
+    return put_axes(moved, [b for _, b in whole], len(new))
+
+
+#: Primitives that move the data of their first operand: what they do to its label array, given (labels, the
+#: equation's parameters, the operand's shape, the result's shape). None: not with labels like these.
+MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
-    "convert_element_type": _keep,
-    "copy": _keep,
-    "copy_p": _keep,
-    "neg": _keep,
-    "sharding_constraint": _keep,
-    "name": _keep,
-    "stop_gradient": _keep,
+    "rev": _reverse,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    **dict.fromkeys(("cumsum", "cummax", "cummin"), _running),
+    **dict.fromkeys(("neg", "abs", "convert_element_type", "reduce_precision", "copy", "copy_p"), _keep),
+    **dict.fromkeys(("sharding_constraint", "name", "stop_gradient", "pvary"), _keep),
 }
+
+
+def pad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
+    """The labels after padding by (before, after, between) along every axis: none where there is padding."""
+    padded = [a for a, widths in enumerate(padding) if any(widths)]
+    full = np.broadcast_to(labels, [n if a in padded else labels.shape[a] for a, n in enumerate(old)])
+    shape = [_padded(n, padding[a]) if a in padded else n for a, n in enumerate(full.shape)]
+    result = np.zeros(shape, int)
+    result[_kept(padding, padded, full.shape)] = full
+    return result
+
+
+def unpad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
+    """The labels of what was padded to give something with these labels."""
+    varying = [a for a, n in enumerate(labels.shape) if n > 1]
+    return compress(labels[_kept(padding, varying, old)])
+
+
+def _padded(size: int, widths: tuple[int, int, int]) -> int:
+    before, after, between = widths
+    return before + size + max(size - 1, 0) * between + after
+
+
+def _kept(padding: Sequence[tuple[int, int, int]], axes: Sequence[int], old: Shape) -> tuple[slice, ...]:
+    def along(axis: int) -> slice:
+        before, _, between = padding[axis]
+        return slice(before, before + (old[axis] - 1) * (between + 1) + 1, between + 1)
+
+    return tuple(along(a) if a in axes else slice(None) for a in range(len(old)))
 
 
 def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:

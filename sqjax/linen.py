@@ -5,11 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from sqjax.matmul import QuantWeight, quantized_dot_general
-from sqjax.quantization import quantize_weight
+from sqjax.dense import check_kernel, dense, quantize_kernel
+from sqjax.matmul import QuantWeight
 from sqjax.schemes import W8A8, Scheme
 
 
@@ -49,9 +48,7 @@ class QuantDense(nn.Module):
         """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
         kernel = self._kernel(x.shape[-1])
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        x, bias = promote_dtype(x, bias, dtype=self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
-        y = quantized_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), self._where()).astype(x.dtype)
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return dense(x, kernel, bias, self.dtype, self._where())
 
     def _where(self) -> str:
         return "/".join((*self.path, "kernel"))
@@ -59,19 +56,12 @@ class QuantDense(nn.Module):
     def _kernel(self, inputs: int) -> QuantWeight:
         def init(key: Array) -> QuantWeight:
             kernel = self.kernel_init(key, (inputs, self.features), self.param_dtype)
-            return quantize_weight(kernel, (0,), self.scheme, absmax=jnp.ones(inputs))
+            return quantize_kernel(kernel, self.scheme, jnp.ones(inputs), None, self._where())
 
         if not self.has_variable("params", "kernel"):
             return self.param("kernel", init)
-        kernel: Any = self.get_variable("params", "kernel")
-        if not isinstance(kernel, QuantWeight):
-            raise ValueError(
-                f"{self._where()}: expected a QuantWeight, got {type(kernel).__name__} of shape {jnp.shape(kernel)}; "
-                "make the parameters with sqjax.linen.quantize_dense(params)"
-            )
-        if kernel.shape != (inputs, self.features):
-            raise ValueError(f"{self._where()}: expected shape {(inputs, self.features)}, got {kernel.shape}")
-        return kernel
+        remedy = "make the parameters with sqjax.linen.quantize_dense(params)"
+        return check_kernel(self.get_variable("params", "kernel"), (inputs, self.features), self._where(), remedy)
 
 
 def quantize_dense(
@@ -103,7 +93,4 @@ def quantize_dense(
     if kernel is None or kernel.ndim != 2:
         shapes = {name: jnp.shape(x) for name, x in params.items()}
         raise ValueError(f"quantize_dense: expected a 'kernel' of shape (inputs, features), got {shapes}")
-    for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
-        if vector is not None and vector.shape != kernel.shape[:1]:
-            raise ValueError(f"quantize_dense: expected {name} of shape {kernel.shape[:1]}, got {vector.shape}")
-    return {**params, "kernel": quantize_weight(kernel, (0,), scheme, absmax, smoothing)}
+    return {**params, "kernel": quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense")}

@@ -1,6 +1,7 @@
 """Quantized matmuls on arrays: int8 x int8 -> int32, scaled in float32, cast once at the end."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -72,43 +73,126 @@ def quantized_dot_general(
 
     out = (q_x . q_w) * scale_x * scale_w, the sum in int32. The derivative with respect to x is that of the
     float matmul with the dequantized weight (straight-through, Bengio et al. 2013); the scales are constants to
-    it. `where` names the weight in errors.
+    it. With batch axes every matrix of the batch has scales of its own. `where` names the weight in errors.
 
     Raises:
-        ValueError: the weight is not stored along the contracted axes, has batch axes here, or the contraction
-            is too long for an exact int32 sum.
+        ValueError: the weight is not stored along the contracted axes, or the contraction is too long for an exact
+            int32 sum.
     """
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
+    check_contraction(weight, w_axes, w_batch, where)
+    stored = weight.tensor.axes
+    in_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
+    lead = [x_batch[i] for i in in_order]
+    contracted = [a for _, a in sorted((stored[w], a) for w, a in zip(w_axes, x_axes, strict=True))]
+    free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
+    sizes = [[x.shape[a] for a in axes] for axes in (lead, free, contracted)]
+    rows = x.transpose(*lead, *free, *contracted).reshape(*map(math.prod, sizes))
+    operands = rows, *matrices(weight, len(w_axes), len(w_batch))
+    if w_batch:
+        out = jax.vmap(partial(_multiply, weight.activations))(*operands)
+    else:
+        out = _multiply(weight.activations, *(None if m is None else m[0] for m in operands))
+    outer = weight.tensor.values.shape[len(lead) : weight.ndim - len(w_axes)]
+    out = out.reshape(*sizes[0], *sizes[1], *outer)
+    kept = [len(free) + stored[a] for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
+    return out.transpose(*map(in_order.index, range(len(lead))), *range(len(lead), len(lead) + len(free)), *kept)
+
+
+def _multiply(activations, rows, values, scale, input_scale, smoothing):
+    if smoothing is not None:
+        rows = rows.astype(jnp.float32) / smoothing[None, :]
+    return int8_matmul(activations, rows, values, scale, input_scale)
+
+
+def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str) -> None:
+    """Raises ValueError, naming `where`, if a weight was not quantized for a matmul along these axes."""
     tensor = weight.tensor
     tensor.check(where)
-    if x_batch or w_batch:
-        raise ValueError(f"{where}: a quantized weight with batch axes is not supported; keep this site in float")
-    stored = [tensor.axes[a] for a in w_axes]
-    first = tensor.ndim - len(stored)
+    axes, batch = (sorted(tensor.axes[a] for a in logical) for logical in (w_axes, w_batch))
+    first = tensor.ndim - len(axes)
     one_scale = math.prod(tensor.scale.shape[first:]) == 1
-    if sorted(stored) != list(range(first, tensor.ndim)) or not one_scale:
+    if axes != list(range(first, tensor.ndim)) or batch != list(range(len(batch))) or not one_scale:
+        asked = f"along its axes {tuple(w_axes)}" + (f" in a batch along {tuple(w_batch)}" if batch else "")
         raise ValueError(
-            f"{where}: contracted along its axes {tuple(w_axes)}, but it was quantized for a contraction along "
-            f"{_contracted(tensor)}; give this site a rule of None to keep it in float"
+            f"{where}: contracted {asked}, but it was quantized for a contraction along {_contracted(tensor)}; "
+            "give this site a rule of None to keep it in float"
         )
-    x_axes = [a for _, a in sorted(zip(stored, x_axes, strict=True))]
-    free = [a for a in range(x.ndim) if a not in x_axes]
-    rows, inner = math.prod(x.shape[a] for a in free), math.prod(x.shape[a] for a in x_axes)
+    inner = math.prod(tensor.values.shape[first:])
     if inner > LONGEST_CONTRACTION:
         raise ValueError(
             f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: "
             "split the contraction"
         )
-    x2d = x.transpose(*free, *x_axes).reshape(rows, inner)
+
+
+def matrices(weight: QuantWeight, contracted: int, batch: int) -> tuple[Array, Array, Array | None, Array | None]:
+    """A weight as one stack of matrices.
+
+    Returns:
+        values (stack, outputs, inner), scale (stack, outputs), input_scale (stack,) and smoothing (stack, inner); the
+        last two may be None.
+    """
+    values, scale = weight.tensor.values, weight.tensor.scale
+    lead, outer = values.shape[:batch], values.shape[batch : values.ndim - contracted]
+    inner, stack = math.prod(values.shape[values.ndim - contracted :]), math.prod(lead)
+    scale = jnp.broadcast_to(scale.reshape(scale.shape[: values.ndim - contracted]), (*lead, *outer))
+    input_scale, smoothing = weight.input_scale, weight.smoothing
+    if input_scale is not None:
+        input_scale = jnp.broadcast_to(input_scale, lead).reshape(stack)
+    if smoothing is not None:
+        smoothing = jnp.broadcast_to(
+            smoothing.reshape(*smoothing.shape[: smoothing.ndim - contracted], inner), (*lead, inner)
+        )
+        smoothing = smoothing.reshape(stack, inner)
+    outputs = math.prod(outer)
+    return values.reshape(stack, outputs, inner), scale.reshape(stack, outputs), input_scale, smoothing
+
+
+def quantized_ragged_dot(
+    x: Float[Array, "rows inner"], weight: QuantWeight, group_sizes: Int[Array, " stack"], where: str
+) -> Float[Array, "rows outputs"]:
+    """`lax.ragged_dot(x, weight, group_sizes)` on int8 operands: rows meet one matrix of a stack each.
+
+    out = (q_x . q_w) * scale_x * scale_w in float32, the sum in int32. `where` names the weight in errors.
+
+    Raises:
+        ValueError: as `quantized_dot_general`.
+    """
+    check_contraction(weight, (1,), (), where)
+    if weight.tensor.axes != (0, 2, 1):
+        raise ValueError(f"{where}: a ragged dot needs a stack of matrices; give this site a rule of None")
     if weight.smoothing is not None:
-        x2d = x2d.astype(jnp.float32) / weight.smoothing.reshape(1, inner)
-    outer = tensor.values.shape[:first]
-    values = tensor.values.reshape(math.prod(outer), inner)
-    scale = jnp.broadcast_to(tensor.scale.reshape(tensor.scale.shape[:first]), outer).reshape(-1)
-    out = int8_matmul(weight.activations, x2d, values, scale, weight.input_scale)
-    kept = [a for a in range(tensor.ndim) if a not in w_axes]  # logical free axes, in the order the caller expects
-    out = out.reshape(*(x.shape[a] for a in free), *outer)
-    return out.transpose(*range(len(free)), *(len(free) + tensor.axes[a] for a in kept))
+        x = x.astype(jnp.float32) / weight.smoothing[None, :]
+    scale = jnp.broadcast_to(weight.tensor.scale, (*weight.tensor.values.shape[:2], 1)).squeeze(2)
+    return int8_ragged_dot(weight.activations, x, weight.tensor.values, scale, weight.input_scale, group_sizes)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def int8_ragged_dot(activations, x, values, scale, input_scale, group_sizes):
+    """As `int8_matmul`, with the matrix of a stack (stack, outputs, inner) that each row's group has."""
+    x_scale = activation_scale(x, activations, input_scale)
+    sums = _ragged(to_format(x, x_scale), values, group_sizes, jnp.int32)
+    return sums.astype(jnp.float32) * x_scale * scale[_group_of_row(group_sizes, x.shape[0])]
+
+
+@int8_ragged_dot.defjvp
+def _ragged_straight_through(activations, primals, tangents):
+    _, values, scale, _, group_sizes = primals
+    weight = values.astype(jnp.float32) * scale[:, :, None]
+    return int8_ragged_dot(activations, *primals), _ragged(tangents[0].astype(jnp.float32), weight, group_sizes, None)
+
+
+def _ragged(x: Array, values: Array, group_sizes: Array, dtype: Any) -> Array:
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+    return lax.ragged_dot_general(x, values, group_sizes, numbers, preferred_element_type=dtype)
+
+
+def _group_of_row(group_sizes: Array, rows: int) -> Array:
+    """Which group each row belongs to: the first whose end lies beyond it."""
+    ends = jnp.cumsum(group_sizes)
+    last = jnp.int32(group_sizes.shape[0] - 1)
+    return jnp.minimum(jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right").astype(jnp.int32), last)
 
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:

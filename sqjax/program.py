@@ -1,24 +1,31 @@
-"""`Program`: a traced function as one flat list of equations, with its leaves named and its dead code gone."""
+"""`Program`: a traced function as one list of equations, with its leaves named and its dead code gone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from sqjax.interpreter import Traced, inner_program, source_of
+from sqjax.equations import Scan, inner_program, scan_in, source_of
+from sqjax.interpreter import Traced
+from sqjax.views import VIEWS, View
 
 Var = int
 
 
 class Equation(NamedTuple):
-    """One primitive applied to variables (numbers) or literals (arrays)."""
+    """One primitive applied to variables (numbers) or literals (arrays).
+
+    Attributes:
+        body: what a scan runs at every step; None for everything else.
+    """
 
     name: str
     inputs: tuple[Var | np.ndarray, ...]
     outputs: tuple[Var, ...]
     origin: JaxprEqn
+    body: "Body | None" = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -32,106 +39,251 @@ class Equation(NamedTuple):
         return f"`{self.name}` at {source_of(self.origin)}"
 
 
-class View(NamedTuple):
-    """A leaf seen through transposes and casts: axis i of the view is axis `axes[i]` of the leaf."""
+class Body(NamedTuple):
+    """One step of a scan. Its constants are the outer variables themselves; carry and xs are variables of its own.
 
-    path: str
-    axes: tuple[int, ...]
+    Attributes:
+        number: counts the scans of the program.
+        scan: how often and in what order it runs.
+        inputs: the carry, then a slice of each of the xs.
+        outputs: the next carry, then a slice of each of the ys.
+        equations: in order.
+    """
 
+    number: int
+    scan: Scan
+    inputs: tuple[Var, ...]
+    outputs: tuple[Var | np.ndarray, ...]
+    equations: tuple[Equation, ...]
 
-#: The primitives that keep a leaf a leaf: how a view's axes pass through, given the equation's parameters.
-VIEWS: dict[str, Callable[[Any, tuple[int, ...]], tuple[int, ...]]] = {
-    "transpose": lambda params, axes: tuple(axes[p] for p in params["permutation"]),
-    "convert_element_type": lambda params, axes: axes,
-    "copy": lambda params, axes: axes,
-}
+    @property
+    def everything(self) -> Iterator[Equation]:
+        """The equations of this body and of those within."""
+        return _all(self.equations)
 
 
 class Program:
-    """The flat program of `traced`; calls (jit, remat, custom gradients) are written out in place.
+    """The program of `traced`; calls (jit, remat, custom gradients) and the bodies of scans are written out in place.
+
+    A scan's body is a world of its own: what flows in and out of it at every step carries no scale. Only the slices of
+    leaves that it runs over are leaves inside too, one scale vector a step.
 
     Attributes:
-        equations: in order, those that some output depends on.
+        main: the equations that some output depends on, in order; a scan's hold their bodies.
         avals: the shape and dtype of every variable.
-        leaves: {variable: path} of the parameter leaves.
-        roots: {variable: what it is} of the other variables that no equation makes: inputs and constants.
-        outputs: the variables that the function returns.
+        scopes: for every variable the scans, outermost first, in whose bodies it lives.
+        lengths: {scan: its number of steps}.
+        leaves: {variable: path} of the parameter leaves, of their slices in a scan's body, and of `offsets`.
+        offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
+        roots: {variable: what it is} of the other variables that no equation makes: inputs, constants, carries.
+        barred: {variable: why it can carry no scale}.
+        results: what the function returns.
+        outputs: {variable: what reads it} of results and of what leaves a scan's body.
+        constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
         zeros: variables known to hold only zeros.
-        views: {variable: View} of the variables that are a leaf, transposed or cast.
+        views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
+        leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
     def __init__(self, traced: Traced):
-        self.equations: list[Equation] = []
         self.avals: list[Any] = []
+        self.scopes: list[tuple[int, ...]] = []
+        self.lengths: dict[int, int] = {}
         self.leaves: dict[Var, str] = {}
+        self.offsets: dict[Var, float] = {}
         self.roots: dict[Var, str] = {}
+        self.barred: dict[Var, str] = {}
+        self.outputs: dict[Var, str] = {}
+        self.constants: dict[Var, Any] = {}
+        self._scope: tuple[int, ...] = ()
         jaxpr = traced.jaxpr.jaxpr
-        constants = [self._root(v.aval, "a constant captured by fn") for v in jaxpr.constvars]
-        inputs = [self._new(v.aval) for v in jaxpr.invars]
-        self.leaves.update(zip(inputs, traced.paths, strict=False))
-        for number, v in enumerate(inputs[len(traced.paths) :]):
+        captured = self._capture(jaxpr, traced.jaxpr.consts)
+        self.inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
+        self.leaves.update(zip(self.inputs, traced.paths, strict=False))
+        for number, v in enumerate(self.inputs[len(traced.paths) :]):
             self.roots[v] = f"input {number} of fn"
-        results = self._flatten(jaxpr, constants, inputs)
-        self.outputs = frozenset(v for v in results if isinstance(v, int))
-        self._drop_dead_code()
+        equations, self.results = self._flatten(jaxpr, captured, self.inputs)
+        self._leaves_out(self.results, "an output of fn")
+        self.main = self._alive(equations, {v for v in self.results if isinstance(v, int)})
         self._index()
+
+    @property
+    def equations(self) -> Iterator[Equation]:
+        """All equations, those of a scan's body before the scan's own."""
+        return _all(self.main)
 
     def _new(self, aval: Any) -> Var:
         self.avals.append(aval)
+        self.scopes.append(self._scope)
         return len(self.avals) - 1
 
-    def _root(self, aval: Any, what: str) -> Var:
-        var = self._new(aval)
-        self.roots[var] = what
-        return var
+    def _capture(self, jaxpr: Jaxpr, values: Sequence[Any]) -> list[Var]:
+        captured = [self._new(v.aval) for v in jaxpr.constvars]
+        self.roots.update(dict.fromkeys(captured, "a constant captured by fn"))
+        self.constants.update(zip(captured, values, strict=True))
+        return captured
 
-    def _flatten(self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    def _leaves_out(self, atoms: Sequence[Any], what: str) -> None:
+        self.outputs.update({v: what for v in atoms if isinstance(v, int) and v not in self.outputs})
+
+    def _flatten(
+        self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]
+    ) -> tuple[list[Equation], list[Any]]:
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+        equations: list[Equation] = []
 
-        def read(atom):
-            return np.asarray(atom.val) if isinstance(atom, Literal) else env[atom]
+        def read(atom: Any) -> Any:
+            return _literal(atom) if isinstance(atom, Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             operands = tuple(read(v) for v in eqn.invars)
             if (inner := inner_program(eqn)) is not None:
-                held = [self._root(v.aval, "a constant captured by fn") for v in inner.jaxpr.constvars]
-                results = self._flatten(inner.jaxpr, held, operands)
+                written, results = self._flatten(inner.jaxpr, self._capture(inner.jaxpr, inner.consts), operands)
+                equations += written
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
-                self.equations.append(Equation(eqn.primitive.name, operands, tuple(results), eqn))
+                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn)
+                equations.append(self._with_body(equation))
             env.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return equations, [read(v) for v in jaxpr.outvars]
 
-    def _drop_dead_code(self) -> None:
-        alive, kept = set(self.outputs), []
-        for equation in reversed(self.equations):
+    def _with_body(self, equation: Equation) -> Equation:
+        scan = scan_in(equation.origin)
+        if scan is None:
+            return equation
+        number, outer, consts = len(self.lengths), self._scope, equation.inputs[: scan.consts]
+        self.lengths[number] = scan.length
+        self._scope = (*outer, number)
+        step = scan.step.jaxpr
+        captured = self._capture(step, scan.step.consts)
+        inputs = tuple(self._new(v.aval) for v in step.invars[scan.consts :])
+        self.roots.update({v: f"the carry of {equation}" for v in inputs[: scan.carry]})
+        self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
+        equations, outputs = self._flatten(step, captured, [*consts, *inputs])
+        self._leaves_out(outputs, f"what leaves a step of {equation}")
+        self._scope = outer
+        return equation._replace(body=Body(number, scan, inputs, tuple(outputs), tuple(equations)))
+
+    def _alive(self, equations: Sequence[Equation], alive: set[Var]) -> tuple[Equation, ...]:
+        """The equations without dead code; what they read is added to `alive`."""
+        kept = []
+        for equation in reversed(equations):
             if alive.intersection(equation.outputs) or equation.origin.effects:
+                if equation.body is not None:
+                    alive.update(v for v in equation.body.outputs if isinstance(v, int))
+                    body = equation.body._replace(equations=self._alive(equation.body.equations, alive))
+                    equation = equation._replace(body=body)
                 kept.append(equation)
                 alive.update(v for v in equation.inputs if isinstance(v, int))
-        self.equations = kept[::-1]
+        return tuple(kept[::-1])
 
     def _index(self) -> None:
         self.maker: dict[Var, Equation] = {}
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
         self.zeros: set[Var] = set()
-        self.views = {v: View(p, tuple(range(len(self.shape(v))))) for v, p in self.leaves.items() if self.is_float(v)}
+        self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
+        self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
+        self._values: dict[Var, np.ndarray] = {}
+        self._slices: dict[Var, Var] = {}
+        self._visit(self.main)
         for equation in self.equations:
-            variables = [v for v in equation.inputs if isinstance(v, int)]
-            for v in variables:
+            for v in {v for v in equation.inputs if isinstance(v, int)}:
                 self.readers.setdefault(v, []).append(equation)
+        for var in self._slices:
+            if not self._read_once(self._chain(var)[:-1]):
+                self.barred[var] = f"{self.leaves[var]} is read outside this scan too"
+        for equation in [e for e in self.equations if e.name == "add"]:
+            self._note_offset(equation)
+
+    def _visit(self, equations: Sequence[Equation]) -> None:
+        """Passes on, in order of execution, what is known of variables: makers, leaves, zeros, views."""
+        for equation in equations:
+            if equation.body is not None:
+                self._enter(equation, equation.body)
+                self._visit(equation.body.equations)
+            variables = [v for v in equation.inputs if isinstance(v, int)]
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if variables and all(v in self.from_leaves for v in variables):
+            if variables and all(v in self.from_leaves for v in variables) and equation.body is None:
                 self.from_leaves.update(equation.outputs)
-            if equation.name in _KEEPS_ZEROS and self.is_zero(equation.inputs[0]):
-                self.zeros.update(equation.outputs)
-            if equation.name in VIEWS and variables and self.is_float(equation.outputs[0]):
-                (x,), (y,) = variables, equation.outputs
-                if x in self.views:
-                    path, axes = self.views[x]
-                    self.views[y] = View(path, VIEWS[equation.name](equation.params, axes))
+            if equation.name in _KEEPS_VALUES:
+                self._pass_constant(equation)
+            if equation.name in VIEWS and len(variables) == 1 and variables[0] in self.views:
+                self._pass_view(variables[0], equation)
+
+    def _pass_constant(self, equation: Equation) -> None:
+        """Copies of one literal are that literal; copies of zeros are zeros."""
+        x, y = equation.inputs[0], equation.outputs[0]
+        value = self._values.get(x) if isinstance(x, int) else x
+        if value is not None and value.size == 1 and self.is_float(y):
+            self._values[y] = value.astype(self.avals[y].dtype)
+        if self.is_zero(x):
+            self.zeros.add(y)
+
+    def _pass_view(self, x: Var, equation: Equation) -> None:
+        y = equation.outputs[0]
+        view = VIEWS[equation.name](self.views[x], equation.params, self.shape(x), self.shape(y))
+        if view is not None and self.is_float(y):
+            self.views[y] = view
+
+    def _enter(self, equation: Equation, body: Body) -> None:
+        """Slices of leaves are leaves in a scan's body."""
+        _, _, xs = body.scan.sort(equation.inputs)
+        for outer, inner in zip(xs, body.inputs[body.scan.carry :], strict=True):
+            if not isinstance(outer, int) or outer not in self.from_leaves:
+                continue
+            self.from_leaves.add(inner)
+            view = self.views.get(outer)
+            if view is not None and (slice_ := view.slice_of_scan(body.number)) is not None:
+                self._slices[inner] = outer
+                self._is_leaf(inner, slice_)
+                self.views[inner] = slice_
+                del self.roots[inner]
+
+    def _is_leaf(self, var: Var, view: View) -> None:
+        self.leaves[var], self.leaf_views[var] = view.path, view
+
+    def _note_offset(self, equation: Equation) -> None:
+        """c + w stands for the leaf w where w has no other reader: w' = (c + w) / s - c rescales it."""
+        y = equation.outputs[0]
+        for leaf, other in (equation.inputs, equation.inputs[::-1]):
+            if not isinstance(leaf, int):
+                continue
+            view = self.views.get(leaf)
+            constant = self._values.get(other) if isinstance(other, int) else other
+            if view is None or view.permutation is None or constant is None or constant.size != 1:
+                continue
+            if self.shape(leaf) != self.shape(y) or not constant.any() or not self._read_once(self._chain(leaf)):
+                continue
+            self._is_leaf(y, view)
+            self.offsets[y] = c = float(constant.item())
+            del self.maker[y]
+            narrow = min((self.avals[v].dtype for v in (*self._chain(leaf), y)), key=lambda dtype: dtype.itemsize)
+            if narrow.itemsize < 4:
+                self.barred[y] = (
+                    f"{equation} computes {c:g} + {view.path} in {narrow}, too coarse to rescale; "
+                    "keep this leaf, and that sum, in float32"
+                )
+            elif abs(c) > 256 or not (c * 256).is_integer():
+                self.barred[y] = f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
+
+    def _chain(self, var: Var) -> list[Var]:
+        """The variables from a leaf to a view of it."""
+        chain = [var]
+        while (v := chain[0]) in self.maker or v in self._slices:
+            made = self.maker[v].inputs if v in self.maker else (self._slices[v],)
+            chain.insert(0, next(x for x in made if isinstance(x, int)))
+        return chain
+
+    def _read_once(self, variables: Sequence[Var]) -> bool:
+        """Whether each of these variables is read at one place only."""
+        reads = [
+            sum(x is v or x == v for e in self.readers.get(v, ()) for x in e.inputs if isinstance(x, int))
+            for v in variables
+        ]
+        return all(n + (v in self.outputs) <= 1 for n, v in zip(reads, variables, strict=True))
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""
@@ -163,4 +315,15 @@ class Program:
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
-_KEEPS_ZEROS = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy"}
+def _literal(atom: Any) -> np.ndarray:
+    return np.asarray(atom.val, atom.aval.dtype)
+
+
+def _all(equations: Sequence[Equation]) -> Iterator[Equation]:
+    for equation in equations:
+        if equation.body is not None:
+            yield from _all(equation.body.equations)
+        yield equation
+
+
+_KEEPS_VALUES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy"}

@@ -1,6 +1,7 @@
 """`QTensor`: integer values and float scales that stand for a float array."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sqjax.formats import INT8, Format, Granularity, scale_from_absmax, to_format
+from sqjax.views import runs
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +47,7 @@ class QTensor:
         contracting: tuple[int, ...],
         granularity: Granularity = "per_channel",
         fmt: Format = INT8,
+        batch: tuple[int, ...] = (),
     ) -> "QTensor":
         """Quantizes `x` along its logical axes `contracting`.
 
@@ -53,11 +56,13 @@ class QTensor:
             contracting: the axes that a matmul sums over; they share one scale and are stored last.
             granularity: "per_channel" (one scale for every index of the other axes) or "per_tensor".
             fmt: the number format.
+            batch: axes that hold one matrix each (stacked layers, experts): stored first, with scales of their own.
         """
         contracting = tuple(sorted(a % x.ndim for a in contracting))
-        stored = tuple(a for a in range(x.ndim) if a not in contracting) + contracting
+        stored = (*batch, *(a for a in range(x.ndim) if a not in (*contracting, *batch)), *contracting)
         moved = x.transpose(stored)
-        axes = tuple(range(-len(contracting), 0)) if granularity == "per_channel" else None
+        shared = len(contracting) if granularity == "per_channel" else x.ndim - len(batch)
+        axes = tuple(range(-shared, 0))
         scale = scale_from_absmax(jnp.max(jnp.abs(moved), axis=axes, keepdims=True), fmt)
         order = _shortest(tuple(stored.index(a) - x.ndim for a in range(x.ndim)))
         return cls(to_format(moved, scale, fmt), scale, order, x.dtype)
@@ -86,6 +91,32 @@ class QTensor:
     def transpose(self, permutation: tuple[int, ...]) -> "QTensor":
         """The logical transpose: only `order` changes, the stored values stay where they are."""
         return replace(self, order=_shortest(tuple(self.axes[p] - self.ndim for p in permutation)))
+
+    def slice(self, cuts: Sequence[slice]) -> "QTensor":
+        """The logical slice: values, and scales along the axes that have them, are cut."""
+        cut = {stored: c for stored, c in zip(self.axes, cuts, strict=True)}
+        values, scale = (
+            x[tuple(cut[a] if x.shape[a] > 1 else slice(None) for a in range(self.ndim))]
+            for x in (self.values, self.scale)
+        )
+        return replace(self, values=values, scale=scale)
+
+    def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
+        """The logical reshape; None if it would mix axes that are stored apart, or that do not share their scales."""
+        old, new = ([a for a, n in enumerate(sizes) if n != 1] for sizes in (self.shape, shape))  # 1s come and go
+        stored: list[tuple[int, bool, list[int]]] = []  # (first stored axis, whether it has scales, logical axes)
+        for sources, targets in runs([self.shape[a] for a in old], [shape[a] for a in new]):
+            own = [self.axes[old[a]] for a in sources]
+            scaled = {self.scale.shape[a] > 1 for a in own}
+            if own != list(range(own[0], own[0] + len(own))) or len(scaled) > 1:
+                return None
+            stored.append((own[0], scaled.pop(), [new[a] for a in targets]))
+        ones = [(-1, False, [a for a, n in enumerate(shape) if n == 1])]
+        order = [(a, scaled) for _, scaled, targets in ones + sorted(stored) for a in targets]
+        values = self.values.reshape([shape[a] for a, _ in order])
+        scale = self.scale.reshape([shape[a] if scaled else 1 for a, scaled in order])
+        place = {a: i - len(shape) for i, (a, _) in enumerate(order)}
+        return replace(self, values=values, scale=scale, order=_shortest(tuple(place[a] for a in range(len(shape)))))
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""

@@ -60,18 +60,21 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 
     def changed(path: str, leaf: Any) -> Any:
         rule = schemes.get(path)
-        return leaf if rule is None else quantize_weight(jnp.asarray(leaf), sites[path].axes, rule, stats.absmax[path])
+        if rule is None:
+            return leaf
+        return quantize_weight(jnp.asarray(leaf), sites[path].axes, rule, stats.absmax[path], batch=sites[path].batch)
 
     return map_named(changed, params)
 
 
-@partial(jax.jit, static_argnames=("contracting", "scheme"))
+@partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
 def quantize_weight(
     weight: Array,
     contracting: tuple[int, ...],
     scheme: Scheme,
     absmax: Array | None = None,
     smoothing: Array | None = None,
+    batch: tuple[int, ...] = (),
 ) -> QuantWeight:
     """One weight, quantized along its axes `contracting`.
 
@@ -79,21 +82,32 @@ def quantize_weight(
         weight: float, for example a Dense kernel (in, out) with contracting=(0,).
         contracting: the axes that the matmul sums over.
         scheme: how.
-        absmax: max |X_j| of the activation it meets (any shape; its largest value counts): for static schemes.
-        smoothing: s of the contracted axes' shape, in their order in the weight, for smoothing at run time; `weight`
+        absmax: max |X_j| of the activation it meets, of the shape of the batch axes and then any other (there its
+            largest value counts): for static schemes.
+        smoothing: s of the shape of the batch axes, then of the contracted axes, for smoothing at run time; `weight`
             is then multiplied by s here, and `absmax`, of the same shape, is that of X before the division by s.
+        batch: axes that hold one matrix each (stacked layers, experts): each is quantized on its own.
     """
     dtype, input_scale = weight.dtype, None
     if smoothing is not None:
-        others = tuple(a for a in range(weight.ndim) if a not in contracting and a - weight.ndim not in contracting)
-        weight = weight.astype(jnp.float32) * jnp.expand_dims(smoothing, others)
+        s = smoothing.astype(jnp.float32)
+        weight = weight.astype(jnp.float32) * _spread(
+            s, (*batch, *sorted(a % weight.ndim for a in contracting)), weight.ndim
+        )
     if scheme.activations == "static":
         if absmax is None:
             raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
         absmax = absmax if smoothing is None else absmax / smoothing
-        input_scale = scale_from_absmax(jnp.max(absmax))
-    tensor = replace(QTensor.quantize(weight, contracting, scheme.weights), dtype=dtype)
+        largest = jnp.max(absmax, axis=tuple(range(len(batch), absmax.ndim)))
+        # An expert that calibration never reached takes the largest range of the others.
+        input_scale = scale_from_absmax(jnp.where(largest > 0, largest, jnp.max(largest)))
+    tensor = replace(QTensor.quantize(weight, contracting, scheme.weights, batch=batch), dtype=dtype)
     return QuantWeight(tensor, input_scale, smoothing, scheme.activations)
+
+
+def _spread(x: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """x with its axis i at `axes[i]` of an array of rank `ndim`."""
+    return jnp.moveaxis(x.reshape(x.shape + (1,) * (ndim - x.ndim)), range(x.ndim), axes)
 
 
 def _check_described(params: PyTree, stats: Stats, static: list[Site]) -> None:

@@ -1,41 +1,57 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sqjax.graph import Site
 from sqjax.program import Equation, Program, Var
+from sqjax.views import View
+
+#: The matmuls that can be sites.
+MATMULS = ("dot_general", "ragged_dot_general")
 
 
 class Place(NamedTuple):
-    """A site in the program: the matmul's activation, and its contracted axes in the order of the leaf's."""
+    """A site in the program: the matmul's activation, and its batch and contracted axes in the order of the leaf's.
+
+    Along `axes` the activation has the site's channels, but for the steps of scans around it.
+    """
 
     site: Site
     equation: Equation
     activation: Var
     axes: tuple[int, ...]
+    view: View
 
 
 class Side(NamedTuple):
-    """One operand of a dot_general: its axes, and where its free axes stand in the result."""
+    """One operand of a matmul: its axes, and where its free axes stand in the result.
+
+    `stack` is the axis along which a ragged dot chooses one matrix for every row; it is not in the result.
+    """
 
     var: Var | np.ndarray
     contracted: tuple[int, ...]
     batch: tuple[int, ...]
     free: tuple[int, ...]
     out: tuple[int, ...]
+    stack: tuple[int, ...] = ()
 
 
 def sides_of(program: Program, e: Equation) -> tuple[Side, Side]:
-    """The two operands of a dot_general."""
-    contracting, batch = e.params["dimension_numbers"]
+    """The two operands of a matmul."""
+    if e.name == "ragged_dot_general":
+        numbers = e.params["ragged_dot_dimension_numbers"]
+        contracting, batch = numbers.dot_dimension_numbers
+        stacks = ((), tuple(numbers.rhs_group_dimensions))
+    else:
+        (contracting, batch), stacks = e.params["dimension_numbers"], ((), ())
     sides, start = [], len(batch[0])
-    for var, c, b in zip(e.inputs, contracting, batch, strict=True):
-        ndim = len(program.shape(var))
-        free = tuple(a for a in range(ndim) if a not in c and a not in b)
-        sides.append(Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free)))))
+    for var, c, b, stack in zip(e.inputs[:2], contracting, batch, stacks, strict=True):
+        free = tuple(a for a in range(len(program.shape(var))) if a not in (*c, *b, *stack))
+        sides.append(Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free))), stack))
         start += len(free)
     return sides[0], sides[1]
 
@@ -45,12 +61,8 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     places: list[Place] = []
     others: dict[str, str] = {}
     for equation in program.equations:
-        if equation.runs_a_program:  # scan, while, cond, custom kernels
-            read = [
-                program.leaves_behind(v) for v in equation.inputs if isinstance(v, int) and v in program.from_leaves
-            ]
-            others.update(dict.fromkeys(sorted(set().union(*read)), f"{equation} reads it, and is not looked into"))
-        if equation.name != "dot_general":
+        if equation.name not in MATMULS:
+            others.update(_not_looked_into(program, equation))
             continue
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
@@ -58,33 +70,64 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
                 continue
             if not isinstance(other.var, int) or other.var in program.from_leaves:
                 continue
-            view = program.views.get(me.var)
-            if view is None or me.batch:
-                maker = program.maker.get(me.var)
-                what = f"what {maker} makes of it" if maker else f"it in {program.avals[me.var].dtype}"
-                why = f"{equation} has batch axes" if view else f"{equation} multiplies {what}"
-                others.update(dict.fromkeys(program.leaves_behind(me.var), why))
-                continue
-            order = np.argsort([view.axes[a] for a in me.contracted])
-            axes = tuple(view.axes[me.contracted[i]] for i in order)
-            shape = program.shape(me.var)
-            site = Site(view.path, axes, tuple(shape[me.contracted[i]] for i in order))
-            places.append(Place(site, equation, other.var, tuple(other.contracted[i] for i in order)))
-    seen: dict[str, Site] = {}
+            place = _place(program, equation, me, other, me.var, other.var)
+            if isinstance(place, Place):
+                places.append(place)
+            else:
+                others.update(dict.fromkeys(program.leaves_behind(me.var), place))
+    seen: dict[str, Place] = {}
     for place in places:
-        if seen.setdefault(place.site.path, place.site) != place.site:
+        first = seen.setdefault(place.site.path, place)
+        if first.site != place.site:
             others[place.site.path] = f"it is contracted along different axes; {place.equation} is the second use"
+        elif first.view.stacked != place.view.stacked:
+            others[place.site.path] = f"two scans run over it; {place.equation} is the second use"
     return [p for p in places if p.site.path not in others], others
+
+
+def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
+    """{leaf: why it is no site} of the leaves that another kind of matmul reads."""
+    opaque = equation.runs_a_program and equation.body is None  # while, cond, custom kernels
+    if opaque:
+        why = f"{equation} reads it, and is not looked into: not calibrated, it stays float"
+    elif equation.name == "conv_general_dilated":
+        why = f"{equation} is a convolution: it stays float"
+    else:
+        return {}
+    read = [program.leaves_behind(v) for v in equation.inputs if isinstance(v, int) and v in program.from_leaves]
+    return dict.fromkeys(sorted(set().union(*read)), why)
+
+
+def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
+    """A leaf's matmul as a `Place`, or why it is none."""
+    view = program.views.get(leaf)
+    if view is None:
+        maker = program.maker.get(leaf)
+        return (
+            f"{equation} multiplies what {maker} makes of it"
+            if maker
+            else (f"{equation} multiplies it in {program.avals[leaf].dtype}")
+        )
+    pairs = [
+        sorted(zip(mine, its, strict=True), key=lambda pair: view.place_of(pair[0]))
+        for mine, its in ((me.batch, other.batch), (me.contracted, other.contracted))
+    ]
+    (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
+    if batch is None or not axes:
+        return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
+    stacked = tuple(axis for _, axis in view.stacked)
+    site = Site(view.path, axes, tuple(view.shape[a] for a in (*stacked, *batch, *axes)), (*stacked, *batch))
+    return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
 
 
 def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
-    reaching, heads = set(program.outputs), set()
-    for equation in reversed(program.equations):
+    reaching, heads = {v for v in program.results if isinstance(v, int)}, set()
+    for equation in reversed(program.main):
         if reaching.intersection(equation.outputs):
             if (path := weights.get(equation.outputs[0])) is not None:
                 heads.add(path)
-            else:
+            elif equation.body is None or not any(e.outputs[0] in weights for e in equation.body.everything):
                 reaching.update(v for v in equation.inputs if isinstance(v, int))
     return frozenset(heads)

@@ -146,22 +146,30 @@ def unfold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
 
 def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> PyTree:
     factors: dict[str, list[tuple[Array, Any]]] = {}
+    offsets = dict(graph.offsets)
     for group in graph.groups:
         if group.name in s:
             for path, labels in group.leaves:
                 factors.setdefault(path, []).append((s[group.name], sign * labels.array))
 
-    return map_named(lambda path, leaf: _scale_leaf(leaf, factors[path]) if path in factors else leaf, params)
+    def scaled(path: str, leaf: Any) -> Any:
+        return _scale_leaf(leaf, factors[path], offsets.get(path, 0.0)) if path in factors else leaf
+
+    return map_named(scaled, params)
 
 
-@jax.jit
-def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]]) -> Array:
-    """The leaf times s where its label is positive, divided by s where it is negative, for every (s, labels)."""
+@partial(jax.jit, static_argnames="offset")
+def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]], offset: float) -> Array:
+    """The leaf times s where its label is positive, divided by s where it is negative, for every (s, labels).
+
+    With an offset c it is c + leaf that is scaled: (c + leaf) / s - c.
+    """
     value = leaf.astype(leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32)
+    value = value + offset if offset else value
     for scale, labels in factors:
         with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)]).astype(value.dtype)
         value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
-    return value.astype(leaf.dtype)
+    return (value - offset if offset else value).astype(leaf.dtype)
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -48,6 +49,18 @@ class Stats:
     folded: dict[str, Any]
     graph: Graph = field(metadata={"static": True})
 
+    @property
+    def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """{site: its batch entries, (layer, expert, ...), that saw nothing but zeros}; their scales stay 1."""
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for site in self.graph.sites:
+            if site.batch:
+                seen = np.asarray(self.absmax[site.path])
+                dead = ~seen.any(axis=tuple(range(len(site.batch), seen.ndim)))
+                if dead.any():
+                    found[site.path] = tuple(tuple(int(i) for i in entry) for entry in np.argwhere(dead))
+        return found
+
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of both calibrations of one model: maxima by max, sums and counts by +.
 
@@ -68,12 +81,13 @@ class Stats:
 
 def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
     """max over outputs of |W| for every channel of the site: float32, the channels' shape."""
-    return _absmax(leaf, tuple(a for a in range(jnp.ndim(leaf)) if a not in site.axes))
+    return _absmax(leaf, (*site.batch, *site.axes))
 
 
 @partial(jax.jit, static_argnums=1)
-def _absmax(x: ArrayLike, axes: tuple[int, ...]) -> Array:
-    return jnp.max(jnp.abs(x).astype(jnp.float32), axis=axes)
+def _absmax(x: ArrayLike, kept: tuple[int, ...]) -> Array:
+    first = jnp.moveaxis(jnp.abs(x).astype(jnp.float32), kept, range(len(kept)))
+    return jnp.max(first, axis=tuple(range(len(kept), jnp.ndim(x))))
 
 
 def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:

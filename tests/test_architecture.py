@@ -19,22 +19,24 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
-    ["formats", "trees"],
+    ["formats", "trees", "views"],
     ["qtensor"],
     ["matmul"],
-    ["interpreter"],
-    ["program", "labels"],
+    ["equations"],
+    ["interpreter", "labels"],
+    ["program"],
     ["graph"],
     ["sites", "certificate", "closure"],
-    ["folding"],
+    ["stacks"],
+    ["folding", "evaluation"],
     ["statistics"],
     ["smoothing"],
     ["calibration"],
     ["schemes"],
     ["quantization"],
-    ["execution"],
+    ["execution", "dense"],
     ["verification"],
-    ["linen"],
+    ["linen", "nnx"],
     ["models"],
     ["demo"],
     ["cli"],
@@ -93,11 +95,12 @@ def test_importing_sqjax_loads_nothing_heavy():
     assert loaded_by("import sqjax") == set()
 
 
-def test_only_linen_and_models_load_flax_and_when_they_are_used():
+def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
     assert loaded_by("import sqjax; sqjax.linen.QuantDense") >= {"flax"}
+    assert loaded_by("import sqjax; sqjax.nnx.QuantLinear") >= {"flax"}
     assert not loaded_by("import sqjax; sqjax.models.LlamaConfig") & {"transformers", "torch", "matplotlib"}
     users = {path.parts[0] for path in FILES if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)}
-    assert users == {"linen.py", "models"}
+    assert users == {"linen.py", "nnx.py", "models"}
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -114,7 +117,9 @@ PUBLIC = {
     if getattr(value, "__module__", "").startswith("sqjax")
 }
 _linen = importlib.import_module("sqjax.linen")
-LINEN = {"linen.QuantDense": _linen.QuantDense, "linen.quantize_dense": _linen.quantize_dense}
+_nnx = importlib.import_module("sqjax.nnx")
+FLAX = {"linen.QuantDense": _linen.QuantDense, "linen.quantize_dense": _linen.quantize_dense}
+FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild", "QuantLinear")}
 
 
 def test_the_public_names_are_these():
@@ -126,9 +131,9 @@ def test_the_public_names_are_these():
     }
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *LINEN])
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
 def test_a_public_name_has_an_example_that_runs(name):
-    value = {**PUBLIC, **LINEN}[name]
+    value = {**PUBLIC, **FLAX}[name]
     [test] = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs={})]
     assert any(example.want for example in test.examples), f"sqjax.{name} has no example that shows a result"
     report = []
@@ -137,9 +142,9 @@ def test_a_public_name_has_an_example_that_runs(name):
     assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *LINEN])
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
 def test_a_docstring_names_every_argument_or_says_where(name):
-    value = {**PUBLIC, **LINEN}[name]
+    value = {**PUBLIC, **FLAX}[name]
     if not inspect.isfunction(value):
         return
     arguments = [p for p in inspect.signature(value).parameters if p not in ("progress",)]

@@ -1,0 +1,75 @@
+"""What an equation of a jaxpr runs: the inner programs of calls, scans, whiles and conds, alike on every JAX."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+#: Primitives that only call an inner program, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+class Scan(NamedTuple):
+    """A scan: step(consts, carry, slices of xs) -> (carry, slices of ys), run `length` times."""
+
+    step: ClosedJaxpr
+    consts: int
+    carry: int
+    length: int
+    options: dict[str, Any]
+
+    def sort(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """(consts, carry, xs) among a scan's operands."""
+        split = self.consts + self.carry
+        return list(operands[: self.consts]), list(operands[self.consts : split]), list(operands[split:])
+
+
+def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The program that a call-like equation runs, or None."""
+    name = CALLS.get(equation.primitive.name)
+    return None if name is None else program_in(equation, equation.params[name])
+
+
+def scan_in(equation: JaxprEqn) -> Scan | None:
+    """What a scan runs, or None if the equation is none."""
+    if equation.primitive.name != "scan":
+        return None
+    params = equation.params
+    if "ft_in" in params:  # jax 0.12
+        consts, carry, _ = (len(part) for part in params["ft_in"].unpack())
+    else:
+        consts, carry = params["num_consts"], params["num_carry"]
+    options = {name: params[name] for name in ("reverse", "unroll")}
+    return Scan(program_in(equation, params["jaxpr"]), consts, carry, params["length"], options)
+
+
+def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
+    """A jaxpr among an equation's parameters.
+
+    jax traces library functions such as jnp.take once, and their equations know no line of the user's program; those
+    get the line of the call.
+    """
+    inner: Jaxpr
+    inner, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+    equations = [e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns]
+    return ClosedJaxpr(inner.replace(eqns=equations), consts)
+
+
+def emit(equation: JaxprEqn, *operands: Any) -> Any:
+    """The equation itself, on other operands."""
+    return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+
+
+def source_of(equation: JaxprEqn) -> str:
+    """Where the user's program made this equation: "file:line (function)"."""
+    return source_info_util.summarize(equation.source_info)
