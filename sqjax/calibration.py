@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,6 +101,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     mask: Callable[..., Any] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     progress: bool = False,
 ) -> Stats:
     """Finds what can be folded in `fn`, proves it, and records what every matmul sees in the batches.
@@ -117,6 +118,8 @@ def calibrate(
             differ from batch to batch (each new shape compiles once). For several functions: one iterable for each.
         mask: mask(*batch) gives booleans of shape (batch, tokens), or of the tokens' shape: False for padding, whose
             activations do not count. An activation without these axes (a pooled one) counts whole.
+        groups: {a site's path: the paths of the leaves that shall absorb its scale}: groups stated by hand, where the
+            search would choose others. They pass the same certificate and proof. The rest is found as always.
         progress: whether to show a progress bar.
 
     Returns:
@@ -124,7 +127,7 @@ def calibrate(
 
     Raises:
         ValueError: there are no batches; a batch does not fit `fn`; a parameter, a batch or an activation holds NaN or
-            infinity; there is no matmul of an activation with a leaf.
+            infinity; there is no matmul of an activation with a leaf; a stated group does not hold.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -139,7 +142,7 @@ def calibrate(
     if len(functions) != len(streams):
         raise ValueError(f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches")
     opened = [_open(stream) for stream in streams]
-    graph = proven_graph(functions, params, [first for first, _ in opened])
+    graph = proven_graph(functions, params, [first for first, _ in opened], groups)
     recorder = Recorder(params, graph, mask)
     for function, (_, stream) in zip(functions, opened, strict=True):
         expected = None
@@ -163,7 +166,12 @@ def _args(batch: Any, number: int) -> tuple[Any, ...]:
     return args
 
 
-def proven_graph(functions: Sequence[Fn], params: PyTree, batches: Sequence[tuple[Any, ...]]) -> Graph:
+def proven_graph(
+    functions: Sequence[Fn],
+    params: PyTree,
+    batches: Sequence[tuple[Any, ...]],
+    stated: Mapping[str, Sequence[str]] | None = None,
+) -> Graph:
     """The graph of functions that share parameters, found and proved on one batch for each."""
 
     def together(params, *batches):
@@ -171,7 +179,7 @@ def proven_graph(functions: Sequence[Fn], params: PyTree, batches: Sequence[tupl
 
     several = len(functions) > 1
     program, inputs = _program(together if several else functions[0], params, batches if several else batches[0], 0)
-    graph = find_graph(program, shared_arrays(params))
+    graph = find_graph(program, shared_arrays(params), stated)
     if not graph.sites:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
         raise ValueError(

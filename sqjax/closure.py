@@ -15,14 +15,21 @@ BUDGET = 20_000
 
 
 class Refused(Exception):
-    """Why an activation's scale can not be folded: one reason, or one for every way that was tried."""
+    """Why an activation's scale can not be folded: one reason, or one for every way that was tried.
+
+    `way` holds the equations from the activation to the one that stands in the way.
+    """
+
+    way: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "; and ".join(self.args[:4])
 
     def at(self, equation: Equation) -> "Refused":
         """The same, with the equation named where none is named yet."""
-        return Refused(*(r if "`" in r else f"{r} (through {equation})" for r in self.args))
+        refused = Refused(*(r if "`" in r else f"{r} (through {equation})" for r in self.args))
+        refused.way = self.way
+        return refused
 
 
 class Ties:
@@ -54,10 +61,20 @@ class Closure:
         rules: by a primitive's name, what puts labels on an equation's variables given those of others.
         shared: {path: another path} of leaves that are the same array; no scale may reach them.
         channels: the number of channels of the activation.
+        absorbers: the only leaves that may be divided; None: any.
     """
 
-    def __init__(self, program: Program, rules: Mapping[str, "Rule"], shared: Mapping[str, str], channels: int):
-        self.program, self.rules, self.shared = program, rules, shared
+    def __init__(
+        self,
+        program: Program,
+        rules: Mapping[str, "Rule"],
+        shared: Mapping[str, str],
+        channels: int,
+        absorbers: frozenset[str] | None = None,
+    ):
+        self.program, self.rules, self.shared, self.absorbers = program, rules, shared, absorbers
+        self.causes: dict[Var, Equation | None] = {}
+        self.current: Equation | None = None
         self.ties = Ties(np.arange(channels))
         self.labels: dict[Var, Labels] = {}
         self.queue: deque[Equation] = deque()
@@ -65,7 +82,8 @@ class Closure:
         self.visits = itertools.count(1)
 
     def copy(self) -> "Closure":
-        other = Closure(self.program, self.rules, self.shared, 0)
+        other = Closure(self.program, self.rules, self.shared, 0, self.absorbers)
+        other.causes, other.current = dict(self.causes), self.current
         other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
         other.queue, other.undecided = deque(self.queue), list(self.undecided)
         other.visits = self.visits  # one budget for all branches
@@ -87,7 +105,8 @@ class Closure:
         labels = self.tie_along(labels, [a for a, n in enumerate(labels.shape) if n > shape[a]])  # x broadcasts
         old = self[atom]
         if old is None:
-            self._admit(atom)
+            self._admit(atom, labels)
+            self.causes[atom] = self.current
             merged = labels
         else:
             merged = self.merge(old, labels)
@@ -96,8 +115,8 @@ class Closure:
             self.labels[atom] = merged
             self.queue.extend(self.program.touching(atom))
 
-    def _admit(self, var: Var) -> None:
-        """Refuses variables that can not carry a scale, whatever it is."""
+    def _admit(self, var: Var, labels: Labels) -> None:
+        """Refuses variables that can not carry a scale like this."""
         program = self.program
         if var in program.outputs:
             raise Refused(f"its scale would reach {program.outputs[var]}")
@@ -109,6 +128,8 @@ class Closure:
             raise Refused(f"its scale would reach a value of dtype {program.avals[var].dtype}")
         if (path := program.leaves.get(var, "")) in self.shared:
             raise Refused(f"the array at {path} also stands at {self.shared[path]}")
+        if path and self.absorbers is not None and (labels < 0).any() and path not in self.absorbers:
+            raise Refused(f"{path} is not among the leaves that were said to absorb")
         for equation in program.touching(var):
             if equation.name not in self.rules:
                 raise Refused(f"{equation} stands in the way")
@@ -146,7 +167,7 @@ class Closure:
         for var, labels in options:
             if isinstance(var, int):
                 try:
-                    self._admit(var)
+                    self._admit(var, labels)
                 except Refused as refused:
                     reasons += refused.at(equation).args
                 else:
@@ -165,9 +186,11 @@ class Closure:
             equation = self.queue.popleft()
             if next(self.visits) > BUDGET:
                 raise Refused(f"the search gave up after {BUDGET} equations")
+            self.current = equation
             try:
                 self.rules[equation.name](self, equation)
             except Refused as refused:
+                refused.way = refused.way or self.way_to(equation)
                 raise refused.at(equation) from None
         while self.undecided:
             equation, options = self.undecided.pop()
@@ -178,14 +201,30 @@ class Closure:
 
     def _branch(self, equation: Equation, options: Sequence[tuple[Var, Labels]]) -> "Closure":
         reasons: list[str] = []
+        way: tuple[str, ...] = ()
         for var, labels in options:
             branch = self.copy()
+            branch.current = equation
             try:
                 branch.put(var, labels)
                 return branch.close()
             except Refused as refused:
                 reasons += refused.at(equation).args
-        raise Refused(*dict.fromkeys(reasons))
+                way = way or refused.way
+        none_left = Refused(*dict.fromkeys(reasons))
+        none_left.way = way
+        raise none_left
+
+    def way_to(self, equation: Equation | None) -> tuple[str, ...]:
+        """The equations that carried labels from the activation to this one."""
+        way: list[str] = []
+        while equation is not None:
+            way.insert(0, str(equation))
+            known = [v for v in (*equation.inputs, *equation.outputs) if isinstance(v, int) and v in self.causes]
+            first = min(known, key=list(self.causes).index, default=None)
+            cause = None if first is None else self.causes[first]
+            equation = cause if cause is not equation else None
+        return tuple(way)
 
 
 Rule = Callable[[Closure, Equation], None]

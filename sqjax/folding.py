@@ -7,6 +7,7 @@ believed only after `sqjax.certificate` has checked it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -280,45 +281,62 @@ RULES: dict[str, Rule] = {
 }
 
 
-def find_graph(program: Program, shared: Mapping[str, str]) -> Graph:
+def find_graph(program: Program, shared: Mapping[str, str], stated: Mapping[str, Sequence[str]] | None = None) -> Graph:
     """Finds the sites and the groups of a program.
 
     Args:
         program: the traced function.
         shared: {path: another path} of leaves that are the same array at two places of the tree.
+        stated: {site: the leaves that shall absorb its scale} of groups that are stated by hand; they come first.
+
+    Raises:
+        ValueError: a stated group is not lawful, or is not as stated.
     """
     places, refused = find_sites(program)
-    heads = find_heads(program, places)
-    groups: list[Group] = []
-    grouped: set[str] = set()
+    search = Search(program, shared, places, find_heads(program, places))
+    groups = [_stated_group(search, site, absorbers) for site, absorbers in (stated or {}).items()]
+    grouped = {path for group in groups for path, _ in group.sites}
+    ways: dict[str, tuple[str, ...]] = {}
     for place in places:
         if place.site.path in grouped:
             continue
         try:
-            group = find_group(program, place, places, shared, heads)
+            group = find_group(search, place)
         except Refused as reason:
-            refused[place.site.path] = str(reason)
+            refused[place.site.path], ways[place.site.path] = str(reason), reason.way
         else:
             groups.append(group)
             grouped.update(path for path, _ in group.sites)
     refused = {path: reason for path, reason in refused.items() if path not in grouped}
-    leaves = tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves)
-    sites = tuple(dict.fromkeys(p.site for p in places))
-    offsets = {program.leaves[var]: c for var, c in program.offsets.items()}
-    return Graph(leaves, sites, tuple(groups), tuple(refused.items()), tuple(offsets.items()))
+    return Graph(
+        leaves=tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves),
+        sites=tuple(dict.fromkeys(p.site for p in places)),
+        groups=tuple(groups),
+        refused=tuple(refused.items()),
+        offsets=tuple({program.leaves[var]: c for var, c in program.offsets.items()}.items()),
+        ways=tuple((path, way) for path, way in ways.items() if path in refused),
+    )
 
 
-def find_group(
-    program: Program, place: Place, places: Sequence[Place], shared: Mapping[str, str], heads: frozenset[str]
-) -> Group:
-    """The group of one site's activation, certified.
+class Search(NamedTuple):
+    """What the search for groups needs to know of a program: its sites, the shared leaves, and the sites at its end."""
+
+    program: Program
+    shared: Mapping[str, str]
+    places: Sequence[Place]
+    heads: frozenset[str]
+
+
+def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = None) -> Group:
+    """The group of one site's activation, certified; `absorbers` are the only leaves that may absorb (None: any).
 
     Raises:
         Refused: with the reason.
     """
+    program = search.program
     sizes = [program.shape(place.activation)[a] for a in place.axes]
     size = int(np.prod(sizes))
-    closure = Closure(program, RULES, shared, size)
+    closure = Closure(program, RULES, search.shared, size, absorbers)
     seed = -1 - np.arange(size).reshape(sizes)
     closure.put(place.activation, lab.put_axes(seed, place.axes, len(program.shape(place.activation))))
     closure = closure.close()
@@ -327,15 +345,30 @@ def find_group(
         raise Refused("it holds only zeros" if size else "it has no channels")
     if problem := certify(program, found):
         raise Refused(problem)
-    return _group(program, place.site.path, found, places, heads)
+    return _group(search, place.site.path, found, closure)
 
 
-def _group(
-    program: Program, name: str, found: Mapping[Var, Labels], places: Sequence[Place], heads: frozenset[str]
-) -> Group:
+def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
+    """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
+    place = next((p for p in search.places if p.site.path == site), None)
+    if place is None:
+        known = sorted({p.site.path for p in search.places})
+        raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
+    try:
+        group = find_group(search, place, frozenset(absorbers))
+    except Refused as reason:
+        raise ValueError(f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}") from None
+    if idle := set(absorbers).difference(group.absorbers):
+        raise ValueError(f"groups: {site}: {sorted(idle)} absorb nothing of its scale; {group.absorbers} do")
+    return group
+
+
+def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
     """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
+    program, places = search.program, search.places
     stack = Stack.of(program, found)
-    leaves = {program.leaves[v]: stack.of_leaf(v, labels) for v, labels in found.items() if v in program.leaves}
+    variables = {program.leaves[v]: v for v in found if v in program.leaves}
+    leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
     sites: dict[str, Labels] = {}
     for place in places:
         path = place.site.path
@@ -350,5 +383,7 @@ def _group(
         size=int(max(labels.max() for labels in sites.values())),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in places) and not heads.intersection(sites),
+        norm=not absorbers.intersection(p.site.path for p in places) and not search.heads.intersection(sites),
+        ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
+        steps=tuple(program.lengths[scan] for scan in stack.scans),
     )

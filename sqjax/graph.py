@@ -1,11 +1,12 @@
 """`Graph`: what folding found in a program, as plain hashable data (strings, numbers, tuples)."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from sqjax.trees import first_matches
+from sqjax.trees import braced, first_matches, near_misses
 
 
 class LabelMap(NamedTuple):
@@ -49,6 +50,8 @@ class Group(NamedTuple):
         leaves: (path, how each element of the leaf scales); the sites' own leaves are among them.
         norm: whether only norms (leaves that are no matmul's weight) absorb, and the sites are not the model's head:
             the groups that the authors' code smooths.
+        ways: (leaf, the equations from the sites' activation to it).
+        steps: the lengths of the scans over whose steps the scales are stacked: one scale vector a step.
     """
 
     name: str
@@ -56,11 +59,33 @@ class Group(NamedTuple):
     sites: tuple[tuple[str, LabelMap], ...]
     leaves: tuple[tuple[str, LabelMap], ...]
     norm: bool
+    ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    steps: tuple[int, ...] = ()
 
     @property
     def absorbers(self) -> tuple[str, ...]:
         """The paths of the leaves that are divided by the scale."""
         return tuple(path for path, labels in self.leaves if (labels.array < 0).any())
+
+    def account(self, path: str) -> list[str]:
+        """Lines that tell which part a leaf has in the group; none if it has none."""
+        lines: list[str] = []
+        if path in dict(self.sites):
+            lines += [f"{path} is a site of the group {self.name}: {self.row()[0]} scales, absorbed by"]
+            for absorber in self.absorbers:
+                lines += [f"  {absorber}", *(f"    {step}" for step in dict(self.ways).get(absorber, ()))]
+        if path in self.absorbers:
+            lines += [f"{path} absorbs the scales of the group {self.name}"]
+            lines += _steps("the sites' activation", dict(self.ways).get(path, ()))
+        return lines
+
+    def row(self) -> tuple[str, str, str]:
+        """(number of scales, absorbers, sites), as texts."""
+        steps = math.prod(self.steps)
+        channels = max(np.count_nonzero(labels.array) for _, labels in self.sites)
+        scales = f"{'x'.join(map(str, self.steps))} x {self.size // steps}" if self.steps else f"{self.size}"
+        tied = "" if channels == self.size else f" of {channels // steps} channels"
+        return scales + tied, braced(self.absorbers), braced([path for path, _ in self.sites])
 
 
 class Graph(NamedTuple):
@@ -70,8 +95,9 @@ class Graph(NamedTuple):
         leaves: (path, shape) of every leaf of the parameter tree.
         sites: every matmul of an activation with a leaf.
         groups: what can be folded. Every group has passed the certificate.
-        refused: (site, reason).
+        refused: (site, or leaf that a matmul may meet, reason).
         offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is rescaled.
+        ways: (refused site, the equations from its activation to what stands in the way).
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -79,6 +105,7 @@ class Graph(NamedTuple):
     groups: tuple[Group, ...]
     refused: tuple[tuple[str, str], ...]
     offsets: tuple[tuple[str, float], ...] = ()
+    ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
         """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths).
@@ -95,12 +122,28 @@ class Graph(NamedTuple):
         found = first_matches(patterns, paths, "groups pattern")
         return tuple(g for g in self.groups if any(found[path] is not None for path, _ in g.sites))
 
+    def explain(self, path: str) -> str:
+        """Why a leaf is in a group, in which part, or in none: the equations of the program, with their lines.
+
+        Raises:
+            ValueError: there is no such leaf; names near misses.
+        """
+        known = [leaf for leaf, _ in self.leaves]
+        if path not in known:
+            raise ValueError(f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}")
+        lines = [line for group in self.groups for line in group.account(path)]
+        for leaf, reason in self.refused:
+            if leaf == path:
+                lines += [f"{path} is in no group: {reason}", *_steps("its activation", dict(self.ways).get(path, ()))]
+        return "\n".join(lines or [f"{path}: no matmul of an activation meets it, and no group needs it"])
+
     def __str__(self) -> str:
-        lines = [f"{len(self.groups)} groups, {len(self.sites)} sites"]
-        for g in self.groups:
-            channels = max(np.count_nonzero(labels.array) for _, labels in g.sites)
-            tied = f" ({channels} channels tied)" if channels != g.size else ""
-            sites = ", ".join(path for path, _ in g.sites)
-            lines.append(f"  {g.size} scales{tied}: {', '.join(g.absorbers)} -> {sites}")
-        lines += [f"  refused {path}: {reason}" for path, reason in self.refused]
-        return "\n".join(lines)
+        title = f"{len(self.groups)} groups, {len(self.sites)} sites"
+        rows = [("scales", "absorbed by", "sites"), *(group.row() for group in self.groups)]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        table = [f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows] if self.groups else []
+        return "\n".join([title, *table, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
+
+
+def _steps(start: str, way: tuple[str, ...]) -> list[str]:
+    return [f"  from {start}, through", *(f"    {step}" for step in way)] if way else []

@@ -39,7 +39,8 @@ class Stats:
         ([3.0, 16.0], 2)
         >>> print(stats.graph)
         1 groups, 1 sites
-          2 scales: norm -> w
+          scales  absorbed by  sites
+               2  norm         w
     """
 
     absmax: dict[str, Any]
