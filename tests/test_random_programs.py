@@ -60,7 +60,7 @@ def folded(
     dag: Dag, graph: Graph, s: Mapping[str, np.ndarray], groups: Iterable[Group] | None = None
 ) -> dict[str, np.ndarray]:
     """The leaves with the scales of all groups, or of these, folded in."""
-    leaves, offsets = dict(dag.leaves), dict(getattr(graph, "offsets", ()))
+    leaves, offsets = dict(dag.leaves), dict(graph.offsets)
     for group in graph.groups if groups is None else groups:
         for path, labels in group.leaves:
             leaves[path] = rescaled(leaves[path], labels.array, s[group.name], offsets.get(path, 0.0))
@@ -164,24 +164,47 @@ def survey(seed: int, count: int) -> Counter:
 
 #: Operations that some group of the bulk run must have reached: (operation, in how many groups at least).
 REACHED = {
-    "dot": 200,
-    "mul": 50,
-    "broadcast": 50,
-    "add": 20,
-    "transpose": 10,
-    "reshape": 10,
-    "where": 10,
-    "neg": 5,
-    "relu": 3,
-    "slice": 5,
-    "concatenate": 3,
-    "sum": 3,
+    "dot": 600,
+    "broadcast": 250,
+    "mul": 250,
+    "slice": 200,
+    "transpose": 150,
+    "add": 100,
+    "reshape": 80,
+    "squeeze": 80,
+    "scan": 60,
+    "where": 50,
+    "concatenate": 30,
+    "pad": 25,
+    "gather": 25,
+    "gather, filled": 25,
+    "expand": 25,
+    "div": 20,
+    "sub": 20,
+    "neg": 20,
+    "dynamic_slice": 20,
+    "dynamic_update_slice": 20,
+    "call": 20,
+    "cumsum": 18,
+    "gt": 15,
+    "max": 15,
+    "barrier": 15,
+    "split": 15,
+    "abs": 10,
+    "rev": 10,
+    "lt": 8,
+    "cummax": 8,
+    "relu": 6,
+    "reduce_min": 6,
+    "reduce_max": 5,
+    "sum": 5,
+    "bfloat16": 5,
 }
 
 
 def test_every_fold_of_a_random_program_is_exact():
     tally = survey(0, PROGRAMS)
-    assert tally["groups"] >= PROGRAMS // 4
+    assert tally["groups"] >= 0.8 * PROGRAMS
     assert tally["absorbed by nothing"] <= PROGRAMS // 200  # an activation that is all padding, read through slices
     few = {op: tally[op] for op, least in REACHED.items() if tally[op] < least}
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
@@ -250,7 +273,7 @@ def test_a_search_without_its_certificate_is_caught():
 def test_fold_does_the_same_as_numpy():
     """Powers of two, and 1 + w for multiples of 1/64, are exact in float32 too."""
     compared = 0
-    for number in range(30):
+    for number in range(20):
         dag = drawn(3, number)
         graph = find_graph(program_of(dag), {})
         if not graph.groups:
@@ -261,7 +284,7 @@ def test_fold_does_the_same_as_numpy():
         for path, x in folded(dag, graph, s).items():
             np.testing.assert_array_equal(got[path], x)
         compared += 1
-    assert compared > 8
+    assert compared > 6
 
 
 # The certificate under attack ---------------------------------------------------------------------------
