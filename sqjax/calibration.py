@@ -13,11 +13,11 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax.evaluation import evaluate
-from sqjax.folding import find_graph
 from sqjax.graph import Graph, Site
+from sqjax.grouping import Keys, Search, find_graph, find_keys
 from sqjax.interpreter import array_leaves, trace
 from sqjax.program import Program, Var
-from sqjax.sites import Place, find_sites
+from sqjax.sites import Place, find_heads, find_sites
 from sqjax.smoothing import fold
 from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
 from sqjax.trees import PyTree, check_finite, map_named, named_leaves
@@ -33,14 +33,34 @@ class Observation(NamedTuple):
     tokens: Array
 
 
+class Watch(NamedTuple):
+    """A program with what is to be observed in it: its sites, and the keys of attention where these are wanted."""
+
+    program: Program
+    places: list[Place]
+    keys: list[Keys]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """What is observed."""
+        return frozenset([*(p.site for p in self.places), *(k.site for k in self.keys)])
+
+
+def watch(program: Program, shared: Mapping[str, str], attention: bool) -> Watch:
+    """A program's sites, and its keys if `attention`."""
+    places, _ = find_sites(program)
+    keys = find_keys(Search(program, shared, places, find_heads(program, places))) if attention else []
+    return Watch(program, places, keys)
+
+
 def observe(
-    program: Program, leaves: Iterable[Any], inputs: Iterable[Any], mask: Array | None = None
+    watched: Watch, leaves: Iterable[Any], inputs: Iterable[Any], mask: Array | None = None
 ) -> tuple[list[Any], dict[Site, Observation]]:
     """Runs a program; returns its outputs and an observation of every site."""
-    places, _ = find_sites(program)
+    program, places, keys = watched
     axes: dict[Var, set[tuple[int, ...]]] = {}
-    for place in places:
-        axes.setdefault(place.activation, set()).add(place.axes)
+    for activation, own in [*((p.activation, p.axes) for p in places), *((k.activation, k.axes) for k in keys)]:
+        axes.setdefault(activation, set()).add(own)
 
     def probe(var: Var) -> Callable[[Array], dict[tuple[int, ...], Observation]]:
         return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
@@ -51,6 +71,9 @@ def observe(
         observation = _at_site(program, place, seen[place.activation][place.axes])
         old = observations.get(place.site)
         observations[place.site] = observation if old is None else combine(old, observation)
+    for key in keys:
+        observation = seen[key.activation][key.axes]
+        observations[key.site] = observation._replace(tokens=jnp.max(observation.tokens))
     return outputs, observations
 
 
@@ -102,6 +125,7 @@ def calibrate(
     *,
     mask: Callable[..., Any] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    attention: bool = False,
     progress: bool = False,
 ) -> Stats:
     """Finds what can be folded in `fn`, proves it, and records what every matmul sees in the batches.
@@ -120,6 +144,7 @@ def calibrate(
             activations do not count. An activation without these axes (a pooled one) counts whole.
         groups: {a site's path: the paths of the leaves that shall absorb its scale}: groups stated by hand, where the
             search would choose others. They pass the same certificate and proof. The rest is found as always.
+        attention: whether to look for scales between keys and queries too, for `scales(..., attention=0.5)`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -142,7 +167,7 @@ def calibrate(
     if len(functions) != len(streams):
         raise ValueError(f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches")
     opened = [_open(stream) for stream in streams]
-    graph = proven_graph(functions, params, [first for first, _ in opened], groups)
+    graph = proven_graph(functions, params, [first for first, _ in opened], groups, attention)
     recorder = Recorder(params, graph, mask)
     for function, (_, stream) in zip(functions, opened, strict=True):
         expected = None
@@ -171,6 +196,7 @@ def proven_graph(
     params: PyTree,
     batches: Sequence[tuple[Any, ...]],
     stated: Mapping[str, Sequence[str]] | None = None,
+    attention: bool = False,
 ) -> Graph:
     """The graph of functions that share parameters, found and proved on one batch for each."""
 
@@ -179,13 +205,14 @@ def proven_graph(
 
     several = len(functions) > 1
     program, inputs = _program(together if several else functions[0], params, batches if several else batches[0], 0)
-    graph = find_graph(program, shared_arrays(params), stated)
+    shared = shared_arrays(params)
+    graph = find_graph(program, shared, stated, attention)
     if not graph.sites:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
         raise ValueError(
             f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"
         )
-    return prove(program, params, inputs, graph)
+    return prove(watch(program, shared, attention), params, inputs, graph)
 
 
 class Recorder:
@@ -194,7 +221,8 @@ class Recorder:
     def __init__(self, params: PyTree, graph: Graph, mask: Callable[..., Any] | None):
         self.params, self.graph, self.mask = params, graph, mask
         self.programs: dict[Any, tuple[frozenset[Site], Callable[..., dict[str, Observation]]]] = {}
-        zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in graph.sites}
+        self.known = frozenset((*graph.sites, *graph.keys))
+        zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in sorted(self.known)}
         self.totals = {path: Observation(x, x, jnp.int32(0)) for path, x in zeros.items()}
 
     def record(self, fn: Fn, args: tuple[Any, ...], number: int, expected: frozenset[Site] | None) -> frozenset[Site]:
@@ -202,8 +230,8 @@ class Recorder:
         key = id(fn), str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
         if key not in self.programs:
             program, _ = _program(fn, self.params, args, number)
-            sites = frozenset(p.site for p in find_sites(program)[0]).intersection(self.graph.sites)
-            self.programs[key] = sites, jax.jit(partial(self._add, program))
+            watched = watch(program, shared_arrays(self.params), bool(self.graph.keys))
+            self.programs[key] = watched.sites & self.known, jax.jit(partial(self._add, watched))
         sites, add = self.programs[key]
         if missing := sorted(site.path for site in (expected or sites) - sites):
             raise ValueError(
@@ -213,9 +241,9 @@ class Recorder:
         self.totals = add(self.totals, jax.tree.leaves(self.params), array_leaves(args), mask)
         return sites
 
-    def _add(self, program: Program, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any):
-        _, seen = observe(program, leaves, inputs, mask)
-        found = {site.path: combine(totals[site.path], o) for site, o in seen.items() if site in self.graph.sites}
+    def _add(self, watched: Watch, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any):
+        _, seen = observe(watched, leaves, inputs, mask)
+        found = {site.path: combine(totals[site.path], o) for site, o in seen.items() if site in self.known}
         return totals | found
 
     def stats(self) -> Stats:
@@ -259,7 +287,7 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
     return shared
 
 
-def prove(program: Program, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
+def prove(watched: Watch, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
     """The graph without the groups that fail the proof; these are refused.
 
     One compiled program runs with s = 1 and with s drawn from 2^-3 .. 2^3, so that no order of summation differs:
@@ -280,9 +308,9 @@ def prove(program: Program, params: PyTree, inputs: list[Any], graph: Graph) -> 
 
     @jax.jit
     def run(params, s, inputs):
-        outputs, seen = observe(program, jax.tree.leaves(fold(rounded(params), graph, s)), inputs)
+        outputs, seen = observe(watched, jax.tree.leaves(fold(rounded(params), graph, s)), inputs)
         scale = expand(s, graph)
-        absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in graph.sites}
+        absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in (*graph.sites, *graph.keys)}
         return outputs, absmax
 
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}

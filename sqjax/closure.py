@@ -31,6 +31,12 @@ class Refused(Exception):
         refused.way = self.way
         return refused
 
+    def beside(self, reasons: Sequence[str]) -> "Refused":
+        """The same, with the reasons for which another choice was impossible."""
+        refused = Refused(*dict.fromkeys((*self.args, *reasons)))
+        refused.way = self.way
+        return refused
+
 
 class Ties:
     """A union-find of channels: tied channels share one scale."""
@@ -62,6 +68,7 @@ class Closure:
         shared: {path: another path} of leaves that are the same array; no scale may reach them.
         channels: the number of channels of the activation.
         absorbers: the only leaves that may be divided; None: any.
+        crossing: whether a scale may meet its inverse in another activation (keys and queries), not only in a leaf.
     """
 
     def __init__(
@@ -71,10 +78,13 @@ class Closure:
         shared: Mapping[str, str],
         channels: int,
         absorbers: frozenset[str] | None = None,
+        crossing: bool = False,
     ):
         self.program, self.rules, self.shared, self.absorbers = program, rules, shared, absorbers
+        self.crossing = crossing
         self.causes: dict[Var, Equation | None] = {}
         self.current: Equation | None = None
+        self.rejected: list[str] = []
         self.ties = Ties(np.arange(channels))
         self.labels: dict[Var, Labels] = {}
         self.queue: deque[Equation] = deque()
@@ -82,8 +92,8 @@ class Closure:
         self.visits = itertools.count(1)
 
     def copy(self) -> "Closure":
-        other = Closure(self.program, self.rules, self.shared, 0, self.absorbers)
-        other.causes, other.current = dict(self.causes), self.current
+        other = Closure(self.program, self.rules, self.shared, 0, self.absorbers, self.crossing)
+        other.causes, other.current, other.rejected = dict(self.causes), self.current, list(self.rejected)
         other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
         other.queue, other.undecided = deque(self.queue), list(self.undecided)
         other.visits = self.visits  # one budget for all branches
@@ -175,6 +185,7 @@ class Closure:
         if not possible:
             raise Refused(*dict.fromkeys(reasons or [f"{equation} would have to scale a constant"]))
         if len(possible) == 1:
+            self.rejected += reasons
             self.put(*possible[0])
         else:
             possible.sort(key=lambda o: o[0] not in self.program.from_leaves)  # leaves first
@@ -191,7 +202,7 @@ class Closure:
                 self.rules[equation.name](self, equation)
             except Refused as refused:
                 refused.way = refused.way or self.way_to(equation)
-                raise refused.at(equation) from None
+                raise refused.at(equation).beside(self.rejected) from None
         while self.undecided:
             equation, options = self.undecided.pop()
             if any(self[v] is not None for v, _ in options):

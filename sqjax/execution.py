@@ -121,10 +121,12 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     params, shape = equation.params, leaf.value.shape
     strides = params["strides"] or (1,) * len(shape)
     cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
-    whole = [len(range(n)[cut]) == n for n, cut in zip(shape, cuts, strict=True)]
-    if not all(whole) and (leaf.value.smoothing is not None or _stacked(leaf)):
+    tensor = leaf.value.tensor
+    cut = [tensor.axes[a] for a, n in enumerate(shape) if len(range(n)[cuts[a]]) != n]
+    free = all(tensor.scale.shape[a] > 1 for a in cut)  # an axis that has a scale for every index
+    if cut and (_stacked(leaf) or (leaf.value.smoothing is not None and not free)):
         return _refuse(equation, leaf)
-    return Leaf(leaf.path, replace(leaf.value, tensor=leaf.value.tensor.slice(cuts)))
+    return Leaf(leaf.path, replace(leaf.value, tensor=tensor.slice(cuts)))
 
 
 def _stacked(leaf: Leaf) -> bool:
@@ -229,7 +231,9 @@ RULES = Rules(
         "dot_general": _dot,
         "transpose": _transpose,
         "convert_element_type": _convert,
-        **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint"), _copy),
+        **dict.fromkeys(
+            ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"), _copy
+        ),
         **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
         "slice": _slice,
         "gather": _gather,

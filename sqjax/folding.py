@@ -1,4 +1,4 @@
-"""Folding: which leaves of a program can absorb a channel scale, found by passing labels through its equations.
+"""Folding: how a channel scale passes through the equations of a program, one rule for every primitive.
 
 Ask of a site's input x: could x be x / s? Labels (see `sqjax.labels`) start at x and go wherever equations carry them,
 to the operands and to every reader, until all of them end in leaves, or something refuses. One rule for every
@@ -6,19 +6,15 @@ primitive: given the labels of some of an equation's variables, it puts labels o
 believed only after `sqjax.certificate` has checked it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from sqjax import labels as lab
-from sqjax.certificate import certify
 from sqjax.closure import Closure, Refused, Rule
-from sqjax.graph import Graph, Group, LabelMap
 from sqjax.labels import Labels
-from sqjax.program import Equation, Program, Var
-from sqjax.sites import Place, Side, find_heads, find_sites, sides_of
-from sqjax.stacks import Stack
+from sqjax.program import Equation, Var
+from sqjax.sites import Side, sides_of
 
 
 def _move(c: Closure, e: Equation) -> None:
@@ -248,7 +244,7 @@ def _cancels(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
 def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
-    if not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
+    if not c.crossing and not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)
     ndim = len(c.program.shape(other.var))
@@ -279,111 +275,3 @@ RULES: dict[str, Rule] = {
     "split": _split,
     "concatenate": _concatenate,
 }
-
-
-def find_graph(program: Program, shared: Mapping[str, str], stated: Mapping[str, Sequence[str]] | None = None) -> Graph:
-    """Finds the sites and the groups of a program.
-
-    Args:
-        program: the traced function.
-        shared: {path: another path} of leaves that are the same array at two places of the tree.
-        stated: {site: the leaves that shall absorb its scale} of groups that are stated by hand; they come first.
-
-    Raises:
-        ValueError: a stated group is not lawful, or is not as stated.
-    """
-    places, refused = find_sites(program)
-    search = Search(program, shared, places, find_heads(program, places))
-    groups = [_stated_group(search, site, absorbers) for site, absorbers in (stated or {}).items()]
-    grouped = {path for group in groups for path, _ in group.sites}
-    ways: dict[str, tuple[str, ...]] = {}
-    for place in places:
-        if place.site.path in grouped:
-            continue
-        try:
-            group = find_group(search, place)
-        except Refused as reason:
-            refused[place.site.path], ways[place.site.path] = str(reason), reason.way
-        else:
-            groups.append(group)
-            grouped.update(path for path, _ in group.sites)
-    refused = {path: reason for path, reason in refused.items() if path not in grouped}
-    return Graph(
-        leaves=tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves),
-        sites=tuple(dict.fromkeys(p.site for p in places)),
-        groups=tuple(groups),
-        refused=tuple(refused.items()),
-        offsets=tuple({program.leaves[var]: c for var, c in program.offsets.items()}.items()),
-        ways=tuple((path, way) for path, way in ways.items() if path in refused),
-    )
-
-
-class Search(NamedTuple):
-    """What the search for groups needs to know of a program: its sites, the shared leaves, and the sites at its end."""
-
-    program: Program
-    shared: Mapping[str, str]
-    places: Sequence[Place]
-    heads: frozenset[str]
-
-
-def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = None) -> Group:
-    """The group of one site's activation, certified; `absorbers` are the only leaves that may absorb (None: any).
-
-    Raises:
-        Refused: with the reason.
-    """
-    program = search.program
-    sizes = [program.shape(place.activation)[a] for a in place.axes]
-    size = int(np.prod(sizes))
-    closure = Closure(program, RULES, search.shared, size, absorbers)
-    seed = -1 - np.arange(size).reshape(sizes)
-    closure.put(place.activation, lab.put_axes(seed, place.axes, len(program.shape(place.activation))))
-    closure = closure.close()
-    found = closure.numbered()
-    if place.activation not in found:
-        raise Refused("it holds only zeros" if size else "it has no channels")
-    if problem := certify(program, found):
-        raise Refused(problem)
-    return _group(search, place.site.path, found, closure)
-
-
-def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
-    """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
-    place = next((p for p in search.places if p.site.path == site), None)
-    if place is None:
-        known = sorted({p.site.path for p in search.places})
-        raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
-    try:
-        group = find_group(search, place, frozenset(absorbers))
-    except Refused as reason:
-        raise ValueError(f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}") from None
-    if idle := set(absorbers).difference(group.absorbers):
-        raise ValueError(f"groups: {site}: {sorted(idle)} absorb nothing of its scale; {group.absorbers} do")
-    return group
-
-
-def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
-    """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
-    program, places = search.program, search.places
-    stack = Stack.of(program, found)
-    variables = {program.leaves[v]: v for v in found if v in program.leaves}
-    leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
-    sites: dict[str, Labels] = {}
-    for place in places:
-        path = place.site.path
-        if path not in leaves or not (leaves[path] > 0).any():
-            continue
-        labels = stack.of_site(place, found.get(place.activation))
-        if not np.array_equal(sites.setdefault(path, labels), labels):
-            raise Refused(f"{place.equation} multiplies another part of {path} with something else")
-    absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
-    return Group(
-        name=name,
-        size=int(max(labels.max() for labels in sites.values())),
-        sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
-        leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in places) and not search.heads.intersection(sites),
-        ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
-        steps=tuple(program.lengths[scan] for scan in stack.scans),
-    )

@@ -52,6 +52,7 @@ class Group(NamedTuple):
             the groups that the authors' code smooths.
         ways: (leaf, the equations from the sites' activation to it).
         steps: the lengths of the scans over whose steps the scales are stacked: one scale vector a step.
+        keys: whether the scale moves from keys to queries, and `sites` names the keys: SmoothAttention.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Group(NamedTuple):
     norm: bool
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
     steps: tuple[int, ...] = ()
+    keys: bool = False
 
     @property
     def absorbers(self) -> tuple[str, ...]:
@@ -98,6 +100,7 @@ class Graph(NamedTuple):
         refused: (site, or leaf that a matmul may meet, reason).
         offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is rescaled.
         ways: (refused site, the equations from its activation to what stands in the way).
+        keys: the keys of attention between which and queries a scale can move; no sites, their weight is the query.
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -106,21 +109,23 @@ class Graph(NamedTuple):
     refused: tuple[tuple[str, str], ...]
     offsets: tuple[tuple[str, float], ...] = ()
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    keys: tuple[Site, ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
-        """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths).
+        """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths), without keys.
 
         Raises:
             ValueError: a pattern that matches no site of any group.
         """
+        of_sites = tuple(g for g in self.groups if not g.keys)
         if groups == "all":
-            return self.groups
+            return of_sites
         if groups == "norm":
-            return tuple(g for g in self.groups if g.norm)
+            return tuple(g for g in of_sites if g.norm)
         patterns = [groups] if isinstance(groups, str) else list(groups)
-        paths = [path for g in self.groups for path, _ in g.sites]
+        paths = [path for g in of_sites for path, _ in g.sites]
         found = first_matches(patterns, paths, "groups pattern")
-        return tuple(g for g in self.groups if any(found[path] is not None for path, _ in g.sites))
+        return tuple(g for g in of_sites if any(found[path] is not None for path, _ in g.sites))
 
     def explain(self, path: str) -> str:
         """Why a leaf is in a group, in which part, or in none: the equations of the program, with their lines.

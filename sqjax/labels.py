@@ -135,7 +135,7 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     "gather": _gather,
     **dict.fromkeys(("cumsum", "cummax", "cummin"), _running),
     **dict.fromkeys(("neg", "abs", "convert_element_type", "reduce_precision", "copy", "copy_p"), _keep),
-    **dict.fromkeys(("sharding_constraint", "name", "stop_gradient", "pvary"), _keep),
+    **dict.fromkeys(("sharding_constraint", "reshard", "mesh_cast", "name", "stop_gradient", "pvary"), _keep),
 }
 
 

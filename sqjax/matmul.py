@@ -141,10 +141,8 @@ def matrices(weight: QuantWeight, contracted: int, batch: int) -> tuple[Array, A
     if input_scale is not None:
         input_scale = jnp.broadcast_to(input_scale, lead).reshape(stack)
     if smoothing is not None:
-        smoothing = jnp.broadcast_to(
-            smoothing.reshape(*smoothing.shape[: smoothing.ndim - contracted], inner), (*lead, inner)
-        )
-        smoothing = smoothing.reshape(stack, inner)
+        own = (1,) * batch if smoothing.size == inner else lead
+        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*lead, inner)).reshape(stack, inner)
     outputs = math.prod(outer)
     return values.reshape(stack, outputs, inner), scale.reshape(stack, outputs), input_scale, smoothing
 

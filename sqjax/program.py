@@ -32,6 +32,11 @@ class Equation(NamedTuple):
         return self.origin.params
 
     @property
+    def variables(self) -> list[Var]:
+        """The variables among its inputs."""
+        return [v for v in self.inputs if isinstance(v, int)]
+
+    @property
     def runs_a_program(self) -> bool:
         return any(True for _ in jaxprs_in_params(self.params))
 
@@ -82,6 +87,7 @@ class Program:
         constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
+        picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of a stack.
         zeros: variables known to hold only zeros.
         views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
@@ -176,7 +182,7 @@ class Program:
                     body = equation.body._replace(equations=self._alive(equation.body.equations, alive))
                     equation = equation._replace(body=body)
                 kept.append(equation)
-                alive.update(v for v in equation.inputs if isinstance(v, int))
+                alive.update(equation.variables)
         return tuple(kept[::-1])
 
     def _index(self) -> None:
@@ -184,13 +190,14 @@ class Program:
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
         self.zeros: set[Var] = set()
+        self.picked: dict[Var, Equation] = {}
         self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
         self._slices: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
-            for v in {v for v in equation.inputs if isinstance(v, int)}:
+            for v in set(equation.variables):
                 self.readers.setdefault(v, []).append(equation)
         for var in self._slices:
             if not self._read_once(self._chain(var)[:-1]):
@@ -204,12 +211,16 @@ class Program:
             if equation.body is not None:
                 self._enter(equation, equation.body)
                 self._visit(equation.body.equations)
-            variables = [v for v in equation.inputs if isinstance(v, int)]
+            variables = equation.variables
             self.maker.update(dict.fromkeys(equation.outputs, equation))
             if variables and all(v in self.from_leaves for v in variables) and equation.body is None:
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_VALUES:
                 self._pass_constant(equation)
+            if equation.name in ("dynamic_slice", "gather") and equation.inputs[0] in self.from_leaves:
+                self.picked[equation.outputs[0]] = equation
+            elif equation.name in VIEWS and variables and variables[0] in self.picked:
+                self.picked[equation.outputs[0]] = self.picked[variables[0]]
             if equation.name in VIEWS and len(variables) == 1 and variables[0] in self.views:
                 self._pass_view(variables[0], equation)
 
@@ -303,7 +314,7 @@ class Program:
             if v in self.leaves:
                 paths.add(self.leaves[v])
             elif v in self.maker:
-                stack += [x for x in self.maker[v].inputs if isinstance(x, int)]
+                stack += self.maker[v].variables
         return paths
 
     def shape(self, atom: Var | np.ndarray) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from sqjax.graph import Site
 from sqjax.matmul import QuantWeight
 from sqjax.qtensor import QTensor
 from sqjax.schemes import W8A8, Scheme
-from sqjax.smoothing import Alpha, fold, fold_stats, scales, unfold
+from sqjax.smoothing import Alpha, fold, fold_stats, scales, smoothing_scales, unfold
 from sqjax.statistics import Stats, leaves_by_path, weight_absmax
 from sqjax.trees import PyTree, check_finite, first_matches, is_concrete, map_named
 
@@ -34,11 +34,13 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         stats: their statistics. Static schemes need those of *these* params: after `smooth`, pass
             `fold_stats(stats, scales(...))`, or let `smoothquant` do it all.
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
-            first pattern found in a site's path wins; a site that none matches stays float.
+            first pattern found in a site's path wins; a site that none matches stays float. A scheme with `smoothing`
+            (an alpha) smooths its sites at run time, with s from these statistics and params.
 
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
-            scales asked of statistics that do not describe these params. (Values can not be checked under jit.)
+            scales, or smoothing at run time, asked of statistics that do not describe these params. (Values can not be
+            checked under jit.)
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -49,20 +51,31 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
+    return _quantized(params, stats, _schemes(stats, scheme))
+
+
+def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
+    """{site: its scheme} for the sites that are quantized."""
+    rules = rules if isinstance(rules, Mapping) else {"": rules}
+    found = first_matches(rules, [site.path for site in stats.graph.sites], "quantize rule")
+    chosen = {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
+    return {path: scheme for path, scheme in chosen.items() if scheme is not None}
+
+
+def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> PyTree:
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
-    rules = scheme if isinstance(scheme, Mapping) else {"": scheme}
     sites = {site.path: site for site in stats.graph.sites}
-    found = first_matches(rules, sites, "quantize rule")
-    schemes = {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
-    static = [sites[path] for path, s in schemes.items() if s is not None and s.activations == "static"]
-    _check_described(params, stats, static)
+    described = [sites[path] for path, s in schemes.items() if s.activations == "static" or s.smoothing is not None]
+    _check_described(params, stats, described)
 
     def changed(path: str, leaf: Any) -> Any:
-        rule = schemes.get(path)
-        if rule is None:
+        if path not in schemes:
             return leaf
-        return quantize_weight(jnp.asarray(leaf), sites[path].axes, rule, stats.absmax[path], batch=sites[path].batch)
+        site, scheme, absmax, s = sites[path], schemes[path], stats.absmax[path], None
+        if scheme.smoothing is not None:
+            s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
+        return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch)
 
     return map_named(changed, params)
 
@@ -110,21 +123,21 @@ def _spread(x: Array, axes: tuple[int, ...], ndim: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape + (1,) * (ndim - x.ndim)), range(x.ndim), axes)
 
 
-def _check_described(params: PyTree, stats: Stats, static: list[Site]) -> None:
+def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
     """Raises ValueError if the statistics are of other (say, not yet smoothed) parameters than these."""
-    if not static or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
+    if not sites or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
         return
     with jax.ensure_compile_time_eval():  # also where a jitted function has closed over these values
         original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
-        absmax = {site: np.asarray(weight_absmax(site, original[site.path])) for site in static}
-    for site in static:
+        absmax = {site: np.asarray(weight_absmax(site, original[site.path])) for site in sites}
+    for site in sites:
         now, then = absmax[site], stats.weight_absmax[site.path]
         tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
         if not np.allclose(now, then, rtol=tolerance, atol=0):
             raise ValueError(
                 f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static "
-                "activation scales would be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the "
-                "params before smoothing, or calibrate again"
+                "activation scales, or smoothing at run time, would be wrong. Pass "
+                "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or calibrate again"
             )
 
 
@@ -136,11 +149,13 @@ def smoothquant(
     scheme: Rules = W8A8,
     *,
     groups: str | Iterable[str] = "all",
+    runtime: float | None = None,
     progress: bool = False,
 ) -> PyTree:
     """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
 
     The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too.
+    `runtime` is an alpha for sites that are in no smoothed group: these are smoothed at run time (None: not at all).
     Arguments and errors are those of `calibrate`, `scales` and `quantize`. Xiao et al. 2022, arXiv 2211.10438.
 
     Example:
@@ -153,4 +168,8 @@ def smoothquant(
     """
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
-    return quantize(fold(params, stats.graph, s), fold_stats(stats, s), scheme)
+    schemes = _schemes(stats, scheme)
+    if runtime is not None:
+        smoothed = {path for group in stats.graph.groups if group.name in s for path, _ in group.sites}
+        schemes = {p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()}
+    return _quantized(fold(params, stats.graph, s), fold_stats(stats, s), schemes)

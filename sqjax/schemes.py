@@ -13,15 +13,18 @@ class Scheme(NamedTuple):
         activations: "per_token" (a scale a row, computed at run time), "per_tensor" (one scale, computed at run time)
             or "static" (one scale, from calibration).
         weights: "per_channel" (a scale for every output) or "per_tensor".
+        smoothing: alpha of smoothing at run time, or None: the weight becomes s W, and the activation's quantizer
+            divides by s. For sites whose scale no leaf can absorb; elsewhere `smooth` gives the same for nothing.
 
     Example:
         >>> import sqjax as sq
         >>> sq.W8A8_O3._replace(weights="per_tensor")
-        Scheme(activations='static', weights='per_tensor')
+        Scheme(activations='static', weights='per_tensor', smoothing=None)
     """
 
     activations: Activations = "per_token"
     weights: Granularity = "per_channel"
+    smoothing: float | None = None
 
 
 #: W8A8 at the paper's efficiency level O1: per-token dynamic activations (the most accurate).

@@ -1,10 +1,11 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sqjax import labels as lab
 from sqjax.graph import Site
 from sqjax.program import Equation, Program, Var
 from sqjax.views import View
@@ -67,6 +68,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
             if not isinstance(me.var, int) or me.var not in program.from_leaves:
+                others.update(_picked(program, equation, me.var, other.var))
                 continue
             if not isinstance(other.var, int) or other.var in program.from_leaves:
                 continue
@@ -94,8 +96,19 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
         why = f"{equation} is a convolution: it stays float"
     else:
         return {}
-    read = [program.leaves_behind(v) for v in equation.inputs if isinstance(v, int) and v in program.from_leaves]
+    read = [program.leaves_behind(v) for v in equation.variables if v in program.from_leaves]
     return dict.fromkeys(sorted(set().union(*read)), why)
+
+
+def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mapping[str, str]:
+    """{leaf: why it is no site} where an activation is multiplied with what an index has picked of a leaf."""
+    if me not in program.picked or not isinstance(other, int) or other in program.from_leaves:
+        return {}
+    source = program.picked[me]
+    if other in program.picked and source.name == "gather":
+        return {}  # rows of an embedding: the activation
+    why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
+    return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
 
 
 def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
@@ -120,6 +133,33 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
 
 
+def normalised_over(program: Program, product: Equation, axes: Sequence[int]) -> bool:
+    """Whether a softmax runs over one of these axes of a product: the first maximum after it is taken there."""
+    y = product.outputs[0]
+    sizes = [program.shape(y)[a] for a in axes]
+    marks = {y: lab.put_axes(np.arange(int(np.prod(sizes))).reshape(sizes), axes, len(program.shape(y)))}
+    waiting = [y]
+    while waiting:
+        x = waiting.pop(0)
+        for equation in program.readers.get(x, []):
+            result = equation.outputs[0]
+            old, new = program.shape(x), program.shape(result)
+            if equation.name == "reduce_max":
+                return lab.varies(marks[x], equation.params["axes"])
+            moved = (
+                lab.MOVES[equation.name](marks[x], equation.params, old, new) if equation.name in lab.MOVES else None
+            )
+            if equation.name in _ELEMENTWISE and old == new:
+                moved = marks[x]
+            if moved is not None and result not in marks:
+                marks[result] = moved
+                waiting.append(result)
+    return False
+
+
+_ELEMENTWISE = {"mul", "div", "add", "sub", "select_n", "max", "min", "tanh"}
+
+
 def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
@@ -129,5 +169,5 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
             if (path := weights.get(equation.outputs[0])) is not None:
                 heads.add(path)
             elif equation.body is None or not any(e.outputs[0] in weights for e in equation.body.everything):
-                reaching.update(v for v in equation.inputs if isinstance(v, int))
+                reaching.update(equation.variables)
     return frozenset(heads)

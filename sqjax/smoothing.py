@@ -29,6 +29,7 @@ def scales(
     alpha: Alpha = 0.5,
     *,
     groups: str | Iterable[str] = "all",
+    attention: float | None = None,
     round_scales: Literal["pow2"] | None = None,
 ) -> dict[str, Array]:
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every group (Xiao et al. 2022, equation 4).
@@ -44,6 +45,8 @@ def scales(
             weights); or a mapping from name patterns to numbers, the first pattern that matches a group's site wins.
         groups: "all"; "norm" (what the authors' code smooths: groups that a norm absorbs, the head left out); or name
             patterns, searched in the sites' paths.
+        attention: where calibration was asked for it, s_j = max|K_j|^attention between keys and queries too, K / s and
+            s Q (SmoothAttention, Lin et al. 2024, arXiv 2405.04532, with 0.5); None: not.
         round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and bfloat16.
 
     Returns:
@@ -65,7 +68,21 @@ def scales(
     check_finite(params, "parameter")
     chosen = stats.graph.select(groups)
     alphas = _alphas(alpha, chosen)
-    return {g.name: _group_scales(g, leaves, stats, alphas[g.name], round_scales) for g in chosen}
+    s = {g.name: _group_scales(g, leaves, stats, alphas[g.name], round_scales) for g in chosen}
+    return s if attention is None else s | _keys_scales(stats, attention, round_scales)
+
+
+def _keys_scales(stats: Stats, exponent: float, round_scales: str | None) -> dict[str, Array]:
+    """max|K_j|^exponent: the formula with no weight."""
+    groups = [g for g in stats.graph.groups if g.keys]
+    if not groups:
+        raise ValueError(
+            "scales: attention was asked for, but no scale can move between keys and queries: "
+            "calibrate(..., attention=True) looks for them, and found none or was not called so"
+        )
+    seen = {g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites] for g in groups}
+    ones = {name: [(scale_of, x, jnp.ones_like(x)) for scale_of, x in found] for name, found in seen.items()}
+    return {g.name: _scales_of(ones[g.name], exponent, g.size, round_scales) for g in groups}
 
 
 def _group_scales(group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None) -> Array:
@@ -217,6 +234,7 @@ def smooth(
     alpha: Alpha = 0.5,
     *,
     groups: str | Iterable[str] = "all",
+    attention: float | None = None,
     round_scales: Literal["pow2"] | None = None,
 ) -> PyTree:
     """SmoothQuant: the same function with its activation outliers moved into the weights; `fold` of `scales`.
@@ -233,5 +251,5 @@ def smooth(
         >>> sq.smooth(params, stats, 0.5)["norm"].tolist()
         [1.0, 0.25]
     """
-    s = scales(params, stats, alpha, groups=groups, round_scales=round_scales)
+    s = scales(params, stats, alpha, groups=groups, attention=attention, round_scales=round_scales)
     return fold(params, stats.graph, s)

@@ -34,7 +34,7 @@ class Stack(NamedTuple):
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
         spread = lab.put_axes(labels, view.permutation or (), len(view.shape))
-        return self._stacked(spread, dict(view.stacked))
+        return self.along(spread, dict(view.stacked))
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
         """The labels of a site's channels, in the order of `Site.channels`."""
@@ -44,9 +44,9 @@ class Stack(NamedTuple):
         shape = [self.program.shape(place.activation)[a] for a in place.axes]
         own = np.broadcast_to(-lab.take_axes(activation, place.axes), shape).reshape(channels[len(stacked) :])
         own = own.reshape((1,) * len(stacked) + own.shape)
-        return np.broadcast_to(self._stacked(own, {scan: i for i, (scan, _) in enumerate(stacked)}), channels)
+        return np.broadcast_to(self.along(own, {scan: i for i, (scan, _) in enumerate(stacked)}), channels)
 
-    def _stacked(self, labels: Labels, axis_of: Mapping[int, int]) -> Labels:
+    def along(self, labels: Labels, axis_of: Mapping[int, int]) -> Labels:
         """Other labels at each index of the axes that the scans run over."""
         lengths = [self.program.lengths[scan] for scan in self.scans]
         step = np.arange(int(np.prod(lengths))).reshape(lengths)

@@ -167,6 +167,8 @@ VIEWS: dict[str, Callable[[View, dict[str, Any], Shape, Shape], View | None]] = 
     "stop_gradient": _keep,
     "name": _keep,
     "sharding_constraint": _keep,
+    "reshard": _keep,
+    "mesh_cast": _keep,
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "slice": _slice,

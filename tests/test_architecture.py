@@ -29,6 +29,7 @@ FLOORS = [
     ["sites", "certificate", "closure"],
     ["stacks"],
     ["folding", "evaluation"],
+    ["grouping"],
     ["statistics"],
     ["smoothing"],
     ["calibration"],

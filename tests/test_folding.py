@@ -22,7 +22,7 @@ from sqjax import closure
 from sqjax import labels as lab
 from sqjax.calibration import shared_arrays
 from sqjax.certificate import certify
-from sqjax.folding import find_graph
+from sqjax.grouping import find_graph
 from sqjax.interpreter import trace
 from sqjax.models import LlamaConfig, Model
 from sqjax.program import Program
