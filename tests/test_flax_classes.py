@@ -17,7 +17,7 @@ import pytest
 import transformers as hf
 
 import sqjax as sq
-from sqjax.folding import find_graph
+from sqjax.grouping import find_graph
 from sqjax.interpreter import trace
 from sqjax.models.flax_classes import ASSUMPTIONS, from_flax
 from sqjax.program import Program
