@@ -20,7 +20,7 @@ from sqjax.program import Program, Var
 from sqjax.sites import Place, find_heads, find_sites
 from sqjax.smoothing import fold
 from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
-from sqjax.trees import PyTree, check_finite, map_named, named_leaves
+from sqjax.trees import PyTree, check_arrays, check_finite, map_named, named_leaves
 
 Fn = Callable[..., Any]
 
@@ -92,7 +92,7 @@ def observe_activation(x: Array, axes: tuple[int, ...], mask: Array | None = Non
     if mask is not None and tokens[: mask.ndim] == mask.shape:
         magnitude = jnp.where(mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0)
         count = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(np.prod(tokens[mask.ndim :], dtype=int))
-    return Observation(magnitude.max(reduced), magnitude.sum(reduced), count)
+    return Observation(magnitude.max(reduced, initial=0), magnitude.sum(reduced), count)
 
 
 def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
@@ -110,7 +110,8 @@ def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
         return jnp.broadcast_to(x, place.site.channels)
 
     tokens = seen.tokens.sum(reduced)
-    return Observation(shaped(seen.absmax.max(reduced)), shaped(seen.abs_sum.sum(reduced)), tokens.max())
+    absmax = seen.absmax.max(reduced, initial=0)
+    return Observation(shaped(absmax), shaped(seen.abs_sum.sum(reduced)), tokens.max(initial=0))
 
 
 def combine(a: Observation, b: Observation) -> Observation:
@@ -162,18 +163,17 @@ def calibrate(
         >>> stats.absmax["w"].tolist()
         [3.0, 16.0]
     """
+    check_arrays(params)
     check_finite(params, "parameter")
     functions, streams = ([fn], [batches]) if callable(fn) else (list(fn), list(batches))
     if len(functions) != len(streams):
         raise ValueError(f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches")
     opened = [_open(stream) for stream in streams]
-    graph = proven_graph(functions, params, [first for first, _ in opened], groups, attention)
-    recorder = Recorder(params, graph, mask)
-    for function, (_, stream) in zip(functions, opened, strict=True):
-        expected = None
+    search = Find(functions, params, [first for first, _ in opened], groups or {}, attention)
+    recorder = Recorder(search, search.proven(), mask)
+    for which, (_, stream) in enumerate(opened):
         for number, batch in enumerate(tqdm(stream, desc="calibrating", unit="batch", disable=not progress)):
-            args = _args(batch, number)
-            expected = recorder.record(function, args, number, expected)
+            recorder.record(which, _args(batch, number), number)
     return recorder.stats()
 
 
@@ -191,55 +191,82 @@ def _args(batch: Any, number: int) -> tuple[Any, ...]:
     return args
 
 
-def proven_graph(
-    functions: Sequence[Fn],
-    params: PyTree,
-    batches: Sequence[tuple[Any, ...]],
-    stated: Mapping[str, Sequence[str]] | None = None,
-    attention: bool = False,
-) -> Graph:
-    """The graph of functions that share parameters, found and proved on one batch for each."""
+class Find(NamedTuple):
+    """The search for what can be folded in functions that share parameters, on one batch for each."""
 
-    def together(params, *batches):
-        return [fn(params, *args) for fn, args in zip(functions, batches, strict=True)]
+    functions: Sequence[Fn]
+    params: PyTree
+    batches: Sequence[tuple[Any, ...]]
+    stated: Mapping[str, Sequence[str]]
+    attention: bool
 
-    several = len(functions) > 1
-    program, inputs = _program(together if several else functions[0], params, batches if several else batches[0], 0)
-    shared = shared_arrays(params)
-    graph = find_graph(program, shared, stated, attention)
-    if not graph.sites:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
-        raise ValueError(
-            f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"
-        )
-    return prove(watch(program, shared, attention), params, inputs, graph)
+    def program(self, which: int, args: tuple[Any, ...], number: int) -> tuple[Program, list[Any]]:
+        """One function as a program, and its inputs."""
+        return _program(self.functions[which], self.params, args, number)
+
+    def together(self, which: int = 0, args: tuple[Any, ...] | None = None) -> tuple[Program, list[Any]]:
+        """All functions as one program, on their first batches; one of them may be given another."""
+        batches = list(self.batches)
+        batches[which] = batches[which] if args is None else args
+        if len(self.functions) == 1:
+            return self.program(0, batches[0], 0)
+
+        def every(params, *batches):
+            return [fn(params, *args) for fn, args in zip(self.functions, batches, strict=True)]
+
+        return _program(every, self.params, batches, 0)
+
+    def graph(self, program: Program) -> Graph:
+        """What the search finds."""
+        return find_graph(program, shared_arrays(self.params), self.stated, self.attention)
+
+    def watch(self, program: Program) -> Watch:
+        """What is to be observed."""
+        return watch(program, shared_arrays(self.params), self.attention)
+
+    def proven(self) -> Graph:
+        """The graph of all functions, found and proved."""
+        program, inputs = self.together()
+        graph = self.graph(program)
+        if not graph.sites:
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
+            raise ValueError(
+                f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"
+            )
+        return prove(self.watch(program), self.params, inputs, graph)
 
 
 class Recorder:
     """A calibration under way: running totals, and compiled programs by the shapes of a batch."""
 
-    def __init__(self, params: PyTree, graph: Graph, mask: Callable[..., Any] | None):
-        self.params, self.graph, self.mask = params, graph, mask
-        self.programs: dict[Any, tuple[frozenset[Site], Callable[..., dict[str, Observation]]]] = {}
+    def __init__(self, search: Find, graph: Graph, mask: Callable[..., Any] | None):
+        self.search, self.graph, self.mask = search, graph, mask
+        self.programs: dict[Any, Callable[..., dict[str, Observation]]] = {}
+        self.expected: dict[int, frozenset[Site]] = {}
         self.known = frozenset((*graph.sites, *graph.keys))
         zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in sorted(self.known)}
         self.totals = {path: Observation(x, x, jnp.int32(0)) for path, x in zeros.items()}
 
-    def record(self, fn: Fn, args: tuple[Any, ...], number: int, expected: frozenset[Site] | None) -> frozenset[Site]:
-        """Adds what the sites see in one batch; returns those sites, which every batch of a function must have."""
-        key = id(fn), str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
+    def record(self, which: int, args: tuple[Any, ...], number: int) -> None:
+        """Adds what the sites see in one batch of one of the functions."""
+        key = which, str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
         if key not in self.programs:
-            program, _ = _program(fn, self.params, args, number)
-            watched = watch(program, shared_arrays(self.params), bool(self.graph.keys))
-            self.programs[key] = watched.sites & self.known, jax.jit(partial(self._add, watched))
-        sites, add = self.programs[key]
-        if missing := sorted(site.path for site in (expected or sites) - sites):
+            self.programs[key] = self._compile(which, args, number)
+        mask = None if self.mask is None else jnp.asarray(self.mask(*args), bool)
+        leaves = jax.tree.leaves(self.search.params)
+        self.totals = self.programs[key](self.totals, leaves, array_leaves(args), mask)
+
+    def _compile(self, which: int, args: tuple[Any, ...], number: int) -> Callable[..., dict[str, Observation]]:
+        """The function for batches of these shapes; what does not fold there is not folded."""
+        watched = self.search.watch(self.search.program(which, args, number)[0])
+        first = self.expected.setdefault(which, watched.sites & self.known)
+        if missing := sorted(site.path for site in first - watched.sites):
             raise ValueError(
                 f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's"
             )
-        mask = None if self.mask is None else jnp.asarray(self.mask(*args), bool)
-        self.totals = add(self.totals, jax.tree.leaves(self.params), array_leaves(args), mask)
-        return sites
+        if number:
+            self.graph = common(self.graph, self.search.graph(self.search.together(which, args)[0]), number)
+        return jax.jit(partial(self._add, watched))
 
     def _add(self, watched: Watch, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any):
         _, seen = observe(watched, leaves, inputs, mask)
@@ -249,7 +276,7 @@ class Recorder:
     def stats(self) -> Stats:
         """The totals as `Stats`."""
         check_finite({path: o.absmax for path, o in self.totals.items()}, "activation at")
-        leaves = leaves_by_path(self.params, self.graph)
+        leaves = leaves_by_path(self.search.params, self.graph)
         stats = Stats(
             {path: o.absmax for path, o in self.totals.items()},
             {path: o.abs_sum for path, o in self.totals.items()},
@@ -262,6 +289,21 @@ class Recorder:
             named = ", ".join(f"{path}{list(entries)}" for path, entries in unreached.items())
             warnings.warn(f"calibrate: no token reached {named}; these keep s = 1 there", stacklevel=3)
         return stats
+
+
+def common(graph: Graph, other: Graph, number: int) -> Graph:
+    """The graph without the groups that another batch's program does not have; these are refused."""
+    there = {(g.sites, g.leaves) for g in other.groups}
+    kept = tuple(g for g in graph.groups if (g.sites, g.leaves) in there)
+    reasons = dict(other.refused)
+    lost = [
+        (path, f"it does not fold in the program of batch {number}: {reasons.get(path, 'its group is another there')}")
+        for g in graph.groups
+        if g not in kept
+        for path, _ in g.sites
+    ]
+    keys = tuple(k for k in graph.keys if k.path in {g.name for g in kept})
+    return graph._replace(groups=kept, refused=(*graph.refused, *lost), keys=keys)
 
 
 def _program(fn: Fn, params: PyTree, args: Sequence[Any], number: int) -> tuple[Program, list[Any]]:

@@ -37,6 +37,12 @@ class Equation(NamedTuple):
         return [v for v in self.inputs if isinstance(v, int)]
 
     @property
+    def read(self) -> list[Var]:
+        """The variables it reads itself; what a scan's body reads is read there."""
+        consts = 0 if self.body is None else self.body.scan.consts
+        return [v for v in self.inputs[consts:] if isinstance(v, int)]
+
+    @property
     def runs_a_program(self) -> bool:
         return any(True for _ in jaxprs_in_params(self.params))
 
@@ -197,7 +203,7 @@ class Program:
         self._slices: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
-            for v in set(equation.variables):
+            for v in set(equation.read):
                 self.readers.setdefault(v, []).append(equation)
         for var in self._slices:
             if not self._read_once(self._chain(var)[:-1]):
@@ -264,7 +270,7 @@ class Program:
                 continue
             view = self.views.get(leaf)
             constant = self._values.get(other) if isinstance(other, int) else other
-            if view is None or view.permutation is None or constant is None or constant.size != 1:
+            if view is None or view.places is None or constant is None or constant.size != 1:
                 continue
             if self.shape(leaf) != self.shape(y) or not constant.any() or not self._read_once(self._chain(leaf)):
                 continue
@@ -274,8 +280,8 @@ class Program:
             narrow = min((self.avals[v].dtype for v in (*self._chain(leaf), y)), key=lambda dtype: dtype.itemsize)
             if narrow.itemsize < 4:
                 self.barred[y] = (
-                    f"{equation} computes {c:g} + {view.path} in {narrow}, too coarse to rescale; "
-                    "keep this leaf, and that sum, in float32"
+                    f"{equation} computes {c:g} + {view.path}, in {narrow} too coarse to rescale: keep this leaf, and "
+                    "that sum, in float32"
                 )
             elif abs(c) > 256 or not (c * 256).is_integer():
                 self.barred[y] = f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
@@ -290,11 +296,11 @@ class Program:
 
     def _read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
-        reads = [
-            sum(x is v or x == v for e in self.readers.get(v, ()) for x in e.inputs if isinstance(x, int))
-            for v in variables
-        ]
-        return all(n + (v in self.outputs) <= 1 for n, v in zip(reads, variables, strict=True))
+
+        def reads(v: Var) -> int:
+            return sum(e.read.count(v) for e in self.readers.get(v, ()))
+
+        return all(reads(v) + (v in self.outputs) <= 1 for v in variables)
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""

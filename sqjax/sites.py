@@ -114,6 +114,8 @@ def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mappin
 def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
     """A leaf's matmul as a `Place`, or why it is none."""
     view = program.views.get(leaf)
+    if leaf in program.offsets:
+        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
     if view is None:
         maker = program.maker.get(leaf)
         return (

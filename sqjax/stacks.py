@@ -33,7 +33,9 @@ class Stack(NamedTuple):
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
-        spread = lab.put_axes(labels, view.permutation or (), len(view.shape))
+        places = [(i, axis) for i, axis in enumerate(view.places or ()) if axis is not None]
+        own = lab.take_axes(labels, [i for i, _ in places])
+        spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
         return self.along(spread, dict(view.stacked))
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:

@@ -58,17 +58,20 @@ class View:
         return min(((p.axis, -p.stride) for p in self.axes[axis]), default=(-1, 0))
 
     @property
-    def permutation(self) -> tuple[int, ...] | None:
-        """The leaf's axis behind every axis of the view, where each is seen whole and unsplit; else None."""
+    def places(self) -> tuple[int | None, ...] | None:
+        """The leaf's axis behind every axis of the view (None: an axis of size 1 that is none of the leaf's).
+
+        None where an axis of the leaf is not seen whole, or where several are seen as one.
+        """
         found = [self.whole_axes([a]) for a in range(len(self.axes))]
-        whole = not self.cut and all(f is not None and len(f) == 1 for f in found)
-        return tuple(f[0] for f in found if f) if whole else None
+        whole = not self.cut and all(f is not None and len(f) <= 1 for f in found)
+        return tuple(f[0] if f else None for f in found) if whole else None
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
-        if (permutation := self.permutation) is None:
+        if (places := self.places) is None or (axis := places[0]) is None:
             return None
-        return replace(self, axes=self.axes[1:], stacked=(*self.stacked, (scan, permutation[0])))
+        return replace(self, axes=self.axes[1:], stacked=(*self.stacked, (scan, axis)))
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from random_programs import numbers, random_dag
 
 import sqjax as sq
-from sqjax import folding
+from sqjax import grouping
 from sqjax.certificate import certify
-from sqjax.folding import find_graph
+from sqjax.grouping import find_graph
 from sqjax.graph import Graph, Group
 from sqjax.interpreter import trace
 from sqjax.program import Program
@@ -260,7 +260,7 @@ def test_a_wrong_fold_is_seen():
 def test_a_search_without_its_certificate_is_caught():
     """The programs are hard enough: the search alone finds folds that are not exact, and the oracle sees them."""
     caught = 0
-    with mock.patch.object(folding, "certify", return_value=None):
+    with mock.patch.object(grouping, "certify", return_value=None):
         for number in range(200):
             dag = drawn(5, number)
             try:
@@ -308,7 +308,7 @@ def certified(dag: Dag) -> list[Certified]:
             passed.append(Certified(dag, program, dict(labels)))
         return problem
 
-    with mock.patch.object(folding, "certify", record):
+    with mock.patch.object(grouping, "certify", record):
         find_graph(program, {})
     return passed
 
