@@ -9,114 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from sqjax.evaluation import evaluate
 from sqjax.graph import Graph, Site
-from sqjax.grouping import Keys, Search, find_graph, find_keys
+from sqjax.grouping import find_graph
 from sqjax.interpreter import array_leaves, trace
-from sqjax.program import Program, Var
-from sqjax.sites import Place, find_heads, find_sites
-from sqjax.smoothing import fold
-from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
-from sqjax.trees import PyTree, check_arrays, check_finite, map_named, named_leaves
+from sqjax.observation import Observation, Watch, combine, observe, watch
+from sqjax.program import Program
+from sqjax.proof import prove
+from sqjax.statistics import Stats, leaves_by_path, weight_absmax
+from sqjax.trees import PyTree, check_arrays, check_finite, named_leaves
 
 Fn = Callable[..., Any]
-
-
-class Observation(NamedTuple):
-    """What one site saw in one call: absmax and abs_sum per channel, and the number of tokens."""
-
-    absmax: Array
-    abs_sum: Array
-    tokens: Array
-
-
-class Watch(NamedTuple):
-    """A program with what is to be observed in it: its sites, and the keys of attention where these are wanted."""
-
-    program: Program
-    places: list[Place]
-    keys: list[Keys]
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        """What is observed."""
-        return frozenset([*(p.site for p in self.places), *(k.site for k in self.keys)])
-
-
-def watch(program: Program, shared: Mapping[str, str], attention: bool) -> Watch:
-    """A program's sites, and its keys if `attention`."""
-    places, _ = find_sites(program)
-    keys = find_keys(Search(program, shared, places, find_heads(program, places))) if attention else []
-    return Watch(program, places, keys)
-
-
-def observe(
-    watched: Watch, leaves: Iterable[Any], inputs: Iterable[Any], mask: Array | None = None
-) -> tuple[list[Any], dict[Site, Observation]]:
-    """Runs a program; returns its outputs and an observation of every site."""
-    program, places, keys = watched
-    axes: dict[Var, set[tuple[int, ...]]] = {}
-    for activation, own in [*((p.activation, p.axes) for p in places), *((k.activation, k.axes) for k in keys)]:
-        axes.setdefault(activation, set()).add(own)
-
-    def probe(var: Var) -> Callable[[Array], dict[tuple[int, ...], Observation]]:
-        return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
-
-    outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in axes})
-    observations: dict[Site, Observation] = {}
-    for place in places:
-        observation = _at_site(program, place, seen[place.activation][place.axes])
-        old = observations.get(place.site)
-        observations[place.site] = observation if old is None else combine(old, observation)
-    for key in keys:
-        observation = seen[key.activation][key.axes]
-        observations[key.site] = observation._replace(tokens=jnp.max(observation.tokens))
-    return outputs, observations
-
-
-def observe_activation(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Observation:
-    """Statistics of the channels `axes` of an activation, over all its other axes.
-
-    A mask of shape (batch, tokens) picks the tokens that count, of an activation whose other axes begin with
-    (batch, tokens) or are (batch * tokens,); an activation without these axes counts whole.
-    """
-    magnitude = jnp.abs(jnp.moveaxis(x, axes, range(-len(axes), 0))).astype(jnp.float32)
-    tokens = magnitude.shape[: magnitude.ndim - len(axes)]
-    reduced = tuple(range(len(tokens)))
-    count = jnp.int32(np.prod(tokens, dtype=int))
-    if mask is not None and tokens[:1] == (mask.size,):
-        mask = mask.reshape(mask.size)
-    if mask is not None and tokens[: mask.ndim] == mask.shape:
-        magnitude = jnp.where(mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0)
-        count = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(np.prod(tokens[mask.ndim :], dtype=int))
-    return Observation(magnitude.max(reduced, initial=0), magnitude.sum(reduced), count)
-
-
-def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
-    """What was seen of an activation, one entry for each step of the scans around it, as the site's channels.
-
-    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same.
-    """
-    around, over = program.scopes[place.activation], [scan for scan, _ in place.view.stacked]
-    reduced = tuple(i for i, scan in enumerate(around) if scan not in over)
-    steps = [program.lengths[scan] if scan in around else 1 for scan in over]
-
-    def shaped(x: Array) -> Array:
-        own = place.site.channels[len(over) :]
-        x = x.reshape(*steps, *own)
-        return jnp.broadcast_to(x, place.site.channels)
-
-    tokens = seen.tokens.sum(reduced)
-    absmax = seen.absmax.max(reduced, initial=0)
-    return Observation(shaped(absmax), shaped(seen.abs_sum.sum(reduced)), tokens.max(initial=0))
-
-
-def combine(a: Observation, b: Observation) -> Observation:
-    """Observations merge by max and +."""
-    return Observation(jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens)
 
 
 def calibrate(
@@ -327,50 +231,3 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
         if (other := first.setdefault(id(leaf), path)) != path:
             shared[path], shared[other] = other, path
     return shared
-
-
-def prove(watched: Watch, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
-    """The graph without the groups that fail the proof; these are refused.
-
-    One compiled program runs with s = 1 and with s drawn from 2^-3 .. 2^3, so that no order of summation differs:
-    its outputs must agree bit for bit, and every site's absmax must be exactly the old one divided by s. Leaves w that
-    are read as c + w are rounded first, in both, so that this sum can be scaled exactly.
-
-    Raises:
-        ValueError: the groups that pass one by one fail together.
-    """
-
-    offsets = dict(graph.offsets)
-
-    def rounded(params):
-        def coarse(path, leaf):
-            return leaf if path not in offsets else jnp.round((offsets[path] + leaf) * 256) / 256 - offsets[path]
-
-        return map_named(coarse, params)
-
-    @jax.jit
-    def run(params, s, inputs):
-        outputs, seen = observe(watched, jax.tree.leaves(fold(rounded(params), graph, s)), inputs)
-        scale = expand(s, graph)
-        absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in (*graph.sites, *graph.keys)}
-        return outputs, absmax
-
-    ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
-    draw = np.random.default_rng(0)
-    powers = {g.name: jnp.asarray(2.0 ** draw.integers(-3, 4, g.size), jnp.float32) for g in graph.groups}
-    expected = jax.device_get(run(params, ones, inputs))
-
-    def passes(names: Iterable[str]) -> bool:
-        got = jax.device_get(run(params, ones | {name: powers[name] for name in names}, inputs))
-        return all(jax.tree.leaves(jax.tree.map(partial(np.array_equal, equal_nan=True), got, expected)))
-
-    if passes(powers):
-        return graph
-    sound = [g for g in graph.groups if passes([g.name])]
-    if not passes([g.name for g in sound]):
-        raise ValueError(
-            "calibrate: groups that fold exactly one by one do not fold together; please report this program"
-        )
-    failed = [path for g in graph.groups if g not in sound for path, _ in g.sites]
-    reason = "folding it with powers of two changed a bit of fn's output"
-    return graph._replace(groups=tuple(sound), refused=(*graph.refused, *((path, reason) for path in failed)))

@@ -54,7 +54,7 @@ class Body(NamedTuple):
     """One step of a scan. Its constants are the outer variables themselves; carry and xs are variables of its own.
 
     Attributes:
-        number: counts the scans of the program.
+        number: of its family.
         scan: how often and in what order it runs.
         inputs: the carry, then a slice of each of the xs.
         outputs: the next carry, then a slice of each of the ys.
@@ -77,13 +77,14 @@ class Program:
     """The program of `traced`; calls (jit, remat, custom gradients) and the bodies of scans are written out in place.
 
     A scan's body is a world of its own: what flows in and out of it at every step carries no scale. Only the slices of
-    leaves that it runs over are leaves inside too, one scale vector a step.
+    leaves that it runs over are leaves inside too, one scale vector a step. Scans of one length at one place are a
+    family, and share the slices of a leaf that several of them run over (a prefill and a step over the same layers).
 
     Attributes:
         main: the equations that some output depends on, in order; a scan's hold their bodies.
         avals: the shape and dtype of every variable.
-        scopes: for every variable the scans, outermost first, in whose bodies it lives.
-        lengths: {scan: its number of steps}.
+        scopes: for every variable the families of scans, outermost first, in whose bodies it lives.
+        lengths: {family of scans: their number of steps}.
         leaves: {variable: path} of the parameter leaves, of their slices in a scan's body, and of `offsets`.
         offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
         roots: {variable: what it is} of the other variables that no equation makes: inputs, constants, carries.
@@ -110,10 +111,14 @@ class Program:
         self.outputs: dict[Var, str] = {}
         self.constants: dict[Var, Any] = {}
         self._scope: tuple[int, ...] = ()
+        self._families: dict[tuple[tuple[int, ...], int], int] = {}
+        self._slices_of: dict[tuple[Var, tuple[int, ...]], list[Var]] = {}
+        self._leafy_views: dict[tuple[str, Any, str], Var] = {}
         jaxpr = traced.jaxpr.jaxpr
         captured = self._capture(jaxpr, traced.jaxpr.consts)
         self.inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
         self.leaves.update(zip(self.inputs, traced.paths, strict=False))
+        self._leafy: set[Any] = set(self.leaves)
         for number, v in enumerate(self.inputs[len(traced.paths) :]):
             self.roots[v] = f"input {number} of fn"
         equations, self.results = self._flatten(jaxpr, captured, self.inputs)
@@ -157,7 +162,10 @@ class Program:
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
                 equation = Equation(eqn.primitive.name, operands, tuple(results), eqn)
-                equations.append(self._with_body(equation))
+                if (same := self._view_once(equation)) is not None:
+                    results = [same]
+                else:
+                    equations.append(self._with_body(equation))
             env.update(zip(eqn.outvars, results, strict=True))
         return equations, [read(v) for v in jaxpr.outvars]
 
@@ -165,18 +173,41 @@ class Program:
         scan = scan_in(equation.origin)
         if scan is None:
             return equation
-        number, outer, consts = len(self.lengths), self._scope, equation.inputs[: scan.consts]
+        outer, (consts, carry, xs) = self._scope, scan.sort(equation.inputs)
+        number = self._families.setdefault((outer, scan.length), len(self._families))
         self.lengths[number] = scan.length
         self._scope = (*outer, number)
         step = scan.step.jaxpr
         captured = self._capture(step, scan.step.consts)
-        inputs = tuple(self._new(v.aval) for v in step.invars[scan.consts :])
+        carried = [self._new(v.aval) for v in step.invars[len(consts) :][: len(carry)]]
+        slices = [self._slice(x, v.aval) for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)]
+        inputs = (*carried, *slices)
         self.roots.update({v: f"the carry of {equation}" for v in inputs[: scan.carry]})
         self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
         equations, outputs = self._flatten(step, captured, [*consts, *inputs])
         self._leaves_out(outputs, f"what leaves a step of {equation}")
         self._scope = outer
         return equation._replace(body=Body(number, scan, inputs, tuple(outputs), tuple(equations)))
+
+    def _slice(self, outer: Any, aval: Any) -> Var:
+        """The variable of one step's slice: one and the same in all scans of a family that run over it."""
+        if not isinstance(outer, int):
+            return self._new(aval)
+        known = self._slices_of.setdefault((outer, self._scope), [])
+        known.append(known[0] if known else self._new(aval))
+        return known[0]
+
+    def _view_once(self, equation: Equation) -> Var | None:
+        """The variable that is this very view of a leaf already, or None; so two functions share what they cast."""
+        x = equation.inputs[0] if len(equation.inputs) == 1 else None
+        if equation.name not in VIEWS or not isinstance(x, int) or x not in self._leafy or self._scope:
+            return None
+        key = (equation.name, x, str(equation.params))
+        if key not in self._leafy_views:
+            self._leafy_views[key] = equation.outputs[0]
+            self._leafy.add(equation.outputs[0])
+            return None
+        return self._leafy_views[key]
 
     def _alive(self, equations: Sequence[Equation], alive: set[Var]) -> tuple[Equation, ...]:
         """The equations without dead code; what they read is added to `alive`."""
@@ -205,8 +236,9 @@ class Program:
         for equation in self.equations:
             for v in set(equation.read):
                 self.readers.setdefault(v, []).append(equation)
-        for var in self._slices:
-            if not self._read_once(self._chain(var)[:-1]):
+        for var, outer in self._slices.items():
+            slices = self._slices_of[outer, self.scopes[var]]
+            if not self._read_once(self._chain(outer)[:-1]) or self._reads(outer) != len(slices):
                 self.barred[var] = f"{self.leaves[var]} is read outside this scan too"
         for equation in [e for e in self.equations if e.name == "add"]:
             self._note_offset(equation)
@@ -257,7 +289,7 @@ class Program:
                 self._slices[inner] = outer
                 self._is_leaf(inner, slice_)
                 self.views[inner] = slice_
-                del self.roots[inner]
+                self.roots.pop(inner, None)
 
     def _is_leaf(self, var: Var, view: View) -> None:
         self.leaves[var], self.leaf_views[var] = view.path, view
@@ -296,11 +328,10 @@ class Program:
 
     def _read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
+        return all(self._reads(v) <= 1 for v in variables)
 
-        def reads(v: Var) -> int:
-            return sum(e.read.count(v) for e in self.readers.get(v, ()))
-
-        return all(reads(v) + (v in self.outputs) <= 1 for v in variables)
+    def _reads(self, var: Var) -> int:
+        return sum(e.read.count(var) for e in self.readers.get(var, ())) + (var in self.outputs)
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""

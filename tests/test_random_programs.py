@@ -20,8 +20,8 @@ from random_programs import numbers, random_dag
 import sqjax as sq
 from sqjax import grouping
 from sqjax.certificate import certify
-from sqjax.grouping import find_graph
 from sqjax.graph import Graph, Group
+from sqjax.grouping import find_graph
 from sqjax.interpreter import trace
 from sqjax.program import Program
 
