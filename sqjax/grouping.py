@@ -42,19 +42,20 @@ def find_graph(
     places, refused = find_sites(program)
     search = Search(program, shared, places, find_heads(program, places))
     groups = [_stated_group(search, site, absorbers) for site, absorbers in (stated or {}).items()]
-    grouped = {path for group in groups for path, _ in group.sites}
+    grouped = {p.name for p in places if any(_covers(group, p) for group in groups)}
     ways: dict[str, tuple[str, ...]] = {}
     for place in places:
-        if place.site.path in grouped:
+        if place.name in grouped:
             continue
         try:
             group = find_group(search, place)
         except Refused as reason:
-            refused[place.site.path], ways[place.site.path] = str(reason), reason.way
+            refused[place.name], ways[place.name] = str(reason), reason.way
         else:
             groups.append(group)
-            grouped.update(path for path, _ in group.sites)
-    refused = {path: reason for path, reason in refused.items() if path not in grouped}
+            paths = dict(group.sites)
+            grouped.update(p.name for p in places if p.site.path in paths and _covers(group, p))
+    refused = {name: reason for name, reason in refused.items() if name not in grouped}
     keys = find_keys(search) if attention else []
     return Graph(
         leaves=tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves),
@@ -83,10 +84,16 @@ def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = 
         Refused: with the reason.
     """
     found, closure = _close(search, place.activation, place.axes, absorbers)
-    group = _group(search, place.site.path, found, closure)
-    if not group.absorbers or group.name not in dict(group.sites):
+    group = _group(search, place.name, found, closure)
+    if not group.absorbers or not _covers(group, place):
         raise Refused("no leaf absorbs its scale")
     return group
+
+
+def _covers(group: Group, place: Place) -> bool:
+    """Whether a place is among the sites of a group."""
+    labels = dict(group.sites).get(place.site.path)
+    return labels is not None and bool(labels.array[place.entry].any())
 
 
 def _close(
@@ -114,9 +121,9 @@ def _close(
 
 def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
     """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
-    place = next((p for p in search.places if p.site.path == site), None)
+    place = next((p for p in search.places if p.name == site), None)
     if place is None:
-        known = sorted({p.site.path for p in search.places})
+        known = sorted({p.name for p in search.places})
         raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
     try:
         group = find_group(search, place, frozenset(absorbers))
@@ -148,6 +155,7 @@ def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Clos
 
 def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
     """{site: the labels of its channels} for the sites whose activation carries labels."""
+    parts: dict[str, Labels] = {}
     sites: dict[str, Labels] = {}
     for place in search.places:
         activation = found.get(place.activation)
@@ -156,8 +164,9 @@ def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> 
         ):
             raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
         labels = stack.of_site(place, activation)
-        if not np.array_equal(sites.setdefault(place.site.path, labels), labels):
-            raise Refused(f"{place.equation} multiplies another part of {place.site.path} with something else")
+        if not np.array_equal(parts.setdefault(place.name, labels), labels):
+            raise Refused(f"{place.equation} multiplies another part of {place.name} with something else")
+        sites[place.site.path] = np.where(labels, labels, sites.get(place.site.path, 0))
     return {path: labels for path, labels in sites.items() if labels.any()}
 
 

@@ -55,11 +55,16 @@ def observe(
         return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
 
     outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in axes})
-    observations: dict[Site, Observation] = {}
+    of_parts: dict[str, tuple[Site, Observation]] = {}
     for place in places:
         observation = _at_site(program, place, seen[place.activation][place.axes])
-        old = observations.get(place.site)
-        observations[place.site] = observation if old is None else combine(old, observation)
+        _, old = of_parts.get(place.name, (None, None))
+        of_parts[place.name] = place.site, observation if old is None else combine(old, observation)
+    observations: dict[Site, Observation] = {}
+    for site, observation in of_parts.values():  # the matrices of a stack, each with tokens of its own
+        tokens = jnp.maximum(observation.tokens, observations[site].tokens if site in observations else 0)
+        whole = combine(observations[site], observation) if site in observations else observation
+        observations[site] = whole._replace(tokens=tokens)
     for key in keys:
         observation = seen[key.activation][key.axes]
         observations[key.site] = observation._replace(tokens=jnp.max(observation.tokens))
@@ -89,14 +94,14 @@ def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
 
     Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same.
     """
-    around, over = program.scopes[place.activation], [scan for scan, _ in place.view.stacked]
+    around, over, taken = program.scopes[place.activation], place.view.stacked, place.view.taken
     reduced = tuple(i for i, scan in enumerate(around) if scan not in over)
-    steps = [program.lengths[scan] if scan in around else 1 for scan in over]
+    steps = [program.lengths[t.scan] if t.scan in around else 1 for t in taken]
+    channels = place.site.channels
 
     def shaped(x: Array) -> Array:
-        own = place.site.channels[len(over) :]
-        x = x.reshape(*steps, *own)
-        return jnp.broadcast_to(x, place.site.channels)
+        whole = jnp.broadcast_to(x.reshape(*steps, *channels[len(taken) :]), channels)
+        return jnp.zeros(channels, x.dtype).at[place.entry].set(whole[place.entry]) if place.view.part else whole
 
     tokens = seen.tokens.sum(reduced)
     absmax = seen.absmax.max(reduced, initial=0)

@@ -26,6 +26,16 @@ class Place(NamedTuple):
     axes: tuple[int, ...]
     view: View
 
+    @property
+    def entry(self) -> tuple[Any, ...]:
+        """Which of the site's channels this matmul reads: all, or those of one of a stack of matrices."""
+        return tuple(slice(None) if taken.scan is not None else taken.at for taken in self.view.taken)
+
+    @property
+    def name(self) -> str:
+        """The site's path, with the indices of a matrix in a stack: layers/kernel[3]."""
+        return self.site.path + "".join(f"[{taken.at}]" for taken in self.view.part)
+
 
 class Side(NamedTuple):
     """One operand of a matmul: its axes, and where its free axes stand in the result.
@@ -130,8 +140,8 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
     if batch is None or not axes:
         return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
-    stacked = tuple(axis for _, axis in view.stacked)
-    site = Site(view.path, axes, tuple(view.shape[a] for a in (*stacked, *batch, *axes)), (*stacked, *batch))
+    batch = (*(taken.axis for taken in view.taken), *batch)
+    site = Site(view.path, axes, tuple(view.shape[a] for a in (*batch, *axes)), batch)
     return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
 
 

@@ -26,7 +26,7 @@ class Stack(NamedTuple):
     def of(cls, program: Program, found: Mapping[Var, Labels]) -> "Stack":
         """Those scans around every labelled variable that run over every labelled leaf."""
         scopes = [set(program.scopes[v]) for v in found]
-        scopes += [{scan for scan, _ in program.leaf_views[v].stacked} for v in found if v in program.leaves]
+        scopes += [set(program.leaf_views[v].stacked) for v in found if v in program.leaves]
         scans = tuple(sorted(set.intersection(*scopes)))
         return cls(program, scans, max(int(np.abs(labels).max()) for labels in found.values()))
 
@@ -36,17 +36,19 @@ class Stack(NamedTuple):
         places = [(i, axis) for i, axis in enumerate(view.places or ()) if axis is not None]
         own = lab.take_axes(labels, [i for i, _ in places])
         spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
-        return self.along(spread, dict(view.stacked))
+        return self.along(spread, view.stacked)
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
         """The labels of a site's channels, in the order of `Site.channels`."""
-        stacked, channels = place.view.stacked, place.site.channels
-        if activation is None:
-            return np.zeros(channels, int)
-        shape = [self.program.shape(place.activation)[a] for a in place.axes]
-        own = np.broadcast_to(-lab.take_axes(activation, place.axes), shape).reshape(channels[len(stacked) :])
-        own = own.reshape((1,) * len(stacked) + own.shape)
-        return np.broadcast_to(self.along(own, {scan: i for i, (scan, _) in enumerate(stacked)}), channels)
+        taken, channels = place.view.taken, place.site.channels
+        labels = np.zeros(channels, int)
+        if activation is not None:
+            shape = [self.program.shape(place.activation)[a] for a in place.axes]
+            own = np.broadcast_to(-lab.take_axes(activation, place.axes), shape)
+            own = own.reshape((1,) * len(taken) + channels[len(taken) :])
+            spread = self.along(own, {t.scan: i for i, t in enumerate(taken) if t.scan is not None})
+            labels[place.entry] = np.broadcast_to(spread, channels)[place.entry]
+        return labels
 
     def along(self, labels: Labels, axis_of: Mapping[int, int]) -> Labels:
         """Other labels at each index of the axes that the scans run over."""

@@ -9,11 +9,23 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """`size` places along an axis of a leaf, `stride` apart: all of it, or one factor of what a reshape has split."""
+    """`size` places along an axis of a leaf, `stride` apart: all of it, or one factor of what a reshape has split.
+
+    `start` is the first of them, where a slice has cut others off.
+    """
 
     axis: int
     stride: int
     size: int
+    start: int = 0
+
+
+class Taken(NamedTuple):
+    """An axis of a leaf at one index: the steps of a scan one after the other, or a fixed one (scan is None)."""
+
+    axis: int
+    scan: int | None
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,14 +37,14 @@ class View:
         shape: the leaf's shape.
         axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an axis of size 1).
         cut: the leaf's axes that are not seen whole.
-        stacked: (scan, axis of the leaf) for every scan that hands out one index of that axis at a time.
+        taken: the leaf's axes that are seen at one index only, in the order in which they went.
     """
 
     path: str
     shape: Shape
     axes: tuple[tuple[Piece, ...], ...]
     cut: frozenset[int] = frozenset()
-    stacked: tuple[tuple[int, int], ...] = ()
+    taken: tuple[Taken, ...] = ()
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
@@ -64,14 +76,24 @@ class View:
         None where an axis of the leaf is not seen whole, or where several are seen as one.
         """
         found = [self.whole_axes([a]) for a in range(len(self.axes))]
-        whole = not self.cut and all(f is not None and len(f) <= 1 for f in found)
+        whole = not self.cut and not self.part and all(f is not None and len(f) <= 1 for f in found)
         return tuple(f[0] if f else None for f in found) if whole else None
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
         if (places := self.places) is None or (axis := places[0]) is None:
             return None
-        return replace(self, axes=self.axes[1:], stacked=(*self.stacked, (scan, axis)))
+        return replace(self, axes=self.axes[1:], taken=(*self.taken, Taken(axis, scan)))
+
+    @property
+    def stacked(self) -> dict[int, int]:
+        """{scan: the leaf's axis that it runs over}, outermost first."""
+        return {taken.scan: taken.axis for taken in self.taken if taken.scan is not None}
+
+    @property
+    def part(self) -> tuple[Taken, ...]:
+        """The axes that are seen at a fixed index: which of a stack of matrices this is."""
+        return tuple(taken for taken in self.taken if taken.scan is None)
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:
@@ -84,7 +106,13 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
 
 def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     gone = [a % len(old) for a in params["dimensions"]]
-    return replace(view, axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone))
+    picked = [p for a in gone for p in view.axes[a] if p.axis in view.cut and p.stride == 1]
+    return replace(
+        view,
+        axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone),
+        cut=view.cut.difference(p.axis for p in picked),
+        taken=(*view.taken, *(Taken(p.axis, None, p.start) for p in picked)),
+    )
 
 
 def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
@@ -101,7 +129,11 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     shorter = [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
     if any(len(view.axes[a]) != 1 for a in shorter):
         return None
-    axes = [(p[0]._replace(size=new[a]),) if a in shorter else p for a, p in enumerate(view.axes)]
+    starts = params["start_indices"]
+    axes = [
+        (p[0]._replace(size=new[a], start=p[0].start + starts[a]),) if a in shorter else p
+        for a, p in enumerate(view.axes)
+    ]
     return replace(view, axes=tuple(axes), cut=view.cut.union(view.axes[a][0].axis for a in shorter))
 
 
