@@ -108,7 +108,7 @@ class Closure:
         if labels is None or not labels.any() or self.program.is_zero(atom):
             return
         if not isinstance(atom, int):
-            raise Refused(f"it would scale the constant {atom}")
+            raise Refused(f"the constant {atom} would have to be rescaled with it")
         shape = self.program.shape(atom)
         if not shape and labels.ndim:
             labels = self.tie_along(labels, range(labels.ndim)).reshape(())

@@ -50,7 +50,7 @@ def find_graph(
         try:
             group = find_group(search, place)
         except Refused as reason:
-            refused[place.name], ways[place.name] = str(reason), reason.way
+            refused[place.name], ways[place.name] = str(reason) + _looked_up(program, place), reason.way
         else:
             groups.append(group)
             paths = dict(group.sites)
@@ -66,6 +66,14 @@ def find_graph(
         ways=tuple((path, way) for path, way in ways.items() if path in refused),
         keys=tuple(k.site for k in keys),
     )
+
+
+def _looked_up(program: Program, place: Place) -> str:
+    """What more to say of a tied head: its leaf is an embedding too."""
+    lookups = [e for e in program.equations if e.name == "gather"]
+    views = [(e, program.views.get(v)) for e in lookups for v in e.variables[:1]]
+    found = next((e for e, view in views if view is not None and view.path == place.site.path), None)
+    return "" if found is None else f"; the same leaf is an embedding, looked up by {found}"
 
 
 class Search(NamedTuple):
