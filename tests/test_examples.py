@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.huggingface
+@pytest.mark.filterwarnings("default::DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "unsmoothed", "smoothed"),
     [
