@@ -82,6 +82,7 @@ class Program:
         constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
+        scanned: {variable of a scan's body: the variable outside whose slice it is} of those among them.
         zeros: variables known to hold only zeros.
         views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
@@ -188,6 +189,7 @@ class Program:
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
         self._slices: dict[Var, Var] = {}
+        self.scanned: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
             for v in {v for v in equation.inputs if isinstance(v, int)}:
@@ -235,6 +237,7 @@ class Program:
             if not isinstance(outer, int) or outer not in self.from_leaves:
                 continue
             self.from_leaves.add(inner)
+            self.scanned[inner] = outer
             view = self.views.get(outer)
             if view is not None and (slice_ := view.slice_of_scan(body.number)) is not None:
                 self._slices[inner] = outer
@@ -302,6 +305,8 @@ class Program:
             seen.add(v)
             if v in self.leaves:
                 paths.add(self.leaves[v])
+            elif v in self.scanned:
+                stack.append(self.scanned[v])
             elif v in self.maker:
                 stack += [x for x in self.maker[v].inputs if isinstance(x, int)]
         return paths

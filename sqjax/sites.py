@@ -102,7 +102,7 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     """A leaf's matmul as a `Place`, or why it is none."""
     view = program.views.get(leaf)
     if view is None:
-        maker = program.maker.get(leaf)
+        maker = program.maker.get(program.scanned.get(leaf, leaf))
         return (
             f"{equation} multiplies what {maker} makes of it"
             if maker
