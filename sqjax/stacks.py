@@ -33,7 +33,7 @@ class Stack(NamedTuple):
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
-        spread = lab.put_axes(labels, view.permutation or (), len(view.shape))
+        spread = lab.put_axes(lab.take_axes(labels, view.long), view.permutation or (), len(view.shape))
         return self._stacked(spread, dict(view.stacked))
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:

@@ -58,15 +58,20 @@ class View:
         return min(((p.axis, -p.stride) for p in self.axes[axis]), default=(-1, 0))
 
     @property
+    def long(self) -> tuple[int, ...]:
+        """The view's axes but those of size 1 that the leaf does not have."""
+        return tuple(a for a, pieces in enumerate(self.axes) if pieces)
+
+    @property
     def permutation(self) -> tuple[int, ...] | None:
-        """The leaf's axis behind every axis of the view, where each is seen whole and unsplit; else None."""
-        found = [self.whole_axes([a]) for a in range(len(self.axes))]
+        """The leaf's axis behind every axis of `long`, where each is seen whole and unsplit; else None."""
+        found = [self.whole_axes([a]) for a in self.long]
         whole = not self.cut and all(f is not None and len(f) == 1 for f in found)
         return tuple(f[0] for f in found if f) if whole else None
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
-        if (permutation := self.permutation) is None:
+        if (permutation := self.permutation) is None or 0 not in self.long:
             return None
         return replace(self, axes=self.axes[1:], stacked=(*self.stacked, (scan, permutation[0])))
 
