@@ -14,6 +14,9 @@ import pytest
 from jax import lax
 
 import sqjax as sq
+from sqjax.folding import find_graph
+from sqjax.interpreter import trace
+from sqjax.program import Program
 
 EXPERTS, TOKENS, WIDTH, HIDDEN = 3, 8, 4, 6
 
@@ -238,7 +241,7 @@ def int8_products(program):
     return [d for d in dtypes if "int8" in d[0] or "int8" in d[1]]
 
 
-@pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O2, sq.W8A8_O3], ids=["O1", "O2", "O3"])
+@pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O3], ids=["O1", "O3"])
 @pytest.mark.parametrize("build", CASES)
 def test_every_expert_runs_in_int8(build, scheme):
     case, stats = found(build)
@@ -501,11 +504,16 @@ REFUSED = {  # fn, params, what the reason says
 }
 
 
+def searched(fn, params, x):
+    """Not yet proved: what is refused needs no compilation."""
+    return find_graph(Program(trace(fn, params, (x,), {})[0]), {})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_sums_are_refused(name):
     fn, reason = REFUSED[name]
     params = {**COARSE, "first": normal(WIDTH, WIDTH)}
-    graph = sq.calibrate(lambda p, x: fn(p, jnp.tanh(x @ p["first"])), params, [X]).graph
+    graph = searched(lambda p, x: fn(p, jnp.tanh(x @ p["first"])), params, X)
     assert not any("n" in dict(g.leaves) for g in graph.groups)
     assert re.search(reason, dict(graph.refused)["w"])
 
@@ -515,7 +523,7 @@ def test_gains_in_bfloat16_are_refused_with_the_reason(cast):
     """1 + w of a bfloat16 w has eight bits: (1 + w) / s - 1 would round to something else."""
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), COARSE)
     fn = lambda p, x: one_plus(jax.tree.map(lambda a: a.astype(jnp.float32), p) if cast else p, x)
-    graph = sq.calibrate(fn, params, [X if cast else X.astype(jnp.bfloat16)]).graph
+    graph = searched(fn, params, X if cast else X.astype(jnp.bfloat16))
     assert not graph.groups
     assert re.search(r"1 \+ n in bfloat16, too coarse to rescale; keep this leaf.*float32", dict(graph.refused)["w"])
 
