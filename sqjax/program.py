@@ -232,6 +232,7 @@ class Program:
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
         self._slices: dict[Var, Var] = {}
+        self.scanned: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
             for v in set(equation.read):
@@ -284,6 +285,7 @@ class Program:
             if not isinstance(outer, int) or outer not in self.from_leaves:
                 continue
             self.from_leaves.add(inner)
+            self.scanned[inner] = outer
             view = self.views.get(outer)
             if view is not None and (slice_ := view.slice_of_scan(body.number)) is not None:
                 self._slices[inner] = outer
@@ -350,6 +352,8 @@ class Program:
             seen.add(v)
             if v in self.leaves:
                 paths.add(self.leaves[v])
+            elif v in self.scanned:
+                stack.append(self.scanned[v])
             elif v in self.maker:
                 stack += self.maker[v].variables
         return paths

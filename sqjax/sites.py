@@ -127,7 +127,7 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     if leaf in program.offsets:
         return f"{equation} multiplies {program.offsets[leaf]:g} + it"
     if view is None:
-        maker = program.maker.get(leaf)
+        maker = program.maker.get(program.scanned.get(leaf, leaf))
         return (
             f"{equation} multiplies what {maker} makes of it"
             if maker
