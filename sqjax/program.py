@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from sqjax.equations import Scan, inner_program, scan_in, source_of
+from sqjax.equations import Scan, inner_program, plain, scan_in, source_of
 from sqjax.interpreter import Traced
 from sqjax.views import VIEWS, View
 
@@ -25,11 +25,8 @@ class Equation(NamedTuple):
     inputs: tuple[Var | np.ndarray, ...]
     outputs: tuple[Var, ...]
     origin: JaxprEqn
+    params: dict[str, Any]
     body: "Body | None" = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return self.origin.params
 
     @property
     def variables(self) -> list[Var]:
@@ -161,7 +158,8 @@ class Program:
                 equations += written
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
-                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn)
+                params = {name: plain(value) for name, value in eqn.params.items()}
+                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
                 if (same := self._view_once(equation)) is not None:
                     results = [same]
                 else:
