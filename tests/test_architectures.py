@@ -44,10 +44,10 @@ def normal(*shape, seed=0, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
 
 
-def jittered(params):
-    """Every leaf random: ones and zeros would hide what happens to gains and biases."""
+def filled(tree):
+    """A tree of shapes as random arrays: initial ones and zeros would hide what happens to gains and biases."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), params)
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), tree)
 
 
 def relaxed(fn):
@@ -174,7 +174,7 @@ class Qwen3(nnx.Module):
 
 
 def qwen3():
-    graphdef, state = nnx.split(Qwen3(nnx.Rngs(0)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Qwen3(nnx.Rngs(0))))
     layer = "layers/0"
     groups = [
         (8, [f"{layer}/norm_1/w/value"], [f"{layer}/q_proj/w/value", f"{layer}/kv_proj/w/value"]),
@@ -184,7 +184,7 @@ def qwen3():
         (8, ["norm/w/value"], ["head/w/value"]),
     ]
     fn = lambda state, ids: nnx.merge(graphdef, state)(ids)
-    return case(fn, jittered(state), (IDS,), (OTHER_IDS,), groups, 7)
+    return case(fn, filled(state), (IDS,), (OTHER_IDS,), groups, 7)
 
 
 def one_plus(x, w):
@@ -289,7 +289,7 @@ class Boxed(nn.Module):
 
 def scanned_and_boxed():
     module = Boxed()
-    params = jittered(relaxed(module.init)(jax.random.key(0), IDS))
+    params = filled(jax.eval_shape(relaxed(module.init), jax.random.key(0), IDS))
     layer = "params/layers"
     groups = [
         (24, [f"{layer}/norm_1/scale/value"], [f"{layer}/{n}/kernel/value" for n in ("query", "key", "value")]),
@@ -530,7 +530,7 @@ class VisionTransformer(nn.Module):
 
 def vision_transformer():
     module, images = VisionTransformer(), normal(2, 8, 8, 3)
-    params = jittered(relaxed(module.init)(jax.random.key(0), images))
+    params = filled(jax.eval_shape(relaxed(module.init), jax.random.key(0), images))
     block = "params/block"
     groups = [
         (
@@ -560,7 +560,7 @@ class Mixer(nn.Module):
 def mixer():
     """The norm's gain knows channels, the token matmul knows tokens: one scale for them all is lawful, no more."""
     module = Mixer()
-    params = jittered(relaxed(module.init)(jax.random.key(0), X)["params"])
+    params = filled(jax.eval_shape(relaxed(module.init), jax.random.key(0), X)["params"])
     fn = lambda p, x: module.apply({"params": p}, x)
     names = [(1, "norm_1", "tokens_1"), (6, "norm_2", "channels_1"), (6, "norm_3", "head")]
     groups = [(n, [f"{norm}/bias", f"{norm}/scale"], [f"{site}/kernel"]) for n, norm, site in names]
