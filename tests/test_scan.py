@@ -281,7 +281,8 @@ def shared_weight_own_gains():
 def own_weights_shared_gain():
     step = lambda p: lambda x, q: (layer(x, {**q, "gain": p["gain"]}), None)
     fn = lambda p, x: lax.scan(step(p), x, {n: p[n] for n in ("up", "down")})[0]
-    return Case(fn, {**STACKED, "gain": STACKED["gain"][0]}, {(LAYERS * HIDDEN, ("up",), ("down",))})
+    groups = {(WIDTH, ("gain",), ("up",)), (LAYERS * HIDDEN, ("up",), ("down",))}
+    return Case(fn, {**STACKED, "gain": STACKED["gain"][0]}, groups)
 
 
 def an_inner_loop_over_one_layer():
