@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
+from sqjax.devices import varying
 from sqjax.evaluation import evaluate
 from sqjax.graph import Graph, Site
 from sqjax.grouping import Keys, Search, find_graph, find_keys
@@ -66,9 +67,11 @@ def observe(
         return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
 
     outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in axes})
+    differing = varying(program)
     observations: dict[Site, Observation] = {}
     for place in places:
-        observation = _at_site(program, place, seen[place.activation][place.axes])
+        own = seen[place.activation][place.axes]
+        observation = _at_site(program, place, own, differing.get(place.activation, frozenset()))
         old = observations.get(place.site)
         observations[place.site] = observation if old is None else combine(old, observation)
     for key in keys:
@@ -95,22 +98,31 @@ def observe_activation(x: Array, axes: tuple[int, ...], mask: Array | None = Non
     return Observation(magnitude.max(reduced), magnitude.sum(reduced), count)
 
 
-def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
+def _at_site(program: Program, place: Place, seen: Observation, differing: frozenset[int]) -> Observation:
     """What was seen of an activation, one entry for each step of the scans around it, as the site's channels.
 
-    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same.
+    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same. So are
+    mesh axes that do not cut the leaf along its channels; where all devices along one hold the same activation (it is
+    not in `differing`), that counts once.
     """
-    around, over = program.scopes[place.activation], [scan for scan, _ in place.view.stacked]
-    reduced = tuple(i for i, scan in enumerate(around) if scan not in over)
-    steps = [program.lengths[scan] if scan in around else 1 for scan in over]
+    around, view = program.scopes[place.activation], place.view
+    sizes: dict[Any, int] = {}  # of the channels' parts: scans and mesh axes by their numbers, blocks by name
+    for i, axis in enumerate(place.site.channel_axes):
+        sizes |= {scope: program.lengths[scope] for scope, _ in view.places(axis)}
+        sizes |= {f"block {i}": view.shape[axis]} if i >= len(view.stacked) else {}
+    reduced = tuple(i for i, scope in enumerate(around) if scope not in sizes)
+    once = tuple(i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing)
+    seen_as = [*(scope for scope in around if scope in sizes), *(part for part in sizes if isinstance(part, str))]
 
     def shaped(x: Array) -> Array:
-        own = place.site.channels[len(over) :]
-        x = x.reshape(*steps, *own)
-        return jnp.broadcast_to(x, place.site.channels)
+        x = x.transpose([seen_as.index(part) for part in sizes if part in seen_as])
+        x = x.reshape([size if part in seen_as else 1 for part, size in sizes.items()])
+        return jnp.broadcast_to(x, list(sizes.values())).reshape(place.site.channels)
 
-    tokens = seen.tokens.sum(reduced)
-    return Observation(shaped(seen.absmax.max(reduced)), shaped(seen.abs_sum.sum(reduced)), tokens.max())
+    def total(x: Array) -> Array:
+        return jnp.max(x, axis=once, keepdims=True).sum(reduced)
+
+    return Observation(shaped(seen.absmax.max(reduced)), shaped(total(seen.abs_sum)), total(seen.tokens).max())
 
 
 def combine(a: Observation, b: Observation) -> Observation:

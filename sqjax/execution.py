@@ -12,9 +12,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from sqjax.equations import program_in, scan_in, source_of
+from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Leaf, Rules, trace, walk
 from sqjax.matmul import QuantWeight, quantized_dot_general, quantized_ragged_dot
+from sqjax.sharding import weight_specs
 from sqjax.trees import named_leaves
 
 
@@ -186,6 +187,25 @@ def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
     return [*carry, *ys]
 
 
+def _shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """Steps into the body; every device has its block of a leaf's values and scales."""
+    shards: Any = shard_map_in(equation)
+    specs = [
+        Leaf(x.path, weight_specs(x.value, spec, x.path)) if isinstance(x, Leaf) else spec
+        for x, spec in zip(operands, shards.in_specs, strict=True)
+    ]
+
+    def block(*operands):
+        return _no_leaves(walk(shards.block.jaxpr, shards.block.consts, operands, RULES))
+
+    return shards.run(block, tuple(specs), list(shards.out_specs), operands)
+
+
+def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """The same values on every device, said to differ."""
+    return jax.tree.map(lambda x: emit(equation, x), leaf)
+
+
 def _per_step(x: Any, length: int) -> Any:
     """A leaf whose every array has the steps as its first axis."""
     if not isinstance(x, Leaf):
@@ -239,6 +259,8 @@ RULES = Rules(
         "gather": _gather,
         "ragged_dot_general": _ragged_dot,
         "scan": _scan,
+        "shard_map": _shard_map,
+        "pvary": _pvary,
         "while": _while,
         "cond": _cond,
     },
