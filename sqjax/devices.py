@@ -1,6 +1,7 @@
 """What differs from device to device in the bodies of shard_maps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sqjax.equations import Scan
 from sqjax.program import Body, Equation, Program, Var
@@ -29,41 +30,57 @@ def reduced_axes(program: Program, equation: Equation) -> Scopes | None:
 
 def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, Scopes]) -> None:
     for equation in equations:
-        before = frozenset().union(*(found.get(v, frozenset()) for v in equation.variables))
+        operands = [_of(found, v) for v in equation.inputs]
         if equation.body is not None:
-            after = before.union(*(_added(program, e) for e in equation.body.everything))
-            _enter(equation, equation.body, after, found)
-            _follow(program, equation.body.equations, found)
-        elif equation.name in AGREEING and equation.params.get("axis_index_groups") is None:
-            after = before - _axes_of(program, equation)
+            enter = _repeat if isinstance(equation.body.call, Scan) else _divide
+            results = enter(program, equation.body, operands, found)
         else:
-            after = before | _added(program, equation)
-        for v in equation.outputs:
-            found[v] = after.intersection(program.scopes[v])
+            results = [_after(program, equation, frozenset().union(*operands))] * len(equation.outputs)
+        found.update(
+            (v, axes.intersection(program.scopes[v])) for v, axes in zip(equation.outputs, results, strict=True)
+        )
 
 
-def _enter(equation: Equation, body: Body, carried: Scopes, found: dict[Var, Scopes]) -> None:
-    if isinstance(body.call, Scan):
-        found.update(dict.fromkeys(body.inputs, carried))
-        return
-    scope_of = dict(zip(body.call.sizes, body.scopes, strict=True))
-    for outer, inner, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
-        cut = {scope_of[name] for names in body.call.cuts(spec).values() for name in names}
-        found[inner] = (found.get(outer, frozenset()) if isinstance(outer, int) else frozenset()) | cut
+def _of(found: Mapping[Var, Scopes], atom: Any) -> Scopes:
+    return found.get(atom, frozenset()) if isinstance(atom, int) else frozenset()
 
 
-def _added(program: Program, equation: Equation) -> Scopes:
-    """The mesh axes along which an equation's results may differ though its operands do not."""
-    if equation.body is None and equation.runs_a_program:
-        return frozenset(_named(program, equation.outputs[0]).values()) if equation.outputs else frozenset()
+def _repeat(program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]) -> list[Scopes]:
+    """Through a scan's body, until the carry differs along no further mesh axes."""
+    scan: Any = body.call
+    _, carry, xs = scan.sort(operands)
+    while True:
+        found.update(zip(body.inputs, [*carry, *xs], strict=True))
+        _follow(program, body.equations, found)
+        results = [_of(found, v) for v in body.outputs]
+        grown = [a | b for a, b in zip(carry, results, strict=False)]
+        if grown == carry:
+            return results
+        carry = grown
+
+
+def _divide(program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]) -> list[Scopes]:
+    """Through a shard_map's body, whose inputs differ along the mesh axes that cut them."""
+    shards: Any = body.call
+    scope_of = dict(zip(shards.sizes, body.scopes, strict=True))
+    for axes, inner, spec in zip(operands, body.inputs, shards.in_specs, strict=True):
+        found[inner] = axes.union(scope_of[name] for names in shards.cuts(spec).values() for name in names)
+    _follow(program, body.equations, found)
+    return [_of(found, v) for v in body.outputs]
+
+
+def _after(program: Program, equation: Equation, before: Scopes) -> Scopes:
+    """The mesh axes along which an equation's results may differ, given those of its operands."""
+    if not equation.outputs or equation.name == "pvary":
+        return before
+    if equation.runs_a_program:  # who knows what it does
+        return before.union(_named(program, equation.outputs[0]).values())
     agreeing = equation.name in AGREEING and equation.params.get("axis_index_groups") is None
-    return frozenset() if agreeing or equation.name == "pvary" else _axes_of(program, equation)
+    return before - _axes_of(program, equation) if agreeing else before | _axes_of(program, equation)
 
 
 def _axes_of(program: Program, equation: Equation) -> Scopes:
     """The mesh axes that an equation names."""
-    if not equation.outputs:
-        return frozenset()
     given = (equation.params.get(key, ()) for key in ("axes", "axis_name"))
     named = [name for names in given for name in ((names,) if isinstance(names, str) else tuple(names or ()))]
     scope_of = _named(program, equation.outputs[0])
