@@ -119,7 +119,7 @@ def _product(a: Labels, b: Labels) -> Labels | None:
     """The labels of a product: at most one factor's scale stays, or two opposite ones cancel."""
     a, b = np.broadcast_arrays(a, b)
     lawful = (a == 0) | (b == 0) | (a == -b)
-    return a + b if lawful.all() else None
+    return np.asarray(a + b) if lawful.all() else None
 
 
 def _multiply(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:

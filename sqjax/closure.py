@@ -108,7 +108,7 @@ class Closure:
         if labels is None or not labels.any() or self.program.is_zero(atom):
             return
         if not isinstance(atom, int):
-            raise Refused(f"it would scale the constant {atom}")
+            raise Refused(f"the constant {atom} would have to be rescaled with it")
         shape = self.program.shape(atom)
         if not shape and labels.ndim:
             labels = self.tie_along(labels, range(labels.ndim)).reshape(())
@@ -188,8 +188,18 @@ class Closure:
             self.rejected += reasons
             self.put(*possible[0])
         else:
-            possible.sort(key=lambda o: o[0] not in self.program.from_leaves)  # leaves first
+            # Those that tie the fewest channels first; among equals, leaves first.
+            possible.sort(key=lambda o: (-self._distinct(*o), o[0] not in self.program.from_leaves))
             self.undecided.append((equation, possible))
+
+    def _distinct(self, var: Var, labels: Labels) -> int:
+        """How many scales would be left if a variable took these labels."""
+        shape = self.program.shape(var)
+        kept = tuple(
+            slice(0, 1) if n > m else slice(None)
+            for n, m in zip(labels.shape, shape or (1,) * labels.ndim, strict=True)
+        )
+        return np.unique(labels[kept]).size
 
     def close(self) -> "Closure":
         """The fixed point; where there is a choice, the first one that leads to a fixed point."""

@@ -119,33 +119,58 @@ def _copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
 
 
 def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-    params, shape = equation.params, leaf.value.shape
-    strides = params["strides"] or (1,) * len(shape)
+    """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
+    params, weight = equation.params, leaf.value
+    strides = params["strides"] or (1,) * weight.ndim
     cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
-    tensor = leaf.value.tensor
-    cut = [tensor.axes[a] for a, n in enumerate(shape) if len(range(n)[cuts[a]]) != n]
-    free = all(tensor.scale.shape[a] > 1 for a in cut)  # an axis that has a scale for every index
-    if cut and (_stacked(leaf) or (leaf.value.smoothing is not None and not free)):
+    of_stored = {stored: cut for stored, cut in zip(weight.tensor.axes, cuts, strict=True)}
+    first = weight.ndim - weight.contracted
+    if any(len(range(n)[of_stored[first + i]]) != n for i, n in enumerate(weight.tensor.values.shape[first:])):
         return _refuse(equation, leaf)
-    return Leaf(leaf.path, replace(leaf.value, tensor=tensor.slice(cuts)))
 
+    def of_stack(x: Any, own: int) -> Any:
+        """An array that begins with the axes of the stack, and ends with `own` others."""
+        return None if x is None else x[tuple(of_stored[a] for a in range(x.ndim - own))]
 
-def _stacked(leaf: Leaf) -> bool:
-    """Whether its static scales belong to one matrix of a stack each."""
-    return leaf.value.input_scale is not None and leaf.value.input_scale.ndim > 0
+    return Leaf(
+        leaf.path,
+        replace(
+            weight,
+            tensor=weight.tensor.slice(cuts),
+            input_scale=of_stack(weight.input_scale, 0),
+            smoothing=of_stack(weight.smoothing, weight.contracted),
+        ),
+    )
 
 
 def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """reshape, squeeze, and the broadcast_in_dim that only adds axes of size 1."""
     result: Any = equation.outvars[0].aval
-    params, shape = equation.params, result.shape
+    params, shape, weight = equation.params, result.shape, leaf.value
     permuting = equation.primitive.name == "reshape" and params["dimensions"] is not None
-    repeating = math.prod(shape) != math.prod(leaf.value.shape)
+    repeating = math.prod(shape) != math.prod(weight.shape)
     moving = list(kept := params.get("broadcast_dimensions", ())) != sorted(kept)
-    tensor = None if permuting or repeating or moving else leaf.value.tensor.reshape(shape)
-    if tensor is None or _stacked(leaf):
+    tensor = None if permuting or repeating or moving else weight.tensor.reshape(shape)
+    scales, own = weight.input_scale, math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
+    one_matrix = (scales is None or scales.size == 1) and (weight.smoothing is None or weight.smoothing.size == own)
+    if tensor is None or not one_matrix:
         return _refuse(equation, leaf)
-    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+    contracted = _trailing(tensor.values.shape, own)
+    smoothing = weight.smoothing
+    if smoothing is not None:
+        smoothing = smoothing.reshape(tensor.values.shape[tensor.ndim - contracted :])
+    scales = None if scales is None else scales.reshape(())
+    return Leaf(
+        leaf.path, replace(weight, tensor=tensor, input_scale=scales, smoothing=smoothing, contracted=contracted)
+    )
+
+
+def _trailing(shape: tuple[int, ...], product: int) -> int:
+    """How many of the last axes hold so many elements: the fewest that do."""
+    count = 1
+    while math.prod(shape[len(shape) - count :]) < product:
+        count += 1
+    return count
 
 
 def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:

@@ -49,7 +49,7 @@ class Group(NamedTuple):
     """Sites that share an activation, and the leaves that can absorb its scale.
 
     Attributes:
-        name: the first site's path.
+        name: the first site's path, with its index if it is one of a stack of matrices: layers/kernel[3].
         size: the number of scales: channels that are tied share one.
         sites: (path, which scale each of the site's channels has).
         leaves: (path, how each element of the leaf scales); the sites' own leaves are among them.
@@ -93,7 +93,8 @@ class Group(NamedTuple):
         channels = max(np.count_nonzero(labels.array) for _, labels in self.sites)
         scales = f"{'x'.join(map(str, self.steps))} x {self.size // steps}" if self.steps else f"{self.size}"
         tied = "" if channels == self.size else f" of {channels // steps} channels"
-        return scales + tied, braced(self.absorbers), braced([path for path, _ in self.sites])
+        matrix = self.name[len(self.sites[0][0]) :] if self.name.startswith(f"{self.sites[0][0]}[") else ""
+        return scales + tied, braced(self.absorbers), braced([path for path, _ in self.sites]) + matrix
 
 
 class Graph(NamedTuple):
@@ -144,8 +145,8 @@ class Graph(NamedTuple):
             raise ValueError(f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}")
         lines = [line for group in self.groups for line in group.account(path)]
         for leaf, reason in self.refused:
-            if leaf == path:
-                lines += [f"{path} is in no group: {reason}", *_steps("its activation", dict(self.ways).get(path, ()))]
+            if leaf == path or leaf.startswith(f"{path}["):  # one of a stack of matrices
+                lines += [f"{leaf} is in no group: {reason}", *_steps("its activation", dict(self.ways).get(leaf, ()))]
         return "\n".join(lines or [f"{path}: no matmul of an activation meets it, and no group needs it"])
 
     def __str__(self) -> str:

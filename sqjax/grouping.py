@@ -42,19 +42,20 @@ def find_graph(
     places, refused = find_sites(program)
     search = Search(program, shared, places, find_heads(program, places))
     groups = [_stated_group(search, site, absorbers) for site, absorbers in (stated or {}).items()]
-    grouped = {path for group in groups for path, _ in group.sites}
+    grouped = {p.name for p in places if any(_covers(group, p) for group in groups)}
     ways: dict[str, tuple[str, ...]] = {}
     for place in places:
-        if place.site.path in grouped:
+        if place.name in grouped:
             continue
         try:
             group = find_group(search, place)
         except Refused as reason:
-            refused[place.site.path], ways[place.site.path] = str(reason), reason.way
+            refused[place.name], ways[place.name] = str(reason) + _looked_up(program, place), reason.way
         else:
             groups.append(group)
-            grouped.update(path for path, _ in group.sites)
-    refused = {path: reason for path, reason in refused.items() if path not in grouped}
+            paths = dict(group.sites)
+            grouped.update(p.name for p in places if p.site.path in paths and _covers(group, p))
+    refused = {name: reason for name, reason in refused.items() if name not in grouped}
     keys = find_keys(search) if attention else []
     return Graph(
         leaves=tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves),
@@ -65,6 +66,14 @@ def find_graph(
         ways=tuple((path, way) for path, way in ways.items() if path in refused),
         keys=tuple(k.site for k in keys),
     )
+
+
+def _looked_up(program: Program, place: Place) -> str:
+    """What more to say of a tied head: its leaf is an embedding too."""
+    lookups = [e for e in program.equations if e.name == "gather"]
+    views = [(e, program.views.get(v)) for e in lookups for v in e.variables[:1]]
+    found = next((e for e, view in views if view is not None and view.path == place.site.path), None)
+    return "" if found is None else f"; the same leaf is an embedding, looked up by {found}"
 
 
 class Search(NamedTuple):
@@ -83,7 +92,16 @@ def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = 
         Refused: with the reason.
     """
     found, closure = _close(search, place.activation, place.axes, absorbers)
-    return _group(search, place.site.path, found, closure)
+    group = _group(search, place.name, found, closure)
+    if not group.absorbers or not _covers(group, place):
+        raise Refused("no leaf absorbs its scale")
+    return group
+
+
+def _covers(group: Group, place: Place) -> bool:
+    """Whether a place is among the sites of a group."""
+    labels = dict(group.sites).get(place.site.path)
+    return labels is not None and bool(labels.array[place.entry].any())
 
 
 def _close(
@@ -111,9 +129,9 @@ def _close(
 
 def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
     """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
-    place = next((p for p in search.places if p.site.path == site), None)
+    place = next((p for p in search.places if p.name == site), None)
     if place is None:
-        known = sorted({p.site.path for p in search.places})
+        known = sorted({p.name for p in search.places})
         raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
     try:
         group = find_group(search, place, frozenset(absorbers))
@@ -126,25 +144,38 @@ def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
 
 def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
     """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
-    program, places = search.program, search.places
-    stack = Stack.of(program, found, places)
+    program = search.program
+    stack = Stack.of(program, found, search.places)
     variables = {program.leaves[v]: v for v in found if v in program.leaves}
     leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
-    labelled = [(p, stack.of_site(p, found.get(p.activation))) for p in places if p.site.path in leaves]
-    sites = {p.site.path: labels for p, labels in labelled if labels.any()}
-    for place, labels in labelled:
-        if not np.array_equal(sites.get(place.site.path, labels), labels):
-            raise Refused(f"{place.equation} multiplies another part of {place.site.path} with something else")
+    sites = _scaled_sites(search, stack, found)
     absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
     return Group(
         name=name,
         size=stack.size * math.prod(stack.steps),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in places) and not search.heads.intersection(sites),
+        norm=not absorbers.intersection(p.site.path for p in search.places) and not search.heads.intersection(sites),
         ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
         steps=stack.steps,
     )
+
+
+def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
+    """{site: the labels of its channels} for the sites whose activation carries labels."""
+    parts: dict[str, Labels] = {}
+    sites: dict[str, Labels] = {}
+    for place in search.places:
+        activation = found.get(place.activation)
+        if activation is not None and lab.varies(
+            activation, [a for a in range(activation.ndim) if a not in place.axes]
+        ):
+            raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
+        labels = stack.of_site(place, activation)
+        if not np.array_equal(parts.setdefault(place.name, labels), labels):
+            raise Refused(f"{place.equation} multiplies another part of {place.name} with something else")
+        sites[place.site.path] = np.where(labels, labels, sites.get(place.site.path, 0))
+    return {path: labels for path, labels in sites.items() if labels.any()}
 
 
 class Keys(NamedTuple):

@@ -30,11 +30,14 @@ class QuantWeight:
 
     Attributes:
         tensor: the int8 weight.
-        input_scale: float32 scalar, the activation's scale, when `activations` is "static"; otherwise None.
-        smoothing: float32 s of the activation's contracted shape, or None. Where it is given the weight holds
-            s * W and the activation quantizer divides by s: smoothing at run time, (X/s)(sW) = XW.
+        input_scale: float32, the activation's scale, when `activations` is "static"; otherwise None. A scalar, or
+            one for each matrix of a stack.
+        smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or None. Where it is
+            given the weight holds s * W and the activation quantizer divides by s: smoothing at run time,
+            (X/s)(sW) = XW.
         activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the whole
             activation, at run time) or "static" (`input_scale`).
+        contracted: the number of contracted axes, which are stored last.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -49,6 +52,7 @@ class QuantWeight:
     input_scale: Any
     smoothing: Any
     activations: Activations = field(metadata={"static": True})
+    contracted: int = field(default=1, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from sqjax.equations import Scan, ShardMap, inner_program, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Traced
@@ -38,6 +38,12 @@ class Equation(NamedTuple):
         return [v for v in self.inputs if isinstance(v, int)]
 
     @property
+    def read(self) -> list[Var]:
+        """The variables it reads itself; what a scan's body reads is read there."""
+        consts = self.body.call.consts if self.body is not None and isinstance(self.body.call, Scan) else 0
+        return [v for v in self.inputs[consts:] if isinstance(v, int)]
+
+    @property
     def runs_a_program(self) -> bool:
         return any(True for _ in jaxprs_in_params(self.params))
 
@@ -52,7 +58,7 @@ class Body(NamedTuple):
     of its own.
 
     Attributes:
-        scopes: of a scan one number that names it, of a shard_map one for each of its mesh axes.
+        scopes: of a scan the number of its family, of a shard_map one number for each of its mesh axes.
         call: how often and in what order it runs, or on which devices.
         inputs: the carry, then a slice of each of the xs; one device's block of every operand.
         outputs: the next carry, then a slice of each of the ys; one device's block of every result.
@@ -76,13 +82,14 @@ class Program:
 
     A body is a world of its own: what flows in and out of it, at every step or on every device, carries no scale. Only
     the slices or blocks of leaves are leaves inside too, with one scale vector a step, or for each device along a mesh
-    axis that cuts them all.
+    axis that cuts them all. Scans of one length at one place are a
+    family, and share the slices of a leaf that several of them run over (a prefill and a step over the same layers).
 
     Attributes:
         main: the equations that some output depends on, in order; those of scans and shard_maps hold their bodies.
         avals: the shape and dtype of every variable.
-        scopes: for every variable the scans and mesh axes, outermost first, in whose bodies it lives.
-        lengths: {scan or mesh axis: its number of steps or devices}.
+        scopes: for every variable the families of scans and the mesh axes, outermost first, in whose bodies it lives.
+        lengths: {family of scans, or mesh axis: the number of steps, or devices}.
         mesh_axes: {mesh axis: its name} of those of shard_maps.
         leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and of `offsets`.
         offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
@@ -93,6 +100,7 @@ class Program:
         constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
+        picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of a stack.
         zeros: variables known to hold only zeros.
         views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
@@ -110,10 +118,14 @@ class Program:
         self.outputs: dict[Var, str] = {}
         self.constants: dict[Var, Any] = {}
         self._scope: tuple[int, ...] = ()
+        self._families: dict[tuple[tuple[int, ...], Any], int] = {}
+        self._slices_of: dict[tuple[Var, tuple[int, ...]], list[Var]] = {}
+        self._leafy_views: dict[tuple[str, Any, str], Var] = {}
         jaxpr = traced.jaxpr.jaxpr
         captured = self._capture(jaxpr, traced.jaxpr.consts)
         self.inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
         self.leaves.update(zip(self.inputs, traced.paths, strict=False))
+        self._leafy: set[Any] = set(self.leaves)
         for number, v in enumerate(self.inputs[len(traced.paths) :]):
             self.roots[v] = f"input {number} of fn"
         equations, self.results = self._flatten(jaxpr, captured, self.inputs)
@@ -157,35 +169,77 @@ class Program:
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
                 equation = Equation(eqn.primitive.name, operands, tuple(results), eqn)
-                equations.append(self._with_body(equation))
+                if (same := self._view_once(equation)) is not None:
+                    results = [same]
+                else:
+                    equations.append(self._with_body(equation))
             env.update(zip(eqn.outvars, results, strict=True))
         return equations, [read(v) for v in jaxpr.outvars]
 
     def _with_body(self, equation: Equation) -> Equation:
+        outer = self._scope
         if (scan := scan_in(equation.origin)) is not None:
-            body = self._body(scan, scan.step, equation.inputs[: scan.consts], [scan.length])
-            self.roots.update({v: f"the carry of {equation}" for v in body.inputs[: scan.carry]})
-            self.roots.update({v: f"what {equation} runs over" for v in body.inputs[scan.carry :]})
-            self._leaves_out(body.outputs, f"what leaves a step of {equation}")
+            body = self._step(equation, scan)
         elif (shards := shard_map_in(equation.origin)) is not None:
-            body = self._body(shards, shards.block, (), list(shards.sizes.values()))
-            self.mesh_axes.update(zip(body.scopes, shards.sizes, strict=True))
-            self.roots.update({v: f"what {equation} is given" for v in body.inputs})
-            self._leaves_out(body.outputs, f"what leaves {equation}")
+            body = self._block(equation, shards)
         else:
             return equation
+        self._scope = outer
         return equation._replace(body=body)
 
-    def _body(self, call: Scan | ShardMap, inner: ClosedJaxpr, outer: Sequence[Any], lengths: Sequence[int]) -> Body:
-        """The body that runs `inner`, whose first inputs are variables from outside."""
-        around, scopes = self._scope, tuple(range(len(self.lengths), len(self.lengths) + len(lengths)))
-        self.lengths.update(zip(scopes, lengths, strict=True))
-        self._scope = (*around, *scopes)
-        captured = self._capture(inner.jaxpr, inner.consts)
-        inputs = tuple(self._new(v.aval) for v in inner.jaxpr.invars[len(outer) :])
-        equations, outputs = self._flatten(inner.jaxpr, captured, [*outer, *inputs])
-        self._scope = around
-        return Body(scopes, call, inputs, tuple(outputs), tuple(equations))
+    def _into(self, key: Any, length: int) -> int:
+        """Goes into a body that runs so often; returns its number, which it shares with others of the same key."""
+        number = self._families.setdefault((self._scope, key), len(self._families))
+        self.lengths[number] = length
+        self._scope = (*self._scope, number)
+        return number
+
+    def _step(self, equation: Equation, scan: Scan) -> Body:
+        (consts, carry, xs), step = scan.sort(equation.inputs), scan.step.jaxpr
+        number = self._into(scan.length, scan.length)
+        captured = self._capture(step, scan.step.consts)
+        carried = [self._new(v.aval) for v in step.invars[len(consts) :][: len(carry)]]
+        slices = [self._slice(x, v.aval) for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)]
+        inputs = (*carried, *slices)
+        self.roots.update({v: f"the carry of {equation}" for v in inputs[: scan.carry]})
+        self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
+        equations, outputs = self._flatten(step, captured, [*consts, *inputs])
+        self._leaves_out(outputs, f"what leaves a step of {equation}")
+        return Body((number,), scan, inputs, tuple(outputs), tuple(equations))
+
+    def _block(self, equation: Equation, shards: ShardMap) -> Body:
+        one = len(self._families)  # every shard_map is a family of its own
+        names = {self._into((one, name), size): name for name, size in shards.sizes.items()}
+        self.mesh_axes.update(names)
+        captured = self._capture(shards.block.jaxpr, shards.block.consts)
+        inputs = tuple(self._new(v.aval) for v in shards.block.jaxpr.invars)
+        for x, v in zip(equation.inputs, inputs, strict=True):
+            if isinstance(x, int):
+                self._slices_of.setdefault((x, self._scope), [v])
+        self.roots.update({v: f"what {equation} is given" for v in inputs})
+        equations, outputs = self._flatten(shards.block.jaxpr, captured, inputs)
+        self._leaves_out(outputs, f"what leaves {equation}")
+        return Body(tuple(names), shards, inputs, tuple(outputs), tuple(equations))
+
+    def _slice(self, outer: Any, aval: Any) -> Var:
+        """The variable of one step's slice: one and the same in all scans of a family that run over it."""
+        if not isinstance(outer, int):
+            return self._new(aval)
+        known = self._slices_of.setdefault((outer, self._scope), [])
+        known.append(known[0] if known else self._new(aval))
+        return known[0]
+
+    def _view_once(self, equation: Equation) -> Var | None:
+        """The variable that is this very view of a leaf already, or None; so two functions share what they cast."""
+        x = equation.inputs[0] if len(equation.inputs) == 1 else None
+        if equation.name not in VIEWS or not isinstance(x, int) or x not in self._leafy or self._scope:
+            return None
+        key = (equation.name, x, str(equation.params))
+        if key not in self._leafy_views:
+            self._leafy_views[key] = equation.outputs[0]
+            self._leafy.add(equation.outputs[0])
+            return None
+        return self._leafy_views[key]
 
     def _alive(self, equations: Sequence[Equation], alive: set[Var]) -> tuple[Equation, ...]:
         """The equations without dead code; what they read is added to `alive`."""
@@ -205,16 +259,18 @@ class Program:
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
         self.zeros: set[Var] = set()
+        self.picked: dict[Var, Equation] = {}
         self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
         self._slices: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
-            for v in set(equation.variables):
+            for v in set(equation.read):
                 self.readers.setdefault(v, []).append(equation)
-        for var in self._slices:
-            if not self._read_once(self._chain(var)[:-1]):
+        for var, outer in self._slices.items():
+            slices = self._slices_of[outer, self.scopes[var]]
+            if not self._read_once(self._chain(outer)[:-1]) or self._reads(outer) != len(slices):
                 body = "shard_map" if self.scopes[var][-1] in self.mesh_axes else "scan"
                 self.barred[var] = f"{self.leaves[var]} is read outside this {body} too"
         for equation in [e for e in self.equations if e.name == "add"]:
@@ -232,6 +288,10 @@ class Program:
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_VALUES:
                 self._pass_constant(equation)
+            if equation.name in ("dynamic_slice", "gather") and equation.inputs[0] in self.from_leaves:
+                self.picked[equation.outputs[0]] = equation
+            elif equation.name in VIEWS and variables and variables[0] in self.picked:
+                self.picked[equation.outputs[0]] = self.picked[variables[0]]
             if equation.name in VIEWS and len(variables) == 1 and variables[0] in self.views:
                 self._pass_view(variables[0], equation)
 
@@ -258,10 +318,10 @@ class Program:
             self.from_leaves.add(inner)
             if outer in self.views and (view := part(self.views[outer])) is not None:
                 self.views[inner] = view
-                if view.permutation is not None:
+                if view.places is not None:
                     self._slices[inner] = outer
                     self._is_leaf(inner, view)
-                    del self.roots[inner]
+                    self.roots.pop(inner, None)
 
     def _is_leaf(self, var: Var, view: View) -> None:
         self.leaves[var], self.leaf_views[var] = view.path, view
@@ -274,7 +334,7 @@ class Program:
                 continue
             view = self.views.get(leaf)
             constant = self._values.get(other) if isinstance(other, int) else other
-            if view is None or view.permutation is None or constant is None or constant.size != 1:
+            if view is None or view.places is None or constant is None or constant.size != 1:
                 continue
             if self.shape(leaf) != self.shape(y) or not constant.any() or not self._read_once(self._chain(leaf)):
                 continue
@@ -284,8 +344,8 @@ class Program:
             narrow = min((self.avals[v].dtype for v in (*self._chain(leaf), y)), key=lambda dtype: dtype.itemsize)
             if narrow.itemsize < 4:
                 self.barred[y] = (
-                    f"{equation} computes {c:g} + {view.path} in {narrow}, too coarse to rescale; "
-                    "keep this leaf, and that sum, in float32"
+                    f"{equation} computes {c:g} + {view.path}, in {narrow} too coarse to rescale: keep this leaf, and "
+                    "that sum, in float32"
                 )
             elif abs(c) > 256 or not (c * 256).is_integer():
                 self.barred[y] = f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
@@ -300,11 +360,10 @@ class Program:
 
     def _read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
-        reads = [
-            sum(x is v or x == v for e in self.readers.get(v, ()) for x in e.inputs if isinstance(x, int))
-            for v in variables
-        ]
-        return all(n + (v in self.outputs) <= 1 for n, v in zip(reads, variables, strict=True))
+        return all(self._reads(v) <= 1 for v in variables)
+
+    def _reads(self, var: Var) -> int:
+        return sum(e.read.count(var) for e in self.readers.get(var, ())) + (var in self.outputs)
 
     def is_zero(self, atom: Var | np.ndarray) -> bool:
         """Whether an operand is known to hold only zeros."""

@@ -115,7 +115,7 @@ def quantize_weight(
         # An expert that calibration never reached takes the largest range of the others.
         input_scale = scale_from_absmax(jnp.where(largest > 0, largest, jnp.max(largest)))
     tensor = replace(QTensor.quantize(weight, contracting, scheme.weights, batch=batch), dtype=dtype)
-    return QuantWeight(tensor, input_scale, smoothing, scheme.activations)
+    return QuantWeight(tensor, input_scale, smoothing, scheme.activations, len(contracting))
 
 
 def _spread(x: Array, axes: tuple[int, ...], ndim: int) -> Array:

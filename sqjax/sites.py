@@ -1,7 +1,7 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,16 @@ class Place(NamedTuple):
     activation: Var
     axes: tuple[int, ...]
     view: View
+
+    @property
+    def entry(self) -> tuple[Any, ...]:
+        """Which of the site's channels this matmul reads: all, or those of one of a stack of matrices."""
+        return tuple(slice(None) if taken.scan is not None else taken.at for taken in self.view.taken)
+
+    @property
+    def name(self) -> str:
+        """The site's path, with the indices of a matrix in a stack: layers/kernel[3]."""
+        return self.site.path + "".join(f"[{taken.at}]" for taken in self.view.part)
 
 
 class Side(NamedTuple):
@@ -69,6 +79,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
             if not isinstance(me.var, int) or me.var not in program.from_leaves:
+                others.update(_picked(program, equation, me.var, other.var))
                 continue
             if not isinstance(other.var, int) or other.var in program.from_leaves:
                 continue
@@ -100,9 +111,22 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
     return dict.fromkeys(sorted(set().union(*read)), why)
 
 
+def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mapping[str, str]:
+    """{leaf: why it is no site} where an activation is multiplied with what an index has picked of a leaf."""
+    if me not in program.picked or not isinstance(other, int) or other in program.from_leaves:
+        return {}
+    source = program.picked[me]
+    if other in program.picked and source.name == "gather":
+        return {}  # rows of an embedding: the activation
+    why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
+    return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
+
+
 def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
     """A leaf's matmul as a `Place`, or why it is none."""
     view = program.views.get(leaf)
+    if leaf in program.offsets:
+        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
     if view is None:
         maker = program.maker.get(leaf)
         return (
@@ -117,8 +141,10 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
     if batch is None or not axes:
         return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
-    stacked = tuple(axis for _, axis in view.stacked)
-    site = Site(view.path, axes, tuple(view.full_shape[a] for a in (*stacked, *batch, *axes)), (*stacked, *batch))
+    if any(taken.axis == a for taken in view.part for _, _, a in view.blocks):
+        return f"{equation} multiplies another one of its matrices on every device"
+    batch = (*(taken.axis for taken in view.taken), *batch)
+    site = Site(view.path, axes, tuple(view.full_shape[a] for a in (*batch, *axes)), batch)
     return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
 
 

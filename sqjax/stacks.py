@@ -17,9 +17,6 @@ from sqjax.labels import Labels
 from sqjax.program import Program, Var
 from sqjax.sites import Place
 
-#: {scan or mesh axis: (axis of an array, stride along it at which its steps or devices follow each other)}.
-Where = Mapping[int, tuple[int, int]]
-
 
 class Stack(NamedTuple):
     """The scans and mesh axes along which a group's scales are stacked, outermost first, and the scales a step."""
@@ -29,14 +26,14 @@ class Stack(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, program: Program, found: Mapping[Var, Labels], places: Sequence[Place] = ()) -> "Stack":
+    def of(cls, program: Program, found: Mapping[Var, Labels], places: Sequence[Place]) -> "Stack":
         """Those around every labelled variable that hand out parts of every labelled leaf.
 
         But not the mesh axes that a collective on a labelled variable reduces over, nor those that cut a labelled
         site's leaf elsewhere than along its channels: a channel has one scale.
         """
         shared = [set(program.scopes[v]) for v in found]
-        shared += [_scopes(program, v) for v in found if v in program.leaves]
+        shared += [_handed_out(program, v) for v in found if v in program.leaves]
         scopes = set.intersection(*shared)
         for equation in {id(e): e for v in found for e in program.touching(v) if e.name in REDUCING}.values():
             scopes -= reduced_axes(program, equation) or set()
@@ -53,38 +50,44 @@ class Stack(NamedTuple):
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
-        spread = lab.put_axes(labels, view.permutation or (), len(view.shape))
-        axes = range(len(view.shape))
-        whole = _repeated(spread, view.shape, view.full_shape)
-        return self.along(whole, {scope: (a, n) for a in axes for scope, n in view.places(a)}, view.full_shape)
+        places = [(i, axis) for i, axis in enumerate(view.places or ()) if axis is not None]
+        own = lab.take_axes(labels, [i for i, _ in places])
+        spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
+        where = {scope: (a, n) for a in range(len(view.shape)) for scope, n in view.strides(a).items()}
+        return self.along(_repeated(spread, view.shape, view.full_shape), where, view.full_shape)
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
         """The labels of a site's channels, in the order of `Site.channels`."""
-        channels, axes = place.site.channels, place.site.channel_axes
-        if activation is None or lab.varies(activation, [a for a in range(activation.ndim) if a not in place.axes]):
-            return np.zeros(channels, int)  # no label, or none of channels
-        view, steps = place.view, len(place.view.stacked)
-        shape = [self.program.shape(place.activation)[a] for a in place.axes]
-        block = [view.shape[a] for a in axes]
-        own = np.broadcast_to(-lab.take_axes(activation, place.axes), shape)
-        own = _repeated(own.reshape((1,) * steps + tuple(block[steps:])), block, channels)
-        where = {scope: (i, n) for i, a in enumerate(axes) for scope, n in view.places(a)}
-        return np.broadcast_to(self.along(own, where, channels), channels)
+        view, axes, channels = place.view, place.site.channel_axes, place.site.channels
+        labels = np.zeros(channels, int)
+        if activation is not None:
+            shape = [self.program.shape(place.activation)[a] for a in place.axes]
+            own, block = np.broadcast_to(-lab.take_axes(activation, place.axes), shape), [view.shape[a] for a in axes]
+            own = own.reshape((1,) * len(view.taken) + tuple(block[len(view.taken) :]))
+            where = {scope: (i, n) for i, a in enumerate(axes) for scope, n in view.strides(a).items()}
+            spread = self.along(_repeated(own, block, channels), where, channels)
+            labels[place.entry] = np.broadcast_to(spread, channels)[place.entry]
+        return labels
 
-    def along(self, labels: Labels, where: Where, shape: Sequence[int]) -> Labels:
-        """Other labels at each step and on each device, for an array of this shape."""
+    def along(self, labels: Labels, where: Mapping[int, tuple[int, int]], shape: Sequence[int]) -> Labels:
+        """Other labels at every step and on every device.
+
+        Args:
+            labels: of an array of this shape.
+            where: {scan or mesh axis: (axis of the array, stride along it from one step or device to the next)}.
+            shape: the array's.
+        """
         step = np.zeros((1,) * labels.ndim, int)
         for scope, length in zip(self.scopes, self.steps, strict=True):
             axis, stride = where[scope]
-            index = np.arange(shape[axis]) // stride % length
-            step = step * length + lab.put_axes(index, [axis], labels.ndim)
+            step = step * length + lab.put_axes(np.arange(shape[axis]) // stride % length, [axis], labels.ndim)
         return np.where(labels == 0, 0, labels + np.sign(labels) * self.size * step)
 
 
-def _scopes(program: Program, leaf: Var) -> set[int]:
+def _handed_out(program: Program, leaf: Var) -> set[int]:
     """The scans and mesh axes that hand out parts of a leaf."""
     view = program.leaf_views[leaf]
-    return {scan for scan, _ in view.stacked} | {scope for scope, _, _ in view.blocks}
+    return {*view.stacked, *(scope for scope, _, _ in view.blocks)}
 
 
 def _repeated(labels: Labels, block: Sequence[int], whole: Sequence[int]) -> Labels:

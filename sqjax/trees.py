@@ -45,6 +45,17 @@ def is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def check_arrays(params: PyTree) -> None:
+    """Raises ValueError naming the first leaf of `params` that is no array."""
+    paths, leaves, _ = named_leaves(params)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"parameter {path or '(the tree itself)'}: expected an array, got {type(leaf).__name__}; keep what is "
+                "no array out of params (close fn over it)"
+            )
+
+
 def check_finite(tree: PyTree, what: str) -> None:
     """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity. Tracers are passed over."""
     paths, leaves, _ = named_leaves(tree)

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from sqjax.execution import quantized
+from sqjax.interpreter import trace
+from sqjax.program import Program
 from sqjax.trees import PyTree, named_leaves
 
-#: Largest relative error to accept of a right fold, by the precision of the parameters. In half precision rounding
-#: hides wrong folds: trust `calibrate`'s bitwise proof there.
+#: Largest relative error to accept of a right fold, by the coarsest precision of the program. In half precision
+#: rounding hides wrong folds: trust `calibrate`'s bitwise proof there.
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 
@@ -23,8 +25,8 @@ def verify(
         fn: fn(params, *inputs).
         before, after: two parameter trees, for example before and after `smooth` (or `quantize`, with a tolerance of
             its own: quantized leaves are accepted).
-        tolerance: the largest error to accept. By default that of a right fold in the parameters' precision: 1e-4 in
-            float32.
+        tolerance: the largest error to accept. By default that of a right fold in the coarsest precision that `fn`
+            computes in: 1e-4 in float32.
 
     Returns:
         The largest relative error: max |after - before| / max |before| over the outputs.
@@ -44,15 +46,22 @@ def verify(
     paths, expected, _ = named_leaves(run(before))
     _, got, _ = named_leaves(run(after))
     if tolerance is None:
-        dtypes = {str(jax.numpy.result_type(x)) for x in jax.tree.leaves(before)}
+        traced, _ = trace(fn, before, inputs, {})
+        dtypes = {str(getattr(aval, "dtype", "")) for aval in Program(traced).avals}
         tolerance = max([TOLERANCES[d] for d in dtypes if d in TOLERANCES], default=TOLERANCES["float32"])
     worst = 0.0
     for path, a, b in zip(paths, expected, got, strict=True):
-        error = _relative_error(np.asarray(a, np.float64), np.asarray(b, np.float64))
+        error = _relative_error(_as_real(a), _as_real(b))
         worst = max(worst, error)
         if not error <= tolerance:
             raise ValueError(f"verify: output {path or '(the array itself)'} differs by {error:.3g} > {tolerance:.3g}")
     return worst
+
+
+def _as_real(x: Any) -> np.ndarray:
+    """In float64; complex numbers as pairs."""
+    x = np.asarray(x)
+    return np.stack([x.real, x.imag]).astype(np.float64) if np.iscomplexobj(x) else x.astype(np.float64)
 
 
 def _relative_error(expected: np.ndarray, got: np.ndarray) -> float:

@@ -9,11 +9,23 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """`size` places along an axis of a leaf, `stride` apart: all of it, or one factor of what a reshape has split."""
+    """`size` places along an axis of a leaf, `stride` apart: all of it, or one factor of what a reshape has split.
+
+    `start` is the first of them, where a slice has cut others off.
+    """
 
     axis: int
     stride: int
     size: int
+    start: int = 0
+
+
+class Taken(NamedTuple):
+    """An axis of a leaf at one index: the steps of a scan one after the other, or a fixed one (scan is None)."""
+
+    axis: int
+    scan: int | None
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class View:
         shape: the leaf's shape; in a shard_map that of the block of it that one device has.
         axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an axis of size 1).
         cut: the leaf's axes that are not seen whole.
-        stacked: (scan, axis of the leaf) for every scan that hands out one index of that axis at a time.
+        taken: the leaf's axes that are seen at one index only, in the order in which they went.
         blocks: (mesh axis, its number of devices, axis of the leaf) for every mesh axis of a shard_map that cuts that
             axis into one block for each device; where several cut one axis, the major one first.
     """
@@ -34,7 +46,7 @@ class View:
     shape: Shape
     axes: tuple[tuple[Piece, ...], ...]
     cut: frozenset[int] = frozenset()
-    stacked: tuple[tuple[int, int], ...] = ()
+    taken: tuple[Taken, ...] = ()
     blocks: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
@@ -46,14 +58,14 @@ class View:
         """The leaf's shape, all devices' blocks together."""
         return tuple(n * math.prod(m for _, m, a in self.blocks if a == axis) for axis, n in enumerate(self.shape))
 
-    def places(self, axis: int) -> list[tuple[int, int]]:
-        """(scope, its stride) along an axis of the leaf, for every scan and mesh axis that hands out parts of it."""
-        found, stride = [(scan, 1) for scan, a in self.stacked if a == axis], self.shape[axis]
+    def strides(self, axis: int) -> dict[int, int]:
+        """{scope: its stride} along an axis of the leaf of which scans and mesh axes hand out parts, major first."""
+        found, stride = [(scan, 1) for scan, a in self.stacked.items() if a == axis], self.shape[axis]
         for scope, size, a in reversed(self.blocks):
             if a == axis:
                 found.append((scope, stride))
                 stride *= size
-        return found[::-1]
+        return dict(found[::-1])
 
     def whole_axes(self, axes: Iterable[int]) -> tuple[int, ...] | None:
         """The leaf's axes that these axes of the view run over, whole and in order; None if that is not so."""
@@ -75,19 +87,23 @@ class View:
         return min(((p.axis, -p.stride) for p in self.axes[axis]), default=(-1, 0))
 
     @property
-    def permutation(self) -> tuple[int, ...] | None:
-        """The leaf's axis behind every axis of the view, where each is seen whole and unsplit; else None."""
+    def places(self) -> tuple[int | None, ...] | None:
+        """The leaf's axis behind every axis of the view (None: an axis of size 1 that is none of the leaf's).
+
+        None where an axis of the leaf is not seen whole, or where several are seen as one.
+        """
         found = [self.whole_axes([a]) for a in range(len(self.axes))]
-        whole = not self.cut and all(f is not None and len(f) == 1 for f in found)
-        return tuple(f[0] for f in found if f) if whole else None
+        whole = not self.cut and not self.part and all(f is not None and len(f) <= 1 for f in found)
+        return tuple(f[0] if f else None for f in found) if whole else None
 
     def block(self, cuts: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
         """One device's block of a view: {axis of the view: the (mesh axis, number of devices) that cut it}."""
-        if not cuts:
-            return self
-        if (permutation := self.permutation) is None:
-            return None
-        blocks = [(scope, size, permutation[a]) for a, found in cuts.items() for scope, size in found]
+        blocks: list[tuple[int, int, int]] = []
+        for axis, found in cuts.items():
+            whole = self.whole_axes([axis])
+            if whole is None or len(whole) != 1 or len(self.axes[axis]) != 1:
+                return None
+            blocks += [(scope, size, whole[0]) for scope, size in found]
         parts = {a: math.prod(size for _, size, b in blocks if b == a) for a in range(len(self.shape))}
         axes = tuple(tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces) for pieces in self.axes)
         shape = tuple(n // parts[a] for a, n in enumerate(self.shape))
@@ -95,9 +111,19 @@ class View:
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
-        if (permutation := self.permutation) is None:
+        if (places := self.places) is None or (axis := places[0]) is None:
             return None
-        return replace(self, axes=self.axes[1:], stacked=(*self.stacked, (scan, permutation[0])))
+        return replace(self, axes=self.axes[1:], taken=(*self.taken, Taken(axis, scan)))
+
+    @property
+    def stacked(self) -> dict[int, int]:
+        """{scan: the leaf's axis that it runs over}, outermost first."""
+        return {taken.scan: taken.axis for taken in self.taken if taken.scan is not None}
+
+    @property
+    def part(self) -> tuple[Taken, ...]:
+        """The axes that are seen at a fixed index: which of a stack of matrices this is."""
+        return tuple(taken for taken in self.taken if taken.scan is None)
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:
@@ -110,7 +136,13 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
 
 def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     gone = [a % len(old) for a in params["dimensions"]]
-    return replace(view, axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone))
+    picked = [p for a in gone for p in view.axes[a] if p.axis in view.cut and p.stride == 1]
+    return replace(
+        view,
+        axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone),
+        cut=view.cut.difference(p.axis for p in picked),
+        taken=(*view.taken, *(Taken(p.axis, None, p.start) for p in picked)),
+    )
 
 
 def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
@@ -127,7 +159,11 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     shorter = [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
     if any(len(view.axes[a]) != 1 for a in shorter):
         return None
-    axes = [(p[0]._replace(size=new[a]),) if a in shorter else p for a, p in enumerate(view.axes)]
+    starts = params["start_indices"]
+    axes = [
+        (p[0]._replace(size=new[a], start=p[0].start + starts[a]),) if a in shorter else p
+        for a, p in enumerate(view.axes)
+    ]
     return replace(view, axes=tuple(axes), cut=view.cut.union(view.axes[a][0].axis for a in shorter))
 
 

@@ -1,8 +1,6 @@
 """NNX modules as functions and back again; `QuantLinear`: nnx.Linear on int8, within the error that theory allows."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import chex
 import int8_in_numpy as numpy_int8
@@ -651,17 +649,3 @@ def test_a_wrong_kernel_is_refused():
     module.kernel = QuantParam(linear.kernel[...])
     with pytest.raises(ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*from_linear"):
         module(x)
-
-
-# The example ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("default::DeprecationWarning")
-def test_the_example_runs(capsys):
-    path = Path(sq.__file__).parent.parent / "examples" / "nnx_model.py"
-    spec = importlib.util.spec_from_file_location("nnx_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    errors = module.main()
-    assert errors["float"] < 1e-5 < errors["smoothed int8"] < errors["int8"] / 2 < 0.1
-    assert capsys.readouterr().out.count("relative error") == 3

@@ -4,9 +4,12 @@
     logits = model.apply(params, ids)                              # (batch, tokens, vocab)
     ids = sqjax.models.greedy(model, params, prompt_ids, 32)       # (batch, 32)
 
+    fn, params = sqjax.models.from_flax(hugging_face_flax_model)   # any of its classes, run as it is
+
 `model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
 """
 
+from sqjax.models.flax_classes import from_flax as from_flax
 from sqjax.models.generation import greedy as greedy
 from sqjax.models.llama import LlamaConfig as LlamaConfig
 from sqjax.models.loading import load as load
