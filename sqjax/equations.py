@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import PartitionSpec
@@ -67,9 +69,33 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 
 
 def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """The program that a call-like equation runs, or None."""
+    """The program that a call-like equation runs, or None; an `unstack` (jax 0.12) runs slices."""
+    if equation.primitive.name == "unstack":
+        return _unstacked(equation)
     name = CALLS.get(equation.primitive.name)
     return None if name is None else program_in(equation, equation.params[name])
+
+
+def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
+    axis = equation.params["axis"]
+    stack: Any = equation.invars[0].aval
+
+    def slices(x):
+        return [lax.squeeze(lax.slice_in_dim(x, i, i + 1, axis=axis), [axis]) for i in range(stack.shape[axis])]
+
+    program = jax.make_jaxpr(slices)(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
+    equations = [e.replace(source_info=equation.source_info) for e in program.eqns]
+    return ClosedJaxpr(program.jaxpr.replace(eqns=equations), program.consts)
+
+
+def plain(value: Any) -> Any:
+    """An equation's parameter with Python's integers in place of numpy's, which jnp.pad and vmap leave there."""
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, tuple):
+        items = [plain(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 def scan_in(equation: JaxprEqn) -> Scan | None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from sqjax.equations import Scan, ShardMap, inner_program, scan_in, shard_map_in, source_of
+from sqjax.equations import Scan, ShardMap, inner_program, plain, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Traced
 from sqjax.views import VIEWS, View
 
@@ -26,11 +26,8 @@ class Equation(NamedTuple):
     inputs: tuple[Var | np.ndarray, ...]
     outputs: tuple[Var, ...]
     origin: JaxprEqn
+    params: dict[str, Any]
     body: "Body | None" = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return self.origin.params
 
     @property
     def variables(self) -> list[Var]:
@@ -168,7 +165,8 @@ class Program:
                 equations += written
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
-                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn)
+                params = {name: plain(value) for name, value in eqn.params.items()}
+                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
                 if (same := self._view_once(equation)) is not None:
                     results = [same]
                 else:
@@ -264,6 +262,7 @@ class Program:
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
         self._values: dict[Var, np.ndarray] = {}
         self._slices: dict[Var, Var] = {}
+        self.scanned: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
             for v in set(equation.read):
@@ -316,6 +315,7 @@ class Program:
             if not isinstance(outer, int) or outer not in self.from_leaves:
                 continue
             self.from_leaves.add(inner)
+            self.scanned[inner] = outer
             if outer in self.views and (view := part(self.views[outer])) is not None:
                 self.views[inner] = view
                 if view.places is not None:
@@ -382,6 +382,8 @@ class Program:
             seen.add(v)
             if v in self.leaves:
                 paths.add(self.leaves[v])
+            elif v in self.scanned:
+                stack.append(self.scanned[v])
             elif v in self.maker:
                 stack += self.maker[v].variables
         return paths

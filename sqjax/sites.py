@@ -72,9 +72,11 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     """(the matmuls of an activation with a leaf, {leaf: why it is none} of other leaves that a matmul may meet)."""
     places: list[Place] = []
     others: dict[str, str] = {}
+    loops: dict[str, str] = {}
     for equation in program.equations:
         if equation.name not in MATMULS:
-            others.update(_not_looked_into(program, equation))
+            unseen = loops if equation.name in ("while", "cond") else others
+            unseen.update(_not_looked_into(program, equation))
             continue
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
@@ -95,7 +97,9 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             others[place.site.path] = f"it is contracted along different axes; {place.equation} is the second use"
         elif first.view.stacked != place.view.stacked:
             others[place.site.path] = f"two scans run over it; {place.equation} is the second use"
-    return [p for p in places if p.site.path not in others], others
+    places = [p for p in places if p.site.path not in others]
+    sites = {p.site.path for p in places}  # quantized weights may enter loops
+    return places, {path: why for path, why in loops.items() if path not in sites} | others
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
@@ -128,7 +132,7 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     if leaf in program.offsets:
         return f"{equation} multiplies {program.offsets[leaf]:g} + it"
     if view is None:
-        maker = program.maker.get(leaf)
+        maker = program.maker.get(program.scanned.get(leaf, leaf))
         return (
             f"{equation} multiplies what {maker} makes of it"
             if maker

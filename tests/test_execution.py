@@ -390,17 +390,15 @@ def test_rows_of_a_cast_table_are_refused():
 # Refusals ---------------------------------------------------------------------------------------------------------
 
 
-def _scan(p, x):
-    return jax.lax.scan(lambda x, _: (x @ p["net"]["w"], None), x, None, length=2)[0]
-
-
 REFUSED = {  # primitive, a function that meets the leaf with it
     "integer_pow": lambda p, x: x @ p["net"]["w"] ** 2,
     "mul": lambda p, x: x @ (2.0 * p["net"]["w"]),
     "add": lambda p, x: x @ (p["net"]["w"] + p["net"]["w"]),
-    "reshape": lambda p, x: x @ p["net"]["w"].reshape(4, 4, 16)[0].reshape(4, 16).T,
+    "reshape": lambda p, x: x @ p["net"]["w"].reshape(8, 32)[:, :16].reshape(16, 8),  # mixes rows and columns
+    "sin": lambda p, x: x @ jnp.sin(p["net"]["w"]),
     "reduce_sum": lambda p, x: x @ p["net"]["w"] + jnp.sum(p["net"]["w"]),
-    "scan": _scan,
+    "concatenate": lambda p, x: x @ jnp.concatenate([p["net"]["w"], p["net"]["w"]], 1),
+    "scan": lambda p, x: jax.lax.scan(lambda w, _: (w.T, None), p["net"]["w"], None, length=2)[0],  # carried
     "gather": lambda p, x: x @ p["net"]["w"] + p["net"]["w"][jnp.array([1])],  # rows, but stored by columns
     "convert_element_type": lambda p, x: x @ p["net"]["w"] + p["net"]["w"].astype(jnp.int32)[0, 0].astype(jnp.float32),
     "dot_general": lambda p, x: x @ (p["net"]["w"] @ p["net"]["w"]),
@@ -412,7 +410,7 @@ def test_a_primitive_without_a_rule_is_refused_by_name_leaf_and_line(primitive):
     fn = REFUSED[primitive]
     params, x = {"net": {"w": normal(16, 16)}}, normal(5, 16)
     qparams = quantize(lambda p, x: x @ p["net"]["w"], params, x)
-    line = fn.__code__.co_firstlineno + (primitive == "scan")
+    line = fn.__code__.co_firstlineno
     message = rf"^net/w: quantized, but `{primitive}` at \S*test_execution.py:{line}.*has no rule.*'net/w': None"
     with pytest.raises(ValueError, match=message):
         jax.jit(sq.quantized(fn))(qparams, x)
@@ -435,12 +433,14 @@ def test_a_returned_leaf_is_refused():
         sq.quantized(fn)(qparams, normal(5, 16))
 
 
-def test_batch_axes_are_refused_by_leaf():
-    fn = lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["experts"])
-    params, x = {"experts": normal(2, 16, 8)}, normal(2, 5, 16)
-    weight = quantize(lambda p, x: jnp.tensordot(x, p["experts"], ((1,), (1,))), params, normal(5, 16))
-    with pytest.raises(ValueError, match=r"^experts: a quantized weight with batch axes"):
-        sq.quantized(fn)(weight, x)
+def test_batch_axes_that_the_weight_was_not_quantized_for_are_refused_by_leaf():
+    """Here one scale is shared by all rows of w, so a batch along them has no matrices of its own."""
+    fn = lambda p, x: jnp.einsum("bi,bio->bo", x, p["experts"])
+    shared = lambda p, x: jnp.einsum("bi,bio->o", x, p["experts"])
+    params, x = {"experts": normal(2, 16, 8)}, normal(2, 16)
+    with pytest.raises(ValueError, match=r"^experts: contracted along its axes \(1,\) in a batch along \(0,\)"):
+        sq.quantized(fn)(quantize(shared, params, x), x)
+    check(fn, params, x)
 
 
 # Rules ------------------------------------------------------------------------------------------------------------

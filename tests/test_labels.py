@@ -114,13 +114,134 @@ def test_moves_are_the_primitives(name, data, drawn):
     np.testing.assert_array_equal(full(moved, expected.shape), expected)
 
 
+def reversing(data, shape):
+    axes = data.draw(st.sets(st.sampled_from(range(len(shape)))))
+    return lambda x: lax.rev(x, tuple(axes))
+
+
+def running(function):
+    def draw(data, shape):
+        axis, reverse = data.draw(st.integers(0, len(shape) - 1)), data.draw(st.booleans())
+        return lambda x: function(x, axis, reverse)
+
+    return draw
+
+
+def slicing_dynamically(data, shape):
+    sizes = [data.draw(st.integers(1, n)) for n in shape]
+    starts = [data.draw(st.integers(-1, n)) for n in shape]  # jax clamps them
+    return lambda x: lax.dynamic_slice_p.bind(x, *map(np.int32, starts), slice_sizes=tuple(sizes))
+
+
+def gathering(data, shape):
+    """x[:, ids, :]: one axis is indexed, wherever the indices' axes go; out of range gives the fill value."""
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    ids = np.array(data.draw(st.lists(st.integers(0, shape[axis]), min_size=1, max_size=3)), np.int32)[:, None]
+    first = data.draw(st.sampled_from([0, axis, len(shape) - 1]))
+    fill = data.draw(st.sampled_from([None, 0.0, np.nan]))
+    numbers = lax.GatherDimensionNumbers(tuple(a for a in range(len(shape)) if a != first), (axis,), (axis,))
+    window = tuple(1 if a == axis else n for a, n in enumerate(shape))
+    return lambda x: lax.gather(x, ids, numbers, window, mode="fill", fill_value=fill)
+
+
+def gathering_in_batch(data, shape):
+    """take_along_axis: the indices differ along the first axis, which the gather runs along; all else is whole."""
+    assume(len(shape) > 1)
+    ids = np.array([[data.draw(st.integers(0, shape[1] - 1))] for _ in range(shape[0])], np.int32)
+    numbers = lax.GatherDimensionNumbers(tuple(range(1, len(shape) - 1)), (1,), (1,), (0,), (0,))
+    return lambda x: lax.gather(x, ids, numbers, (1, 1, *shape[2:]))
+
+
+#: The numbers of a gather x[:, i] of an array of three axes.
+THE_SECOND = lax.GatherDimensionNumbers((0, 2), (1,), (1,))
+SCALINGS = {  # name: (the primitive, how to draw it, whether it may refuse labels that vary)
+    "rev": ("rev", reversing, False),
+    "cumsum": ("cumsum", running(lax.cumsum), True),
+    "cummax": ("cummax", running(lax.cummax), True),
+    "cummin": ("cummin", running(lax.cummin), True),
+    "dynamic_slice": ("dynamic_slice", slicing_dynamically, True),
+    "gather": ("gather", gathering, True),
+    "gather in a batch": ("gather", gathering_in_batch, True),
+    "neg": ("neg", lambda data, shape: jnp.negative, False),
+    "abs": ("abs", lambda data, shape: jnp.abs, False),
+    "reduce_precision": ("reduce_precision", lambda data, shape: lambda x: lax.reduce_precision(x, 8, 7), False),
+}
+
+
+def scaled(labels, shape):
+    """What each element is multiplied with: 4^channel or its inverse."""
+    return np.where(full(labels, shape) == 0, 1, 4.0 ** (np.sign(labels) * np.abs(labels))).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), drawn=labelled())
+def test_a_primitive_of_scaled_numbers_is_its_result_scaled(name, data, drawn):
+    """And labels are refused only if the result has no scale at each element."""
+    labels, shape = drawn
+    primitive, draw, may_refuse = SCALINGS[name]
+    function = draw(data, shape)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    got, params, (plain,) = applied(function, x)
+    assert got == primitive
+    moved = lab.MOVES[primitive](lab.compress(labels), params, shape, plain.shape)
+    if moved is None:
+        assert may_refuse
+        assert lab.compress(labels).size > 1
+    else:
+        assert moved.ndim == plain.ndim
+        expected = function(x * scaled(labels, shape))
+        np.testing.assert_array_equal(plain * scaled(moved, plain.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "axes"),
+    [
+        ("cumsum", lambda x: lax.cumsum(x, 1), [1]),
+        ("cummax", lambda x: lax.cummax(x, 1), [1]),
+        ("cummin", lambda x: lax.cummin(x, 1), [1]),
+        ("dynamic_slice", lambda x: lax.dynamic_slice_p.bind(x, *map(np.int32, (0, 1, 0)), slice_sizes=(2, 2, 4)), [1]),
+        ("gather", lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 4)), [1]),
+        ("gather", lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 3)), [1, 2]),
+        (
+            "gather",
+            lambda x: lax.gather(x, np.array([[1]], np.int32), THE_SECOND, (2, 1, 4), mode="fill", fill_value=5),
+            [0, 1, 2],
+        ),
+    ],
+)
+def test_labels_are_refused_along_just_these_axes(name, function, axes):
+    shape = (2, 3, 4)
+    primitive, params, (y,) = applied(function, np.ones(shape, np.float32))
+    assert primitive == name
+    for axis, size in enumerate(shape):
+        labels = np.arange(1, size + 1).reshape([size if a == axis else 1 for a in range(3)])
+        assert (lab.MOVES[name](labels, params, shape, y.shape) is None) == (axis in axes)
+
+
 def test_every_move_has_a_test():
-    # These keep the labels as they are.
-    signs_and_placement = {"neg", "copy_p", "sharding_constraint", "name", "stop_gradient"}
-    assert set(lab.MOVES) == set(MOVEMENTS) | signs_and_placement
+    placement = {"copy_p", "sharding_constraint", "name", "stop_gradient", "pvary"}  # these keep values and labels
+    assert set(lab.MOVES) == set(MOVEMENTS) | placement | {primitive for primitive, _, _ in SCALINGS.values()}
     labels = np.array([[1, -2, 0]])
-    for name in signs_and_placement:
+    for name in placement:
         np.testing.assert_array_equal(lab.MOVES[name](labels, {}, (4, 3), (4, 3)), labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), drawn=labelled())
+def test_pad_is_the_primitive_and_unpad_its_inverse(data, drawn):
+    labels, shape = drawn
+    padding = [tuple(data.draw(st.integers(0, 2)) for _ in range(3)) for _ in shape]
+    expected = np.asarray(lax.pad(full(labels, shape), np.int64(0), padding))
+    padded = lab.pad(labels, padding, shape)
+    np.testing.assert_array_equal(full(padded, expected.shape), expected)
+    np.testing.assert_array_equal(full(lab.unpad(padded, padding, shape), shape), full(labels, shape))
+    other, _ = data.draw(labelled(st.just(expected.shape)))  # any labels of the result, the padding's too
+    kept = tuple(
+        slice(before, before + (n - 1) * (between + 1) + 1, between + 1)
+        for n, (before, _, between) in zip(shape, padding, strict=True)
+    )
+    np.testing.assert_array_equal(full(lab.unpad(other, padding, shape), shape), full(other, expected.shape)[kept])
 
 
 def test_a_reshape_that_permutes():

@@ -264,10 +264,51 @@ def test_contraction_along_some_of_the_quantized_axes_uses_their_shared_scale():
     assert got.shape == (5, 4, 7)
 
 
-def test_batch_axes_are_refused():
-    weight = quantize_weight(normal(2, 12, 7), (1,), Scheme())
-    with pytest.raises(ValueError, match=r"^experts/kernel: a quantized weight with batch axes"):
-        quantized_dot_general(normal(2, 5, 12), weight, (((2,), (1,)), ((0,), (0,))), "experts/kernel")
+BATCHES = {  # x's shape, its contracted and batch axes; w's shape, its contracted and batch axes
+    "first": ((2, 5, 12), (2,), (0,), (2, 12, 7), (1,), (0,)),
+    "last": ((12, 5, 2), (0,), (2,), (12, 7, 2), (0,), (2,)),
+    "middle, several axes": ((5, 2, 4, 3), (2, 3), (1,), (4, 2, 7, 3), (0, 3), (1,)),
+    "two": ((2, 3, 5, 12), (3,), (0, 1), (3, 12, 2, 7), (1,), (2, 0)),
+    "no free axis of x": ((2, 12), (1,), (0,), (2, 12, 7), (1,), (0,)),
+}
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("case", BATCHES)
+def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
+    x_shape, x_axes, x_batch, w_shape, w_axes, w_batch = BATCHES[case]
+    x, w = normal(*x_shape), normal(*w_shape, seed=1)
+    x = x * 4.0 ** jnp.arange(2.0).reshape([2 if a == x_batch[0] else 1 for a in range(x.ndim)])
+    first = np.moveaxis(np.asarray(x), x_batch, range(len(x_batch)))
+    inner = [x_shape[a] for a in x_axes]
+    rows = np.moveaxis(np.asarray(x), [*x_batch, *x_axes], [*range(len(x_batch)), *range(-len(x_axes), 0)])
+    columns = np.moveaxis(np.asarray(w), [*w_batch, *w_axes], [*range(len(w_batch)), *range(-len(w_axes), 0)])
+    sizes = rows.shape[: len(x_batch)]
+    rows = rows.reshape(*sizes, -1, int(np.prod(inner)))
+    columns = columns.reshape(*sizes, -1, int(np.prod(inner)))
+    # `batch` in the order of w's axes; its absmax likewise.
+    batch = tuple(sorted(w_batch))
+    absmax = np.abs(first.reshape(*sizes, -1)).max(-1).transpose([w_batch.index(a) for a in batch])
+    weight = quantize_weight(w, w_axes, Scheme(activations), jnp.asarray(absmax), batch=batch)
+    got = jax.jit(lambda x: quantized_dot_general(x, weight, ((x_axes, w_axes), (x_batch, w_batch)), "w"))(x)
+    expected = np.stack([reference(rows[i], columns[i].T, activations) for i in np.ndindex(*sizes)])
+    exact = lax.dot_general(x, w, ((x_axes, w_axes), (x_batch, w_batch)))
+    assert got.shape == exact.shape
+    step = np.abs(expected).max() * 2e-3  # away from ties the two agree; at one, by a product of two int8
+    difference = np.abs(np.asarray(got) - expected.reshape(exact.shape))
+    assert np.mean(difference > 1e-5 * np.abs(expected).max()) < 0.02
+    assert difference.max() < 10 * step
+    assert relative_error(expected.reshape(exact.shape), exact) > 1e-4
+
+
+def test_a_batch_that_the_weight_was_not_quantized_for_is_refused():
+    x, dimensions = normal(2, 5, 12), (((2,), (1,)), ((0,), (0,)))
+    weight = quantize_weight(normal(2, 12, 7), (0, 1), Scheme())
+    with pytest.raises(ValueError, match=r"^experts/kernel: contracted along its axes \(1,\) in a batch along \(0,\)"):
+        quantized_dot_general(x, weight, dimensions, "experts/kernel")
+    weight = quantize_weight(normal(2, 12, 7), (1,), Scheme(), batch=(2,))
+    with pytest.raises(ValueError, match=r"^experts/kernel: contracted .* in a batch along \(0,\)"):
+        quantized_dot_general(x, weight, dimensions, "experts/kernel")
 
 
 # Smoothing at run time --------------------------------------------------------------------------------------------
