@@ -182,9 +182,23 @@ def summed_over_devices():
     return Case(fn, plain, params, outliers(4, 8), [(6, (), ["w1"], ["w2"])])
 
 
+def columns_of_their_own():
+    """Every device has features, gains and columns of its own: a channel of w1 meets two gains, so these share s."""
+
+    def plain(p, x):
+        return sum(x[:, i : i + 4] * p["norm"][None, i : i + 4] @ p["w1"][:, 2 * i : 2 * i + 8] for i in (0, 4))
+
+    def parts(p, x):
+        return lax.psum(x * p["norm"][None, :] @ p["w1"], "model")
+
+    fn = on_devices(parts, ({"norm": P("model"), "w1": P(None, "model")}, P(None, "model")))
+    params = {"norm": 1 + 0.3 * normal(8), "w1": normal(4, 16)}
+    return Case(fn, plain, params, outliers(4, 8), [(4, (), ["norm"], ["w1"])])
+
+
 CASES = [
     *(megatron, megatron_unchecked, two_mesh_axes, one_bias_for_all, norm_outside),
-    *(scan_inside, scan_outside, layers_cut, experts, summed_over_devices),
+    *(scan_inside, scan_outside, layers_cut, experts, summed_over_devices, columns_of_their_own),
 ]
 
 
