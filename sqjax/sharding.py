@@ -53,8 +53,7 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
     """The `QuantWeight` of the PartitionSpecs of a weight's arrays, given that of the float leaf.
 
     Raises:
-        ValueError: the spec is longer than the leaf's rank; `smoothing` may belong to two choices of axes, which are
-            cut differently. Names the leaf `where`.
+        ValueError: the spec is longer than the leaf's rank; names the leaf `where`.
     """
     tensor, entries = weight.tensor, list(spec)
     if len(entries) > tensor.ndim:
@@ -62,29 +61,15 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
     entries += [None] * (tensor.ndim - len(entries))
     stored = [entries[tensor.axes.index(a)] for a in range(tensor.ndim)]
     scale = [entry if size > 1 else None for entry, size in zip(stored, tensor.scale.shape, strict=True)]
-    batch = 0 if weight.input_scale is None else weight.input_scale.ndim
+    first, last = stored[: weight.ndim - weight.contracted], stored[weight.ndim - weight.contracted :]
     return replace(
         weight,
         tensor=replace(tensor, values=PartitionSpec(*stored), scale=PartitionSpec(*scale)),
-        input_scale=None if weight.input_scale is None else PartitionSpec(*stored[:batch]),
-        smoothing=None if weight.smoothing is None else _smoothing_spec(weight, stored, where),
+        input_scale=None if weight.input_scale is None else PartitionSpec(*first[: weight.input_scale.ndim]),
+        smoothing=None
+        if weight.smoothing is None
+        else PartitionSpec(*first[: weight.smoothing.ndim - len(last)], *last),
     )
-
-
-def _smoothing_spec(weight: QuantWeight, stored: Sequence[Any], where: str) -> PartitionSpec:
-    """That of the first axes (batch) and of the last (contracted) that have the shape of `smoothing`."""
-    shape, scale, ndim = weight.tensor.values.shape, weight.tensor.scale.shape, weight.ndim
-    found = []
-    for batch in range(weight.smoothing.ndim):
-        last = ndim - weight.smoothing.ndim + batch
-        if weight.smoothing.shape == (*shape[:batch], *shape[last:]) and all(n == 1 for n in scale[last:]):
-            found.append(PartitionSpec(*stored[:batch], *stored[last:]))
-    if not found or any(spec != found[0] for spec in found):
-        raise ValueError(
-            f"{where}: its smoothing of shape {weight.smoothing.shape} belongs to no axes of {shape} for certain; cut "
-            "this leaf along no axis, or quantize it without smoothing"
-        )
-    return found[0]
 
 
 def _is_quantized(x: Any) -> bool:

@@ -19,13 +19,12 @@ from sqjax.execution import quantized
 from sqjax.grouping import find_graph
 from sqjax.interpreter import trace
 from sqjax.program import Program
-from sqjax.sharding import weight_specs
 from sqjax.sites import find_heads, find_sites
 from sqjax.views import View
 
 
-def mesh():
-    return jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 2), ("data", "model"), (kind,) * 2, devices=jax.devices("cpu")[:4])
 
 
 def on_devices(fn, in_specs, out_specs=None, **options):
@@ -340,18 +339,32 @@ def test_blocks_of_views():
 # Sharded parameters -----------------------------------------------------------------------------------------------
 
 
-def shardings_of(specs):
-    return {name: NamedSharding(mesh(), spec) for name, spec in specs.items()}
+def shardings_of(specs, kind=AxisType.Auto):
+    return {name: NamedSharding(mesh(kind), spec) for name, spec in specs.items()}
 
 
-def test_sharded_parameters_stay_so_and_give_the_same():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_parameters_stay_so_and_give_the_same(kind):
     """Calibrate, smooth, quantize and run on parameters cut as Megatron cuts them, and on the same on one device."""
-    params, x, where = weights(), outliers(4, 8), shardings_of(MEGATRON)
-    cut, cut_x = jax.device_put(params, where), jax.device_put(x, NamedSharding(mesh(), P("data")))
-    stats, plain = sq.calibrate(block, cut, [cut_x]), sq.calibrate(block, params, [x])
-    assert stats.graph == plain.graph
-    assert stats.graph.groups
-    jax.tree.map(close, stats, plain)
+
+    def fn(p, x):
+        h = jax.nn.relu(jnp.dot(x * p["norm"][None, :], p["w1"]) + p["b1"][None, :])
+        return jnp.dot(h, p["w2"], out_sharding=P("data", None) if kind == AxisType.Explicit else None)
+
+    params, x, where = weights(), outliers(4, 8), shardings_of(MEGATRON, kind)
+    plain = sq.calibrate(block, params, [x])
+    with jax.set_mesh(mesh(kind)):
+        _sharded_as_on_one_device(fn, params, x, plain, where)
+
+
+def _sharded_as_on_one_device(fn, params, x, plain, where):
+    cut = jax.device_put(params, where)
+    cut_x = jax.device_put(x, NamedSharding(where["norm"].mesh, P("data")))
+    stats = sq.calibrate(fn, cut, [cut_x])
+    assert len(plain.graph.groups) == 2
+    assert [g._replace(ways=()) for g in stats.graph.groups] == [g._replace(ways=()) for g in plain.graph.groups]
+    for seen, expected in zip(jax.tree.leaves(stats), jax.tree.leaves(plain), strict=True):
+        close(seen, expected)
     smoothed = sq.smooth(cut, stats)
     for name, expected in sq.smooth(params, plain).items():
         close(smoothed[name], expected)
@@ -363,7 +376,7 @@ def test_sharded_parameters_stay_so_and_give_the_same():
     assert of_arrays["w1"].tensor.values.spec == P("model", None)
     assert of_arrays["w2"].tensor.scale.spec == P(None, None)
     moved = jax.device_put(expected, of_arrays)
-    close(jax.jit(quantized(block))(moved, cut_x), jax.jit(quantized(block))(expected, x))
+    close(jax.jit(quantized(fn))(moved, cut_x), jax.jit(quantized(block))(expected, x))
 
 
 def _pairs(tree, other):
@@ -411,12 +424,3 @@ def test_shardings_that_do_not_fit():
         sq.shardings(qparams, {"v": P()})
     with pytest.raises(ValueError, match="w: expected a NamedSharding, a PartitionSpec or None, got int"):
         sq.shardings(qparams, {"w": 3})
-
-
-def test_smoothing_that_may_belong_to_two_choices_of_axes():
-    """(4,) batch and (6,) contracted, or (4, 6) contracted: with one scale for the tensor the shapes do not tell."""
-    tensor = sq.QTensor(jnp.zeros((4, 4, 6), jnp.int8), jnp.ones((1, 1, 1)), (), jnp.dtype("float32"))
-    weight = sq.QuantWeight(tensor, None, jnp.ones((4, 6)), "per_token")
-    assert weight_specs(weight, P(None, None, "model"), "w").smoothing == P(None, "model")
-    with pytest.raises(ValueError, match=r"w: its smoothing of shape \(4, 6\) belongs to no axes"):
-        weight_specs(weight, P("data"), "w")
