@@ -379,6 +379,27 @@ def _sharded_as_on_one_device(fn, params, x, plain, where):
     close(jax.jit(quantized(fn))(moved, cut_x), jax.jit(quantized(block))(expected, x))
 
 
+def test_shard_map_over_a_mesh_with_explicit_axes():
+    """There the types of arrays say how they are cut, and shard_map wants specs that agree."""
+    case, where = megatron(), shardings_of(MEGATRON, AxisType.Explicit)
+
+    def fn(p, x):
+        parts = jax.shard_map(
+            lambda p, x: block(p, x, over("model")), in_specs=(MEGATRON, P("data", None)), out_specs=P("data", None)
+        )
+        return parts(p, x)
+
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        cut = jax.device_put(case.params, where)
+        x = jax.device_put(case.x, NamedSharding(where["w1"].mesh, P("data", None)))
+        stats = sq.calibrate(fn, cut, [x])
+        assert sorted((g.size, g.steps) for g in stats.graph.groups) == [(8, ()), (16, (2,))]
+        qparams = sq.quantize(cut, stats, sq.W8A8_O3)
+        got = jax.jit(quantized(fn))(jax.device_put(qparams, sq.shardings(qparams, where)), x)
+    expected = sq.quantize(case.params, stats_on_one_device(case), sq.W8A8_O3)
+    close(got, jax.jit(quantized(block))(expected, case.x))
+
+
 def _pairs(tree, other):
     return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
 
