@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
@@ -65,6 +66,22 @@ _cached = functools.lru_cache(maxsize=256)(_wrap)
 
 def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantWeight)
+
+
+def _laid_out(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, run where the compiler cuts arrays as it likes; its result is cut as the equation's.
+
+    For meshes with explicit axes: the rule's own steps would each have to say how their results are cut.
+    """
+
+    @functools.wraps(rule)
+    def run(equation, *operands):
+        result: Any = equation.outvars[0].aval
+        if AxisType.Explicit not in result.sharding.mesh.axis_types:
+            return rule(equation, *operands)
+        return jax.sharding.auto_axes(functools.partial(rule, equation), out_sharding=result.sharding)(*operands)
+
+    return run
 
 
 def _refuse(equation: JaxprEqn, *operands: Any) -> Any:
@@ -273,7 +290,7 @@ def _cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
 
 RULES = Rules(
     {
-        "dot_general": _dot,
+        "dot_general": _laid_out(_dot),
         "transpose": _transpose,
         "convert_element_type": _convert,
         **dict.fromkeys(
@@ -281,8 +298,8 @@ RULES = Rules(
         ),
         **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
         "slice": _slice,
-        "gather": _gather,
-        "ragged_dot_general": _ragged_dot,
+        "gather": _laid_out(_gather),
+        "ragged_dot_general": _laid_out(_ragged_dot),
         "scan": _scan,
         "shard_map": _shard_map,
         "pvary": _pvary,
