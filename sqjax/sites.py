@@ -96,7 +96,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
         if first.site != place.site:
             others[place.site.path] = f"it is contracted along different axes; {place.equation} is the second use"
         elif first.view.stacked != place.view.stacked:
-            others[place.site.path] = f"two scans run over it; {place.equation} is the second use"
+            others[place.site.path] = f"{place.equation} reads its layers in another way"
     places = [p for p in places if p.site.path not in others]
     sites = {p.site.path for p in places}  # quantized weights may enter loops
     return places, {path: why for path, why in loops.items() if path not in sites} | others

@@ -156,15 +156,16 @@ def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
 
 
 def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
+    """Part of whole axes: a slice through what a reshape has split or merged is no view."""
     shorter = [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
-    if any(len(view.axes[a]) != 1 for a in shorter):
-        return None
-    starts = params["start_indices"]
-    axes = [
-        (p[0]._replace(size=new[a], start=p[0].start + starts[a]),) if a in shorter else p
-        for a, p in enumerate(view.axes)
-    ]
-    return replace(view, axes=tuple(axes), cut=view.cut.union(view.axes[a][0].axis for a in shorter))
+    axes = list(view.axes)
+    for a in shorter:
+        if len(axes[a]) != 1 or (axes[a][0].axis not in view.cut and axes[a][0].size != view.shape[axes[a][0].axis]):
+            return None
+        piece, step = axes[a][0], (params["strides"] or (1,) * len(old))[a]
+        start = piece.start + piece.stride * params["start_indices"][a]
+        axes[a] = (Piece(piece.axis, piece.stride * step if new[a] > 1 else 1, new[a], start),)
+    return replace(view, axes=tuple(axes), cut=view.cut.union(axes[a][0].axis for a in shorter))
 
 
 def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:

@@ -435,7 +435,7 @@ def test_one_plus_w_in_bfloat16_is_refused():
     graph = find_graph(Program(trace(fn, params, case.args, {})[0]), {})
     reasons = dict(graph.refused)
     for path in kernels("model/layers/0/self_attn", *QKV):
-        assert re.search(r"1 \+ model/layers/0/input_layernorm/weight in bfloat16", reasons[path])
+        assert re.search(r"1 \+ model/layers/0/input_layernorm/weight, in bfloat16", reasons[path])
 
 
 # The function ---------------------------------------------------------------------------------------------------------

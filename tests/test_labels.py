@@ -220,7 +220,15 @@ def test_labels_are_refused_along_just_these_axes(name, function, axes):
 
 
 def test_every_move_has_a_test():
-    placement = {"copy_p", "sharding_constraint", "name", "stop_gradient", "pvary"}  # these keep values and labels
+    placement = {
+        "copy_p",
+        "sharding_constraint",
+        "name",
+        "stop_gradient",
+        "pvary",
+        "reshard",
+        "mesh_cast",
+    }  # these keep values and labels
     assert set(lab.MOVES) == set(MOVEMENTS) | placement | {primitive for primitive, _, _ in SCALINGS.values()}
     labels = np.array([[1, -2, 0]])
     for name in placement:

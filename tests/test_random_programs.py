@@ -138,9 +138,12 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
         assert unchanged(dag, leaves), f"not exact: {group}\n{graph}\n{dag}"
         check_sites(dag, graph, group, leaves, s[group.name])
         found.append(reached(dag, leaves))
-    sites = [path for group in graph.groups for path, _ in group.sites]
-    assert len(sites) == len(set(sites)), f"a site in two groups: {graph}\n{dag}"
-    assert all(group.name in dict(group.sites) for group in graph.groups), f"not named by a site: {graph}\n{dag}"
+    channels = Counter()
+    for group in graph.groups:
+        assert any(group.name.split("[")[0] == path for path, _ in group.sites), f"not named by a site: {graph}\n{dag}"
+        for path, labels in group.sites:
+            channels.update((path, *index) for index in np.argwhere(labels.array).tolist())
+    assert max(channels.values(), default=1) == 1, f"a channel in two groups: {graph}\n{dag}"
     assert unchanged(dag, folded(dag, graph, s)), f"exact one by one, not together: {graph}\n{dag}"
     return found
 

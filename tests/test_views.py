@@ -116,7 +116,8 @@ def test_a_view_says_where_every_element_comes_from(data, shape):
     found = view.whole_axes(axes)
     if found is not None:
         assert [a for a in found if shape[a] > 1] == whole(view, moved, axes)
-    if (permutation := view.permutation) is not None:
+    if view.places is not None:
+        permutation = [a for a in view.places if a is not None]
         squeezed = [a for a in range(len(shape)) if a not in permutation]  # of size 1
         np.testing.assert_array_equal(moved, places(shape).transpose(*permutation, *squeezed).reshape(moved.shape))
 
@@ -205,13 +206,13 @@ def test_slices_of_scans_are_the_leaf_at_each_step(reverse):
         0.0,
     )
     program = Program(trace(fn, params, (jnp.float32(x),), {})[0])
-    views = {v: view for v, view in program.views.items() if view.permutation is not None}
+    views = {v: view for v, view in program.views.items() if view.places is not None}
     _, seen = evaluate(program, jax.tree.leaves(params), [jnp.float32(x)], dict.fromkeys(views, lambda x: x))
     stacked = [view.stacked for view in views.values()]
     assert {len(s) for s in stacked} == {0, 1, 2}
     for v, view in views.items():
         if v in seen:
-            expected = np.asarray(params[view.path]).transpose(*(a for _, a in view.stacked), *view.permutation)
+            expected = np.asarray(params[view.path]).transpose(*view.stacked.values(), *view.places)
             np.testing.assert_array_equal(seen[v], expected)  # step i is entry i, whatever the order
     assert {len(views[v].stacked) for v in seen} == {0, 1, 2}
 
