@@ -19,6 +19,7 @@ from sqjax.schemes import W8A8_O1 as W8A8_O1
 from sqjax.schemes import W8A8_O2 as W8A8_O2
 from sqjax.schemes import W8A8_O3 as W8A8_O3
 from sqjax.schemes import Scheme as Scheme
+from sqjax.sharding import shardings as shardings
 from sqjax.smoothing import fold as fold
 from sqjax.smoothing import fold_stats as fold_stats
 from sqjax.smoothing import scales as scales

@@ -3,6 +3,15 @@
 Independent of how the labels were found. Every equation that touches a labelled variable must obey its primitive's
 law, over all operands and results; then by induction every variable's value is the old one times its label's scale,
 and the outputs, which carry no label, are unchanged for every positive s.
+
+In the body of a shard_map the induction runs over pairs (variable, device). What a body is given and returns carries no
+label, but for blocks of leaves. Between collectives every device computes from its own values alone, and each equation
+there obeys its law, so device d may have a vector s(d) of its own, provided that each block of a labelled leaf is
+scaled by one vector: that of every device which holds it. A leaf that is cut along a mesh axis is another block on
+every device along it; so s(d) may differ along the mesh axes that cut every labelled leaf, and is one vector along all
+others. A collective that sums or compares labelled values over devices is lawful if s(d) is one vector along its axes:
+then all terms of an element carry one scale. `sqjax.stacks` chooses the axes along which s(d) differs by these two
+rules. Every other collective on labelled values (gathers, permutations) has no law here and is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from sqjax import labels as lab
+from sqjax.devices import REDUCING, reduced_axes
 from sqjax.labels import Labels
 from sqjax.program import Equation, Program, Var
 
@@ -67,6 +77,11 @@ def _sign(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labe
 def _pairwise(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """Every result is one operand."""
     return all(_equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def _collective(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
+    """Every result is one operand, summed or compared over devices which `Stack` gives one scale vector."""
+    return reduced_axes(program, e) is not None and _pairwise(program, e, xs, ys)
 
 
 def _pad(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -184,6 +199,7 @@ LAWS: dict[str, Law] = {
     "div": _divide,
     "sign": _sign,
     "optimization_barrier": _pairwise,
+    **dict.fromkeys(REDUCING, _collective),
     "pad": _pad,
     "dynamic_update_slice": _update,
     "dot_general": _dot,

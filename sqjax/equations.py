@@ -1,6 +1,6 @@
-"""What an equation of a jaxpr runs: the inner programs of calls, scans, whiles and conds, alike on every JAX."""
+"""What an equation of a jaxpr runs: the inner programs of calls, scans, shard_maps ..., alike on every JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
 
 #: Primitives that only call an inner program, and the parameter that holds it.
 CALLS = {
@@ -35,6 +36,36 @@ class Scan(NamedTuple):
         """(consts, carry, xs) among a scan's operands."""
         split = self.consts + self.carry
         return list(operands[: self.consts]), list(operands[self.consts : split]), list(operands[split:])
+
+
+class ShardMap(NamedTuple):
+    """A shard_map: `block` runs once on every device, on blocks of the operands.
+
+    Attributes:
+        block: what runs on a device.
+        sizes: {name of a mesh axis: its number of devices} of the mesh axes that the map runs over.
+        in_specs, out_specs: how operands and results are cut into blocks.
+        options: the other arguments of `jax.shard_map`.
+    """
+
+    block: ClosedJaxpr
+    sizes: dict[str, int]
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    options: dict[str, Any]
+
+    def run(self, block: Callable[..., Any], in_specs: Any, out_specs: Any, operands: Sequence[Any]) -> Any:
+        """Another block on the same devices."""
+        return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, **self.options)(*operands)
+
+    def cuts(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
+        """{axis of an array: the mesh axes that cut it, major first}."""
+        return {axis: tuple(names) for axis, names in enumerate(map(mesh_axes, spec)) if names}
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -78,6 +109,18 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "unroll")}
     return Scan(program_in(equation, params["jaxpr"]), consts, carry, params["length"], options)
+
+
+def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
+    """What a shard_map runs, or None if the equation is none."""
+    if equation.primitive.name != "shard_map":
+        return None
+    params = equation.params
+    mesh, manual = params["mesh"], params["newly_manual_axes"]
+    sizes = {name: size for name, size in mesh.shape.items() if name in manual}
+    options = {"mesh": mesh, "axis_names": set(manual), "check_vma": params["check_vma"]}
+    block = program_in(equation, params["jaxpr"])
+    return ShardMap(block, sizes, tuple(params["in_specs"]), tuple(params["out_specs"]), options)
 
 
 def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:

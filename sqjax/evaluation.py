@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sqjax.equations import emit
+from sqjax.equations import Scan, emit
 from sqjax.program import Body, Equation, Program, Var
 
 Env = dict[Var, Any]
@@ -20,8 +22,8 @@ def evaluate(
     """Runs a program on its leaves and inputs.
 
     Returns:
-        What the function returns (flat), and {variable: what its probe made of it}; for a variable in the body of a
-        scan that has a leading axis, one entry a step.
+        What the function returns (flat), and {variable: what its probe made of it}; for a variable in bodies that has
+        a leading axis for each of the variable's scopes: one entry a step, one for each device along a mesh axis.
     """
     env: Env = {**program.constants, **dict(zip(program.inputs, [*leaves, *inputs], strict=True))}
     seen = _run(program, program.main, env, probes, ())
@@ -40,7 +42,8 @@ def _run(
     for equation in equations:
         operands = _read(env, equation.inputs)
         if equation.body is not None:
-            results, within = _run_scan(program, equation.body, operands, env, probes, scope)
+            run = _run_scan if isinstance(equation.body.call, Scan) else _run_shard_map
+            results, within = run(program, equation.body, operands, env, probes, scope)
             seen |= within
         else:
             results = emit(equation.origin, *operands)
@@ -52,13 +55,31 @@ def _run(
 def _run_scan(
     program: Program, body: Body, operands: Sequence[Any], env: Env, probes: Probes, scope: tuple[int, ...]
 ) -> tuple[list[Any], dict[Var, Any]]:
-    _, first, xs = body.scan.sort(operands)
+    scan: Any = body.call
+    _, first, xs = scan.sort(operands)
 
     def step(carry, slices):
         inner = {**env, **dict(zip(body.inputs, [*carry, *slices], strict=True))}
-        seen = _run(program, body.equations, inner, probes, (*scope, body.number))
+        seen = _run(program, body.equations, inner, probes, (*scope, *body.scopes))
         outputs = _read(inner, body.outputs)
-        return outputs[: body.scan.carry], (outputs[body.scan.carry :], seen)
+        return outputs[: scan.carry], (outputs[scan.carry :], seen)
 
-    carry, (ys, seen) = lax.scan(step, first, xs, length=body.scan.length, **body.scan.options)
+    carry, (ys, seen) = lax.scan(step, first, xs, length=scan.length, **scan.options)
     return [*carry, *ys], seen
+
+
+def _run_shard_map(
+    program: Program, body: Body, operands: Sequence[Any], env: Env, probes: Probes, scope: tuple[int, ...]
+) -> tuple[list[Any], dict[Var, Any]]:
+    shards: Any = body.call
+    captured = {v: env[v] for v in program.constants}
+
+    def block(*operands):
+        inner = {**captured, **dict(zip(body.inputs, operands, strict=True))}
+        seen = _run(program, body.equations, inner, probes, (*scope, *body.scopes))
+        lead = (1,) * len(shards.sizes)
+        return _read(inner, body.outputs), jax.tree.map(lambda x: x.reshape(*lead, *x.shape), seen)
+
+    out_specs = [*shards.out_specs], PartitionSpec(*shards.sizes)
+    results, seen = shards.run(block, shards.in_specs, out_specs, operands)
+    return results, seen

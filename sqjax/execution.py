@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jax.sharding import AxisType
 from jaxtyping import Array
 
-from sqjax.equations import program_in, scan_in, source_of
+from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Leaf, Rules, trace, walk
 from sqjax.matmul import QuantWeight, quantized_dot_general, quantized_ragged_dot
+from sqjax.sharding import weight_specs
 from sqjax.trees import named_leaves
 
 
@@ -64,6 +66,22 @@ _cached = functools.lru_cache(maxsize=256)(_wrap)
 
 def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantWeight)
+
+
+def _laid_out(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, run where the compiler cuts arrays as it likes; its result is cut as the equation's.
+
+    For meshes with explicit axes: the rule's own steps would each have to say how their results are cut.
+    """
+
+    @functools.wraps(rule)
+    def run(equation, *operands):
+        result: Any = equation.outvars[0].aval
+        if AxisType.Explicit not in result.sharding.mesh.axis_types:
+            return rule(equation, *operands)
+        return jax.sharding.auto_axes(functools.partial(rule, equation), out_sharding=result.sharding)(*operands)
+
+    return run
 
 
 def _refuse(equation: JaxprEqn, *operands: Any) -> Any:
@@ -211,6 +229,25 @@ def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
     return [*carry, *ys]
 
 
+def _shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """Steps into the body; every device has its block of a leaf's values and scales."""
+    shards: Any = shard_map_in(equation)
+    specs = [
+        Leaf(x.path, weight_specs(x.value, spec, x.path)) if isinstance(x, Leaf) else spec
+        for x, spec in zip(operands, shards.in_specs, strict=True)
+    ]
+
+    def block(*operands):
+        return _no_leaves(walk(shards.block.jaxpr, shards.block.consts, operands, RULES))
+
+    return shards.run(block, tuple(specs), list(shards.out_specs), operands)
+
+
+def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """The same values on every device, said to differ."""
+    return jax.tree.map(lambda x: emit(equation, x), leaf)
+
+
 def _per_step(x: Any, length: int) -> Any:
     """A leaf whose every array has the steps as its first axis."""
     if not isinstance(x, Leaf):
@@ -253,7 +290,7 @@ def _cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
 
 RULES = Rules(
     {
-        "dot_general": _dot,
+        "dot_general": _laid_out(_dot),
         "transpose": _transpose,
         "convert_element_type": _convert,
         **dict.fromkeys(
@@ -261,9 +298,11 @@ RULES = Rules(
         ),
         **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
         "slice": _slice,
-        "gather": _gather,
-        "ragged_dot_general": _ragged_dot,
+        "gather": _laid_out(_gather),
+        "ragged_dot_general": _laid_out(_ragged_dot),
         "scan": _scan,
+        "shard_map": _shard_map,
+        "pvary": _pvary,
         "while": _while,
         "cond": _cond,
     },

@@ -12,6 +12,7 @@ import numpy as np
 
 from sqjax import labels as lab
 from sqjax.closure import Closure, Refused, Rule
+from sqjax.devices import REDUCING, reduced_axes
 from sqjax.labels import Labels
 from sqjax.program import Equation, Var
 from sqjax.sites import Side, sides_of
@@ -129,6 +130,13 @@ def _pairwise(c: Closure, e: Equation) -> None:
     for x, y in zip(e.inputs, e.outputs, strict=True):
         c.put(y, c[x])
         c.put(x, c[y])
+
+
+def _collective(c: Closure, e: Equation) -> None:
+    """Sums and maxima over devices: each element meets its like, which carries the same scale (see `sqjax.stacks`)."""
+    if reduced_axes(c.program, e) is None:
+        raise Refused(f"{e} reduces over axes that are none of a known shard_map")
+    _pairwise(c, e)
 
 
 def _pad(c: Closure, e: Equation) -> None:
@@ -266,6 +274,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
     "sign": _sign,
     "optimization_barrier": _pairwise,
+    **dict.fromkeys(REDUCING, _collective),
     "pad": _pad,
     "dynamic_update_slice": _update,
     "mul": _multiply,

@@ -39,6 +39,11 @@ class Site(NamedTuple):
     channels: tuple[int, ...]
     batch: tuple[int, ...] = ()
 
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The leaf's axes that the axes of `channels` are."""
+        return (*self.batch, *self.axes)
+
 
 class Group(NamedTuple):
     """Sites that share an activation, and the leaves that can absorb its scale.
@@ -51,7 +56,8 @@ class Group(NamedTuple):
         norm: whether only norms (leaves that are no matmul's weight) absorb, and the sites are not the model's head:
             the groups that the authors' code smooths.
         ways: (leaf, the equations from the sites' activation to it).
-        steps: the lengths of the scans over whose steps the scales are stacked: one scale vector a step.
+        steps: the lengths of the scans, and of the mesh axes of shard_maps, over which the scales are stacked: one
+            scale vector for each step, or device.
         keys: whether the scale moves from keys to queries, and `sites` names the keys: SmoothAttention.
     """
 

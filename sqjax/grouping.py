@@ -145,19 +145,19 @@ def _stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
 def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
     """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
     program = search.program
-    stack = Stack.of(program, found)
+    stack = Stack.of(program, found, search.places)
     variables = {program.leaves[v]: v for v in found if v in program.leaves}
     leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
     sites = _scaled_sites(search, stack, found)
     absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
     return Group(
         name=name,
-        size=stack.size * math.prod(program.lengths[scan] for scan in stack.scans),
+        size=stack.size * math.prod(stack.steps),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
         norm=not absorbers.intersection(p.site.path for p in search.places) and not search.heads.intersection(sites),
         ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
-        steps=tuple(program.lengths[scan] for scan in stack.scans),
+        steps=stack.steps,
     )
 
 
@@ -214,11 +214,11 @@ def _keys(search: Search, activation: Var, found: Mapping[Var, Labels], closure:
     program, labels = search.program, found[activation]
     group = _group(search, "", found, closure)
     axes = tuple(a for a, size in enumerate(labels.shape) if size > 1)
-    stack = Stack.of(program, found)
+    stack = Stack.of(program, found, search.places)
     steps = program.scopes[activation]
     channels = (*(program.lengths[scan] for scan in steps), *(labels.shape[a] for a in axes))
     own = -labels.reshape((1,) * len(steps) + tuple(labels.shape[a] for a in axes))
-    spread = np.broadcast_to(stack.along(own, {scan: i for i, scan in enumerate(steps)}), channels)
+    spread = np.broadcast_to(stack.along(own, {scope: (i, 1) for i, scope in enumerate(steps)}, channels), channels)
     name = f"{group.absorbers[0]} (keys)"
     site = Site(name, (), channels)
     return Keys(site, activation, axes, group._replace(name=name, sites=((name, LabelMap.of(spread)),), keys=True))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import PartitionSpec
 
 from sqjax.equations import emit, inner_program
 from sqjax.matmul import QuantWeight
@@ -60,7 +61,7 @@ def trace(
     Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs.
     """
     paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: isinstance(x, QuantWeight))
-    avals = [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+    avals = [_aval(x) for x in leaves]
     flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)))
 
     def flat_fn(leaves, inputs):
@@ -72,6 +73,18 @@ def trace(
     inputs = array_leaves((args, dict(kwargs)))
     jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, inputs)
     return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
+
+
+def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf's shape and dtype; on a mesh with explicit axes also how it is cut."""
+    plain = jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    stored = leaf.tensor.values if isinstance(leaf, QuantWeight) else leaf
+    if not isinstance(stored, jax.Array):
+        return plain
+    sharding = jax.typeof(stored).sharding
+    axes = leaf.tensor.axes if isinstance(leaf, QuantWeight) else range(len(plain.shape))
+    entries = [sharding.spec[a] for a in axes]
+    return plain.update(sharding=sharding.update(spec=PartitionSpec(*entries))) if any(entries) else plain
 
 
 def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sqjax.devices import varying
 from sqjax.evaluation import evaluate
 from sqjax.graph import Site
 from sqjax.grouping import Keys, Search, find_keys
@@ -54,10 +55,14 @@ def observe(
     def probe(var: Var) -> Callable[[Array], dict[tuple[int, ...], Observation]]:
         return lambda x: {own: observe_activation(x, own, mask) for own in sorted(axes[var])}
 
+    differing = varying(program)
+    if mask is not None:
+        _check_mask(program, places, differing, mask)
     outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in axes})
     of_parts: dict[str, tuple[Site, Observation]] = {}
     for place in places:
-        observation = _at_site(program, place, seen[place.activation][place.axes])
+        own = seen[place.activation][place.axes]
+        observation = _at_site(program, place, own, differing.get(place.activation, frozenset()))
         _, old = of_parts.get(place.name, (None, None))
         of_parts[place.name] = place.site, observation if old is None else combine(old, observation)
     observations: dict[Site, Observation] = {}
@@ -89,23 +94,49 @@ def observe_activation(x: Array, axes: tuple[int, ...], mask: Array | None = Non
     return Observation(magnitude.max(reduced, initial=0), magnitude.sum(reduced), count)
 
 
-def _at_site(program: Program, place: Place, seen: Observation) -> Observation:
-    """What was seen of an activation, one entry for each step of the scans around it, as the site's channels.
+def _at_site(program: Program, place: Place, seen: Observation, differing: frozenset[int]) -> Observation:
+    """What was seen of an activation, one entry for each of the scans and mesh axes around it, as the site's channels.
 
-    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same.
+    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same. So are
+    mesh axes that do not cut the leaf along its channels; where all devices along one hold the same activation (it is
+    not in `differing`), that counts once.
     """
-    around, over, taken = program.scopes[place.activation], place.view.stacked, place.view.taken
-    reduced = tuple(i for i, scan in enumerate(around) if scan not in over)
-    steps = [program.lengths[t.scan] if t.scan in around else 1 for t in taken]
-    channels = place.site.channels
+    around, view, channels = program.scopes[place.activation], place.view, place.site.channels
+    sizes: dict[Any, int] = {}  # of the channels' parts: scans and mesh axes by number, the rest of every axis by name
+    for i, axis in enumerate(place.site.channel_axes):
+        sizes |= {scope: program.lengths[scope] for scope in view.strides(axis)}
+        sizes |= {f"axis {i}": view.shape[axis]} if axis not in view.stacked.values() else {}
+    fixed = [f"axis {i}" for i, taken in enumerate(view.taken) if taken.scan is None]
+    reduced = tuple(i for i, scope in enumerate(around) if scope not in sizes)
+    once = tuple(i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing)
+    has = [*(s for s in around if s in sizes), *(p for p in sizes if isinstance(p, str) and p not in fixed)]
 
     def shaped(x: Array) -> Array:
-        whole = jnp.broadcast_to(x.reshape(*steps, *channels[len(taken) :]), channels)
-        return jnp.zeros(channels, x.dtype).at[place.entry].set(whole[place.entry]) if place.view.part else whole
+        x = x.transpose([has.index(part) for part in sizes if part in has])
+        x = x.reshape([size if part in has else 1 for part, size in sizes.items()])
+        whole = jnp.broadcast_to(x, list(sizes.values())).reshape(channels)
+        return jnp.zeros(channels, x.dtype).at[place.entry].set(whole[place.entry]) if view.part else whole
 
-    tokens = seen.tokens.sum(reduced)
+    def total(x: Array) -> Array:
+        return jnp.max(x, axis=once, keepdims=True).sum(reduced) if once else x.sum(reduced)
+
     absmax = seen.absmax.max(reduced, initial=0)
-    return Observation(shaped(absmax), shaped(seen.abs_sum.sum(reduced)), tokens.max(initial=0))
+    return Observation(shaped(absmax), shaped(total(seen.abs_sum)), total(seen.tokens).max(initial=0))
+
+
+def _check_mask(
+    program: Program, places: Iterable[Place], differing: Mapping[Var, frozenset[int]], mask: Array
+) -> None:
+    """Raises ValueError if a mask would have to be cut as a shard_map cuts the tokens."""
+    for place in places:
+        shape = program.shape(place.activation)
+        tokens = tuple(n for a, n in enumerate(shape) if a not in place.axes)
+        whole = tokens[: mask.ndim] == mask.shape or tokens[:1] == (mask.size,)
+        if differing.get(place.activation) and not whole:
+            raise ValueError(
+                f"calibrate: the mask of shape {mask.shape} does not fit the activation {shape} that one device of a "
+                f"shard_map has at {place.name}; calibrate without a mask, on batches without padding"
+            )
 
 
 def combine(a: Observation, b: Observation) -> Observation:

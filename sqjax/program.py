@@ -1,13 +1,14 @@
 """`Program`: a traced function as one list of equations, with its leaves named and its dead code gone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
-from sqjax.equations import Scan, inner_program, plain, scan_in, source_of
+from sqjax.equations import Scan, ShardMap, inner_program, plain, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Traced
 from sqjax.views import VIEWS, View
 
@@ -18,7 +19,7 @@ class Equation(NamedTuple):
     """One primitive applied to variables (numbers) or literals (arrays).
 
     Attributes:
-        body: what a scan runs at every step; None for everything else.
+        body: what a scan runs at every step, a shard_map on every device; None for everything else.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Equation(NamedTuple):
     @property
     def read(self) -> list[Var]:
         """The variables it reads itself; what a scan's body reads is read there."""
-        consts = 0 if self.body is None else self.body.scan.consts
+        consts = self.body.call.consts if self.body is not None and isinstance(self.body.call, Scan) else 0
         return [v for v in self.inputs[consts:] if isinstance(v, int)]
 
     @property
@@ -48,18 +49,21 @@ class Equation(NamedTuple):
 
 
 class Body(NamedTuple):
-    """One step of a scan. Its constants are the outer variables themselves; carry and xs are variables of its own.
+    """One step of a scan, or what one device does in a shard_map.
+
+    A scan's constants are the outer variables themselves; carry and xs, and all operands of a shard_map, are variables
+    of its own.
 
     Attributes:
-        number: of its family.
-        scan: how often and in what order it runs.
-        inputs: the carry, then a slice of each of the xs.
-        outputs: the next carry, then a slice of each of the ys.
+        scopes: of a scan the number of its family, of a shard_map one number for each of its mesh axes.
+        call: how often and in what order it runs, or on which devices.
+        inputs: the carry, then a slice of each of the xs; one device's block of every operand.
+        outputs: the next carry, then a slice of each of the ys; one device's block of every result.
         equations: in order.
     """
 
-    number: int
-    scan: Scan
+    scopes: tuple[int, ...]
+    call: Scan | ShardMap
     inputs: tuple[Var, ...]
     outputs: tuple[Var | np.ndarray, ...]
     equations: tuple[Equation, ...]
@@ -71,23 +75,25 @@ class Body(NamedTuple):
 
 
 class Program:
-    """The program of `traced`; calls (jit, remat, custom gradients) and the bodies of scans are written out in place.
+    """The program of `traced`; calls (jit, remat, custom gradients) and bodies (scan, shard_map) are written out.
 
-    A scan's body is a world of its own: what flows in and out of it at every step carries no scale. Only the slices of
-    leaves that it runs over are leaves inside too, one scale vector a step. Scans of one length at one place are a
+    A body is a world of its own: what flows in and out of it, at every step or on every device, carries no scale. Only
+    the slices or blocks of leaves are leaves inside too, with one scale vector a step, or for each device along a mesh
+    axis that cuts them all. Scans of one length at one place are a
     family, and share the slices of a leaf that several of them run over (a prefill and a step over the same layers).
 
     Attributes:
-        main: the equations that some output depends on, in order; a scan's hold their bodies.
+        main: the equations that some output depends on, in order; those of scans and shard_maps hold their bodies.
         avals: the shape and dtype of every variable.
-        scopes: for every variable the families of scans, outermost first, in whose bodies it lives.
-        lengths: {family of scans: their number of steps}.
-        leaves: {variable: path} of the parameter leaves, of their slices in a scan's body, and of `offsets`.
+        scopes: for every variable the families of scans and the mesh axes, outermost first, in whose bodies it lives.
+        lengths: {family of scans, or mesh axis: the number of steps, or devices}.
+        mesh_axes: {mesh axis: its name} of those of shard_maps.
+        leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and of `offsets`.
         offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
         roots: {variable: what it is} of the other variables that no equation makes: inputs, constants, carries.
         barred: {variable: why it can carry no scale}.
         results: what the function returns.
-        outputs: {variable: what reads it} of results and of what leaves a scan's body.
+        outputs: {variable: what reads it} of results and of what leaves a body.
         constants: {variable: value} of the arrays that fn has captured.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
@@ -101,6 +107,7 @@ class Program:
         self.avals: list[Any] = []
         self.scopes: list[tuple[int, ...]] = []
         self.lengths: dict[int, int] = {}
+        self.mesh_axes: dict[int, str] = {}
         self.leaves: dict[Var, str] = {}
         self.offsets: dict[Var, float] = {}
         self.roots: dict[Var, str] = {}
@@ -108,7 +115,7 @@ class Program:
         self.outputs: dict[Var, str] = {}
         self.constants: dict[Var, Any] = {}
         self._scope: tuple[int, ...] = ()
-        self._families: dict[tuple[tuple[int, ...], int], int] = {}
+        self._families: dict[tuple[tuple[int, ...], Any], int] = {}
         self._slices_of: dict[tuple[Var, tuple[int, ...]], list[Var]] = {}
         self._leafy_views: dict[tuple[str, Any, str], Var] = {}
         jaxpr = traced.jaxpr.jaxpr
@@ -125,7 +132,7 @@ class Program:
 
     @property
     def equations(self) -> Iterator[Equation]:
-        """All equations, those of a scan's body before the scan's own."""
+        """All equations, those of a body before the one that runs it."""
         return _all(self.main)
 
     def _new(self, aval: Any) -> Var:
@@ -168,14 +175,26 @@ class Program:
         return equations, [read(v) for v in jaxpr.outvars]
 
     def _with_body(self, equation: Equation) -> Equation:
-        scan = scan_in(equation.origin)
-        if scan is None:
+        outer = self._scope
+        if (scan := scan_in(equation.origin)) is not None:
+            body = self._step(equation, scan)
+        elif (shards := shard_map_in(equation.origin)) is not None:
+            body = self._block(equation, shards)
+        else:
             return equation
-        outer, (consts, carry, xs) = self._scope, scan.sort(equation.inputs)
-        number = self._families.setdefault((outer, scan.length), len(self._families))
-        self.lengths[number] = scan.length
-        self._scope = (*outer, number)
-        step = scan.step.jaxpr
+        self._scope = outer
+        return equation._replace(body=body)
+
+    def _into(self, key: Any, length: int) -> int:
+        """Goes into a body that runs so often; returns its number, which it shares with others of the same key."""
+        number = self._families.setdefault((self._scope, key), len(self._families))
+        self.lengths[number] = length
+        self._scope = (*self._scope, number)
+        return number
+
+    def _step(self, equation: Equation, scan: Scan) -> Body:
+        (consts, carry, xs), step = scan.sort(equation.inputs), scan.step.jaxpr
+        number = self._into(scan.length, scan.length)
         captured = self._capture(step, scan.step.consts)
         carried = [self._new(v.aval) for v in step.invars[len(consts) :][: len(carry)]]
         slices = [self._slice(x, v.aval) for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)]
@@ -184,8 +203,21 @@ class Program:
         self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
         equations, outputs = self._flatten(step, captured, [*consts, *inputs])
         self._leaves_out(outputs, f"what leaves a step of {equation}")
-        self._scope = outer
-        return equation._replace(body=Body(number, scan, inputs, tuple(outputs), tuple(equations)))
+        return Body((number,), scan, inputs, tuple(outputs), tuple(equations))
+
+    def _block(self, equation: Equation, shards: ShardMap) -> Body:
+        one = len(self._families)  # every shard_map is a family of its own
+        names = {self._into((one, name), size): name for name, size in shards.sizes.items()}
+        self.mesh_axes.update(names)
+        captured = self._capture(shards.block.jaxpr, shards.block.consts)
+        inputs = tuple(self._new(v.aval) for v in shards.block.jaxpr.invars)
+        for x, v in zip(equation.inputs, inputs, strict=True):
+            if isinstance(x, int):
+                self._slices_of.setdefault((x, self._scope), [v])
+        self.roots.update({v: f"what {equation} is given" for v in inputs})
+        equations, outputs = self._flatten(shards.block.jaxpr, captured, inputs)
+        self._leaves_out(outputs, f"what leaves {equation}")
+        return Body(tuple(names), shards, inputs, tuple(outputs), tuple(equations))
 
     def _slice(self, outer: Any, aval: Any) -> Var:
         """The variable of one step's slice: one and the same in all scans of a family that run over it."""
@@ -238,7 +270,8 @@ class Program:
         for var, outer in self._slices.items():
             slices = self._slices_of[outer, self.scopes[var]]
             if not self._read_once(self._chain(outer)[:-1]) or self._reads(outer) != len(slices):
-                self.barred[var] = f"{self.leaves[var]} is read outside this scan too"
+                body = "shard_map" if self.scopes[var][-1] in self.mesh_axes else "scan"
+                self.barred[var] = f"{self.leaves[var]} is read outside this {body} too"
         for equation in [e for e in self.equations if e.name == "add"]:
             self._note_offset(equation)
 
@@ -265,7 +298,7 @@ class Program:
         """Copies of one literal are that literal; copies of zeros are zeros."""
         x, y = equation.inputs[0], equation.outputs[0]
         value = self._values.get(x) if isinstance(x, int) else x
-        if value is not None and value.size == 1 and self.is_float(y):
+        if value is not None and value.size == 1 and jax.numpy.issubdtype(self.avals[y].dtype, np.number):
             self._values[y] = value.astype(self.avals[y].dtype)
         if self.is_zero(x):
             self.zeros.add(y)
@@ -277,19 +310,18 @@ class Program:
             self.views[y] = view
 
     def _enter(self, equation: Equation, body: Body) -> None:
-        """Slices of leaves are leaves in a scan's body."""
-        _, _, xs = body.scan.sort(equation.inputs)
-        for outer, inner in zip(xs, body.inputs[body.scan.carry :], strict=True):
+        """Slices and blocks of leaves are leaves in a body."""
+        for outer, inner, part in _parts(equation, body):
             if not isinstance(outer, int) or outer not in self.from_leaves:
                 continue
             self.from_leaves.add(inner)
             self.scanned[inner] = outer
-            view = self.views.get(outer)
-            if view is not None and (slice_ := view.slice_of_scan(body.number)) is not None:
-                self._slices[inner] = outer
-                self._is_leaf(inner, slice_)
-                self.views[inner] = slice_
-                self.roots.pop(inner, None)
+            if outer in self.views and (view := part(self.views[outer])) is not None:
+                self.views[inner] = view
+                if view.places is not None:
+                    self._slices[inner] = outer
+                    self._is_leaf(inner, view)
+                    self.roots.pop(inner, None)
 
     def _is_leaf(self, var: Var, view: View) -> None:
         self.leaves[var], self.leaf_views[var] = view.path, view
@@ -365,6 +397,20 @@ class Program:
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
+def _parts(equation: Equation, body: Body) -> Iterator[tuple[Any, Var, Callable[[View], View | None]]]:
+    """(an operand, the variable that holds its slice or block in the body, the view of that given the operand's)."""
+    if isinstance(body.call, Scan):
+        [scan] = body.scopes
+        _, _, xs = body.call.sort(equation.inputs)
+        for outer, inner in zip(xs, body.inputs[body.call.carry :], strict=True):
+            yield outer, inner, partial(View.slice_of_scan, scan=scan)
+        return
+    devices = {name: (scope, body.call.sizes[name]) for name, scope in zip(body.call.sizes, body.scopes, strict=True)}
+    for outer, inner, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
+        cuts = {axis: [devices[name] for name in names] for axis, names in body.call.cuts(spec).items()}
+        yield outer, inner, partial(View.block, cuts=cuts)
+
+
 def _literal(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
@@ -376,4 +422,4 @@ def _all(equations: Sequence[Equation]) -> Iterator[Equation]:
         yield equation
 
 
-_KEEPS_VALUES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy"}
+_KEEPS_VALUES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy", "pvary"}

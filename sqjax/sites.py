@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax import labels as lab
+from sqjax.equations import ShardMap
 from sqjax.graph import Site
 from sqjax.program import Equation, Program, Var
 from sqjax.views import View
@@ -144,8 +145,10 @@ def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Va
     (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
     if batch is None or not axes:
         return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
+    if any(taken.axis == a for taken in view.part for _, _, a in view.blocks):
+        return f"{equation} multiplies another one of its matrices on every device"
     batch = (*(taken.axis for taken in view.taken), *batch)
-    site = Site(view.path, axes, tuple(view.shape[a] for a in (*batch, *axes)), batch)
+    site = Site(view.path, axes, tuple(view.full_shape[a] for a in (*batch, *axes)), batch)
     return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
 
 
@@ -179,11 +182,24 @@ _ELEMENTWISE = {"mul", "div", "add", "sub", "select_n", "max", "min", "tanh"}
 def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
-    reaching, heads = {v for v in program.results if isinstance(v, int)}, set()
-    for equation in reversed(program.main):
-        if reaching.intersection(equation.outputs):
-            if (path := weights.get(equation.outputs[0])) is not None:
-                heads.add(path)
-            elif equation.body is None or not any(e.outputs[0] in weights for e in equation.body.everything):
-                reaching.update(equation.variables)
+    heads: set[str] = set()
+    _reach(program.main, {v for v in program.results if isinstance(v, int)}, weights, heads)
     return frozenset(heads)
+
+
+def _reach(equations: Sequence[Equation], reaching: set[Var], weights: Mapping[Var, str], heads: set[str]) -> None:
+    """Adds to `reaching` the variables that reach those in it through no site, and to `heads` the sites met."""
+    for equation in reversed(equations):
+        if not reaching.intersection(equation.outputs):
+            continue
+        body = equation.body
+        if (path := weights.get(equation.outputs[0])) is not None:
+            heads.add(path)
+        elif body is not None and isinstance(body.call, ShardMap):
+            results = zip(equation.outputs, body.outputs, strict=True)
+            inner = {v for outer, v in results if outer in reaching and isinstance(v, int)}
+            _reach(body.equations, inner, weights, heads)
+            operands = zip(equation.inputs, body.inputs, strict=True)
+            reaching.update(outer for outer, v in operands if v in inner and isinstance(outer, int))
+        elif body is None or not any(e.outputs and e.outputs[0] in weights for e in body.everything):
+            reaching.update(equation.variables)

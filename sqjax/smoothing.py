@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from sqjax.graph import Graph, Group
 from sqjax.statistics import Stats, expand, leaves_by_path, weight_absmax
-from sqjax.trees import PyTree, check_finite, first_matches, is_concrete, map_named
+from sqjax.trees import PyTree, check_finite, first_matches, is_concrete, map_named, replicated
 
 #: The authors' floor under max |W_j| and under s.
 FLOOR = 1e-5
@@ -99,7 +99,7 @@ def _scales_of(seen: list[tuple[Array, Array, Array]], alpha: Any, size: int, ro
     """s of a group, from (which scale, absmax, weight absmax) of the channels of each of its sites."""
     x_max = w_max = jnp.zeros(size + 1, jnp.float32)  # entry 0 takes the channels without a scale
     for scale_of, x, w in seen:
-        x_max, w_max = x_max.at[scale_of].max(x), w_max.at[scale_of].max(w)
+        x_max, w_max = x_max.at[scale_of].max(replicated(x)), w_max.at[scale_of].max(replicated(w))
     s = smoothing_scales(x_max[1:], w_max[1:], alpha)
     return jnp.exp2(jnp.round(jnp.log2(s))) if round_scales == "pow2" else s
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
 
@@ -38,6 +39,13 @@ def map_named(change: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def is_concrete(x: Any) -> bool:
     """False for a tracer or an abstract value: checks of values are possible only outside jit."""
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def replicated(x: Any) -> Any:
+    """One copy on every device of an array whose type says how it is cut (meshes with explicit axes); else x itself."""
+    sharding = jax.typeof(x).sharding
+    cut = any(entry is not None for entry in sharding.spec)
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec())) if cut else x
 
 
 def is_float(x: Any) -> bool:

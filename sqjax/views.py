@@ -1,7 +1,7 @@
-"""`View`: a parameter leaf seen through transposes, reshapes, slices, casts and scans: which of its axes is where."""
+"""`View`: a parameter leaf seen through transposes, slices, scans, shard_maps ...: which of its axes is where."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,10 +34,12 @@ class View:
 
     Attributes:
         path: the leaf's name.
-        shape: the leaf's shape.
+        shape: the leaf's shape; in a shard_map that of the block of it that one device has.
         axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an axis of size 1).
         cut: the leaf's axes that are not seen whole.
         taken: the leaf's axes that are seen at one index only, in the order in which they went.
+        blocks: (mesh axis, its number of devices, axis of the leaf) for every mesh axis of a shard_map that cuts that
+            axis into one block for each device; where several cut one axis, the major one first.
     """
 
     path: str
@@ -45,10 +47,25 @@ class View:
     axes: tuple[tuple[Piece, ...], ...]
     cut: frozenset[int] = frozenset()
     taken: tuple[Taken, ...] = ()
+    blocks: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
         return cls(path, shape, tuple((Piece(a, 1, n),) for a, n in enumerate(shape)))
+
+    @property
+    def full_shape(self) -> Shape:
+        """The leaf's shape, all devices' blocks together."""
+        return tuple(n * math.prod(m for _, m, a in self.blocks if a == axis) for axis, n in enumerate(self.shape))
+
+    def strides(self, axis: int) -> dict[int, int]:
+        """{scope: its stride} along an axis of the leaf of which scans and mesh axes hand out parts, major first."""
+        found, stride = [(scan, 1) for scan, a in self.stacked.items() if a == axis], self.shape[axis]
+        for scope, size, a in reversed(self.blocks):
+            if a == axis:
+                found.append((scope, stride))
+                stride *= size
+        return dict(found[::-1])
 
     def whole_axes(self, axes: Iterable[int]) -> tuple[int, ...] | None:
         """The leaf's axes that these axes of the view run over, whole and in order; None if that is not so."""
@@ -78,6 +95,19 @@ class View:
         found = [self.whole_axes([a]) for a in range(len(self.axes))]
         whole = not self.cut and not self.part and all(f is not None and len(f) <= 1 for f in found)
         return tuple(f[0] if f else None for f in found) if whole else None
+
+    def block(self, cuts: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
+        """One device's block of a view: {axis of the view: the (mesh axis, number of devices) that cut it}."""
+        blocks: list[tuple[int, int, int]] = []
+        for axis, found in cuts.items():
+            whole = self.whole_axes([axis])
+            if whole is None or len(whole) != 1 or len(self.axes[axis]) != 1:
+                return None
+            blocks += [(scope, size, whole[0]) for scope, size in found]
+        parts = {a: math.prod(size for _, size, b in blocks if b == a) for a in range(len(self.shape))}
+        axes = tuple(tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces) for pieces in self.axes)
+        shape = tuple(n // parts[a] for a, n in enumerate(self.shape))
+        return replace(self, axes=axes, shape=shape, blocks=(*self.blocks, *blocks))
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
@@ -205,6 +235,7 @@ VIEWS: dict[str, Callable[[View, dict[str, Any], Shape, Shape], View | None]] = 
     "sharding_constraint": _keep,
     "reshard": _keep,
     "mesh_cast": _keep,
+    "pvary": _keep,
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "slice": _slice,

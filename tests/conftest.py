@@ -1,7 +1,12 @@
-"""Strictness for every test: no silent dtype or rank promotion (a marker relaxes it for Hugging Face's classes)."""
+"""Strictness for every test: no silent dtype or rank promotion (a marker relaxes it for Hugging Face's classes).
+
+The processor plays four devices, for the tests of sharding; everything else stays on the first.
+"""
 
 import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
 
 
 @pytest.fixture(autouse=True)

@@ -23,9 +23,10 @@ FLOORS = [
     ["qtensor"],
     ["matmul"],
     ["equations"],
+    ["sharding"],
     ["interpreter", "labels"],
     ["program"],
-    ["graph"],
+    ["graph", "devices"],
     ["sites", "certificate", "closure"],
     ["stacks"],
     ["folding", "evaluation"],
@@ -129,7 +130,7 @@ def test_the_public_names_are_these():
     assert presets == {"W8A8", "W8A8_O1", "W8A8_O2", "W8A8_O3"}
     assert set(PUBLIC) == {
         *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
-        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize"),
+        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings"),
     }
 
 
