@@ -1,4 +1,4 @@
-"""From a float NNX model to jitted int8 inference, and what smoothing is worth where channels are outliers."""
+"""From a float NNX model to jitted int8: python examples/nnx_model.py"""
 
 import jax
 import jax.numpy as jnp

@@ -111,7 +111,10 @@ def _at_site(program: Program, place: Place, seen: Observation, differing: froze
     once = tuple(i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing)
     has = [*(s for s in around if s in sizes), *(p for p in sizes if isinstance(p, str) and p not in fixed)]
 
+    own = [sizes[part] for part in has if isinstance(part, str)]  # where a reshape has split or merged leaf axes
+
     def shaped(x: Array) -> Array:
+        x = x.reshape(*x.shape[: len(has) - len(own)], *own)
         x = x.transpose([has.index(part) for part in sizes if part in has])
         x = x.reshape([size if part in has else 1 for part, size in sizes.items()])
         whole = jnp.broadcast_to(x, list(sizes.values())).reshape(channels)

@@ -25,6 +25,7 @@ FLOORS = [
     ["equations"],
     ["sharding"],
     ["interpreter", "labels"],
+    ["flat"],
     ["program"],
     ["graph", "devices"],
     ["sites", "certificate", "closure"],

@@ -46,6 +46,8 @@ def check(view, moved):
             along = (digit * piece.stride).reshape([-1 if a == axis else 1 for a in range(moved.ndim)])
             said[piece.axis] = said[piece.axis] + along
             reached[piece.axis].add(axis)
+    for taken in view.part:
+        said[taken.axis] = said[taken.axis] + taken.at
     for a in range(len(view.shape)):
         if a in view.cut:  # what is left of it is not known, but that it lies along no other axis
             others = tuple(axis for axis in range(moved.ndim) if axis not in reached[a])
