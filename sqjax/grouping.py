@@ -172,6 +172,8 @@ def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> 
         ):
             raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
         labels = stack.of_site(place, activation)
+        if (labels < 0).any():
+            raise Refused(f"its scale would multiply what {place.name} reads at {place.equation}")
         if not np.array_equal(parts.setdefault(place.name, labels), labels):
             raise Refused(f"{place.equation} multiplies another part of {place.name} with something else")
         sites[place.site.path] = np.where(labels, labels, sites.get(place.site.path, 0))

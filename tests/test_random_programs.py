@@ -138,12 +138,10 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
         assert unchanged(dag, leaves), f"not exact: {group}\n{graph}\n{dag}"
         check_sites(dag, graph, group, leaves, s[group.name])
         found.append(reached(dag, leaves))
-    channels = Counter()
+    names = [group.name for group in graph.groups]
+    assert len(set(names)) == len(names), f"two groups of one site: {graph}\n{dag}"
     for group in graph.groups:
         assert any(group.name.split("[")[0] == path for path, _ in group.sites), f"not named by a site: {graph}\n{dag}"
-        for path, labels in group.sites if group.size > 1 else ():  # one scale for all may pass through other sites
-            channels.update((path, *index) for index in np.argwhere(labels.array).tolist())
-    assert max(channels.values(), default=1) == 1, f"a channel in two groups: {graph}\n{dag}"
     assert unchanged(dag, folded(dag, graph, s)), f"exact one by one, not together: {graph}\n{dag}"
     return found
 
