@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from sqjax.graph import Graph, Site
+from sqjax.graph import Graph, Group, Site
 from sqjax.grouping import find_graph
 from sqjax.interpreter import array_leaves, trace
 from sqjax.observation import Observation, Watch, combine, observe, watch
@@ -197,8 +197,13 @@ class Recorder:
 
 def common(graph: Graph, other: Graph, number: int) -> Graph:
     """The graph without the groups that another batch's program does not have; these are refused."""
-    there = {(g.sites, g.leaves) for g in other.groups}
-    kept = tuple(g for g in graph.groups if (g.sites, g.leaves) in there)
+
+    def absorbed(group: Group, offsets: dict[str, float]) -> Any:
+        """What a group does to the parameters and the statistics."""
+        return group.sites, group.leaves, tuple(offsets.get(path) for path, _ in group.leaves)
+
+    there = {absorbed(g, dict(other.offsets)) for g in other.groups}
+    kept = tuple(g for g in graph.groups if absorbed(g, dict(graph.offsets)) in there)
     reasons = dict(other.refused)
     lost = [
         (path, f"it does not fold in the program of batch {number}: {reasons.get(path, 'its group is another there')}")

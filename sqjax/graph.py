@@ -58,7 +58,7 @@ class Group(NamedTuple):
         ways: (leaf, the equations from the sites' activation to it).
         steps: the lengths of the scans, and of the mesh axes of shard_maps, over which the scales are stacked: one
             scale vector for each step, or device.
-        keys: whether the scale moves from keys to queries, and `sites` names the keys: SmoothAttention.
+        keys: whether the scale moves from keys to queries, and `sites` names the keys first: SmoothAttention.
     """
 
     name: str

@@ -6,7 +6,7 @@ Ask of a site's input x: could x be x / s? Labels (see `sqjax.labels`) start at 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -163,8 +163,8 @@ def _group(search: Search, name: str, found: Mapping[Var, Labels], closure: Clos
 
 def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
     """{site: the labels of its channels} for the sites whose activation carries labels."""
-    parts: dict[str, Labels] = {}
     sites: dict[str, Labels] = {}
+    known: dict[str, np.ndarray] = {}  # which channels of a site have been seen
     for place in search.places:
         activation = found.get(place.activation)
         if activation is not None and lab.varies(
@@ -174,9 +174,12 @@ def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> 
         labels = stack.of_site(place, activation)
         if (labels < 0).any():
             raise Refused(f"its scale would multiply what {place.name} reads at {place.equation}")
-        if not np.array_equal(parts.setdefault(place.name, labels), labels):
+        path, own = place.site.path, np.zeros(place.site.channels, bool)
+        own[place.entry] = True
+        before = sites.get(path, labels)
+        if (own & known.get(path, own) & (before != labels)).any():
             raise Refused(f"{place.equation} multiplies another part of {place.name} with something else")
-        sites[place.site.path] = np.where(labels, labels, sites.get(place.site.path, 0))
+        sites[path], known[path] = np.where(own, labels, before), own | known.get(path, own)
     return {path: labels for path, labels in sites.items() if labels.any()}
 
 
@@ -205,14 +208,17 @@ def find_keys(search: Search) -> list[Keys]:
             if isinstance(side.var, int) and side.var not in met and normalised_over(program, equation, side.out):
                 try:
                     labels, closure = _close(search, side.var, (*side.batch, *side.contracted), crossing=True)
+                    keys = _keys(search, side.var, labels, closure, {k.site.path for k in found})
                 except Refused:
                     continue
                 met.update(labels)
-                found.append(_keys(search, side.var, labels, closure))
+                found.append(keys)
     return found
 
 
-def _keys(search: Search, activation: Var, found: Mapping[Var, Labels], closure: Closure) -> Keys:
+def _keys(
+    search: Search, activation: Var, found: Mapping[Var, Labels], closure: Closure, taken: Collection[str]
+) -> Keys:
     program, labels = search.program, found[activation]
     group = _group(search, "", found, closure)
     axes = tuple(a for a, size in enumerate(labels.shape) if size > 1)
@@ -221,6 +227,10 @@ def _keys(search: Search, activation: Var, found: Mapping[Var, Labels], closure:
     channels = (*(program.lengths[scan] for scan in steps), *(labels.shape[a] for a in axes))
     own = -labels.reshape((1,) * len(steps) + tuple(labels.shape[a] for a in axes))
     spread = np.broadcast_to(stack.along(own, {scope: (i, 1) for i, scope in enumerate(steps)}, channels), channels)
-    name = f"{group.absorbers[0]} (keys)"
+    if not group.absorbers:
+        raise Refused("no leaf absorbs its scale")
+    names = [f"{group.absorbers[0]} (keys{f', {n}' if n > 1 else ''})" for n in range(1, len(taken) + 2)]
+    name = next(name for name in names if name not in taken)  # layers of one stack have keys of their own
     site = Site(name, (), channels)
-    return Keys(site, activation, axes, group._replace(name=name, sites=((name, LabelMap.of(spread)),), keys=True))
+    sites = ((name, LabelMap.of(spread)), *group.sites)  # and those that the scale passes on its way
+    return Keys(site, activation, axes, group._replace(name=name, sites=sites, keys=True))

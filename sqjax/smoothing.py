@@ -80,7 +80,9 @@ def _keys_scales(stats: Stats, exponent: float, round_scales: str | None) -> dic
             "scales: attention was asked for, but no scale can move between keys and queries: "
             "calibrate(..., attention=True) looks for them, and found none or was not called so"
         )
-    seen = {g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites] for g in groups}
+    seen = {
+        g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites[:1]] for g in groups
+    }
     ones = {name: [(scale_of, x, jnp.ones_like(x)) for scale_of, x in found] for name, found in seen.items()}
     return {g.name: _scales_of(ones[g.name], exponent, g.size, round_scales) for g in groups}
 

@@ -29,8 +29,8 @@ class Stack(NamedTuple):
     def of(cls, program: Program, found: Mapping[Var, Labels], places: Sequence[Place]) -> "Stack":
         """Those around every labelled variable that hand out parts of every labelled leaf.
 
-        But not the mesh axes that a collective on a labelled variable reduces over, nor those that cut a labelled
-        site's leaf elsewhere than along its channels: a channel has one scale.
+        But not the mesh axes that a collective on a labelled variable reduces over, nor the scans and mesh axes that
+        do not hand out the channels of a labelled site: a channel has one scale.
         """
         shared = [set(program.scopes[v]) for v in found]
         shared += [_handed_out(program, v) for v in found if v in program.leaves]
@@ -39,6 +39,7 @@ class Stack(NamedTuple):
             scopes -= reduced_axes(program, equation) or set()
         for place in places:
             if place.activation in found:
+                scopes &= {*place.view.stacked, *(scope for scope, _, _ in place.view.blocks)}
                 scopes -= {scope for scope, _, a in place.view.blocks if a not in place.site.channel_axes}
         return cls(program, tuple(sorted(scopes)), max(int(np.abs(labels).max()) for labels in found.values()))
 

@@ -275,3 +275,79 @@ def test_run_time_smoothing_asks_for_statistics_of_these_parameters():
     smoothed = sq.smooth(PARAMS, stats, 0.5)
     with pytest.raises(ValueError, match=r"statistics are of other parameters.*smoothing at run time"):
         sq.quantize(smoothed, stats, sq.W8A8._replace(smoothing=0.5))
+
+
+# What a reviewer broke: statistics must stay those of the folded parameters ---------------------------------------
+
+
+def stacked_matmul(a, w):
+    return jnp.einsum("lbx,lxy->lby", a, w)
+
+
+def check_statistics(fn, params, batches, attention=False):
+    """Folds with the scales asked for; fn and a recalibration agree. Returns the graph."""
+    with jax.numpy_rank_promotion("allow"):
+        stats = sq.calibrate(fn, params, batches, attention=attention)
+        s = sq.scales(params, stats, 0.5, attention=0.5 if attention else None)
+        folded = sq.fold(params, stats.graph, s)
+        for batch in batches:
+            assert sq.verify(fn, params, folded, *batch) < 1e-5
+        again = sq.calibrate(fn, folded, batches, attention=attention)
+    assert_trees_all_close(sq.fold_stats(stats, s).absmax, again.absmax, rtol=1e-4)
+    return stats.graph
+
+
+def test_an_offset_of_one_batch_only_is_refused():
+    def fn(p, x):
+        gain = 1 + p["g"] if x.shape[0] == 5 else p["g"]
+        return jnp.tanh((x * gain) @ p["w"])
+
+    graph = check_statistics(fn, {"g": normal(4), "w": normal(4, 6)}, [(normal(5, 4),), (normal(3, 4),)])
+    assert not graph.groups
+    assert "does not fold in the program of batch 1" in dict(graph.refused)["w"]
+
+
+def test_a_stack_read_whole_with_a_scale_and_by_index_without_is_refused():
+    def fn(p, x, y):
+        u = stacked_matmul(jnp.tanh(x) * p["g"], p["V"])
+        return jnp.tanh(stacked_matmul(u * p["k"], p["W"])), jnp.tanh(y @ p["V"][0])
+
+    params = {"g": normal(2, 1, 1), "k": jnp.float32(0.7), "V": normal(2, 4, 4), "W": normal(2, 4, 4, seed=1)}
+    x, y = normal(2, 5, 4), normal(5, 4)
+    graph = check_statistics(fn, params, [(x, 0.001 * y), (x, 100 * y)])
+    assert "multiplies another part of V" in dict(graph.refused)["W"]
+
+
+def test_a_scale_that_passes_a_shared_site_is_shared_by_all_steps():
+    def fn(p, x):
+        def step(c, q):
+            u = stacked_matmul(jnp.tanh(c) * q["g"], p["V"][0])
+            return c + jnp.tanh(stacked_matmul(u, q["W"])), None
+
+        return jax.lax.scan(step, x, {"g": p["g"], "W": p["W"]})[0], jnp.tanh(p["V"])  # V absorbs nothing
+
+    params = {"g": normal(3, 2, 1, 1), "V": normal(1, 2, 4, 4), "W": normal(3, 2, 4, 4)}
+    graph = check_statistics(fn, params, [(normal(2, 5, 4),)])
+    assert [(g.size, g.steps) for g in graph.groups] == [(2, ())]
+
+
+def test_keys_of_layers_in_one_stack_have_scales_of_their_own():
+    def fn(p, x):
+        for i in range(2):
+            x = x + jax.nn.softmax((x @ p["wq"][i]) @ (x @ p["wk"][i]).T, -1) @ x
+        return x
+
+    params = {"wq": normal(2, 4, 4), "wk": normal(2, 4, 4, seed=1)}
+    graph = check_statistics(fn, params, [(normal(5, 4),)], attention=True)
+    assert [g.name for g in graph.groups if g.keys] == ["wk (keys)", "wk (keys, 2)"]
+
+
+def test_sites_that_the_keys_scale_passes_are_counted():
+    def fn(p, x):
+        k = x @ p["k"]
+        mixed = jax.nn.softmax((x @ p["v"]) @ k.T, -1) @ k
+        return jax.nn.softmax((x @ p["q"]) @ k.T, -1) @ x, mixed @ p["o"]
+
+    params = {name: normal(4, 4, seed=i) for i, name in enumerate("kqvo")}
+    graph = check_statistics(fn, params, [(normal(5, 4),)], attention=True)
+    assert [path for path, _ in graph.groups[-1].sites] == ["k (keys)", "o"]
