@@ -1,12 +1,14 @@
-"""Number formats and their scales: the arithmetic of symmetric quantization on plain arrays."""
+"""Number formats and their scales: the arithmetic of quantization on plain arrays."""
 
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
-Granularity = Literal["per_channel", "per_tensor"]
+#: How many elements share a scale: an output's, all, or so many consecutive channels of an output (a group size).
+Granularity = Literal["per_channel", "per_tensor"] | int
+FormatName = Literal["int8", "int4", "e4m3", "e5m2"]
 
 
 class Format(NamedTuple):
@@ -16,24 +18,89 @@ class Format(NamedTuple):
     dtype: np.dtype
     bound: float
 
+    @property
+    def floating(self) -> bool:
+        """Whether its steps grow with the magnitude, as those of float8 do."""
+        return jnp.issubdtype(self.dtype, jnp.floating)
+
 
 #: Symmetric int8 in [-127, 127]: -128 is never used, so a sign change is always exact.
 INT8 = Format("int8", np.dtype(np.int8), 127.0)
+#: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. One byte an element in a CPU's memory, half on others.
+INT4 = Format("int4", np.dtype(jnp.int4), 7.0)
+#: float8 with 4 bits of exponent, 3 of mantissa, no infinity (Micikevicius et al. 2022, arXiv 2209.05433).
+E4M3 = Format("e4m3", np.dtype(jnp.float8_e4m3fn), 448.0)
+#: float8 with 5 bits of exponent and 2 of mantissa.
+E5M2 = Format("e5m2", np.dtype(jnp.float8_e5m2), 57344.0)
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (INT8, INT4, E4M3, E5M2)}
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+#: The codes of int4 with a zero point: 16 of them.
+_LOWEST, _HIGHEST = -8.0, 7.0
 
 
 def scale_from_absmax(absmax: Float[Array, "*s"], fmt: Format = INT8) -> Float[Array, "*s"]:
     """scale = absmax / bound in float32; 1 where that is zero or subnormal (a dead channel)."""
-    scale = absmax.astype(jnp.float32) / fmt.bound
+    return _alive(absmax.astype(jnp.float32) / fmt.bound)
+
+
+def _alive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(scale < _SMALLEST_NORMAL, jnp.float32(1.0), scale)
 
 
 def to_format(x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = INT8) -> Shaped[Array, "*s"]:
     """q = clip(round-half-even(x / scale), -bound, bound), stored as `fmt.dtype`.
 
-    `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2 (and a
-    few units in the last place) wherever |x| <= bound * scale.
+    `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2 for integers, and
+    <= max(|x| 2^-(m + 1), scale 2^(e - m - 1)) for a float8 of m mantissa bits whose smallest exponent is e (and a few
+    units in the last place), wherever |x| <= bound * scale.
     """
-    q = jnp.round(x.astype(jnp.float32) / scale)
+    q = x.astype(jnp.float32) / scale
+    q = q if fmt.floating else jnp.round(q)
     return jnp.clip(q, -fmt.bound, fmt.bound).astype(fmt.dtype)
+
+
+def zero_point_range(low: Float[Array, "*s"], high: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
+    """(scale, zero) of int4 with a zero point: scale = (high - low) / 15, zero = round(-low / scale) - 8.
+
+    The range is made to hold 0, which is so represented exactly: by the code `zero`, in [-8, 7].
+    """
+    low, high = jnp.minimum(low.astype(jnp.float32), 0), jnp.maximum(high.astype(jnp.float32), 0)
+    scale = _alive((high - low) / (_HIGHEST - _LOWEST))
+    return scale, (jnp.round(-low / scale) + _LOWEST).astype(jnp.int8)
+
+
+def to_codes(x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]) -> Shaped[Array, "*s"]:
+    """q = clip(round(x / scale) + zero, -8, 7) as int4, so that (q - zero) * scale is x within scale / 2."""
+    q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
+    return jnp.clip(q, _LOWEST, _HIGHEST).astype(INT4.dtype)
+
+
+def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*lead packed"]:
+    """int4 as files hold it, two to a byte: element 2i in the low nibble, 2i + 1 in the high one.
+
+    The last axis of odd length ends in a nibble of zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.formats import pack_int4, unpack_int4
+        >>> packed = pack_int4(jnp.array([1, -1, 7], jnp.int4))
+        >>> packed.tolist(), unpack_int4(packed, 3).tolist()
+        ([241, 7], [1, -1, 7])
+    """
+    nibbles = np.asarray(x).astype(np.int8).view(np.uint8) & 15
+    if nibbles.shape[-1] % 2:
+        nibbles = np.concatenate([nibbles, np.zeros((*nibbles.shape[:-1], 1), np.uint8)], axis=-1)
+    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: UInt8[np.ndarray, "*lead packed"], length: int) -> Shaped[np.ndarray, "*lead n"]:
+    """The int4 elements of `pack_int4`; `length` is that of the last axis.
+
+    Raises:
+        ValueError: `length` elements do not take so many bytes.
+    """
+    if packed.shape[-1] != (length + 1) // 2:
+        raise ValueError(f"unpack_int4: {length} elements take {(length + 1) // 2} bytes, got {packed.shape[-1]}")
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return (((nibbles ^ 8).astype(np.int8)) - 8).astype(INT4.dtype)
