@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
 from sqjax.interpreter import Leaf, Rules, trace, walk
-from sqjax.matmul import QuantWeight, quantized_dot_general, quantized_ragged_dot
+from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.sharding import weight_specs
 from sqjax.trees import named_leaves
 
@@ -140,9 +140,11 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     params, weight = equation.params, leaf.value
     strides = params["strides"] or (1,) * weight.ndim
     cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
+    tensor = weight.tensor.slice(cuts)
     of_stored = {stored: cut for stored, cut in zip(weight.tensor.axes, cuts, strict=True)}
     first = weight.ndim - weight.contracted
-    if any(len(range(n)[of_stored[first + i]]) != n for i, n in enumerate(weight.tensor.values.shape[first:])):
+    uncut = [len(range(n)[of_stored[first + i]]) == n for i, n in enumerate(weight.tensor.values.shape[first:])]
+    if tensor is None or not all(uncut):
         return _refuse(equation, leaf)
 
     def of_stack(x: Any, own: int) -> Any:
@@ -153,9 +155,10 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
         leaf.path,
         replace(
             weight,
-            tensor=weight.tensor.slice(cuts),
+            tensor=tensor,
             input_scale=of_stack(weight.input_scale, 0),
             smoothing=of_stack(weight.smoothing, weight.contracted),
+            outliers=None if weight.outliers is None else Outliers(*(of_stack(x, 1) for x in weight.outliers)),
         ),
     )
 
@@ -170,16 +173,21 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     tensor = None if permuting or repeating or moving else weight.tensor.reshape(shape)
     scales, own = weight.input_scale, math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
     one_matrix = (scales is None or scales.size == 1) and (weight.smoothing is None or weight.smoothing.size == own)
-    if tensor is None or not one_matrix:
+    outliers = weight.outliers
+    if tensor is None or not one_matrix or (outliers is not None and outliers.channels.ndim > 1):
         return _refuse(equation, leaf)
     contracted = _trailing(tensor.values.shape, own)
+    if math.prod(tensor.values.shape[tensor.ndim - contracted :]) != own:
+        return _refuse(equation, leaf)
+    if outliers is not None:
+        outer = tensor.values.shape[: tensor.ndim - contracted]
+        outliers = outliers._replace(weight=outliers.weight.reshape(*outer, -1))
     smoothing = weight.smoothing
     if smoothing is not None:
         smoothing = smoothing.reshape(tensor.values.shape[tensor.ndim - contracted :])
     scales = None if scales is None else scales.reshape(())
-    return Leaf(
-        leaf.path, replace(weight, tensor=tensor, input_scale=scales, smoothing=smoothing, contracted=contracted)
-    )
+    changes = {"input_scale": scales, "smoothing": smoothing, "contracted": contracted, "outliers": outliers}
+    return Leaf(leaf.path, replace(weight, tensor=tensor, **changes))
 
 
 def _trailing(shape: tuple[int, ...], product: int) -> int:
@@ -191,7 +199,7 @@ def _trailing(shape: tuple[int, ...], product: int) -> int:
 
 
 def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
-    """Rows of a quantized embedding: int8 rows are gathered, and only they are dequantized."""
+    """Rows of a quantized embedding: narrow rows are gathered, and only they are dequantized."""
     if not isinstance(leaf, Leaf) or isinstance(indices, Leaf):
         return _refuse(equation, leaf, indices)
     tensor, numbers = leaf.value.tensor, equation.params["dimension_numbers"]
@@ -200,14 +208,24 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
     if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,)):
         return _refuse(equation, leaf, indices)
-    # Rows out of range are 1 times the fill value: int8 has no NaN, jnp.take's usual one.
-    values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 1})
-    scale = jnp.broadcast_to(tensor.scale, (*tensor.shape[:1], *tensor.scale.shape[1:]))
-    params = {**equation.params, "slice_sizes": (1, *scale.shape[1:])}
-    rows = values.astype(jnp.float32) * equation.primitive.bind(scale, indices, **params)
+
+    def rows(x: Any, fill: float | None = None) -> Any:
+        if x is None:
+            return None
+        x = jnp.broadcast_to(x, (*tensor.shape[:1], *x.shape[1:]))
+        params = {**equation.params, "slice_sizes": (1, *x.shape[1:])}
+        return equation.primitive.bind(x, indices, **(params if fill is None else {**params, "fill_value": fill}))
+
+    # Rows out of range are 1 times the fill value: integers have no NaN, jnp.take's usual one.
+    scale, zero, group_scale = rows(tensor.scale), rows(tensor.zero, 0), rows(tensor.group_scale, 1)
+    found = replace(tensor, values=rows(tensor.values, 1), scale=scale, zero=zero, group_scale=group_scale, order=())
+    x = found.codes().astype(jnp.float32) * found.spread(found.scale)
+    if (outliers := leaf.value.outliers) is not None:  # whose quantized weights are 0
+        flat = x.reshape(*x.shape[: x.ndim - tensor.ndim + 1], -1)
+        x = flat.at[..., outliers.channels].set(rows(outliers.weight).astype(jnp.float32)).reshape(x.shape)
     if (smoothing := leaf.value.smoothing) is not None:  # the tensor holds s * W
-        rows = rows / smoothing.reshape((1,) * (rows.ndim - smoothing.ndim) + smoothing.shape)
-    return rows.astype(tensor.dtype)
+        x = x / smoothing.reshape((1,) * (x.ndim - smoothing.ndim) + smoothing.shape)
+    return x.astype(tensor.dtype)
 
 
 def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
@@ -232,6 +250,9 @@ def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
 def _shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
     """Steps into the body; every device has its block of a leaf's values and scales."""
     shards: Any = shard_map_in(equation)
+    split = [x for x in operands if isinstance(x, Leaf) and x.value.outliers is not None]
+    if split:  # the positions of outlier channels are those of the whole leaf
+        return _refuse(equation, *split)
     specs = [
         Leaf(x.path, weight_specs(x.value, spec, x.path)) if isinstance(x, Leaf) else spec
         for x, spec in zip(operands, shards.in_specs, strict=True)
@@ -253,8 +274,12 @@ def _per_step(x: Any, length: int) -> Any:
     if not isinstance(x, Leaf):
         return x
     tensor = x.value.tensor
-    scale = jnp.broadcast_to(tensor.scale, (length, *tensor.scale.shape[1:]))
-    return Leaf(x.path, replace(x.value, tensor=replace(tensor, scale=scale)))
+
+    def every(part: Any) -> Any:
+        return None if part is None else jnp.broadcast_to(part, (length, *part.shape[1:]))
+
+    parts = {name: every(getattr(tensor, name)) for name in ("scale", "zero", "group_scale")}
+    return Leaf(x.path, replace(x.value, tensor=replace(tensor, **parts)))
 
 
 def _no_leaves(values: list[Any]) -> list[Any]:
