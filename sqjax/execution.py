@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import JaxprEqn
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
+from sqjax.bodies import Bodies, body_rules
+from sqjax.equations import emit, source_of
 from sqjax.interpreter import Leaf, Rules, trace, walk
 from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.sharding import weight_specs
@@ -228,51 +228,15 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     return x.astype(tensor.dtype)
 
 
-def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Steps into the body; a stacked leaf hands out one layer's values and scales at each step."""
-    scan: Any = scan_in(equation)
-    consts, carry, xs = scan.sort(operands)
-    if moved := [x for x in carry if isinstance(x, Leaf)]:
-        return _refuse(equation, *moved)
-    for x in xs:
-        if isinstance(x, Leaf) and not (x.value.tensor.axes[0] == 0 and x.value.tensor.scale.shape[0] > 0):
-            return _refuse(equation, x)
-    xs = [_per_step(x, scan.length) for x in xs]
-
-    def step(carry, slices):
-        outputs = _no_leaves(walk(scan.step.jaxpr, scan.step.consts, [*consts, *carry, *slices], RULES))
-        return outputs[: scan.carry], outputs[scan.carry :]
-
-    carry, ys = lax.scan(step, carry, xs, length=scan.length, **scan.options)
-    return [*carry, *ys]
-
-
-def _shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Steps into the body; every device has its block of a leaf's values and scales."""
-    shards: Any = shard_map_in(equation)
-    split = [x for x in operands if isinstance(x, Leaf) and x.value.outliers is not None]
-    if split:  # the positions of outlier channels are those of the whole leaf
-        return _refuse(equation, *split)
-    specs = [
-        Leaf(x.path, weight_specs(x.value, spec, x.path)) if isinstance(x, Leaf) else spec
-        for x, spec in zip(operands, shards.in_specs, strict=True)
-    ]
-
-    def block(*operands):
-        return _no_leaves(walk(shards.block.jaxpr, shards.block.consts, operands, RULES))
-
-    return shards.run(block, tuple(specs), list(shards.out_specs), operands)
-
-
 def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """The same values on every device, said to differ."""
     return jax.tree.map(lambda x: emit(equation, x), leaf)
 
 
-def _per_step(x: Any, length: int) -> Any:
+def _per_step(equation: JaxprEqn, x: Leaf, length: int) -> Leaf:
     """A leaf whose every array has the steps as its first axis."""
-    if not isinstance(x, Leaf):
-        return x
+    if x.value.tensor.axes[0] != 0 or x.value.tensor.scale.shape[0] == 0:
+        return _refuse(equation, x)
     tensor = x.value.tensor
 
     def every(part: Any) -> Any:
@@ -288,32 +252,21 @@ def _no_leaves(values: list[Any]) -> list[Any]:
     return values
 
 
-def _while(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Leaves are constants of the loop."""
-    params = equation.params
-    test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    test_consts, body_consts, carry = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
-    if moved := [x for x in carry if isinstance(x, Leaf)]:
+def _carried(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
+    """What a loop carries: no quantized leaf."""
+    if moved := [x for x in operands if isinstance(x, Leaf)]:
         return _refuse(equation, *moved)
-    return lax.while_loop(
-        lambda carry: walk(test.jaxpr, test.consts, [*test_consts, *carry], RULES)[0],
-        lambda carry: _no_leaves(walk(body.jaxpr, body.consts, [*body_consts, *carry], RULES)),
-        list(carry),
-    )
+    return operands
 
 
-def _cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
-    """Each branch walks with the leaves it is given."""
-    programs = [program_in(equation, branch) for branch in equation.params["branches"]]
-
-    def branch(program):
-        return lambda: _no_leaves(walk(program.jaxpr, program.consts, operands, RULES))
-
-    return lax.switch(index, [branch(program) for program in programs])
+def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
+    """The specs of a leaf's arrays in a shard_map."""
+    if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
+        return _refuse(equation, leaf)
+    return Leaf(leaf.path, weight_specs(leaf.value, spec, leaf.path))
 
 
-RULES = Rules(
+RULES: Rules = Rules(
     {
         "dot_general": _laid_out(_dot),
         "transpose": _transpose,
@@ -325,11 +278,8 @@ RULES = Rules(
         "slice": _slice,
         "gather": _laid_out(_gather),
         "ragged_dot_general": _laid_out(_ragged_dot),
-        "scan": _scan,
-        "shard_map": _shard_map,
         "pvary": _pvary,
-        "while": _while,
-        "cond": _cond,
+        **body_rules(lambda: RULES, Bodies(_per_step, _cut, _carried, _no_leaves)),
     },
     _refuse,
 )
