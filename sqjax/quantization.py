@@ -15,6 +15,7 @@ from sqjax.formats import scale_from_absmax
 from sqjax.graph import Site
 from sqjax.matmul import QuantWeight
 from sqjax.qtensor import QTensor
+from sqjax.ranges import checked
 from sqjax.schemes import W8A8, Scheme
 from sqjax.smoothing import Alpha, fold, fold_stats, scales, smoothing_scales, unfold
 from sqjax.statistics import Stats, leaves_by_path, weight_absmax
@@ -39,8 +40,8 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
-            scales, or smoothing at run time, asked of statistics that do not describe these params. (Values can not be
-            checked under jit.)
+            scales, or smoothing at run time, asked of statistics that do not describe these params; a `range` asked of
+            statistics without histograms of these params' activations. (Values can not be checked under jit.)
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -59,7 +60,26 @@ def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
     rules = rules if isinstance(rules, Mapping) else {"": rules}
     found = first_matches(rules, [site.path for site in stats.graph.sites], "quantize rule")
     chosen = {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
-    return {path: scheme for path, scheme in chosen.items() if scheme is not None}
+    schemes = {path: scheme for path, scheme in chosen.items() if scheme is not None}
+    for path, scheme in schemes.items():
+        _check_range(path, scheme)
+    return schemes
+
+
+def _check_range(path: str, scheme: Scheme) -> None:
+    """Raises ValueError if a scheme's range is none, or would not be used."""
+    if checked(scheme.range, path) == "absmax":
+        return
+    if scheme.activations != "static":
+        raise ValueError(
+            f"{path}: the range {scheme.range!r} is for static activations, and these are {scheme.activations!r}, "
+            "whose scales are computed at run time from the absmax; use activations='static', or range='absmax'"
+        )
+    if scheme.smoothing is not None:
+        raise ValueError(
+            f"{path}: the range {scheme.range!r} can not be found for smoothing at run time: the histogram is of X, "
+            "not of X / s; use range='absmax' there, or smooth the parameters"
+        )
 
 
 def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> PyTree:
@@ -73,6 +93,8 @@ def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> P
         if path not in schemes:
             return leaf
         site, scheme, absmax, s = sites[path], schemes[path], stats.absmax[path], None
+        if scheme.range != "absmax":
+            absmax = stats.input_range(path, checked(scheme.range, path))
         if scheme.smoothing is not None:
             s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
         return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch)
@@ -154,7 +176,8 @@ def smoothquant(
 ) -> PyTree:
     """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
 
-    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too.
+    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too. Only
+    schemes with a `range` need histograms of the smoothed model: then the batches are kept in a list, and read twice.
     `runtime` is an alpha for sites that are in no smoothed group: these are smoothed at run time (None: not at all).
     Arguments and errors are those of `calibrate`, `scales` and `quantize`. Xiao et al. 2022, arXiv 2211.10438.
 
@@ -166,10 +189,18 @@ def smoothquant(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
+    wanted = scheme.values() if isinstance(scheme, Mapping) else [scheme]
+    twice = any(one is not None and one.range != "absmax" for one in wanted)
+    batches = list(batches) if twice else batches
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
     schemes = _schemes(stats, scheme)
     if runtime is not None:
         smoothed = {path for group in stats.graph.groups if group.name in s for path, _ in group.sites}
         schemes = {p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()}
-    return _quantized(fold(params, stats.graph, s), fold_stats(stats, s), schemes)
+        for path, one in schemes.items():
+            _check_range(path, one)
+    folded = fold(params, stats.graph, s)
+    if twice:
+        return _quantized(folded, calibrate(fn, folded, batches, histogram=True, progress=progress), schemes)
+    return _quantized(folded, fold_stats(stats, s), schemes)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from sqjax.formats import Granularity
 from sqjax.matmul import Activations
+from sqjax.ranges import Range
 
 
 class Scheme(NamedTuple):
@@ -15,16 +16,20 @@ class Scheme(NamedTuple):
         weights: "per_channel" (a scale for every output) or "per_tensor".
         smoothing: alpha of smoothing at run time, or None: the weight becomes s W, and the activation's quantizer
             divides by s. For sites whose scale no leaf can absorb; elsewhere `smooth` gives the same for nothing.
+        range: what a static scale covers: "absmax"; "mse", the range of least expected squared error; or a percentile
+            as a fraction, such as 0.9999. What is larger is clipped. The last two need
+            `calibrate(..., histogram=True)`, and no smoothing at run time.
 
     Example:
         >>> import sqjax as sq
         >>> sq.W8A8_O3._replace(weights="per_tensor")
-        Scheme(activations='static', weights='per_tensor', smoothing=None)
+        Scheme(activations='static', weights='per_tensor', smoothing=None, range='absmax')
     """
 
     activations: Activations = "per_token"
     weights: Granularity = "per_channel"
     smoothing: float | None = None
+    range: Range = "absmax"
 
 
 #: W8A8 at the paper's efficiency level O1: per-token dynamic activations (the most accurate).
