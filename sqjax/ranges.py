@@ -97,7 +97,7 @@ def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*bat
     """How many elements of an array of |x| lie in each bin, for every index of its first `batch` axes.
 
     A float's bits, read as an integer, grow with it: its exponent and first 4 bits of mantissa are its bin. The
-    counting is a scatter-add; a 512 x 1536 array took 0.7 ms on two cores, where max and sum over its tokens took 0.6.
+    counting is a scatter-add, about a nanosecond a value on two cores: 0.7 to 1.3 ms for a 512 x 1536 array.
     """
     counted = partial(_count, batch=batch)
     if any(entry is not None for entry in jax.typeof(magnitude).sharding.spec):  # a mesh with explicit axes
@@ -107,11 +107,11 @@ def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*bat
 
 def _count(magnitude: Float[Array, "..."], batch: int) -> UInt32[Array, "*batch bins"]:
     lead = magnitude.shape[:batch]
-    bins = bin_of(magnitude.reshape(int(np.prod(lead, dtype=int)), int(np.prod(magnitude.shape[batch:], dtype=int))))
-    own = lax.broadcasted_iota(jnp.int32, bins.shape, 0)
-    bins = jnp.where(bins < 0, BINS, bins)  # out of bounds: dropped
-    zeros = jnp.zeros((bins.shape[0], BINS), jnp.uint32)
-    return zeros.at[own, bins].add(jnp.uint32(1), mode="drop").reshape(*lead, BINS)
+    stack, each = (int(np.prod(sizes, dtype=int)) for sizes in (lead, magnitude.shape[batch:]))
+    own = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (BINS + 1)  # bin -1 goes before each matrix's others
+    places = (own + bin_of(magnitude.reshape(stack, each)) + 1).reshape(stack * each)
+    counts = jnp.zeros(stack * (BINS + 1), jnp.uint32).at[places].add(jnp.uint32(1), mode="promise_in_bounds")
+    return counts.reshape(*lead, BINS + 1)[..., 1:]
 
 
 def bin_of(magnitude: Float[Array, "*s"]) -> Int[Array, "*s"]:
@@ -155,8 +155,9 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
 def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"]:
     """The range t of least `expected_error` among absmax * 2^(-j / 16), j = 0 .. 255: absmax is one of them.
 
-    So by the histogram's account it never loses to absmax; among equals the largest is taken. An outlier counts too: one
-    among n values of size 1 is clipped far only if it is smaller than about sqrt(n). Ranges of least squared error: Sung et al. 2015, arXiv 1511.06488; Choukroun et al. 2019, arXiv 1902.06822.
+    So by the histogram's account it never loses to absmax; among equals the largest is taken. Outliers count too: one
+    among n values of size 1 is clipped far only if it is smaller than about sqrt(n). Ranges of least squared error:
+    Sung et al. 2015, arXiv 1511.06488; Choukroun et al. 2019, arXiv 1902.06822.
 
     Args:
         histogram: of |x|.

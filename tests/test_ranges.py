@@ -185,7 +185,7 @@ def brute_force(x, fmt):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", VALUES)
 def test_the_range_of_least_error_is_that_of_the_raw_values(name, fmt):
-    """Within a bin, and never worse than absmax. Float8's error has many minima: within 3% of the least of those tried."""
+    """Within a bin, and never worse than absmax. Float8, whose error has many minima: within 3% of those tried."""
     x = values(name)
     t = float(mse_range(histogram(x), fmt))
     best, least = brute_force(x, fmt)
