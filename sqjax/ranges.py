@@ -248,15 +248,9 @@ def _positive(absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(absmax < EDGES[0], jnp.float32(1), absmax)
 
 
-def checked(how: Any, where: str) -> Range:
-    """`how`, if it is a `Range`; raises ValueError, naming `where`, if it is not."""
-    if how == "absmax" or how == "mse":
-        return how
-    if isinstance(how, float | int) and not isinstance(how, bool) and 0 < how <= 1:
-        return float(how)
-    raise ValueError(
-        f"{where}: range is {how!r}; expected 'absmax', 'mse', or a percentile as a fraction in (0, 1], such as 0.9999"
-    )
+def is_range(how: Any) -> bool:
+    """Whether `how` is a `Range`."""
+    return how in ("absmax", "mse") if isinstance(how, str) else isinstance(how, float) and 0 < how <= 1
 
 
 def find_range(histogram: Histogram, how: Range, fmt: Format = INT8) -> Float[Array, "*batch"]:

@@ -404,15 +404,24 @@ def test_refusals_of_schemes():
     for how in ("mse", 0.999):
         with pytest.raises(ValueError, match=r"^a: the range .* call calibrate\(\.\.\., histogram=True\)"):
             sq.quantize(PARAMS, plain, sq.W8A8_O3._replace(range=how))
-    with pytest.raises(ValueError, match=r"^a: the range 'mse' can not be found for smoothing at run time"):
+    with pytest.raises(ValueError, match="a range comes from the histogram of X, not of X / s"):
         sq.quantize(PARAMS, stats, MSE._replace(smoothing=0.5))
-    with pytest.raises(ValueError, match=r"^b: the range 'mse' can not be found for smoothing at run time"):
+    with pytest.raises(ValueError, match=r"^b: .*a range comes from the histogram of X, not of X / s"):
         sq.smoothquant(fn, PARAMS, BATCHES, scheme=MSE, groups="^a$", runtime=0.5)
-    with pytest.raises(ValueError, match=r"^a: the range 'mse' is for static activations, and these are 'per_token'"):
+    with pytest.raises(ValueError, match=r"a range comes from .* or of X without outliers"):
+        sq.quantize(PARAMS, stats, MSE._replace(outliers=6.0))
+    with pytest.raises(ValueError, match="a range is for static activations"):
         sq.quantize(PARAMS, stats, sq.W8A8._replace(range="mse"))
     for wrong in (0.0, 99.9, True, "max", None):
-        with pytest.raises(ValueError, match=r"^a: range is .*; expected 'absmax', 'mse', or a percentile"):
+        with pytest.raises(ValueError, match="expected a range 'absmax', 'mse', or a percentile"):
             sq.quantize(PARAMS, stats, sq.Scheme("static")._replace(range=wrong))
+
+
+def test_the_range_is_that_of_the_activations_format():
+    stats = calibrated()
+    fp8 = sq.FP8._replace(activations="static", range="mse")
+    scale = sq.quantize(PARAMS, stats, fp8)["a"].input_scale
+    np.testing.assert_allclose(scale * E4M3.bound, mse_range(stats.histogram["a"], E4M3), rtol=1e-6)
 
 
 def test_what_can_not_be_merged():
