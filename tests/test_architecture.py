@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
     ["formats", "trees", "views"],
-    ["qtensor", "products"],
+    ["qtensor", "products", "ranges"],
     ["matmul"],
     ["equations"],
     ["sharding"],
