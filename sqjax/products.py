@@ -154,13 +154,14 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
 
-    def step(total, number):
+    def step(total, this):
+        number, mine = this
         own = matrix.columns(number, number * group, group)
-        sums = narrow_dot(lax.dynamic_slice_in_dim(q, number * group, group, 1), own.integers(None))
-        return total + sums.astype(jnp.float32) * own.scale.T, None
+        return total + narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T, None
 
     start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
-    return lax.scan(step, start, jnp.arange(groups, dtype=jnp.int32))[0]
+    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    return lax.scan(step, start, (jnp.arange(groups, dtype=jnp.int32), of_groups))[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
