@@ -44,6 +44,7 @@ FLOORS = [
     ["linen", "nnx"],
     ["models"],
     ["demo"],
+    ["comparison"],
     ["cli"],
     ["__init__"],
 ]
