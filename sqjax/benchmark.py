@@ -6,6 +6,7 @@ Every figure is the median of runs that take turns, so that a busy machine slows
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -111,6 +112,7 @@ def machine() -> str:
         fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         model, flags = fields.get("model name", model), fields.get("flags", "")
+        model += "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
     units = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16") if name in flags.split()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
@@ -134,7 +136,8 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:
     steps = _steps(model, variants, size.slots)
     seconds["decode"] = interleaved(steps, size.repeats * size.short, f"{name}, decode")
     rows: dict[str, dict[str, float] | str] = {v: {c: seconds[c][v] for c in seconds} for v in variants}
-    return Table(f"{name}: a decoder, batch 1, against float32", "float32", rows | notes)
+    rows.update(notes)
+    return Table(f"{name}: a decoder, batch 1, against float32", "float32", rows)
 
 
 def model_variants(model: Model, params: Any) -> tuple[dict[str, Variant], dict[str, str]]:
@@ -166,16 +169,23 @@ def qwix_variant(model: Model, params: Any) -> Variant:
         model, params = Model(replace(model.config, tie_embeddings=False)), {**params, "lm_head": head}
     rule = qwix.QuantizationRule(op_names=("dot_general",), weight_qtype=jnp.int8, act_qtype=jnp.int8)
     module = qwix.quantize_model(Llama(model.config), qwix.PtqProvider([rule]))
-    with jax.numpy_dtype_promotion("standard"):
+    with _usual_promotion():
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         qparams = qwix.quantize_params(params, shapes)
 
     def decode(params, ids, cache):
-        with jax.numpy_dtype_promotion("standard"):
+        with _usual_promotion():
             logits, grown = module.apply({"params": params}, ids, cache)
         return logits[:, -1], grown
 
     return Variant(decode, qparams)
+
+
+@contextmanager
+def _usual_promotion() -> Iterator[None]:
+    """For code that multiplies dtypes and ranks that differ."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _prefills(model: Model, variants: Mapping[str, Variant], tokens: int) -> dict[str, Callable[[], Any]]:
@@ -233,7 +243,8 @@ def matvecs(size: Size) -> Table:
     rows: dict[str, dict[str, float] | str] = {}
     for inner, outer in size.matvecs:
         variants = matmul_variants(inner, outer)
-        runs = {name: partial(run, jnp.asarray(_activation(1, inner), dtype)) for name, (run, dtype) in variants.items()}
+        x = _activation(1, inner)
+        runs = {name: partial(run, jnp.asarray(x, dtype)) for name, (run, dtype) in variants.items()}
         for name, seconds in interleaved(runs, size.repeats * size.short, f"matvec, {inner} to {outer}").items():
             rows[name] = {**_figures(rows.get(name)), f"{inner} to {outer}": seconds}
     return Table("x @ w for one row, against float32", "float32", rows)
