@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import JaxprEqn
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from sqjax.equations import emit, program_in, scan_in, shard_map_in, source_of
+from sqjax.bodies import Bodies, body_rules
+from sqjax.equations import emit, source_of
 from sqjax.interpreter import Leaf, Rules, trace, walk
-from sqjax.matmul import QuantWeight, quantized_dot_general, quantized_ragged_dot
+from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.sharding import weight_specs
 from sqjax.trees import named_leaves
 
@@ -140,9 +140,11 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     params, weight = equation.params, leaf.value
     strides = params["strides"] or (1,) * weight.ndim
     cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
+    tensor = weight.tensor.slice(cuts)
     of_stored = {stored: cut for stored, cut in zip(weight.tensor.axes, cuts, strict=True)}
     first = weight.ndim - weight.contracted
-    if any(len(range(n)[of_stored[first + i]]) != n for i, n in enumerate(weight.tensor.values.shape[first:])):
+    uncut = [len(range(n)[of_stored[first + i]]) == n for i, n in enumerate(weight.tensor.values.shape[first:])]
+    if tensor is None or not all(uncut):
         return _refuse(equation, leaf)
 
     def of_stack(x: Any, own: int) -> Any:
@@ -153,9 +155,10 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
         leaf.path,
         replace(
             weight,
-            tensor=weight.tensor.slice(cuts),
+            tensor=tensor,
             input_scale=of_stack(weight.input_scale, 0),
             smoothing=of_stack(weight.smoothing, weight.contracted),
+            outliers=None if weight.outliers is None else Outliers(*(of_stack(x, 1) for x in weight.outliers)),
         ),
     )
 
@@ -170,16 +173,21 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     tensor = None if permuting or repeating or moving else weight.tensor.reshape(shape)
     scales, own = weight.input_scale, math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
     one_matrix = (scales is None or scales.size == 1) and (weight.smoothing is None or weight.smoothing.size == own)
-    if tensor is None or not one_matrix:
+    outliers = weight.outliers
+    if tensor is None or not one_matrix or (outliers is not None and outliers.channels.ndim > 1):
         return _refuse(equation, leaf)
     contracted = _trailing(tensor.values.shape, own)
+    if math.prod(tensor.values.shape[tensor.ndim - contracted :]) != own:
+        return _refuse(equation, leaf)
+    if outliers is not None:
+        outer = tensor.values.shape[: tensor.ndim - contracted]
+        outliers = outliers._replace(weight=outliers.weight.reshape(*outer, -1))
     smoothing = weight.smoothing
     if smoothing is not None:
         smoothing = smoothing.reshape(tensor.values.shape[tensor.ndim - contracted :])
     scales = None if scales is None else scales.reshape(())
-    return Leaf(
-        leaf.path, replace(weight, tensor=tensor, input_scale=scales, smoothing=smoothing, contracted=contracted)
-    )
+    changes = {"input_scale": scales, "smoothing": smoothing, "contracted": contracted, "outliers": outliers}
+    return Leaf(leaf.path, replace(weight, tensor=tensor, **changes))
 
 
 def _trailing(shape: tuple[int, ...], product: int) -> int:
@@ -191,7 +199,7 @@ def _trailing(shape: tuple[int, ...], product: int) -> int:
 
 
 def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
-    """Rows of a quantized embedding: int8 rows are gathered, and only they are dequantized."""
+    """Rows of a quantized embedding: narrow rows are gathered, and only they are dequantized."""
     if not isinstance(leaf, Leaf) or isinstance(indices, Leaf):
         return _refuse(equation, leaf, indices)
     tensor, numbers = leaf.value.tensor, equation.params["dimension_numbers"]
@@ -200,47 +208,24 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
     if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,)):
         return _refuse(equation, leaf, indices)
-    # Rows out of range are 1 times the fill value: int8 has no NaN, jnp.take's usual one.
-    values = equation.primitive.bind(tensor.values, indices, **{**equation.params, "fill_value": 1})
-    scale = jnp.broadcast_to(tensor.scale, (*tensor.shape[:1], *tensor.scale.shape[1:]))
-    params = {**equation.params, "slice_sizes": (1, *scale.shape[1:])}
-    rows = values.astype(jnp.float32) * equation.primitive.bind(scale, indices, **params)
+
+    def rows(x: Any, fill: float | None = None) -> Any:
+        if x is None:
+            return None
+        x = jnp.broadcast_to(x, (*tensor.shape[:1], *x.shape[1:]))
+        params = {**equation.params, "slice_sizes": (1, *x.shape[1:])}
+        return equation.primitive.bind(x, indices, **(params if fill is None else {**params, "fill_value": fill}))
+
+    # Rows out of range are 1 times the fill value: integers have no NaN, jnp.take's usual one.
+    scale, zero, group_scale = rows(tensor.scale), rows(tensor.zero, 0), rows(tensor.group_scale, 1)
+    found = replace(tensor, values=rows(tensor.values, 1), scale=scale, zero=zero, group_scale=group_scale, order=())
+    x = found.codes().astype(jnp.float32) * found.spread(found.scale)
+    if (outliers := leaf.value.outliers) is not None:  # whose quantized weights are 0
+        flat = x.reshape(*x.shape[: x.ndim - tensor.ndim + 1], -1)
+        x = flat.at[..., outliers.channels].set(rows(outliers.weight).astype(jnp.float32)).reshape(x.shape)
     if (smoothing := leaf.value.smoothing) is not None:  # the tensor holds s * W
-        rows = rows / smoothing.reshape((1,) * (rows.ndim - smoothing.ndim) + smoothing.shape)
-    return rows.astype(tensor.dtype)
-
-
-def _scan(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Steps into the body; a stacked leaf hands out one layer's values and scales at each step."""
-    scan: Any = scan_in(equation)
-    consts, carry, xs = scan.sort(operands)
-    if moved := [x for x in carry if isinstance(x, Leaf)]:
-        return _refuse(equation, *moved)
-    for x in xs:
-        if isinstance(x, Leaf) and not (x.value.tensor.axes[0] == 0 and x.value.tensor.scale.shape[0] > 0):
-            return _refuse(equation, x)
-    xs = [_per_step(x, scan.length) for x in xs]
-
-    def step(carry, slices):
-        outputs = _no_leaves(walk(scan.step.jaxpr, scan.step.consts, [*consts, *carry, *slices], RULES))
-        return outputs[: scan.carry], outputs[scan.carry :]
-
-    carry, ys = lax.scan(step, carry, xs, length=scan.length, **scan.options)
-    return [*carry, *ys]
-
-
-def _shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Steps into the body; every device has its block of a leaf's values and scales."""
-    shards: Any = shard_map_in(equation)
-    specs = [
-        Leaf(x.path, weight_specs(x.value, spec, x.path)) if isinstance(x, Leaf) else spec
-        for x, spec in zip(operands, shards.in_specs, strict=True)
-    ]
-
-    def block(*operands):
-        return _no_leaves(walk(shards.block.jaxpr, shards.block.consts, operands, RULES))
-
-    return shards.run(block, tuple(specs), list(shards.out_specs), operands)
+        x = x / smoothing.reshape((1,) * (x.ndim - smoothing.ndim) + smoothing.shape)
+    return x.astype(tensor.dtype)
 
 
 def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -248,13 +233,17 @@ def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     return jax.tree.map(lambda x: emit(equation, x), leaf)
 
 
-def _per_step(x: Any, length: int) -> Any:
+def _per_step(equation: JaxprEqn, x: Leaf, length: int) -> Leaf:
     """A leaf whose every array has the steps as its first axis."""
-    if not isinstance(x, Leaf):
-        return x
+    if x.value.tensor.axes[0] != 0 or x.value.tensor.scale.shape[0] == 0:
+        return _refuse(equation, x)
     tensor = x.value.tensor
-    scale = jnp.broadcast_to(tensor.scale, (length, *tensor.scale.shape[1:]))
-    return Leaf(x.path, replace(x.value, tensor=replace(tensor, scale=scale)))
+
+    def every(part: Any) -> Any:
+        return None if part is None else jnp.broadcast_to(part, (length, *part.shape[1:]))
+
+    parts = {name: every(getattr(tensor, name)) for name in ("scale", "zero", "group_scale")}
+    return Leaf(x.path, replace(x.value, tensor=replace(tensor, **parts)))
 
 
 def _no_leaves(values: list[Any]) -> list[Any]:
@@ -263,32 +252,21 @@ def _no_leaves(values: list[Any]) -> list[Any]:
     return values
 
 
-def _while(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """Leaves are constants of the loop."""
-    params = equation.params
-    test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    test_consts, body_consts, carry = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
-    if moved := [x for x in carry if isinstance(x, Leaf)]:
+def _carried(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
+    """What a loop carries: no quantized leaf."""
+    if moved := [x for x in operands if isinstance(x, Leaf)]:
         return _refuse(equation, *moved)
-    return lax.while_loop(
-        lambda carry: walk(test.jaxpr, test.consts, [*test_consts, *carry], RULES)[0],
-        lambda carry: _no_leaves(walk(body.jaxpr, body.consts, [*body_consts, *carry], RULES)),
-        list(carry),
-    )
+    return operands
 
 
-def _cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
-    """Each branch walks with the leaves it is given."""
-    programs = [program_in(equation, branch) for branch in equation.params["branches"]]
-
-    def branch(program):
-        return lambda: _no_leaves(walk(program.jaxpr, program.consts, operands, RULES))
-
-    return lax.switch(index, [branch(program) for program in programs])
+def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
+    """The specs of a leaf's arrays in a shard_map."""
+    if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
+        return _refuse(equation, leaf)
+    return Leaf(leaf.path, weight_specs(leaf.value, spec, leaf.path))
 
 
-RULES = Rules(
+RULES: Rules = Rules(
     {
         "dot_general": _laid_out(_dot),
         "transpose": _transpose,
@@ -300,11 +278,8 @@ RULES = Rules(
         "slice": _slice,
         "gather": _laid_out(_gather),
         "ragged_dot_general": _laid_out(_ragged_dot),
-        "scan": _scan,
-        "shard_map": _shard_map,
         "pvary": _pvary,
-        "while": _while,
-        "cond": _cond,
+        **body_rules(lambda: RULES, Bodies(_per_step, _cut, _carried, _no_leaves)),
     },
     _refuse,
 )

@@ -108,6 +108,7 @@ class Graph(NamedTuple):
         offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is rescaled.
         ways: (refused site, the equations from its activation to what stands in the way).
         keys: the keys of attention between which and queries a scale can move; no sites, their weight is the query.
+        tables: leaves that only rows are looked up in, with the axes of a row: embeddings that are no head.
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -117,6 +118,7 @@ class Graph(NamedTuple):
     offsets: tuple[tuple[str, float], ...] = ()
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
     keys: tuple[Site, ...] = ()
+    tables: tuple[Site, ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
         """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths), without keys.

@@ -20,6 +20,7 @@ from sqjax.labels import Labels
 from sqjax.program import Program, Var
 from sqjax.sites import Place, find_heads, find_sites, normalised_over, sides_of
 from sqjax.stacks import Stack
+from sqjax.tables import find_tables
 
 
 def find_graph(
@@ -65,6 +66,7 @@ def find_graph(
         offsets=tuple({program.leaves[var]: c for var, c in program.offsets.items()}.items()),
         ways=tuple((path, way) for path, way in ways.items() if path in refused),
         keys=tuple(k.site for k in keys),
+        tables=find_tables(program, frozenset(p.site.path for p in places)),
     )
 
 

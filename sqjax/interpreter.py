@@ -28,11 +28,12 @@ class Rules(NamedTuple):
     """What to do where a `Leaf` meets a primitive: a rule by the primitive's name, else `otherwise`.
 
     A rule is called as rule(equation, *operands) and returns the result (a list of them, if the primitive has
-    several).
+    several). Where `concerns(equation)`, the same happens though no leaf is there.
     """
 
     table: Mapping[str, Callable[..., Any]]
     otherwise: Callable[..., Any]
+    concerns: Callable[[JaxprEqn], bool] = lambda equation: False
 
 
 class Traced(NamedTuple):
@@ -103,7 +104,7 @@ def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules)
 
 
 def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:
-    if not any(isinstance(x, Leaf) for x in operands):
+    if not any(isinstance(x, Leaf) for x in operands) and not rules.concerns(equation):
         results = emit(equation, *operands)
     elif (inner := inner_program(equation)) is not None:
         return walk(inner.jaxpr, inner.consts, operands, rules)

@@ -1,26 +1,38 @@
-"""Quantized matmuls on arrays: int8 x int8 -> int32, scaled in float32, cast once at the end."""
+"""Quantized matmuls with a stored weight: any axes, batches, smoothing at run time, outlier channels."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int
 
-from sqjax.formats import scale_from_absmax, to_format
+from sqjax.formats import FormatName
+from sqjax.products import LONGEST_CONTRACTION, Activations, Matrix, Recipe, product, ragged_product
 from sqjax.qtensor import QTensor
 
-Activations = Literal["per_token", "per_tensor", "static"]
 #: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as `lax.dot_general` takes them.
 DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
-#: The longest contraction whose int32 sum of products of two int8 in [-127, 127] cannot overflow.
-LONGEST_CONTRACTION = (2**31 - 1) // 127**2
+
+class Outliers(NamedTuple):
+    """Channels whose activations are too large for int8: they are multiplied in float, their quantized weights are 0.
+
+    LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), with channels fixed by calibration.
+
+    Attributes:
+        channels: (*batch, n) int32, positions along the contracted axes (flattened, in stored order).
+        weight: (*batch, *outputs, n), the float weight's rows of these channels.
+    """
+
+    channels: Any
+    weight: Any
 
 
 @jax.tree_util.register_dataclass
@@ -29,15 +41,17 @@ class QuantWeight:
     """A matmul weight as it is stored, and how the activations that meet it are quantized.
 
     Attributes:
-        tensor: the int8 weight.
+        tensor: the quantized weight.
         input_scale: float32, the activation's scale, when `activations` is "static"; otherwise None. A scalar, or
             one for each matrix of a stack.
         smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or None. Where it is
             given the weight holds s * W and the activation quantizer divides by s: smoothing at run time,
             (X/s)(sW) = XW.
         activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the whole
-            activation, at run time) or "static" (`input_scale`).
+            activation, at run time), "static" (`input_scale`), or None: the activation stays float (weight-only).
         contracted: the number of contracted axes, which are stored last.
+        activation_format: the format of quantized activations, "int8", "e4m3" or "e5m2".
+        outliers: the channels that are multiplied in float, or None.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -51,8 +65,10 @@ class QuantWeight:
     tensor: QTensor
     input_scale: Any
     smoothing: Any
-    activations: Activations = field(metadata={"static": True})
+    activations: Activations | None = field(metadata={"static": True})
     contracted: int = field(default=1, metadata={"static": True})
+    activation_format: FormatName = field(default="int8", metadata={"static": True})
+    outliers: Outliers | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,15 +85,20 @@ class QuantWeight:
         """The logical rank of the float weight."""
         return self.tensor.ndim
 
+    @property
+    def recipe(self) -> Recipe:
+        """How a product with one of its matrices runs."""
+        return Recipe(self.activations, self.activation_format, self.tensor.group)
+
 
 def quantized_dot_general(
     x: Float[Array, "..."], weight: QuantWeight, dimensions: DimensionNumbers, where: str
 ) -> Float[Array, "..."]:
-    """`lax.dot_general(x, weight, dimensions)` on int8 operands; the result is float32.
+    """`lax.dot_general(x, weight, dimensions)` on narrow operands; the result is float32.
 
-    out = (q_x . q_w) * scale_x * scale_w, the sum in int32. The derivative with respect to x is that of the
-    float matmul with the dequantized weight (straight-through, Bengio et al. 2013); the scales are constants to
-    it. With batch axes every matrix of the batch has scales of its own. `where` names the weight in errors.
+    out = (q_x . q_w) * scale_x * scale_w, the sum in int32; see `sqjax.products.product` for the other schemes. The
+    derivative with respect to x is straight-through; the scales are constants to it. With batch axes every matrix of
+    the batch has scales of its own. `where` names the weight in errors.
 
     Raises:
         ValueError: the weight is not stored along the contracted axes, or the contraction is too long for an exact
@@ -92,21 +113,28 @@ def quantized_dot_general(
     free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
     sizes = [[x.shape[a] for a in axes] for axes in (lead, free, contracted)]
     rows = x.transpose(*lead, *free, *contracted).reshape(*map(math.prod, sizes))
+    multiply = partial(_multiply, weight.recipe)
     operands = rows, *matrices(weight, len(w_axes), len(w_batch))
-    if w_batch:
-        out = jax.vmap(partial(_multiply, weight.activations))(*operands)
-    else:
-        out = _multiply(weight.activations, *(None if m is None else m[0] for m in operands))
+    out = jax.vmap(multiply)(*operands) if w_batch else multiply(*jax.tree.map(lambda m: m[0], operands))
     outer = weight.tensor.values.shape[len(lead) : weight.ndim - len(w_axes)]
     out = out.reshape(*sizes[0], *sizes[1], *outer)
     kept = [len(free) + stored[a] for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
     return out.transpose(*map(in_order.index, range(len(lead))), *range(len(lead), len(lead) + len(free)), *kept)
 
 
-def _multiply(activations, rows, values, scale, input_scale, smoothing):
+def _multiply(
+    recipe: Recipe, rows: Array, matrix: Matrix, smoothing: Array | None, outliers: Outliers | None
+) -> Float[Array, "rows outputs"]:
+    """rows @ W.T: divided by `smoothing`, then outlier channels in float and the others in the recipe's formats."""
     if smoothing is not None:
         rows = rows.astype(jnp.float32) / smoothing[None, :]
-    return int8_matmul(activations, rows, values, scale, input_scale)
+    if outliers is None:
+        return product(recipe, rows, matrix)
+    large = rows[:, outliers.channels]
+    rest = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
+    weight = outliers.weight.astype(rows.dtype)
+    apart = lax.dot_general(large, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return product(recipe, rest, matrix) + apart
 
 
 def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str) -> None:
@@ -115,7 +143,7 @@ def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Seque
     tensor.check(where)
     axes, batch = (sorted(tensor.axes[a] for a in logical) for logical in (w_axes, w_batch))
     first = tensor.ndim - len(axes)
-    one_scale = math.prod(tensor.scale.shape[first:]) == 1
+    one_scale = tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
     if axes != list(range(first, tensor.ndim)) or batch != list(range(len(batch))) or not one_scale:
         asked = f"along its axes {tuple(w_axes)}" + (f" in a batch along {tuple(w_batch)}" if batch else "")
         raise ValueError(
@@ -130,123 +158,61 @@ def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Seque
         )
 
 
-def matrices(weight: QuantWeight, contracted: int, batch: int) -> tuple[Array, Array, Array | None, Array | None]:
-    """A weight as one stack of matrices.
-
-    Returns:
-        values (stack, outputs, inner), scale (stack, outputs), input_scale (stack,) and smoothing (stack, inner); the
-        last two may be None.
-    """
-    values, scale = weight.tensor.values, weight.tensor.scale
+def matrices(
+    weight: QuantWeight, contracted: int, batch: int
+) -> tuple[Matrix, Float[Array, "stack inner"] | None, Outliers | None]:
+    """A weight as one stack of matrices: (every array of `Matrix`, smoothing, outliers), the stack's axis first."""
+    tensor, values = weight.tensor, weight.tensor.values
     lead, outer = values.shape[:batch], values.shape[batch : values.ndim - contracted]
-    inner, stack = math.prod(values.shape[values.ndim - contracted :]), math.prod(lead)
-    scale = jnp.broadcast_to(scale.reshape(scale.shape[: values.ndim - contracted]), (*lead, *outer))
-    input_scale, smoothing = weight.input_scale, weight.smoothing
+    inner, stack, outputs = map(math.prod, (values.shape[values.ndim - contracted :], lead, outer))
+
+    def scales(x: Any) -> Any:
+        if x is None:
+            return None
+        own = x.shape[values.ndim - contracted :]
+        return jnp.broadcast_to(x, (*lead, *outer, *own)).reshape(stack, outputs, math.prod(own))
+
+    input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
     if input_scale is not None:
         input_scale = jnp.broadcast_to(input_scale, lead).reshape(stack)
     if smoothing is not None:
         own = (1,) * batch if smoothing.size == inner else lead
         smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*lead, inner)).reshape(stack, inner)
-    outputs = math.prod(outer)
-    return values.reshape(stack, outputs, inner), scale.reshape(stack, outputs), input_scale, smoothing
+    if outliers is not None:
+        count = outliers.channels.shape[-1]
+        channels = jnp.broadcast_to(outliers.channels, (*lead, count)).reshape(stack, count)
+        outliers = Outliers(channels, outliers.weight.reshape(stack, outputs, count))
+    codes = values.reshape(stack, outputs, inner)
+    matrix = Matrix(codes, scales(tensor.zero), scales(tensor.group_scale), scales(tensor.scale), input_scale)
+    return matrix, smoothing, outliers
 
 
 def quantized_ragged_dot(
     x: Float[Array, "rows inner"], weight: QuantWeight, group_sizes: Int[Array, " stack"], where: str
 ) -> Float[Array, "rows outputs"]:
-    """`lax.ragged_dot(x, weight, group_sizes)` on int8 operands: rows meet one matrix of a stack each.
+    """`lax.ragged_dot(x, weight, group_sizes)` on narrow operands: rows meet one matrix of a stack each.
 
     out = (q_x . q_w) * scale_x * scale_w in float32, the sum in int32. `where` names the weight in errors.
 
     Raises:
-        ValueError: as `quantized_dot_general`.
+        ValueError: as `quantized_dot_general`; or the weight has outlier channels, or groups and quantized activations.
     """
     check_contraction(weight, (1,), (), where)
+    problem = None
     if weight.tensor.axes != (0, 2, 1):
-        raise ValueError(f"{where}: a ragged dot needs a stack of matrices; give this site a rule of None")
+        problem = "a ragged dot needs a stack of matrices; give this site a rule of None"
+    elif weight.outliers is not None:
+        problem = "a ragged dot has no outlier channels; give this site a scheme without outliers"
+    elif weight.activations is not None and weight.tensor.scale.shape[-1] > 1:
+        problem = "a ragged dot of quantized activations takes weights per channel; give this site such a scheme"
+    if problem:
+        raise ValueError(f"{where}: {problem}")
     if weight.smoothing is not None:
         x = x.astype(jnp.float32) / weight.smoothing[None, :]
-    scale = jnp.broadcast_to(weight.tensor.scale, (*weight.tensor.values.shape[:2], 1)).squeeze(2)
-    return int8_ragged_dot(weight.activations, x, weight.tensor.values, scale, weight.input_scale, group_sizes)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def int8_ragged_dot(activations, x, values, scale, input_scale, group_sizes):
-    """As `int8_matmul`, with the matrix of a stack (stack, outputs, inner) that each row's group has."""
-    x_scale = activation_scale(x, activations, input_scale)
-    sums = _ragged(to_format(x, x_scale), values, group_sizes, jnp.int32)
-    return sums.astype(jnp.float32) * x_scale * scale[_group_of_row(group_sizes, x.shape[0])]
-
-
-@int8_ragged_dot.defjvp
-def _ragged_straight_through(activations, primals, tangents):
-    _, values, scale, _, group_sizes = primals
-    weight = values.astype(jnp.float32) * scale[:, :, None]
-    return int8_ragged_dot(activations, *primals), _ragged(tangents[0].astype(jnp.float32), weight, group_sizes, None)
-
-
-def _ragged(x: Array, values: Array, group_sizes: Array, dtype: Any) -> Array:
-    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
-    return lax.ragged_dot_general(x, values, group_sizes, numbers, preferred_element_type=dtype)
-
-
-def _group_of_row(group_sizes: Array, rows: int) -> Array:
-    """Which group each row belongs to: the first whose end lies beyond it."""
-    ends = jnp.cumsum(group_sizes)
-    last = jnp.int32(group_sizes.shape[0] - 1)
-    return jnp.minimum(jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right").astype(jnp.int32), last)
+    stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
+    return ragged_product(weight.recipe, x, stack, group_sizes)
 
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:
-    """The logical axes that share one scale."""
-    return tuple(i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] == 1 != tensor.values.shape[a])
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def int8_matmul(
-    activations: Activations,
-    x: Float[Array, "rows channels"],
-    values: Int8[Array, "outputs channels"],
-    scale: Float[Array, " outputs"],
-    input_scale: Float[Array, ""] | None,
-) -> Float[Array, "rows outputs"]:
-    """(q_x @ values.T) * scale_x * scale in float32, where q_x = round(x / scale_x) and the sum is in int32."""
-    x_scale = activation_scale(x, activations, input_scale)
-    sums = _int8_dot(to_format(x, x_scale), values)
-    return sums.astype(jnp.float32) * x_scale * scale[None, :]
-
-
-@int8_matmul.defjvp
-def _straight_through(activations, primals, tangents):
-    _, values, scale, _ = primals
-    out = int8_matmul(activations, *primals)
-    dx = tangents[0].astype(jnp.float32)
-    return out, lax.dot_general(dx, values.astype(jnp.float32), _LAST_AXES) * scale[None, :]
-
-
-def activation_scale(
-    x: Float[Array, "rows channels"], activations: Activations, input_scale: Float[Array, ""] | None
-) -> Float[Array, "..."]:
-    """absmax / 127 of each row (rows, 1), of the whole array (1, 1), or the given static scale (1, 1)."""
-    if activations == "static":
-        if input_scale is None:
-            raise ValueError("static activations need an input_scale: quantize with the statistics of calibrate")
-        return input_scale.reshape(1, 1)
-    axis = 1 if activations == "per_token" else None
-    return scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
-
-
-_LAST_AXES = (((1,), (1,)), ((), ()))
-
-
-def _int8_dot(q: Int8[Array, "rows channels"], values: Int8[Array, "outputs channels"]) -> Int[Array, "rows outputs"]:
-    def dot(q, values):
-        return lax.dot_general(q, values, _LAST_AXES, preferred_element_type=jnp.int32)
-
-    def dot_of_two_rows(q, values):
-        return dot(jnp.pad(q, ((0, 1), (0, 0))), values)[:1]
-
-    if q.shape[0] != 1:
-        return dot(q, values)
-    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one.
-    return lax.platform_dependent(q, values, cpu=dot_of_two_rows, default=dot)
+    """The logical axes that share one scale, or have groups."""
+    return tuple(i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] < tensor.values.shape[a])

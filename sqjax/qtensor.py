@@ -1,29 +1,46 @@
-"""`QTensor`: integer values and float scales that stand for a float array."""
+"""`QTensor`: narrow values and float scales that stand for a float array."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sqjax.formats import INT8, Format, Granularity, scale_from_absmax, to_format
+from sqjax.formats import (
+    FORMATS,
+    INT4,
+    INT8,
+    Format,
+    Granularity,
+    scale_from_absmax,
+    to_codes,
+    to_format,
+    zero_point_range,
+)
 from sqjax.views import runs
+
+#: What the first of two levels may use of int8: a second level that rounds in steps of up to 16 then stays inside 127
+#: (QServe, Lin et al. 2024, arXiv 2405.04532).
+FIRST_LEVEL = Format("int8", INT8.dtype, 119.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized array: `values * scale`, seen under the logical shape and dtype of the float array it replaces.
+    """A quantized array: (values - zero) * group_scale * scale, seen as the float array of a logical shape and dtype.
 
     Invariants (`check` holds them):
 
-    - `values` is stored with the contracted axes last: a Dense kernel of logical shape (in, out) is stored
-      (out, in), which is what int8 matrix units read without a transpose.
-    - `scale` is float32, has the rank of `values`, and broadcasts against it.
+    - `values` has the dtype of one of `sqjax.formats.FORMATS` and is stored with the contracted axes last: a Dense
+      kernel of logical shape (in, out) is stored (out, in), which is what matrix units read without a transpose.
+    - `scale` is float32, has the rank of `values`, and broadcasts against it: but in the last axis it may have one
+      entry for every `group` consecutive elements (the last group may be shorter).
+    - `zero`, the zero point, and `group_scale`, the integer scale of W4A8's second level, are int8 and of such a shape
+      too, or None (0 and 1). (values - zero) * group_scale is then an integer in [-127, 127].
     - `order` gives the stored axis, counted from the end, of each of the last `len(order)` logical axes; the axes
       before those are stored in place. So leading axes (layers stacked for a scan) may come and go.
     - `dtype` is the logical dtype: what `dequantize` returns and a matmul's result is cast to.
@@ -35,10 +52,13 @@ class QTensor:
         ((2, 2), 'int8')
     """
 
-    values: Any  # an int8 Array; a ShapeDtypeStruct, a sharding, ... where jax maps over the tree
+    values: Any  # an Array; a ShapeDtypeStruct, a sharding, ... where jax maps over the tree
     scale: Any
     order: tuple[int, ...] = field(metadata={"static": True})
     dtype: np.dtype = field(metadata={"static": True})
+    zero: Any = None
+    group_scale: Any = None
+    group: int | None = field(default=None, metadata={"static": True})
 
     @classmethod
     def quantize(
@@ -48,24 +68,49 @@ class QTensor:
         granularity: Granularity = "per_channel",
         fmt: Format = INT8,
         batch: tuple[int, ...] = (),
+        zero_point: bool = False,
     ) -> "QTensor":
         """Quantizes `x` along its logical axes `contracting`.
 
         Args:
             x: a float array (for example a Dense kernel, (in, out)).
-            contracting: the axes that a matmul sums over; they share one scale and are stored last.
-            granularity: "per_channel" (one scale for every index of the other axes) or "per_tensor".
+            contracting: the axes that a matmul sums over; they share scales and are stored last.
+            granularity: "per_channel" (one scale for every index of the other axes), "per_tensor", or a group size:
+                one scale for so many consecutive elements of the last contracted axis (a shorter axis is one group).
             fmt: the number format.
             batch: axes that hold one matrix each (stacked layers, experts): stored first, with scales of their own.
+            zero_point: whether the range is [min, max], by way of a zero point, and not [-absmax, absmax]; int4 only.
+
+        Raises:
+            ValueError: a zero point in another format than int4, or groups that do not fit.
         """
-        contracting = tuple(sorted(a % x.ndim for a in contracting))
-        stored = (*batch, *(a for a in range(x.ndim) if a not in (*contracting, *batch)), *contracting)
-        moved = x.transpose(stored)
-        shared = len(contracting) if granularity == "per_channel" else x.ndim - len(batch)
-        axes = tuple(range(-shared, 0))
-        scale = scale_from_absmax(jnp.max(jnp.abs(moved), axis=axes, keepdims=True), fmt)
-        order = _shortest(tuple(stored.index(a) - x.ndim for a in range(x.ndim)))
-        return cls(to_format(moved, scale, fmt), scale, order, x.dtype)
+        moved, order, share = _stored(x, contracting, batch, granularity)
+        if not zero_point:
+            scale = scale_from_absmax(share.reduced(jnp.abs(moved), jnp.max), fmt)
+            return cls(to_format(moved, share.spread(scale), fmt), scale, order, x.dtype, group=share.group)
+        if fmt != INT4:
+            raise ValueError(f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range")
+        scale, zero = zero_point_range(share.reduced(moved, jnp.min), share.reduced(moved, jnp.max))
+        values = to_codes(moved, share.spread(scale), share.spread(zero))
+        return cls(values, scale, order, x.dtype, zero, group=share.group)
+
+    @classmethod
+    def quantize_twice(
+        cls, x: Float[Array, "..."], contracting: tuple[int, ...], group: int, batch: tuple[int, ...] = ()
+    ) -> "QTensor":
+        """int4 in two levels: x = scale * q with int8 |q| <= 119 per channel, q = group_scale * (values - zero).
+
+        The second level is in integers, so that a matmul expands int4 to int8 without a float and has one scale for
+        every output: |dequantize - x| <= scale * (group_scale + 1) / 2. QServe (Lin et al. 2024, arXiv 2405.04532).
+        """
+        first = cls.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
+        moved, order, share = _stored(x, contracting, batch, group)
+        q = to_format(moved, first.scale, FIRST_LEVEL).astype(jnp.float32)
+        low, high = jnp.minimum(share.reduced(q, jnp.min), 0), jnp.maximum(share.reduced(q, jnp.max), 0)
+        step = jnp.maximum(jnp.ceil((high - low) / 15), 1)
+        zero = jnp.round(-low / step).astype(jnp.int8) - jnp.int8(8)
+        values = to_codes(q, share.spread(step), share.spread(zero))
+        return cls(values, first.scale, order, x.dtype, zero, step.astype(jnp.int8), share.group)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -85,62 +130,149 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in (self.values, self.scale))
+        """Bytes of values and scales, as a file or a GPU holds them: int4 takes half a byte (one in a CPU's memory)."""
+        packed = math.prod(self.values.shape[:-1]) * (self.values.shape[-1] // 2) if self.fmt == INT4 else 0
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self)) - packed
+
+    @property
+    def fmt(self) -> Format:
+        """The format of the values."""
+        return next(fmt for fmt in FORMATS.values() if fmt.dtype == self.values.dtype)
+
+    def codes(self) -> Array:
+        """(values - zero) * group_scale, as stored: int8, or the float8 values."""
+        q = self.values
+        if self.zero is not None:
+            q = q.astype(jnp.int8) - self.spread(self.zero)
+        return q if self.group_scale is None else q.astype(jnp.int8) * self.spread(self.group_scale)
+
+    def spread(self, x: Array) -> Array:
+        """Scales, or zero points, in a shape that broadcasts against the values: those of groups are repeated."""
+        return Sharing((), self.group, self.values.shape[-1]).spread(x)
 
     def transpose(self, permutation: tuple[int, ...]) -> "QTensor":
         """The logical transpose: only `order` changes, the stored values stay where they are."""
         return replace(self, order=_shortest(tuple(self.axes[p] - self.ndim for p in permutation)))
 
-    def slice(self, cuts: Sequence[slice]) -> "QTensor":
-        """The logical slice: values, and scales along the axes that have them, are cut."""
+    def slice(self, cuts: Sequence[slice]) -> "QTensor | None":
+        """The logical slice: values, and scales along the axes that have them, are cut; None if it would cut groups."""
         cut = {stored: c for stored, c in zip(self.axes, cuts, strict=True)}
-        values, scale = (
-            x[tuple(cut[a] if x.shape[a] > 1 else slice(None) for a in range(self.ndim))]
-            for x in (self.values, self.scale)
-        )
-        return replace(self, values=values, scale=scale)
+        last = self.ndim - 1
+        if self.group is not None and range(self.values.shape[last])[cut[last]] != range(self.values.shape[last]):
+            return None
+
+        def part(x):
+            whole = slice(None)
+            return x[
+                tuple(whole if x.shape[a] == 1 or (a == last and self.group) else cut[a] for a in range(self.ndim))
+            ]
+
+        values = self.values[tuple(cut[a] for a in range(self.ndim))]
+        return self._with(values, part)
+
+    def _with(self, values: Array, change: Callable[[Array], Array], **others: Any) -> "QTensor":
+        """Other values, and scales and zero points changed alike."""
+        scales = {name: getattr(self, name) for name in ("scale", "zero", "group_scale")}
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in scales.items()}
+        return replace(self, values=values, **changed, **others)
 
     def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
         """The logical reshape; None if it would mix axes that are stored apart, or that do not share their scales."""
         old, new = ([a for a, n in enumerate(sizes) if n != 1] for sizes in (self.shape, shape))  # 1s come and go
-        stored: list[tuple[int, bool, list[int]]] = []  # (first stored axis, whether it has scales, logical axes)
+        stored: list[tuple[int, list[int], list[int]]] = []  # (first stored axis, stored axes, logical axes)
         for sources, targets in runs([self.shape[a] for a in old], [shape[a] for a in new]):
             own = [self.axes[old[a]] for a in sources]
-            scaled = {self.scale.shape[a] > 1 for a in own}
-            if own != list(range(own[0], own[0] + len(own))) or len(scaled) > 1:
+            if own != list(range(own[0], own[0] + len(own))):
                 return None
-            stored.append((own[0], scaled.pop(), [new[a] for a in targets]))
-        ones = [(-1, False, [a for a, n in enumerate(shape) if n == 1])]
-        order = [(a, scaled) for _, scaled, targets in ones + sorted(stored) for a in targets]
-        values = self.values.reshape([shape[a] for a, _ in order])
-        scale = self.scale.reshape([shape[a] if scaled else 1 for a, scaled in order])
-        place = {a: i - len(shape) for i, (a, _) in enumerate(order)}
-        return replace(self, values=values, scale=scale, order=_shortest(tuple(place[a] for a in range(len(shape)))))
+            stored.append((own[0], own, [new[a] for a in targets]))
+        stored = [(-1, [], [a for a, n in enumerate(shape) if n == 1]), *sorted(stored)]
+        order = [a for _, _, targets in stored for a in targets]
+        place = {a: i - len(shape) for i, a in enumerate(order)}
+        sizes = {id(x): self._scale_shape(x, stored, shape) for x in (self.scale, self.zero, self.group_scale)}
+        if not all(sizes.values()):
+            return None
+        return self._with(
+            self.values.reshape([shape[a] for a in order]),
+            lambda x: x.reshape(sizes[id(x)]),
+            order=_shortest(tuple(place[a] for a in range(len(shape)))),
+        )
+
+    def _scale_shape(
+        self, x: Any, stored: list[tuple[int, list[int], list[int]]], shape: Any
+    ) -> tuple[int, ...] | None:
+        """The shape of a scale where stored axes are reshaped to logical ones of `shape`; None if there is none."""
+        sizes: list[int] = []
+        for _, own, targets in stored:
+            new, old = [shape[a] for a in targets], [self.values.shape[a] for a in own]
+            had = [1 if x is None else x.shape[a] for a in own]
+            if all(n == 1 for n in had):
+                sizes += [1] * len(new)
+            elif had == old:
+                sizes += new
+            elif (g := self.group) and had[:-1] == old[:-1] and (old == new or (old[-1] % g == 0 == new[-1] % g)):
+                sizes += [*new[:-1], -(-new[-1] // g)]
+            else:
+                return None
+        return tuple(sizes) or (1,) * len(shape)
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
         problem = None
-        if self.values.dtype != INT8.dtype:
-            problem = f"values must be {INT8.name}, got {self.values.dtype.name}: was the tree cast?"
-        elif self.scale.dtype != jnp.float32:
-            problem = f"scale must be float32, got {self.scale.dtype.name}: was the tree cast?"
-        elif self.scale.ndim != self.values.ndim:
-            problem = f"scale of rank {self.values.ndim} expected, got shape {self.scale.shape}"
-        elif any(s not in (1, v) for s, v in zip(self.scale.shape, self.values.shape, strict=True)):
-            problem = f"scale {self.scale.shape} does not broadcast against values {self.values.shape}"
+        if self.values.dtype not in [fmt.dtype for fmt in FORMATS.values()]:
+            problem = f"values must be {', '.join(FORMATS)}, got {self.values.dtype.name}: was the tree cast?"
         elif sorted(self.order) != list(range(-len(self.order), 0)):
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
         elif len(self.order) > self.ndim:
             problem = f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
+        parts = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
+        for name, dtype in parts.items():
+            if (x := getattr(self, name)) is not None:
+                problem = problem or self._problem(name, x, dtype)
         if problem:
             raise ValueError(f"{where}: not a valid QTensor: {problem}; quantize the float leaf again")
 
+    def _problem(self, name: str, x: Any, dtype: Any) -> str | None:
+        """What is wrong with scales or zero points."""
+        if x.dtype != dtype:
+            return f"{name} must be {jnp.dtype(dtype).name}, got {x.dtype.name}: was the tree cast?"
+        if x.ndim != self.values.ndim:
+            return f"{name} of rank {self.values.ndim} expected, got shape {x.shape}"
+        fits = [s in (1, v) for s, v in zip(x.shape, self.values.shape, strict=True)]
+        if self.group is not None and x.shape[-1] == -(-self.values.shape[-1] // self.group):
+            fits[-1] = True
+        if all(fits):
+            return None
+        groups = "" if self.group is None else f" in groups of {self.group}"
+        return f"{name} {x.shape} does not broadcast against values {self.values.shape}{groups}"
+
+
+class Sharing(NamedTuple):
+    """Which stored elements share a scale: all along `axes`, and groups of `group` of the `length` of the last axis."""
+
+    axes: tuple[int, ...]
+    group: int | None
+    length: int
+
+    def reduced(self, x: Array, by: Callable[..., Array]) -> Array:
+        """`by` (jnp.min or jnp.max) over what shares a scale."""
+        x = by(x, axis=self.axes, keepdims=True)
+        if self.group is None:
+            return x
+        short = -self.length % self.group
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
+        return by(x.reshape(*x.shape[:-1], -1, self.group), axis=-1)
+
+    def spread(self, x: Array) -> Array:
+        """What broadcasts against the stored array."""
+        if self.group is None or x.shape[-1] == 1:
+            return x
+        return jnp.repeat(x, self.group, axis=-1)[..., : self.length]
+
 
 def dequantize(q: QTensor) -> Array:
-    """values * scale, in the logical shape and dtype: the float array that `q` stands for.
+    """(values - zero) * group_scale * scale, in the logical shape and dtype: the float array that `q` stands for.
 
-    |dequantize(quantize(x)) - x| <= scale / 2 elementwise.
+    |dequantize(quantize(x)) - x| <= scale / 2 elementwise for integers; see `sqjax.formats.to_format` for float8.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -148,7 +280,30 @@ def dequantize(q: QTensor) -> Array:
         >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)
         True
     """
-    return (q.values.astype(jnp.float32) * q.scale).transpose(q.axes).astype(q.dtype)
+    return (q.codes().astype(jnp.float32) * q.spread(q.scale)).transpose(q.axes).astype(q.dtype)
+
+
+def _stored(
+    x: Array, contracting: tuple[int, ...], batch: tuple[int, ...], granularity: Granularity
+) -> tuple[Array, tuple[int, ...], Sharing]:
+    """(x as it is stored, its `order`, which elements share a scale)."""
+    contracting = tuple(sorted(a % x.ndim for a in contracting))
+    stored = (*batch, *(a for a in range(x.ndim) if a not in (*contracting, *batch)), *contracting)
+    moved, last = x.transpose(stored), x.shape[contracting[-1]]
+    order = _shortest(tuple(stored.index(a) - x.ndim for a in range(x.ndim)))
+    if granularity in ("per_channel", "per_tensor"):
+        shared = len(contracting) if granularity == "per_channel" else x.ndim - len(batch)
+        return moved, order, Sharing(tuple(range(-shared, 0)), None, last)
+    if not isinstance(granularity, int) or granularity < 1:
+        raise ValueError(f"quantize: expected per_channel, per_tensor or a group size, got {granularity!r}")
+    group = min(granularity, last)
+    if last % group and len(contracting) > 1:
+        fitting = [g for g in (32, 64, 128, last) if last % g == 0]
+        raise ValueError(
+            f"quantize: groups of {granularity} do not divide the {last} elements of the last of several contracted "
+            f"axes; sizes that do: {', '.join(map(str, fitting))}"
+        )
+    return moved, order, Sharing((), group, last)
 
 
 def _shortest(order: tuple[int, ...]) -> tuple[int, ...]:

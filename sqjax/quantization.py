@@ -1,6 +1,7 @@
-"""`quantize`: parameter trees whose matmul weights become int8, by rules on their names."""
+"""`quantize`: parameter trees whose matmul weights become narrow, by rules on their names."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from sqjax.calibration import calibrate
-from sqjax.formats import scale_from_absmax
+from sqjax.formats import FORMATS, scale_from_absmax
 from sqjax.graph import Site
-from sqjax.matmul import QuantWeight
+from sqjax.matmul import Outliers, QuantWeight
 from sqjax.qtensor import QTensor
 from sqjax.schemes import W8A8, Scheme
 from sqjax.smoothing import Alpha, fold, fold_stats, scales, smoothing_scales, unfold
@@ -26,8 +27,8 @@ Rules = Scheme | Mapping[str, Scheme | None]
 def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
     """The tree with the weight of every site replaced by a `QuantWeight`; run it with `quantized(fn)`.
 
-    A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases, embeddings that are no
-    head) stays as it is. Pure; works under jit.
+    A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases) stays as it is; embeddings
+    that are no head are quantized by rules of their own, {"embed": sq.EMBEDDING_INT8}. Pure; works under jit.
 
     Args:
         params: the calibrated or the smoothed tree.
@@ -35,12 +36,13 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
             `fold_stats(stats, scales(...))`, or let `smoothquant` do it all.
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
             first pattern found in a site's path wins; a site that none matches stays float. A scheme with `smoothing`
-            (an alpha) smooths its sites at run time, with s from these statistics and params.
+            (an alpha) smooths its sites at run time, with s from these statistics and params. A scheme for embeddings
+            (activations="indices") is sought among these only, other schemes among the sites only.
 
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
-            scales, or smoothing at run time, asked of statistics that do not describe these params. (Values can not be
-            checked under jit.)
+            scales, outliers, or smoothing at run time, asked of statistics that do not describe these params; groups
+            that do not fit; a scheme whose parts do not go together. (Values can not be checked under jit.)
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -55,29 +57,69 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 
 
 def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
-    """{site: its scheme} for the sites that are quantized."""
+    """{leaf: its scheme} for the sites and the tables that are quantized.
+
+    Schemes for embeddings ("indices") look for tables only, the others (and None) for sites.
+    """
     rules = rules if isinstance(rules, Mapping) else {"": rules}
-    found = first_matches(rules, [site.path for site in stats.graph.sites], "quantize rule")
-    chosen = {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
+    for pattern, scheme in rules.items():
+        if scheme is not None:
+            scheme.check(f"quantize rule {pattern!r}")
+    of_tables = {pattern for pattern, scheme in rules.items() if scheme is not None and scheme.activations == "indices"}
+    chosen: dict[str, Scheme | None] = {}
+    for sites, patterns, what in (
+        (stats.graph.sites, [p for p in rules if p not in of_tables], "quantize rule"),
+        (stats.graph.tables, [p for p in rules if p in of_tables], "quantize rule for embeddings"),
+    ):
+        found = first_matches(patterns, [site.path for site in sites], what)
+        chosen |= {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
     return {path: scheme for path, scheme in chosen.items() if scheme is not None}
 
 
 def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> PyTree:
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
-    sites = {site.path: site for site in stats.graph.sites}
-    described = [sites[path] for path, s in schemes.items() if s.activations == "static" or s.smoothing is not None]
-    _check_described(params, stats, described)
+    sites = {site.path: site for site in (*stats.graph.sites, *stats.graph.tables)}
+    _check_described(params, stats, [sites[path] for path, scheme in schemes.items() if scheme.measured])
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
             return leaf
-        site, scheme, absmax, s = sites[path], schemes[path], stats.absmax[path], None
-        if scheme.smoothing is not None:
+        site, scheme, s, channels = sites[path], schemes[path], None, None
+        absmax = stats.absmax[path] if scheme.measured else None
+        if absmax is not None and scheme.smoothing is not None:
             s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
-        return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch)
+        if absmax is not None and scheme.outliers is not None:
+            channels = outlier_channels(path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch))
+        with named(path):
+            return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels)
 
     return map_named(changed, params)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Names the leaf in the ValueErrors that are raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def outlier_channels(path: str, absmax: Float[Array, "..."], threshold: float, batch: int) -> Int[Array, "..."] | None:
+    """The channels, along the flattened contracted axes, whose activations exceeded a threshold; None if none did.
+
+    Every matrix of a stack gets as many as the one that has most: its largest ones.
+
+    Raises:
+        ValueError: under jit, where how many there are can not be known.
+    """
+    if not is_concrete(absmax):
+        raise ValueError(f"{path}: how many channels exceed {threshold} must be known: quantize outliers outside jit")
+    flat = np.asarray(absmax).reshape(*absmax.shape[:batch], -1)
+    count = int((flat > threshold).sum(-1).max(initial=0))
+    largest = np.argsort(-flat, axis=-1, kind="stable")[..., :count]
+    return jnp.asarray(np.sort(largest, axis=-1), jnp.int32) if count else None
 
 
 @partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
@@ -88,6 +130,7 @@ def quantize_weight(
     absmax: Array | None = None,
     smoothing: Array | None = None,
     batch: tuple[int, ...] = (),
+    outliers: Array | None = None,
 ) -> QuantWeight:
     """One weight, quantized along its axes `contracting`.
 
@@ -96,26 +139,61 @@ def quantize_weight(
         contracting: the axes that the matmul sums over.
         scheme: how.
         absmax: max |X_j| of the activation it meets, of the shape of the batch axes and then any other (there its
-            largest value counts): for static schemes.
+            largest value counts; with outliers: the contracted axes): for static schemes.
         smoothing: s of the shape of the batch axes, then of the contracted axes, for smoothing at run time; `weight`
             is then multiplied by s here, and `absmax`, of the same shape, is that of X before the division by s.
         batch: axes that hold one matrix each (stacked layers, experts): each is quantized on its own.
+        outliers: (batch, n) channels that are multiplied in float: positions along the flattened contracted axes.
     """
-    dtype, input_scale = weight.dtype, None
+    scheme.check("quantize_weight")
+    dtype, contracting = weight.dtype, tuple(sorted(a % weight.ndim for a in contracting))
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
-        weight = weight.astype(jnp.float32) * _spread(
-            s, (*batch, *sorted(a % weight.ndim for a in contracting)), weight.ndim
-        )
+        weight = weight.astype(jnp.float32) * _spread(s, (*batch, *contracting), weight.ndim)
+    apart = None
+    if outliers is not None:
+        apart, weight, normal = _split(weight, contracting, batch, outliers, dtype)
+        absmax = None if absmax is None else absmax * normal.reshape(absmax.shape)
+    input_scale = None
     if scheme.activations == "static":
         if absmax is None:
             raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
         absmax = absmax if smoothing is None else absmax / smoothing
         largest = jnp.max(absmax, axis=tuple(range(len(batch), absmax.ndim)))
         # An expert that calibration never reached takes the largest range of the others.
-        input_scale = scale_from_absmax(jnp.where(largest > 0, largest, jnp.max(largest)))
-    tensor = replace(QTensor.quantize(weight, contracting, scheme.weights, batch=batch), dtype=dtype)
-    return QuantWeight(tensor, input_scale, smoothing, scheme.activations, len(contracting))
+        largest = jnp.where(largest > 0, largest, jnp.max(largest))
+        input_scale = scale_from_absmax(largest, FORMATS[scheme.activation_format])
+    if scheme.two_level:
+        assert isinstance(scheme.weights, int)
+        tensor = QTensor.quantize_twice(weight, contracting, scheme.weights, batch)
+    else:
+        fmt = FORMATS[scheme.weight_format]
+        tensor = QTensor.quantize(weight, contracting, scheme.weights, fmt, batch, scheme.zero_point)
+    activations = None if scheme.activations == "indices" else scheme.activations
+    return QuantWeight(
+        replace(tensor, dtype=dtype),
+        input_scale,
+        smoothing,
+        activations,
+        len(contracting),
+        scheme.activation_format,
+        apart,
+    )
+
+
+def _split(
+    weight: Array, contracting: tuple[int, ...], batch: tuple[int, ...], channels: Array, dtype: Any
+) -> tuple[Outliers, Array, Array]:
+    """(the weight of some channels, the weight with zeros there, 1 for the other channels and 0 for these)."""
+    outer = [a for a in range(weight.ndim) if a not in (*batch, *contracting)]
+    moved = weight.transpose(*batch, *outer, *contracting)
+    flat = moved.reshape(*moved.shape[: weight.ndim - len(contracting)], -1)
+    index = jnp.expand_dims(channels, tuple(range(len(batch), len(batch) + len(outer))))
+    apart = jnp.take_along_axis(flat, jnp.broadcast_to(index, (*flat.shape[:-1], channels.shape[-1])), axis=-1)
+    normal = 1 - jnp.max(jax.nn.one_hot(channels, flat.shape[-1], dtype=jnp.float32), axis=-2)
+    shape = [weight.shape[a] for a in (*batch, *contracting)]
+    kept = _spread(normal.reshape(shape), (*batch, *contracting), weight.ndim).astype(weight.dtype)
+    return Outliers(channels, apart.astype(dtype)), weight * kept, normal
 
 
 def _spread(x: Array, axes: tuple[int, ...], ndim: int) -> Array:
@@ -136,7 +214,7 @@ def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
         if not np.allclose(now, then, rtol=tolerance, atol=0):
             raise ValueError(
                 f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static "
-                "activation scales, or smoothing at run time, would be wrong. Pass "
+                "activation scales, outliers, or smoothing at run time, would be wrong. Pass "
                 "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or calibrate again"
             )
 

@@ -1,5 +1,6 @@
 """Where a quantized tree lives on a mesh: from the shardings of the float tree to those of values and scales."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sqjax.equations import mesh_axes
-from sqjax.matmul import QuantWeight
+from sqjax.matmul import Outliers, QuantWeight
 from sqjax.trees import PyTree, named_leaves
 
 
@@ -60,15 +61,32 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         raise ValueError(f"{where}: expected a spec of at most {tensor.ndim} entries for its shape, got {spec}")
     entries += [None] * (tensor.ndim - len(entries))
     stored = [entries[tensor.axes.index(a)] for a in range(tensor.ndim)]
-    scale = [entry if size > 1 else None for entry, size in zip(stored, tensor.scale.shape, strict=True)]
+
+    def cut(x: Any) -> Any:
+        """Scales are cut along the axes on which they have more than one entry."""
+        if x is None:
+            return None
+        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(stored, x.shape, strict=True)))
+
     first, last = stored[: weight.ndim - weight.contracted], stored[weight.ndim - weight.contracted :]
+    values = replace(
+        tensor,
+        values=PartitionSpec(*stored),
+        scale=cut(tensor.scale),
+        zero=cut(tensor.zero),
+        group_scale=cut(tensor.group_scale),
+    )
+    batch = (weight.outliers.channels.ndim - 1) if weight.outliers is not None else 0
     return replace(
         weight,
-        tensor=replace(tensor, values=PartitionSpec(*stored), scale=PartitionSpec(*scale)),
+        tensor=values,
         input_scale=None if weight.input_scale is None else PartitionSpec(*first[: weight.input_scale.ndim]),
         smoothing=None
         if weight.smoothing is None
         else PartitionSpec(*first[: weight.smoothing.ndim - len(last)], *last),
+        outliers=None
+        if weight.outliers is None
+        else Outliers(PartitionSpec(*first[:batch], None), PartitionSpec(*first, None)),
     )
 
 
@@ -93,6 +111,7 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
         return sharding
     specs = weight_specs(leaf, spec, path)
     if isinstance(sharding, NamedSharding):
+        _check_groups(leaf, specs, sharding, path)
         return jax.tree.map(lambda found: sharding.update(spec=found), specs)
     return specs
 
@@ -104,3 +123,15 @@ def _check_divides(shape: Sequence[int], sharding: NamedSharding, path: str) -> 
             devices *= sharding.mesh.shape[name]
         if size % devices:
             raise ValueError(f"{path}: its axis {axis} of size {size} can not be cut into {devices} blocks by {entry}")
+
+
+def _check_groups(leaf: QuantWeight, specs: QuantWeight, sharding: NamedSharding, path: str) -> None:
+    """Raises ValueError if a device's block would begin inside a group."""
+    names = mesh_axes(specs.tensor.values[-1])
+    devices = math.prod(sharding.mesh.shape[name] for name in names)
+    length, group = leaf.tensor.values.shape[-1], leaf.tensor.group
+    if group is not None and length // devices % group and devices > 1:
+        raise ValueError(
+            f"{path}: its {length} contracted channels can not be cut into {devices} blocks of whole groups "
+            f"of {group}; choose a group size that divides {length // devices}"
+        )

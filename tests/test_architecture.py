@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
     ["formats", "trees", "views"],
-    ["qtensor"],
+    ["qtensor", "products"],
     ["matmul"],
     ["equations"],
     ["sharding"],
@@ -30,7 +30,7 @@ FLOORS = [
     ["graph", "devices"],
     ["sites", "certificate", "closure"],
     ["stacks"],
-    ["folding", "evaluation"],
+    ["folding", "evaluation", "tables"],
     ["grouping"],
     ["observation", "statistics"],
     ["smoothing"],
@@ -38,7 +38,8 @@ FLOORS = [
     ["calibration"],
     ["schemes"],
     ["quantization"],
-    ["execution", "dense"],
+    ["bodies"],
+    ["execution", "dense", "attention"],
     ["verification"],
     ["linen", "nnx"],
     ["models"],

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from sqjax.matmul import LONGEST_CONTRACTION, QuantWeight, _int8_dot, quantized_dot_general
+from sqjax.matmul import QuantWeight, quantized_dot_general
+from sqjax.products import LONGEST_CONTRACTION, narrow_dot
 from sqjax.qtensor import QTensor, dequantize
 from sqjax.quantization import quantize_weight
 from sqjax.schemes import Scheme
@@ -63,7 +64,7 @@ def test_sums_are_the_integers_bit_for_bit(rows, inner):
     rng = np.random.default_rng(inner)
     q, values = (rng.integers(-127, 128, shape, dtype=np.int8) for shape in ((rows, inner), (6, inner)))
     q[0], values[0] = 127, -127
-    sums = jax.jit(_int8_dot)(jnp.asarray(q), jnp.asarray(values))
+    sums = jax.jit(narrow_dot)(jnp.asarray(q), jnp.asarray(values))
     assert sums.dtype == jnp.int32
     np.testing.assert_array_equal(sums, q.astype(np.int64) @ values.astype(np.int64).T)
 
@@ -75,7 +76,7 @@ def test_the_longest_contraction_is_exact_where_float32_is_not():
     expected = q.astype(np.int64) @ values.astype(np.int64).T
     assert expected.max() > 2**31 - 127**2  # no longer one would fit
     assert (expected != expected.astype(np.float32).astype(np.int64)).any()
-    np.testing.assert_array_equal(jax.jit(_int8_dot)(jnp.asarray(q), jnp.asarray(values)), expected)
+    np.testing.assert_array_equal(jax.jit(narrow_dot)(jnp.asarray(q), jnp.asarray(values)), expected)
 
 
 def test_a_longer_contraction_is_refused():
@@ -187,13 +188,13 @@ def test_one_row_equals_that_row_of_two(activations):
 
 def test_one_row_is_padded_to_two_on_cpu_only():
     q, values = jnp.ones((1, 64), jnp.int8), jnp.ones((32, 64), jnp.int8)
-    traced = jax.jit(_int8_dot).trace(q, values)
+    traced = jax.jit(narrow_dot).trace(q, values)
     on_cpu, on_gpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
     assert "(tensor<2x64xi8>, tensor<32x64xi8>) -> tensor<2x32xi32>" in on_cpu
     assert "(tensor<1x64xi8>, tensor<32x64xi8>) -> tensor<1x32xi32>" not in on_cpu
     assert "(tensor<1x64xi8>, tensor<32x64xi8>) -> tensor<1x32xi32>" in on_gpu
     assert "tensor<2x" not in on_gpu
-    compiled = jax.jit(_int8_dot).lower(q, values).compile().as_text()
+    compiled = jax.jit(narrow_dot).lower(q, values).compile().as_text()
     assert "s32[2,32]" in compiled
     assert "s8[2,64]" in compiled
 
