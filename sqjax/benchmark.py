@@ -29,7 +29,7 @@ from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
 
 #: Presets of `sqjax` by name, a row each; a name that this version lacks is left out.
-PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16")
+PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")
 QWIX = "qwix int8"
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
 BARE = "bare int8 dot_general"
