@@ -209,7 +209,7 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,)):
         return _refuse(equation, leaf, indices)
 
-    def rows(x: Any, fill: float | None = None) -> Any:
+    def rows(x: Any, fill: int | None = None) -> Any:
         if x is None:
             return None
         x = jnp.broadcast_to(x, (*tensor.shape[:1], *x.shape[1:]))

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Shaped, UInt8
@@ -26,13 +27,23 @@ class Format(NamedTuple):
 
 #: Symmetric int8 in [-127, 127]: -128 is never used, so a sign change is always exact.
 INT8 = Format("int8", np.dtype(np.int8), 127.0)
-#: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. One byte an element in a CPU's memory, half on others.
+#: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. Two to a byte in the memory of a GPU or TPU, one in a
+#: CPU's (see `container`).
 INT4 = Format("int4", np.dtype(jnp.int4), 7.0)
 #: float8 with 4 bits of exponent, 3 of mantissa, no infinity (Micikevicius et al. 2022, arXiv 2209.05433).
 E4M3 = Format("e4m3", np.dtype(jnp.float8_e4m3fn), 448.0)
 #: float8 with 5 bits of exponent and 2 of mantissa.
 E5M2 = Format("e5m2", np.dtype(jnp.float8_e5m2), 57344.0)
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (INT8, INT4, E4M3, E5M2)}
+
+
+def container(fmt: Format) -> np.dtype:
+    """The dtype in which arrays of a format are made on this process's backend: on a CPU int8 for int4.
+
+    There an element of jnp.int4 takes a byte too, but is read without the vector units.
+    """
+    return INT8.dtype if fmt == INT4 and jax.default_backend() == "cpu" else fmt.dtype
+
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 #: The codes of int4 with a zero point: 16 of them.
@@ -49,7 +60,7 @@ def _alive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def to_format(x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = INT8) -> Shaped[Array, "*s"]:
-    """q = clip(round-half-even(x / scale), -bound, bound), stored as `fmt.dtype`.
+    """q = clip(round-half-even(x / scale), -bound, bound), stored in the format's `container`.
 
     `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2 for integers, and
     <= max(|x| 2^-(m + 1), scale 2^(e - m - 1)) for a float8 of m mantissa bits whose smallest exponent is e (and a few
@@ -57,7 +68,7 @@ def to_format(x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = I
     """
     q = x.astype(jnp.float32) / scale
     q = q if fmt.floating else jnp.round(q)
-    return jnp.clip(q, -fmt.bound, fmt.bound).astype(fmt.dtype)
+    return jnp.clip(q, -fmt.bound, fmt.bound).astype(container(fmt))
 
 
 def zero_point_range(low: Float[Array, "*s"], high: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
@@ -71,9 +82,9 @@ def zero_point_range(low: Float[Array, "*s"], high: Float[Array, "*s"]) -> tuple
 
 
 def to_codes(x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]) -> Shaped[Array, "*s"]:
-    """q = clip(round(x / scale) + zero, -8, 7) as int4, so that (q - zero) * scale is x within scale / 2."""
+    """q = clip(round(x / scale) + zero, -8, 7), so that (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
-    return jnp.clip(q, _LOWEST, _HIGHEST).astype(INT4.dtype)
+    return jnp.clip(q, _LOWEST, _HIGHEST).astype(container(INT4))
 
 
 def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*lead packed"]:

@@ -68,7 +68,7 @@ class QuantWeight:
     activations: Activations | None = field(metadata={"static": True})
     contracted: int = field(default=1, metadata={"static": True})
     activation_format: FormatName = field(default="int8", metadata={"static": True})
-    outliers: Outliers | None = None
+    outliers: Any = None  # Outliers or None
 
     @property
     def shape(self) -> tuple[int, ...]:

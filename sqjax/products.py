@@ -16,6 +16,8 @@ Activations = Literal["per_token", "per_tensor", "static"]
 LONGEST_CONTRACTION = (2**31 - 1) // 127**2
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is dequantized first.
 FEW_ROWS = 16
+#: Up to so many rows a float x is multiplied on a CPU digit by digit; with more, a float copy of the weight pays.
+DIGIT_ROWS = 128
 _LAST_AXES = (((1,), (1,)), ((), ()))
 
 
@@ -45,12 +47,23 @@ class Matrix(NamedTuple):
 
     def integers(self, group: int | None) -> Array:
         """The codes with zero points and integer scales applied: int8, or float8."""
-        q = self.codes
-        if self.zero is not None:
-            q = q.astype(jnp.int8) - _spread(self.zero, group, q.shape[1])
-        if self.group_scale is not None:
-            q = q.astype(jnp.int8) * _spread(self.group_scale, group, q.shape[1])
-        return q
+        q, length = self.codes, self.codes.shape[1]
+        whole = group is not None and length % group == 0 and length > group
+        if whole and self.zero is not None:  # reshaped first of all, so that no loop divides by the group size
+            q = q.reshape(q.shape[0], -1, group)
+        for part, combine in ((self.zero, jnp.subtract), (self.group_scale, jnp.multiply)):
+            if part is not None:
+                q = combine(q.astype(jnp.int8), part[:, :, None] if q.ndim == 3 else _spread(part, group, length))
+        return q.reshape(-1, length)
+
+    def columns(self, number: Any, first: Any, length: int) -> "Matrix":
+        """One group as a matrix: its number, its first channel, its length."""
+
+        def own(x: Any, first: Any, length: int) -> Any:
+            return None if x is None else lax.dynamic_slice_in_dim(x, first, length, 1)
+
+        scales = [own(x, number, 1) for x in (self.zero, self.group_scale, self.scale)]
+        return Matrix(own(self.codes, first, length), scales[0], scales[1], scales[2], self.input_scale)
 
     def dequantized(self, group: int | None) -> Float[Array, "outputs inner"]:
         """The float32 matrix."""
@@ -58,7 +71,10 @@ class Matrix(NamedTuple):
 
 
 def _spread(x: Array, group: int | None, length: int) -> Array:
-    return x if group is None or x.shape[1] == 1 else jnp.repeat(x, group, axis=1)[:, :length]
+    """Scales of groups, repeated for every channel. Whole groups are a broadcast, which compilers fuse."""
+    if group is None or x.shape[1] == 1:
+        return x
+    return jnp.repeat(x, group, axis=1)[:, :length]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -73,10 +89,10 @@ def product(recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix) -> Fl
         return weight_only(x, matrix, recipe.group)
     fmt = FORMATS[recipe.fmt]
     x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
-    q, codes = to_format(x, x_scale, fmt), matrix.integers(recipe.group)
-    if matrix.scale.shape[1] == 1:
-        return narrow_dot(q, codes).astype(jnp.float32) * x_scale * matrix.scale.T
-    return _in_groups(q, codes, matrix.scale, recipe.group) * x_scale
+    q = to_format(x, x_scale, fmt)
+    if recipe.group is not None and matrix.scale.shape[1] > 1:
+        return _in_groups(q, matrix, recipe.group) * x_scale
+    return narrow_dot(q, matrix.integers(recipe.group)).astype(jnp.float32) * x_scale * matrix.scale.T
 
 
 @product.defjvp
@@ -116,59 +132,85 @@ def narrow_dot(q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inn
     return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, default=dot)
 
 
-def _in_groups(q: Array, codes: Array, scale: Array, group: int | None) -> Float[Array, "rows outputs"]:
+def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outputs"]:
     """The sum over the groups of (q . codes) * scale."""
-    whole, tail = _whole_groups(codes.shape[1], group)
-    if tail:
-        last = narrow_dot(q[:, whole:], codes[:, whole:]).astype(jnp.float32) * scale[:, -1:].T
-        return _in_groups(q[:, :whole], codes[:, :whole], scale[:, :-1], group) + last
-    groups = scale.shape[1]
-    sums = jax.vmap(narrow_dot, in_axes=1)(q.reshape(-1, groups, group), codes.reshape(-1, groups, group))
-    return jnp.sum(sums.astype(jnp.float32) * scale.T[:, None, :], axis=0)
+    groups, tail = divmod(q.shape[1], group)
+    at_once, one_by_one = (partial(f, group=group, groups=groups) for f in (_at_once, _one_by_one))
+    total = lax.platform_dependent(q, matrix, cpu=one_by_one, default=at_once)
+    if not tail:
+        return total
+    last = matrix.columns(groups, groups * group, tail)
+    return total + narrow_dot(q[:, -tail:], last.integers(None)).astype(jnp.float32) * last.scale.T
 
 
-def _whole_groups(inner: int, group: int | None) -> tuple[int, int]:
-    """(channels in whole groups, channels in a last shorter one)."""
-    tail = 0 if group is None else inner % group
-    return inner - tail, tail
+def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
+    """All whole groups in one batched product."""
+    codes = matrix.integers(group)
+    split = [x[:, : groups * group].reshape(-1, groups, group) for x in (q, codes)]
+    sums = jax.vmap(narrow_dot, in_axes=1)(*split)
+    return jnp.sum(sums.astype(jnp.float32) * matrix.scale[:, :groups].T[:, None, :], axis=0)
+
+
+def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
+    """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
+
+    def step(total, this):
+        number, mine = this
+        own = matrix.columns(number, number * group, group)
+        return total + narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T, None
+
+    start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
+    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    return lax.scan(step, start, (jnp.arange(groups, dtype=jnp.int32), of_groups))[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
-    """x @ W.T for a float x: the codes are converted in the product, scales come after the sum.
-
-    In groups, a few rows are multiplied group by group; for one row (which compilers fuse into one loop), for more than
-    `FEW_ROWS`, or with a shorter last group, the weight is dequantized to x's dtype first.
-    """
-    if x.shape[0] == 1:
-        return lax.platform_dependent(
-            x, matrix, cpu=partial(_one_row, group=group), default=partial(_converted, group=group)
-        )
-    return _converted(x, matrix, group)
+    """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of."""
+    if x.shape[0] > DIGIT_ROWS or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
+        return _converted(x, matrix, group)
+    on_cpu, otherwise = partial(_by_digits, group=group), partial(_converted, group=group)
+    return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)
 
 
 def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
+    """The codes are converted in the product, scales come after the sum: GPU compilers fuse the conversion.
+
+    In groups, a few rows are multiplied group by group; for one row (one loop, fused), for more than `FEW_ROWS`, or
+    with a shorter last group, the weight is dequantized to x's dtype first.
+    """
+
     def dot(x, w):
         return lax.dot_general(x, w.astype(x.dtype), _LAST_AXES, preferred_element_type=jnp.float32)
 
     groups = matrix.scale.shape[1]
     if groups == 1:
         return dot(x, matrix.integers(group)) * matrix.scale.T
-    if not 1 < x.shape[0] <= FEW_ROWS or _whole_groups(x.shape[1], group)[1]:
+    if group is None or x.shape[1] % group or not 1 < x.shape[0] <= FEW_ROWS:
         return dot(x, matrix.dequantized(group))
     codes = matrix.integers(group).reshape(-1, groups, group)
     sums = jax.vmap(dot, in_axes=1)(x.reshape(-1, groups, group), codes)
     return jnp.sum(sums * matrix.scale.T[:, None, :], axis=0)
 
 
-def _one_row(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "1 outputs"]:
-    """A matrix-vector product as one loop over the narrow weight: XLA:CPU would write a float copy of it for a dot."""
-    x, groups = x.astype(jnp.float32), matrix.scale.shape[1]
-    if groups == 1:
-        return jnp.sum(matrix.integers(group).astype(jnp.float32) * x, axis=1)[None] * matrix.scale.T
-    if _whole_groups(x.shape[1], group)[1]:
-        return jnp.sum(matrix.dequantized(group) * x, axis=1)[None]
-    codes = matrix.integers(group).astype(jnp.float32).reshape(-1, groups, group)
-    return jnp.sum(jnp.sum(codes * x.reshape(1, groups, group), axis=2) * matrix.scale, axis=1)[None]
+def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
+    """x as three int8 digits to the base 254, each multiplied in int8: x = s (q1 + q2 / 254 + q3 / 254^2).
+
+    What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32 rounds. XLA:CPU would
+    write a float copy of the whole weight for a float product.
+    """
+    scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0).astype(jnp.float32))
+    rest, digits, scales = x.astype(jnp.float32), [], []
+    for _ in range(3):
+        digits.append(to_format(rest, scale))
+        rest = rest - digits[-1].astype(jnp.float32) * scale
+        scales.append(scale)
+        scale = scale / 254
+    q = jnp.concatenate(digits)
+    if group is not None and matrix.scale.shape[1] > 1:
+        sums = _in_groups(q, matrix, group)
+    else:
+        sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
+    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, *x.shape[:1], -1), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

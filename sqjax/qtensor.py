@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sqjax.formats import (
-    FORMATS,
     INT4,
     INT8,
     Format,
     Granularity,
+    container,
     scale_from_absmax,
     to_codes,
     to_format,
@@ -35,8 +36,9 @@ class QTensor:
 
     Invariants (`check` holds them):
 
-    - `values` has the dtype of one of `sqjax.formats.FORMATS` and is stored with the contracted axes last: a Dense
-      kernel of logical shape (in, out) is stored (out, in), which is what matrix units read without a transpose.
+    - `values` has the dtype of its format `fmt` (int4 also int8, see `sqjax.formats.container`) and is stored with the
+      contracted axes last: a Dense kernel of logical shape (in, out) is stored (out, in), which is what matrix units
+      read without a transpose.
     - `scale` is float32, has the rank of `values`, and broadcasts against it: but in the last axis it may have one
       entry for every `group` consecutive elements (the last group may be shorter).
     - `zero`, the zero point, and `group_scale`, the integer scale of W4A8's second level, are int8 and of such a shape
@@ -59,6 +61,7 @@ class QTensor:
     zero: Any = None
     group_scale: Any = None
     group: int | None = field(default=None, metadata={"static": True})
+    fmt: Format = field(default=INT8, metadata={"static": True})
 
     @classmethod
     def quantize(
@@ -87,12 +90,12 @@ class QTensor:
         moved, order, share = _stored(x, contracting, batch, granularity)
         if not zero_point:
             scale = scale_from_absmax(share.reduced(jnp.abs(moved), jnp.max), fmt)
-            return cls(to_format(moved, share.spread(scale), fmt), scale, order, x.dtype, group=share.group)
+            return cls(to_format(moved, share.spread(scale), fmt), scale, order, x.dtype, group=share.group, fmt=fmt)
         if fmt != INT4:
             raise ValueError(f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range")
         scale, zero = zero_point_range(share.reduced(moved, jnp.min), share.reduced(moved, jnp.max))
         values = to_codes(moved, share.spread(scale), share.spread(zero))
-        return cls(values, scale, order, x.dtype, zero, group=share.group)
+        return cls(values, scale, order, x.dtype, zero, group=share.group, fmt=fmt)
 
     @classmethod
     def quantize_twice(
@@ -110,7 +113,7 @@ class QTensor:
         step = jnp.maximum(jnp.ceil((high - low) / 15), 1)
         zero = jnp.round(-low / step).astype(jnp.int8) - jnp.int8(8)
         values = to_codes(q, share.spread(step), share.spread(zero))
-        return cls(values, first.scale, order, x.dtype, zero, step.astype(jnp.int8), share.group)
+        return cls(values, first.scale, order, x.dtype, zero, step.astype(jnp.int8), share.group, INT4)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -131,13 +134,14 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales, as a file or a GPU holds them: int4 takes half a byte (one in a CPU's memory)."""
-        packed = math.prod(self.values.shape[:-1]) * (self.values.shape[-1] // 2) if self.fmt == INT4 else 0
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self)) - packed
+        *rows, last = self.values.shape
+        values = math.prod(rows) * ((last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize)
+        scales = [x for x in (self.scale, self.zero, self.group_scale) if x is not None]
+        return values + sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
 
-    @property
-    def fmt(self) -> Format:
-        """The format of the values."""
-        return next(fmt for fmt in FORMATS.values() if fmt.dtype == self.values.dtype)
+    def stored_as(self, dtype: DTypeLike) -> "QTensor":
+        """int4 values stored as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); other formats stay as they are."""
+        return replace(self, values=self.values.astype(dtype)) if self.fmt == INT4 else self
 
     def codes(self) -> Array:
         """(values - zero) * group_scale, as stored: int8, or the float8 values."""
@@ -218,8 +222,8 @@ class QTensor:
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
         problem = None
-        if self.values.dtype not in [fmt.dtype for fmt in FORMATS.values()]:
-            problem = f"values must be {', '.join(FORMATS)}, got {self.values.dtype.name}: was the tree cast?"
+        if self.values.dtype not in (self.fmt.dtype, container(self.fmt)):
+            problem = f"values must be {self.fmt.name}, got {self.values.dtype.name}: was the tree cast?"
         elif sorted(self.order) != list(range(-len(self.order), 0)):
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
         elif len(self.order) > self.ndim:

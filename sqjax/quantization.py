@@ -42,7 +42,8 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
             scales, outliers, or smoothing at run time, asked of statistics that do not describe these params; groups
-            that do not fit; a scheme whose parts do not go together. (Values can not be checked under jit.)
+            that do not fit; a scheme whose parts do not go together, or whose `range` needs histograms of these
+            params' activations, which the statistics do not have. (Values can not be checked under jit.)
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -91,6 +92,8 @@ def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> P
             s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
         if absmax is not None and scheme.outliers is not None:
             channels = outlier_channels(path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch))
+        if absmax is not None and scheme.range != "absmax":
+            absmax = stats.input_range(path, scheme.range, FORMATS[scheme.activation_format])
         with named(path):
             return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels)
 
@@ -232,7 +235,8 @@ def smoothquant(
 ) -> PyTree:
     """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
 
-    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too.
+    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too. Only
+    schemes with a `range` need histograms of the smoothed model: then the batches are kept in a list, and read twice.
     `runtime` is an alpha for sites that are in no smoothed group: these are smoothed at run time (None: not at all).
     Arguments and errors are those of `calibrate`, `scales` and `quantize`. Xiao et al. 2022, arXiv 2211.10438.
 
@@ -244,10 +248,16 @@ def smoothquant(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
+    wanted = scheme.values() if isinstance(scheme, Mapping) else [scheme]
+    twice = any(one is not None and one.range != "absmax" for one in wanted)
+    batches = list(batches) if twice else batches
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
     schemes = _schemes(stats, scheme)
     if runtime is not None:
         smoothed = {path for group in stats.graph.groups if group.name in s for path, _ in group.sites}
         schemes = {p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()}
-    return _quantized(fold(params, stats.graph, s), fold_stats(stats, s), schemes)
+    folded = fold(params, stats.graph, s)
+    if twice:
+        return _quantized(folded, calibrate(fn, folded, batches, histogram=True, progress=progress), schemes)
+    return _quantized(folded, fold_stats(stats, s), schemes)

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from sqjax.formats import FORMATS, FormatName, Granularity
 from sqjax.products import Activations
+from sqjax.ranges import Range, is_range
 
 
 class Scheme(NamedTuple):
@@ -24,6 +25,9 @@ class Scheme(NamedTuple):
             to int8 in integers (QServe, Lin et al. 2024, arXiv 2405.04532); zero points are part of that.
         outliers: a threshold, or None: channels whose activations exceeded it in calibration are multiplied in float
             (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
+        range: what a static scale covers: "absmax"; "mse", the range of least expected squared error; or a percentile
+            as a fraction, such as 0.9999. What is larger is clipped. The last two need
+            `calibrate(..., histogram=True)`.
 
     Example:
         >>> import sqjax as sq
@@ -39,6 +43,7 @@ class Scheme(NamedTuple):
     zero_point: bool = False
     two_level: bool = False
     outliers: float | None = None
+    range: Range = "absmax"
 
     @property
     def measured(self) -> bool:
@@ -72,6 +77,15 @@ class Scheme(NamedTuple):
             return "outliers need a positive threshold and quantized activations"
         if self.smoothing is not None and self.activations == "indices":
             return "embeddings that are looked up have no activation to smooth"
+        if not is_range(self.range):
+            return "expected a range 'absmax', 'mse', or a percentile as a fraction in (0.0, 1.0], such as 0.9999"
+        if self.range != "absmax" and self.activations != "static":
+            return "a range is for static activations: the scales of others are computed from the absmax at run time"
+        if self.range != "absmax" and (self.smoothing is not None or self.outliers is not None):
+            return (
+                "a range comes from the histogram of X, not of X / s or of X without outliers; use range='absmax' with "
+                "smoothing at run time and with outliers, or smooth the parameters"
+            )
         return None
 
 

@@ -6,6 +6,7 @@ are easy. Xiao et al. 2022, arXiv 2211.10438.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -194,7 +195,9 @@ def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]], offset: float) 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     """The statistics of the folded model: absmax and abs_sum of every site divided by s.
 
-    Equal to calibrating again up to rounding. Static activation scales must come from these.
+    Equal to calibrating again up to rounding. Static activation scales must come from these. A histogram of X says
+    nothing about X / s: histograms stay those of X, and serve only at sites whose s is all ones (`quantize` holds
+    that); for the others, calibrate the folded parameters.
 
     Args:
         stats: what `calibrate` returned.
@@ -218,7 +221,7 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
         return {path: x / divisors[path] if path in divisors else x for path, x in statistic.items()}
 
     folded = {name: x * s[name] if name in s else x for name, x in stats.folded.items()}
-    return Stats(divided(stats.absmax), divided(stats.abs_sum), stats.count, stats.weight_absmax, folded, stats.graph)
+    return replace(stats, absmax=divided(stats.absmax), abs_sum=divided(stats.abs_sum), folded=folded)
 
 
 def _check_scales(graph: Graph, s: Mapping[str, Array]) -> None:

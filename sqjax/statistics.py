@@ -11,8 +11,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from sqjax.formats import INT8, Format
 from sqjax.graph import Graph, Site
-from sqjax.trees import PyTree, named_leaves
+from sqjax.ranges import Histogram, Range, find_range
+from sqjax.trees import PyTree, is_concrete, named_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +29,8 @@ class Stats:
         weight_absmax: float32, the channels' shape: max over outputs of |W_j|, of the parameters that were calibrated.
         folded: {group: s} that `fold_stats` has divided out since; ones at first.
         graph: the sites and groups (static, hashable).
+        histogram: {site: `Histogram` of |X|, one for each matrix of a stack}, where `calibrate(..., histogram=True)`
+            asked for it; else empty. Of the parameters that were calibrated: `fold_stats` leaves them as they are.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -49,6 +53,7 @@ class Stats:
     weight_absmax: dict[str, Any]
     folded: dict[str, Any]
     graph: Graph = field(metadata={"static": True})
+    histogram: dict[str, Histogram] = field(default_factory=dict)
 
     @property
     def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -63,13 +68,17 @@ class Stats:
         return found
 
     def merge(self, other: "Stats") -> "Stats":
-        """The statistics of both calibrations of one model: maxima by max, sums and counts by +.
+        """The statistics of both calibrations of one model: maxima by max, sums, counts and histograms by +.
 
         Raises:
-            ValueError: the two describe different programs.
+            ValueError: the two describe different programs, or other parameters (smoothed ones; this can not be
+                checked under jit), or only one has histograms.
         """
         if self.graph != other.graph:
             raise ValueError("merge: the two Stats have different graphs; merge calibrations of one fn and one tree")
+        if self.histogram.keys() != other.histogram.keys():
+            raise ValueError("merge: one of the two Stats has no histograms; call calibrate(..., histogram=True) twice")
+        self._check_same_parameters(other)
         return Stats(
             jax.tree.map(jnp.maximum, self.absmax, other.absmax),
             jax.tree.map(jnp.add, self.abs_sum, other.abs_sum),
@@ -77,7 +86,56 @@ class Stats:
             self.weight_absmax,
             self.folded,
             self.graph,
+            {path: histogram + other.histogram[path] for path, histogram in self.histogram.items()},
         )
+
+    def _check_same_parameters(self, other: "Stats") -> None:
+        mine, its = ({"weight_absmax": s.weight_absmax, "folded": s.folded} for s in (self, other))
+        if not all(is_concrete(x) for x in jax.tree.leaves((mine, its))):
+            return
+        for (path, x), y in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(its), strict=True):
+            if not np.array_equal(x, y):
+                name = path[-1].key
+                raise ValueError(
+                    f"merge: the two Stats are of other parameters at {name} (was one smoothed?); merge calibrations "
+                    "of one tree, and fold_stats what comes out"
+                )
+
+    def input_range(self, path: str, how: Range = "absmax", fmt: Format = INT8) -> Array:
+        """The range of |X| that a static scale shall cover at a site: float32, the shape of the site's batch axes.
+
+        Args:
+            path: the site.
+            how: "absmax"; "mse" (`sqjax.ranges.mse_range`); a percentile as a fraction (`percentile_range`).
+            fmt: the format that X is rounded to.
+
+        Raises:
+            ValueError: there are no histograms, or X has been divided by s since. (Under jit values can not be
+                checked: the range is NaN then.)
+        """
+        if how == "absmax":
+            absmax, site = self.absmax[path], next(site for site in self.graph.sites if site.path == path)
+            return jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
+        if path not in self.histogram:
+            raise ValueError(
+                f"{path}: the range {how!r} needs a histogram of its activation, and these statistics have none; call "
+                "calibrate(..., histogram=True), or use the range 'absmax'"
+            )
+        unscaled = self._unscaled(path)
+        if is_concrete(unscaled) and not unscaled:
+            raise ValueError(
+                f"{path}: the range {how!r} needs a histogram of its activation X / s, but these statistics, which "
+                "fold_stats derived, have that of X; calibrate the smoothed parameters: calibrate(fn, smoothed, "
+                "batches, histogram=True), as smoothquant does"
+            )
+        return jnp.where(unscaled, find_range(self.histogram[path], how, fmt), jnp.float32(jnp.nan))
+
+    def _unscaled(self, path: str) -> Any:
+        """Whether `fold_stats` has left a site's activation as it was."""
+        s = [self.folded[g.name] for g in self.graph.groups if any(path == site for site, _ in g.sites)]
+        if all(is_concrete(x) for x in s):
+            return all((np.asarray(x) == 1).all() for x in s)
+        return jnp.all(jnp.concatenate(s) == 1)
 
 
 def weight_absmax(site: Site, leaf: ArrayLike) -> Array:

@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
     ["formats", "trees", "views"],
-    ["qtensor", "products"],
+    ["qtensor", "products", "ranges"],
     ["matmul"],
     ["equations"],
     ["sharding"],
@@ -129,10 +129,13 @@ FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild"
 
 def test_the_public_names_are_these():
     presets = {name for name, value in vars(sqjax).items() if isinstance(value, sqjax.Scheme)}
-    assert presets == {"W8A8", "W8A8_O1", "W8A8_O2", "W8A8_O3"}
+    assert presets == {
+        *("W8A8", "W8A8_O1", "W8A8_O2", "W8A8_O3", "W8A8_OUTLIERS", "W8A16", "W4A16", "W4A16_G64", "W4A8"),
+        *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
+    }
     assert set(PUBLIC) == {
         *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
-        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings"),
+        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings", "int8_attention"),
     }
 
 
