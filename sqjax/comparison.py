@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,10 +80,10 @@ def compare(size: Size, alpha: float = 0.85, model_name: str = "smollm2-135m") -
     print(f"{'every matmul with a weight':34}{'unsmoothed':>12}{'smoothed':>12}{'MB':>8}")
     rows = [measure("float32", model, lambda tree, stats: tree)]
     for name, scheme in SCHEMES.items():
-        rows.append(measure(name, model, lambda tree, stats, scheme=scheme: quantize(tree, stats, scheme)))
+        rows.append(measure(name, model, partial(quantize, scheme=scheme)))
     of_attention = Int8Attention(model.config, model.tokenizer)
     name = "W8A8 O1, int8 attention"
-    rows.append(measure(name, of_attention, lambda tree, stats: quantize(tree, stats, schemes.W8A8_O1)))
+    rows.append(measure(name, of_attention, partial(quantize, scheme=schemes.W8A8_O1)))
     return rows
 
 
