@@ -30,6 +30,8 @@ from sqjax.quantization import quantize
 
 #: Presets of `sqjax` by name, a row each; a name that this version lacks is left out.
 PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")
+#: Those that quantize what the qwix row quantizes.
+LIKE_QWIX = ("W8A8_O1", "W8A8_O3")
 QWIX = "qwix int8"
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
 BARE = "bare int8 dot_general"
@@ -288,8 +290,8 @@ def text(table: Table) -> str:
     for name, row in table.rows.items():
         cells = row if isinstance(row, str) else "".join(_cell(table, name, column) for column in columns)
         lines.append(f"{name:24}" + ("  " if isinstance(row, str) else "") + cells)
-    for name in presets():
-        if isinstance(table.rows.get(QWIX), dict) and name in table.rows:
+    for name in filter(LIKE_QWIX.__contains__, table.rows):
+        if isinstance(table.rows.get(QWIX), dict):
             against = (table.seconds(QWIX, c) / table.seconds(name, c) for c in columns)
             lines.append(f"{name + ' to qwix':24}" + "".join(f"{f'{r:.2f}x':>20}" for r in against))
     return "\n".join(lines)

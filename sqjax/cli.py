@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     demo.add_argument("--float-head", action="store_true", help="keep lm_head in float, as the authors do")
     speed = commands.add_parser("benchmark", help="time every scheme beside float32, bfloat16 and qwix")
-    speed.add_argument("--quick", action="store_true", help="two minutes: one small model, fewer repeats")
+    speed.add_argument("--quick", action="store_true", help="a few minutes: one small model, fewer repeats")
     options = parser.parse_args(arguments)
     try:
         _run(options)
