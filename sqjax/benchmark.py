@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-import sqjax
+from sqjax import schemes
 from sqjax.calibration import calibrate
 from sqjax.demo import interleaved
 from sqjax.execution import quantized
@@ -28,7 +28,7 @@ from sqjax.models.attention import KVCache
 from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
 
-#: Presets of `sqjax` by name, a row each; a name that this version lacks is left out.
+#: Presets of `sqjax.schemes` by name, a row each; a name that this version lacks is left out.
 PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")
 #: Those that quantize what the qwix row quantizes.
 LIKE_QWIX = ("W8A8_O1", "W8A8_O3")
@@ -125,9 +125,9 @@ def _device() -> str:
     return f"on {jax.devices()[0].device_kind}"
 
 
-def presets() -> dict[str, Any]:
+def presets() -> dict[str, schemes.Scheme]:
     """{name: scheme} of the presets that this version of sqjax has."""
-    return {name: getattr(sqjax, name) for name in PRESETS if hasattr(sqjax, name)}
+    return {name: getattr(schemes, name) for name in PRESETS if hasattr(schemes, name)}
 
 
 def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:

@@ -103,7 +103,7 @@ def test_a_step_reads_the_last_slot_of_a_full_cache(tiny):
     np.testing.assert_array_equal(first, run())
 
 
-def test_presets_are_looked_up_on_the_package(monkeypatch):
+def test_presets_are_looked_up_by_name(monkeypatch):
     monkeypatch.setattr(benchmark, "PRESETS", ("W8A8_O1", "NO_SUCH_SCHEME"))
     assert list(benchmark.presets()) == ["W8A8_O1"]
 
