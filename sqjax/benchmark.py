@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-import sqjax
+from sqjax import schemes
 from sqjax.calibration import calibrate
 from sqjax.demo import interleaved
 from sqjax.execution import quantized
@@ -28,8 +28,10 @@ from sqjax.models.attention import KVCache
 from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
 
-#: Presets of `sqjax` by name, a row each; a name that this version lacks is left out.
+#: Presets of `sqjax.schemes` by name, a row each; a name that this version lacks is left out.
 PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")
+#: Those that quantize what the qwix row quantizes.
+LIKE_QWIX = ("W8A8_O1", "W8A8_O3")
 QWIX = "qwix int8"
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
 BARE = "bare int8 dot_general"
@@ -123,9 +125,9 @@ def _device() -> str:
     return f"on {jax.devices()[0].device_kind}"
 
 
-def presets() -> dict[str, Any]:
+def presets() -> dict[str, schemes.Scheme]:
     """{name: scheme} of the presets that this version of sqjax has."""
-    return {name: getattr(sqjax, name) for name in PRESETS if hasattr(sqjax, name)}
+    return {name: getattr(schemes, name) for name in PRESETS if hasattr(schemes, name)}
 
 
 def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:
@@ -288,8 +290,8 @@ def text(table: Table) -> str:
     for name, row in table.rows.items():
         cells = row if isinstance(row, str) else "".join(_cell(table, name, column) for column in columns)
         lines.append(f"{name:24}" + ("  " if isinstance(row, str) else "") + cells)
-    for name in presets():
-        if isinstance(table.rows.get(QWIX), dict) and name in table.rows:
+    for name in filter(LIKE_QWIX.__contains__, table.rows):
+        if isinstance(table.rows.get(QWIX), dict):
             against = (table.seconds(QWIX, c) / table.seconds(name, c) for c in columns)
             lines.append(f"{name + ' to qwix':24}" + "".join(f"{f'{r:.2f}x':>20}" for r in against))
     return "\n".join(lines)

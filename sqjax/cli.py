@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accuracy.add_argument("--alpha", type=float, default=0.85, help="smoothing strength, 0 to 1 (default 0.85)")
     accuracy.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     speed = commands.add_parser("benchmark", help="time every scheme beside float32, bfloat16 and qwix")
-    speed.add_argument("--quick", action="store_true", help="two minutes: one small model, fewer repeats")
+    speed.add_argument("--quick", action="store_true", help="a few minutes: one small model, fewer repeats")
     options = parser.parse_args(arguments)
     try:
         _run(options)

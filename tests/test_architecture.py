@@ -44,8 +44,9 @@ FLOORS = [
     ["linen", "nnx"],
     ["models"],
     ["demo"],
-    ["comparison"],
+    ["comparison", "benchmark"],
     ["cli"],
+    ["__main__"],
     ["__init__"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -48,6 +48,10 @@ def test_ratios_are_of_speeds():
     assert table.ratio("fast", "a") == 4
     assert re.search(r"^fast +4\.00x \(1\.00\)$", benchmark.text(table), re.M)
     assert re.search(r"^none +why$", benchmark.text(table), re.M)
+    beside = benchmark.Table(
+        "t", "W8A8_O1", {"W8A8_O1": {"a": 0.001}, "W8A16": {"a": 1.0}, benchmark.QWIX: {"a": 0.008}}
+    )
+    assert re.findall(r"^(.*) to qwix +(.*)x$", benchmark.text(beside), re.M) == [("W8A8_O1", "8.00")]
     with pytest.raises(ValueError, match="t: none was not measured: why"):
         table.ratio("none", "a")
 
@@ -99,7 +103,7 @@ def test_a_step_reads_the_last_slot_of_a_full_cache(tiny):
     np.testing.assert_array_equal(first, run())
 
 
-def test_presets_are_looked_up_on_the_package(monkeypatch):
+def test_presets_are_looked_up_by_name(monkeypatch):
     monkeypatch.setattr(benchmark, "PRESETS", ("W8A8_O1", "NO_SUCH_SCHEME"))
     assert list(benchmark.presets()) == ["W8A8_O1"]
 
