@@ -1,0 +1,264 @@
+"""The key/value cache of a decoder, a pytree: float, int8, float8 or packed int4, a scale for each token and head."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sqjax.formats import E4M3, INT4, INT8, Format, scale_from_absmax, to_codes, to_format, zero_point_range
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How keys and values are stored.
+
+    Attributes:
+        codes: "float" (the dtype of the parameters), "int8", "e4m3", or "int4", of which two share a byte.
+        group: how many consecutive channels of a head share a scale; None for the whole head.
+        zero_point: int4 only: whether a group's 16 codes span its own [min, max] and not [-absmax, absmax].
+        key_channels: whether each channel of the keys is divided by a scale of its own first: its largest magnitude
+            in the first tokens that the row reads at once. A later token may exceed it: its own scale then grows.
+
+    Raises:
+        ValueError: a format that is not known, a group that is not positive, scales or a zero point for floats.
+
+    Example:
+        >>> from sqjax.models import CacheFormat
+        >>> CacheFormat("int4", group=32, zero_point=True).codes
+        'int4'
+    """
+
+    codes: Literal["float", "int8", "e4m3", "int4"] = "float"
+    group: int | None = None
+    zero_point: bool = False
+    key_channels: bool = False
+
+    def __post_init__(self):
+        if self.codes not in ("float", *_STORED):
+            raise ValueError(f"CacheFormat: expected 'float' or one of {sorted(_STORED)}, got {self.codes!r}")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"CacheFormat: expected a group of at least one channel, got {self.group}")
+        if self.codes == "float" and (self.group or self.key_channels):
+            raise ValueError("CacheFormat: a float cache has no scales; leave group and key_channels out")
+        if self.zero_point and self.codes != "int4":
+            raise ValueError(f"CacheFormat: only int4 may have a zero point, got {self.codes!r}")
+
+
+_STORED: dict[str, Format] = {"int8": INT8, "e4m3": E4M3, "int4": INT4}
+#: What a name alone stands for.
+FORMATS = {
+    "float": CacheFormat(),
+    "int8": CacheFormat("int8"),
+    "e4m3": CacheFormat("e4m3"),
+    "int4": CacheFormat("int4", group=32, zero_point=True),
+}
+
+
+def cache_format(kind: str | CacheFormat) -> CacheFormat:
+    """The format a name stands for; a `CacheFormat` stands for itself.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if isinstance(kind, CacheFormat):
+        return kind
+    if kind not in FORMATS:
+        raise ValueError(f"cache: expected one of {sorted(FORMATS)} or a CacheFormat, got {kind!r}")
+    return FORMATS[kind]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """The keys, or the values, of one layer: head vectors as codes, one slot for each token.
+
+    A vector is (codes - zero) * scale * channel, each factor where there is one.
+
+    Attributes:
+        codes: (batch, kv_heads, capacity, head_dim), or half of that in the last axis for int4: a byte holds channel i
+            in its low nibble and channel i + head_dim / 2 in its high one.
+        scale: float32 (batch, kv_heads, capacity, groups), or None for floats.
+        zero: int8 of scale's shape, in [-8, 7], or None.
+        channel: float32 (batch, kv_heads, head_dim), or None. Zero where no token has set it yet.
+        format: how they are stored.
+    """
+
+    codes: Any
+    scale: Any = None
+    zero: Any = None
+    channel: Any = None
+    format: CacheFormat = field(default=CacheFormat(), metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return self.codes.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """The number of channels of a head."""
+        return self.codes.shape[3] * (2 if self.format.codes == "int4" else 1)
+
+    def first(self, count: int) -> "Slots":
+        """The first slots only."""
+        return self if count == self.capacity else self._map(lambda x: x[:, :, :count])
+
+    def token_arrays(self) -> list[Array]:
+        """The arrays that grow with the number of slots."""
+        return [x for x in (self.codes, self.scale, self.zero) if x is not None]
+
+    def _map(self, change) -> "Slots":
+        changed = {name: change(x) for name in ("codes", "scale", "zero") if (x := getattr(self, name)) is not None}
+        return replace(self, **changed)
+
+
+class KVCache(NamedTuple):
+    """What a decoder remembers of the tokens it has read.
+
+    Keys are stored already rotated. Slots from ``length`` on hold nothing and are masked out, and so are the first
+    ``padding`` slots of a row: rows of unequal length are padded on the left, so that they all write to one slot.
+    The cache of a model with a sliding window is a ring: token n is in slot n modulo the capacity.
+    Writing past the capacity cannot be seen inside ``jax.jit``, so the caller sizes the cache.
+
+    Attributes:
+        keys, values: one `Slots` for each layer.
+        length: how many tokens were written to each row, padding included.
+        padding: (batch,), how many of those are padding.
+    """
+
+    keys: tuple[Slots, ...]
+    values: tuple[Slots, ...]
+    length: Int[Array, ""]
+    padding: Int[Array, " batch"]
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots of each row."""
+        return self.keys[0].capacity
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one token of one row takes in all layers: codes, scales and zero points."""
+        arrays = [x for slots in (*self.keys, *self.values) for x in slots.token_arrays()]
+        return sum(x.nbytes for x in arrays) / (self.capacity * self.padding.shape[0])
+
+
+def empty_cache(
+    layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: DTypeLike, kind: CacheFormat
+) -> KVCache:
+    """A `KVCache` of zeros, with no token in it.
+
+    Raises:
+        ValueError: the format's group does not divide `head_dim`.
+    """
+    group = kind.group or head_dim
+    if head_dim % group:
+        raise ValueError(
+            f"cache: expected a group that divides head_dim = {head_dim}, got {group}; "
+            f"say CacheFormat({kind.codes!r}, group=...)"
+        )
+    lead = (batch, kv_heads, capacity)
+
+    def slots(channels: bool) -> Slots:
+        if kind.codes == "float":
+            return Slots(jnp.zeros((*lead, head_dim), dtype))
+        packed = kind.codes == "int4"
+        stored = np.dtype(np.int8) if packed else _STORED[kind.codes].dtype
+        return Slots(
+            jnp.zeros((*lead, head_dim // 2 if packed else head_dim), stored),
+            jnp.zeros((*lead, head_dim // group), jnp.float32),
+            jnp.zeros((*lead, head_dim // group), jnp.int8) if kind.zero_point else None,
+            jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if channels else None,
+            kind,
+        )
+
+    keys, values = (tuple(slots(channels) for _ in range(layers)) for channels in (kind.key_channels, False))
+    return KVCache(keys, values, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def write(
+    slots: Slots,
+    new: Float[Array, "batch kv_heads tokens head_dim"],
+    start: Int[Array, ""],
+    real: Bool[Array, "batch tokens"],
+    ring: bool,
+) -> Slots:
+    """The slots with new vectors in them, from slot `start` on (modulo the capacity, in a ring).
+
+    `real` says which tokens are no padding: padding sets no scales of channels.
+    """
+    if slots.channel is not None:
+        absmax = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=2, where=real[:, None, :, None], initial=0.0)
+        slots = replace(slots, channel=jnp.where(slots.channel == 0, absmax, slots.channel))
+        new = new.astype(jnp.float32) / channel_factors(slots)[:, :, None, :]
+    put = _put_in_ring if ring else _put
+    by_token = replace(slots, channel=None)
+    by_token = jax.tree.map(lambda x, part: put(x, part.astype(x.dtype), start), by_token, encode(new, slots.format))
+    return replace(by_token, channel=slots.channel)
+
+
+def channel_factors(slots: Slots) -> Float[Array, "batch kv_heads head_dim"]:
+    """What each channel was divided by before it was encoded; 1 where no token has set it."""
+    return jnp.where(slots.channel == 0, jnp.float32(1), slots.channel)
+
+
+def _put(array: Array, new: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, new, start, axis=2)
+
+
+def _put_in_ring(array: Array, new: Array, start: Array) -> Array:
+    tokens, capacity = new.shape[2], array.shape[2]
+    if tokens == 1:
+        return _put(array, new, start % capacity)
+    where = (start + jnp.arange(tokens, dtype=start.dtype)) % capacity
+    return array.at[:, :, where].set(new, unique_indices=True, mode="promise_in_bounds")
+
+
+def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheFormat) -> Slots:
+    """Vectors as a format stores them; |decoded - vector| <= scale / 2 for integers."""
+    if kind.codes == "float":
+        return Slots(vectors)
+    fmt, wide = _STORED[kind.codes], _groups(vectors.astype(jnp.float32), kind)
+    if kind.zero_point:
+        scale, zero = zero_point_range(jnp.min(wide, axis=-1), jnp.max(wide, axis=-1))
+        codes = to_codes(wide, scale[..., None], zero[..., None])
+    else:
+        scale, zero = scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt), None
+        codes = to_format(wide, scale[..., None], fmt)
+    codes = codes.reshape(vectors.shape)
+    return Slots(_pack(codes) if kind.codes == "int4" else codes, scale, zero, None, kind)
+
+
+def integers(slots: Slots) -> Shaped[Array, "batch kv_heads slots groups group"]:
+    """The codes minus their zero points, int8, by group: what the scales multiply. int8 codes come as they are."""
+    codes = _unpack(slots.codes) if slots.format.codes == "int4" else slots.codes
+    codes = _groups(codes, slots.format)
+    return codes if slots.zero is None else codes - slots.zero[..., None]
+
+
+def decoded(slots: Slots) -> Float[Array, "batch kv_heads slots head_dim"]:
+    """The vectors in float: for tests and for formats that have no arithmetic of their own."""
+    if slots.scale is None:
+        return slots.codes
+    vectors = integers(slots).astype(jnp.float32) * slots.scale[..., None]
+    vectors = vectors.reshape(*vectors.shape[:3], -1)
+    return vectors if slots.channel is None else vectors * channel_factors(slots)[:, :, None, :]
+
+
+def _groups(x: Array, kind: CacheFormat) -> Array:
+    return x.reshape(*x.shape[:-1], -1, kind.group or x.shape[-1])
+
+
+def _pack(codes: Shaped[Array, "*lead head_dim"]) -> Array:
+    """Two int4 in a byte: channel i in the low nibble, channel i + head_dim / 2 in the high one."""
+    low, high = jnp.split(codes.astype(jnp.int8), 2, axis=-1)
+    return (low & 15) | (high << 4)
+
+
+def _unpack(packed: Shaped[Array, "*lead half"]) -> Array:
+    """Shifts of int8 keep the sign."""
+    return jnp.concatenate([(packed << 4) >> 4, packed >> 4], axis=-1)
