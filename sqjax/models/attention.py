@@ -9,7 +9,7 @@ from sqjax.formats import scale_from_absmax, to_format
 from sqjax.models.cache import Slots, channel_factors, integers
 
 #: Queries that are read at once: each block of them looks at no slot beyond its own last token.
-BLOCK = 64
+BLOCK = 128
 
 Table = tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]]
 

@@ -68,11 +68,7 @@ class Model:
             ValueError: if ``length`` is more than ``config.max_length``, or there is no such kind.
         """
         self._check_length(length)
-        config = self.config
-        if config.sliding_window is not None and chunk is not None:
-            length = min(length, config.sliding_window + chunk - 1)
-        shape = config.num_layers, batch, config.num_kv_heads, length, config.head_dim
-        return empty_cache(*shape, dtype, cache_format(kind))
+        return cache_for(self.config, batch, length, dtype, kind, chunk)
 
     def decode(self, params: Params, ids: TokenIds, cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Reads more tokens: the logits after the last of them, and the cache that remembers them all.
@@ -117,3 +113,13 @@ class Model:
                 f"tokens: expected at most {self.config.max_length} (config.max_length), got {tokens}; "
                 "the model was not trained for longer sequences: cut the input into windows"
             )
+
+
+def cache_for(
+    config: LlamaConfig, batch: int, length: int, dtype: DTypeLike, kind: str | CacheFormat, chunk: int | None
+) -> KVCache:
+    """As `Model.init_cache`, of any length: the slots of padding are no positions."""
+    if config.sliding_window is not None and chunk is not None:
+        length = min(length, config.sliding_window + chunk - 1)
+    shape = config.num_layers, batch, config.num_kv_heads, length, config.head_dim
+    return empty_cache(*shape, dtype, cache_format(kind))
