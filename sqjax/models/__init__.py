@@ -14,6 +14,11 @@ from sqjax.models.flax_classes import from_flax as from_flax
 from sqjax.models.generation import Generated as Generated
 from sqjax.models.generation import generate as generate
 from sqjax.models.generation import greedy as greedy
+from sqjax.models.harness import harness_model as harness_model
 from sqjax.models.llama import LlamaConfig as LlamaConfig
 from sqjax.models.loading import load as load
 from sqjax.models.model import Model as Model
+from sqjax.models.perplexity import perplexity as perplexity
+from sqjax.models.scoring import Question as Question
+from sqjax.models.scoring import loglikelihoods as loglikelihoods
+from sqjax.models.scoring import multiple_choice as multiple_choice
