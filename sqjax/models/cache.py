@@ -1,7 +1,7 @@
 """The key/value cache of a decoder, a pytree: float, int8, float8 or packed int4, a scale for each token and head."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class CacheFormat:
         'int4'
     """
 
-    codes: Literal["float", "int8", "e4m3", "int4"] = "float"
+    codes: str = "float"
     group: int | None = None
     zero_point: bool = False
     key_channels: bool = False

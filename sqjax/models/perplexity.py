@@ -34,6 +34,7 @@ def perplexity(
     length: int | None = None,
     *,
     cache: str | CacheFormat | None = None,
+    chunk: int | None = None,
     progress: bool = False,
     description: str = "perplexity",
 ) -> float:
@@ -46,6 +47,7 @@ def perplexity(
         length: the tokens of a window, for the ids of a text; what is left over at the end is not read.
         cache: None, or the format of the cache ("float", "int8", "e4m3", "int4" or a `CacheFormat`) through which every
             key and value is read, as it would be if the window were generated.
+        chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it divides the length.
         progress: whether to show a progress bar.
         description: what the bar says.
 
@@ -71,12 +73,12 @@ def perplexity(
     check_tokens(model, tokens, "perplexity")
     kind = None if cache is None else cache_format(cache)
     rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
-    mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind) for row in rows]))
+    mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]))
     if not np.isfinite(mean):
         raise ValueError("perplexity: the model returned NaN or infinite logits; check its parameters")
     return float(np.exp(mean))
 
 
-def _loss(model: Model, params: Params, ids: Int[Array, "batch tokens"], kind: CacheFormat | None) -> float:
-    logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind)
+def _loss(model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None) -> float:
+    logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind, chunk)
     return -float(jnp.mean(logprobs[:, :-1]))

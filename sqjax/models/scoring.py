@@ -73,11 +73,16 @@ def next_logprobs(
             as in decoding ("teacher forcing").
         chunk: with a cache, how many tokens are written and read at once; it must divide their number. What is computed
             does not depend on it but for rounding, unless the format has scales of channels. None for all.
+
+    Raises:
+        ValueError: the chunk does not divide the number of tokens.
     """
     if cache is None:
         return _chosen(quantized(model.apply)(params, inputs), targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
+    if size < 1 or tokens % size:
+        raise ValueError(f"next_logprobs: expected a chunk that divides {tokens} tokens, got {size}")
     slots = cache_for(model.config, batch, tokens, compute_dtype(params), cache, size)
     read = quantized(model.read)
 
