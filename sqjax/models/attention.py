@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from sqjax.formats import scale_from_absmax, to_format
-from sqjax.models.cache import Slots, channel_factors, integers
+from sqjax.models.cache import Slots, changed_queries, integers
 
 #: Queries that are read at once: each block of them looks at no slot beyond its own last token.
 BLOCK = 128
@@ -97,9 +97,8 @@ def _attend_block(queries: Array, keys: Slots, values: Slots, mask: Array) -> Ar
 def _scores(
     rows: Float[Array, "batch kv_heads rows head_dim"], keys: Slots
 ) -> Float[Array, "batch kv_heads rows slots"]:
-    """rows k^T in float32. The scales of channels go to the rows, those of slots to the products."""
-    if keys.channel is not None:
-        rows = rows.astype(jnp.float32) * channel_factors(keys)[:, :, None, :]
+    """rows k^T in float32, but for a constant of each row. The scales of slots go to the products."""
+    rows = changed_queries(keys, rows)
     if keys.scale is None:
         rows = rows.astype(keys.codes.dtype)
         return jnp.einsum("bkrd,bksd->bkrs", rows, keys.codes, preferred_element_type=jnp.float32)

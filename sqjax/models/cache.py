@@ -20,41 +20,47 @@ class CacheFormat:
         codes: "float" (the dtype of the parameters), "int8", "e4m3", or "int4", of which two share a byte.
         group: how many consecutive channels of a head share a scale; None for the whole head.
         zero_point: int4 only: whether a group's 16 codes span its own [min, max] and not [-absmax, absmax].
-        key_channels: whether each channel of the keys is divided by a scale of its own first: its largest magnitude
-            in the first tokens that the row reads at once. A later token may exceed it: its own scale then grows.
+        keys: what is done to keys before they are encoded, by what each channel is in the first tokens that the row
+            reads at once. "plain": nothing. "channels": each channel is divided by its largest magnitude there (a later
+            token may exceed it: its own scale then grows). "rotated": each channel less its mean there, which adds the
+            same to all scores of a query and so changes no softmax; then an orthogonal matrix that spreads what is
+            large over all channels, and that turns the queries too.
 
     Raises:
-        ValueError: a format that is not known, a group that is not positive, scales or a zero point for floats.
+        ValueError: a name that is not known, a group that is not positive, scales or a zero point for floats.
 
     Example:
         >>> from sqjax.models import CacheFormat
-        >>> CacheFormat("int4", group=32, zero_point=True).codes
+        >>> CacheFormat("int4", group=32, zero_point=True, keys="rotated").codes
         'int4'
     """
 
     codes: str = "float"
     group: int | None = None
     zero_point: bool = False
-    key_channels: bool = False
+    keys: str = "plain"
 
     def __post_init__(self):
         if self.codes not in ("float", *_STORED):
             raise ValueError(f"CacheFormat: expected 'float' or one of {sorted(_STORED)}, got {self.codes!r}")
+        if self.keys not in KEYS:
+            raise ValueError(f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}")
         if self.group is not None and self.group < 1:
             raise ValueError(f"CacheFormat: expected a group of at least one channel, got {self.group}")
-        if self.codes == "float" and (self.group or self.key_channels):
-            raise ValueError("CacheFormat: a float cache has no scales; leave group and key_channels out")
+        if self.codes == "float" and (self.group or self.keys != "plain"):
+            raise ValueError("CacheFormat: a float cache has no scales; leave group and keys out")
         if self.zero_point and self.codes != "int4":
             raise ValueError(f"CacheFormat: only int4 may have a zero point, got {self.codes!r}")
 
 
+KEYS = ("plain", "channels", "rotated")
 _STORED: dict[str, Format] = {"int8": INT8, "e4m3": E4M3, "int4": INT4}
 #: What a name alone stands for.
 FORMATS = {
     "float": CacheFormat(),
     "int8": CacheFormat("int8"),
     "e4m3": CacheFormat("e4m3"),
-    "int4": CacheFormat("int4", group=32, zero_point=True),
+    "int4": CacheFormat("int4", group=32, zero_point=True, keys="rotated"),
 }
 
 
@@ -76,14 +82,15 @@ def cache_format(kind: str | CacheFormat) -> CacheFormat:
 class Slots:
     """The keys, or the values, of one layer: head vectors as codes, one slot for each token.
 
-    A vector is (codes - zero) * scale * channel, each factor where there is one.
+    A vector is (codes - zero) * scale, for keys after what the format does to them first.
 
     Attributes:
         codes: (batch, kv_heads, capacity, head_dim), or half of that in the last axis for int4: a byte holds channel i
             in its low nibble and channel i + head_dim / 2 in its high one.
         scale: float32 (batch, kv_heads, capacity, groups), or None for floats.
         zero: int8 of scale's shape, in [-8, 7], or None.
-        channel: float32 (batch, kv_heads, head_dim), or None. Zero where no token has set it yet.
+        channel: float32 (batch, kv_heads, head_dim), or None: the keys' largest magnitudes, or their means. Zero where
+            no token has set it yet.
         format: how they are stored.
     """
 
@@ -176,7 +183,7 @@ def empty_cache(
             kind,
         )
 
-    keys, values = (tuple(slots(channels) for _ in range(layers)) for channels in (kind.key_channels, False))
+    keys, values = (tuple(slots(channels) for _ in range(layers)) for channels in (kind.keys != "plain", False))
     return KVCache(keys, values, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
@@ -192,18 +199,48 @@ def write(
     `real` says which tokens are no padding: padding sets no scales of channels.
     """
     if slots.channel is not None:
-        absmax = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=2, where=real[:, None, :, None], initial=0.0)
-        slots = replace(slots, channel=jnp.where(slots.channel == 0, absmax, slots.channel))
-        new = new.astype(jnp.float32) / channel_factors(slots)[:, :, None, :]
+        slots = replace(slots, channel=_first_channels(slots, new.astype(jnp.float32), real[:, None, :, None]))
+        new = changed_keys(slots, new.astype(jnp.float32))
     put = _put_in_ring if ring else _put
     by_token = replace(slots, channel=None)
     by_token = jax.tree.map(lambda x, part: put(x, part.astype(x.dtype), start), by_token, encode(new, slots.format))
     return replace(by_token, channel=slots.channel)
 
 
-def channel_factors(slots: Slots) -> Float[Array, "batch kv_heads head_dim"]:
-    """What each channel was divided by before it was encoded; 1 where no token has set it."""
-    return jnp.where(slots.channel == 0, jnp.float32(1), slots.channel)
+def _first_channels(slots: Slots, new: Array, real: Array) -> Array:
+    """What each channel is in the first tokens: what was known, or else what these say."""
+    if slots.format.keys == "channels":
+        seen = jnp.max(jnp.abs(new), axis=2, where=real, initial=0.0)
+    else:
+        seen = jnp.sum(new, axis=2, where=real) / jnp.maximum(jnp.sum(real, axis=2, dtype=jnp.float32), 1)
+    return jnp.where(slots.channel == 0, seen, slots.channel)
+
+
+def changed_keys(slots: Slots, keys: Array) -> Array:
+    """Keys as they are encoded, (batch, kv_heads, tokens, head_dim)."""
+    if slots.format.keys == "channels":
+        return keys / _factors(slots)
+    return jnp.matmul(keys - slots.channel[:, :, None, :], rotation(slots.head_dim), precision="highest")
+
+
+def changed_queries(slots: Slots, rows: Array) -> Array:
+    """Queries such that their products with changed keys are those with the keys, but for a constant of each row."""
+    if slots.channel is None:
+        return rows
+    if slots.format.keys == "channels":
+        return rows.astype(jnp.float32) * _factors(slots)
+    return jnp.matmul(rows.astype(jnp.float32), rotation(slots.head_dim), precision="highest")
+
+
+def _factors(slots: Slots) -> Array:
+    return jnp.where(slots.channel == 0, jnp.float32(1), slots.channel)[:, :, None, :]
+
+
+def rotation(size: int) -> Float[Array, "size size"]:
+    """The orthonormal cosine transform: of one large channel every result has at most sqrt(2 / size)."""
+    angles = np.pi * (np.arange(size)[:, None] + 0.5) * np.arange(size)[None, :] / size
+    scale = np.sqrt(np.where(np.arange(size) == 0, 1, 2) / size)
+    return jnp.asarray(np.cos(angles) * scale[None, :], jnp.float32)
 
 
 def _put(array: Array, new: Array, start: Array) -> Array:
@@ -246,7 +283,12 @@ def decoded(slots: Slots) -> Float[Array, "batch kv_heads slots head_dim"]:
         return slots.codes
     vectors = integers(slots).astype(jnp.float32) * slots.scale[..., None]
     vectors = vectors.reshape(*vectors.shape[:3], -1)
-    return vectors if slots.channel is None else vectors * channel_factors(slots)[:, :, None, :]
+    if slots.channel is None:
+        return vectors
+    if slots.format.keys == "channels":
+        return vectors * _factors(slots)
+    turned_back = jnp.matmul(vectors, rotation(slots.head_dim).T, precision="highest")
+    return turned_back + slots.channel[:, :, None, :]
 
 
 def _groups(x: Array, kind: CacheFormat) -> Array:

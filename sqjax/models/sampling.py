@@ -40,7 +40,8 @@ def restrict(
     lead = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     by_rank = jnp.where(lead >= _threshold(lead, ones, top_k.astype(jnp.float32)), lead, 0)
     target = top_p * jnp.sum(by_rank, axis=-1)
-    return jnp.where((lead > 0) & (by_rank >= _threshold(by_rank, by_rank, target)), logits, -jnp.inf)
+    likely = by_rank >= _threshold(by_rank, by_rank, target)
+    return jnp.where((by_rank > 0) & (likely | (top_p >= 1)), logits, -jnp.inf)
 
 
 def _threshold(values: Array, weights: Array, target: Array) -> Array:
