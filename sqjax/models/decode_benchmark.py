@@ -13,19 +13,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
-from sqjax.calibration import calibrate
 from sqjax.execution import quantized
 from sqjax.models.cache import FORMATS, KVCache
 from sqjax.models.loading import load
 from sqjax.models.model import Model, Params
 from sqjax.models.perplexity import perplexity, windows
 from sqjax.models.sampling import likeliest
-from sqjax.quantization import quantize
+from sqjax.quantization import smoothquant
 from sqjax.schemes import W8A8
-from sqjax.smoothing import fold, fold_stats, scales
 
 #: The smoothing strength of the W8A8 parameters, as in `sqjax demo`.
 ALPHA = 0.85
@@ -103,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def w8a8(model: Model, params: Params) -> Params:
     """Smoothed W8A8 parameters, calibrated on text that comes with the package."""
     tokens = windows(_text(model, "calibration"), 256, 4)
-    stats = calibrate(model.apply, params, [row[None] for row in tokens])
-    s = scales(params, stats, ALPHA)
-    return quantize(fold(params, stats.graph, s), fold_stats(stats, s), W8A8)
+    return smoothquant(model.apply, params, [row[None] for row in tokens], ALPHA, W8A8)
 
 
 def _text(model: Model, name: str) -> list[int]:
