@@ -167,8 +167,8 @@ def test_int8_slots_are_never_copied_to_float():
 def test_bytes_of_a_token_are_those_of_its_arrays(name, expected):
     cache = Model(WIDE).init_cache(3, 10, kind=KINDS[name])
     assert cache.bytes_per_token == 2 * 2 * 2 * expected  # layers, keys and values, heads
-    arrays = [x for x in jax.tree.leaves((cache.keys, cache.values))]
-    assert sum(x.nbytes for x in arrays) == 30 * cache.bytes_per_token
+    stored = [replace(slots, channel=None) for slots in (*cache.keys, *cache.values)]
+    assert sum(x.nbytes for x in jax.tree.leaves(stored)) == 30 * cache.bytes_per_token
 
 
 def test_int4_takes_half_a_byte_and_unpacks_to_what_was_packed():
@@ -255,6 +255,7 @@ def test_a_window_hides_what_lies_before_it():
         (lambda: CacheFormat("int8", keys="turned"), "expected one of .*got 'turned'"),
         (lambda: CacheFormat("int8", group=0), "a group of at least one channel, got 0"),
         (lambda: Model(WIDE).init_cache(1, 4, kind="int2"), r"expected one of \['e4m3', 'float', 'int4', 'int8'\]"),
+        (lambda: Model(replace(WIDE, max_length=2**18)).init_cache(1, 2**18, kind="int8"), "exact up to 133144 tokens"),
         (lambda: Model(GROUPED).init_cache(1, 4, kind="int4"), "a group that divides head_dim = 8, got 32"),
         (lambda: replace(WIDE, sliding_window=0), "sliding_window: expected at least 1 or None, got 0"),
     ],

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from sqjax.formats import scale_from_absmax, to_format
 from sqjax.models.cache import Slots, changed_queries, integers
@@ -104,7 +104,7 @@ def _scores(
         return jnp.einsum("bkrd,bksd->bkrs", rows, keys.codes, preferred_element_type=jnp.float32)
     codes = integers(keys)
     rows = rows.astype(jnp.float32).reshape(*rows.shape[:3], *codes.shape[3:])
-    products = _product("bkgrj,bksgj->bkgrs", rows.transpose(0, 1, 3, 2, 4), codes)
+    products = _product("bkrd,bksd->bkrs", rows.transpose(0, 1, 3, 2, 4), codes)
     return jnp.sum(products * keys.scale.transpose(0, 1, 3, 2)[:, :, :, None, :], axis=2)
 
 
@@ -116,22 +116,34 @@ def _mix(
         weights = weights.astype(values.codes.dtype)
         return jnp.einsum("bkrs,bksd->bkrd", weights, values.codes, preferred_element_type=jnp.float32)
     weights = weights[:, :, None] * values.scale.transpose(0, 1, 3, 2)[:, :, :, None, :]
-    products = _product("bkgrs,bksgj->bkgrj", weights, integers(values))
+    products = _product("bkrs,bksd->bkrd", weights, integers(values))
     return products.transpose(0, 1, 3, 2, 4).reshape(*products.shape[:2], products.shape[3], -1)
 
 
-def _product(equation: str, rows: Float[Array, "batch kv_heads groups rows n"], codes: Array) -> Array:
-    """rows times codes in float32: int8 x int8 -> int32 where codes are integers.
+def _product(
+    equation: str,
+    rows: Float[Array, "batch kv_heads groups rows n"],
+    codes: Shaped[Array, "batch kv_heads slots groups group"],
+) -> Float[Array, "batch kv_heads groups rows m"]:
+    """rows times codes in float32, group by group: int8 x int8 -> int32 where codes are integers.
 
     Each row is then two digits of int8, so that nearly all of the error is the cache's: rows that are probabilities
     often have one large entry (the first token's) and many small ones, which one digit would round to zero.
     """
+    batch, kv_heads, slots, groups, group = codes.shape
+    if groups == 1:  # no axis of size 1, for which the compiler would transpose the codes
+        codes = codes.reshape(batch, kv_heads, slots, group)
+    else:
+        codes = codes.transpose(0, 1, 3, 2, 4).reshape(batch, kv_heads * groups, slots, group)
+    flat = rows.reshape(batch, kv_heads * groups, *rows.shape[3:])
     if not jnp.issubdtype(codes.dtype, jnp.integer):
-        return jnp.einsum(equation, rows, codes.astype(jnp.float32))
-    digits, scale = two_digits(rows)
-    sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
-    high, low = jnp.split(sums, 2, axis=3)
-    return (high + low / LOW) * scale
+        out = jnp.einsum(equation, flat, codes.astype(jnp.float32))
+    else:
+        digits, scale = two_digits(flat)
+        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
+        high, low = jnp.split(sums, 2, axis=2)
+        out = (high + low / LOW) * scale
+    return out.reshape(batch, kv_heads, groups, *out.shape[2:])
 
 
 #: A low digit counts so many times less than a high one: the rest of a rounding is at most 127 of them.

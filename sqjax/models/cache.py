@@ -53,6 +53,8 @@ class CacheFormat:
             raise ValueError(f"CacheFormat: only int4 may have a zero point, got {self.codes!r}")
 
 
+#: The most slots over which a sum of products of two int8 in [-127, 127] is exact in int32.
+LONGEST = (2**31 - 1) // 127**2
 KEYS = ("plain", "channels", "rotated")
 _STORED: dict[str, Format] = {"int8": INT8, "e4m3": E4M3, "int4": INT4}
 #: What a name alone stands for.
@@ -160,8 +162,10 @@ def empty_cache(
     """A `KVCache` of zeros, with no token in it.
 
     Raises:
-        ValueError: the format's group does not divide `head_dim`.
+        ValueError: the format's group does not divide `head_dim`, or integer sums over so many slots could overflow.
     """
+    if kind.codes in ("int8", "int4") and capacity > LONGEST:
+        raise ValueError(f"cache: sums over integer codes are exact up to {LONGEST} tokens, got {capacity}; use 'e4m3'")
     group = kind.group or head_dim
     if head_dim % group:
         raise ValueError(
