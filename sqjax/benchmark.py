@@ -24,7 +24,7 @@ from sqjax.calibration import calibrate
 from sqjax.demo import interleaved
 from sqjax.execution import quantized
 from sqjax.models import LlamaConfig, Model, load
-from sqjax.models.attention import KVCache
+from sqjax.models.cache import KVCache
 from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
 

@@ -11,6 +11,7 @@
 
 from sqjax.models.cache import CacheFormat as CacheFormat
 from sqjax.models.flax_classes import from_flax as from_flax
+from sqjax.models.fusing import fuse as fuse
 from sqjax.models.generation import Generated as Generated
 from sqjax.models.generation import generate as generate
 from sqjax.models.generation import greedy as greedy

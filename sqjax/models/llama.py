@@ -1,16 +1,19 @@
 """The Llama family of decoder language models in Flax linen, with Hugging Face's parameter names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sqjax.models.attention import Table, attend, rotary_table, rotate, visible
 from sqjax.models.cache import KVCache, Slots, write
+from sqjax.models.fusing import fused_name
 
 LayerCache = tuple[Slots, Slots]
 
@@ -87,6 +90,15 @@ class RMSNorm(nn.Module):
         return (normed * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
+def _projections(module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool) -> list[Array]:
+    """The outputs of several Dense layers of x, by name: in one matmul, if the parameters hold them as one (`fuse`)."""
+    together = fused_name(tuple(sizes))
+    if not module.has_variable("params", together):
+        return [nn.Dense(size, use_bias=use_bias, name=name)(x) for name, size in sizes.items()]
+    ends = np.cumsum(list(sizes.values()))
+    return jnp.split(nn.Dense(int(ends[-1]), use_bias=use_bias, name=together)(x), ends[:-1], axis=-1)
+
+
 class Attention(nn.Module):
     """Self-attention with rotary positions and grouped queries."""
 
@@ -99,13 +111,12 @@ class Attention(nn.Module):
         """Returns the output, and the updated cache if there was one."""
         config = self.config
 
-        def heads(name: str, count: int) -> Array:
-            flat = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(x)
-            return flat.reshape(*x.shape[:2], count, config.head_dim)
-
-        queries = rotate(heads("q_proj", config.num_heads), place.table)
-        keys = rotate(heads("k_proj", config.num_kv_heads), place.table).swapaxes(1, 2)
-        values = heads("v_proj", config.num_kv_heads).swapaxes(1, 2)
+        counts = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
+        sizes = {name: count * config.head_dim for name, count in counts.items()}
+        flat = _projections(self, x, sizes, config.attention_bias)
+        queries, keys, values = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in flat)
+        queries, keys = rotate(queries, place.table), rotate(keys, place.table).swapaxes(1, 2)
+        values = values.swapaxes(1, 2)
         in_order = cache is None or config.sliding_window is None
         looked_at = Slots(keys), Slots(values)
         if cache is not None:
@@ -125,8 +136,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
         config = self.config
-        gate = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="gate_proj")(x)
-        up = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="up_proj")(x)
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        gate, up = _projections(self, x, sizes, config.mlp_bias)
         return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(nn.silu(gate) * up)
 
 
