@@ -39,7 +39,8 @@ FLOORS = [
     ["schemes"],
     ["quantization"],
     ["bodies"],
-    ["execution", "dense", "attention"],
+    ["execution", "dense", "attention", "layout"],
+    ["files"],
     ["verification"],
     ["linen", "nnx"],
     ["models"],
@@ -137,7 +138,7 @@ def test_the_public_names_are_these():
     }
     assert set(PUBLIC) == {
         *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
-        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings", "int8_attention"),
+        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings", "int8_attention", "save", "load"),
     }
 
 
