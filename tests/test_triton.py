@@ -29,16 +29,23 @@ def grouped(x, values, zero, groups):
     return np.einsum("mgk,ngk->gmn", x, w), np.einsum("mgk,ngk->gmn", np.abs(x), np.abs(w))
 
 
-SIZES = {"of blocks": (32, 64, 256), "ragged": (5, 37, 256), "one row": (1, 32, 128), "one output": (17, 1, 96)}
 WEIGHTS = {"int8": (jnp.int8, False), "int4": (jnp.int4, False), "int4 with zeros": (jnp.int4, True)}
+#: (rows, outputs, channels), channels of a group, weight
+CASES = [
+    ((32, 64, 256), 256, "int8"),
+    ((5, 37, 256), 256, "int8"),
+    ((5, 37, 256), 32, "int8"),
+    ((1, 32, 128), 128, "int4"),
+    ((17, 1, 192), 64, "int4"),
+    ((5, 37, 96), 32, "int4 with zeros"),
+    ((16, 37, 96), 96, "int4 with zeros"),
+]
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("length", [None, 32, 64])
-def test_int32_sums_are_exact_and_scaled_in_float32(size, weight, length):
-    (rows, outputs, channels), (dtype, zeros) = SIZES[size], WEIGHTS[weight]
-    groups = 1 if length is None or channels % length else channels // length
+@pytest.mark.parametrize(("size", "length", "weight"), CASES, ids=str)
+def test_int32_sums_are_exact_and_scaled_in_float32(size, length, weight):
+    (rows, outputs, channels), (dtype, zeros) = size, WEIGHTS[weight]
+    groups = channels // length
     x = integers(127, (rows, channels), jnp.int8, 0)
     values = integers(127 if dtype == jnp.int8 else 7, (outputs, channels), dtype, 1)
     zero = integers(7, (outputs, groups), jnp.int8, 2) if zeros else None
@@ -56,8 +63,9 @@ def test_int32_sums_are_exact_and_scaled_in_float32(size, weight, length):
     assert (np.abs(np.asarray(got, np.float64) - terms.sum(0)) <= (groups + 4) * UNIT * np.abs(terms).sum(0)).all()
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("x_dtype", "weight"), [(jnp.bfloat16, "int8"), (jnp.bfloat16, "int4 with zeros"), (jnp.float16, "int4")]
+)
 def test_float_activations_meet_the_integers_in_float32(weight, x_dtype):
     dtype, zeros = WEIGHTS[weight]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 256)), x_dtype)
