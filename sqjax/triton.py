@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from sqjax.matmul import LONGEST_CONTRACTION
+from sqjax.products import LONGEST_CONTRACTION
 
 
 class Blocks(NamedTuple):

@@ -6,6 +6,8 @@ The processor plays four devices, for the tests of sharding; everything else sta
 import jax
 import pytest
 
+# Where the CUDA plug-in is installed (test_gpu.py compiles with it), jax must not look for the GPU that is not there.
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sqjax import triton
 from sqjax.formats import INT8, scale_from_absmax, to_format
-from sqjax.matmul import activation_scale, int8_matmul
+from sqjax.products import Matrix, Recipe, activation_scale, product
 
 SMALL = triton.Blocks(rows=16, outputs=32)
 UNIT = 2.0**-24  # the rounding of float32
@@ -88,11 +88,11 @@ def test_it_is_the_plain_per_token_matmul():
     values = to_format(w, scale, INT8)
 
     def fused(x):
-        x_scale = activation_scale(x, "per_token", None)
+        x_scale = activation_scale(x, "per_token", None, INT8)
         q = to_format(x, x_scale)
         return triton.matmul(q, values, scale, x_scale=x_scale.squeeze(1), blocks=SMALL, interpret=True)
 
-    plain = int8_matmul("per_token", x, values, scale.squeeze(1), None)
+    plain = product(Recipe("per_token"), x, Matrix(values, None, None, scale, None))
     np.testing.assert_allclose(fused(x), plain, rtol=4 * UNIT, atol=0)  # scaled in another order
     np.testing.assert_allclose(jax.jit(fused)(x), plain, rtol=8 * UNIT, atol=0)
 
