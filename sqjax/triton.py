@@ -1,7 +1,8 @@
 """A quantized matmul as a Pallas-Triton kernel for NVIDIA GPUs, used by explicit choice: nothing in sqjax calls it.
 
 It has never run on a GPU. It is checked in Pallas's interpreter against plain XLA, and compiled ahead of time for sm_80
-and sm_90a; its block sizes were never tuned, and nothing is claimed about its speed.
+and sm_90a; its block sizes were never tuned, and nothing is claimed about its speed. Pallas's Triton backend is
+deprecated: jax 0.12 warns when it compiles this for a GPU, and a later jax will not have it.
 
 What it is for: XLA does not fuse a per-token scale that the same program computes into the matmul, and writes the
 product to memory before it is scaled. Nor does it fuse float32 scales of groups: it writes a float copy of the weight,

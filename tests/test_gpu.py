@@ -122,16 +122,20 @@ SMALLEST = 256 * 2 * 64  # elements of k_proj
 
 
 @cache
-def decoder(scheme):
+def calibrated():
     model = Model(CONFIG)
     params = model.init(jax.random.key(0), jnp.bfloat16)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 8)), jnp.int32)
-    return model, sq.quantize(params, sq.calibrate(model.apply, params, [ids]), W8A8[scheme])
+    return model, params, sq.calibrate(model.apply, params, [ids])
+
+
+def decoder(scheme):
+    model, params, stats = calibrated()
+    return model, jax.eval_shape(lambda params, stats: sq.quantize(params, stats, W8A8[scheme]), params, stats)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("form", gpu_compile.FORMS)
-@pytest.mark.parametrize("scheme", W8A8)
+@pytest.mark.parametrize(("scheme", "form"), [("O1", "triton"), ("O2", "triton"), ("O3", "triton"), ("O3", "cublas")])
 def test_a_decoder_layer_multiplies_every_site_in_int8(scheme, form, target):
     model, params = decoder(scheme)
     ids = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
@@ -161,7 +165,11 @@ def test_a_decoding_step_copies_no_weight(target):
 
 # The Triton matmul -------------------------------------------------------------------------------------------------
 
+#: jax 0.12 still has the backend, and says that a later one will not (see `sqjax.triton`).
+deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
+
+@deprecated
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_triton_matmul_scales_by_token_before_it_writes(target):
     def run(x, values, scale):
@@ -176,18 +184,19 @@ def test_the_triton_matmul_scales_by_token_before_it_writes(target):
 
 
 GROUPED = {
-    "int8 x int8": (jnp.int8, jnp.int8, False, "s8.s8"),
-    "int8 x int4": (jnp.int8, jnp.int4, False, "s8.s8"),
-    "bfloat16 x int8": (jnp.bfloat16, jnp.int8, False, "bf16.bf16"),
-    "bfloat16 x int4 with zeros": (jnp.bfloat16, jnp.int4, True, "bf16.bf16"),
+    "int8 x int8": (100, jnp.int8, jnp.int8, False, "s8.s8"),
+    "int8 x int4": (100, jnp.int8, jnp.int4, False, "s8.s8"),
+    "one row of int8 x int4": (1, jnp.int8, jnp.int4, False, "s8.s8"),
+    "bfloat16 x int8": (100, jnp.bfloat16, jnp.int8, False, "bf16.bf16"),
+    "bfloat16 x int4 with zeros": (100, jnp.bfloat16, jnp.int4, True, "bf16.bf16"),
 }
 
 
+@deprecated
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", GROUPED)
-@pytest.mark.parametrize("rows", [1, 100])
-def test_the_triton_matmul_scales_groups_with_no_copy_of_the_weight(case, rows, target):
-    x_dtype, dtype, zeros, units = GROUPED[case]
+def test_the_triton_matmul_scales_groups_with_no_copy_of_the_weight(case, target):
+    rows, x_dtype, dtype, zeros, units = GROUPED[case]
     features = FEATURES - 8  # not a multiple of the block
     shapes = [((rows, INPUTS), x_dtype), ((features, INPUTS), dtype), ((features, INPUTS // 128), jnp.float32)]
     shapes += [((features, INPUTS // 128), jnp.int8)] if zeros else []
