@@ -118,7 +118,7 @@ def compiled(fn: Any, *args: Any, target: str, form: str = "triton", ptx: bool =
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": form == "triton"}
     options |= {} if merge else {"xla_gpu_dot_merger_threshold_mb": 0}
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*"} if ptx else {}
+        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"} if ptx else {}
         done = lowered.compile(compiler_options=options | dump)
         kernels = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     return Program(done.as_text(), kernels, done.memory_analysis().temp_size_in_bytes)
