@@ -22,7 +22,7 @@ FLOORS = [
     ["formats", "trees", "views"],
     ["qtensor", "products", "ranges"],
     ["matmul"],
-    ["equations"],
+    ["triton", "equations"],
     ["sharding"],
     ["interpreter", "labels"],
     ["flat"],
