@@ -67,8 +67,10 @@ def generate(
 
     The prefill is one compiled program and all steps are another, a loop that ends when every row has met a stop token.
     Prompts may differ in length: shorter ones are padded on the left, and padding is never looked at, so a batch gives
-    what its rows give one by one (but for the rounding of sums). Compiled once for each model, batch size, `steps`,
-    `cache`, `chunk` and padded length; sampling settings and stop tokens of the same number compile nothing anew.
+    what its rows give one by one, but for the rounding of sums, for schemes that give all activations one scale
+    ("per_tensor"), and for caches whose keys' channels are those of the first chunk.
+    Compiled once for each model, batch size, `steps`, `cache`, `chunk` and padded length; sampling settings and stop
+    tokens of the same number compile nothing anew.
 
     Args:
         model: a `Model`.
