@@ -16,8 +16,9 @@ Activations = Literal["per_token", "per_tensor", "static"]
 LONGEST_CONTRACTION = (2**31 - 1) // 127**2
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is dequantized first.
 FEW_ROWS = 16
-#: Up to so many rows a float x is multiplied on a CPU digit by digit; with more, a float copy of the weight pays.
-DIGIT_ROWS = 128
+#: Up to so many rows (in groups: `FEW_ROWS`) a float x is multiplied on a CPU digit by digit; with more, a float copy
+#: of the weight pays.
+DIGIT_ROWS = 32
 _LAST_AXES = (((1,), (1,)), ((), ()))
 
 
@@ -171,7 +172,8 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
     """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of."""
-    if x.shape[0] > DIGIT_ROWS or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
+    few = DIGIT_ROWS if matrix.scale.shape[1] == 1 else FEW_ROWS
+    if x.shape[0] > few or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
         return _converted(x, matrix, group)
     on_cpu, otherwise = partial(_by_digits, group=group), partial(_converted, group=group)
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)
