@@ -65,7 +65,7 @@ EINSUMS = {  # formula, shapes, summed axes
 @pytest.mark.parametrize("case", EINSUMS)
 def test_a_batched_matmul_is_the_scaled_integer_product(case, granularity):
     formula, left, right, shared = EINSUMS[case]
-    rows = 4.0 ** jnp.arange(left[0]).reshape(-1, *[1] * (len(left) - 1))
+    rows = 4.0 ** jnp.arange(float(left[0])).reshape(-1, *[1] * (len(left) - 1))
     x = jnp.asarray(settled(normal(*left) * rows, shared[0]))
     y = jnp.asarray(settled(normal(*right, seed=1), shared[1]))
     fn = lambda p, x, y: jnp.einsum(formula, x, y) * p["gain"]
