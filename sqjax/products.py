@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from sqjax.formats import FORMATS, Format, FormatName, scale_from_absmax, to_format
+from sqjax.formats import FORMATS, INT4, Format, FormatName, scale_from_absmax, to_format
 
 Activations = Literal["per_token", "per_tensor", "static"]
 
@@ -118,18 +118,23 @@ def narrow_dot(q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inn
     """int8 x int8 -> int32, or float8 x float8 -> float32; int4 codes become int8 first."""
     floating = jnp.issubdtype(q.dtype, jnp.floating)
     kind = jnp.float32 if floating else jnp.int32
-    codes = codes if floating else codes.astype(jnp.int8)
 
     def dot(q, codes):
+        codes = codes if floating else codes.astype(jnp.int8)
         return lax.dot_general(q, codes, _LAST_AXES, preferred_element_type=kind)
 
     def dot_of_two_rows(q, codes):
         return dot(jnp.pad(q, ((0, 1), (0, 0))), codes)[:1]
 
+    def dot_in_int32(q, codes):
+        return lax.dot_general(q.astype(jnp.int32), codes.astype(jnp.int32), _LAST_AXES)
+
     if q.shape[0] != 1 or floating:
         return dot(q, codes)
-    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one.
-    return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, default=dot)
+    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one. XLA:GPU
+    # does not compile one of int4 by way of int8 for sm_80.
+    on_gpu = dot_in_int32 if codes.dtype == INT4.dtype else dot
+    return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, cuda=on_gpu, default=dot)
 
 
 def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outputs"]:
@@ -154,13 +159,14 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
 
-    def step(total, number):
+    def step(total, this):
+        number, mine = this
         own = matrix.columns(number, number * group, group)
-        sums = narrow_dot(lax.dynamic_slice_in_dim(q, number * group, group, 1), own.integers(None))
-        return total + sums.astype(jnp.float32) * own.scale.T, None
+        return total + narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T, None
 
     start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
-    return lax.scan(step, start, jnp.arange(groups, dtype=jnp.int32))[0]
+    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    return lax.scan(step, start, (jnp.arange(groups, dtype=jnp.int32), of_groups))[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:

@@ -230,6 +230,8 @@ class QTensor:
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
         elif len(self.order) > self.ndim:
             problem = f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
+        elif self.group is not None and self.group < 1:
+            problem = f"a group size of 1 or more expected, got {self.group}"
         parts = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
         for name, dtype in parts.items():
             if (x := getattr(self, name)) is not None:
