@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from sqjax.attention import int8_attention as int8_attention
+from sqjax.caches import quantize_cache as quantize_cache
 from sqjax.calibration import calibrate as calibrate
 from sqjax.execution import quantized as quantized
 from sqjax.files import load as load

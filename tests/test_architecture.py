@@ -38,7 +38,7 @@ FLOORS = [
     ["calibration"],
     ["schemes"],
     ["quantization"],
-    ["bodies"],
+    ["bodies", "caches"],
     ["execution", "dense", "attention", "layout"],
     ["files"],
     ["verification"],
@@ -138,7 +138,18 @@ def test_the_public_names_are_these():
     }
     assert set(PUBLIC) == {
         *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
-        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings", "int8_attention", "save", "load"),
+        *(
+            "QTensor",
+            "QuantWeight",
+            "Scheme",
+            "Stats",
+            "dequantize",
+            "shardings",
+            "int8_attention",
+            "quantize_cache",
+            "save",
+            "load",
+        ),
     }
 
 
