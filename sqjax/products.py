@@ -154,13 +154,14 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
 
-    def step(total, number):
+    def product_of(number):
         own = matrix.columns(number, number * group, group)
         sums = narrow_dot(lax.dynamic_slice_in_dim(q, number * group, group, 1), own.integers(None))
-        return total + sums.astype(jnp.float32) * own.scale.T, None
+        return sums.astype(jnp.float32) * own.scale.T
 
-    start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
-    return lax.scan(step, start, jnp.arange(groups, dtype=jnp.int32))[0]
+    # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
+    numbers = jnp.arange(1, groups, dtype=jnp.int32)
+    return lax.scan(lambda total, number: (total + product_of(number), None), product_of(0), numbers)[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
