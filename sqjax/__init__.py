@@ -7,6 +7,7 @@ docstring for its shapes, errors and source.
 import importlib
 from typing import Any
 
+from sqjax import exporting as exporting
 from sqjax.attention import int8_attention as int8_attention
 from sqjax.caches import quantize_cache as quantize_cache
 from sqjax.calibration import calibrate as calibrate

@@ -1,4 +1,4 @@
-"""The command line: `sqjax demo`, `sqjax schemes`, `sqjax benchmark`."""
+"""The command line: `sqjax demo`, `sqjax schemes`, `sqjax decode`, `sqjax benchmark`."""
 
 import argparse
 import sys
@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accuracy.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     speed = commands.add_parser("benchmark", help="time every scheme beside float32, bfloat16 and qwix")
     speed.add_argument("--quick", action="store_true", help="a few minutes: one small model, fewer repeats")
+    decoding = commands.add_parser("decode", help="accuracy and speed of decoding with a quantized key/value cache")
+    decoding.add_argument("--quick", action="store_true", help="less text, fewer repeats")
+    decoding.add_argument("--only", choices=("accuracy", "speed"), help="one of the two tables")
+    decoding.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     options = parser.parse_args(arguments)
     try:
         _run(options)
@@ -37,6 +41,11 @@ def _run(options: argparse.Namespace) -> None:
             benchmark.benchmark(benchmark.QUICK, ("llama-shaped",))
         else:
             benchmark.benchmark()
+        return
+    if options.command == "decode":
+        from sqjax.models import decode_benchmark
+
+        decode_benchmark.run(options.model, options.quick, options.only)
         return
     from sqjax.demo import FULL, QUICK, demo
 

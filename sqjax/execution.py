@@ -18,7 +18,7 @@ from sqjax.caches import cache_leaf, is_cache
 from sqjax.equations import emit, source_of
 from sqjax.interpreter import Leaf, Rules, is_tensor, trace, walk
 from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
-from sqjax.sharding import weight_specs
+from sqjax.sharding import check_groups, weight_specs
 from sqjax.trees import named_leaves
 
 
@@ -276,7 +276,9 @@ def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
         return caches.refuse(equation, leaf)
     if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
         return _refuse(equation, leaf)
-    return Leaf(leaf.path, weight_specs(leaf.value, spec, leaf.path))
+    specs = weight_specs(leaf.value, spec, leaf.path)
+    check_groups(leaf.value, specs, equation.params["mesh"].shape, leaf.path)
+    return Leaf(leaf.path, specs)
 
 
 def _either(name: str, of_weights: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sqjax.formats import FormatName
+from sqjax.printing import weight_text
 from sqjax.products import LONGEST_CONTRACTION, Activations, Matrix, Recipe, product, ragged_product
 from sqjax.qtensor import QTensor
 
@@ -36,7 +37,7 @@ class Outliers(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantWeight:
     """A matmul weight as it is stored, and how the activations that meet it are quantized.
 
@@ -69,6 +70,9 @@ class QuantWeight:
     contracted: int = field(default=1, metadata={"static": True})
     activation_format: FormatName = field(default="int8", metadata={"static": True})
     outliers: Any = None  # Outliers or None
+
+    def __repr__(self) -> str:
+        return weight_text(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

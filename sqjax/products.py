@@ -160,14 +160,14 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
 
-    def step(total, this):
-        number, mine = this
+    def product_of(number, mine):
         own = matrix.columns(number, number * group, group)
-        return total + narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T, None
+        return narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T
 
-    start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
+    # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
     of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
-    return lax.scan(step, start, (jnp.arange(groups, dtype=jnp.int32), of_groups))[0]
+    rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
+    return lax.scan(lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest)[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:

@@ -22,6 +22,7 @@ from sqjax.formats import (
     to_format,
     zero_point_range,
 )
+from sqjax.printing import tensor_text
 from sqjax.views import runs
 
 #: What the first of two levels may use of int8: a second level that rounds in steps of up to 16 then stays inside 127
@@ -30,7 +31,7 @@ FIRST_LEVEL = Format("int8", INT8.dtype, 119.0)
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QTensor:
     """A quantized array: (values - zero) * group_scale * scale, seen as the float array of a logical shape and dtype.
 
@@ -116,6 +117,9 @@ class QTensor:
         values = jnp.clip(_nearest(q, share.spread(step)) + share.spread(zero), -8, 7).astype(container(INT4))
         zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
         return cls(values, first.scale, order, x.dtype, zero, step, share.group, INT4)
+
+    def __repr__(self) -> str:
+        return tensor_text(self)
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -19,10 +19,10 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
-    ["formats", "trees", "views"],
+    ["formats", "printing", "trees", "views"],
     ["qtensor", "products", "ranges"],
     ["matmul"],
-    ["triton", "equations"],
+    ["triton", "equations", "exporting"],
     ["sharding"],
     ["interpreter", "labels"],
     ["flat"],
@@ -42,6 +42,7 @@ FLOORS = [
     ["execution", "dense", "attention", "layout"],
     ["files"],
     ["verification"],
+    ["functional"],
     ["linen", "nnx"],
     ["models"],
     ["demo"],
@@ -108,7 +109,7 @@ def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
     assert loaded_by("import sqjax; sqjax.nnx.QuantLinear") >= {"flax"}
     assert not loaded_by("import sqjax; sqjax.models.LlamaConfig") & {"transformers", "torch", "matplotlib"}
     users = {path.parts[0] for path in FILES if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)}
-    assert users == {"linen.py", "nnx.py", "models"}
+    assert users == {"functional.py", "linen.py", "nnx.py", "models"}
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -126,7 +127,8 @@ PUBLIC = {
 }
 _linen = importlib.import_module("sqjax.linen")
 _nnx = importlib.import_module("sqjax.nnx")
-FLAX = {"linen.QuantDense": _linen.QuantDense, "linen.quantize_dense": _linen.quantize_dense}
+_LINEN = ("QuantDense", "QuantDenseGeneral", "quantize_dense", "quantize_dense_general")
+FLAX = {f"linen.{name}": getattr(_linen, name) for name in _LINEN}
 FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild", "QuantLinear")}
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jaxprs
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -631,6 +632,8 @@ def test_from_linear_does_not_touch_the_float_layer():
     [
         ({}, {"smoothing": jnp.ones(8)}, r"expected smoothing of shape \(32,\), got \(8,\)"),
         ({}, {"absmax": jnp.ones(31)}, r"expected absmax of shape \(32,\), got \(31,\)"),
+        ({}, {"scheme": sq.EMBEDDING_INT8}, r"^from_linear: kernel: a scheme for embeddings, which meet indices"),
+        ({}, {"scheme": sq.W8A8_OUTLIERS}, r"^from_linear: kernel: a scheme with outliers .* pass absmax=max"),
         ({}, {"scheme": sq.W8A8_O3}, "a static scheme needs the activation's absmax"),
         ({"preferred_element_type": jnp.float32}, {}, "a preferred_element_type of its own"),
         ({"dot_general": lambda *a, **k: jax.lax.dot_general(*a, **k)}, {}, "a dot_general of its own"),
@@ -649,3 +652,109 @@ def test_a_wrong_kernel_is_refused():
     module.kernel = QuantParam(linear.kernel[...])
     with pytest.raises(ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*from_linear"):
         module(x)
+
+
+# Every scheme -----------------------------------------------------------------------------------------------------
+
+#: Every preset for matmuls, with what relative error its rounding may leave in a product of 128 random channels.
+PRESETS = {
+    "W8A8_O1": (sq.W8A8_O1, 0.03),
+    "W8A8_O2": (sq.W8A8_O2, 0.1),
+    "W8A8_O3": (sq.W8A8_O3, 0.1),
+    "W8A8_OUTLIERS": (sq.W8A8_OUTLIERS, 0.02),
+    "FP8": (sq.FP8, 0.06),
+    "FP8_E5M2": (sq.FP8_E5M2, 0.12),
+    "W8A16": (sq.W8A16, 0.02),
+    "W4A16": (sq.W4A16, 0.15),
+    "W4A16_G64": (sq.W4A16_G64, 0.15),
+    "W4A8": (sq.W4A8, 0.15),
+    "smoothing": (sq.W8A8_O2._replace(smoothing=0.5), 0.03),
+}
+each_preset = pytest.mark.parametrize(("scheme", "error"), PRESETS.values(), ids=PRESETS)
+
+
+@each_preset
+def test_every_scheme_runs_under_nnx_jit_vmap_and_grad(scheme, error):
+    linear, x = layer(128, 16)
+    module = QuantLinear.from_linear(linear, scheme, jnp.max(jnp.abs(x), axis=0))
+    assert (module.scheme, module.in_features) == (scheme, 128)
+    got, expected = nnx.jit(lambda m, x: m(x))(module, x), linear(x)
+    assert 1e-4 < distance(got, expected) < error
+    if scheme.activations != "per_tensor":  # whose scale is that of a row under vmap
+        rows = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(module, x)
+        chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
+    g = normal(6, 16, seed=4)
+    grads, dx = nnx.grad(lambda m, x: jnp.sum(m(x) * g), argnums=(0, 1))(module, x)
+    assert set(grads) == {"bias"}
+    fx = g @ linear.kernel[...].T
+    coarse = scheme.weight_format in ("int4", "e5m2")
+    assert jnp.sum(dx * fx) / jnp.linalg.norm(dx) / jnp.linalg.norm(fx) > (0.98 if coarse else 0.99)
+    drawn = QuantLinear(128, 16, scheme=scheme, rngs=nnx.Rngs(0))
+    assert jnp.isfinite(drawn(x)).all()
+    assert drawn.kernel.get_value().tensor.fmt.name == scheme.weight_format
+    assert drawn.kernel.get_value().outliers is None  # there are no data yet
+
+
+@each_preset
+def test_stacked_layers_of_every_scheme_scan_as_a_loop(scheme, error):
+    kernels, x = normal(3, 64, 64) / 8, normal(5, 64, seed=1)
+    absmax = jnp.maximum(jnp.max(jnp.abs(x), axis=0), 3)
+    each = [QuantLinear.from_linear(_linear(k), scheme, absmax) for k in kernels]
+    graphdef, *_ = nnx.split(each[0])
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(nnx.state(m) for m in each))
+    steps = lambda x: jax.lax.scan(lambda x, state: (nnx.merge(graphdef, state)(x), None), x, stacked)[0]
+    expected = each[2](each[1](each[0](x)))
+    chex.assert_trees_all_close(jax.jit(steps)(x), expected, atol=1e-2 * float(jnp.abs(expected).max()))
+    of_float = x @ kernels[0] @ kernels[1] @ kernels[2]
+    assert 1e-4 < distance(expected, of_float) < 3 * error
+
+
+def test_smoothing_by_powers_of_two_moves_the_steps_and_nothing_else():
+    """(X / s)(s W) = X W without a lost bit: float products are equal, and so are the layers smoothed at run time and
+    by folding."""
+    linear, x = layer(bias=False)
+    absmax, s = smoothing_of(linear, x)
+    s = jnp.exp2(jnp.round(jnp.log2(s)))
+    assert float(s.max() / s.min()) >= 4
+    moved = _linear(s[:, None] * linear.kernel[...])
+    chex.assert_trees_all_equal(moved(x / s[None, :]), linear(x))
+    folded = QuantLinear.from_linear(moved)(x / s[None, :])
+    chex.assert_trees_all_equal(QuantLinear.from_linear(linear, sq.W8A8, absmax, s)(x), folded)
+    assert 1e-4 < distance(folded, linear(x)) < distance(QuantLinear.from_linear(linear)(x), linear(x))
+
+
+class Around(nnx.Module):
+    """A norm, a hidden layer that may be quantized, and a float head."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(64, rngs=rngs)
+        self.body = nnx.Linear(64, 16, rngs=rngs)
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.body(self.norm(x))))
+
+
+@pytest.mark.parametrize("scheme", [sq.W8A8, sq.W4A8, sq.FP8], ids=["W8A8", "W4A8", "FP8"])
+def test_what_is_around_a_quantized_layer_trains(scheme):
+    """nnx.grad and nnx.Optimizer see every nnx.Param: the norm, the biases, the head; a QuantParam is none."""
+    model, x, target = Around(nnx.Rngs(0)), normal(32, 64), normal(32, 4, seed=1)
+    model.body = QuantLinear.from_linear(model.body, scheme)
+    before = jax.tree.map(jnp.array, model.body.kernel.get_value())
+    floats = {p: jnp.array(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    assert set(floats) == {(a, b) for a in ("norm", "body", "head") for b in ("bias", "scale", "kernel")} - {
+        *(("norm", "kernel"), ("body", "kernel"), ("body", "scale"), ("head", "scale"))
+    }
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - target) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(12)]
+    assert losses[-1] < 0.7 * losses[0]
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        assert float(jnp.abs(variable.get_value() - floats[path]).max()) > 1e-3
+    chex.assert_trees_all_equal(model.body.kernel.get_value(), before)

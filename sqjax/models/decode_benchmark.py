@@ -1,9 +1,5 @@
-"""What a quantized cache costs in accuracy and gains in speed, measured on a real model in one process.
+"""`sqjax decode`: what a quantized cache costs in accuracy and gains in speed, on a real model in one process."""
 
-python -m sqjax.models.decode_benchmark --quick
-"""
-
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,21 +75,16 @@ class Speed(NamedTuple):
         return self.batch / self.seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints both tables."""
-    parser = argparse.ArgumentParser(prog="python -m sqjax.models.decode_benchmark", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less text, fewer repeats")
-    parser.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
-    parser.add_argument("--only", choices=("accuracy", "speed"), help="one of the two tables")
-    options = parser.parse_args(arguments)
-    size = QUICK if options.quick else Size()
-    model, params = load(options.model)
+def run(name: str = "smollm2-135m", quick: bool = False, only: str | None = None) -> None:
+    """Prints both tables, or `only` "accuracy" or "speed"."""
+    size = QUICK if quick else Size()
+    model, params = load(name)
     qparams = w8a8(model, params)
-    print(f"{options.model} on {jax.devices()[0].platform}, jax {jax.__version__}", flush=True)
-    if options.only != "speed":
+    print(f"{name} on {jax.devices()[0].platform}, jax {jax.__version__}", flush=True)
+    if only != "speed":
         print_accuracy("float32", accuracy(model, params, size))
         print_accuracy("W8A8", accuracy(model, qparams, size))
-    if options.only != "accuracy":
+    if only != "accuracy":
         print_speed(*speed(model, params, qparams, size))
 
 
@@ -209,7 +200,3 @@ def print_speed(rows: Sequence[Speed], bandwidth: float) -> None:
         ratio = f"{row.tokens_per_second / base[row.batch, row.context].tokens_per_second:.2f}x"
         numbers = f"{row.tokens_per_second:10.1f}{ratio:>8}{1e3 * row.seconds:9.2f}{1e3 * row.floor:10.2f}"
         print(f"{row.name:22}{row.batch:6}{row.context:9}{numbers}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
