@@ -9,8 +9,11 @@ from typing import Any
 
 from sqjax import exporting as exporting
 from sqjax.attention import int8_attention as int8_attention
+from sqjax.caches import quantize_cache as quantize_cache
 from sqjax.calibration import calibrate as calibrate
 from sqjax.execution import quantized as quantized
+from sqjax.files import load as load
+from sqjax.files import save as save
 from sqjax.matmul import QuantWeight as QuantWeight
 from sqjax.qtensor import QTensor as QTensor
 from sqjax.qtensor import dequantize as dequantize

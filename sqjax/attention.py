@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array, Float
 
@@ -50,8 +51,12 @@ def int8_attention(
 
     @functools.wraps(fn)
     def run(params, *args, **kwargs):
-        traced, inputs = trace(fn, params, args, kwargs)
-        paths, leaves, _ = named_leaves(params)
+        paths, leaves, treedef = named_leaves(params)  # the arrays of quantized weights are leaves of their own
+
+        def of_leaves(leaves, *args, **kwargs):
+            return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+
+        traced, inputs = trace(of_leaves, leaves, args, kwargs)
         own = [Leaf(path, x) for path, x in zip(paths, leaves, strict=True)]
         outputs = walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*own, *inputs], rules)
         return jax.tree_util.tree_unflatten(traced.treedef, _values(outputs))
@@ -90,11 +95,13 @@ def _values(operands: Any) -> list[Any]:
 
 
 def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
-    """The equation again; a leaf, if all its operands are leaves."""
+    """The equation again; a leaf, if its operands are leaves, and numbers in the program."""
     results = emit(equation, *_values(operands))
-    if not operands or not all(isinstance(x, Leaf) for x in operands):
+    paths = [x.path for x in operands if isinstance(x, Leaf)]
+    numbers = [isinstance(v, core.Literal) for v in equation.invars]
+    if not paths or len(paths) + sum(numbers) < len(operands):
         return results
-    path = operands[0].path
+    path = paths[0]
     return [Leaf(path, x) for x in results] if equation.primitive.multiple_results else Leaf(path, results)
 
 

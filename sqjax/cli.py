@@ -1,4 +1,4 @@
-"""The command line: `sqjax demo`."""
+"""The command line: `sqjax demo`, `sqjax schemes`, `sqjax decode`, `sqjax benchmark`."""
 
 import argparse
 import sys
@@ -14,16 +14,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--alpha", type=float, default=0.85, help="smoothing strength, 0 to 1 (default 0.85)")
     demo.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     demo.add_argument("--float-head", action="store_true", help="keep lm_head in float, as the authors do")
+    accuracy = commands.add_parser("schemes", help="the perplexity of a real language model in every scheme")
+    accuracy.add_argument("--quick", action="store_true", help="less text")
+    accuracy.add_argument("--alpha", type=float, default=0.85, help="smoothing strength, 0 to 1 (default 0.85)")
+    accuracy.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
+    speed = commands.add_parser("benchmark", help="time every scheme beside float32, bfloat16 and qwix")
+    speed.add_argument("--quick", action="store_true", help="a few minutes: one small model, fewer repeats")
+    decoding = commands.add_parser("decode", help="accuracy and speed of decoding with a quantized key/value cache")
+    decoding.add_argument("--quick", action="store_true", help="less text, fewer repeats")
+    decoding.add_argument("--only", choices=("accuracy", "speed"), help="one of the two tables")
+    decoding.add_argument("--model", default="smollm2-135m", help="a name, a .gguf file or a Hugging Face directory")
     options = parser.parse_args(arguments)
     try:
-        from sqjax.demo import FULL, QUICK
-        from sqjax.demo import demo as run
-
-        run(QUICK if options.quick else FULL, options.alpha, options.model, options.float_head)
+        _run(options)
     except (ValueError, RuntimeError, ImportError) as error:
         print(f"sqjax: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "benchmark":
+        from sqjax import benchmark
+
+        if options.quick:
+            benchmark.benchmark(benchmark.QUICK, ("llama-shaped",))
+        else:
+            benchmark.benchmark()
+        return
+    if options.command == "decode":
+        from sqjax.models import decode_benchmark
+
+        decode_benchmark.run(options.model, options.quick, options.only)
+        return
+    from sqjax.demo import FULL, QUICK, demo
+
+    if options.command == "schemes":
+        from sqjax.comparison import compare
+
+        compare(QUICK if options.quick else FULL, options.alpha, options.model)
+        return
+    demo(QUICK if options.quick else FULL, options.alpha, options.model, options.float_head)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def demo(
     if model.tokenizer is None:
         raise ValueError(f"{model_name}: the demo needs a model with a tokenizer")
     print(f"{model_name} on {jax.devices()[0].platform}, jax {jax.__version__}", flush=True)
-    text = {name: model.tokenizer.encode(_shipped(name)) for name in ("calibration", "evaluation")}
+    text = {name: model.tokenizer.encode(shipped(name)) for name in ("calibration", "evaluation")}
     calibration = windows(text["calibration"], LENGTH, size.calibration)
     evaluation = windows(text["evaluation"], LENGTH, size.evaluation)
 
@@ -84,7 +84,8 @@ def demo(
     return rows
 
 
-def _shipped(name: str) -> str:
+def shipped(name: str) -> str:
+    """A text that comes with the package."""
     return (resources.files("sqjax") / "text" / f"{name}.txt").read_text(encoding="utf-8")
 
 

@@ -12,9 +12,11 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from sqjax import caches
 from sqjax.bodies import Bodies, body_rules
+from sqjax.caches import cache_leaf, is_cache
 from sqjax.equations import emit, source_of
-from sqjax.interpreter import Leaf, Rules, trace, walk
+from sqjax.interpreter import Leaf, Rules, is_tensor, trace, walk
 from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.sharding import check_groups, weight_specs
 from sqjax.trees import named_leaves
@@ -24,7 +26,8 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, able to run on parameters that `quantize` has changed.
 
     quantized(fn)(qparams, *args, **kwargs) is fn(params, *args, **kwargs) in which every matmul with a quantized weight
-    runs int8 x int8 -> int32; everything else is re-emitted as it was. On a float tree it is `fn` itself. Wrap it in
+    runs int8 x int8 -> int32; everything else is re-emitted as it was. Arguments may hold arrays that `quantize_cache`
+    has quantized, and are returned so. On float trees it is `fn` itself. Wrap it in
     jax.jit: outside, every call traces `fn` anew. The same `fn` gives the same wrapper, so jit keeps its cache; the
     last 256 functions are remembered. Where a quantized weight itself flows into a function with a custom derivative,
     that derivative is lost; the matmul's own is straight-through.
@@ -51,12 +54,15 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(params, *args, **kwargs):
         paths, leaves, _ = named_leaves(params, is_leaf=_is_quantized)
-        if not any(map(_is_quantized, leaves)):
+        names, arguments, _ = named_leaves((args, kwargs), is_leaf=is_tensor)
+        if not any(map(_is_quantized, leaves)) and not any(map(is_tensor, arguments)):
             return fn(params, *args, **kwargs)
         traced, inputs = trace(fn, params, args, kwargs)
         values = [Leaf(path, x) if _is_quantized(x) else x for path, x in zip(paths, leaves, strict=True)]
-        outputs = walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, [*values, *inputs], RULES)
-        return jax.tree_util.tree_unflatten(traced.treedef, _no_leaves(outputs))
+        held = [cache_leaf(name, x) for name, x in zip(names, arguments, strict=True) if is_tensor(x)][::-1]
+        values += [held.pop() if is_tensor(x) else x for x in inputs]
+        outputs = _no_leaves(walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, values, RULES))
+        return jax.tree_util.tree_unflatten(traced.treedef, [x.value if is_cache(x) else x for x in outputs])
 
     return run
 
@@ -85,6 +91,8 @@ def _laid_out(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(equation: JaxprEqn, *operands: Any) -> Any:
+    if any(map(is_cache, operands)):
+        return caches.refuse(equation, *operands)
     leaf = next(x for x in operands if isinstance(x, Leaf))
     raise ValueError(
         f"{leaf.path}: quantized, but `{equation.primitive.name}` at {source_of(equation)} has no rule for quantized "
@@ -235,6 +243,9 @@ def _pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
 
 def _per_step(equation: JaxprEqn, x: Leaf, length: int) -> Leaf:
     """A leaf whose every array has the steps as its first axis."""
+    if is_cache(x):
+        scale = jnp.broadcast_to(x.value.scale, (length, *x.value.scale.shape[1:]))
+        return Leaf(x.path, replace(x.value, scale=scale))
     if x.value.tensor.axes[0] != 0 or x.value.tensor.scale.shape[0] == 0:
         return _refuse(equation, x)
     tensor = x.value.tensor
@@ -247,20 +258,22 @@ def _per_step(equation: JaxprEqn, x: Leaf, length: int) -> Leaf:
 
 
 def _no_leaves(values: list[Any]) -> list[Any]:
-    if escaped := [x.path for x in values if isinstance(x, Leaf)]:
+    if escaped := [x.path for x in values if isinstance(x, Leaf) and not is_cache(x)]:
         raise ValueError(f"{escaped[0]}: fn returns this quantized leaf; keep it in float with a rule of None")
     return values
 
 
 def _carried(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
-    """What a loop carries: no quantized leaf."""
-    if moved := [x for x in operands if isinstance(x, Leaf)]:
+    """What a loop carries: no quantized weight."""
+    if moved := [x for x in operands if isinstance(x, Leaf) and not is_cache(x)]:
         return _refuse(equation, *moved)
     return operands
 
 
 def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
     """The specs of a leaf's arrays in a shard_map."""
+    if is_cache(leaf):
+        return caches.refuse(equation, leaf)
     if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
         return _refuse(equation, leaf)
     specs = weight_specs(leaf.value, spec, leaf.path)
@@ -268,19 +281,28 @@ def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
     return Leaf(leaf.path, specs)
 
 
+def _either(name: str, of_weights: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule for quantized weights, or where a quantized argument is met, the one for these."""
+    of_caches = caches.CACHE_RULES.get(name, caches.refuse)
+    return lambda equation, *operands: (of_caches if any(map(is_cache, operands)) else of_weights)(equation, *operands)
+
+
+_WEIGHT_RULES: dict[str, Callable[..., Any]] = {
+    "dot_general": _dot,
+    "transpose": _transpose,
+    "convert_element_type": _convert,
+    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"), _copy),
+    **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
+    "slice": _slice,
+    "gather": _gather,
+    "ragged_dot_general": _ragged_dot,
+    "pvary": _pvary,
+}
+_BOTH = {name: _either(name, _WEIGHT_RULES.get(name, _refuse)) for name in {**_WEIGHT_RULES, **caches.CACHE_RULES}}
 RULES: Rules = Rules(
     {
-        "dot_general": _laid_out(_dot),
-        "transpose": _transpose,
-        "convert_element_type": _convert,
-        **dict.fromkeys(
-            ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"), _copy
-        ),
-        **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
-        "slice": _slice,
-        "gather": _laid_out(_gather),
-        "ragged_dot_general": _laid_out(_ragged_dot),
-        "pvary": _pvary,
+        **_BOTH,
+        **{name: _laid_out(_BOTH[name]) for name in ("dot_general", "gather", "ragged_dot_general")},
         **body_rules(lambda: RULES, Bodies(_per_step, _cut, _carried, _no_leaves)),
     },
     _refuse,

@@ -113,5 +113,7 @@ def unpack_int4(packed: UInt8[np.ndarray, "*lead packed"], length: int) -> Shape
     """
     if packed.shape[-1] != (length + 1) // 2:
         raise ValueError(f"unpack_int4: {length} elements take {(length + 1) // 2} bytes, got {packed.shape[-1]}")
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])[
+        ..., :length
+    ]
     return (((nibbles ^ 8).astype(np.int8)) - 8).astype(INT4.dtype)

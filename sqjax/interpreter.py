@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from sqjax.equations import emit, inner_program
 from sqjax.matmul import QuantWeight
+from sqjax.qtensor import QTensor
 from sqjax.trees import named_leaves
 
 
@@ -46,12 +47,17 @@ class Traced(NamedTuple):
 
 def is_array(x: Any) -> bool:
     """Whether an argument is an input of the program; anything else (a bool, a string) is passed as it is."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QTensor)
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether this is a quantized array."""
+    return isinstance(x, QTensor)
 
 
 def array_leaves(args: Any) -> list[Any]:
     """The program's inputs among the arguments, in the order in which `trace` names them."""
-    return [x for x in jax.tree.leaves(args) if is_array(x)]
+    return [x for x in jax.tree.leaves(args, is_leaf=is_tensor) if is_array(x)]
 
 
 def trace(
@@ -59,11 +65,11 @@ def trace(
 ) -> tuple[Traced, list[Any]]:
     """Traces fn(params, *args, **kwargs) into (program, its inputs after the leaves).
 
-    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs.
+    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs; so do quantized ones.
     """
     paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: isinstance(x, QuantWeight))
     avals = [_aval(x) for x in leaves]
-    flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)))
+    flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)), is_leaf=is_tensor)
 
     def flat_fn(leaves, inputs):
         rest = iter(inputs)
@@ -72,7 +78,8 @@ def trace(
         return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
 
     inputs = array_leaves((args, dict(kwargs)))
-    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, inputs)
+    seen = [_aval(x) if is_tensor(x) else x for x in inputs]
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, seen)
     return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
 
 

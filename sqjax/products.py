@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from sqjax.formats import FORMATS, Format, FormatName, scale_from_absmax, to_format
+from sqjax.formats import FORMATS, INT4, Format, FormatName, scale_from_absmax, to_format
 
 Activations = Literal["per_token", "per_tensor", "static"]
 
@@ -16,8 +16,9 @@ Activations = Literal["per_token", "per_tensor", "static"]
 LONGEST_CONTRACTION = (2**31 - 1) // 127**2
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is dequantized first.
 FEW_ROWS = 16
-#: Up to so many rows a float x is multiplied on a CPU digit by digit; with more, a float copy of the weight pays.
-DIGIT_ROWS = 128
+#: Up to so many rows (in groups: `FEW_ROWS`) a float x is multiplied on a CPU digit by digit; with more, a float copy
+#: of the weight pays.
+DIGIT_ROWS = 32
 _LAST_AXES = (((1,), (1,)), ((), ()))
 
 
@@ -118,18 +119,23 @@ def narrow_dot(q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inn
     """int8 x int8 -> int32, or float8 x float8 -> float32; int4 codes become int8 first."""
     floating = jnp.issubdtype(q.dtype, jnp.floating)
     kind = jnp.float32 if floating else jnp.int32
-    codes = codes if floating else codes.astype(jnp.int8)
 
     def dot(q, codes):
+        codes = codes if floating else codes.astype(jnp.int8)
         return lax.dot_general(q, codes, _LAST_AXES, preferred_element_type=kind)
 
     def dot_of_two_rows(q, codes):
         return dot(jnp.pad(q, ((0, 1), (0, 0))), codes)[:1]
 
+    def dot_in_int32(q, codes):
+        return lax.dot_general(q.astype(jnp.int32), codes.astype(jnp.int32), _LAST_AXES)
+
     if q.shape[0] != 1 or floating:
         return dot(q, codes)
-    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one.
-    return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, default=dot)
+    # XLA:CPU runs an int8 matrix-vector product without its vector units: two rows take less time than one. XLA:GPU
+    # does not compile one of int4 by way of int8 for sm_80.
+    on_gpu = dot_in_int32 if codes.dtype == INT4.dtype else dot
+    return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, cuda=on_gpu, default=dot)
 
 
 def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outputs"]:
@@ -154,19 +160,20 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
 
-    def product_of(number):
+    def product_of(number, mine):
         own = matrix.columns(number, number * group, group)
-        sums = narrow_dot(lax.dynamic_slice_in_dim(q, number * group, group, 1), own.integers(None))
-        return sums.astype(jnp.float32) * own.scale.T
+        return narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T
 
     # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
-    numbers = jnp.arange(1, groups, dtype=jnp.int32)
-    return lax.scan(lambda total, number: (total + product_of(number), None), product_of(0), numbers)[0]
+    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
+    return lax.scan(lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest)[0]
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
     """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of."""
-    if x.shape[0] > DIGIT_ROWS or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
+    few = DIGIT_ROWS if matrix.scale.shape[1] == 1 else FEW_ROWS
+    if x.shape[0] > few or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
         return _converted(x, matrix, group)
     on_cpu, otherwise = partial(_by_digits, group=group), partial(_converted, group=group)
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)

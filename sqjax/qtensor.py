@@ -105,16 +105,18 @@ class QTensor:
         """int4 in two levels: x = scale * q with int8 |q| <= 119 per channel, q = group_scale * (values - zero).
 
         The second level is in integers, so that a matmul expands int4 to int8 without a float and has one scale for
-        every output: |dequantize - x| <= scale * (group_scale + 1) / 2. QServe (Lin et al. 2024, arXiv 2405.04532).
+        every output: |dequantize - x| <= scale * (group_scale + 1) / 2. group_scale = max(ceil((max - min) / 15), 1) of
+        the group's q. QServe (Lin et al. 2024, arXiv 2405.04532).
         """
         first = cls.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
         moved, order, share = _stored(x, contracting, batch, group)
-        q = to_format(moved, first.scale, FIRST_LEVEL).astype(jnp.float32)
+        q = to_format(moved, first.scale, FIRST_LEVEL).astype(jnp.int32)
         low, high = jnp.minimum(share.reduced(q, jnp.min), 0), jnp.maximum(share.reduced(q, jnp.max), 0)
-        step = jnp.maximum(jnp.ceil((high - low) / 15), 1)
-        zero = jnp.round(-low / step).astype(jnp.int8) - jnp.int8(8)
-        values = to_codes(q, share.spread(step), share.spread(zero))
-        return cls(values, first.scale, order, x.dtype, zero, step.astype(jnp.int8), share.group, INT4)
+        step = jnp.maximum((high - low + 14) // 15, 1)
+        zero = -_nearest(low, step) - 8
+        values = jnp.clip(_nearest(q, share.spread(step)) + share.spread(zero), -8, 7).astype(container(INT4))
+        zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
+        return cls(values, first.scale, order, x.dtype, zero, step, share.group, INT4)
 
     def __repr__(self) -> str:
         return tensor_text(self)
@@ -232,6 +234,8 @@ class QTensor:
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
         elif len(self.order) > self.ndim:
             problem = f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
+        elif self.group is not None and self.group < 1:
+            problem = f"a group size of 1 or more expected, got {self.group}"
         parts = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
         for name, dtype in parts.items():
             if (x := getattr(self, name)) is not None:
@@ -312,6 +316,11 @@ def _stored(
             f"axes; sizes that do: {', '.join(map(str, fitting))}"
         )
     return moved, order, Sharing((), group, last)
+
+
+def _nearest(n: Array, step: Array) -> Array:
+    """round(n / step), halves upwards, in integers: compilers multiply floats by 1 / step, and miss the halves."""
+    return (2 * n + step) // (2 * step)
 
 
 def _shortest(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,9 +3,15 @@
 The processor plays four devices, for the tests of sharding; everything else stays on the first.
 """
 
+import os
+
 import jax
 import pytest
 
+# Where the CUDA plug-in is installed (test_gpu.py compiles with it) jax, here and in the processes that tests start,
+# must not look for a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     ["formats", "printing", "trees", "views"],
     ["qtensor", "products", "ranges"],
     ["matmul"],
-    ["equations", "exporting"],
+    ["triton", "equations", "exporting"],
     ["sharding"],
     ["interpreter", "labels"],
     ["flat"],
@@ -38,14 +38,17 @@ FLOORS = [
     ["calibration"],
     ["schemes"],
     ["quantization"],
-    ["bodies"],
-    ["execution", "dense", "attention"],
+    ["bodies", "caches"],
+    ["execution", "dense", "attention", "layout"],
+    ["files"],
     ["verification"],
     ["functional"],
     ["linen", "nnx"],
     ["models"],
     ["demo"],
+    ["comparison", "benchmark"],
     ["cli"],
+    ["__main__"],
     ["__init__"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
@@ -137,7 +140,18 @@ def test_the_public_names_are_these():
     }
     assert set(PUBLIC) == {
         *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
-        *("QTensor", "QuantWeight", "Scheme", "Stats", "dequantize", "shardings", "int8_attention"),
+        *(
+            "QTensor",
+            "QuantWeight",
+            "Scheme",
+            "Stats",
+            "dequantize",
+            "shardings",
+            "int8_attention",
+            "quantize_cache",
+            "save",
+            "load",
+        ),
     }
 
 

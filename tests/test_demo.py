@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def smollm2():
     """(model, params, windows of the evaluation text, statistics of the calibration text)."""
     model, params = sq.models.load("smollm2-135m")
-    text = {name: model.tokenizer.encode(demo._shipped(name)) for name in ("calibration", "evaluation")}
+    text = {name: model.tokenizer.encode(demo.shipped(name)) for name in ("calibration", "evaluation")}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         stats = sq.calibrate(model.apply, params, [row[None] for row in windows(text["calibration"], 256, 4)])
     return model, params, windows(text["evaluation"], 256, 4), stats

@@ -1,16 +1,25 @@
-"""Decoder language models that read real checkpoints: the Llama family, greedy generation, a key/value cache.
+"""Decoder language models that read real checkpoints: the Llama family, generation, a key/value cache, evaluation.
 
     model, params = sqjax.models.load("smollm2-135m")
     logits = model.apply(params, ids)                              # (batch, tokens, vocab)
-    ids = sqjax.models.greedy(model, params, prompt_ids, 32)       # (batch, 32)
+    answer = sqjax.models.generate(model, params, "The capital of France is", 32, cache="int8").texts[0]
 
     fn, params = sqjax.models.from_flax(hugging_face_flax_model)   # any of its classes, run as it is
 
 `model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
 """
 
+from sqjax.models.cache import CacheFormat as CacheFormat
 from sqjax.models.flax_classes import from_flax as from_flax
+from sqjax.models.fusing import fuse as fuse
+from sqjax.models.generation import Generated as Generated
+from sqjax.models.generation import generate as generate
 from sqjax.models.generation import greedy as greedy
+from sqjax.models.harness import harness_model as harness_model
 from sqjax.models.llama import LlamaConfig as LlamaConfig
 from sqjax.models.loading import load as load
 from sqjax.models.model import Model as Model
+from sqjax.models.perplexity import perplexity as perplexity
+from sqjax.models.scoring import Question as Question
+from sqjax.models.scoring import loglikelihoods as loglikelihoods
+from sqjax.models.scoring import multiple_choice as multiple_choice

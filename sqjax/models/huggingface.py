@@ -25,7 +25,6 @@ SIZES = {
 # Keys that would change what the model computes, with the values that do not.
 WITHOUT_EFFECT: dict[str, tuple] = {
     "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "layer_types": (None,),
@@ -77,6 +76,9 @@ def read_config(config: Mapping[str, Any], source: str = "config.json") -> Llama
         for key, harmless in WITHOUT_EFFECT.items()
         if config.get(key) not in harmless and not _only_full_attention(key, config[key])
     ]
+    window = config.get("sliding_window")
+    if window is not None and config["model_type"] != "mistral":
+        problems.append(f"sliding_window = {window!r}: not supported for {config['model_type']!r}, only for 'mistral'")
     theta, rope_problems = _rope_theta(config)
     raise_problems(source, problems + rope_problems)
     heads = config["num_attention_heads"]
@@ -90,6 +92,7 @@ def read_config(config: Mapping[str, Any], source: str = "config.json") -> Llama
         attention_bias=_value(config, "attention_bias", False),
         mlp_bias=_value(config, "mlp_bias", False),
         max_length=_value(config, "max_position_embeddings", 2048),
+        sliding_window=window,
     )
 
 

@@ -1,20 +1,44 @@
 """The Llama family of decoder language models in Flax linen, with Hugging Face's parameter names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from sqjax.models.attention import KVCache, attend, causal_mask, rotary_table, rotate
+from sqjax.models.attention import Table, attend, rotary_table, rotate, visible
+from sqjax.models.cache import KVCache, Slots, write
+from sqjax.models.fusing import fused_name
 
-LayerCache = tuple[Array, Array]
+LayerCache = tuple[Slots, Slots]
+
+
+class Place(NamedTuple):
+    """Where the tokens that are read stand, the same for every layer.
+
+    Attributes:
+        table: cosines and sines of their positions.
+        mask: (rows, tokens, slots), what each may look at.
+        start: how many tokens the cache held before.
+        real: (rows, tokens), which of them are no padding.
+    """
+
+    table: Table
+    mask: Array
+    start: Array
+    real: Array
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The sizes of a Llama model. Hashable, so that it may be a static argument of `jax.jit`.
+
+    A token looks at the ``sliding_window`` latest tokens, itself included; at all of them where that is None.
 
     Raises:
         ValueError: if a size is not positive, the query heads are not a multiple of the key/value heads, or
@@ -34,12 +58,15 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_length: int = 2048
+    sliding_window: int | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "max_length", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"LlamaConfig.{name}: expected a positive number, got {getattr(self, name)}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"LlamaConfig.sliding_window: expected at least 1 or None, got {self.sliding_window}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"LlamaConfig.num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, "
@@ -63,6 +90,15 @@ class RMSNorm(nn.Module):
         return (normed * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
+def _projections(module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool) -> list[Array]:
+    """The outputs of several Dense layers of x, by name: in one matmul, if the parameters hold them as one (`fuse`)."""
+    together = fused_name(tuple(sizes))
+    if not module.has_variable("params", together):
+        return [nn.Dense(size, use_bias=use_bias, name=name)(x) for name, size in sizes.items()]
+    ends = np.cumsum(list(sizes.values()))
+    return jnp.split(nn.Dense(int(ends[-1]), use_bias=use_bias, name=together)(x), ends[:-1], axis=-1)
+
+
 class Attention(nn.Module):
     """Self-attention with rotary positions and grouped queries."""
 
@@ -70,29 +106,26 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch tokens hidden"],
-        table: tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]],
-        mask: Bool[Array, "tokens slots"],
-        cache: LayerCache | None,
-        start: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache]:
-        """Returns the output, and the keys and values it looked at (the updated cache, if there was one)."""
+        self, x: Float[Array, "batch tokens hidden"], place: Place, cache: LayerCache | None
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
+        """Returns the output, and the updated cache if there was one."""
         config = self.config
 
-        def heads(name: str, count: int) -> Array:
-            flat = nn.Dense(count * config.head_dim, use_bias=config.attention_bias, name=name)(x)
-            return flat.reshape(*x.shape[:2], count, config.head_dim)
-
-        queries = rotate(heads("q_proj", config.num_heads), table)
-        keys = rotate(heads("k_proj", config.num_kv_heads), table).swapaxes(1, 2)
-        values = heads("v_proj", config.num_kv_heads).swapaxes(1, 2)
-        if cache is not None and start is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache[0], keys, start, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(cache[1], values, start, axis=2)
-        mixed = attend(queries, keys, values, mask).reshape(*x.shape[:2], -1)
-        out = nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(mixed)
-        return out, (keys, values)
+        counts = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
+        sizes = {name: count * config.head_dim for name, count in counts.items()}
+        flat = _projections(self, x, sizes, config.attention_bias)
+        queries, keys, values = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in flat)
+        queries, keys = rotate(queries, place.table), rotate(keys, place.table).swapaxes(1, 2)
+        values = values.swapaxes(1, 2)
+        in_order = cache is None or config.sliding_window is None
+        looked_at = Slots(keys), Slots(values)
+        if cache is not None:
+            looked_at = cache = (
+                write(cache[0], keys, place.start, place.real, not in_order),
+                write(cache[1], values, place.start, place.real, not in_order),
+            )
+        mixed = attend(queries, *looked_at, place.mask, in_order).reshape(*x.shape[:2], -1)
+        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(mixed), cache
 
 
 class MLP(nn.Module):
@@ -103,8 +136,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
         config = self.config
-        gate = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="gate_proj")(x)
-        up = nn.Dense(config.intermediate_size, use_bias=config.mlp_bias, name="up_proj")(x)
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        gate, up = _projections(self, x, sizes, config.mlp_bias)
         return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(nn.silu(gate) * up)
 
 
@@ -114,10 +147,10 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, table, mask, cache, start):
+    def __call__(self, x, place: Place, cache: LayerCache | None):
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, name="self_attn")
-        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), table, mask, cache, start)
+        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), place, cache)
         x = x + mixed
         x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         return x, cache
@@ -129,17 +162,16 @@ class Layers(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, table, mask, cache: KVCache | None):
-        start = None if cache is None else cache.length
-        seen = []
+    def __call__(self, x, place: Place, cache: KVCache | None):
+        grown = []
         for i in range(self.config.num_layers):
             layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, layer_cache = Block(self.config, name=str(i))(x, table, mask, layer_cache, start)
-            seen.append(layer_cache)
+            x, layer_cache = Block(self.config, name=str(i))(x, place, layer_cache)
+            grown.append(layer_cache)
         if cache is None:
             return x, None
-        keys, values = zip(*seen, strict=True)
-        return x, KVCache(keys, values, cache.length + x.shape[1])
+        keys, values = zip(*grown, strict=True)
+        return x, KVCache(keys, values, cache.length + x.shape[1], cache.padding)
 
 
 class Decoder(nn.Module):
@@ -154,17 +186,22 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.rms_norm_eps)
 
     def __call__(self, ids: Int[Array, "batch tokens"], cache: KVCache | None):
-        tokens = ids.shape[1]
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        positions = start + jnp.arange(tokens, dtype=jnp.int32)
         x = self.embed_tokens(ids)
-        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        mask = causal_mask(positions, tokens if cache is None else cache.keys[0].shape[2])
-        x, cache = self.layers(x, table, mask, cache)
+        x, cache = self.layers(x, _place(self.config, ids.shape[1], cache, x.dtype), cache)
         return self.norm(x), cache
 
     def attend(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens vocab"]:
         return self.embed_tokens.attend(x)
+
+
+def _place(config: LlamaConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike) -> Place:
+    """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
+    start, padding = (jnp.int32(0), jnp.zeros((1,), jnp.int32)) if cache is None else (cache.length, cache.padding)
+    positions = (start + jnp.arange(tokens, dtype=jnp.int32))[None, :] - padding[:, None]
+    table = rotary_table(jnp.maximum(positions, 0), config.head_dim, config.rope_theta, dtype)
+    slots = tokens if cache is None else cache.capacity
+    mask = visible(start, tokens, slots, padding, config.sliding_window)
+    return Place(table, mask, start, positions >= 0)
 
 
 class Llama(nn.Module):
@@ -179,12 +216,12 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "batch tokens"], cache: KVCache | None = None
+        self, ids: Int[Array, "batch tokens"], cache: KVCache | None = None, last: bool = False
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
-        """Without a cache: the logits of every position. With one: those of the last, and the cache grown."""
+        """The logits of every position, or of the last only; and the cache grown, if there was one."""
         decoder = Decoder(self.config, name="model")
         x, cache = decoder(ids, cache)
-        if cache is not None:
+        if last:
             x = x[:, -1:]
         if self.config.tie_embeddings:
             return decoder.attend(x), cache

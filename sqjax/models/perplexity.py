@@ -1,18 +1,19 @@
 """Perplexity: how well a language model predicts a text."""
 
-from functools import partial
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
-from sqjax.execution import quantized
-from sqjax.models.model import Model, Params, TokenIds
+from sqjax.models.cache import CacheFormat, cache_format
+from sqjax.models.model import Model, Params
+from sqjax.models.prompts import check_tokens
+from sqjax.models.scoring import next_logprobs
 
 
-def windows(ids: list[int] | np.ndarray, length: int, count: int | None = None) -> np.ndarray:
+def windows(ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None):
     """The first `count` windows of `length` tokens (all that fit, by default), (count, length) int32.
 
     Raises:
@@ -27,31 +28,57 @@ def windows(ids: list[int] | np.ndarray, length: int, count: int | None = None) 
 
 
 def perplexity(
-    model: Model, params: Params, tokens: TokenIds, *, progress: bool = False, description: str = "perplexity"
+    model: Model,
+    params: Params,
+    tokens: Sequence[int] | Int[Array | np.ndarray, "..."],
+    length: int | None = None,
+    *,
+    cache: str | CacheFormat | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    description: str = "perplexity",
 ) -> float:
     """exp of the mean negative log-likelihood of each window's tokens after its first.
 
     Args:
         model: a `Model`.
         params: its parameters, float or quantized.
-        tokens: windows of text, (windows, length); each is read on its own.
+        tokens: windows of text, (windows, length), or the ids of a text; each window is read on its own.
+        length: the tokens of a window, for the ids of a text; what is left over at the end is not read.
+        cache: None, or the format of the cache ("float", "int8", "e4m3", "int4" or a `CacheFormat`) through which every
+            key and value is read, as it would be if the window were generated.
+        chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it divides the length.
         progress: whether to show a progress bar.
         description: what the bar says.
 
     Raises:
-        ValueError: windows of fewer than two tokens, or the model returns NaN.
+        ValueError: windows of fewer than two tokens, ids without a length, ids that are not in the vocabulary, or the
+            model returns NaN.
+
+    Example:
+        >>> import jax
+        >>> from sqjax.models import LlamaConfig, Model, perplexity
+        >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
+        >>> bool(perplexity(model, model.init(jax.random.key(0)), [1, 2, 3, 4, 5, 6], length=3) > 1)
+        True
     """
+    tokens = np.asarray(tokens)
+    if (tokens.ndim == 1) != (length is not None) or tokens.ndim > 2:
+        raise ValueError(
+            f"perplexity: expected windows (windows, length), or ids and a length, got {tokens.shape} and {length}"
+        )
+    tokens = windows(tokens, length) if length is not None else tokens
     if tokens.shape[1] < 2:
         raise ValueError(f"perplexity: expected windows of at least 2 tokens, got {tokens.shape}")
+    check_tokens(model, tokens, "perplexity")
+    kind = None if cache is None else cache_format(cache)
     rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
-    mean = float(np.mean([float(_mean_loss(model, params, jnp.asarray(row)[None])) for row in rows]))
+    mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]))
     if not np.isfinite(mean):
         raise ValueError("perplexity: the model returned NaN or infinite logits; check its parameters")
     return float(np.exp(mean))
 
 
-@partial(jax.jit, static_argnums=0)
-def _mean_loss(model: Model, params: Params, ids: Int[Array, "batch tokens"]) -> Float[Array, ""]:
-    logits = quantized(model.apply)(params, ids)[:, :-1].astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+def _loss(model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None) -> float:
+    logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind, chunk)
+    return -float(jnp.mean(logprobs[:, :-1]))

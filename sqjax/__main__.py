@@ -1,0 +1,8 @@
+"""`python -m sqjax`: the same commands as `sqjax`."""
+
+import sys
+
+from sqjax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

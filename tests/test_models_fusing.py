@@ -1,0 +1,80 @@
+"""q/k/v and gate/up stored as one kernel: the same function, fewer matmuls."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+
+import sqjax as sq
+from sqjax.models import LlamaConfig, Model, fuse
+
+MODEL = Model(LlamaConfig(50, 64, 96, 1, 4, 2, 16, attention_bias=True))
+IDS = jnp.arange(12).reshape(2, 6) % 50
+FORMS = {
+    "float": None,
+    "O1": sq.W8A8,
+    "O2": sq.W8A8_O2,
+    "O3": sq.W8A8_O3,
+    "per tensor": sq.W8A8._replace(weights="per_tensor"),
+    "smoothed at run time": sq.W8A8._replace(smoothing=0.5),
+    "outliers": sq.W8A8_OUTLIERS._replace(outliers=2.0),
+    "W4A16": sq.W4A16._replace(weights=32),
+    "W4A8": sq.W4A8._replace(weights=32),
+    "FP8": sq.FP8,
+    "apart": {"gate_proj": sq.W8A16, "v_proj": None, ".*": sq.W8A8},
+}
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    params = MODEL.init(jax.random.key(0))
+    bias = lambda path, x: x if "bias" not in str(path) else jnp.arange(x.size, dtype=x.dtype) / x.size
+    params = jax.tree_util.tree_map_with_path(bias, params)
+    return params, sq.calibrate(MODEL.apply, params, [IDS])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_is_the_same_function_with_fewer_matmuls(form, calibrated):
+    params, stats = calibrated
+    params = params if FORMS[form] is None else sq.quantize(params, stats, FORMS[form])
+    one = fuse(params)
+    fn = jax.jit(sq.quantized(MODEL.apply))
+    expected, got = fn(params, IDS), fn(one, IDS)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+    layer = one["model"]["layers"]["0"]
+    if form in ("apart", "smoothed at run time"):  # there every site has an s of its own
+        assert set(layer["self_attn"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert set(layer["mlp"]) == {"gate_proj", "up_proj", "down_proj"}
+        assert jax.tree.structure(one) == jax.tree.structure(params)
+        return
+    assert set(layer["self_attn"]) == {"q_proj+k_proj+v_proj", "o_proj"}
+    assert set(layer["mlp"]) == {"gate_proj+up_proj", "down_proj"}
+    assert layer["self_attn"]["q_proj+k_proj+v_proj"]["kernel"].shape == (64, 8 * 16)
+    assert layer["self_attn"]["q_proj+k_proj+v_proj"]["bias"].shape == (8 * 16,)
+    dots = [len(jaxprs.dots(jaxprs.of(fn, tree, IDS))) for tree in (params, one)]
+    assert dots[0] - dots[1] >= 3
+
+
+def test_decodes_as_before(calibrated):
+    params, stats = calibrated
+    qparams = sq.quantize(params, stats, sq.W8A8)
+    decode = jax.jit(sq.quantized(MODEL.decode))
+    expected, _ = decode(qparams, IDS, MODEL.init_cache(2, 8))
+    got, _ = decode(fuse(qparams), IDS, MODEL.init_cache(2, 8))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(expected).max()) > 0.1
+
+
+def test_kernels_that_meet_other_scales_stay_apart(calibrated):
+    params, stats = calibrated
+    qparams = sq.quantize(params, stats, sq.W8A8_O3)
+    layer = qparams["model"]["layers"]["0"]["self_attn"]
+    layer["k_proj"]["kernel"] = sq.quantize(
+        params, replace(stats, absmax={p: 2 * x for p, x in stats.absmax.items()}), sq.W8A8_O3
+    )["model"]["layers"]["0"]["self_attn"]["k_proj"]["kernel"]
+    one = fuse(qparams)["model"]["layers"]["0"]
+    assert "k_proj" in one["self_attn"]
+    assert "up_proj" not in one["mlp"]
