@@ -60,5 +60,5 @@ def _short(x: Any) -> str:
 
 
 def _is_array(x: Any) -> bool:
-    """Arrays, tracers and ShapeDtypeStructs; no sharding, no spec."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    """Arrays, tracers and ShapeDtypeStructs; no sharding, no spec, none of the stand-ins with which flax prints."""
+    return all(hasattr(x, name) for name in ("shape", "dtype", "ndim"))
