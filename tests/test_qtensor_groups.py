@@ -109,13 +109,11 @@ def test_int4_stored_as_int4_is_the_same_array(how):
 
 GOOD = QTensor.quantize(normal(20, 6), (0,), 8, INT4, (), True)
 TWO = QTensor.quantize_twice(normal(20, 6), (0,), 8)
+EIGHT = QTensor.quantize(normal(20, 6), (0,), 8)
 BROKEN = {
     "values must be int4, got int16": replace(GOOD, values=GOOD.values.astype(jnp.int16)),
     "values must be e4m3, got int8": replace(GOOD, fmt=E4M3),
-    "values must be int8, got int4": replace(GOOD, fmt=sq.QTensor.quantize(jnp.ones((2, 2)), (0,)).fmt).stored_as(
-        jnp.int8
-    )
-    and replace(QTensor.quantize(jnp.ones((2, 2)), (0,)), values=jnp.ones((2, 2), jnp.int4)),
+    "values must be int8, got int4": replace(EIGHT, values=EIGHT.values.astype(jnp.int4)),
     "zero must be int8, got float32": replace(GOOD, zero=GOOD.zero.astype(jnp.float32)),
     "group_scale must be int8, got int32": replace(TWO, group_scale=TWO.group_scale.astype(jnp.int32)),
     r"zero of rank 2 expected, got shape \(3,\)": replace(GOOD, zero=GOOD.zero[0]),

@@ -104,6 +104,21 @@ def test_degenerate_activations_and_weights(name):
             np.testing.assert_allclose(got, x @ w.T, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fmt", ["int8", "e4m3", "e5m2"])
+def test_static_scales_clip_what_lies_beyond_them(fmt):
+    """A float8 cast of such a number would give NaN or infinity."""
+    scheme = sq.Scheme("static", weight_format=fmt, activation_format=fmt)
+    bound, rng = oracle.BOUNDS[fmt], np.random.default_rng(0)
+    x, w = rng.integers(-4, 5, (3, 16)).astype(np.float32), rng.integers(-4, 5, (5, 16)).astype(np.float32)
+    x[0, 0], x[1, 2], x[2] = 3 * bound, -1.2 * bound, 1e30
+    w[:, 3] = 4  # every output's scale
+    _, w = oracle.settled(np.zeros((1, 16)), w, [], [scheme])
+    weight = quantize_weight(jnp.asarray(w.T), (0,), scheme, jnp.full(16, bound))
+    got = jax.jit(lambda x: quantized_dot_general(x, weight, DENSE, "w"))(jnp.asarray(x))
+    assert_close(got, oracle.matmul(x, w, scheme, absmax=bound), 16)
+    assert_close(got, oracle.matmul(np.clip(x, -bound, bound), w, scheme, absmax=bound), 16)
+
+
 def test_ranges_of_integers_are_divided_exactly():
     """Two levels: every (min, max) of a group. A float quotient of 75 and 15 may lie above 5, and its ceiling is 6."""
     low, high = np.meshgrid(-np.arange(120), np.arange(120), indexing="ij")
@@ -394,13 +409,13 @@ def test_rows_out_of_range_follow_the_mode_of_the_lookup():
         (got, _), (exact, _) = jax.jit(sq.quantized(lookup))(qparams, ids), lookup(params, ids)
         np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
         np.testing.assert_allclose(got, exact, atol=float(jnp.abs(table).max()) / 127)
-    zeros = beside_a_head(lambda p, ids: p["embed"].at[ids].get(mode="fill", fill_value=0.0))
+    filled = beside_a_head(lambda p, ids: p["embed"].at[ids].get(mode="fill", fill_value=2.5))
     for scheme in TABLES.values():
         params = {"embed": table, "head": HEAD}
-        qparams = sq.quantize(params, sq.calibrate(zeros, params, [ids]), {"embed": scheme})
-        got, _ = jax.jit(sq.quantized(zeros))(qparams, ids)
-        assert np.any(got[0])
-        assert not np.any(got[1:])
+        qparams = sq.quantize(params, sq.calibrate(filled, params, [ids]), {"embed": scheme})
+        got, _ = jax.jit(sq.quantized(filled))(qparams, ids)
+        np.testing.assert_allclose(got[0], table[1], atol=0.3)
+        np.testing.assert_array_equal(got[1:], np.full((2, 16), 2.5))
 
 
 def test_a_tied_head_is_a_site_and_no_table():
