@@ -81,6 +81,16 @@ def test_a_batched_matmul_is_the_scaled_integer_product(case, granularity):
     assert [dot.dtypes for dot in jaxprs.dots(program)] == [jaxprs.INT8_DOT]
 
 
+@granularities
+def test_batch_axes_may_come_in_any_order(granularity):
+    rows = 4.0 ** jnp.arange(6.0).reshape(2, 3, 1, 1)
+    x, y = normal(2, 3, 5, 8) * rows, normal(3, 2, 7, 8, seed=1) * rows.transpose(1, 0, 2, 3)
+    x, y = (jnp.asarray(settled(a, 3)) for a in (x, y))
+    got = jax.jit(int8_dot, static_argnums=(0, 1))((((3,), (3,)), ((0, 1), (1, 0))), granularity, x, y)
+    expected = in_numpy(x, y, "abqd,bakd->abqk", ((3,), (3,)), granularity)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
 def test_granularities_differ_by_row():
     x, y = normal(1, 4, 16) * 10.0 ** -jnp.arange(4.0)[None, :, None], normal(1, 6, 16, seed=1)
     dims = (((2,), (2,)), ((0,), (0,)))
