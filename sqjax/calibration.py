@@ -137,7 +137,7 @@ class Find(NamedTuple):
         """The graph of all functions, found and proved."""
         program, inputs = self.together()
         graph = self.graph(program)
-        if not graph.sites:
+        if not graph.sites and not graph.tables:
             reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
             raise ValueError(
                 f"calibrate: found no matmul of an activation with a leaf of params, so nothing to do{reasons}"

@@ -439,3 +439,16 @@ def test_only_leaves_that_are_looked_up_and_nothing_else_are_tables():
     graph = sq.calibrate(net, params, [jnp.array([1, 2])]).graph
     assert [site.path for site in graph.tables] == ["table"]
     assert [site.path for site in graph.sites] == ["head"]
+
+
+def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
+    fn, params = (
+        lambda p, ids: p["e"][ids],
+        {"e": jnp.asarray(np.random.default_rng(0).normal(size=(9, 6)), jnp.float32)},
+    )
+    ids = jnp.array([1, 4, 8])
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [ids]), {"e": sq.EMBEDDING_INT8})
+    np.testing.assert_allclose(sq.quantized(fn)(qparams, ids), sq.dequantize(qparams["e"].tensor)[ids], rtol=1e-6)
+    assert qparams["e"].tensor.values.dtype == jnp.int8
+    with pytest.raises(ValueError, match="no matmul of an activation"):
+        sq.calibrate(lambda p, x: x * p["s"][None], {"s": jnp.ones(3)}, [jnp.ones((2, 3))])
