@@ -15,6 +15,7 @@ from sqjax.bodies import Bodies, body_rules
 from sqjax.equations import emit
 from sqjax.formats import scale_from_absmax, to_format
 from sqjax.interpreter import Leaf, Rules, trace, walk
+from sqjax.matmul import QuantWeight
 from sqjax.products import LONGEST_CONTRACTION
 from sqjax.trees import named_leaves
 
@@ -35,7 +36,8 @@ def int8_attention(
             whatever is not summed over. "per_tensor": one scale for each operand.
 
     Raises:
-        ValueError: when called, if a batched matmul sums over more than 133,144 products.
+        ValueError: when called, if a batched matmul sums over more than 133,144 products, or parameters are quantized:
+            that is for quantized(int8_attention(fn)).
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -50,6 +52,11 @@ def int8_attention(
 
     @functools.wraps(fn)
     def run(params, *args, **kwargs):
+        for path, leaf in zip(*named_leaves(params, is_leaf=_is_quantized)[:2], strict=True):
+            if _is_quantized(leaf):
+                raise ValueError(
+                    f"int8_attention: {path} is quantized; put the attention inside: quantized(int8_attention(fn))"
+                )
         traced, inputs = trace(fn, params, args, kwargs)
         paths, leaves, _ = named_leaves(params)
         own = [Leaf(path, x) for path, x in zip(paths, leaves, strict=True)]
@@ -57,6 +64,10 @@ def int8_attention(
         return jax.tree_util.tree_unflatten(traced.treedef, _values(outputs))
 
     return run
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantWeight)
 
 
 def _rules(granularity: str) -> Rules:

@@ -151,7 +151,7 @@ def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outpu
 def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """All whole groups in one batched product."""
     codes = matrix.integers(group)
-    split = [x[:, : groups * group].reshape(-1, groups, group) for x in (q, codes)]
+    split = [x[:, : groups * group].reshape(x.shape[0], groups, group) for x in (q, codes)]
     sums = jax.vmap(narrow_dot, in_axes=1)(*split)
     return jnp.sum(sums.astype(jnp.float32) * matrix.scale[:, :groups].T[:, None, :], axis=0)
 
@@ -164,9 +164,16 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
         own = matrix.columns(number, number * group, group)
         return total + narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T, None
 
-    start = jnp.zeros((q.shape[0], matrix.codes.shape[0]), jnp.float32)
-    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    start = _zeros((q.shape[0], matrix.codes.shape[0]), (q, matrix))
+    of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
     return lax.scan(step, start, (jnp.arange(groups, dtype=jnp.int32), of_groups))[0]
+
+
+def _zeros(shape: tuple[int, ...], like: Any) -> Array:
+    """float32 zeros that, inside a shard_map, differ over the same mesh axes as the arrays `like`."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like)))
+    return lax.pcast(zeros, tuple(sorted(varying)), to="varying") if varying else zeros
 
 
 def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
@@ -215,7 +222,7 @@ def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
         sums = _in_groups(q, matrix, group)
     else:
         sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
-    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, *x.shape[:1], -1), axis=0)
+    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, x.shape[0], sums.shape[1]), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

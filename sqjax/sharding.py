@@ -1,7 +1,7 @@
 """Where a quantized tree lives on a mesh: from the shardings of the float tree to those of values and scales."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,7 +111,7 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
         return sharding
     specs = weight_specs(leaf, spec, path)
     if isinstance(sharding, NamedSharding):
-        _check_groups(leaf, specs, sharding, path)
+        check_groups(leaf, specs, sharding.mesh.shape, path)
         return jax.tree.map(lambda found: sharding.update(spec=found), specs)
     return specs
 
@@ -125,12 +125,11 @@ def _check_divides(shape: Sequence[int], sharding: NamedSharding, path: str) -> 
             raise ValueError(f"{path}: its axis {axis} of size {size} can not be cut into {devices} blocks by {entry}")
 
 
-def _check_groups(leaf: QuantWeight, specs: QuantWeight, sharding: NamedSharding, path: str) -> None:
-    """Raises ValueError if a device's block would begin inside a group."""
-    names = mesh_axes(specs.tensor.values[-1])
-    devices = math.prod(sharding.mesh.shape[name] for name in names)
+def check_groups(leaf: QuantWeight, specs: QuantWeight, sizes: Mapping[str, int], path: str) -> None:
+    """Raises ValueError if a device's block would begin inside a group; `sizes` are those of the mesh axes."""
+    devices = math.prod(sizes[name] for name in mesh_axes(specs.tensor.values[-1]))
     length, group = leaf.tensor.values.shape[-1], leaf.tensor.group
-    if group is not None and length // devices % group and devices > 1:
+    if group is not None and group < length and length // devices % group and devices > 1:
         raise ValueError(
             f"{path}: its {length} contracted channels can not be cut into {devices} blocks of whole groups "
             f"of {group}; choose a group size that divides {length // devices}"
