@@ -15,10 +15,11 @@ from jaxtyping import Array
 from sqjax import caches
 from sqjax.bodies import Bodies, body_rules
 from sqjax.caches import cache_leaf, is_cache
-from sqjax.equations import emit, source_of
+from sqjax.equations import emit, shard_map_in, source_of
 from sqjax.interpreter import Leaf, Rules, is_tensor, trace, walk
 from sqjax.matmul import Outliers, QuantWeight, quantized_dot_general, quantized_ragged_dot
 from sqjax.sharding import check_groups, weight_specs
+from sqjax.tables import rows_last
 from sqjax.trees import named_leaves
 
 
@@ -179,23 +180,39 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     repeating = math.prod(shape) != math.prod(weight.shape)
     moving = list(kept := params.get("broadcast_dimensions", ())) != sorted(kept)
     tensor = None if permuting or repeating or moving else weight.tensor.reshape(shape)
-    scales, own = weight.input_scale, math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
-    one_matrix = (scales is None or scales.size == 1) and (weight.smoothing is None or weight.smoothing.size == own)
-    outliers = weight.outliers
-    if tensor is None or not one_matrix or (outliers is not None and outliers.channels.ndim > 1):
+    own = math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
+    stack = _reshaped_stack(weight, shape)
+    if tensor is None or stack is None:
         return _refuse(equation, leaf)
     contracted = _trailing(tensor.values.shape, own)
     if math.prod(tensor.values.shape[tensor.ndim - contracted :]) != own:
         return _refuse(equation, leaf)
+    outliers, smoothing, scales = weight.outliers, weight.smoothing, weight.input_scale
     if outliers is not None:
+        count = outliers.channels.shape[-1]
         outer = tensor.values.shape[: tensor.ndim - contracted]
-        outliers = outliers._replace(weight=outliers.weight.reshape(*outer, -1))
-    smoothing = weight.smoothing
+        outliers = Outliers(outliers.channels.reshape(*stack, count), outliers.weight.reshape(*outer, count))
     if smoothing is not None:
-        smoothing = smoothing.reshape(tensor.values.shape[tensor.ndim - contracted :])
-    scales = None if scales is None else scales.reshape(())
+        smoothing = smoothing.reshape(*stack, *tensor.values.shape[tensor.ndim - contracted :])
+    scales = None if scales is None else scales.reshape(stack if scales.ndim else ())
     changes = {"input_scale": scales, "smoothing": smoothing, "contracted": contracted, "outliers": outliers}
     return Leaf(leaf.path, replace(weight, tensor=tensor, **changes))
+
+
+def _reshaped_stack(weight: QuantWeight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The stack's axes, after a reshape to `shape`, of what has one entry for each matrix; () if there is but one.
+
+    None if the reshape does more to a stack of several than to add or to remove axes of size 1, which are stored first.
+    """
+    ranks = [0]
+    ranks += [] if weight.input_scale is None else [weight.input_scale.ndim]
+    ranks += [] if weight.smoothing is None else [weight.smoothing.ndim - weight.contracted]
+    ranks += [] if weight.outliers is None else [weight.outliers.channels.ndim - 1]
+    several = [n for n in weight.tensor.values.shape[: max(ranks)] if n != 1]
+    if not several:
+        return ()
+    same = [n for n in weight.shape if n != 1] == [n for n in shape if n != 1]
+    return (*(1 for n in shape if n == 1), *several) if same else None
 
 
 def _trailing(shape: tuple[int, ...], product: int) -> int:
@@ -214,7 +231,8 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     tensor.check(leaf.path)
     whole_rows = tuple(equation.params["slice_sizes"]) == (1, *tensor.shape[1:])
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
-    if not (whole_rows and stored_as_seen and tuple(numbers.start_index_map) == (0,)):
+    placed = tuple(numbers.start_index_map) == (0,) and rows_last(numbers, indices.ndim)
+    if not (whole_rows and stored_as_seen and placed):
         return _refuse(equation, leaf, indices)
 
     def rows(x: Any, fill: int | None = None) -> Any:
@@ -276,8 +294,8 @@ def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
         return caches.refuse(equation, leaf)
     if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
         return _refuse(equation, leaf)
-    specs = weight_specs(leaf.value, spec, leaf.path)
-    check_groups(leaf.value, specs, equation.params["mesh"].shape, leaf.path)
+    specs, shards = weight_specs(leaf.value, spec, leaf.path), shard_map_in(equation)
+    check_groups(leaf.value, specs, {} if shards is None else shards.sizes, leaf.path)
     return Leaf(leaf.path, specs)
 
 

@@ -155,8 +155,9 @@ def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Seque
             "give this site a rule of None to keep it in float"
         )
     inner = math.prod(tensor.values.shape[first:])
-    in_groups = tensor.group is not None and tensor.scale.shape[-1] > 1  # a sum for each
-    if inner > LONGEST_CONTRACTION and not in_groups and not tensor.fmt.floating:
+    if tensor.group is not None and tensor.scale.shape[-1] > 1:
+        inner = min(inner, tensor.group)  # a sum for each group
+    if inner > LONGEST_CONTRACTION and not tensor.fmt.floating:
         raise ValueError(
             f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: "
             "split the contraction, or give this site weights in groups, as Scheme(weights=128)"

@@ -152,7 +152,7 @@ def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outpu
 def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """All whole groups in one batched product."""
     codes = matrix.integers(group)
-    split = [x[:, : groups * group].reshape(-1, groups, group) for x in (q, codes)]
+    split = [x[:, : groups * group].reshape(x.shape[0], groups, group) for x in (q, codes)]
     sums = jax.vmap(narrow_dot, in_axes=1)(*split)
     return jnp.sum(sums.astype(jnp.float32) * matrix.scale[:, :groups].T[:, None, :], axis=0)
 
@@ -165,7 +165,7 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
         return narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T
 
     # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
-    of_groups = q[:, : groups * group].reshape(-1, groups, group).swapaxes(0, 1)
+    of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
     rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
     return lax.scan(lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest)[0]
 
@@ -217,7 +217,7 @@ def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
         sums = _in_groups(q, matrix, group)
     else:
         sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
-    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, *x.shape[:1], -1), axis=0)
+    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, x.shape[0], sums.shape[1]), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -256,6 +256,7 @@ def smoothquant(
     schemes = _schemes(stats, scheme)
     if runtime is not None:
         smoothed = {path for group in stats.graph.groups if group.name in s for path, _ in group.sites}
+        smoothed |= {table.path for table in stats.graph.tables}
         schemes = {p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()}
     folded = fold(params, stats.graph, s)
     if twice:

@@ -1,5 +1,7 @@
 """Tables: leaves that a function only looks rows up in (embeddings that are no head)."""
 
+from jax.lax import GatherDimensionNumbers
+
 from sqjax.graph import Site
 from sqjax.program import Equation, Program, Var
 from sqjax.views import VIEWS, View
@@ -32,4 +34,11 @@ def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     if equation.name != "gather" or view != View.of(view.path, view.shape) or equation.inputs[0] != var:
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    return tuple(numbers.start_index_map) == (0,) and tuple(sizes) == (1, *view.shape[1:]) and len(view.shape) > 1
+    of_rows = tuple(numbers.start_index_map) == (0,) and tuple(sizes) == (1, *view.shape[1:]) and len(view.shape) > 1
+    return of_rows and rows_last(numbers, len(program.shape(equation.inputs[1])))
+
+
+def rows_last(numbers: GatherDimensionNumbers, rank: int) -> bool:
+    """Whether a gather with indices of this rank puts the axes of a row last, where groups and outliers are sought."""
+    offsets = tuple(numbers.offset_dims)
+    return offsets == tuple(range(rank - 1, rank - 1 + len(offsets)))
