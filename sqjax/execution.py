@@ -232,7 +232,9 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     whole_rows = tuple(equation.params["slice_sizes"]) == (1, *tensor.shape[1:])
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
     placed = tuple(numbers.start_index_map) == (0,) and rows_last(numbers, indices.ndim)
-    if not (whole_rows and stored_as_seen and placed):
+    # What rows out of range are filled with is divided by `smoothing` below, as the rows are.
+    fill_stays = leaf.value.smoothing is None or equation.params["fill_value"] in (None, 0)
+    if not (whole_rows and stored_as_seen and placed and fill_stays):
         return _refuse(equation, leaf, indices)
 
     def rows(x: Any, fill: int | None = None) -> Any:

@@ -132,3 +132,14 @@ def test_int8_attention_refuses_quantized_parameters():
     with pytest.raises(ValueError, match="int8_attention: q is quantized; put the attention inside"):
         sq.int8_attention(sq.quantized(fn))(qparams, x)
     assert 0 < error(sq.quantized(sq.int8_attention(fn))(qparams, x), fn(params, x)) < 0.05
+
+
+def test_what_fills_rows_out_of_range_is_not_divided_by_a_smoothing():
+    fn = lambda p, ids: jnp.tanh(p["embed"][ids]) @ p["embed"].T
+    look = lambda p, ids: jnp.take(p["embed"], ids, axis=0, mode="fill", fill_value=3.0)
+    params, ids = {"embed": normal(20, 12)}, jnp.array([[0, 1, 3]])
+    qparams = quantize(fn, params, ids, scheme=sq.W8A8._replace(smoothing=0.5))
+    with pytest.raises(ValueError, match="embed: quantized, but `gather`"):
+        sq.quantized(look)(qparams, jnp.array([25]))
+    filled = sq.quantized(look)(quantize(fn, params, ids, scheme=sq.W8A8), jnp.array([25]))
+    np.testing.assert_array_equal(filled, np.full((1, 12), 3.0))
