@@ -31,7 +31,8 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     has quantized, and are returned so. On float trees it is `fn` itself. Wrap it in
     jax.jit: outside, every call traces `fn` anew. The same `fn` gives the same wrapper, so jit keeps its cache; the
     last 256 functions are remembered. Where a quantized weight itself flows into a function with a custom derivative,
-    that derivative is lost; the matmul's own is straight-through.
+    that derivative is lost; the matmul's own is straight-through (in a scan, jax keeps that for first derivatives and
+    for jacfwd of jacfwd only).
 
     Raises:
         ValueError: when called, if a quantized weight meets a primitive that has no rule; names the primitive, the

@@ -1,6 +1,7 @@
 """`quantize`: parameter trees whose matmul weights become narrow, by rules on their names."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
             first pattern found in a site's path wins; a site that none matches stays float. A scheme with `smoothing`
             (an alpha) smooths its sites at run time, with s from these statistics and params. A scheme for embeddings
-            (activations="indices") is sought among these only, other schemes among the sites only.
+            (activations="indices") is sought among these only, other schemes among the sites only, None among both.
 
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
@@ -60,19 +61,24 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
     """{leaf: its scheme} for the sites and the tables that are quantized.
 
-    Schemes for embeddings ("indices") look for tables only, the others (and None) for sites.
+    Schemes for embeddings ("indices") look for tables only, the others for sites, None for both.
     """
     rules = rules if isinstance(rules, Mapping) else {"": rules}
     for pattern, scheme in rules.items():
         if scheme is not None:
             scheme.check(f"quantize rule {pattern!r}")
-    of_tables = {pattern for pattern, scheme in rules.items() if scheme is not None and scheme.activations == "indices"}
+    nothing = [pattern for pattern, scheme in rules.items() if scheme is None]
+    of_tables = [p for p, scheme in rules.items() if scheme is not None and scheme.activations == "indices"]
+    sites, tables = ([site.path for site in found] for found in (stats.graph.sites, stats.graph.tables))
+    first_matches(nothing, [*sites, *tables], "quantize rule")  # raises, and says what is near
+    meant = {p: {x for x in (*sites, *tables) if re.search(p, x)} for p in nothing}
     chosen: dict[str, Scheme | None] = {}
-    for sites, patterns, what in (
-        (stats.graph.sites, [p for p in rules if p not in of_tables], "quantize rule"),
-        (stats.graph.tables, [p for p in rules if p in of_tables], "quantize rule for embeddings"),
+    for paths, own, what in (
+        (sites, [p for p in rules if p not in of_tables], "quantize rule"),
+        (tables, [*of_tables, *nothing], "quantize rule for embeddings"),
     ):
-        found = first_matches(patterns, [site.path for site in sites], what)
+        patterns = [p for p in rules if p in own and (p not in nothing or meant[p].intersection(paths))]
+        found = first_matches(patterns, paths, what)
         chosen |= {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
     return {path: scheme for path, scheme in chosen.items() if scheme is not None}
 

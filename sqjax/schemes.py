@@ -12,8 +12,9 @@ class Scheme(NamedTuple):
 
     Attributes:
         activations: "per_token" (a scale a row, computed at run time), "per_tensor" (one scale, computed at run time),
-            "static" (one scale, from calibration), or None: they stay float, only the weight is narrow. "indices" is
-            for embeddings that are no head, which meet indices: a scheme for those alone.
+            "static" (one scale, from calibration; what lies beyond is clipped, and NaN becomes 0), or None: they stay
+            float, only the weight is narrow. "indices" is for embeddings that are no head, which meet indices: a scheme
+            for those alone.
         weights: "per_channel" (a scale for every output), "per_tensor", or a group size: a scale for so many
             consecutive channels of an output.
         smoothing: alpha of smoothing at run time, or None: the weight becomes s W, and the activation's quantizer

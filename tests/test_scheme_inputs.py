@@ -452,3 +452,23 @@ def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
     assert qparams["e"].tensor.values.dtype == jnp.int8
     with pytest.raises(ValueError, match="no matmul of an activation"):
         sq.calibrate(lambda p, x: x * p["s"][None], {"s": jnp.ones(3)}, [jnp.ones((2, 3))])
+
+
+def test_none_keeps_embeddings_float_too_where_it_comes_first():
+    fn = lambda p, ids: p["embed"][ids] @ p["w"]
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in TABLE_SHAPES.items()}
+    stats = sq.calibrate(fn, params, [jnp.array([1, 4])])
+    for rules, narrow in (
+        ({".*": None, "embed": sq.EMBEDDING_INT8}, set()),
+        ({"embed": None, ".*": sq.W8A8}, {"w"}),
+        ({"embed": sq.EMBEDDING_INT8, ".*": None}, {"embed"}),
+        ({"w": None, "e": sq.EMBEDDING_INT8}, {"embed"}),
+    ):
+        qparams = sq.quantize(params, stats, rules)
+        assert {name for name, x in qparams.items() if isinstance(x, sq.QuantWeight)} == narrow
+    with pytest.raises(ValueError, match=r"quantize rule 'embd' matches nothing. Near misses: .*embed"):
+        sq.quantize(params, stats, {"embd": None, ".*": sq.W8A8})
+
+
+TABLE_SHAPES = {"embed": (9, 6), "w": (6, 4)}
