@@ -125,7 +125,7 @@ def narrow_dot(q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inn
         return lax.dot_general(q, codes, _LAST_AXES, preferred_element_type=kind)
 
     def dot_of_two_rows(q, codes):
-        return dot(jnp.pad(q, ((0, 1), (0, 0))), codes)[:1]
+        return dot(jnp.concatenate([q, q]), codes)[:1]
 
     def dot_in_int32(q, codes):
         return lax.dot_general(q.astype(jnp.int32), codes.astype(jnp.int32), _LAST_AXES)
