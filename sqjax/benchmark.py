@@ -23,7 +23,7 @@ from sqjax import schemes
 from sqjax.calibration import calibrate
 from sqjax.demo import interleaved
 from sqjax.execution import quantized
-from sqjax.models import LlamaConfig, Model, load
+from sqjax.models import LlamaConfig, Model, fuse, load
 from sqjax.models.cache import KVCache
 from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
@@ -31,7 +31,7 @@ from sqjax.quantization import quantize
 #: Presets of `sqjax.schemes` by name, a row each; a name that this version lacks is left out.
 PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")
 #: Those that quantize what the qwix row quantizes.
-LIKE_QWIX = ("W8A8_O1", "W8A8_O3")
+LIKE_QWIX = ("W8A8_O1", "W8A8_O3", "W8A8_O1 fused", "W8A8_O3 fused")
 QWIX = "qwix int8"
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
 BARE = "bare int8 dot_general"
@@ -41,7 +41,7 @@ LLAMA_SHAPED = LlamaConfig(32000, 576, 1536, 8, 9, 3, 64)
 class Size(NamedTuple):
     """How much is measured: prompt lengths, slots of the cache that a step reads, timing repeats, matmul sizes.
 
-    A decode step and a matmul are short: they are repeated `repeats * short` times.
+    A decode step and a matmul are short: a matmul is timed `repeats * short` times, `short` steps are timed as one.
     """
 
     prompts: tuple[int, ...]
@@ -135,8 +135,9 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:
     variants, notes = model_variants(model, params)
     columns = {f"prefill {n}": _prefills(model, variants, n) for n in size.prompts}
     seconds = {c: interleaved(runs, size.repeats, f"{name}, {c}") for c, runs in columns.items()}
-    steps = _steps(model, variants, size.slots)
-    seconds["decode"] = interleaved(steps, size.repeats * size.short, f"{name}, decode")
+    steps = _steps(model, variants, size)
+    decoding = interleaved(steps, size.repeats, f"{name}, decode")
+    seconds["decode"] = {v: total / size.short for v, total in decoding.items()}
     rows: dict[str, dict[str, float] | str] = {v: {c: seconds[c][v] for c in seconds} for v in variants}
     rows.update(notes)
     return Table(f"{name}: a decoder, batch 1, against float32", "float32", rows)
@@ -149,6 +150,8 @@ def model_variants(model: Model, params: Any) -> tuple[dict[str, Variant], dict[
     stats = calibrate(model.apply, params, [_ids(model, 64)])
     for name, scheme in presets().items():
         found[name] = Variant(quantized(model.decode), quantize(params, stats, scheme))
+        if (fused := f"{name} fused") in LIKE_QWIX:  # q/k/v, and gate/up, as one matmul each
+            found[fused] = found[name]._replace(params=fuse(found[name].params))
     try:
         found[QWIX] = qwix_variant(model, params)
     except ImportError:
@@ -198,18 +201,22 @@ def _prefills(model: Model, variants: Mapping[str, Variant], tokens: int) -> dic
     }
 
 
-def _steps(model: Model, variants: Mapping[str, Variant], slots: int) -> dict[str, Callable[[], Any]]:
-    return {name: _step(v, model.init_cache(1, slots, v.dtype), slots) for name, v in variants.items()}
+def _steps(model: Model, variants: Mapping[str, Variant], size: Size) -> dict[str, Callable[[], Any]]:
+    return {name: _step(v, model.init_cache(1, size.slots, v.dtype), size) for name, v in variants.items()}
 
 
-def _step(variant: Variant, cache: KVCache, slots: int) -> Callable[[], Array]:
-    """A function that reads one token into the last slot of a cache. The cache is updated in place, as in a loop."""
+def _step(variant: Variant, cache: KVCache, size: Size) -> Callable[[], Array]:
+    """A function that reads one token into the last slot of a cache, several times one after the other.
+
+    As in a loop, the cache is updated in place, and the caches of the processor hold what the last step left there.
+    """
     token, held = jnp.zeros((1, 1), jnp.int32), [cache]
     decode = jax.jit(variant.decode, donate_argnums=2)
 
     def run():
-        logits, grown = decode(variant.params, token, held.pop()._replace(length=jnp.int32(slots - 1)))
-        held.append(grown)
+        for _ in range(size.short):
+            logits, grown = decode(variant.params, token, held.pop()._replace(length=jnp.int32(size.slots - 1)))
+            held.append(grown)
         return logits
 
     return run
