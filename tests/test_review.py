@@ -109,8 +109,9 @@ def test_a_layer_of_a_stack_keeps_its_outliers_and_scales(stack, scheme):
         w, x = normal(2, 3, 16, 16), jnp.asarray(normal(3, 8, 16, seed=1) * big[None, None], jnp.float32)
         fn = lambda p, x: jnp.stack([lax.batch_matmul(x[:, :, :: 1 - 2 * i], p["w"][i]) for i in range(2)])
     qparams = quantize(fn, {"w": w}, x, scheme=OUTLIERS[scheme])
+    assert isinstance(qparams["w"], sq.QuantWeight)
     got = jax.jit(sq.quantized(fn))(qparams, x)
-    assert 0 < error(got, fn({"w": w}, x)) < 0.02
+    assert error(got, fn({"w": w}, x)) < 0.02  # all channels of the largest layer are outliers: there it may be 0
 
 
 def test_rows_that_a_gather_puts_first_are_no_table():
