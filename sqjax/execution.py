@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
@@ -234,7 +235,8 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
     stored_as_seen = tensor.axes == tuple(range(tensor.ndim))
     placed = tuple(numbers.start_index_map) == (0,) and rows_last(numbers, indices.ndim)
     # What rows out of range are filled with is divided by `smoothing` below, as the rows are.
-    fill_stays = leaf.value.smoothing is None or equation.params["fill_value"] in (None, 0)
+    fill = equation.params["fill_value"]
+    fill_stays = leaf.value.smoothing is None or fill is None or fill == 0 or not np.isfinite(fill)
     if not (whole_rows and stored_as_seen and placed and fill_stays):
         return _refuse(equation, leaf, indices)
 
