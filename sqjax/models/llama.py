@@ -120,9 +120,12 @@ class Attention(nn.Module):
         in_order = cache is None or config.sliding_window is None
         looked_at = Slots(keys), Slots(values)
         if cache is not None:
-            looked_at = cache = (
-                write(cache[0], keys, place.start, place.real, not in_order),
-                write(cache[1], values, place.start, place.real, not in_order),
+            # Behind the barrier it is read as it is stored: XLA:CPU would write it again for each matmul that reads it.
+            looked_at = cache = jax.lax.optimization_barrier(
+                (
+                    write(cache[0], keys, place.start, place.real, not in_order),
+                    write(cache[1], values, place.start, place.real, not in_order),
+                )
             )
         mixed = attend(queries, *looked_at, place.mask, in_order).reshape(*x.shape[:2], -1)
         return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(mixed), cache

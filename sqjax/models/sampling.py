@@ -22,8 +22,13 @@ class Sampling(NamedTuple):
 
 
 def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
-    """The token with the largest logit; the first of equals."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The token with the largest logit; the first of equals. Some token, where a logit is NaN.
+
+    A maximum and then a search for it: XLA:CPU computes an argmax, which carries two numbers, many times slower.
+    """
+    last = logits.shape[-1] - 1
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def sample(logits: Float[Array, "batch vocab"], how: Sampling, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
