@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 from jaxtyping import Array
@@ -38,7 +39,7 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
         ('int8', (1, 8, 2, 1))
     """
     paths, leaves, _ = named_leaves(cache)
-    able = [p for p, x in zip(paths, leaves, strict=True) if jnp.issubdtype(x.dtype, jnp.floating) and jnp.ndim(x) > 1]
+    able = [p for p, x in zip(paths, leaves, strict=True) if jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)]
     found = first_matches([pattern], able, "quantize_cache pattern")
     chosen = {path for path, which in found.items() if which is not None}
     if not chosen:
@@ -193,7 +194,7 @@ def _select(equation: JaxprEqn, which: Any, *cases: Any) -> Any:
 def _is_zero(atom: Any, x: Any) -> bool:
     """Whether an operand is known to be zeros."""
     value = atom.val if isinstance(atom, Literal) else x
-    return not isinstance(value, jax.core.Tracer) and not jnp.any(value)
+    return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
 
 
 def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:

@@ -169,6 +169,7 @@ def test_what_has_no_rule_is_refused_with_its_name():
 
 def test_only_float_arrays_of_that_name_are_quantized():
     cache = {"key": jnp.ones((2, 4)), "mask": jnp.ones((2, 4), bool), "scale": jnp.ones(3), "value": jnp.ones((2, 4))}
+    cache["index"] = 0
     kinds = {name: type(x) for name, x in sq.quantize_cache(cache, "key").items()}
     assert [name for name, kind in kinds.items() if kind is sq.QTensor] == ["key"]
     assert [name for name, x in sq.quantize_cache(cache).items() if isinstance(x, sq.QTensor)] == ["key", "value"]

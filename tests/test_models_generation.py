@@ -188,6 +188,7 @@ def test_seeds(trees):
     first = draw(PROMPTS, 1)
     assert draw(PROMPTS, 1) == first
     assert draw(PROMPTS, 2) != first
+    assert draw(PROMPTS, np.int64(1)) == first
     assert draw(PROMPTS, 1, chunk=7) == first
     mixed = draw([PROMPTS[0]] * 3, 0)
     assert mixed[0] != mixed[1] != mixed[2]

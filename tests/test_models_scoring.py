@@ -11,9 +11,19 @@ import pytest
 from test_models_generation import Letters
 from test_models_llama import GROUPED, random_params
 
-from sqjax.models import Model, Question, generate, harness_model, loglikelihoods, multiple_choice, perplexity
-from sqjax.models.cache import FORMATS
+from sqjax.models import (
+    CacheFormat,
+    Model,
+    Question,
+    generate,
+    harness_model,
+    loglikelihoods,
+    multiple_choice,
+    perplexity,
+)
+from sqjax.models.cache import FORMATS, cache_format
 from sqjax.models.harness import cut, rolling_pairs
+from sqjax.models.prompts import stop_ids
 from sqjax.models.scoring import encode_pair, next_logprobs
 
 CONFIG = replace(GROUPED, num_layers=1, tie_embeddings=False)
@@ -55,6 +65,29 @@ def test_loglikelihoods(params, cache):
         assert found.logprob == pytest.approx(expected[0], rel=1e-5 if cache != "int8" else 0.1)
         assert found.greedy == expected[1] or cache == "int8"
     assert [x.greedy for x in got] == [False, False, True, False, True] or cache == "int8"
+
+
+@pytest.mark.parametrize("cache", [None, "int4", CacheFormat("int8", keys="channels")])
+def test_a_likelihood_does_not_depend_on_what_it_is_read_with(cache):
+    """Nor on zeros up to a common length: keys' channels are those of the sequence's own tokens."""
+    model = Model(replace(CONFIG, head_dim=32, max_length=200, attention_bias=True))
+    tree, rng = random_params(model), np.random.default_rng(6)
+    ids = rng.integers(0, 61, 100).tolist()
+    pair, longer = (ids[:5], ids[5:9]), (ids[:90], [4])
+    [alone], [beside, _] = (loglikelihoods(model, tree, pairs, cache=cache) for pairs in ([pair], [pair, longer]))
+    inputs, targets = (jnp.asarray([ids[i : i + 8]], jnp.int32) for i in (0, 1))
+    exact, _ = next_logprobs(model, tree, inputs, targets, None if cache is None else cache_format(cache))
+    assert alone.logprob == pytest.approx(float(exact[0, 4:].sum()), rel=2e-3)
+    assert beside.logprob == pytest.approx(alone.logprob, rel=2e-3)
+
+
+def test_nothing_is_asked_after_one_token(params):
+    """Sequences without an input: a context of one token, no continuation."""
+    assert loglikelihoods(MODEL, params, [([7], [])]) == [(0.0, True)]
+    assert loglikelihoods(MODEL, params, []) == []
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"a batch of at least 1, got {batch}"):
+            loglikelihoods(MODEL, params, PAIRS, batch=batch)
 
 
 def test_a_long_context_loses_its_beginning(params):
@@ -99,12 +132,22 @@ def test_perplexity_of_a_text_and_of_its_windows(params):
         ((np.ones((2, 4), int), 2), "expected windows .* or ids and a length"),
         (([1, 2, 3], 4), "expected 1 to 0 windows of 4 tokens in 3"),
         (([1, 2, 61, 4], 2), "perplexity: expected token ids from 0 to 60, got 61"),
-        (([1, 2, 3, 4], 1), "windows of at least 2 tokens"),
+        (([1, 2, 3, 4], 1), "of at least 2 tokens"),
+        (([1, 2, 3, 4], 0), "expected a length of at least 1, got 0"),
+        ((np.zeros((0, 4), int),), "expected at least one window"),
+        ((np.array([2**32 + 1, 2, 3]), 3), "perplexity: expected token ids from 0 to 60, got 4294967297"),
+        (([True, False, True], 3), "perplexity: expected integer token ids, got bool"),
     ],
 )
 def test_perplexity_refuses(params, arguments, message):
     with pytest.raises(ValueError, match=message):
         perplexity(MODEL, params, *arguments)
+
+
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_a_window_longer_than_the_model(params, cache):
+    with pytest.raises(ValueError, match=r"expected at most 64 \(config.max_length\), got 65"):
+        perplexity(MODEL, params, np.ones(65, int), 65, cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +213,23 @@ def test_pairs_are_parted_as_the_harness_does():
     assert encode_pair(MODEL, "ab ", "c") == ([0, 1], [space, 2])
     with pytest.raises(ValueError, match="no tokenizer"):
         encode_pair(Model(CONFIG), "a", "b")
+
+
+class Begun(Letters):
+    """Every text begins with token 59, as Llama's do."""
+
+    def encode(self, text):
+        return [59, *super().encode(text)]
+
+
+def test_what_begins_every_text_is_never_asked_for(harness, params):
+    model = Model(CONFIG, Begun(None, eos_id=60))
+    assert encode_pair(model, "ab", "cd") == ([59, 0, 1], [2, 3])
+    assert encode_pair(model, "", "cd") == ([59], [2, 3])
+    expected = likelihood(params, [59], [2, 3])[0]
+    assert harness_model(model, params).loglikelihood_rolling([Request(("cd",))]) == [pytest.approx(expected, rel=1e-5)]
+    assert stop_ids(model, "c").tolist() == [2]
+    assert [stop_ids(model, kind(5)).tolist() for kind in (int, np.int64, jnp.int32)] == [[5]] * 3
 
 
 @pytest.mark.parametrize(
@@ -247,6 +307,7 @@ def test_generate_until(harness, params):
     settings = {"until": [end, "#"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0}
     got = lm.generate_until([Request(("abc", settings)), Request(("abc", {"until": "#", "max_gen_toks": 3}))])
     assert got == [whole[: whole.index(end)], whole[:3]]
+    assert lm.generate_until([Request(("abc", {"until": [""], "max_gen_toks": 3}))]) == [whole[:3]]
     with pytest.raises(ValueError, match="max_gen_toks below 64, got 64"):
         lm.generate_until([Request(("abc", {"max_gen_toks": 64}))])
     assert cut("abcabc", ["c", "bc"]) == "a"

@@ -1,8 +1,9 @@
 """Text generation as one compiled program: a prefill in chunks, then a loop of one-token steps."""
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,11 @@ def generate(
     prompts: Prompts,
     steps: int,
     *,
-    stop: int | str | Sequence[int | str] | None = None,
+    stop: SupportsIndex | str | Sequence[SupportsIndex | str] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | Sequence[int] = 0,
+    seed: SupportsIndex | Sequence[int] = 0,
     cache: str | CacheFormat = "float",
     chunk: int | None = None,
     stream: Stream | None = None,
@@ -173,9 +174,10 @@ def _padded(model: Model, rows: list[np.ndarray], steps: int, chunk: int | None)
     return pad_left(rows, 1 if chunk is None else chunk)
 
 
-def _row_keys(seed: int | Sequence[int], rows: int) -> Key[Array, " batch"]:
-    if isinstance(seed, int):
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows, dtype=jnp.uint32))
+def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
+    if np.ndim(seed) == 0:
+        key = jax.random.key(operator.index(seed))
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
     if len(seed) != rows:
         raise ValueError(f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}")
     return jnp.stack([jax.random.key(s) for s in seed])

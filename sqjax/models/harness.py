@@ -52,10 +52,9 @@ class _Requests:
         return [tuple(x) for x in self._score([encode_pair(self.model, *request.args) for request in requests])]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """The log-likelihood of each whole text after an end of text."""
-        encoded = [self.model.tokenizer.encode(request.args[0]) for request in requests]
-        begin, most = self.model.tokenizer.eos_id, self.model.config.max_length
-        pieces = [rolling_pairs(ids, begin, most) for ids in encoded]
+        """The log-likelihood of each whole text after an end of text, or what the tokenizer puts before every text."""
+        encoded = [encode_pair(self.model, "", request.args[0]) for request in requests]
+        pieces = [rolling_pairs(ids, begin[-1], self.model.config.max_length) for begin, ids in encoded]
         found = iter(self._score([pair for pairs in pieces for pair in pairs]))
         return [float(sum(next(found).logprob for _ in pairs)) for pairs in pieces]
 
@@ -68,7 +67,7 @@ class _Requests:
 
     def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
         until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [end for end in ([until] if isinstance(until, str) else until) if end]  # "" ends nothing, as there
         steps = int(settings.get("max_gen_toks", NEW_TOKENS))
         ids = _fitting(self.model, context, steps)
         new: list[int] = []

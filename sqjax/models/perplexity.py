@@ -17,9 +17,11 @@ def windows(ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int
     """The first `count` windows of `length` tokens (all that fit, by default), (count, length) int32.
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: the text is too short, or the length is not positive.
     """
     ids = np.asarray(ids, np.int32)
+    if length < 1:
+        raise ValueError(f"windows: expected a length of at least 1, got {length}")
     available = len(ids) // length
     count = available if count is None else count
     if count < 1 or count > available:
@@ -52,8 +54,8 @@ def perplexity(
         description: what the bar says.
 
     Raises:
-        ValueError: windows of fewer than two tokens, ids without a length, ids that are not in the vocabulary, or the
-            model returns NaN.
+        ValueError: no windows, windows of fewer than two tokens or of more than ``config.max_length``, ids without a
+            length, ids that are not in the vocabulary, or the model returns NaN.
 
     Example:
         >>> import jax
@@ -63,14 +65,14 @@ def perplexity(
         True
     """
     tokens = np.asarray(tokens)
-    if (tokens.ndim == 1) != (length is not None) or tokens.ndim > 2:
+    if tokens.ndim != (2 if length is None else 1):
         raise ValueError(
             f"perplexity: expected windows (windows, length), or ids and a length, got {tokens.shape} and {length}"
         )
-    tokens = windows(tokens, length) if length is not None else tokens
-    if tokens.shape[1] < 2:
-        raise ValueError(f"perplexity: expected windows of at least 2 tokens, got {tokens.shape}")
     check_tokens(model, tokens, "perplexity")
+    tokens = windows(tokens, length) if length is not None else tokens
+    if len(tokens) < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"perplexity: expected at least one window, of at least 2 tokens, got {tokens.shape}")
     kind = None if cache is None else cache_format(cache)
     rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
     mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]))

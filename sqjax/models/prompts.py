@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sqjax.models.model import Model
+from sqjax.models.tokenizer import Tokenizer
 
 #: A text or token ids, several of either, or an array of ids, (tokens,) or (batch, tokens).
 Prompts = Any
@@ -49,6 +50,12 @@ def _ids(model: Model, prompt: Any) -> np.ndarray:
     return np.asarray(model.tokenizer.encode(prompt), np.int32)
 
 
+def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that begins nothing: without the tokens that a tokenizer puts before every text."""
+    begin, ids = tokenizer.encode(""), tokenizer.encode(text)
+    return ids[len(begin) :] if ids[: len(begin)] == begin else ids
+
+
 def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one array (batch, tokens), zeros before the shorter ones, and how many; tokens divide by `multiple`."""
     longest = max(len(row) for row in rows)
@@ -57,7 +64,7 @@ def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.
     return np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)]), padding
 
 
-def stop_ids(model: Model, stop: int | str | Sequence[int | str] | None) -> np.ndarray:
+def stop_ids(model: Model, stop: Any) -> np.ndarray:
     """The ids of the tokens that end a text. None stands for the tokenizer's end of text, if it has one.
 
     Raises:
@@ -66,17 +73,17 @@ def stop_ids(model: Model, stop: int | str | Sequence[int | str] | None) -> np.n
     if stop is None:
         end = None if model.tokenizer is None else model.tokenizer.eos_id
         return np.array([] if end is None else [end], np.int32)
-    found = [_stop_id(model, token) for token in ([stop] if isinstance(stop, int | str) else stop)]
+    found = [_stop_id(model, token) for token in ([stop] if isinstance(stop, str) or np.ndim(stop) == 0 else stop)]
     check_tokens(model, found, "stop")
     return np.array(found, np.int32)
 
 
-def _stop_id(model: Model, token: int | str) -> int:
+def _stop_id(model: Model, token: Any) -> Any:
     if not isinstance(token, str):
         return token
     if model.tokenizer is None:
         raise ValueError(f"stop: {token!r} is a text, and the model has no tokenizer; give its id")
-    ids = model.tokenizer.encode(token)
+    ids = encode_alone(model.tokenizer, token)
     if len(ids) != 1:
         raise ValueError(f"stop: expected the text of one token, got {token!r}, which is the tokens {ids}")
     return ids[0]

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from sqjax.execution import quantized
 from sqjax.models.cache import CacheFormat, cache_format
 from sqjax.models.generation import compute_dtype
-from sqjax.models.model import Model, Params, cache_for
-from sqjax.models.prompts import check_tokens
+from sqjax.models.model import Model, Params
+from sqjax.models.prompts import check_tokens, encode_alone
 
 #: Sequences are padded to a multiple of so many tokens, so that few shapes are compiled.
 MULTIPLE = 64
@@ -61,6 +61,7 @@ def next_logprobs(
     targets: Int[Array, "batch tokens"],
     cache: CacheFormat | None = None,
     chunk: int | None = None,
+    padding: Int[Array | np.ndarray, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
     """The log-probability of each target after the inputs up to it, and whether no other token is likelier.
 
@@ -73,9 +74,10 @@ def next_logprobs(
             as in decoding ("teacher forcing").
         chunk: with a cache, how many tokens are written and read at once; it must divide their number. What is computed
             does not depend on it but for rounding, unless the format has scales of channels. None for all.
+        padding: with a cache, how many of each row's first inputs are padding, which nothing looks at. None for none.
 
     Raises:
-        ValueError: the chunk does not divide the number of tokens.
+        ValueError: the chunk does not divide the number of tokens, or these are more than ``config.max_length``.
     """
     if cache is None:
         return _chosen(quantized(model.apply)(params, inputs), targets)
@@ -83,7 +85,9 @@ def next_logprobs(
     size = tokens if chunk is None else chunk
     if size < 1 or tokens % size:
         raise ValueError(f"next_logprobs: expected a chunk that divides {tokens} tokens, got {size}")
-    slots = cache_for(model.config, batch, tokens, compute_dtype(params), cache, size)
+    slots = model.init_cache(batch, tokens, compute_dtype(params), cache, size)
+    if padding is not None:
+        slots = slots._replace(padding=jnp.asarray(padding, jnp.int32))
     read = quantized(model.read)
 
     def piece(slots, pair):
@@ -106,7 +110,8 @@ def loglikelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
-    A context that is too long loses its first tokens. Sequences of about one length are read together.
+    A context that is too long loses its first tokens. Sequences of about one length are read together, which changes
+    nothing but the rounding of sums, unless a scheme gives all activations one scale ("per_tensor").
 
     Args:
         model: a `Model`.
@@ -117,7 +122,7 @@ def loglikelihoods(
 
     Raises:
         ValueError: ids that are not in the vocabulary, an empty context, a continuation that is longer than
-            ``config.max_length``, or logits that are NaN.
+            ``config.max_length``, a batch of less than 1, or logits that are NaN.
 
     Example:
         >>> import jax
@@ -128,18 +133,18 @@ def loglikelihoods(
         >>> one.logprob < 0
         True
     """
+    if batch < 1:
+        raise ValueError(f"loglikelihoods: expected a batch of at least 1, got {batch}")
     kind = None if cache is None else cache_format(cache)
     rows = [_row(model, number, *pair) for number, pair in enumerate(pairs)]
     found: list[Likelihood] = [Likelihood(0.0, True)] * len(rows)
     for chosen in _batches([len(row) - 1 for row, _ in rows], batch):
-        width = -(-max(len(rows[i][0]) - 1 for i in chosen) // MULTIPLE) * MULTIPLE
-        width = min(width, model.config.max_length)
-        ids = np.zeros((batch, width + 1), np.int32)  # what stands after a sequence does not change it
+        ids, padding = _batch([rows[i][0] for i in chosen], batch, model.config.max_length, kind is not None)
+        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding)
+        logprobs, greedy = map(np.asarray, scored)
         for place, i in enumerate(chosen):
-            ids[place, : len(rows[i][0])] = rows[i][0]
-        logprobs, greedy = map(np.asarray, next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind))
-        for place, i in enumerate(chosen):
-            asked = slice(len(rows[i][0]) - 1 - rows[i][1], len(rows[i][0]) - 1)
+            last = int(padding[place]) + len(rows[i][0]) - 1
+            asked = slice(last - rows[i][1], last)
             total = float(logprobs[place, asked].sum(dtype=np.float64))
             if np.isnan(total):
                 raise ValueError(f"pairs[{i}]: the logits are NaN; check the parameters and their scales")
@@ -160,6 +165,21 @@ def _row(model: Model, number: int, context: Sequence[int], continuation: Sequen
     return [*context, *continuation][-(most + 1) :], len(continuation)
 
 
+def _batch(rows: list[list[int]], size: int, most: int, cached: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one array of `size` rows, and how many zeros stand before each.
+
+    Zeros after a sequence change nothing that it is asked for, but would be among what scales of channels are made of;
+    so through a cache they stand before it, as padding.
+    """
+    inputs = max(1, *(len(row) - 1 for row in rows))
+    width = min(-(-inputs // MULTIPLE) * MULTIPLE, most)
+    ids, padding = np.zeros((size, width + 1), np.int32), np.zeros(size, np.int32)
+    for place, row in enumerate(rows):
+        padding[place] = width + 1 - len(row) if cached else 0
+        ids[place, padding[place] : padding[place] + len(row)] = row
+    return ids, padding
+
+
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
     """Numbers of sequences, so many at a time, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -170,7 +190,7 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
     """A context and its continuation as ids, as lm-evaluation-harness does it.
 
     Both are encoded together and parted where the context alone would end; spaces at the end of the context are the
-    continuation's. The end of text stands for an empty context.
+    continuation's. For an empty context stands what the tokenizer puts before every text, or else the end of text.
 
     Raises:
         ValueError: the model has no tokenizer, or it names no end of text for an empty context.
@@ -178,9 +198,11 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
     if model.tokenizer is None:
         raise ValueError("scoring texts: the model has no tokenizer; call loglikelihoods with token ids")
     if context == "":
-        if model.tokenizer.eos_id is None:
+        end = model.tokenizer.eos_id
+        begin = model.tokenizer.encode("") or ([] if end is None else [end])
+        if not begin:
             raise ValueError("scoring texts: an empty context, and the tokenizer names no end of text to begin with")
-        return [model.tokenizer.eos_id], model.tokenizer.encode(continuation)
+        return begin, encode_alone(model.tokenizer, continuation)
     kept = context.rstrip()
     together = model.tokenizer.encode(context + continuation)
     before = model.tokenizer.encode(kept)
