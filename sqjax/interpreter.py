@@ -98,16 +98,34 @@ def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
 def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:
     """Runs `jaxpr`. Equations that meet no `Leaf` are emitted again as they were, custom gradients included."""
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    fills: dict[Any, Any] = {}
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
+        if equation.primitive.name in ("broadcast_in_dim", "convert_element_type"):
+            _note_fill(fills, equation, operands[0])
+        elif equation.primitive.name == "select_n" and any(isinstance(x, Leaf) for x in operands):
+            equation = equation.replace(invars=[_filled(fills, v) for v in equation.invars])
         with source_info_util.user_context(equation.source_info.traceback):
             results = _step(equation, operands, rules)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _note_fill(fills: dict[Any, Any], equation: JaxprEqn, operand: Any) -> None:
+    """Notes what number is everywhere in the result of an equation, if that is known while tracing."""
+    source = equation.invars[0]
+    number = operand if isinstance(source, Literal) else fills.get(source, operand)
+    if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
+        fills[equation.outvars[0]] = number
+
+
+def _filled(fills: Mapping[Any, Any], atom: Any) -> Any:
+    """A variable that one number fills as that number, by which rules know a mask; anything else as it is."""
+    return atom if isinstance(atom, Literal) or atom not in fills else Literal(fills[atom], atom.aval)
 
 
 def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:

@@ -152,8 +152,22 @@ def test_a_mask_and_parts_of_a_cache_pass():
         c = lax.dynamic_slice(c, (start, 0, 0), (2, 6, 8))[:, 1:5].transpose(1, 0, 2).reshape(4, 2, 2, 4)
         return jnp.einsum("qd,tcd->qtc", y, c.reshape(4, 2, 8))
 
-    got, expected = sq.quantized(fn)({}, held, 1), fn({}, {"c": jnp.asarray(rounded(x), jnp.float32)}, 1)
-    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    expected = fn({}, {"c": jnp.asarray(rounded(x), jnp.float32)}, 1)
+    for run in (sq.quantized(fn), jax.jit(sq.quantized(fn))):
+        np.testing.assert_allclose(run({}, held, 1), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+def test_a_mask_may_fill_with_zeros_only(jit):
+    held = sq.quantize_cache({"c": jnp.ones((4, 8))})
+
+    def fn(p, cache, fill):
+        return jnp.where(jnp.arange(4)[:, None] < 2, cache["c"], fill) @ jnp.ones((8, 1))
+
+    np.testing.assert_allclose(jit(sq.quantized(lambda p, c: fn(p, c, 0.0)))({}, held)[:, 0], [8, 8, 0, 0], rtol=1e-6)
+    for fill in (1.0, jnp.float32(-2)):
+        with pytest.raises(ValueError, match="`select_n` at"):
+            jit(sq.quantized(lambda p, c, fill=fill: fn(p, c, fill)))({}, held)
 
 
 def test_what_has_no_rule_is_refused_with_its_name():

@@ -34,6 +34,11 @@ def random_vectors(shape, seed=0):
     return jnp.asarray(rng.normal(size=shape) * np.where(np.arange(shape[-1]) % 7 == 3, 8, 1), jnp.float32)
 
 
+def positions(first, tokens):
+    """(batch, tokens), of rows whose next token is the first-th; negative for padding."""
+    return jnp.asarray(first, jnp.int32)[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+
+
 @pytest.mark.parametrize("name", CODED)
 def test_encoding_is_off_by_at_most_half_a_step(name):
     kind, x = CODED[name], random_vectors((2, 3, 5, 32))
@@ -50,7 +55,7 @@ def test_encoding_is_off_by_at_most_half_a_step(name):
 def test_written_slots_hold_the_vectors_and_leave_the_others(name):
     kind, x = CODED[name], random_vectors((2, 3, 4, 32))
     slots = empty_cache(1, 2, 3, 9, 32, jnp.float32, kind).keys[0]
-    after = write(slots, x, jnp.int32(3), jnp.ones((2, 4), bool), ring=False)
+    after = write(slots, x, jnp.int32(3), positions([0, 0], 4), ring=False)
     got = np.asarray(decoded(after))
     for name in ("codes", "scale", "zero"):
         if (array := getattr(after, name)) is not None:
@@ -64,11 +69,10 @@ def test_written_slots_hold_the_vectors_and_leave_the_others(name):
 def test_scales_of_channels_are_those_of_the_first_real_tokens():
     x, kind = random_vectors((2, 1, 4, 32)), CODED["int8 key channels"]
     slots = empty_cache(1, 2, 1, 12, 32, jnp.float32, kind).keys[0]
-    real = jnp.asarray([[False, True, True, True], [False] * 4])
-    slots = write(slots, x, jnp.int32(0), real, ring=False)
+    slots = write(slots, x, jnp.int32(0), positions([-1, -4], 4), ring=False)
     np.testing.assert_array_equal(slots.channel[0], np.abs(x[0, :, 1:]).max(1))
     np.testing.assert_array_equal(slots.channel[1], 0)  # only padding so far
-    later = write(slots, 10 * x, jnp.int32(4), jnp.ones((2, 4), bool), ring=False)
+    later = write(slots, 10 * x, jnp.int32(4), positions([3, 0], 4), ring=False)
     np.testing.assert_array_equal(later.channel[0], slots.channel[0])
     np.testing.assert_array_equal(later.channel[1], 10 * np.abs(x[1]).max(1))
     error = np.abs(decoded(later)[:, :, 4:8] - 10 * x)  # a token larger than the first ones is not clipped
@@ -82,11 +86,20 @@ def test_a_rotation_hides_one_large_channel_and_the_mean():
     error = {}
     for keys in ("plain", "rotated"):
         slots = empty_cache(1, 1, 1, 50, 32, jnp.float32, CacheFormat("int4", keys=keys)).keys[0]
-        after = write(slots, x, jnp.int32(0), jnp.ones((1, 50), bool), ring=False)
+        after = write(slots, x, jnp.int32(0), positions([0], 50), ring=False)
         error[keys] = np.abs(decoded(after) - x).mean()
     assert error["rotated"] < 0.05 * error["plain"]
     matrix = np.asarray(rotation(24), np.float64)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(24), atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", ["rotated", "channels"])
+def test_a_channel_of_zeros_at_first_takes_nothing_from_later_tokens(keys):
+    """Else keys that are stored already would be read with another mean."""
+    x, far = jnp.zeros((1, 1, 2, 32)), jnp.full((1, 1, 2, 32), 40.0)
+    slots = empty_cache(1, 1, 1, 4, 32, jnp.float32, CacheFormat("int8", keys=keys)).keys[0]
+    after = write(write(slots, x, jnp.int32(0), positions([0], 2), False), far, jnp.int32(2), positions([2], 2), False)
+    np.testing.assert_allclose(decoded(after), jnp.concatenate([x, far], axis=2), atol=1.0)
 
 
 def plain_attention(queries, keys, values, mask):
@@ -106,7 +119,7 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(name, tokens
     queries = jnp.asarray(rng.normal(size=(2, tokens, heads, 32)), jnp.float32)
     cache = empty_cache(1, 2, 2, slots, 32, jnp.float32, KINDS[name])
     keys, values = (
-        write(s, random_vectors((2, 2, slots, 32), i), jnp.int32(0), jnp.ones((2, slots), bool), ring=False)
+        write(s, random_vectors((2, 2, slots, 32), i), jnp.int32(0), positions([0, 0], slots), ring=False)
         for i, s in enumerate((cache.keys[0], cache.values[0]))
     )
     mask = visible(jnp.int32(slots - tokens), tokens, slots, jnp.asarray([0, 3], jnp.int32), None)
@@ -162,7 +175,7 @@ def test_int8_slots_are_never_copied_to_float():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("float", 4 * 32), ("int8", 32 + 4), ("e4m3", 32 + 4), ("int4", 16 + 4 + 1), ("int8 by group", 32 + 4 * 4)],
+    [("float", 4 * 32), ("int8", 32 + 4), ("e4m3", 32 + 4), ("int4", 16 + 2 * (2 + 1)), ("int8 by group", 32 + 4 * 4)],
 )
 def test_bytes_of_a_token_are_those_of_its_arrays(name, expected):
     cache = Model(WIDE).init_cache(3, 10, kind=KINDS[name])
@@ -176,7 +189,8 @@ def test_int4_takes_half_a_byte_and_unpacks_to_what_was_packed():
     slots = encode(x, CacheFormat("int4", group=32))
     assert slots.codes.shape == (1, 2, 3, 16)
     assert slots.codes.dtype == jnp.int8
-    expected = np.round(np.asarray(x) / np.asarray(slots.scale))
+    assert slots.scale.dtype == jnp.bfloat16
+    expected = np.round(np.asarray(x) / np.asarray(slots.scale, np.float32))
     np.testing.assert_array_equal(integers(slots).reshape(x.shape), expected)
     assert integers(slots).min() == -7
     assert integers(slots).max() <= 7
@@ -256,7 +270,7 @@ def test_a_window_hides_what_lies_before_it():
         (lambda: CacheFormat("int8", group=0), "a group of at least one channel, got 0"),
         (lambda: Model(WIDE).init_cache(1, 4, kind="int2"), r"expected one of \['e4m3', 'float', 'int4', 'int8'\]"),
         (lambda: Model(replace(WIDE, max_length=2**18)).init_cache(1, 2**18, kind="int8"), "exact up to 133144 tokens"),
-        (lambda: Model(GROUPED).init_cache(1, 4, kind="int4"), "a group that divides head_dim = 8, got 32"),
+        (lambda: Model(GROUPED).init_cache(1, 4, kind="int4"), "a group that divides head_dim = 8, got 16"),
         (lambda: replace(WIDE, sliding_window=0), "sliding_window: expected at least 1 or None, got 0"),
     ],
 )

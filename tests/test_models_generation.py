@@ -197,7 +197,8 @@ def test_seeds(trees):
 
 
 def test_the_coldest_draw_and_the_narrowest_are_greedy(trees, uncached):
-    for how in ({"temperature": 1e-4}, {"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_p": 1e-6}):
+    cold = ({"temperature": t} for t in (1e-4, 1e-9, 1e-11, 1e-38, 1e-45))
+    for how in (*cold, {"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_p": 1e-6}):
         assert generate(MODEL, trees["float"], PROMPTS, STEPS, **how).tokens == uncached["float"]
 
 

@@ -105,7 +105,7 @@ def _scores(
     codes = integers(keys)
     rows = rows.astype(jnp.float32).reshape(*rows.shape[:3], *codes.shape[3:])
     products = _product("bkrd,bksd->bkrs", rows.transpose(0, 1, 3, 2, 4), codes)
-    return jnp.sum(products * keys.scale.transpose(0, 1, 3, 2)[:, :, :, None, :], axis=2)
+    return jnp.sum(products * _by_group(keys.scale), axis=2)
 
 
 def _mix(
@@ -115,9 +115,16 @@ def _mix(
     if values.scale is None:
         weights = weights.astype(values.codes.dtype)
         return jnp.einsum("bkrs,bksd->bkrd", weights, values.codes, preferred_element_type=jnp.float32)
-    weights = weights[:, :, None] * values.scale.transpose(0, 1, 3, 2)[:, :, :, None, :]
+    weights = weights[:, :, None] * _by_group(values.scale)
     products = _product("bkrs,bksd->bkrd", weights, integers(values))
     return products.transpose(0, 1, 3, 2, 4).reshape(*products.shape[:2], products.shape[3], -1)
+
+
+def _by_group(
+    scale: Float[Array, "batch kv_heads slots groups"],
+) -> Float[Array, "batch kv_heads groups 1 slots"]:
+    """The scales of slots as factors of products, or of rows, group by group."""
+    return scale.astype(jnp.float32).transpose(0, 1, 3, 2)[:, :, :, None, :]
 
 
 def _product(

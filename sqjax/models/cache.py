@@ -31,7 +31,7 @@ class CacheFormat:
 
     Example:
         >>> from sqjax.models import CacheFormat
-        >>> CacheFormat("int4", group=32, zero_point=True, keys="rotated").codes
+        >>> CacheFormat("int4", group=16, zero_point=True, keys="rotated").codes
         'int4'
     """
 
@@ -62,7 +62,7 @@ FORMATS = {
     "float": CacheFormat(),
     "int8": CacheFormat("int8"),
     "e4m3": CacheFormat("e4m3"),
-    "int4": CacheFormat("int4", group=32, zero_point=True, keys="rotated"),
+    "int4": CacheFormat("int4", group=16, zero_point=True, keys="rotated"),
 }
 
 
@@ -89,10 +89,10 @@ class Slots:
     Attributes:
         codes: (batch, kv_heads, capacity, head_dim), or half of that in the last axis for int4: a byte holds channel i
             in its low nibble and channel i + head_dim / 2 in its high one.
-        scale: float32 (batch, kv_heads, capacity, groups), or None for floats.
+        scale: (batch, kv_heads, capacity, groups), float32, bfloat16 for int4; or None for floats.
         zero: int8 of scale's shape, in [-8, 7], or None.
-        channel: float32 (batch, kv_heads, head_dim), or None: the keys' largest magnitudes, or their means. Zero where
-            no token has set it yet.
+        channel: float32 (batch, kv_heads, head_dim), or None: the keys' largest magnitudes, or their means, in the
+            first tokens; zero before them.
         format: how they are stored.
     """
 
@@ -181,7 +181,7 @@ def empty_cache(
         stored = np.dtype(np.int8) if packed else _STORED[kind.codes].dtype
         return Slots(
             jnp.zeros((*lead, head_dim // 2 if packed else head_dim), stored),
-            jnp.zeros((*lead, head_dim // group), jnp.float32),
+            jnp.zeros((*lead, head_dim // group), _scale_dtype(kind)),
             jnp.zeros((*lead, head_dim // group), jnp.int8) if kind.zero_point else None,
             jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if channels else None,
             kind,
@@ -191,19 +191,24 @@ def empty_cache(
     return KVCache(keys, values, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
+def _scale_dtype(kind: CacheFormat) -> DTypeLike:
+    """Two bytes where groups are short."""
+    return jnp.bfloat16 if kind.codes == "int4" else jnp.float32
+
+
 def write(
     slots: Slots,
     new: Float[Array, "batch kv_heads tokens head_dim"],
     start: Int[Array, ""],
-    real: Bool[Array, "batch tokens"],
+    positions: Int[Array, "batch tokens"],
     ring: bool,
 ) -> Slots:
     """The slots with new vectors in them, from slot `start` on (modulo the capacity, in a ring).
 
-    `real` says which tokens are no padding: padding sets no scales of channels.
+    `positions` are those of the tokens in their rows, negative for padding, which sets nothing of channels.
     """
     if slots.channel is not None:
-        slots = replace(slots, channel=_first_channels(slots, new.astype(jnp.float32), real[:, None, :, None]))
+        slots = replace(slots, channel=_first_channels(slots, new.astype(jnp.float32), positions))
         new = changed_keys(slots, new.astype(jnp.float32))
     put = _put_in_ring if ring else _put
     by_token = replace(slots, channel=None)
@@ -211,13 +216,14 @@ def write(
     return replace(by_token, channel=slots.channel)
 
 
-def _first_channels(slots: Slots, new: Array, real: Array) -> Array:
-    """What each channel is in the first tokens: what was known, or else what these say."""
+def _first_channels(slots: Slots, new: Array, positions: Array) -> Array:
+    """What each channel is in the first tokens: what these say, or what was known if they are not the first."""
+    real = (positions >= 0)[:, None, :, None]
     if slots.format.keys == "channels":
         seen = jnp.max(jnp.abs(new), axis=2, where=real, initial=0.0)
     else:
         seen = jnp.sum(new, axis=2, where=real) / jnp.maximum(jnp.sum(real, axis=2, dtype=jnp.float32), 1)
-    return jnp.where(slots.channel == 0, seen, slots.channel)
+    return jnp.where((positions[:, 0] <= 0)[:, None, None], seen, slots.channel)
 
 
 def changed_keys(slots: Slots, keys: Array) -> Array:
@@ -266,12 +272,20 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
     fmt, wide = _STORED[kind.codes], _groups(vectors.astype(jnp.float32), kind)
     if kind.zero_point:
         scale, zero = zero_point_range(jnp.min(wide, axis=-1), jnp.max(wide, axis=-1))
-        codes = to_codes(wide, scale[..., None], zero[..., None])
+        stored = _stored_scale(scale, kind)
+        codes = to_codes(wide, stored.astype(jnp.float32)[..., None], zero[..., None])
     else:
-        scale, zero = scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt), None
-        codes = to_format(wide, scale[..., None], fmt)
+        stored, zero = _stored_scale(scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt), kind), None
+        codes = to_format(wide, stored.astype(jnp.float32)[..., None], fmt)
     codes = codes.reshape(vectors.shape)
-    return Slots(_pack(codes) if kind.codes == "int4" else codes, scale, zero, None, kind)
+    return Slots(_pack(codes) if kind.codes == "int4" else codes, stored, zero, None, kind)
+
+
+def _stored_scale(scale: Float[Array, "*s"], kind: CacheFormat) -> Float[Array, "*s"]:
+    """The scale in the dtype that is stored, not smaller than it was, so that nothing is clipped."""
+    if _scale_dtype(kind) == jnp.float32:
+        return scale
+    return (scale * (1 + 2.0**-8)).astype(jnp.bfloat16)
 
 
 def integers(slots: Slots) -> Shaped[Array, "batch kv_heads slots groups group"]:
@@ -285,7 +299,7 @@ def decoded(slots: Slots) -> Float[Array, "batch kv_heads slots head_dim"]:
     """The vectors in float: for tests and for formats that have no arithmetic of their own."""
     if slots.scale is None:
         return slots.codes
-    vectors = integers(slots).astype(jnp.float32) * slots.scale[..., None]
+    vectors = integers(slots).astype(jnp.float32) * slots.scale.astype(jnp.float32)[..., None]
     vectors = vectors.reshape(*vectors.shape[:3], -1)
     if slots.channel is None:
         return vectors

@@ -25,13 +25,13 @@ class Place(NamedTuple):
         table: cosines and sines of their positions.
         mask: (rows, tokens, slots), what each may look at.
         start: how many tokens the cache held before.
-        real: (rows, tokens), which of them are no padding.
+        positions: (rows, tokens), of the tokens in their rows; negative for padding.
     """
 
     table: Table
     mask: Array
     start: Array
-    real: Array
+    positions: Array
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Attention(nn.Module):
             # Behind the barrier it is read as it is stored: XLA:CPU would write it again for each matmul that reads it.
             looked_at = cache = jax.lax.optimization_barrier(
                 (
-                    write(cache[0], keys, place.start, place.real, not in_order),
-                    write(cache[1], values, place.start, place.real, not in_order),
+                    write(cache[0], keys, place.start, place.positions, not in_order),
+                    write(cache[1], values, place.start, place.positions, not in_order),
                 )
             )
         mixed = attend(queries, *looked_at, place.mask, in_order).reshape(*x.shape[:2], -1)
@@ -204,7 +204,7 @@ def _place(config: LlamaConfig, tokens: int, cache: KVCache | None, dtype: DType
     table = rotary_table(jnp.maximum(positions, 0), config.head_dim, config.rope_theta, dtype)
     slots = tokens if cache is None else cache.capacity
     mask = visible(start, tokens, slots, padding, config.sliding_window)
-    return Place(table, mask, start, positions >= 0)
+    return Place(table, mask, start, positions)
 
 
 class Llama(nn.Module):

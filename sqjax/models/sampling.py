@@ -33,7 +33,10 @@ def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
 
 def sample(logits: Float[Array, "batch vocab"], how: Sampling, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
     """A token for each row, drawn with the row's own key."""
-    kept = restrict(logits.astype(jnp.float32) / how.temperature, how.top_k, how.top_p)
+    wide = logits.astype(jnp.float32)  # less the largest first: that is 0 however a compiler divides
+    below = wide - jnp.max(wide, axis=-1, keepdims=True)
+    temperature = jnp.maximum(how.temperature, jnp.finfo(jnp.float32).tiny)
+    kept = restrict(below / temperature, how.top_k, how.top_p)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
 
