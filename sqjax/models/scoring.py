@@ -14,6 +14,7 @@ from sqjax.models.cache import CacheFormat, cache_format
 from sqjax.models.generation import compute_dtype
 from sqjax.models.model import Model, Params, cache_for
 from sqjax.models.prompts import check_tokens
+from sqjax.models.stacking import unstack_layers
 
 #: Sequences are padded to a multiple of so many tokens, so that few shapes are compiled.
 MULTIPLE = 64
@@ -84,7 +85,7 @@ def next_logprobs(
     if size < 1 or tokens % size:
         raise ValueError(f"next_logprobs: expected a chunk that divides {tokens} tokens, got {size}")
     slots = cache_for(model.config, batch, tokens, compute_dtype(params), cache, size)
-    read = quantized(model.read)
+    read, params = quantized(model.read), unstack_layers(params)
 
     def piece(slots, pair):
         logits, slots = read(params, pair[0], slots)
