@@ -23,3 +23,5 @@ from sqjax.models.perplexity import perplexity as perplexity
 from sqjax.models.scoring import Question as Question
 from sqjax.models.scoring import loglikelihoods as loglikelihoods
 from sqjax.models.scoring import multiple_choice as multiple_choice
+from sqjax.models.stacking import stack_layers as stack_layers
+from sqjax.models.stacking import unstack_layers as unstack_layers

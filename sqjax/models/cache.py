@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from sqjax.formats import E4M3, INT4, INT8, Format, scale_from_absmax, to_codes, to_format, zero_point_range
 

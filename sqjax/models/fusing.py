@@ -69,15 +69,16 @@ def _joined(leaves: Sequence[Any]) -> Any:
     if not isinstance(leaves[0], QuantWeight):
         return jnp.concatenate(leaves, axis=-1)
 
-    def outputs_first(parts: Sequence[Any]) -> Any:
+    def by_output(parts: Sequence[Any]) -> Any:
         if parts[0] is None:
             return None
-        sizes = [leaf.tensor.values.shape[0] for leaf in leaves]  # one scale for all outputs is repeated
-        return jnp.concatenate([jnp.broadcast_to(x, (n, *x.shape[1:])) for x, n in zip(parts, sizes, strict=True)])
+        sizes = [leaf.tensor.values.shape[:-1] for leaf in leaves]  # one scale for all outputs is repeated
+        every = [jnp.broadcast_to(x, (*size, x.shape[-1])) for x, size in zip(parts, sizes, strict=True)]
+        return jnp.concatenate(every, axis=-2)
 
     fields = ("values", "scale", "zero", "group_scale")
-    parts = {name: outputs_first([getattr(leaf.tensor, name) for leaf in leaves]) for name in fields}
+    parts = {name: by_output([getattr(leaf.tensor, name) for leaf in leaves]) for name in fields}
     outliers = leaves[0].outliers
     if outliers is not None:
-        outliers = outliers._replace(weight=outputs_first([leaf.outliers.weight for leaf in leaves]))
+        outliers = outliers._replace(weight=by_output([leaf.outliers.weight for leaf in leaves]))
     return replace(leaves[0], tensor=replace(leaves[0].tensor, **parts), outliers=outliers)

@@ -16,6 +16,7 @@ from sqjax.models.cache import CacheFormat, KVCache, cache_format
 from sqjax.models.model import Model, Params, TokenIds, cache_for
 from sqjax.models.prompts import Prompts, pad_left, prompt_rows, stop_ids
 from sqjax.models.sampling import Sampling, likeliest, sample
+from sqjax.models.stacking import unstack_layers
 
 #: Called with a row's number and its new tokens; what is true ends that row.
 Stream = Callable[[int, list[int]], object]
@@ -75,7 +76,8 @@ def generate(
 
     Args:
         model: a `Model`.
-        params: its parameters, float or quantized in any scheme.
+        params: its parameters, float or quantized in any scheme. Layers in one stack are taken apart before the loop,
+            so there are two copies of them until the call returns: see `unstack_layers`.
         prompts: a text, a sequence of token ids, or several of either.
         steps: the largest number of new tokens.
         stop: ids or texts of the tokens that end a row; None for the tokenizer's end of text, () for none.
@@ -109,6 +111,7 @@ def generate(
     kind, keys = cache_format(cache), _row_keys(seed, len(rows))
     if stream_every < 1:
         raise ValueError(f"generate: expected stream_every of at least 1, got {stream_every}")
+    params = unstack_layers(params)
     state = _prefill(model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind)
     if stream is None:
         state = _advance(model, params, state, how, ends, jnp.int32(steps))
@@ -257,7 +260,7 @@ def greedy(
 
     Args:
         model: a `Model`.
-        params: its parameters, float or quantized by `sqjax.quantize`.
+        params: its parameters, float or quantized by `sqjax.quantize`; taken apart as in `generate`.
         prompt_ids: prompts of one length, without padding.
         steps: how many tokens to generate.
         cache: how keys and values are stored, as in `generate`.
@@ -271,7 +274,7 @@ def greedy(
         raise ValueError(
             f"greedy: expected at least one prompt token and one step, got {tokens} tokens and {steps} steps"
         )
-    decode = quantized(model.decode)
+    decode, params = quantized(model.decode), unstack_layers(params)
     slots = model.init_cache(batch, tokens + steps, compute_dtype(params), cache, chunk=tokens)
     logits, slots = decode(params, prompt_ids, slots)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from sqjax.models.attention import Table, attend, rotary_table, rotate, visible
 from sqjax.models.cache import KVCache, Slots, write
 from sqjax.models.fusing import fused_name
+from sqjax.models.stacking import check_layers, layer_of
 
 LayerCache = tuple[Slots, Slots]
 
@@ -160,16 +162,24 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """All blocks, unrolled, under the names "0", "1", ..."""
+    """All blocks, unrolled, under the names "0", "1", ...
+
+    They also run from one stack (`sqjax.models.stack_layers`): in a scan, or with a cache one after the other.
+    """
 
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x, place: Place, cache: KVCache | None):
+        config, held = self.config, self.variables.get("params", {})
+        stacked = not self.is_initializing() and check_layers(held, config.num_layers)
+        of_stack = Block(config, parent=None).apply
+        if stacked and cache is None:
+            return jax.lax.scan(lambda x, layer: of_stack({"params": layer}, x, place, None), x, held)
         grown = []
-        for i in range(self.config.num_layers):
-            layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-            x, layer_cache = Block(self.config, name=str(i))(x, place, layer_cache)
+        for i in range(config.num_layers):
+            block = partial(of_stack, {"params": layer_of(held, i)}) if stacked else Block(config, name=str(i))
+            x, layer_cache = block(x, place, None if cache is None else (cache.keys[i], cache.values[i]))
             grown.append(layer_cache)
         if cache is None:
             return x, None
@@ -211,8 +221,9 @@ class Llama(nn.Module):
     """A Llama decoder: token ids to the logits of the next token.
 
     The parameter tree has Hugging Face's names: ``model/layers/0/self_attn/q_proj/kernel`` and so on, kernels
-    in (in, out); ``lm_head/kernel`` only when the embeddings are not tied. Everything is computed in the
-    parameters' dtype but norms and softmax, which are computed in float32.
+    in (in, out); ``lm_head/kernel`` only when the embeddings are not tied. Layers may also be one stack, as
+    `sqjax.models.stack_layers` makes it: ``model/layers/self_attn/q_proj/kernel``, (layers, in, out). Everything is
+    computed in the parameters' dtype but norms and softmax, which are computed in float32.
     """
 
     config: LlamaConfig

@@ -37,10 +37,11 @@ class Model:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     def apply(self, params: Params, ids: TokenIds) -> Float[Array, "batch tokens vocab"]:
-        """The logits of the token after each position.
+        """The logits of the token after each position. Layers in one stack (`stack_layers`) are scanned.
 
         Raises:
-            ValueError: if there are more tokens than ``config.max_length``.
+            ValueError: if there are more tokens than ``config.max_length``, or the parameters' layers are not as many
+                as the configuration says, apart or in one stack.
         """
         self._check_length(ids.shape[1])
         logits, _ = Llama(self.config).apply({"params": params}, jnp.asarray(ids))
@@ -74,7 +75,8 @@ class Model:
         """Reads more tokens: the logits after the last of them, and the cache that remembers them all.
 
         Several tokens at once are a prefill, one token is a step. Inside `jax.jit` nothing can see a cache
-        overflow over several calls: make the cache as long as everything that will be read.
+        overflow over several calls: make the cache as long as everything that will be read. Parameters whose layers are
+        one stack are read too, each layer copied out of it: for a loop take them apart once, by `unstack_layers`.
 
         Raises:
             ValueError: if these tokens are more than the cache has room for, or it is another model's.

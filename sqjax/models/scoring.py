@@ -14,6 +14,7 @@ from sqjax.models.cache import CacheFormat, cache_format
 from sqjax.models.generation import compute_dtype
 from sqjax.models.model import Model, Params
 from sqjax.models.prompts import check_tokens, encode_alone
+from sqjax.models.stacking import unstack_layers
 
 #: Sequences are padded to a multiple of so many tokens, so that few shapes are compiled.
 MULTIPLE = 64
@@ -88,7 +89,7 @@ def next_logprobs(
     slots = model.init_cache(batch, tokens, compute_dtype(params), cache, size)
     if padding is not None:
         slots = slots._replace(padding=jnp.asarray(padding, jnp.int32))
-    read = quantized(model.read)
+    read, params = quantized(model.read), unstack_layers(params)
 
     def piece(slots, pair):
         logits, slots = read(params, pair[0], slots)
