@@ -172,7 +172,7 @@ def llama():
             ),
             (10, [f"{layer}/mlp/up_proj/kernel"], [f"{layer}/mlp/down_proj/kernel"]),
         ]
-    params = jittered(model.init(jax.random.key(0)))
+    params = jittered(jax.jit(model.init)(jax.random.key(0)))
     return Case(model.apply, params, (jnp.array([[1, 5, 30, 2], [7, 7, 0, 3]]),), groups)
 
 
