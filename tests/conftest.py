@@ -4,7 +4,6 @@ The processor plays four devices, for the tests of sharding; everything else sta
 """
 
 import os
-import tempfile
 
 import jax
 import pytest
@@ -14,17 +13,6 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
-# Most of the time goes into compiling, and often the same program again: a new function for each test, one HLO for all.
-# Each worker compiles a program once in a run; nothing is kept for the next run, or shared with another process.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="sqjax-programs-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they would change the options of GPU programs
-
-
-def pytest_unconfigure(config):
-    PROGRAMS.cleanup()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 TARGETS = {"sm_80": "a100_sxm_80", "sm_90a": "h100_sxm"}
@@ -118,26 +117,11 @@ def compiled(fn: Any, *args: Any, target: str, form: str = "triton", ptx: bool =
         lowered = jax.jit(fn).trace(*specs).lower(lowering_platforms=("cuda",))
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": form == "triton"}
     options |= {} if merge else {"xla_gpu_dot_merger_threshold_mb": 0}
-    with tempfile.TemporaryDirectory() as folder, _cache_off():
+    with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"} if ptx else {}
         done = lowered.compile(compiler_options=options | dump)
         kernels = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     return Program(done.as_text(), kernels, done.memory_analysis().temp_size_in_bytes)
-
-
-@contextlib.contextmanager
-def _cache_off():
-    """A program that comes out of jax's cache of compiled programs (see conftest.py) dumps no PTX."""
-    _use_cache(False)
-    try:
-        yield
-    finally:
-        _use_cache(True)
-
-
-def _use_cache(value: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", value)
-    compilation_cache.reset_cache()  # else jax remembers whether there is one
 
 
 def _kernels_for(target: Any) -> Any:
