@@ -18,10 +18,13 @@ SIZE = benchmark.Size((4,), 8, 1, 1, 32, (4, 1), ((32, 64),))
 SITES, ATTENTION = 7 + 1, 2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
     model = Model(TINY)
     return model, jax.jit(model.init)(jax.random.key(0))
+
+
+DECODE = jax.jit(Model(TINY).decode)  # once: jax does not know a bound method again
 
 
 def test_every_row_has_every_column_and_ratios_are_to_the_base(monkeypatch, capsys):
@@ -71,7 +74,7 @@ def _check_int8(variant, model, params, sites=SITES):
     assert len(found) - found.count(INT8_DOT) == ATTENTION
     assert found.count(INT8_DOT) >= sites  # the head, of one row, has a form for this processor and one for others
     logits, grown = jax.jit(variant.decode)(variant.params, ids, cache)
-    expected, wanted = jax.jit(model.decode)(params, ids, cache)
+    expected, wanted = DECODE(params, ids, cache)
     assert 0 < np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
     assert grown.length == wanted.length == 6
 
@@ -95,9 +98,8 @@ def test_without_qwix_its_row_says_how_to_install_it(tiny, monkeypatch):
 def test_a_step_reads_the_last_slot_of_a_full_cache(tiny):
     model, params = tiny
     ids = jnp.arange(8, dtype=jnp.int32)[None] % 2
-    decode = jax.jit(model.decode)
-    _, filled = decode(params, ids, model.init_cache(1, 8))
-    expected, _ = decode(params, jnp.zeros((1, 1), jnp.int32), filled._replace(length=jnp.int32(7)))
+    _, filled = DECODE(params, ids, model.init_cache(1, 8))
+    expected, _ = DECODE(params, jnp.zeros((1, 1), jnp.int32), filled._replace(length=jnp.int32(7)))
     run = benchmark._step(benchmark.Variant(model.decode, params), filled, SIZE._replace(short=2))
     first = np.asarray(run())
     np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)

@@ -63,7 +63,7 @@ def test_smoothing_rescues_static_int8_on_the_real_model(smollm2):
 
 def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
     model = Model(LlamaConfig(600, 32, 64, 2, 4, 2, 8, tie_embeddings=True), tokenizer=_Letters(None, 0))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     monkeypatch.setattr(demo, "load", lambda name: (model, params))
     monkeypatch.setattr(demo, "LENGTH", 64)
     rows = demo.demo(demo.Size(2, 2, 4, 1), 0.5)
@@ -78,7 +78,7 @@ def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
 
 def test_the_head_may_stay_float():
     model = Model(LlamaConfig(60, 32, 64, 1, 4, 2, 8, tie_embeddings=True))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     stats = sq.calibrate(model.apply, params, [jnp.zeros((1, 4), jnp.int32)])
     variant = demo._variant(params, stats, 0.5, "all", sq.W8A8, float_head=True)
     assert variant["model"]["embed_tokens"]["embedding"] is params["model"]["embed_tokens"]["embedding"]
@@ -112,7 +112,7 @@ def test_windows_and_perplexity_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="expected 1 to 2 windows of 4 tokens"):
         windows(list(range(10)), 4, 3)
     model = Model(LlamaConfig(16, 8, 16, 1, 2, 1, 4))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     with pytest.raises(ValueError, match="at least 2 tokens"):
         perplexity(model, params, np.zeros((1, 1), np.int32))
     params["model"]["norm"]["weight"] = params["model"]["norm"]["weight"] * jnp.nan
@@ -122,9 +122,9 @@ def test_windows_and_perplexity_refuse_what_does_not_fit():
 
 def test_perplexity_against_numpy():
     model = Model(LlamaConfig(16, 8, 16, 1, 2, 1, 4))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (3, 6), 0, 16), np.int32)
-    logits = np.asarray(model.apply(params, jnp.asarray(tokens)), np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray(tokens)), np.float64)[:, :-1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = np.exp(-np.take_along_axis(log_p, tokens[:, 1:, None], -1).mean())
     assert perplexity(model, params, tokens) == pytest.approx(expected, rel=1e-5)

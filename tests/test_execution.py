@@ -167,7 +167,7 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
         tie_embeddings=tie,
     )
     model, ids = Model(config), jnp.asarray([[3, 1, 47]])
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     qparams = quantize(model.apply, params, ids)
     is_site = lambda path: path[-1].key == "kernel" or (tie and path[-1].key == "embedding")
     sites = [path for path, _ in jax.tree_util.tree_leaves_with_path(params) if is_site(path)]
@@ -183,7 +183,7 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
     else:  # the embedding is no matmul's weight: it stays float, the largest float there is
         assert jaxprs.largest_float(program) == 48 * 32
     logits = jax.jit(sq.quantized(model.apply))(qparams, ids)
-    assert 1e-4 < relative_error(logits, model.apply(params, ids)) < 0.1
+    assert 1e-4 < relative_error(logits, jax.jit(model.apply)(params, ids)) < 0.1
 
 
 def test_a_leaf_that_is_contracted_along_different_axes_stays_float():

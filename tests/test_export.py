@@ -48,7 +48,7 @@ def test_a_decoder_keeps_every_int8_matmul():
         vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8
     )
     model = Model(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 5)), jnp.int32)
     qparams = sq.quantize(params, sq.calibrate(model.apply, params, [ids]), sq.W8A8)
     run = sq.quantized(model.apply)

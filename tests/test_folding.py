@@ -172,7 +172,7 @@ def llama():
             ),
             (10, [f"{layer}/mlp/up_proj/kernel"], [f"{layer}/mlp/down_proj/kernel"]),
         ]
-    params = jittered(model.init(jax.random.key(0)))
+    params = jittered(jax.jit(model.init)(jax.random.key(0)))
     return Case(model.apply, params, (jnp.array([[1, 5, 30, 2], [7, 7, 0, 3]]),), groups)
 
 
@@ -405,33 +405,39 @@ def test_groups_are_those_written_by_hand(build):
     assert not {path for path, _ in graph.refused} & {path for g in graph.groups for path, _ in g.sites}
 
 
-def fold_and_run(case, graph, draw):
+@functools.cache
+def folds_and_runs(build):
+    """(params, s, args) to the folded parameters and what fn gives with them, compiled once for all tests."""
+    case, graph = found(build)
+    return jax.jit(lambda params, s, args: (folded := sq.fold(params, graph, s), case.fn(folded, *args)))
+
+
+def fold_and_run(build, draw):
     """(fn at s = 1, fn at the drawn s) by one compiled program; every leaf of every group has changed."""
-    run = jax.jit(lambda params, s, args: case.fn(sq.fold(params, graph, s), *args))
+    (case, graph), run = found(build), folds_and_runs(build)
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
     drawn = {g.name: jnp.asarray(draw(g.size), jnp.float32) for g in graph.groups}
-    before, after = (sq.trees.named_leaves(sq.fold(case.params, graph, s))[:2] for s in (ones, drawn))
+    results = [run(case.params, s, case.args) for s in (ones, drawn)]
+    before, after = (sq.trees.named_leaves(folded)[:2] for folded, _ in results)
     before, after = dict(zip(*before, strict=True)), dict(zip(*after, strict=True))
     for path in {path for g in graph.groups for path, _ in g.leaves}:
         assert not np.array_equal(before[path], after[path]), path
         assert (before[path].shape, before[path].dtype) == (after[path].shape, after[path].dtype)
-    return [jax.tree.leaves(run(case.params, s, case.args)) for s in (ones, drawn)]
+    return [jax.tree.leaves(out) for _, out in results]
 
 
 @pytest.mark.parametrize("build", LAWFUL)
 def test_powers_of_two_change_no_bit(build):
-    case, graph = found(build)
     rng = np.random.default_rng(0)
-    expected, got = fold_and_run(case, graph, lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n)))
+    expected, got = fold_and_run(build, lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n)))
     for a, b in zip(expected, got, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("build", LAWFUL)
 def test_any_scale_changes_only_rounding(build):
-    case, graph = found(build)
     rng = np.random.default_rng(1)
-    expected, got = fold_and_run(case, graph, lambda n: rng.uniform(0.3, 3, n))
+    expected, got = fold_and_run(build, lambda n: rng.uniform(0.3, 3, n))
     coarse = build in (in_bfloat16, cast_inside)
     for a, b in zip(expected, got, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -124,7 +124,7 @@ SMALLEST = 256 * 2 * 64  # elements of k_proj
 @cache
 def calibrated():
     model = Model(CONFIG)
-    params = model.init(jax.random.key(0), jnp.bfloat16)
+    params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), jnp.bfloat16)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, 8)), jnp.int32)
     return model, params, sq.calibrate(model.apply, params, [ids])
 

@@ -145,7 +145,7 @@ IDS = jnp.array([[1, 5, 30, 2, 7, 8, 9, 11]])
 
 @pytest.fixture(scope="module")
 def llama():
-    params = LLAMA.init(jax.random.key(0))
+    params = jax.jit(LLAMA.init)(jax.random.key(0))
     return params, sq.calibrate(LLAMA.apply, params, [IDS, IDS[:, :5]], attention=True)
 
 
@@ -255,11 +255,11 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
 def test_the_tied_head_is_smoothed_at_run_time(scheme):
     """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s again."""
     model = Model(LlamaConfig(31, 12, 10, 1, 6, 2, 4, tie_embeddings=True))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     weight = params["model"]["norm"]["weight"]
     params["model"]["norm"]["weight"] = weight.at[3].set(60.0)
     head = "model/embed_tokens/embedding"
-    expected = model.apply(params, IDS)
+    expected = jax.jit(model.apply)(params, IDS)
     errors = []
     for runtime in (None, 0.5):
         qparams = sq.smoothquant(model.apply, params, [IDS], 0.5, scheme, runtime=runtime)

@@ -57,10 +57,16 @@ def model():
 
 
 @functools.cache
+def statistics(fn=relu_mlp):
+    params, x = model()
+    return sq.calibrate(fn, params, [x])
+
+
+@functools.cache
 def quantized_model(name, fn=relu_mlp):
     """(qparams, quantized fn, params, x)."""
     params, x = model()
-    return sq.quantize(params, sq.calibrate(fn, params, [x]), FORMATS[name]), sq.quantized(fn), params, x
+    return sq.quantize(params, statistics(fn), FORMATS[name]), sq.quantized(fn), params, x
 
 
 def distance(a, b):
@@ -99,20 +105,27 @@ def test_an_argument_of_jit(name):
     assert distance(got, run(qparams, x)) < 1e-2  # a value next to a tie may round apart
 
 
+@functools.cache
+def other_model():
+    """(other parameters, their statistics)."""
+    params, x = model()
+    other = jax.tree.map(lambda x: -x[::-1], params)
+    return other, sq.calibrate(relu_mlp, other, [x])
+
+
 @each_format
 def test_vmap_over_inputs_and_over_weights(name):
     qparams, run, params, x = quantized_model(name)
-    rows = jax.vmap(lambda row: run(qparams, row[None, :])[0])(x)
+    rows = jax.jit(jax.vmap(lambda row: run(qparams, row[None, :])[0]))(x)
     if FORMATS[name].activations != "per_tensor":  # whose scale is that of a row here
         same(rows, run(qparams, x), 1e-2)
     assert distance(rows, relu_mlp(params, x)) < ERRORS.get(name, 0.05)
     if name == "outliers":  # their positions differ from matrix to matrix, their number must not
         return
-    other = jax.tree.map(lambda x: -x[::-1], params)
-    stats = sq.calibrate(relu_mlp, other, [x])
+    other, stats = other_model()
     second = sq.quantize(other, stats, FORMATS[name])
     stacked = jax.tree.map(lambda *a: jnp.stack(a), qparams, second)
-    both = jax.vmap(run, in_axes=(0, None))(stacked, x)
+    both = jax.jit(jax.vmap(run, in_axes=(0, None)))(stacked, x)
     same(both, jnp.stack([run(qparams, x), run(second, x)]), 1e-2)
 
 
@@ -160,24 +173,31 @@ def test_gradients_of_a_tree_are_those_of_its_float_part(name):
         whole()
 
 
-@each_format
-def test_a_scan_over_stacked_leaves_is_the_loop(name):
+def scanned(p, x):
+    return lax.scan(lambda x, layer: (jnp.tanh(x @ layer["w"]) * layer["gain"][None, :], None), x, p)[0]
+
+
+def unrolled(p, x):
+    for layer in p:
+        x = jnp.tanh(x @ layer["w"]) * layer["gain"][None, :]
+    return x
+
+
+@functools.cache
+def three_layers():
+    """((parameters, statistics) of the stack, the same of its layers)."""
     kernels, x = jnp.stack([normal(64, 64, seed=i) / 8 for i in range(3)]), model()[1]
-
-    def scanned(p, x):
-        return lax.scan(lambda x, layer: (jnp.tanh(x @ layer["w"]) * layer["gain"][None, :], None), x, p)[0]
-
-    def unrolled(p, x):
-        for layer in p:
-            x = jnp.tanh(x @ layer["w"]) * layer["gain"][None, :]
-        return x
-
     gains = jnp.tile(OUTLIERS, (3, 1))  # as many outliers in every layer: a stack has one number of them
     params = {"w": kernels, "gain": gains}
     layers = [{"w": kernels[i], "gain": gains[i]} for i in range(3)]
-    scheme = FORMATS[name]
-    stacked = sq.quantize(params, sq.calibrate(scanned, params, [x]), scheme)
-    apart = sq.quantize(layers, sq.calibrate(unrolled, layers, [x]), scheme)
+    return (params, sq.calibrate(scanned, params, [x])), (layers, sq.calibrate(unrolled, layers, [x]))
+
+
+@each_format
+def test_a_scan_over_stacked_leaves_is_the_loop(name):
+    (params, stats), (layers, stats_apart) = three_layers()
+    x, scheme = model()[1], FORMATS[name]
+    stacked, apart = sq.quantize(params, stats, scheme), sq.quantize(layers, stats_apart, scheme)
     got, expected = jax.jit(sq.quantized(scanned))(stacked, x), jax.jit(sq.quantized(unrolled))(apart, x)
     same(got, expected, 1e-2)
     assert distance(got, scanned(params, x)) > 1e-4
@@ -245,8 +265,7 @@ def test_donation(name):
 
 @each_format
 def test_eval_shape_of_quantize_is_quantize(name):
-    params, x = model()
-    stats, scheme = sq.calibrate(relu_mlp, params, [x]), FORMATS[name]
+    (params, x), stats, scheme = model(), statistics(), FORMATS[name]
     qparams = sq.quantize(params, stats, scheme)
     abstract = jax.eval_shape(lambda p: sq.quantize(p, stats, scheme), params)
     assert jax.tree.structure(abstract) == jax.tree.structure(qparams)
@@ -333,8 +352,7 @@ def test_an_exported_function_takes_a_quantized_tree(name):
 
 @pytest.mark.usefixtures("flatbuffers")
 def test_a_quantized_tree_comes_out_of_an_exported_function():
-    params, x = model()
-    stats = sq.calibrate(relu_mlp, params, [x])
+    (params, _), stats = model(), statistics()
     make = jax.jit(lambda p: sq.quantize(p, stats, TWO_LEVEL))
     loaded = jax.export.deserialize(jax.export.export(make)(params).serialize())
     chex.assert_trees_all_equal(loaded.call(params), make(params))

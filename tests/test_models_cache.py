@@ -1,5 +1,6 @@
 """The cache's formats against arithmetic in float64; attention over codes; rings; what a token takes."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -135,7 +136,7 @@ def test_blocks_of_queries_change_nothing(block, monkeypatch):
     q, k, v = (random_vectors((2, *shape, 8), i) for i, shape in enumerate([(9, 4), (2, 12), (2, 12)]))
     mask = visible(jnp.int32(3), 9, 12, jnp.zeros((1,), jnp.int32), None)
     monkeypatch.setattr(attention_module, "BLOCK", block)
-    got = attend(q, Slots(k), Slots(v), mask, True)
+    got = jax.jit(lambda q, k, v: attend(q, Slots(k), Slots(v), mask, True))(q, k, v)
     np.testing.assert_allclose(got, plain_attention(q, k, v, mask), rtol=0, atol=2e-5)
 
 
@@ -199,18 +200,24 @@ def test_int4_takes_half_a_byte_and_unpacks_to_what_was_packed():
 # Through the model ---------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def read_by_wide(batch, tokens):
+    """(parameters, ids, the logits without a cache)."""
+    params, ids = random_params(Model(WIDE)), random_ids(batch, tokens)
+    return params, ids, jax.jit(Model(WIDE).apply)(params, ids)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_pieces_of_any_size_give_the_same_logits(name):
     """Each token is encoded on its own, so how many are read at once changes roundings of sums only."""
     model, kind = Model(WIDE), KINDS[name]
-    params, ids = random_params(model), random_ids(2, 9)
+    params, ids, plain = read_by_wide(2, 9)
     whole, _ = jax.jit(model.read)(params, ids, model.init_cache(2, 11, kind=kind))
     decode, cache, read = jax.jit(model.decode), model.init_cache(2, 11, kind=kind), 0
     for piece in (4, 4, 1) if kind.keys == "plain" else (9,):
         logits, cache = decode(params, ids[:, read : read + piece], cache)
         read += piece
     difference = np.abs(logits - whole[:, -1]).max()
-    plain = jax.jit(model.apply)(params, ids)
     assert difference <= (0.02 if kind.codes != "float" else 3e-6) * np.abs(plain).max()
     if kind.codes != "float":
         lost = np.abs(whole - plain).max() / np.abs(plain).max()
@@ -222,11 +229,11 @@ def test_padding_on_the_left_changes_nothing(name):
     model = Model(WIDE)
     params, ids = random_params(model), random_ids(1, 6)
     alone, _ = jax.jit(model.decode)(params, ids, model.init_cache(1, 9, kind=name))
-    padded = jnp.concatenate([jnp.full((1, 3), 7), ids], axis=1)
+    decode, padded = jax.jit(model.decode), jnp.concatenate([jnp.full((1, 3), 7), ids], axis=1)
     cache = model.init_cache(1, 9, kind=name)._replace(padding=jnp.asarray([3], jnp.int32))
-    got, _ = jax.jit(model.decode)(params, padded, cache)
+    got, _ = decode(params, padded, cache)
     np.testing.assert_allclose(got, alone, rtol=0, atol=(3e-6 if name == "float" else 1e-3) * np.abs(alone).max())
-    unmarked, _ = jax.jit(model.decode)(params, padded, model.init_cache(1, 9, kind=name))
+    unmarked, _ = decode(params, padded, model.init_cache(1, 9, kind=name))
     assert np.abs(unmarked - alone).max() > 0.02 * np.abs(alone).max()
 
 
@@ -235,11 +242,12 @@ def test_a_ring_remembers_the_window(name, pieces):
     """A ring of window + chunk - 1 slots gives what all slots and the window's mask give."""
     model = Model(replace(WIDE, sliding_window=4))
     params, ids = random_params(model), random_ids(2, 12)
-    expected, _ = jax.jit(model.read)(params, ids, model.init_cache(2, 12, kind=name))
+    read_piece = jax.jit(model.read)
+    expected, _ = read_piece(params, ids, model.init_cache(2, 12, kind=name))
     cache, read, got = model.init_cache(2, 12, kind=name, chunk=max(pieces)), 0, []
     assert cache.capacity == min(12, 4 + max(pieces) - 1)
     for piece in pieces:
-        logits, cache = jax.jit(model.read)(params, ids[:, read : read + piece], cache)
+        logits, cache = read_piece(params, ids[:, read : read + piece], cache)
         got.append(logits)
         read += piece
     tolerance = (3e-6 if name == "float" else 0.01) * np.abs(expected).max()
@@ -249,8 +257,9 @@ def test_a_ring_remembers_the_window(name, pieces):
 def test_a_window_hides_what_lies_before_it():
     model = Model(replace(WIDE, sliding_window=3, num_layers=1))
     params, ids = random_params(model), random_ids(1, 8)
-    before = jax.jit(model.apply)(params, ids)
-    after = jax.jit(model.apply)(params, ids.at[0, 2].set(ids[0, 2] + 1))
+    apply = jax.jit(model.apply)
+    before = apply(params, ids)
+    after = apply(params, ids.at[0, 2].set(ids[0, 2] + 1))
     changed = np.abs(before - after).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(changed, [False, False, True, True, True, False, False, False])
     wide = Model(replace(WIDE, num_layers=1))

@@ -33,8 +33,10 @@ def trees():
 def uncached(trees):
     """{tree: each prompt's greedy continuation, every token from all tokens before it, without a cache}."""
 
+    apply = jax.jit(sq.quantized(MODEL.apply))
+
     def continuation(params, prompt):
-        apply, ids = jax.jit(sq.quantized(MODEL.apply)), list(prompt)
+        ids = list(prompt)
         for _ in range(STEPS):  # what stands later does not matter: the model is causal
             padded = jnp.asarray([ids + [0] * (len(PROMPTS[0]) + STEPS - len(ids))], jnp.int32)
             ids.append(int(apply(params, padded)[0, len(ids) - 1].argmax()))
@@ -173,7 +175,8 @@ def test_top_k_and_top_p_keep_what_a_sort_keeps(top_k, top_p):
 def test_draws_have_the_probabilities_of_the_logits(trees):
     """1000 first tokens after one prompt: 4 standard deviations of a binomial, for each likely token."""
     count, temperature = 1000, 1.7
-    logits = np.asarray(MODEL.apply(trees["float"], jnp.asarray([[8]], jnp.int32))[0, 0], np.float64) / temperature
+    logits = np.asarray(jax.jit(MODEL.apply)(trees["float"], jnp.asarray([[8]], jnp.int32))[0, 0], np.float64)
+    logits = logits / temperature
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     got = generate(MODEL, trees["float"], [[8]] * count, 1, temperature=temperature, seed=3).tokens
     share = np.bincount(np.ravel(got), minlength=CONFIG.vocab_size) / count

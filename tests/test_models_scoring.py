@@ -28,6 +28,7 @@ from sqjax.models.scoring import encode_pair, next_logprobs
 
 CONFIG = replace(GROUPED, num_layers=1, tie_embeddings=False)
 MODEL = Model(CONFIG, Letters(None, eos_id=60))
+APPLY, DECODE = jax.jit(MODEL.apply), jax.jit(MODEL.decode)  # once: jax does not know a bound method again
 PAIRS = [([1, 2, 3], [4, 5]), ([7], [8]), ([9, 9, 9, 9], []), ([1, 2, 3], [40, 50, 60, 3, 2, 1])]
 
 
@@ -37,7 +38,7 @@ def params():
 
 
 def log_softmax(params, ids):
-    logits = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray([ids], jnp.int32))[0], np.float64)
+    logits = np.asarray(APPLY(params, jnp.asarray([ids], jnp.int32))[0], np.float64)
     return (
         logits
         - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -103,7 +104,7 @@ def test_teacher_forcing_through_a_cache(params, chunk, name):
     """What every token sees is what it would see if the text were generated token by token."""
     ids = np.random.default_rng(1).integers(0, 61, (2, 9)).astype(np.int32)
     got, greedy = next_logprobs(MODEL, params, ids[:, :-1], ids[:, 1:], FORMATS[name], chunk)
-    cache, read = MODEL.init_cache(2, 8, kind=name), jax.jit(MODEL.decode)
+    cache, read = MODEL.init_cache(2, 8, kind=name), DECODE
     for i in range(8):
         logits, cache = read(params, jnp.asarray(ids[:, i : i + 1]), cache)
         expected = jax.nn.log_softmax(logits)[jnp.arange(2), ids[:, i + 1]]

@@ -103,16 +103,6 @@ def test_tokenizer_of_the_real_model(loaded):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_real_model_continues_in_english(loaded):
-    model, params = loaded
-    prompt = encode(model, "The capital of France is")
-    assert model.tokenizer.decode(greedy(model, params, prompt, 2)[0]) == " Paris."
-    prompt = encode(model, "<|im_start|>user\nWhat color is the sky?<|im_end|>\n<|im_start|>assistant\n")
-    answer = model.tokenizer.decode(greedy(model, params, prompt, 16)[0])
-    assert "sky" in answer
-    assert "blue" in answer
-
-
 def test_real_model_predicts_text(loaded):
     model, params = loaded
     ids = encode(model, "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.")
@@ -172,6 +162,18 @@ def test_ten_prompts_continue_as_in_torch(loaded):
     model, params = loaded
     got = generate(model, params, [prompt for prompt, _ in CONTINUATIONS], 20, stop=(), chunk=8)
     assert got.tokens == [[int(i) for i in ids.split()] for _, ids in CONTINUATIONS]
+
+
+def test_one_prompt_continues_in_english_as_in_torch(loaded):
+    """`greedy`, whose program is its own."""
+    model, params = loaded
+    prompt, ids = CONTINUATIONS[3]
+    got = np.asarray(greedy(model, params, encode(model, prompt), 16)[0]).tolist()
+    assert got == [int(i) for i in ids.split()][:16]
+    answer = model.tokenizer.decode(got)
+    assert "sky" in answer
+    assert "blue" in answer
+    assert model.tokenizer.decode([int(i) for i in CONTINUATIONS[0][1].split()][:2]) == " Paris."
 
 
 def test_a_quantized_cache_on_the_real_model(loaded):

@@ -1,5 +1,6 @@
 """NNX modules as functions and back again; `QuantLinear`: nnx.Linear on int8, within the error that theory allows."""
 
+import functools
 import itertools
 
 import chex
@@ -376,10 +377,17 @@ def test_calibrate_smooth_quantize_jit(make, gain, shape, groups):
     assert 1e-4 < errors["smooth"] < errors["rough"] / 1.5
 
 
+@functools.cache
+def quantized_tree(scheme):
+    fn, params = functional(jittered(Perceptron(nnx.Rngs(0))))
+    return sq.smoothquant(fn, params, [normal(16, 6)], 0.5, scheme)
+
+
 def quantized_module(scheme=sq.W8A8):
+    """A module, its function, the quantized tree, the module of that, and an input; new ones at every call."""
     module, x = jittered(Perceptron(nnx.Rngs(0))), normal(16, 6)
-    fn, params = functional(module)
-    qparams = sq.smoothquant(fn, params, [x], 0.5, scheme)
+    fn, _ = functional(module)
+    qparams = jax.tree.map(lambda leaf: leaf, quantized_tree(scheme))
     return module, fn, qparams, rebuild(fn, qparams), x
 
 

@@ -1,5 +1,7 @@
 """Histograms and the ranges chosen from them, against what float64 numpy makes of the raw values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +234,11 @@ def fn(p, x):
     return jax.nn.relu((x * p["gain"][None]) @ p["a"]) @ p["b"]
 
 
+@functools.cache
+def of_all_batches(histogram):
+    return sq.calibrate(fn, PARAMS, BATCHES, histogram=histogram)
+
+
 def calibrated(batches=BATCHES, params=PARAMS, **options):
     return sq.calibrate(fn, params, batches, histogram=True, **options)
 
@@ -242,7 +249,7 @@ def activations(x):
 
 
 def test_a_site_has_the_histogram_of_its_activations():
-    stats = calibrated()
+    stats = of_all_batches(True)
     seen = activations(jnp.concatenate(BATCHES))
     assert set(stats.histogram) == {"a", "b"}
     same(stats.histogram["a"], Histogram.of(seen["a"]))  # a product by itself: the same bits
@@ -253,7 +260,7 @@ def test_a_site_has_the_histogram_of_its_activations():
 
 
 def test_histograms_are_off_unless_asked_for_and_change_nothing_else():
-    plain, stats = sq.calibrate(fn, PARAMS, BATCHES), calibrated()
+    plain, stats = of_all_batches(False), of_all_batches(True)
     assert plain.histogram == {}
     for name in ("absmax", "abs_sum", "count", "weight_absmax", "folded"):
         same(getattr(plain, name), getattr(stats, name))
@@ -261,7 +268,7 @@ def test_histograms_are_off_unless_asked_for_and_change_nothing_else():
 
 
 def test_merged_statistics_are_those_of_both_calibrations():
-    first, second, both = calibrated(BATCHES[:1]), calibrated(BATCHES[1:]), calibrated()
+    first, second, both = calibrated(BATCHES[:1]), calibrated(BATCHES[1:]), of_all_batches(True)
     merged = jax.jit(sq.Stats.merge)(first, second)
     same(merged.histogram, both.histogram)
     same(merged.histogram, second.merge(first).histogram)
@@ -346,7 +353,7 @@ def test_a_shard_map_counts_as_one_device():
 
 
 def test_static_scales_cover_the_range():
-    stats = calibrated()
+    stats = of_all_batches(True)
     for how, expected in (("mse", mse_range), (0.9, lambda h: percentile_range(h, 0.9))):
         scheme = sq.W8A8_O3._replace(range=how)
         eager, jitted = (run(PARAMS, stats) for run in (_quantize(scheme), jax.jit(_quantize(scheme))))
@@ -400,7 +407,7 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
 
 
 def test_refusals_of_schemes():
-    plain, stats = sq.calibrate(fn, PARAMS, BATCHES), calibrated()
+    plain, stats = of_all_batches(False), of_all_batches(True)
     for how in ("mse", 0.999):
         with pytest.raises(ValueError, match=r"^a: the range .* call calibrate\(\.\.\., histogram=True\)"):
             sq.quantize(PARAMS, plain, sq.W8A8_O3._replace(range=how))
@@ -418,14 +425,14 @@ def test_refusals_of_schemes():
 
 
 def test_the_range_is_that_of_the_activations_format():
-    stats = calibrated()
+    stats = of_all_batches(True)
     fp8 = sq.FP8._replace(activations="static", range="mse")
     scale = sq.quantize(PARAMS, stats, fp8)["a"].input_scale
     np.testing.assert_allclose(scale * E4M3.bound, mse_range(stats.histogram["a"], E4M3), rtol=1e-6)
 
 
 def test_what_can_not_be_merged():
-    plain, stats = sq.calibrate(fn, PARAMS, BATCHES), calibrated()
+    plain, stats = of_all_batches(False), of_all_batches(True)
     with pytest.raises(ValueError, match="merge: one of the two Stats has no histograms"):
         plain.merge(stats)
     s = sq.scales(PARAMS, stats)
@@ -441,7 +448,7 @@ def test_what_can_not_be_merged():
 
 
 def test_a_histogram_serves_only_where_nothing_was_smoothed():
-    stats = calibrated()
+    stats = of_all_batches(True)
     only_b = sq.scales(PARAMS, stats, groups="^b$")
     assert set(only_b) == {"b"}
     ones = {"a": jnp.ones(WIDTH)}
@@ -460,9 +467,9 @@ def test_a_histogram_serves_only_where_nothing_was_smoothed():
 @pytest.mark.parametrize("scheme", [MSE, {"a": sq.W8A8_O3._replace(range=0.9), "": sq.W8A8}], ids=["mse", "rules"])
 def test_smoothquant_calibrates_the_smoothed_parameters(scheme):
     """From an iterator of batches; the same as by hand, step by step."""
-    stats = sq.calibrate(fn, PARAMS, BATCHES)
+    stats = of_all_batches(False)
     smoothed = sq.smooth(PARAMS, stats, 0.5)
     again = calibrated(params=smoothed)
     same(sq.smoothquant(fn, PARAMS, iter(BATCHES), 0.5, scheme), sq.quantize(smoothed, again, scheme))
     t = again.input_range("a", "mse")
-    assert not np.allclose(t, mse_range(calibrated().histogram["a"]), rtol=1e-3)
+    assert not np.allclose(t, mse_range(of_all_batches(True).histogram["a"]), rtol=1e-3)

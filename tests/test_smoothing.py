@@ -57,7 +57,7 @@ def llama():
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda x: draw(rng, *x.shape) if x.ndim == 1 else draw(rng, *x.shape) / x.shape[0] ** 0.5,
-        model.init(jax.random.key(0)),
+        jax.eval_shape(model.init, jax.random.key(0)),
     )
     batches = [jnp.asarray(rng.integers(0, 31, (2, 6))) for _ in range(2)]
     return Calibrated(model.apply, params, batches, sq.calibrate(model.apply, params, batches))
