@@ -239,6 +239,10 @@ def test_too_many_tokens():
         model.init_cache(1, 65)
     with pytest.raises(ValueError, match="room for 5 tokens, got 4"):
         jax.eval_shape(model.decode, params, random_ids(1, 5), model.init_cache(1, 4))
+    with pytest.raises(ValueError, match="tokens: expected at least one, got none"):
+        model.apply({}, random_ids(1, 0))
+    with pytest.raises(ValueError, match="tokens: expected at least one, got none"):
+        model.decode({}, random_ids(1, 0), model.init_cache(1, 4))
 
 
 def test_greedy_refuses_nothing_to_do_and_too_much():

@@ -93,6 +93,7 @@ class Model:
 
     def _check_cache(self, ids: TokenIds, cache: KVCache) -> None:
         config, tokens = self.config, ids.shape[1]
+        _check_some(tokens)
         expected = (config.num_layers, ids.shape[0], config.num_kv_heads, config.head_dim)
         got = (len(cache.keys), *cache.keys[0].codes.shape[:2], cache.keys[0].head_dim)
         if got != expected:
@@ -110,11 +111,17 @@ class Model:
             )
 
     def _check_length(self, tokens: int) -> None:
+        _check_some(tokens)
         if tokens > self.config.max_length:
             raise ValueError(
                 f"tokens: expected at most {self.config.max_length} (config.max_length), got {tokens}; "
                 "the model was not trained for longer sequences: cut the input into windows"
             )
+
+
+def _check_some(tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError("tokens: expected at least one, got none")
 
 
 def cache_for(

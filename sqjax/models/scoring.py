@@ -220,6 +220,9 @@ def multiple_choice(
 ) -> Accuracy:
     """Answers questions by the log-likelihood of their choices; other arguments and errors as in `loglikelihoods`.
 
+    A choice follows its context as it is. A space between the two counts as a character of the choice only if the
+    choice begins with it: lm-evaluation-harness puts one there and does not count it.
+
     Raises:
         ValueError: also for no questions, a question of fewer than two choices, an empty choice, or an answer that is
             not among them.
