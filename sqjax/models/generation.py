@@ -155,20 +155,19 @@ def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float 
     """None for greedy decoding."""
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
-    if top_k is not None and (not isinstance(top_k, SupportsIndex) or int(top_k) < 1):
-        raise ValueError(f"generate: expected top_k, a whole number of at least 1, got {top_k}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: expected top_k of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: expected top_p above 0 and at most 1, got {top_p}")
     if temperature == 0:
         return None
-    largest = model.config.vocab_size if top_k is None else min(int(top_k), model.config.vocab_size)
+    largest = model.config.vocab_size if top_k is None else min(top_k, model.config.vocab_size)
     return Sampling(jnp.float32(temperature), jnp.int32(largest), jnp.float32(1.0 if top_p is None else top_p))
 
 
 def _padded(model: Model, rows: list[np.ndarray], steps: int, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
     longest = max(map(len, rows))
-    sizes = (steps, 1 if chunk is None else chunk)
-    if not all(isinstance(size, SupportsIndex) and int(size) >= 1 for size in sizes):
+    if steps < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"generate: expected at least one step and one token a chunk, got {steps} and {chunk}")
     if longest + steps > model.config.max_length:
         raise ValueError(
