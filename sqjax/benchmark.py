@@ -21,12 +21,12 @@ from jaxtyping import Array
 
 from sqjax import schemes
 from sqjax.calibration import calibrate
-from sqjax.demo import interleaved
 from sqjax.execution import quantized
 from sqjax.models import LlamaConfig, Model, fuse, load
 from sqjax.models.cache import KVCache
 from sqjax.models.llama import Llama
 from sqjax.quantization import quantize
+from sqjax.timing import interleaved
 
 #: Presets of `sqjax.schemes` by name, a row each; a name that this version lacks is left out.
 PRESETS = ("W8A8_O1", "W8A8_O3", "W8A16", "W4A16", "W4A8")

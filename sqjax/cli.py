@@ -43,9 +43,9 @@ def _run(options: argparse.Namespace) -> None:
             benchmark.benchmark()
         return
     if options.command == "decode":
-        from sqjax.models import decode_benchmark
+        from sqjax import decoding
 
-        decode_benchmark.run(options.model, options.quick, options.only)
+        decoding.run(options.model, options.quick, options.only)
         return
     from sqjax.demo import FULL, QUICK, demo
 

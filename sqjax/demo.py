@@ -1,8 +1,6 @@
 """`sqjax demo`: a real language model from float to int8, with its accuracy and speed side by side."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -10,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from tqdm.auto import tqdm
 
 from sqjax.calibration import calibrate
 from sqjax.execution import quantized
@@ -20,6 +17,7 @@ from sqjax.quantization import quantize
 from sqjax.schemes import W8A8_O1, W8A8_O3, Scheme
 from sqjax.smoothing import fold, fold_stats, scales
 from sqjax.statistics import Stats
+from sqjax.timing import interleaved
 
 PROMPT = "The capital of France is"
 #: The tokens of a window of text.
@@ -124,18 +122,6 @@ def measure_speed(
     prefill_seconds = interleaved(prefill, size.repeats, "prefill speed")
     decode_seconds = interleaved(decode, size.repeats, "decode speed")
     return {name: (tokens / prefill_seconds[name], size.generated / decode_seconds[name]) for name in variants}
-
-
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, description: str) -> dict[str, float]:
-    """{name: median seconds} of functions that are called in turn, after a first call each that compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(repeats + 1), desc=description, unit="round", leave=False):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def print_table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> None:

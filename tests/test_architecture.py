@@ -19,7 +19,7 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 #: Lowest first; a file imports only from floors below its own (the files of `models` also from each other).
 FLOORS = [
-    ["formats", "printing", "trees", "views"],
+    ["formats", "printing", "trees", "views", "timing"],
     ["qtensor", "products", "ranges"],
     ["matmul"],
     ["triton", "equations", "exporting"],
@@ -46,7 +46,7 @@ FLOORS = [
     ["linen", "nnx"],
     ["models"],
     ["demo"],
-    ["comparison", "benchmark"],
+    ["comparison", "benchmark", "decoding"],
     ["cli"],
     ["__main__"],
     ["__init__"],

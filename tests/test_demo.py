@@ -13,10 +13,11 @@ import pytest
 from jaxprs import INT8_DOT, dots, widened
 
 import sqjax as sq
-from sqjax import cli, demo
+from sqjax import cli, decoding, demo
 from sqjax.models import LlamaConfig, Model
 from sqjax.models.perplexity import perplexity, windows
 from sqjax.models.tokenizer import Tokenizer
+from sqjax.timing import interleaved
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +77,35 @@ def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
     assert demo.PROMPT in printed
 
 
+def test_decode_prints_both_tables(monkeypatch, capsys):
+    model = Model(LlamaConfig(600, 32, 64, 2, 2, 1, 16), tokenizer=_MoreLetters(None, 0))
+    params = jax.jit(model.init)(jax.random.key(0))
+    size = decoding.Size(windows=2, length=64, steps=2, repeats=1, batches=(1, 2), contexts=(8,), copied=1)
+    qparams = decoding.w8a8(model, params)
+    none, exact, *coded = decoding.accuracy(model, params, size)
+    assert abs(exact.perplexity / none.perplexity - 1) < 1e-5
+    off = {row.cache: abs(row.perplexity / none.perplexity - 1) for row in coded}
+    assert 1e-7 < off["int8"] < off["int4"] < 0.05
+    assert {row.cache: row.bytes_per_token for row in coded} == {"int8": 80, "e4m3": 80, "int4": 44}
+
+    rows, bandwidth = decoding.speed(model, params, qparams, size)
+    assert [(r.batch, r.context) for r in rows[::2]] == [(1, 512), (2, 512), (1, 8)]
+    floats = sum(x.size for x in jax.tree.leaves(params)) * 4
+    np.testing.assert_allclose(
+        rows[4].floor * bandwidth, floats + 10 * 4 * 16 * 4
+    )  # 10 slots, 2 layers, keys and values
+    assert rows[2].tokens_per_second == 2 / rows[2].seconds
+
+    monkeypatch.setattr(decoding, "load", lambda name: (model, params))
+    monkeypatch.setattr(decoding, "QUICK", size)
+    assert cli.main(["decode", "--quick", "--only", "speed"]) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"W8A8, int8 cache +\d+ +\d+ +[\d.]+ +[\d.]+x", printed)) == 3
+    decoding.print_accuracy("float32", [none, *coded])
+    assert f"{none.perplexity:.3f}" in (printed := capsys.readouterr().out)
+    assert f"{100 * (coded[-1].perplexity / none.perplexity - 1):+.2f}%" in printed
+
+
 def test_the_head_may_stay_float():
     model = Model(LlamaConfig(60, 32, 64, 1, 4, 2, 8, tie_embeddings=True))
     params = jax.jit(model.init)(jax.random.key(0))
@@ -88,16 +118,22 @@ def test_the_head_may_stay_float():
 class _Letters(Tokenizer):
     """A tokenizer of characters."""
 
+    longest = 400
+
     def encode(self, text):
-        return [ord(c) % 600 for c in text[:400]]
+        return [ord(c) % 600 for c in text[: self.longest]]
 
     def decode(self, ids):
         return "".join(chr(32 + i % 90) for i in ids)
 
 
+class _MoreLetters(_Letters):
+    longest = 1024
+
+
 def test_interleaved_times_what_runs():
     calls = []
-    seconds = demo.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "test")
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "test")
     assert calls == ["a", "b"] * 4
     assert all(t >= 0 for t in seconds.values())
 

@@ -1,16 +1,14 @@
 """`sqjax decode`: what a quantized cache costs in accuracy and gains in speed, on a real model in one process."""
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sqjax.demo import shipped
 from sqjax.execution import quantized
 from sqjax.models.cache import FORMATS, KVCache
 from sqjax.models.loading import load
@@ -19,6 +17,7 @@ from sqjax.models.perplexity import perplexity, windows
 from sqjax.models.sampling import likeliest
 from sqjax.quantization import smoothquant
 from sqjax.schemes import W8A8
+from sqjax.timing import interleaved
 
 #: The smoothing strength of the W8A8 parameters, as in `sqjax demo`.
 ALPHA = 0.85
@@ -34,6 +33,7 @@ class Size(NamedTuple):
         repeats: timings of each variant, of which the median is taken.
         batches: batch sizes.
         contexts: numbers of tokens in the cache at batch 1.
+        copied: megabytes of the copy that measures the memory's bandwidth.
     """
 
     windows: int = 8
@@ -42,6 +42,7 @@ class Size(NamedTuple):
     repeats: int = 7
     batches: tuple[int, ...] = (1, 16)
     contexts: tuple[int, ...] = (128, 512, 1024, 2048)
+    copied: int = 256
 
 
 QUICK = Size(windows=2, steps=8, repeats=5)
@@ -96,8 +97,8 @@ def w8a8(model: Model, params: Params) -> Params:
 
 def _text(model: Model, name: str) -> list[int]:
     if model.tokenizer is None:
-        raise ValueError("decode_benchmark: expected a model with a tokenizer")
-    return model.tokenizer.encode((resources.files("sqjax") / "text" / f"{name}.txt").read_text(encoding="utf-8"))
+        raise ValueError("decode: expected a model with a tokenizer")
+    return model.tokenizer.encode(shipped(name))
 
 
 def accuracy(model: Model, params: Params, size: Size) -> list[Accuracy]:
@@ -117,14 +118,14 @@ def speed(model: Model, params: Params, qparams: Params, size: Size) -> tuple[li
     """Decode of both variants at each batch size, then of each at each context; and the bandwidth in bytes a second."""
     variants = {"float32, float cache": (params, "float"), "W8A8, int8 cache": (qparams, "int8")}
     cases = [(batch, 512) for batch in size.batches] + [(1, context) for context in size.contexts if context != 512]
-    bandwidth, rows = copy_bandwidth(), []
+    bandwidth, rows = copy_bandwidth(size.copied), []
     for batch, context in cases:
         runs, bytes_read = {}, {}
         for name, (tree, kind) in variants.items():
             cache = model.init_cache(batch, context + size.steps, kind=kind)
             bytes_read[name] = tree_bytes(tree) + batch * cache.capacity * cache.bytes_per_token
             runs[name] = _Decoder(model, tree, cache, context, size.steps)
-        for name, seconds in interleaved_medians(runs, size.repeats).items():
+        for name, seconds in interleaved(runs, size.repeats, f"batch {batch}, {context} tokens").items():
             rows.append(Speed(name, batch, context, seconds / size.steps, bytes_read[name] / bandwidth))
     return rows, bandwidth
 
@@ -159,7 +160,7 @@ def tree_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
+def copy_bandwidth(megabytes: int, repeats: int = 7) -> float:
     """Bytes read and written in a second by a compiled pass over an array that fits no cache, in place: the median."""
     held = [jnp.ones((megabytes * 2**18,), jnp.float32)]
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -168,19 +169,7 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
         held.append(add_one(held.pop()))
         return held[0]
 
-    return 2 * held[0].nbytes / interleaved_medians({"pass": run}, repeats)["pass"]
-
-
-def interleaved_medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """{name: median seconds} of functions that are called in turn, after a first call each that compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return 2 * held[0].nbytes / interleaved({"pass": run}, repeats, "copy")["pass"]
 
 
 def print_accuracy(title: str, rows: Sequence[Accuracy]) -> None:
