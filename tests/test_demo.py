@@ -92,7 +92,7 @@ def test_decode_prints_both_tables(monkeypatch, capsys):
     assert [(r.batch, r.context) for r in rows[::2]] == [(1, 512), (2, 512), (1, 8)]
     floats = sum(x.size for x in jax.tree.leaves(params)) * 4
     np.testing.assert_allclose(
-        rows[4].floor * bandwidth, floats + 10 * 4 * 16 * 4
+        rows[4].floor * bandwidth, floats + 10 * 2 * 16 * 4
     )  # 10 slots, 2 layers, keys and values
     assert rows[2].tokens_per_second == 2 / rows[2].seconds
 
