@@ -182,7 +182,7 @@ def test_a_quantized_cache_on_the_real_model(loaded):
     text = (resources.files("sqjax") / "text" / "evaluation.txt").read_text(encoding="utf-8")
     ids = model.tokenizer.encode(text)[:512]
     plain = perplexity(model, params, ids, 256)
-    for name, bound, nbytes in (("int8", 0.005, 12240), ("int4", 0.03, 7560)):
+    for name, bound, nbytes in (("int8", 0.005, 12240), ("int4", 0.03, 7920)):
         got = perplexity(model, params, ids, 256, cache=name, chunk=64)
         assert 1e-5 < abs(got / plain - 1) < bound
         assert model.init_cache(1, 4, kind=name).bytes_per_token == nbytes
