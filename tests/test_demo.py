@@ -29,7 +29,7 @@ def smollm2():
     text = {name: model.tokenizer.encode(demo.shipped(name)) for name in ("calibration", "evaluation")}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         stats = sq.calibrate(model.apply, params, [row[None] for row in windows(text["calibration"], 256, 4)])
-    return model, params, windows(text["evaluation"], 256, 4), stats
+    return model, params, windows(text["evaluation"], 256, 2), stats
 
 
 def test_every_group_of_smollm2_folds_and_only_the_tied_head_is_refused(smollm2):
@@ -97,7 +97,8 @@ def test_decode_prints_both_tables(monkeypatch, capsys):
     assert rows[2].tokens_per_second == 2 / rows[2].seconds
 
     monkeypatch.setattr(decoding, "load", lambda name: (model, params))
-    monkeypatch.setattr(decoding, "QUICK", size)
+    monkeypatch.setattr(decoding, "w8a8", lambda *_: qparams)
+    monkeypatch.setattr(decoding, "speed", lambda *_: (rows, bandwidth))  # measured above
     assert cli.main(["decode", "--quick", "--only", "speed"]) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"W8A8, int8 cache +\d+ +\d+ +[\d.]+ +[\d.]+x", printed)) == 3
