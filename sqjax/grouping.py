@@ -167,7 +167,10 @@ def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> 
     """{site: the labels of its channels} for the sites whose activation carries labels."""
     sites: dict[str, Labels] = {}
     known: dict[str, np.ndarray] = {}  # which channels of a site have been seen
+    labelled = {place.site.path for place in search.places if place.activation in found}
     for place in search.places:
+        if place.site.path not in labelled:
+            continue
         activation = found.get(place.activation)
         if activation is not None and lab.varies(
             activation, [a for a in range(activation.ndim) if a not in place.axes]
