@@ -11,6 +11,7 @@ from test_models_llama import GROUPED, random_params
 
 import sqjax as sq
 from sqjax.models import CacheFormat, Model, generate, greedy
+from sqjax.models.generation import check_counts
 from sqjax.models.sampling import restrict
 from sqjax.models.tokenizer import Tokenizer
 
@@ -229,19 +230,27 @@ def test_settings_compile_nothing_anew(trees):
         ([1], {"stop": 61}, "stop: expected token ids from 0 to 60, got 61"),
         ([1], {"stop": -1}, "stop: expected token ids from 0 to 60, got -1"),
         ([1], {"stop": "."}, "stop: '.' is a text, and the model has no tokenizer"),
-        ([1], {"steps": 0}, "at least one step"),
-        ([1], {"chunk": 0}, "one token a chunk, got 10 and 0"),
+        ([1], {"steps": 0}, "steps to be a whole number of at least 1, got 0"),
+        ([1], {"chunk": 0}, "chunk to be a whole number of at least 1, got 0"),
         ([1], {"temperature": -1.0}, "a temperature of at least 0, got -1.0"),
-        ([1], {"top_k": 0}, "top_k of at least 1, got 0"),
+        ([1], {"top_k": 0}, "top_k to be a whole number of at least 1, got 0"),
         ([1], {"top_p": 1.5}, "top_p above 0 and at most 1, got 1.5"),
         ([1], {"seed": [1, 2]}, "one for each of 1 prompts, got 2"),
         ([1], {"cache": "int3"}, "cache: expected one of .*got 'int3'"),
-        ([1], {"stream": print, "stream_every": 0}, "stream_every of at least 1, got 0"),
+        ([1], {"stream": print, "stream_every": 0}, "stream_every to be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_input(prompts, change, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, {}, prompts, **{"steps": STEPS, **change})
+
+
+@pytest.mark.parametrize("count", [2.5, np.float32(3), "4", None, -1])
+def test_counts_that_are_none(count):
+    """Python lets them through, and a jitted function would round them or fail far from here."""
+    check_counts("generate", steps=3, top_k=np.int64(1))
+    with pytest.raises(ValueError, match=f"generate: expected top_k to be a whole number of at least 1, got .*{count}"):
+        check_counts("generate", steps=3, top_k=count)
 
 
 def test_logits_that_are_nan(trees):

@@ -112,6 +112,15 @@ def test_teacher_forcing_through_a_cache(params, chunk, name):
         np.testing.assert_array_equal(greedy[:, i], logits.argmax(-1) == ids[:, i + 1])
 
 
+def test_a_chunk_without_a_cache(params):
+    ids = np.ones((1, 4), np.int32)
+    for change in ({"chunk": 2}, {"padding": np.array([1], np.int32)}):
+        with pytest.raises(ValueError, match="a chunk and padding need a cache"):
+            next_logprobs(MODEL, params, ids, ids, **change)
+    with pytest.raises(ValueError, match="a chunk and padding need a cache"):
+        perplexity(MODEL, params, ids, chunk=2)
+
+
 def test_perplexity_of_a_text_and_of_its_windows(params):
     ids = np.random.default_rng(2).integers(0, 61, 20)
     rows = perplexity(MODEL, params, ids[:18].reshape(3, 6))

@@ -105,12 +105,12 @@ def generate(
         >>> [len(row) for row in generate(model, params, [[1, 2, 3], [4]], steps=5, cache="int8").tokens]
         [5, 5]
     """
+    check_counts("generate", steps=steps, stream_every=stream_every)
+    check_counts("generate", **{name: n for name, n in (("top_k", top_k), ("chunk", chunk)) if n is not None})
     rows, ends = prompt_rows(model, prompts), stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
     ids, padding = _padded(model, rows, steps, chunk)
     kind, keys = cache_format(cache), _row_keys(seed, len(rows))
-    if stream_every < 1:
-        raise ValueError(f"generate: expected stream_every of at least 1, got {stream_every}")
     params = unstack_layers(params)
     state = _prefill(model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind)
     if stream is None:
@@ -151,12 +151,17 @@ def _check_finite(state: _State) -> None:
         )
 
 
+def check_counts(where: str, **counts: Any) -> None:
+    """Raises ValueError, naming `where`, unless each of these is a whole number of at least 1."""
+    for name, count in counts.items():
+        if not hasattr(count, "__index__") or operator.index(count) < 1:
+            raise ValueError(f"{where}: expected {name} to be a whole number of at least 1, got {count!r}")
+
+
 def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float | None) -> Sampling | None:
     """None for greedy decoding."""
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: expected top_k of at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: expected top_p above 0 and at most 1, got {top_p}")
     if temperature == 0:
@@ -167,8 +172,6 @@ def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float 
 
 def _padded(model: Model, rows: list[np.ndarray], steps: int, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
     longest = max(map(len, rows))
-    if steps < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"generate: expected at least one step and one token a chunk, got {steps} and {chunk}")
     if longest + steps > model.config.max_length:
         raise ValueError(
             f"generate: expected prompt and new tokens to be at most {model.config.max_length} (config.max_length), "

@@ -78,9 +78,12 @@ def next_logprobs(
         padding: with a cache, how many of each row's first inputs are padding, which nothing looks at. None for none.
 
     Raises:
-        ValueError: the chunk does not divide the number of tokens, or these are more than ``config.max_length``.
+        ValueError: the chunk does not divide the number of tokens, these are more than ``config.max_length``, or there
+            is a chunk or padding but no cache.
     """
     if cache is None:
+        if chunk is not None or padding is not None:
+            raise ValueError('next_logprobs: a chunk and padding need a cache; give one ("float"), or leave them out')
         return _chosen(quantized(model.apply)(params, inputs), targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
@@ -141,7 +144,7 @@ def loglikelihoods(
     found: list[Likelihood] = [Likelihood(0.0, True)] * len(rows)
     for chosen in _batches([len(row) - 1 for row, _ in rows], batch):
         ids, padding = _batch([rows[i][0] for i in chosen], batch, model.config.max_length, kind is not None)
-        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding)
+        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding if kind else None)
         logprobs, greedy = map(np.asarray, scored)
         for place, i in enumerate(chosen):
             last = int(padding[place]) + len(rows[i][0]) - 1
