@@ -3,6 +3,7 @@
 The processor plays four devices, for the tests of sharding; everything else stays on the first.
 """
 
+import gc
 import os
 
 import jax
@@ -14,11 +15,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
 
-# Nearly three quarters of the tests' time is compiling. XLA's own passes all run: what is fused, and what is int8 in
-# the compiled program, is what users get. LLVM's, after them, do not: with JAX_DISABLE_MOST_OPTIMIZATIONS=0 they do,
-# and the tests take half as long again.
+# Nearly three quarters of the tests' time is compiling. XLA's own passes all run: what is int8 in the compiled program
+# is what users get. LLVM's, after them, do not: with JAX_DISABLE_MOST_OPTIMIZATIONS=0 they do, and the tests take half
+# as long again. jax 0.10 can do without the emitters that take most of the rest; newer ones are tested with theirs.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+# What is compiled stays in memory: looking through it for garbage again and again takes a twentieth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
