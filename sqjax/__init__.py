@@ -7,45 +7,90 @@ docstring for its shapes, errors and source.
 import importlib
 from typing import Any
 
-from sqjax import exporting as exporting
-from sqjax.attention import int8_attention as int8_attention
-from sqjax.caches import quantize_cache as quantize_cache
-from sqjax.calibration import calibrate as calibrate
-from sqjax.execution import quantized as quantized
-from sqjax.files import load as load
-from sqjax.files import save as save
-from sqjax.matmul import QuantWeight as QuantWeight
-from sqjax.qtensor import QTensor as QTensor
-from sqjax.qtensor import dequantize as dequantize
-from sqjax.quantization import quantize as quantize
-from sqjax.quantization import smoothquant as smoothquant
-from sqjax.schemes import EMBEDDING_INT4 as EMBEDDING_INT4
-from sqjax.schemes import EMBEDDING_INT8 as EMBEDDING_INT8
-from sqjax.schemes import FP8 as FP8
-from sqjax.schemes import FP8_E5M2 as FP8_E5M2
-from sqjax.schemes import W4A8 as W4A8
-from sqjax.schemes import W4A16 as W4A16
-from sqjax.schemes import W4A16_G64 as W4A16_G64
-from sqjax.schemes import W8A8 as W8A8
-from sqjax.schemes import W8A8_O1 as W8A8_O1
-from sqjax.schemes import W8A8_O2 as W8A8_O2
-from sqjax.schemes import W8A8_O3 as W8A8_O3
-from sqjax.schemes import W8A8_OUTLIERS as W8A8_OUTLIERS
-from sqjax.schemes import W8A16 as W8A16
-from sqjax.schemes import Scheme as Scheme
-from sqjax.sharding import shardings as shardings
-from sqjax.smoothing import fold as fold
-from sqjax.smoothing import fold_stats as fold_stats
-from sqjax.smoothing import scales as scales
-from sqjax.smoothing import smooth as smooth
-from sqjax.statistics import Stats as Stats
-from sqjax.verification import verify as verify
+from sqjax.calibration.calibrate import calibrate
+from sqjax.calibration.stats import Stats
+from sqjax.files import export as _export  # noqa: F401 (registers our classes with jax.export)
+from sqjax.files.safetensors import load, save
+from sqjax.folding.apply import fold
+from sqjax.methods.quantization import quantize, smoothquant
+from sqjax.methods.smoothing import fold_stats, scales, smooth
+from sqjax.methods.verification import verify
+from sqjax.runtime.cache_rules import quantize_cache
+from sqjax.runtime.int8_attention import int8_attention
+from sqjax.runtime.quantized import quantized
+from sqjax.weights.qtensor import QTensor, dequantize
+from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.schemes import (
+    EMBEDDING_INT4,
+    EMBEDDING_INT8,
+    FP8,
+    FP8_E5M2,
+    W4A8,
+    W4A16,
+    W4A16_G64,
+    W8A8,
+    W8A8_O1,
+    W8A8_O2,
+    W8A8_O3,
+    W8A8_OUTLIERS,
+    W8A16,
+    Scheme,
+)
+from sqjax.weights.sharding import shardings
 
-_NAMESPACES = ("linen", "models", "nnx")
+__all__ = [
+    "EMBEDDING_INT4",
+    "EMBEDDING_INT8",
+    "FP8",
+    "FP8_E5M2",
+    "W4A8",
+    "W4A16",
+    "W4A16_G64",
+    "W8A8",
+    "W8A8_O1",
+    "W8A8_O2",
+    "W8A8_O3",
+    "W8A8_OUTLIERS",
+    "W8A16",
+    "QTensor",
+    "QuantWeight",
+    "Scheme",
+    "Stats",
+    "calibrate",
+    "dequantize",
+    "fold",
+    "fold_stats",
+    "int8_attention",
+    "load",
+    "quantize",
+    "quantize_cache",
+    "quantized",
+    "save",
+    "scales",
+    "shardings",
+    "smooth",
+    "smoothquant",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+#: Namespaces that load when they are first used: flax takes a second to import.
+_NAMESPACES = {
+    "linen": "sqjax.linen",
+    "models": "sqjax.models",
+    "nnx": "sqjax.nnx",
+    "triton": "sqjax.numerics.triton",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `sqjax.linen`, `sqjax.nnx` and `sqjax.models` when they are first used: flax takes a second to import."""
+    """Loads `sqjax.linen`, `sqjax.nnx`, `sqjax.models` and `sqjax.triton` when they are first used."""
     if name in _NAMESPACES:
-        return importlib.import_module(f"sqjax.{name}")
+        return importlib.import_module(_NAMESPACES[name])
     raise AttributeError(f"module 'sqjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names: not the rooms that the code is in."""
+    return sorted([*__all__, *_NAMESPACES, "__version__"])

@@ -2,7 +2,7 @@
 
 import sys
 
-from sqjax.cli import main
+from sqjax.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

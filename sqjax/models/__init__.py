@@ -7,21 +7,24 @@
     fn, params = sqjax.models.from_flax(hugging_face_flax_model)   # any of its classes, run as it is
 
 `model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
+
+May import `weights`, `runtime`, `layers`, `numerics`, `files`, and the small helpers `sqjax._*`; never `folding`,
+`calibration` or `methods`: a model is quantized like any other function.
 """
 
+from sqjax.layers.hf_flax import from_flax as from_flax
 from sqjax.models.cache import CacheFormat as CacheFormat
-from sqjax.models.flax_classes import from_flax as from_flax
+from sqjax.models.checkpoints.loading import load as load
+from sqjax.models.decoding.generation import Generated as Generated
+from sqjax.models.decoding.generation import generate as generate
+from sqjax.models.decoding.generation import greedy as greedy
+from sqjax.models.evaluation.harness import harness_model as harness_model
+from sqjax.models.evaluation.perplexity import perplexity as perplexity
+from sqjax.models.evaluation.scoring import Question as Question
+from sqjax.models.evaluation.scoring import loglikelihoods as loglikelihoods
+from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
-from sqjax.models.generation import Generated as Generated
-from sqjax.models.generation import generate as generate
-from sqjax.models.generation import greedy as greedy
-from sqjax.models.harness import harness_model as harness_model
 from sqjax.models.llama import LlamaConfig as LlamaConfig
-from sqjax.models.loading import load as load
 from sqjax.models.model import Model as Model
-from sqjax.models.perplexity import perplexity as perplexity
-from sqjax.models.scoring import Question as Question
-from sqjax.models.scoring import loglikelihoods as loglikelihoods
-from sqjax.models.scoring import multiple_choice as multiple_choice
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
-from sqjax.formats import scale_from_absmax, to_format
 from sqjax.models.cache import Slots, changed_queries, integers
+from sqjax.numerics.formats import scale_from_absmax, to_format
 
 #: Queries that are read at once: each block of them looks at no slot beyond its own last token.
 BLOCK = 128

@@ -9,7 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from sqjax.formats import E4M3, INT4, INT8, Format, scale_from_absmax, to_codes, to_format, zero_point_range
+from sqjax.numerics.formats import (
+    E4M3,
+    INT4,
+    INT8,
+    Format,
+    scale_from_absmax,
+    to_codes,
+    to_format,
+    zero_point_range,
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax.matmul import QuantWeight
+from sqjax.weights.quant_weight import QuantWeight
 
 #: The layers of a decoder that are stored as one, if they can be.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sqjax.matmul import Outliers, QuantWeight
-from sqjax.trees import named_leaves
+from sqjax._trees import named_leaves
+from sqjax.weights.quant_weight import Outliers, is_quantized
 
 #: What one layer holds: the names by which a stack is known.
 PARTS = {"input_layernorm", "mlp", "post_attention_layernorm", "self_attn"}
@@ -104,11 +104,11 @@ def stack_size(layers: Mapping[str, Any]) -> int:
     Raises:
         ValueError: an array has another rank or another number of layers than it should; names the leaf.
     """
-    paths, leaves, _ = named_leaves(layers, is_leaf=_is_quantized)
+    paths, leaves, _ = named_leaves(layers, is_leaf=is_quantized)
     for path, leaf in zip(paths, leaves, strict=True):
         axes = ("layers", "in", "out") if path.endswith("kernel") else ("layers", "channels")
         size = leaves[0].shape[0] if leaves[0].ndim else 0
-        first = not _is_quantized(leaf) or leaf.tensor.axes[0] == 0
+        first = not is_quantized(leaf) or leaf.tensor.axes[0] == 0
         if leaf.ndim != len(axes) or leaf.shape[0] != size or not first:
             raise ValueError(
                 f"model/layers/{path}: expected shape ({', '.join(axes)}), stored layers first and as many of them as "
@@ -119,7 +119,7 @@ def stack_size(layers: Mapping[str, Any]) -> int:
 
 def layer_of(layers: Any, i: int) -> Any:
     """Layer i of a stack, every array of it a slice."""
-    return jax.tree.map(partial(_of_leaf, i), layers, is_leaf=_is_quantized)
+    return jax.tree.map(partial(_of_leaf, i), layers, is_leaf=is_quantized)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -135,7 +135,7 @@ def _of_leaf(i: int, leaf: Any) -> Any:
         return jax.lax.index_in_dim(x, i if x.shape[0] > 1 else 0, 0, keepdims=False)
 
     rank = leaf.ndim - 1
-    if not _is_quantized(leaf):
+    if not is_quantized(leaf):
         return own(leaf, rank)
     parts = {name: own(getattr(leaf.tensor, name), rank) for name in ("values", "scale", "zero", "group_scale")}
     outliers = leaf.outliers
@@ -146,10 +146,6 @@ def _of_leaf(i: int, leaf: Any) -> Any:
         smoothing=own(leaf.smoothing, leaf.contracted),
         outliers=None if outliers is None else Outliers(own(outliers.channels, 1), own(outliers.weight, rank)),
     )
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QuantWeight)
 
 
 def _layers_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,7 +160,7 @@ def _with_layers(params: Mapping[str, Any], layers: Any) -> dict[str, Any]:
 
 def _check_alike(first: Any, row: Any, i: int) -> None:
     """Raises ValueError naming the first leaf that can not be stacked on that of layer 0."""
-    expected, got = (dict(zip(*named_leaves(x, is_leaf=_is_quantized)[:2], strict=True)) for x in (first, row))
+    expected, got = (dict(zip(*named_leaves(x, is_leaf=is_quantized)[:2], strict=True)) for x in (first, row))
     for path in [*expected, *(got.keys() - expected.keys())]:
         texts = [_text(leaves[path]) if path in leaves else "nothing" for leaves in (expected, got)]
         if texts[0] != texts[1]:
@@ -177,4 +173,4 @@ def _check_alike(first: Any, row: Any, i: int) -> None:
 def _text(leaf: Any) -> str:
     """All that must be alike in a stack."""
     arrays = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in jax.tree.leaves(leaf))
-    return f"{arrays} in {jax.tree.structure(leaf)}" if _is_quantized(leaf) else arrays
+    return f"{arrays} in {jax.tree.structure(leaf)}" if is_quantized(leaf) else arrays

@@ -1,0 +1,4 @@
+"""Quantized trees in files, and as arguments of exported functions.
+
+May import `weights` and `numerics`; and the small helpers `sqjax._*`.
+"""

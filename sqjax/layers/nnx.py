@@ -1,0 +1,174 @@
+"""Flax NNX: quantized modules, of a whole network and of one Linear layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from sqjax._trees import PyTree
+from sqjax.layers.dense import check_kernel, dense, quantize_kernel
+from sqjax.layers.nnx_functional import Functional as Functional
+from sqjax.layers.nnx_functional import QuantParam as QuantParam
+from sqjax.layers.nnx_functional import functional as functional
+from sqjax.runtime.quantized import quantized
+from sqjax.weights.quant_weight import is_quantized
+from sqjax.weights.schemes import W8A8, Scheme
+
+
+class QuantModule(nnx.Module):
+    """An NNX module that runs another one on quantized parameters; `rebuild` makes it.
+
+    `nnx.state` and `nnx.split` see its parameters below "params": float ones as `nnx.Param`, quantized ones as
+    `QuantParam`. It works under `nnx.jit` and `jax.jit`; its other state is constant.
+    """
+
+    def __init__(self, fn: Functional, params: PyTree):
+        self.fn = nnx.static(fn)
+        self.params = nnx.data(jax.tree.map(_variable, params, is_leaf=is_quantized))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """quantized(fn)(params, *args, **kwargs)."""
+        values = jax.tree.map(lambda v: v.get_value(), self.params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return quantized(self.fn)(values, *args, **kwargs)
+
+
+def _variable(leaf: Any) -> nnx.Variable:
+    return QuantParam(leaf) if is_quantized(leaf) else nnx.Param(leaf)
+
+
+def rebuild(fn: Callable[..., Any], params: PyTree) -> Any:
+    """The inverse of `functional`: a module that holds `params`.
+
+    Args:
+        fn: what `functional` returned.
+        params: its parameters, smoothed or quantized or as they were.
+
+    Returns:
+        With float parameters a module of the original class; a Param that was held twice is again. With quantized
+        ones a `QuantModule`, whose call runs `quantized(fn)` on them.
+
+    Raises:
+        ValueError: fn is no `functional`, or params are not its module's.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> from flax import nnx
+        >>> fn, params = sq.nnx.functional(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        >>> type(sq.nnx.rebuild(fn, params)).__name__
+        'Linear'
+        >>> x = jnp.ones((1, 3))
+        >>> model = sq.nnx.rebuild(fn, sq.quantize(params, sq.calibrate(fn, params, [x])))
+        >>> type(model).__name__, nnx.jit(lambda model, x: model(x))(model, x).shape
+        ('QuantModule', (1, 2))
+    """
+    if not isinstance(fn, Functional):
+        raise ValueError(f"rebuild: expected the fn that sqjax.nnx.functional returned, got {type(fn).__name__}")
+    module = fn.module(params)
+    held = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))]
+    return QuantModule(fn, params) if any(map(is_quantized, held)) else module
+
+
+_KERNEL_INIT, _BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()  # those of nnx.Linear
+
+
+class QuantLinear(nnx.Module):
+    """`nnx.Linear` on narrow numbers: y = x W + b, by default with int8 x int8 -> int32 inside.
+
+    A drop-in for `nnx.Linear`. `from_linear` quantizes a float layer; the constructor draws one, for which it has no
+    data: a static scheme then clips at 1, and nothing is an outlier. Jittable; differentiable straight through. The
+    kernel is a `QuantParam`, which is no `nnx.Param`, the bias an `nnx.Param`: nnx.grad and nnx.Optimizer(...,
+    wrt=nnx.Param) train the bias, and what is around the layer, and leave the kernel. `rebuild` needs no such layer.
+
+    Attributes:
+        in_features: the number of inputs.
+        out_features: the number of outputs.
+        use_bias: whether there is a bias; it stays float.
+        scheme: how the kernel was quantized.
+        dtype: of the result; by default that of the input and the parameters, promoted.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> from flax import nnx
+        >>> layer = sq.nnx.QuantLinear.from_linear(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), sq.W8A8)
+        >>> layer(jnp.ones((1, 3))).shape
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        scheme: Scheme = W8A8,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        bias_init: nnx.Initializer = _BIAS_INIT,
+        rngs: nnx.Rngs,
+    ):
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        known = scheme._replace(outliers=None), jnp.ones(in_features), None
+        self.kernel = QuantParam(quantize_kernel(kernel, *known, "QuantLinear: kernel"))
+        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        self.bias: nnx.Variable | None = nnx.data(bias)
+        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
+        self.scheme, self.dtype = scheme, dtype
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nnx.Linear,
+        scheme: Scheme = W8A8,
+        absmax: Float[Array, " inputs"] | None = None,
+        smoothing: Float[Array, " inputs"] | None = None,
+    ) -> "QuantLinear":
+        """A float layer, quantized.
+
+        Args:
+            linear: the float layer; it is not touched.
+            scheme: how to quantize.
+            absmax: max |X_j| over calibration data: for static schemes, for outliers and for a scheme with smoothing.
+            smoothing: s_j, for example `sqjax.numerics.smoothing.smoothing_scales(absmax, max|W_j|, alpha)`: the layer computes
+                (X / s) (s W), with s W quantized and the division by s part of the activation's quantizer. A scheme
+                with a smoothing of its own, an alpha, needs none.
+
+        Raises:
+            ValueError: a kernel of another rank than 2 (map over stacked layers: nnx.vmap(lambda layer: ...)), a
+                misshapen vector, an absmax that the scheme needs and does not get, a scheme for embeddings, or a layer
+                with a `dot_general`, a `promote_dtype` or a `preferred_element_type` of its own.
+        """
+        _check_plain(linear)
+        given = linear.kernel.get_value()
+        if given.ndim != 2:
+            raise ValueError(
+                f"from_linear: expected a kernel of shape (inputs, features), got {given.shape}; map over stacked "
+                "layers with nnx.vmap(lambda layer: QuantLinear.from_linear(layer))"
+            )
+        kernel = quantize_kernel(given, scheme, absmax, smoothing, "from_linear: kernel")
+
+        def empty() -> QuantLinear:
+            sizes, bias = (linear.in_features, linear.out_features), linear.use_bias
+            return cls(*sizes, use_bias=bias, scheme=scheme, dtype=linear.dtype, rngs=nnx.Rngs(0))
+
+        layer = nnx.eval_shape(empty)
+        layer.kernel = QuantParam(kernel)
+        layer.bias = nnx.data(None if linear.bias is None else linear.bias.copy())
+        return layer
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+        """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (in_features, out_features)."""
+        remedy = "make the layer with sqjax.nnx.QuantLinear.from_linear(linear)"
+        kernel = check_kernel(self.kernel.get_value(), (x.shape[-1], self.out_features), "kernel", remedy)
+        return dense(x, kernel, None if self.bias is None else self.bias.get_value(), self.dtype, "kernel")
+
+
+def _check_plain(linear: nnx.Linear) -> None:
+    plain = {"dot_general": jax.lax.dot_general, "promote_dtype": promote_dtype, "preferred_element_type": None}
+    for name, default in plain.items():
+        if getattr(linear, name) is not default:
+            raise ValueError(f"from_linear: the layer has a {name} of its own, which int8 would drop; keep it in float")

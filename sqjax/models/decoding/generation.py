@@ -1,0 +1,290 @@
+"""Text generation as one compiled program: a prefill in chunks, then a loop of one-token steps."""
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sqjax.models.cache import CacheFormat, KVCache, cache_format
+from sqjax.models.decoding.prompts import Prompts, pad_left, prompt_rows, stop_ids
+from sqjax.models.decoding.sampling import Sampling, likeliest, sample
+from sqjax.models.model import Model, Params, TokenIds, cache_for
+from sqjax.models.stacking import unstack_layers
+from sqjax.runtime.quantized import quantized
+
+#: Called with a row's number and its new tokens; what is true ends that row.
+Stream = Callable[[int, list[int]], object]
+
+
+class Generated(NamedTuple):
+    """What `generate` returns.
+
+    Attributes:
+        tokens: the new tokens of each row, the one that ended it included.
+        stopped: for each row, whether a stop token (or the callback) ended it, rather than the number of steps.
+        texts: the tokens as texts; None for a model without a tokenizer.
+    """
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+    texts: list[str] | None
+
+
+class _State(NamedTuple):
+    """The loop's carry: `token` is each row's latest, found but not yet read."""
+
+    cache: KVCache
+    token: Int[Array, " batch"]
+    keys: Key[Array, " batch"]
+    out: Int[Array, "batch steps"]
+    counts: Int[Array, " batch"]
+    stopped: Bool[Array, " batch"]
+    finite: Bool[Array, " batch"]
+    step: Int[Array, ""]
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    steps: int,
+    *,
+    stop: SupportsIndex | str | Sequence[SupportsIndex | str] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: SupportsIndex | Sequence[int] = 0,
+    cache: str | CacheFormat = "float",
+    chunk: int | None = None,
+    stream: Stream | None = None,
+    stream_every: int = 1,
+) -> Generated:
+    """Continues prompts by up to `steps` tokens each.
+
+    The prefill is one compiled program and all steps are another, a loop that ends when every row has met a stop token.
+    Prompts may differ in length: shorter ones are padded on the left, and padding is never looked at, so a batch gives
+    what its rows give one by one, but for the rounding of sums, for schemes that give all activations one scale
+    ("per_tensor"), and for caches whose keys' channels are those of the first chunk.
+    Compiled once for each model, batch size, `steps`, `cache`, `chunk` and padded length; sampling settings and stop
+    tokens of the same number compile nothing anew.
+
+    Args:
+        model: a `Model`.
+        params: its parameters, float or quantized in any scheme. Layers in one stack are taken apart before the loop,
+            so there are two copies of them until the call returns: see `unstack_layers`.
+        prompts: a text, a sequence of token ids, or several of either.
+        steps: the largest number of new tokens.
+        stop: ids or texts of the tokens that end a row; None for the tokenizer's end of text, () for none.
+        temperature: 0 for the likeliest token every time; otherwise the logits are divided by it and a token is drawn.
+        top_k: draw among the so many likeliest tokens only.
+        top_p: of those, draw among the fewest likeliest whose probabilities sum to at least this.
+        seed: of the draws. An int seeds all rows (row r with its own stream); a sequence seeds each row, so that a
+            row draws the same tokens in any batch.
+        cache: how keys and values are stored: "float", "int8", "e4m3", "int4" or a `CacheFormat`.
+        chunk: read the prompts in pieces of so many tokens, which bounds the prefill's memory; None for all at once.
+            Prompts whose lengths round up to the same multiple of it share one compiled program.
+        stream: called as stream(row, tokens) with the new tokens of each row as they come. If it returns something
+            true the row ends there.
+        stream_every: the loop is left so often, in steps, to call `stream`.
+
+    Raises:
+        ValueError: prompts or stop tokens that are not in the vocabulary, an empty prompt, more tokens than
+            ``config.max_length``, settings that make no sense, or logits that are NaN or infinite.
+
+    Example:
+        >>> import jax
+        >>> from sqjax.models import LlamaConfig, Model, generate
+        >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
+        >>> params = model.init(jax.random.key(0))
+        >>> [len(row) for row in generate(model, params, [[1, 2, 3], [4]], steps=5, cache="int8").tokens]
+        [5, 5]
+    """
+    check_counts("generate", steps=steps, stream_every=stream_every)
+    check_counts("generate", **{name: n for name, n in (("top_k", top_k), ("chunk", chunk)) if n is not None})
+    rows, ends = prompt_rows(model, prompts), stop_ids(model, stop)
+    how = _sampling(model, temperature, top_k, top_p)
+    ids, padding = _padded(model, rows, steps, chunk)
+    kind, keys = cache_format(cache), _row_keys(seed, len(rows))
+    params = unstack_layers(params)
+    state = _prefill(model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind)
+    if stream is None:
+        state = _advance(model, params, state, how, ends, jnp.int32(steps))
+    else:
+        state = _advance_and_tell(model, params, state, how, ends, stream, stream_every)
+    tokens = _new_tokens(state, np.zeros(len(rows), int))
+    _check_finite(state)
+    texts = None if model.tokenizer is None else [model.tokenizer.decode(row) for row in tokens]
+    return Generated(tokens, np.asarray(state.stopped).tolist(), texts)
+
+
+def _advance_and_tell(model, params, state, how, ends, stream: Stream, every: int) -> _State:
+    """The loop in pieces of `every` steps, the same compiled program each time; the cache is given on, not copied."""
+    steps, told = state.out.shape[1], np.zeros(state.out.shape[0], int)
+    while True:
+        fresh, told = _new_tokens(state, told), np.array(state.counts)
+        ended = [row for row, tokens in enumerate(fresh) if tokens and stream(row, tokens)]
+        if ended:
+            state = state._replace(stopped=state.stopped.at[jnp.asarray(ended)].set(True))
+        if int(state.step) >= steps or np.all(state.stopped):
+            return state
+        state = _advance(model, params, state, how, ends, state.step + jnp.int32(every))
+
+
+def _new_tokens(state: _State, told: np.ndarray) -> list[list[int]]:
+    out, counts = np.asarray(state.out), np.asarray(state.counts)
+    return [row[first:last].tolist() for row, first, last in zip(out, told, counts, strict=True)]
+
+
+def _check_finite(state: _State) -> None:
+    finite = np.asarray(state.finite)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise ValueError(
+            f"generate: the logits of row {row} are NaN or infinite after {int(state.counts[row])} new tokens; "
+            "check the parameters and their scales"
+        )
+
+
+def check_counts(where: str, **counts: Any) -> None:
+    """Raises ValueError, naming `where`, unless each of these is a whole number of at least 1."""
+    for name, count in counts.items():
+        if not hasattr(count, "__index__") or operator.index(count) < 1:
+            raise ValueError(f"{where}: expected {name} to be a whole number of at least 1, got {count!r}")
+
+
+def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float | None) -> Sampling | None:
+    """None for greedy decoding."""
+    if temperature < 0 or not np.isfinite(temperature):
+        raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: expected top_p above 0 and at most 1, got {top_p}")
+    if temperature == 0:
+        return None
+    largest = model.config.vocab_size if top_k is None else min(top_k, model.config.vocab_size)
+    return Sampling(jnp.float32(temperature), jnp.int32(largest), jnp.float32(1.0 if top_p is None else top_p))
+
+
+def _padded(model: Model, rows: list[np.ndarray], steps: int, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
+    longest = max(map(len, rows))
+    if longest + steps > model.config.max_length:
+        raise ValueError(
+            f"generate: expected prompt and new tokens to be at most {model.config.max_length} (config.max_length), "
+            f"got {longest} + {steps}; shorten the prompt or take fewer steps"
+        )
+    return pad_left(rows, 1 if chunk is None else chunk)
+
+
+def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
+    if np.ndim(seed) == 0:
+        key = jax.random.key(operator.index(seed))
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
+    if len(seed) != rows:
+        raise ValueError(f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}")
+    return jnp.stack([jax.random.key(s) for s in seed])
+
+
+@partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))
+def _prefill(model, params, ids, padding, keys, how, ends, chunk: int, steps: int, kind: CacheFormat) -> _State:
+    """Reads the prompts, chunk by chunk, and finds the first new token of each."""
+    batch, tokens = ids.shape
+    # Padding takes slots, though no positions: there may be more slots than the model's length. The last is not read.
+    cache = cache_for(model.config, batch, tokens + steps - 1, compute_dtype(params), kind, chunk)
+    cache = cache._replace(padding=jnp.asarray(padding))
+    decode = quantized(model.decode)
+
+    def read(cache, piece):
+        logits, cache = decode(params, piece, cache)
+        return cache, logits
+
+    if tokens == chunk:
+        cache, logits = read(cache, ids)
+    else:
+        cache, every = jax.lax.scan(read, cache, jnp.asarray(ids).reshape(batch, -1, chunk).swapaxes(0, 1))
+        logits = every[-1]
+    zeros = jnp.zeros((batch,), jnp.int32)
+    nothing = jnp.zeros((batch,), bool)
+    state = _State(cache, zeros, keys, jnp.zeros((batch, steps), jnp.int32), zeros, nothing, ~nothing, jnp.int32(0))
+    return _choose(state, logits, how, ends)
+
+
+def _choose(state: _State, logits: Float[Array, "batch vocab"], how: Sampling | None, ends: Array) -> _State:
+    """The next token of each unfinished row, ended by one of `ends` or by logits that are not finite."""
+    finite = state.finite & (state.stopped | jnp.isfinite(jnp.max(logits, axis=-1)))
+    if how is None:
+        token = likeliest(logits)
+    else:
+        token = sample(logits, how, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step))
+    over = state.stopped | ~finite
+    token = jnp.where(over, 0, token)
+    return state._replace(
+        token=token,
+        out=jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.step, axis=1),
+        counts=state.counts + (~over).astype(jnp.int32),
+        stopped=over | jnp.any(token[:, None] == ends[None, :], axis=1),
+        finite=finite,
+        step=state.step + 1,
+    )
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _advance(model, params, state: _State, how: Sampling | None, ends, until) -> _State:
+    """Steps until there are `until` (or as many as there is room for), or every row has ended."""
+    decode, most = quantized(model.decode), jnp.minimum(until, state.out.shape[1])
+
+    def unfinished(state: _State):
+        return (state.step < most) & ~jnp.all(state.stopped)
+
+    def step(state: _State) -> _State:
+        logits, cache = decode(params, state.token[:, None], state.cache)
+        return _choose(state._replace(cache=cache), logits, how, ends)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def compute_dtype(params: Params) -> DTypeLike:
+    """The dtype in which a model computes: that of a norm's weight, which is never quantized."""
+    return params["model"]["norm"]["weight"].dtype
+
+
+@partial(jax.jit, static_argnames=("model", "steps", "cache"))
+def greedy(
+    model: Model, params: Params, prompt_ids: TokenIds, steps: int, cache: str | CacheFormat = "float"
+) -> Int[Array, "batch steps"]:
+    """The ``steps`` tokens that follow each prompt when the likeliest token is taken every time.
+
+    A pure function on arrays, compiled once for each model, number of steps and shape of the prompt; `generate` does
+    more. It does not stop at the end of a text: cut the answer at ``model.tokenizer.eos_id``.
+
+    Args:
+        model: a `Model`.
+        params: its parameters, float or quantized by `sqjax.quantize`; taken apart as in `generate`.
+        prompt_ids: prompts of one length, without padding.
+        steps: how many tokens to generate.
+        cache: how keys and values are stored, as in `generate`.
+
+    Raises:
+        ValueError: if the prompt is empty, ``steps`` is less than 1, or both together are more than
+            ``config.max_length``.
+    """
+    batch, tokens = prompt_ids.shape
+    if tokens < 1 or steps < 1:
+        raise ValueError(
+            f"greedy: expected at least one prompt token and one step, got {tokens} tokens and {steps} steps"
+        )
+    decode, params = quantized(model.decode), unstack_layers(params)
+    slots = model.init_cache(batch, tokens + steps, compute_dtype(params), cache, chunk=tokens)
+    logits, slots = decode(params, prompt_ids, slots)
+
+    def step(carry, _):
+        token, slots = carry
+        logits, slots = decode(params, token[:, None], slots)
+        return (likeliest(logits), slots), token
+
+    (last, _), earlier = jax.lax.scan(step, (likeliest(logits), slots), length=steps - 1)
+    return jnp.concatenate([earlier.T, last[:, None]], axis=1)

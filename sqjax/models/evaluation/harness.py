@@ -1,0 +1,123 @@
+"""A model as lm-evaluation-harness takes it: `pip install lm-eval`, imported only when it is asked for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqjax.models.cache import CacheFormat
+from sqjax.models.decoding.generation import generate
+from sqjax.models.evaluation.scoring import Pair, encode_pair, loglikelihoods
+from sqjax.models.model import Model, Params
+
+#: New tokens of a request that does not say how many.
+NEW_TOKENS = 256
+
+
+def harness_model(model: Model, params: Params, *, cache: str | CacheFormat | None = None, batch: int = 8) -> Any:
+    """An `lm_eval.api.model.LM` that runs a model.
+
+        lm = sqjax.models.harness_model(model, qparams, cache="int8")
+        lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
+
+    Args:
+        model: a `Model` with a tokenizer.
+        params: its parameters, float or quantized.
+        cache: None, or the format of the cache through which everything is read.
+        batch: how many requests are read at once.
+
+    Raises:
+        ImportError: `lm-eval` is not installed.
+        ValueError: the model has no tokenizer, or it names no end of text.
+    """
+    try:
+        from lm_eval.api.model import LM
+    except ImportError as error:
+        raise ImportError("harness_model needs lm-evaluation-harness: pip install sqjax[eval]") from error
+    if model.tokenizer is None or model.tokenizer.eos_id is None:
+        raise ValueError("harness_model: expected a model whose tokenizer names the end of a text, got none")
+    adapter: Any = type("SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__})()
+    adapter.model, adapter.params, adapter.kind, adapter.batch = model, params, cache, batch
+    return adapter
+
+
+class _Requests:
+    """What the harness asks of a model; each request's `args` hold texts."""
+
+    model: Any
+    params: Any
+    kind: Any
+    batch: int
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
+        return [tuple(x) for x in self._score([encode_pair(self.model, *request.args) for request in requests])]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-likelihood of each whole text after an end of text, or what the tokenizer puts before every text."""
+        encoded = [encode_pair(self.model, "", request.args[0]) for request in requests]
+        pieces = [rolling_pairs(ids, begin[-1], self.model.config.max_length) for begin, ids in encoded]
+        found = iter(self._score([pair for pairs in pieces for pair in pairs]))
+        return [float(sum(next(found).logprob for _ in pairs)) for pairs in pieces]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """A continuation of each (context, settings), cut before the first of the settings' `until`."""
+        return [self._generate(*request.args) for request in requests]
+
+    def _score(self, pairs: list[Pair]):
+        return loglikelihoods(self.model, self.params, pairs, cache=self.kind, batch=self.batch)
+
+    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        until = settings.get("until") or []
+        until = [end for end in ([until] if isinstance(until, str) else until) if end]  # "" ends nothing, as there
+        steps = int(settings.get("max_gen_toks", NEW_TOKENS))
+        ids = _fitting(self.model, context, steps)
+        new: list[int] = []
+
+        def text_ends(_: int, tokens: list[int]) -> bool:
+            new.extend(tokens)
+            text = self.model.tokenizer.decode(new)
+            return any(end in text for end in until)
+
+        options = {"cache": "float" if self.kind is None else self.kind, **_sampling(settings)}
+        # Contexts of about one length share a compiled program.
+        generate(self.model, self.params, [ids], steps, chunk=64, stream=text_ends, stream_every=8, **options)
+        return cut(self.model.tokenizer.decode(new), until)
+
+
+def _fitting(model: Model, context: str, steps: int) -> list[int]:
+    """The last tokens of a context, as many as leave room for new ones."""
+    room = model.config.max_length - steps
+    if room < 1:
+        raise ValueError(f"generate_until: expected max_gen_toks below {model.config.max_length}, got {steps}")
+    before, after = encode_pair(model, context, "")
+    return [*before, *after][-room:]
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's settings as arguments of `generate`; greedy unless it says do_sample."""
+    if not settings.get("do_sample", False):
+        return {}
+    sampling = {name: settings[name] for name in ("top_k", "top_p") if settings.get(name)}
+    return {"temperature": float(settings.get("temperature", 1.0)), **sampling}
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first occurrence of any of `until`."""
+    return text[: min((found for end in until if (found := text.find(end)) >= 0), default=len(text))]
+
+
+def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:
+    """A text as (context, continuation) pairs of at most `length` inputs each, every token predicted once.
+
+    The first `length` tokens follow `begin`; what is left over at the end has as many tokens before it as fit.
+
+    Example:
+        >>> from sqjax.models.harness import rolling_pairs
+        >>> rolling_pairs([0, 1, 2, 3, 4, 5], begin=9, length=4)
+        [([9], [0, 1, 2, 3]), ([1, 2, 3], [4, 5])]
+    """
+    ids = list(ids)
+    pairs: list[Pair] = [([begin], ids[:length])] if ids else []
+    for first in range(length, len(ids), length):
+        last = min(first + length, len(ids))
+        pairs.append((ids[last - length - 1 : first], ids[first:last]))
+    return pairs

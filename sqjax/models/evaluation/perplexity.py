@@ -1,0 +1,86 @@
+"""Perplexity: how well a language model predicts a text."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from tqdm.auto import tqdm
+
+from sqjax.models.cache import CacheFormat, cache_format
+from sqjax.models.decoding.prompts import check_tokens
+from sqjax.models.evaluation.scoring import next_logprobs
+from sqjax.models.model import Model, Params
+
+
+def windows(ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None):
+    """The first `count` windows of `length` tokens (all that fit, by default), (count, length) int32.
+
+    Raises:
+        ValueError: the text is too short, or the length is not positive.
+    """
+    ids = np.asarray(ids, np.int32)
+    if length < 1:
+        raise ValueError(f"windows: expected a length of at least 1, got {length}")
+    available = len(ids) // length
+    count = available if count is None else count
+    if count < 1 or count > available:
+        raise ValueError(f"windows: expected 1 to {available} windows of {length} tokens in {len(ids)}, got {count}")
+    return ids[: count * length].reshape(count, length)
+
+
+def perplexity(
+    model: Model,
+    params: Params,
+    tokens: Sequence[int] | Int[Array | np.ndarray, "..."],
+    length: int | None = None,
+    *,
+    cache: str | CacheFormat | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    description: str = "perplexity",
+) -> float:
+    """exp of the mean negative log-likelihood of each window's tokens after its first.
+
+    Args:
+        model: a `Model`.
+        params: its parameters, float or quantized.
+        tokens: windows of text, (windows, length), or the ids of a text; each window is read on its own.
+        length: the tokens of a window, for the ids of a text; what is left over at the end is not read.
+        cache: None, or the format of the cache ("float", "int8", "e4m3", "int4" or a `CacheFormat`) through which every
+            key and value is read, as it would be if the window were generated.
+        chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it divides the length.
+        progress: whether to show a progress bar.
+        description: what the bar says.
+
+    Raises:
+        ValueError: no windows, windows of fewer than two tokens or of more than ``config.max_length``, ids without a
+            length, ids that are not in the vocabulary, or the model returns NaN.
+
+    Example:
+        >>> import jax
+        >>> from sqjax.models import LlamaConfig, Model, perplexity
+        >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
+        >>> bool(perplexity(model, model.init(jax.random.key(0)), [1, 2, 3, 4, 5, 6], length=3) > 1)
+        True
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != (2 if length is None else 1):
+        raise ValueError(
+            f"perplexity: expected windows (windows, length), or ids and a length, got {tokens.shape} and {length}"
+        )
+    check_tokens(model, tokens, "perplexity")
+    tokens = windows(tokens, length) if length is not None else tokens
+    if len(tokens) < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"perplexity: expected at least one window, of at least 2 tokens, got {tokens.shape}")
+    kind = None if cache is None else cache_format(cache)
+    rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
+    mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]))
+    if not np.isfinite(mean):
+        raise ValueError("perplexity: the model returned NaN or infinite logits; check its parameters")
+    return float(np.exp(mean))
+
+
+def _loss(model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None) -> float:
+    logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind, chunk)
+    return -float(jnp.mean(logprobs[:, :-1]))

@@ -1,0 +1,142 @@
+"""What an equation of a jaxpr runs: the inner programs of calls, scans, shard_maps ..., alike on every JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
+
+from sqjax._shapes import mesh_axes
+
+#: Primitives that only call an inner program, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+class Scan(NamedTuple):
+    """A scan: step(consts, carry, slices of xs) -> (carry, slices of ys), run `length` times."""
+
+    step: ClosedJaxpr
+    consts: int
+    carry: int
+    length: int
+    options: dict[str, Any]
+
+    def sort(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """(consts, carry, xs) among a scan's operands."""
+        split = self.consts + self.carry
+        return list(operands[: self.consts]), list(operands[self.consts : split]), list(operands[split:])
+
+
+class ShardMap(NamedTuple):
+    """A shard_map: `block` runs once on every device, on blocks of the operands.
+
+    Attributes:
+        block: what runs on a device.
+        sizes: {name of a mesh axis: its number of devices} of the mesh axes that the map runs over.
+        in_specs, out_specs: how operands and results are cut into blocks.
+        options: the other arguments of `jax.shard_map`.
+    """
+
+    block: ClosedJaxpr
+    sizes: dict[str, int]
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    options: dict[str, Any]
+
+    def run(self, block: Callable[..., Any], in_specs: Any, out_specs: Any, operands: Sequence[Any]) -> Any:
+        """Another block on the same devices."""
+        return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, **self.options)(*operands)
+
+    def cuts(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
+        """{axis of an array: the mesh axes that cut it, major first}."""
+        return {axis: tuple(names) for axis, names in enumerate(map(mesh_axes, spec)) if names}
+
+
+def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The program that a call-like equation runs, or None; an `unstack` (jax 0.12) runs slices."""
+    if equation.primitive.name == "unstack":
+        return _unstacked(equation)
+    name = CALLS.get(equation.primitive.name)
+    return None if name is None else program_in(equation, equation.params[name])
+
+
+def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
+    axis = equation.params["axis"]
+    stack: Any = equation.invars[0].aval
+
+    def slices(x):
+        return [lax.squeeze(lax.slice_in_dim(x, i, i + 1, axis=axis), [axis]) for i in range(stack.shape[axis])]
+
+    program = jax.make_jaxpr(slices)(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
+    equations = [e.replace(source_info=equation.source_info) for e in program.eqns]
+    return ClosedJaxpr(program.jaxpr.replace(eqns=equations), program.consts)
+
+
+def plain(value: Any) -> Any:
+    """An equation's parameter with Python's integers in place of numpy's, which jnp.pad and vmap leave there."""
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, tuple):
+        items = [plain(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def scan_in(equation: JaxprEqn) -> Scan | None:
+    """What a scan runs, or None if the equation is none."""
+    if equation.primitive.name != "scan":
+        return None
+    params = equation.params
+    if "ft_in" in params:  # jax 0.12
+        consts, carry, _ = (len(part) for part in params["ft_in"].unpack())
+    else:
+        consts, carry = params["num_consts"], params["num_carry"]
+    options = {name: params[name] for name in ("reverse", "unroll")}
+    return Scan(program_in(equation, params["jaxpr"]), consts, carry, params["length"], options)
+
+
+def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
+    """What a shard_map runs, or None if the equation is none."""
+    if equation.primitive.name != "shard_map":
+        return None
+    params = equation.params
+    mesh, manual = params["mesh"], params["newly_manual_axes"]
+    sizes = {name: size for name, size in mesh.shape.items() if name in manual}
+    options = {"mesh": mesh, "axis_names": set(manual), "check_vma": params["check_vma"]}
+    block = program_in(equation, params["jaxpr"])
+    return ShardMap(block, sizes, tuple(params["in_specs"]), tuple(params["out_specs"]), options)
+
+
+def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
+    """A jaxpr among an equation's parameters.
+
+    jax traces library functions such as jnp.take once, and their equations know no line of the user's program; those
+    get the line of the call.
+    """
+    inner: Jaxpr
+    inner, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+    equations = [e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns]
+    return ClosedJaxpr(inner.replace(eqns=equations), consts)
+
+
+def emit(equation: JaxprEqn, *operands: Any) -> Any:
+    """The equation itself, on other operands."""
+    return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+
+
+def source_of(equation: JaxprEqn) -> str:
+    """Where the user's program made this equation: "file:line (function)"."""
+    return source_info_util.summarize(equation.source_info)

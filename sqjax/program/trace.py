@@ -1,0 +1,75 @@
+"""Tracing: a function of (params, *inputs) as a program whose first inputs are the named leaves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from sqjax._shapes import sharded_as
+from sqjax._trees import named_leaves
+
+
+class Traced(NamedTuple):
+    """A function as a program: its jaxpr, the paths of its first inputs (the leaves), its output's treedef."""
+
+    jaxpr: ClosedJaxpr
+    paths: tuple[str, ...]
+    treedef: jax.tree_util.PyTreeDef
+
+
+#: What a value that is no array stands for: the type of an array, or None for "nothing: it is what it is". Quantized
+#: values stand for float arrays; this room knows nothing of them, so whoever traces functions of them says so.
+StandIn = Callable[[Any], jax.ShapeDtypeStruct | None]
+
+
+def nothing(x: Any) -> None:
+    """The `StandIn` of trees that hold arrays only."""
+    return None
+
+
+def is_array(x: Any) -> bool:
+    """Whether an argument is an input of the program; anything else (a bool, a string) is passed as it is."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def array_leaves(args: Any, stand_in: StandIn = nothing) -> list[Any]:
+    """The program's inputs among the arguments, in the order in which `trace` names them."""
+    leaves = jax.tree.leaves(args, is_leaf=lambda x: stand_in(x) is not None)
+    return [x for x in leaves if is_array(x) or stand_in(x) is not None]
+
+
+def trace(
+    fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    of_params: StandIn = nothing,
+    of_args: StandIn = nothing,
+) -> tuple[Traced, list[Any]]:
+    """Traces fn(params, *args, **kwargs) into (program, its inputs after the leaves).
+
+    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs. What is no array but
+    stands for one becomes a leaf (`of_params` knows it) or an input (`of_args` does).
+    """
+    paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: of_params(x) is not None)
+    avals = [of_params(x) or _aval(x) for x in leaves]
+    flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)), is_leaf=lambda x: of_args(x) is not None)
+
+    def flat_fn(leaves, inputs):
+        rest = iter(inputs)
+        filled = [next(rest) if is_array(x) or of_args(x) is not None else x for x in flat]
+        args, kwargs = jax.tree_util.tree_unflatten(arguments, filled)
+        return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+
+    inputs = array_leaves((args, dict(kwargs)), of_args)
+    seen = [of_args(x) or x for x in inputs]
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, seen)
+    return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
+
+
+def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf's shape and dtype; on a mesh with explicit axes also how it is sharded."""
+    plain = jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    return sharded_as(plain, leaf, range(len(plain.shape)))

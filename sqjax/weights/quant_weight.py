@@ -1,0 +1,98 @@
+"""A matmul weight as it is stored, and how the activations that meet it are quantized."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sqjax._shapes import sharded_as
+from sqjax.numerics.formats import FormatName
+from sqjax.numerics.weight_products import Activations, Recipe
+from sqjax.weights.qtensor import QTensor
+from sqjax.weights.text import weight_text
+
+
+class Outliers(NamedTuple):
+    """Channels whose activations are too large for int8: they are multiplied in float, their quantized weights are 0.
+
+    LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), with channels fixed by calibration.
+
+    Attributes:
+        channels: (*batch, n) int32, positions along the contracted axes (flattened, in stored order).
+        weight: (*batch, *outputs, n), the float weight's rows of these channels.
+    """
+
+    channels: Any
+    weight: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class QuantWeight:
+    """A matmul weight as it is stored, and how the activations that meet it are quantized.
+
+    Attributes:
+        tensor: the quantized weight.
+        input_scale: float32, the activation's scale, when `activations` is "static"; otherwise None. A scalar, or
+            one for each matrix of a stack.
+        smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or None. Where it is
+            given the weight holds s * W and the activation quantizer divides by s: smoothing at run time,
+            (X/s)(sW) = XW.
+        activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the whole
+            activation, at run time), "static" (`input_scale`), or None: the activation stays float (weight-only).
+        contracted: the number of contracted axes, which are stored last.
+        activation_format: the format of quantized activations, "int8", "e4m3" or "e5m2".
+        outliers: the channels that are multiplied in float, or None.
+
+    Example:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> params = {"w": jnp.ones((2, 3))}
+        >>> w = sq.quantize(params, sq.calibrate(fn, params, [jnp.array([[1.0, 16.0]])]))["w"]
+        >>> w.shape, w.tensor.values.shape, w.activations
+        ((2, 3), (3, 2), 'per_token')
+    """
+
+    tensor: QTensor
+    input_scale: Any
+    smoothing: Any
+    activations: Activations | None = field(metadata={"static": True})
+    contracted: int = field(default=1, metadata={"static": True})
+    activation_format: FormatName = field(default="int8", metadata={"static": True})
+    outliers: Any = None  # Outliers or None
+
+    def __repr__(self) -> str:
+        return weight_text(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape of the float weight."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The logical dtype of the float weight."""
+        return self.tensor.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The logical rank of the float weight."""
+        return self.tensor.ndim
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a product with one of its matrices runs."""
+        return Recipe(self.activations, self.activation_format, self.tensor.group)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether a leaf is a quantized weight: the test that every tree utility of ours takes as `is_leaf`."""
+    return isinstance(x, QuantWeight)
+
+
+def weight_type(x: Any) -> jax.ShapeDtypeStruct | None:
+    """The type of the float weight that a quantized one stands for; None if x is no quantized weight."""
+    if not isinstance(x, QuantWeight):
+        return None
+    return sharded_as(jax.ShapeDtypeStruct(x.shape, x.dtype), x.tensor.values, x.tensor.axes)

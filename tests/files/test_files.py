@@ -1,0 +1,431 @@
+"""`save` and `load`: bit for bit, in one safetensors file that says what it holds; damage is named."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import stat
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from flax.core import FrozenDict
+from safetensors import safe_open
+
+import sqjax as sq
+from sqjax.files import tree_json as layout
+from sqjax.numerics.formats import INT4, container
+from sqjax.weights.qtensor import QTensor
+from sqjax.weights.quant_weight import Outliers
+from sqjax.weights.quantize import quantize_weight
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_same(found, expected):
+    """The same structure, dtypes, shapes and bytes."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, jax.Array)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def there_and_back(tmp_path, tree):
+    sq.save(tmp_path / "tree.safetensors", tree)
+    return sq.load(tmp_path / "tree.safetensors")
+
+
+# What comes back --------------------------------------------------------------------------------------------------
+
+
+def test_containers_come_back(tmp_path):
+    x = iter(range(100))
+    leaf = lambda: jnp.full((2, 3), next(x), jnp.float32)
+    tree = {"b": [leaf(), (leaf(), None)], "a": {"c/d": leaf(), "": leaf()}, "layers": {2: leaf(), 10: leaf()}, "e": {}}
+    found = there_and_back(tmp_path, tree)
+    assert_same(found, tree)
+    assert [float(v[0, 0]) for v in jax.tree.leaves(found)] == [float(v[0, 0]) for v in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("tree", [{}, None, [], jnp.arange(3)], ids=str)
+def test_small_trees_come_back(tmp_path, tree):
+    assert_same(there_and_back(tmp_path, tree), tree)
+
+
+@pytest.mark.parametrize("dtype", [d for d in layout.DTYPES if not d.endswith("64")])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 3, 7), (0, 3), (3, 0)], ids=str)
+def test_every_dtype_comes_back(tmp_path, dtype, shape):
+    kind = layout.DTYPES[dtype]
+    x = np.random.default_rng(0).integers(0, 256, (*shape, kind.itemsize), np.uint8)
+    x = (x & 1).astype(bool) if dtype == "bool" else x
+    x = x.view(np.int8).astype(kind) if dtype == "int4" else x.view(kind)  # NaNs of every kind among the floats
+    tree = {"x": jnp.asarray(x[..., 0])}
+    assert tree["x"].dtype == kind
+    found = there_and_back(tmp_path, tree)
+    assert_same(found, tree)
+
+
+def test_64_bits_need_jax_to_have_them(tmp_path):
+    tree = {"a": [np.array([1 / 3]), np.array([2**40]), np.array([2**63], np.uint64)], "b": np.array([1 / 3], ">f4")}
+    file = tmp_path / "x"
+    sq.save(file, tree)
+    with pytest.raises(ValueError, match=r"a/0: expected float64 \(1,\), which jax would cut .*jax_enable_x64.*a/1"):
+        sq.load(file)
+    with jax.enable_x64(True):
+        found = sq.load(file)
+        assert [x.dtype.name for x in found["a"]] == ["float64", "int64", "uint64"]
+        assert [x.item() for x in found["a"]] == [1 / 3, 2**40, 2**63]
+    assert found["b"].item() == np.float32(1 / 3)
+
+
+def test_numpy_arrays_of_any_layout_come_back(tmp_path):
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    tree = {"t": x.T, "s": x[:, ::2, 1:], "f": np.asfortranarray(x), "n": np.float32(3)}
+    assert_same(there_and_back(tmp_path, tree), tree)
+
+
+STACK = sq.W8A8_O3._replace(smoothing=0.5)
+WEIGHTS = {  # scheme, shape, contracted axes, batch, smoothing's shape, outliers
+    "W8A8": (sq.W8A8, (6, 4), (0,), (), None, None),
+    "per tensor": (sq.W8A8_O2._replace(weights="per_tensor"), (6, 4), (0,), (), None, None),
+    "static": (sq.W8A8_O3, (6, 4), (0,), (), None, None),
+    "smoothed at run time": (STACK, (2, 6, 4), (1,), (0,), (2, 6), None),
+    "outliers": (sq.W8A8_OUTLIERS, (6, 4), (0,), (), None, [1, 4]),
+    "several axes": (sq.W8A8, (6, 4, 3), (0, 2), (), None, None),
+    "W4A16": (sq.W4A16._replace(weights=4), (10, 3), (0,), (), None, None),
+    "W4A16 symmetric": (sq.W4A16._replace(weights="per_channel", zero_point=False), (7, 3), (0,), (), None, None),
+    "W4A8": (sq.W4A8._replace(weights=4), (2, 8, 3), (1,), (0,), None, None),
+    "FP8": (sq.FP8, (6, 4), (0,), (), None, None),
+    "FP8_E5M2": (sq.FP8_E5M2, (6, 4), (0,), (), None, None),
+    "embedding": (sq.EMBEDDING_INT4, (5, 6), (1,), (), None, None),
+}
+
+
+def weight(name, dtype=jnp.float32):
+    scheme, shape, contracting, batch, smoothing, outliers = WEIGHTS[name]
+    absmax = jnp.ones([shape[a] for a in (*batch, *contracting)])
+    s = None if smoothing is None else 0.5 + jnp.abs(normal(*smoothing, seed=1))
+    channels = None if outliers is None else jnp.asarray(outliers, jnp.int32)
+    return quantize_weight(normal(*shape, dtype=dtype), contracting, scheme, absmax, s, batch, channels)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_come_back(tmp_path, name, dtype):
+    tree = {"layers": [{"w": weight(name, dtype), "bias": normal(4, dtype=dtype)}], "q": weight(name, dtype).tensor}
+    found = there_and_back(tmp_path, tree)
+    assert_same(found, tree)
+    assert found["layers"][0]["w"].dtype == dtype
+    assert found["q"] is not tree["q"]
+
+
+def test_every_field_of_a_node_is_kept():
+    assert set(layout.NODES) == {"QTensor", "QuantWeight", "Outliers"}
+    for cls, nodes, values in layout.NODES.values():
+        fields = cls._fields if cls is Outliers else [field.name for field in dataclasses.fields(cls)]
+        static = [] if cls is Outliers else [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+        assert sorted((*nodes, *values)) == sorted(fields)
+        assert sorted(values) == sorted(static)
+
+
+@pytest.mark.parametrize("stored", [jnp.int8, jnp.int4], ids=["int8", "int4"])
+def test_int4_is_read_as_this_backend_holds_it(tmp_path, stored):
+    q = QTensor.quantize(normal(32, 3), (0,), 8, INT4, zero_point=True).stored_as(stored)
+    assert q.values.dtype == stored
+    found = there_and_back(tmp_path, {"w": q})["w"]
+    assert_same(found, q.stored_as(container(INT4)))
+    with safe_open(tmp_path / "tree.safetensors", framework="numpy") as file:
+        assert file.get_slice("w/values").get_shape() == [3, 16]
+        low = file.get_tensor("w/values") & 15
+    expected = np.asarray(q.values.astype(jnp.int8))[:, ::2] & np.int8(15)
+    np.testing.assert_array_equal(low, expected.astype(np.uint8))
+
+
+def test_int4_takes_half_a_byte_a_weight(tmp_path):
+    tree = {f"w{i}": quantize_weight(normal(512, 256, seed=i), (0,), sq.W4A16) for i in range(2)}
+    sq.save(tmp_path / "x", tree)
+    size, weights = (tmp_path / "x").stat().st_size, 2 * 512 * 256
+    held = sum(w.tensor.nbytes for w in tree.values())
+    assert held <= size <= held + 2048  # the header
+    scales = 5 / 128  # a float32 scale and an int8 zero point for every group of 128
+    assert size / weights == pytest.approx(0.5 + scales, abs=0.01)
+
+
+def test_a_loaded_tree_runs_what_was_compiled(tmp_path):
+    traces = []
+
+    def fn(p, x):
+        traces.append(1)
+        return jnp.tanh(x @ p["up"] * p["scale"].reshape(1, -1)) @ p["down"]
+
+    params = {"up": normal(16, 32), "scale": normal(32, seed=1), "down": normal(32, 8, seed=2)}
+    x = normal(5, 16, seed=3)
+    stats = sq.calibrate(fn, params, [x])
+    for scheme in (sq.W8A8_O3, sq.W4A16_G64, {"up": sq.W8A8_OUTLIERS._replace(outliers=2.0), "down": sq.W4A8}):
+        qparams = sq.quantize(params, stats, scheme)
+        run = jax.jit(sq.quantized(fn))
+        expected, before = run(qparams, x), (len(traces), run._cache_size())
+        found = run(there_and_back(tmp_path, qparams), x)
+        assert (len(traces), run._cache_size()) == before
+        assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+        assert not np.array_equal(found, fn(params, x))
+
+
+def test_a_module_comes_back(tmp_path):
+    class Block(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = jnp.tanh(layer(x))
+            return x
+
+    fn, params = sq.nnx.functional(Block())
+    x = normal(3, 8)
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [x]))
+    module = sq.nnx.rebuild(fn, there_and_back(tmp_path, qparams))
+    np.testing.assert_array_equal(module(x), sq.quantized(fn)(qparams, x))
+
+
+def test_other_programs_can_read_the_file(tmp_path):
+    tree = {"norm": normal(4, dtype=jnp.bfloat16), "w": weight("FP8")}
+    sq.save(tmp_path / "x", tree)
+    with safe_open(tmp_path / "x", framework="numpy") as file:
+        assert set(file.keys()) == {"norm", "w/tensor/values", "w/tensor/scale"}
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        assert kinds == {"norm": "BF16", "w/tensor/values": "F8_E4M3", "w/tensor/scale": "F32"}
+        np.testing.assert_array_equal(file.get_tensor("norm"), np.asarray(tree["norm"]))
+        assert file.metadata()["sqjax"] == "1"
+
+
+# What is refused on the way out -----------------------------------------------------------------------------------
+
+
+class Pair(tuple):
+    pass
+
+
+def forced(x, **changes):
+    """dataclasses.replace, past the types that the tests enforce."""
+    x = copy.copy(x)
+    for name, value in changes.items():
+        object.__setattr__(x, name, value)
+    return x
+
+
+def cast(w, **changes):
+    return {"a": [forced(w, tensor=forced(w.tensor, **changes))]}
+
+
+def refused():
+    w, four = weight("W8A8"), weight("W4A16")
+    deleted = jnp.ones(2)
+    deleted.delete()
+    return {
+        "float": ({"a": [1.0]}, r"a/0: expected an array.*got float; make it an array"),
+        "text": ({"a": "x"}, r"a: expected an array.*got str; keep what is no array elsewhere"),
+        "frozen": ({"a": FrozenDict({"b": jnp.ones(2)})}, r"a: .*got FrozenDict; save flax.core.unfreeze"),
+        "state": (nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), r"the tree itself.*got State; .*nnx.to_pure_dict"),
+        "namedtuple": ({"a": sq.Scheme()}, r"a: .*got Scheme; save x._asdict"),
+        "tuple of their own": ({"a": Pair([jnp.ones(2)])}, r"a: .*got Pair"),
+        "mixed keys": ({"a": {1: jnp.ones(2), "b": jnp.ones(2)}}, r"a: expected keys all str or all int"),
+        "key": ({"a": {(1, 2): jnp.ones(2)}}, r"a: expected keys all str or all int, got \[\(1, 2\)\]"),
+        "one path": ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, r"a/b: two leaves have this path"),
+        "reserved": ({"__metadata__": jnp.ones(2)}, r"__metadata__: .*safetensors keeps it to itself; rename"),
+        "complex": ({"a": jnp.ones(2, jnp.complex64)}, r"a: expected a dtype among .*got complex64; cast it"),
+        "random key": ({"a": jax.random.key(0)}, r"a: expected a dtype among .*got key<"),
+        "objects": ({"a": np.array([None])}, r"a: expected a dtype among .*got object"),
+        "abstract": (jax.eval_shape(lambda: {"a": jnp.ones(2)}), r"a: .*got ShapeDtypeStruct; save outside jit"),
+        "deleted": ({"a": deleted}, r"a: the array is deleted"),
+        "weak": ({"a": jnp.asarray(1.0)}, r"a: its float32 is weak.*save x.astype\(jnp.float32\)"),
+        "cast values": (cast(w, values=jnp.ones((4, 6))), r"a/0/tensor: not a valid QTensor: values must be int8"),
+        "cast scale": (cast(w, scale=w.tensor.scale.astype(jnp.bfloat16)), r"a/0/tensor: .*scale must be float32"),
+        "no scale": (cast(w, scale=None), r"a/0/tensor: expected an array.*got NoneType"),
+        "group": (cast(four, group=0), r"a/0/tensor: expected a known group, got 0"),
+        "format": (cast(w, fmt=INT4._replace(bound=1.0)), r"a/0/tensor: expected a known fmt, got .*bound=1.0"),
+        "too large for int4": (cast(four, values=four.tensor.values.astype(jnp.int8) + jnp.int8(90)), r"\[-8, 7\]"),
+        "spec": (sq.shardings({"a": w}, {"a": None}), r"a/tensor: expected an array.* got P; keep"),
+        "static": ({"a": forced(w, activations="static")}, r"a: .*static activations need an input_scale"),
+        "activations": ({"a": forced(w, activations="none")}, r"a: expected a known activations, got 'none'"),
+        "no axes": ({"a": forced(w, contracted=0)}, r"a: expected a known contracted, got 0"),
+        "contracted": ({"a": forced(w, contracted=3)}, r"a: .*expected at most 2 contracted axes, got 3"),
+        "smoothing": ({"a": forced(w, smoothing=jnp.arange(6))}, r"a: .*smoothing must be float32"),
+        "channels": (
+            {"a": forced(w, outliers=Outliers(jnp.ones(1), jnp.ones((4, 1))))},
+            r"a: .*channels must be int32",
+        ),
+        "tensor": ({"a": forced(w, tensor=jnp.ones(2))}, r"a: .*expected a QTensor"),
+    }
+
+
+@pytest.mark.parametrize("case", refused())
+def test_what_a_file_can_not_keep_is_refused(tmp_path, case):
+    tree, message = refused()[case]
+    with pytest.raises(ValueError, match=f"save: .*x.safetensors: .*{message}"):
+        sq.save(tmp_path / "x.safetensors", tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_is_refused_under_jit(tmp_path):
+    with pytest.raises(ValueError, match=r"a: expected an array of numbers, got .*Tracer; save outside jit"):
+        jax.jit(lambda x: sq.save(tmp_path / "x", {"a": x}))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("path", ["", "nowhere/x"])
+def test_save_needs_a_directory(tmp_path, path):
+    with pytest.raises(ValueError, match="expected a file's path in a directory that exists"):
+        sq.save(tmp_path / path, {"a": jnp.ones(2)})
+
+
+# Written aside ----------------------------------------------------------------------------------------------------
+
+
+def failing(*_args, **_kwargs):
+    raise OSError("no space left")
+
+
+def half_written(tensors, file, metadata):
+    with open(file, "wb") as opened:
+        opened.write(b"half")
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("where", ["writing", "syncing", "renaming"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
+    file, old, new = tmp_path / "x", {"a": jnp.ones(2)}, {"a": jnp.zeros(3)}
+    sq.save(file, old)
+    with monkeypatch.context() as patched:
+        owner, name = {
+            "writing": (safetensors.numpy, "save_file"),
+            "syncing": (os, "fsync"),
+            "renaming": (os, "replace"),
+        }[where]
+        patched.setattr(owner, name, half_written if where == "writing" else failing)
+        with pytest.raises(OSError, match="no space left"):
+            sq.save(file, new)
+    assert list(tmp_path.iterdir()) == [file]
+    assert_same(sq.load(file), old)
+    sq.save(file, new)
+    assert list(tmp_path.iterdir()) == [file]
+    assert_same(sq.load(file), new)
+
+
+def test_a_tree_can_be_saved_over_the_file_it_came_from(tmp_path):
+    tree = {"w": weight("W4A8")}
+    for _ in range(2):
+        assert_same(there_and_back(tmp_path, there_and_back(tmp_path, tree)), tree)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links are those of POSIX")
+def test_the_file_is_as_readable_as_any_and_a_link_stays_one(tmp_path):
+    (tmp_path / "plain").touch()
+    link = tmp_path / "link"
+    link.symlink_to("target")
+    sq.save(link, {"a": jnp.ones(2)})
+    assert link.is_symlink()
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "target")}
+    assert modes["plain"] == modes["target"]
+
+
+# What is refused on the way in ------------------------------------------------------------------------------------
+
+
+def rewritten(file, change):
+    """The file, with its header (a dict) changed by `change`, which may return other data."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    tree = json.loads(header["__metadata__"]["tree"])
+    data = change(header, tree)
+    if "tree" in header.get("__metadata__", {}):
+        header["__metadata__"]["tree"] = json.dumps(tree)
+    new = json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + (raw[start:] if data is None else data))
+
+
+def renamed(header, old, new):
+    header[new] = header.pop(old)
+
+
+def wide(header, tree):
+    header["bias"] |= {"dtype": "I32"}
+
+
+def w_of(tree):
+    return dict(tree["dict"])["w"]["QuantWeight"]
+
+
+def set_to(**changes):
+    return lambda header, tree: w_of(tree).update(changes)
+
+
+def set_tensor(**changes):
+    return lambda header, tree: w_of(tree)["tensor"]["QTensor"].update(changes)
+
+
+TAMPERED = {
+    "not ours": (lambda h, t: h.pop("__metadata__") and None, r"expected a file of sqjax.save, got metadata \[\]"),
+    "another's": (lambda h, t: h.update(__metadata__={"format": "pt"}), r"got metadata \['format'\]"),
+    "newer": (lambda h, t: h["__metadata__"].update(sqjax="2"), r"expected layout version 1, got 2; update sqjax"),
+    "missing and extra": (
+        lambda h, t: renamed(h, "bias", "other"),
+        r"other: a tensor that is not in the tree; bias: expected float32 \(4, 6\), got none",
+    ),
+    "shape": (lambda h, t: h["bias"].update(shape=[6, 4]), r"bias: expected float32 \(4, 6\), got F32 \(6, 4\)"),
+    "shape of a scale": (
+        lambda h, t: h["w/tensor/scale"].update(shape=[1, 4]),
+        r"w/tensor/scale: expected float32 \(4, 1\), got F32 \(1, 4\)",
+    ),
+    "dtype": (wide, r"bias: expected float32 \(4, 6\), got I32 \(4, 6\)"),
+    "unknown node": (lambda h, t: t["dict"].__setitem__(0, ["bias", {"set": []}]), r"bias: .*does not describe a set"),
+    "no node": (lambda h, t: t["dict"].__setitem__(0, ["bias", 7]), r"bias: expected a node.*got 7"),
+    "path twice": (lambda h, t: t["dict"].append(t["dict"][0]), r"bias: two leaves have this path"),
+    "unknown dtype": (lambda h, t: t["dict"][0][1].update(array=["int3", [4, 6]]), r"bias: .*KeyError\('int3'\)"),
+    "field too many": (set_to(rotation=1), r"w: expected \('tensor', .*got also \['rotation'\]; update sqjax"),
+    "field too few": (lambda h, t: w_of(t).pop("contracted") and None, r"w: .*KeyError\('contracted'\)"),
+    "order": (set_tensor(order=[-3, -1]), r"w/tensor: not a valid QTensor: order must permute"),
+    "order of text": (set_tensor(order="ab"), r"w/tensor: expected a known order, got 'ab'"),
+    "group": (set_tensor(group=0), r"w/tensor: expected a known group, got 0"),
+    "format": (set_tensor(fmt="e4m3"), r"w/tensor: not a valid QTensor: values must be e4m3, got int8"),
+    "unknown format": (set_tensor(fmt="int3"), r"w/tensor: expected a known fmt, got 'int3'"),
+    "no values": (set_tensor(values=None), r"w/tensor: the header does not describe a QTensor"),
+    "activations": (set_to(activations="per_row"), r"w: expected a known activations, got 'per_row'"),
+    "contracted": (set_to(contracted=0), r"w: expected a known contracted, got 0"),
+    "static": (set_to(activations="static"), r"w: .*static activations need an input_scale"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_file_is_refused(tmp_path, case):
+    file, (change, message) = tmp_path / "x.safetensors", TAMPERED[case]
+    sq.save(file, {"bias": normal(4, 6), "w": weight("W8A8")})
+    rewritten(file, lambda header, tree: None)
+    sq.load(file)  # the tool itself does no harm
+    rewritten(file, change)
+    with pytest.raises(ValueError, match=f"^load: {re.escape(str(file))}: .*{message}"):
+        sq.load(file)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1], ids=str)
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    file = tmp_path / "x.safetensors"
+    sq.save(file, {"w": weight("W4A16")})
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"load: .*x\.safetensors: expected a whole safetensors file, got .*again"):
+        sq.load(file)
+
+
+def test_something_else_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"\x80\x04N." * 40)
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        sq.load(tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        sq.load(tmp_path / "nothing")

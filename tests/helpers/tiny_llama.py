@@ -1,0 +1,46 @@
+"""A tiny Llama with grouped heads, random parameters for it, and a tokenizer of letters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sqjax.models import LlamaConfig
+from sqjax.models.tokenizer import Tokenizer
+
+GROUPED = LlamaConfig(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+    max_length=64,
+)
+
+
+def random_params(model, seed=0):
+    """Every leaf random, gains and biases too: at their initial ones and zeros they would test nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path[-1].key, rng.normal(size=leaf.shape)
+        by_name = {"weight": 1 + 0.4 * noise, "kernel": 1.5 * noise / leaf.shape[0] ** 0.5}
+        return jnp.asarray(by_name.get(name, noise), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def random_ids(batch, tokens, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, GROUPED.vocab_size, (batch, tokens)))
+
+
+class Letters(Tokenizer):
+    """Each letter is a token."""
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(int(i) + ord("a")) for i in ids)

@@ -1,0 +1,211 @@
+"""The house rules: rooms and their imports, public names with examples that run, nothing heavy loads unasked."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import sqjax
+
+ROOT = Path(sqjax.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+#: {room: the rooms that it may import}. Every room may import the small helpers, `sqjax._*`.
+MAY_IMPORT = {
+    "numerics": set(),
+    "program": set(),
+    "weights": {"numerics"},
+    "files": {"weights", "numerics"},
+    "folding": {"program"},
+    "calibration": {"folding", "program", "numerics"},
+    "runtime": {"program", "weights", "numerics"},
+    "methods": {"calibration", "folding", "weights", "runtime", "program", "numerics"},
+    "layers": {"weights", "runtime", "program", "numerics"},
+    "models": {"weights", "runtime", "layers", "numerics", "files"},
+}
+MAY_IMPORT["commands"] = set(MAY_IMPORT)
+#: Files beside the rooms that only hand public names on; `import sqjax` itself reads no command and no model.
+FACES = {"__init__": set(MAY_IMPORT) - {"commands", "models"}, "__main__": {"commands"}}
+FACES |= {"linen": {"layers"}, "nnx": {"layers"}}
+
+
+def room_of(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """[(what is imported, as sqjax.room.module.name, line)] of ours, wherever the import stands."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return [(name, line) for name, line in found if name.split(".")[0] == "sqjax"]
+
+
+def test_every_room_is_in_the_table():
+    rooms = {path.parts[0] for path in FILES if len(path.parts) > 1}
+    files = {room_of(path) for path in FILES if len(path.parts) == 1}
+    assert rooms == set(MAY_IMPORT)
+    assert {name for name in files if not re.match("_[a-z]", name)} == set(FACES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_room_imports_only_what_it_may(path):
+    room = room_of(path)
+    allowed = {**MAY_IMPORT, **FACES}.get(room, set())
+    for name, line in imports(path):
+        imported = name.split(".")[1]
+        if room == "commands" and imported in sqjax.__all__:
+            continue  # the commands are users of the library too
+        helper = re.match("_[a-z]", imported)
+        assert helper or imported in {room, *allowed}, f"{path}:{line}: {room} may not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_private_name_crosses_a_file(path):
+    for name, line in imports(path):
+        private = [part for part in name.split(".")[2:] if part.startswith("_")]
+        assert not private, f"{path}:{line} imports {name}"
+
+
+def test_no_circles_inside_a_room():
+    modules = {_module(path): {_imported(name) for name, _ in imports(path)} for path in FILES}
+    done = set()
+    while rest := {m: needs for m, needs in modules.items() if m not in done}:
+        free = {m for m, needs in rest.items() if not needs - done - {m} & set(rest)}
+        assert free, f"these import each other: {sorted(rest)}"
+        done |= free
+
+
+def _module(path):
+    return ".".join(("sqjax", *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+def _imported(name):
+    """The module of an imported name, which may be a module itself."""
+    known = {_module(path) for path in FILES}
+    return name if name in known else name.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_the_docstring_of_a_room_says_what_it_may_import(room):
+    docstring = importlib.import_module(f"sqjax.{room}").__doc__
+    sentence = re.search(r"May import (.*)", docstring, re.S).group(1)
+    named = set(re.findall(r"`(\w+)`", sentence.split("never")[0]))
+    assert named == (set() if room == "commands" else MAY_IMPORT[room])
+
+
+def test_dir_shows_the_public_names_alone():
+    namespaces = {"linen", "models", "nnx", "triton"}
+    assert set(dir(sqjax)) == {*sqjax.__all__, *namespaces, "__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sqjax.__version__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_name_no_machine(path):
+    found = re.findall(r"/(?:tmp|work|home|root|Users|mnt|data)/\S*", (ROOT / path).read_text())
+    assert not found
+
+
+HEAVY = ("flax", "transformers", "torch", "matplotlib", "tensorflow", "gguf", "tokenizers", "safetensors", "optax")
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print([m for m in {HEAVY} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    return set(ast.literal_eval(run.stdout))
+
+
+def test_importing_sqjax_loads_nothing_heavy():
+    assert loaded_by("import sqjax") == set()
+
+
+def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
+    assert loaded_by("import sqjax; sqjax.linen.QuantDense") >= {"flax"}
+    assert loaded_by("import sqjax; sqjax.nnx.QuantLinear") >= {"flax"}
+    assert not loaded_by("import sqjax; sqjax.models.LlamaConfig") & {"transformers", "torch", "matplotlib"}
+    users = {path.parts[0] for path in FILES if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)}
+    assert users == {"layers", "models"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'sqjax' has no attribute 'smoothe'"):
+        _ = sqjax.smoothe
+
+
+# Public names -----------------------------------------------------------------------------------------------------
+
+PUBLIC = {
+    name: value
+    for name, value in vars(sqjax).items()
+    if not name.startswith("_") and not inspect.ismodule(value) and not isinstance(value, sqjax.Scheme)
+    if getattr(value, "__module__", "").startswith("sqjax")
+}
+_linen = importlib.import_module("sqjax.linen")
+_nnx = importlib.import_module("sqjax.nnx")
+_LINEN = ("QuantDense", "QuantDenseGeneral", "quantize_dense", "quantize_dense_general")
+FLAX = {f"linen.{name}": getattr(_linen, name) for name in _LINEN}
+FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild", "QuantLinear")}
+
+
+def test_the_public_names_are_these():
+    presets = {name for name, value in vars(sqjax).items() if isinstance(value, sqjax.Scheme)}
+    assert presets == {
+        *("W8A8", "W8A8_O1", "W8A8_O2", "W8A8_O3", "W8A8_OUTLIERS", "W8A16", "W4A16", "W4A16_G64", "W4A8"),
+        *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
+    }
+    assert set(PUBLIC) == {
+        *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
+        *(
+            "QTensor",
+            "QuantWeight",
+            "Scheme",
+            "Stats",
+            "dequantize",
+            "shardings",
+            "int8_attention",
+            "quantize_cache",
+            "save",
+            "load",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
+def test_a_public_name_has_an_example_that_runs(name):
+    value = {**PUBLIC, **FLAX}[name]
+    [test] = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs={})]
+    assert any(example.want for example in test.examples), f"sqjax.{name} has no example that shows a result"
+    report = []
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
+def test_a_docstring_names_every_argument_or_says_where(name):
+    value = {**PUBLIC, **FLAX}[name]
+    if not inspect.isfunction(value):
+        return
+    arguments = [p for p in inspect.signature(value).parameters if p not in ("progress",)]
+    elsewhere = "Arguments and errors are those of" in value.__doc__
+    missing = [a for a in arguments if not re.search(rf"\b{a}\b", value.__doc__)]
+    assert elsewhere or not missing
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_module_and_public_definition_has_a_docstring(path):
+    tree = ast.parse((ROOT / path).read_text())
+    assert ast.get_docstring(tree)
+    definitions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    assert not [n.name for n in definitions if not n.name.startswith("_") and not ast.get_docstring(n)]

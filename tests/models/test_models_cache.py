@@ -1,0 +1,319 @@
+"""The cache's formats against arithmetic in float64; attention over codes; rings; what a token takes."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxprs import dots
+from tiny_llama import GROUPED, random_ids, random_params
+
+from sqjax.models import CacheFormat, Model
+from sqjax.models import attention as attention_module
+from sqjax.models.attention import attend, two_digits, visible
+from sqjax.models.cache import (
+    FORMATS,
+    Slots,
+    decoded,
+    empty_cache,
+    encode,
+    integers,
+    rotation,
+    write,
+)
+
+WIDE = replace(GROUPED, head_dim=32, hidden_size=48)
+KINDS = {
+    **FORMATS,
+    "int8 by group": CacheFormat("int8", group=8),
+    "int8 key channels": CacheFormat("int8", keys="channels"),
+    "int4 symmetric": CacheFormat("int4", group=16),
+    "int4 key channels": CacheFormat("int4", group=8, zero_point=True, keys="channels"),
+    "e4m3 rotated": CacheFormat("e4m3", keys="rotated"),
+}
+CODED = {name: kind for name, kind in KINDS.items() if kind.codes != "float"}
+
+
+def random_vectors(shape, seed=0):
+    """Normal, with a few large channels, as keys have them."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=shape) * np.where(np.arange(shape[-1]) % 7 == 3, 8, 1), jnp.float32)
+
+
+def positions(first, tokens):
+    """(batch, tokens), of rows whose next token is the first-th; negative for padding."""
+    return jnp.asarray(first, jnp.int32)[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_encoding_is_off_by_at_most_half_a_step(name):
+    kind, x = CODED[name], random_vectors((2, 3, 5, 32))
+    slots = encode(x, kind)
+    error = np.abs(np.asarray(decoded(slots), np.float64) - np.asarray(x, np.float64))
+    scale = np.repeat(np.asarray(slots.scale, np.float64), kind.group or 32, axis=-1)
+    bound = np.maximum(np.abs(x) * 2.0**-4, scale * 2.0**-10) if kind.codes == "e4m3" else scale / 2
+    # A zero point is rounded too, and so may cut off half a step at an end of the range.
+    assert (error <= (1 + (kind.zero_point)) * bound + 1e-5 * np.abs(x)).all()
+    assert (error > 0).any()
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_written_slots_hold_the_vectors_and_leave_the_others(name):
+    kind, x = CODED[name], random_vectors((2, 3, 4, 32))
+    slots = empty_cache(1, 2, 3, 9, 32, jnp.float32, kind).keys[0]
+    after = write(slots, x, jnp.int32(3), positions([0, 0], 4), ring=False)
+    got = np.asarray(decoded(after))
+    for name in ("codes", "scale", "zero"):
+        if (array := getattr(after, name)) is not None:
+            assert not np.asarray(array, np.float32)[:, :, :3].any()
+            assert not np.asarray(array, np.float32)[:, :, 7:].any()
+    if kind.keys == "plain":
+        np.testing.assert_array_equal(got[:, :, 3:7], decoded(encode(x, kind)))
+    assert 0 < np.abs(got[:, :, 3:7] - x).max() < 0.12 * np.abs(x).max()
+
+
+def test_scales_of_channels_are_those_of_the_first_real_tokens():
+    x, kind = random_vectors((2, 1, 4, 32)), CODED["int8 key channels"]
+    slots = empty_cache(1, 2, 1, 12, 32, jnp.float32, kind).keys[0]
+    slots = write(slots, x, jnp.int32(0), positions([-1, -4], 4), ring=False)
+    np.testing.assert_array_equal(slots.channel[0], np.abs(x[0, :, 1:]).max(1))
+    np.testing.assert_array_equal(slots.channel[1], 0)  # only padding so far
+    later = write(slots, 10 * x, jnp.int32(4), positions([3, 0], 4), ring=False)
+    np.testing.assert_array_equal(later.channel[0], slots.channel[0])
+    np.testing.assert_array_equal(later.channel[1], 10 * np.abs(x[1]).max(1))
+    error = np.abs(decoded(later)[:, :, 4:8] - 10 * x)  # a token larger than the first ones is not clipped
+    assert (error <= 0.51 * (later.scale[:, :, 4:8] * jnp.maximum(later.channel, 1e-9)[:, :, None])).all()
+
+
+def test_a_rotation_hides_one_large_channel_and_the_mean():
+    """What is common to all tokens is not encoded at all, and one channel's 100 does not coarsen the others."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 1, 50, 32)) + 40 * rng.normal(size=32), jnp.float32)
+    error = {}
+    for keys in ("plain", "rotated"):
+        slots = empty_cache(1, 1, 1, 50, 32, jnp.float32, CacheFormat("int4", keys=keys)).keys[0]
+        after = write(slots, x, jnp.int32(0), positions([0], 50), ring=False)
+        error[keys] = np.abs(decoded(after) - x).mean()
+    assert error["rotated"] < 0.05 * error["plain"]
+    matrix = np.asarray(rotation(24), np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(24), atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", ["rotated", "channels"])
+def test_a_channel_of_zeros_at_first_takes_nothing_from_later_tokens(keys):
+    """Else keys that are stored already would be read with another mean."""
+    x, far = jnp.zeros((1, 1, 2, 32)), jnp.full((1, 1, 2, 32), 40.0)
+    slots = empty_cache(1, 1, 1, 4, 32, jnp.float32, CacheFormat("int8", keys=keys)).keys[0]
+    after = write(write(slots, x, jnp.int32(0), positions([0], 2), False), far, jnp.int32(2), positions([2], 2), False)
+    np.testing.assert_allclose(decoded(after), jnp.concatenate([x, far], axis=2), atol=1.0)
+
+
+def plain_attention(queries, keys, values, mask):
+    """In float64, without blocks, groups or shifts."""
+    q, k, v = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum("bthd,bhsd->bhts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.where(np.asarray(mask)[:, None], np.exp(scores), 0)
+    return np.einsum("bhts,bhsd->bthd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 6), (1, 2), (5, 6)])
+def test_attention_over_codes_is_attention_over_what_they_stand_for(name, tokens, heads):
+    """Only the queries' and the weights' two digits are rounded: 1 in 508 * 127 of the largest."""
+    slots, rng = 21, np.random.default_rng(4)
+    queries = jnp.asarray(rng.normal(size=(2, tokens, heads, 32)), jnp.float32)
+    cache = empty_cache(1, 2, 2, slots, 32, jnp.float32, KINDS[name])
+    keys, values = (
+        write(s, random_vectors((2, 2, slots, 32), i), jnp.int32(0), positions([0, 0], slots), ring=False)
+        for i, s in enumerate((cache.keys[0], cache.values[0]))
+    )
+    mask = visible(jnp.int32(slots - tokens), tokens, slots, jnp.asarray([0, 3], jnp.int32), None)
+    got = jax.jit(attend, static_argnums=4)(queries, keys, values, mask, True)
+    expected = plain_attention(queries, decoded(keys), decoded(values), mask)
+    largest_score = 32 * np.abs(queries).max() * np.abs(decoded(keys)).max() / 32**0.5
+    tolerance = 2e-6 if KINDS[name].codes in ("float", "e4m3") else 4 * (1 + largest_score) / (508 * 127)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(decoded(values)).max())
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+def test_blocks_of_queries_change_nothing(block, monkeypatch):
+    q, k, v = (random_vectors((2, *shape, 8), i) for i, shape in enumerate([(9, 4), (2, 12), (2, 12)]))
+    mask = visible(jnp.int32(3), 9, 12, jnp.zeros((1,), jnp.int32), None)
+    monkeypatch.setattr(attention_module, "BLOCK", block)
+    got = jax.jit(lambda q, k, v: attend(q, Slots(k), Slots(v), mask, True))(q, k, v)
+    np.testing.assert_allclose(got, plain_attention(q, k, v, mask), rtol=0, atol=2e-5)
+
+
+def test_no_block_computes_the_triangle_it_may_not_see(monkeypatch):
+    monkeypatch.setattr(attention_module, "BLOCK", 2)
+    q, k = random_vectors((1, 6, 2, 8)), random_vectors((1, 2, 6, 8))
+    mask = visible(jnp.int32(0), 6, 6, jnp.zeros((1,), jnp.int32), None)
+    jaxpr = jax.make_jaxpr(lambda q, k: attend(q, Slots(k), Slots(k), mask, True))(q, k)
+    assert [dot.shapes[1][2] for dot in dots(jaxpr)] == [2, 2, 4, 4, 6, 6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=6, max_size=6))
+def test_two_digits_are_off_by_a_508th_of_a_step(row):
+    x = jnp.asarray([row], jnp.float32)
+    digits, scale = jax.jit(two_digits)(x)
+    high, low = np.split(np.asarray(digits, np.float64), 2)
+    assert np.abs(digits.astype(jnp.int32)).max() <= 127
+    step = float(scale[0, 0])
+    assert np.abs((high + low / 254) * step - np.asarray(x, np.float64)).max() <= step / 508 + 4e-7 * np.abs(x).max()
+
+
+def test_int8_slots_are_never_copied_to_float():
+    """In the program that is written, and in the one that is compiled."""
+    model = Model(replace(WIDE, max_length=512))
+    params, cache = random_params(model), model.init_cache(2, 500, kind="int8")
+    step = jax.jit(model.decode)
+    ids = jnp.zeros((2, 1), jnp.int32)
+    with_codes = [dot for dot in dots(jax.make_jaxpr(model.decode)(params, ids, cache)) if 500 in sum(dot.shapes, ())]
+    assert len(with_codes) == 4
+    assert all(dot.dtypes == ("int8", "int8", "int32") for dot in with_codes)
+    compiled = step.lower(params, ids, cache).compile().as_text()
+    assert "s8[2,2,500,32]" in compiled
+    assert "f32[2,2,500,32]" not in compiled
+    assert "f32[2,2,500,1,32]" not in compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("float", 4 * 32), ("int8", 32 + 4), ("e4m3", 32 + 4), ("int4", 16 + 2 * (2 + 1)), ("int8 by group", 32 + 4 * 4)],
+)
+def test_bytes_of_a_token_are_those_of_its_arrays(name, expected):
+    cache = Model(WIDE).init_cache(3, 10, kind=KINDS[name])
+    assert cache.bytes_per_token == 2 * 2 * 2 * expected  # layers, keys and values, heads
+    stored = [replace(slots, channel=None) for slots in (*cache.keys, *cache.values)]
+    assert sum(x.nbytes for x in jax.tree.leaves(stored)) == 30 * cache.bytes_per_token
+
+
+def test_int4_takes_half_a_byte_and_unpacks_to_what_was_packed():
+    x = random_vectors((1, 2, 3, 32))
+    slots = encode(x, CacheFormat("int4", group=32))
+    assert slots.codes.shape == (1, 2, 3, 16)
+    assert slots.codes.dtype == jnp.int8
+    assert slots.scale.dtype == jnp.bfloat16
+    expected = np.round(np.asarray(x) / np.asarray(slots.scale, np.float32))
+    np.testing.assert_array_equal(integers(slots).reshape(x.shape), expected)
+    assert integers(slots).min() == -7
+    assert integers(slots).max() <= 7
+
+
+# Through the model ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def read_by_wide(batch, tokens):
+    """(parameters, ids, the logits without a cache)."""
+    params, ids = random_params(Model(WIDE)), random_ids(batch, tokens)
+    return params, ids, jax.jit(Model(WIDE).apply)(params, ids)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pieces_of_any_size_give_the_same_logits(name):
+    """Each token is encoded on its own, so how many are read at once changes roundings of sums only."""
+    model, kind = Model(WIDE), KINDS[name]
+    params, ids, plain = read_by_wide(2, 9)
+    whole, _ = jax.jit(model.read)(params, ids, model.init_cache(2, 11, kind=kind))
+    decode, cache, read = jax.jit(model.decode), model.init_cache(2, 11, kind=kind), 0
+    for piece in (4, 4, 1) if kind.keys == "plain" else (9,):
+        logits, cache = decode(params, ids[:, read : read + piece], cache)
+        read += piece
+    difference = np.abs(logits - whole[:, -1]).max()
+    assert difference <= (0.02 if kind.codes != "float" else 3e-6) * np.abs(plain).max()
+    if kind.codes != "float":
+        lost = np.abs(whole - plain).max() / np.abs(plain).max()
+        assert 1e-5 < lost < {"int8": 0.03, "e4m3": 0.2, "int4": 0.6}[kind.codes]
+
+
+@pytest.mark.parametrize("name", ["float", "int8"])
+def test_padding_on_the_left_changes_nothing(name):
+    model = Model(WIDE)
+    params, ids = random_params(model), random_ids(1, 6)
+    alone, _ = jax.jit(model.decode)(params, ids, model.init_cache(1, 9, kind=name))
+    decode, padded = jax.jit(model.decode), jnp.concatenate([jnp.full((1, 3), 7), ids], axis=1)
+    cache = model.init_cache(1, 9, kind=name)._replace(padding=jnp.asarray([3], jnp.int32))
+    got, _ = decode(params, padded, cache)
+    np.testing.assert_allclose(got, alone, rtol=0, atol=(3e-6 if name == "float" else 1e-3) * np.abs(alone).max())
+    unmarked, _ = decode(params, padded, model.init_cache(1, 9, kind=name))
+    assert np.abs(unmarked - alone).max() > 0.02 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize(("name", "pieces"), [("float", (2, 3, 1, 3, 3)), ("float", (1,) * 12), ("int8", (3,) * 4)])
+def test_a_ring_remembers_the_window(name, pieces):
+    """A ring of window + chunk - 1 slots gives what all slots and the window's mask give."""
+    model = Model(replace(WIDE, sliding_window=4))
+    params, ids = random_params(model), random_ids(2, 12)
+    read_piece = jax.jit(model.read)
+    expected, _ = read_piece(params, ids, model.init_cache(2, 12, kind=name))
+    cache, read, got = model.init_cache(2, 12, kind=name, chunk=max(pieces)), 0, []
+    assert cache.capacity == min(12, 4 + max(pieces) - 1)
+    for piece in pieces:
+        logits, cache = read_piece(params, ids[:, read : read + piece], cache)
+        got.append(logits)
+        read += piece
+    tolerance = (3e-6 if name == "float" else 0.01) * np.abs(expected).max()
+    np.testing.assert_allclose(np.concatenate(got, axis=1), expected, rtol=0, atol=tolerance)
+
+
+def test_a_window_hides_what_lies_before_it():
+    model = Model(replace(WIDE, sliding_window=3, num_layers=1))
+    params, ids = random_params(model), random_ids(1, 8)
+    apply = jax.jit(model.apply)
+    before = apply(params, ids)
+    after = apply(params, ids.at[0, 2].set(ids[0, 2] + 1))
+    changed = np.abs(before - after).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(changed, [False, False, True, True, True, False, False, False])
+    wide = Model(replace(WIDE, num_layers=1))
+    np.testing.assert_allclose(before[:, :3], jax.jit(wide.apply)(params, ids)[:, :3], atol=1e-5)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CacheFormat("int9"), "expected 'float' or one of .*got 'int9'"),
+        (lambda: CacheFormat("int8", zero_point=True), "only int4 may have a zero point, got 'int8'"),
+        (lambda: CacheFormat("float", group=8), "a float cache has no scales"),
+        (lambda: CacheFormat("int8", keys="turned"), "expected one of .*got 'turned'"),
+        (lambda: CacheFormat("int8", group=0), "a group of at least one channel, got 0"),
+        (lambda: Model(WIDE).init_cache(1, 4, kind="int2"), r"expected one of \['e4m3', 'float', 'int4', 'int8'\]"),
+        (lambda: Model(replace(WIDE, max_length=2**18)).init_cache(1, 2**18, kind="int8"), "exact up to 133144 tokens"),
+        (lambda: Model(GROUPED).init_cache(1, 4, kind="int4"), "a group that divides head_dim = 8, got 16"),
+        (lambda: replace(WIDE, sliding_window=0), "sliding_window: expected at least 1 or None, got 0"),
+    ],
+)
+def test_formats_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_cache_of_another_model_or_batch():
+    model, ids = Model(WIDE), random_ids(2, 3)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    others = {"layers": {"num_layers": 3}, "heads": {"num_kv_heads": 3}, "head_dim": {"head_dim": 8}}
+    for change in others.values():
+        cache = Model(replace(WIDE, **change)).init_cache(2, 4)
+        with pytest.raises(ValueError, match=r"expected \(layers, batch, kv_heads, head_dim\) = \(2, 2, 2, 32\), got"):
+            jax.eval_shape(model.decode, params, ids, cache)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 2, 32\); a cache belongs to one model"):
+        jax.eval_shape(model.decode, params, ids, model.init_cache(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("window", "slots", "held", "tokens", "room"), [(None, 4, 3, 2, 1), (3, 6, 8, 5, 4), (3, 6, 1, 6, 5)]
+)
+def test_a_full_cache_is_seen_outside_jit(window, slots, held, tokens, room):
+    model = Model(replace(WIDE, sliding_window=window))
+    cache = model.init_cache(1, slots)._replace(length=jnp.int32(held))
+    with pytest.raises(ValueError, match=f"expected room for {tokens} tokens, got {room}; make a longer one"):
+        model.decode({}, random_ids(1, tokens), cache)

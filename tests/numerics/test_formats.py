@@ -1,0 +1,114 @@
+"""The arithmetic of one quantized array: rounding, bounds, scales."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sqjax.numerics.formats import INT8, scale_from_absmax, to_format
+
+TINY = float(np.finfo(np.float32).tiny)  # the smallest normal float32
+
+ROUNDING = [  # x / scale -> integer
+    (0.0, 0),
+    (0.5, 0),  # half to even
+    (1.5, 2),
+    (2.5, 2),
+    (-0.5, 0),
+    (-1.5, -2),
+    (-2.5, -2),
+    (0.50001, 1),
+    (126.49999, 126),
+    (126.5, 126),
+    (126.50001, 127),
+    (127.0, 127),
+    (-127.0, -127),
+    (127.5, 127),  # beyond the bound: clipped
+    (-127.5, -127),
+    (-128.0, -127),  # never -128
+    (300.0, 127),  # no wrap to 44
+    (-1e30, -127),
+    (float("inf"), 127),
+    (float("-inf"), -127),
+]
+
+
+@pytest.mark.parametrize(("x", "expected"), ROUNDING)
+@pytest.mark.parametrize("scale", [1.0, 0.25, 1024.0])
+def test_rounds_half_to_even_and_clips_at_the_bound(x, expected, scale):
+    got = to_format(jnp.float32(x * scale), jnp.float32(scale))
+    assert (got.dtype, int(got)) == (jnp.int8, expected)
+
+
+@pytest.mark.parametrize(
+    ("absmax", "expected"),
+    [
+        (127.0, 1.0),
+        (254.0, 2.0),
+        (1.0, 1 / 127),
+        (0.0, 1.0),  # a dead channel
+        (1e-40, 1.0),  # subnormal
+        (TINY, 1.0),  # normal, but its scale would be subnormal
+        (TINY * 126, 1.0),
+        (TINY * 128, TINY * 128 / 127),
+        (3e38, 3e38 / 127),
+    ],
+)
+def test_scale_is_absmax_over_127_or_one_for_a_dead_channel(absmax, expected):
+    scale = scale_from_absmax(jnp.float32(absmax))
+    assert scale.dtype == jnp.float32
+    np.testing.assert_allclose(scale, expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_scales_of_half_precision_are_float32(dtype):
+    scale = scale_from_absmax(jnp.asarray([3.0, 0.0], dtype))
+    assert scale.dtype == jnp.float32
+    np.testing.assert_allclose(scale, [3 / 127, 1.0], rtol=2e-7)  # 3 / 127 in bfloat16 is 7e-4 off
+
+
+def test_half_precision_is_divided_in_float32():
+    one = jnp.ones((), jnp.bfloat16)
+    assert int(to_format(one, jnp.float32(1 / 100.6))) == 101  # in bfloat16 1 / scale is 100.5, which rounds to 100
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 1)], ids=["column", "row", "tensor"])
+def test_scales_broadcast(axis):
+    x = np.array([[1.0, -8.0, 3.0], [-2.0, 100.0, 0.5]], np.float32)
+    scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    got = np.asarray(to_format(jnp.asarray(x), scale))
+    expected = np.rint(x.astype(np.float64) / (np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) / 127))
+    np.testing.assert_array_equal(got, expected)
+    assert (np.abs(got).max(axis=axis) == 127).all()  # the largest element of every slice uses the whole range
+
+
+def test_a_dead_array_quantizes_to_exact_zeros():
+    x = jnp.array([[0.0, -0.0, 1e-42]])
+    assert not to_format(x, scale_from_absmax(jnp.max(jnp.abs(x), axis=1, keepdims=True))).any()
+
+
+def test_a_sign_change_is_exact():
+    x = jnp.linspace(-3.0, 3.0, 999)
+    scale = scale_from_absmax(jnp.max(jnp.abs(x)))
+    assert np.array_equal(to_format(-x, scale), -to_format(x, scale))
+    assert int(to_format(x, scale)[0]) == -127
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@settings(max_examples=100, deadline=None)
+@given(x=hnp.arrays(np.float32, (3, 5), elements=finite))
+def test_the_error_is_at_most_half_a_scale(wrap, x):
+    def quantize(x):
+        scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=1, keepdims=True))
+        return to_format(x, scale), scale
+
+    q, scale = (np.asarray(a, np.float64) for a in wrap(quantize)(jnp.asarray(x)))
+    assert (np.abs(q) <= INT8.bound).all()
+    few_ulp = 4 * np.finfo(np.float32).eps * np.abs(x.astype(np.float64))
+    assert (np.abs(q * scale - x) <= scale / 2 + few_ulp).all()
