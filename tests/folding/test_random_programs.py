@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from random_programs import numbers, random_dag
 
 import sqjax as sq
-from sqjax.folding import find_graph as grouping
+from sqjax.folding import groups as grouping
 from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group
