@@ -27,7 +27,10 @@ def main() -> dict[str, float]:
     stats = sq.calibrate(fn, params, batches)
     run, logits = jax.jit(sq.quantized(fn)), jax.jit(fn)(params, ids)
     errors = {}
-    for name, weights in (("unsmoothed", params), ("smoothed", sq.smooth(params, stats, alpha=0.5))):
+    for name, weights in (
+        ("unsmoothed", params),
+        ("smoothed", sq.smooth(params, stats, alpha=0.5)),
+    ):
         int8 = run(sq.quantize(weights, stats, sq.W8A8), ids)
         errors[name] = float(np.linalg.norm(int8 - logits) / np.linalg.norm(logits))
         print(f"W8A8, {name}: relative error {errors[name]:.2%}")

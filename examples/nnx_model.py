@@ -26,10 +26,16 @@ def main() -> dict[str, float]:
     fn, params = sq.nnx.functional(model)
     stats = sq.calibrate(fn, params, [x])
     smoothed = sq.smooth(params, stats, alpha=0.5)
-    trees = {"float": smoothed, "int8": sq.quantize(params, stats), "smoothed int8": sq.quantize(smoothed, stats)}
+    trees = {
+        "float": smoothed,
+        "int8": sq.quantize(params, stats),
+        "smoothed int8": sq.quantize(smoothed, stats),
+    }
     run, expected, errors = nnx.jit(lambda model, x: model(x)), model(x), {}
     for name, tree in trees.items():
-        errors[name] = float(jnp.linalg.norm(run(sq.nnx.rebuild(fn, tree), x) - expected) / jnp.linalg.norm(expected))
+        errors[name] = float(
+            jnp.linalg.norm(run(sq.nnx.rebuild(fn, tree), x) - expected) / jnp.linalg.norm(expected)
+        )
         print(f"{name:>14}: relative error {errors[name]:.2e}")
     return errors
 

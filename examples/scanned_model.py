@@ -20,12 +20,19 @@ def main() -> dict[str, float]:
     x = jax.random.normal(keys[0], (32, 64))
     params = layers.init(keys[1], x, None)["params"]
     gains = jnp.exp(2 * jax.random.normal(keys[2], (6, 64)))  # other outliers in every layer
-    params["norm"]["scale"], params["up"]["kernel"] = gains, params["up"]["kernel"] / gains[:, :, None]
+    params["norm"]["scale"], params["up"]["kernel"] = (
+        gains,
+        params["up"]["kernel"] / gains[:, :, None],
+    )
     fn = lambda params, x: layers.apply({"params": params}, x, None)[0]  # noqa: E731
     stats = sq.calibrate(fn, params, [x])
     print(stats.graph)
     smoothed = sq.smooth(params, stats, alpha=0.5)
-    trees = {"float": smoothed, "int8": sq.quantize(params, stats), "smoothed int8": sq.quantize(smoothed, stats)}
+    trees = {
+        "float": smoothed,
+        "int8": sq.quantize(params, stats),
+        "smoothed int8": sq.quantize(smoothed, stats),
+    }
     run, expected, errors = jax.jit(sq.quantized(fn)), fn(params, x), {}
     for name, tree in trees.items():
         errors[name] = float(jnp.linalg.norm(run(tree, x) - expected) / jnp.linalg.norm(expected))

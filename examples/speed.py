@@ -23,8 +23,13 @@ def main(name: str = "smollm2-135m") -> None:
     ids = jnp.asarray(np.random.default_rng(0).integers(1000, 40000, (1, TOKENS)), jnp.int32)
     stats = sq.calibrate(model.apply, params, [ids])
     variants = {"float32": params}
-    variants |= {k: sq.quantize(params, stats, s) for k, s in (("O1", sq.W8A8), ("O2", sq.W8A8_O2), ("O3", sq.W8A8_O3))}
-    print(f"{name} on {jax.devices()[0].device_kind}, jax {jax.__version__}; every matmul in int8, lm_head too")
+    variants |= {
+        k: sq.quantize(params, stats, s)
+        for k, s in (("O1", sq.W8A8), ("O2", sq.W8A8_O2), ("O3", sq.W8A8_O3))
+    }
+    print(
+        f"{name} on {jax.devices()[0].device_kind}, jax {jax.__version__}; every matmul in int8, lm_head too"
+    )
 
     forward, read, cache = (
         jax.jit(sq.quantized(model.apply)),
@@ -32,9 +37,15 @@ def main(name: str = "smollm2-135m") -> None:
         model.init_cache(1, TOKENS),
     )
     report(
-        f"forward, {TOKENS} tokens, all logits", TOKENS, {k: lambda p=p: forward(p, ids) for k, p in variants.items()}
+        f"forward, {TOKENS} tokens, all logits",
+        TOKENS,
+        {k: lambda p=p: forward(p, ids) for k, p in variants.items()},
     )
-    report(f"prefill, {TOKENS} tokens", TOKENS, {k: lambda p=p: read(p, ids, cache)[0] for k, p in variants.items()})
+    report(
+        f"prefill, {TOKENS} tokens",
+        TOKENS,
+        {k: lambda p=p: read(p, ids, cache)[0] for k, p in variants.items()},
+    )
     prompt = ids[:, :1]
     report(
         "decode, batch 1",
@@ -51,7 +62,9 @@ def main(name: str = "smollm2-135m") -> None:
 def report(title: str, tokens: int, runs: dict) -> None:
     """Prints tokens/s of each run, and its ratio to float32."""
     seconds = interleaved(runs, REPEATS, title)
-    figures = [f"{k} {tokens / s:.1f} tok/s ({seconds['float32'] / s:.2f}x)" for k, s in seconds.items()]
+    figures = [
+        f"{k} {tokens / s:.1f} tok/s ({seconds['float32'] / s:.2f}x)" for k, s in seconds.items()
+    ]
     print(f"{title}: " + ", ".join(figures), flush=True)
 
 

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 
-def first_matches(patterns: Iterable[str], names: Iterable[str], what: str) -> dict[str, str | None]:
+def first_matches(
+    patterns: Iterable[str], names: Iterable[str], what: str
+) -> dict[str, str | None]:
     """For every name the first pattern that `re.search` finds in it, or None.
 
     Raises:
@@ -20,7 +22,9 @@ def first_matches(patterns: Iterable[str], names: Iterable[str], what: str) -> d
         except re.error as error:
             raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
         if not matches:
-            raise ValueError(f"{what} {pattern!r} matches nothing. Near misses: {near_misses(pattern, names)}")
+            raise ValueError(
+                f"{what} {pattern!r} matches nothing. Near misses: {near_misses(pattern, names)}"
+            )
         for name in matches:
             found[name] = pattern if found[name] is None else found[name]
     return found
@@ -44,8 +48,12 @@ def braced(paths: Sequence[str]) -> str:
     if len(paths) < 2 or shortest < 2:
         return ", ".join(paths)
     head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
-    tail = next((i for i in range(shortest - head) if len({p[-1 - i] for p in parts}) > 1), shortest - head)
+    tail = next(
+        (i for i in range(shortest - head) if len({p[-1 - i] for p in parts}) > 1), shortest - head
+    )
     middles = ["/".join(p[head : len(p) - tail]) for p in parts]
     if not head + tail or not all(middles):
         return ", ".join(paths)
-    return "/".join([*parts[0][:head], "{" + ", ".join(middles) + "}", *parts[0][len(parts[0]) - tail :]])
+    return "/".join(
+        [*parts[0][:head], "{" + ", ".join(middles) + "}", *parts[0][len(parts[0]) - tail :]]
+    )

@@ -29,7 +29,9 @@ def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[i
     return found
 
 
-def sharded_as(plain: jax.ShapeDtypeStruct, stored: Any, axes: Sequence[int]) -> jax.ShapeDtypeStruct:
+def sharded_as(
+    plain: jax.ShapeDtypeStruct, stored: Any, axes: Sequence[int]
+) -> jax.ShapeDtypeStruct:
     """The type `plain`, sharded as the array `stored` is: axis i as its axis `axes[i]`.
 
     Only meshes with explicit axes say in an array's type how it is sharded; elsewhere the type stays as it is.

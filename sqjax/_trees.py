@@ -24,14 +24,18 @@ def named_leaves(
     paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat)
     if len(set(paths)) < len(paths):
         twice = sorted(path for path, times in Counter(paths).items() if times > 1)
-        raise ValueError(f"two leaves of the tree have one path, {twice[:5]}; rename a key that holds a '/'")
+        raise ValueError(
+            f"two leaves of the tree have one path, {twice[:5]}; rename a key that holds a '/'"
+        )
     return paths, [leaf for _, leaf in flat], treedef
 
 
 def map_named(change: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """The tree with every leaf replaced by change(path, leaf)."""
     paths, leaves, treedef = named_leaves(tree)
-    return jax.tree_util.tree_unflatten(treedef, [change(p, x) for p, x in zip(paths, leaves, strict=True)])
+    return jax.tree_util.tree_unflatten(
+        treedef, [change(p, x) for p, x in zip(paths, leaves, strict=True)]
+    )
 
 
 def is_concrete(x: Any) -> bool:
@@ -66,7 +70,9 @@ def check_finite(tree: PyTree, what: str) -> None:
     """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity. Tracers are passed over."""
     paths, leaves, _ = named_leaves(tree)
     floats = [(p, x) for p, x in zip(paths, leaves, strict=True) if is_float(x) and is_concrete(x)]
-    with jax.ensure_compile_time_eval():  # also where a jitted function has closed over these values
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # also where a jitted function has closed over these values
         flags = jax.device_get(_all_finite([x for _, x in floats]))
     for (path, leaf), fine in zip(floats, flags, strict=True):
         if not fine:

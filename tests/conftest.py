@@ -20,9 +20,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 # otherwise (newer ones can not leave them out). So a test of compiled text sees on jax 0.10 nearly what users get.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 leaves nothing out.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+jax.config.update(
+    "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+)
 if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 
 # What is compiled stays in memory: looking through it for garbage again and again takes a twentieth of the time.
 gc.set_threshold(100_000, 20, 100)

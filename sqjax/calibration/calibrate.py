@@ -77,12 +77,16 @@ def calibrate(
     check_finite(params, "parameter")
     functions, streams = ([fn], [batches]) if callable(fn) else (list(fn), list(batches))
     if len(functions) != len(streams):
-        raise ValueError(f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches")
+        raise ValueError(
+            f"calibrate: {len(functions)} functions, but {len(streams)} iterables of batches"
+        )
     opened = [_open(stream) for stream in streams]
     search = Find(functions, params, [first for first, _ in opened], groups or {}, attention)
     recorder = Recorder(search, search.proven(), mask, histogram)
     for which, (_, stream) in enumerate(opened):
-        for number, batch in enumerate(tqdm(stream, desc="calibrating", unit="batch", disable=not progress)):
+        for number, batch in enumerate(
+            tqdm(stream, desc="calibrating", unit="batch", disable=not progress)
+        ):
             recorder.record(which, _args(batch, number), number)
     return recorder.stats()
 
@@ -92,7 +96,9 @@ def _open(batches: Iterable[Any]) -> tuple[tuple[Any, ...], Iterable[Any]]:
     stream = iter(batches)
     for first in stream:
         return _args(first, 0), itertools.chain([first], stream)
-    raise ValueError("calibrate: batches is empty (an iterator that was used up?); at least one batch is needed")
+    raise ValueError(
+        "calibrate: batches is empty (an iterator that was used up?); at least one batch is needed"
+    )
 
 
 def _args(batch: Any, number: int) -> tuple[Any, ...]:
@@ -114,7 +120,9 @@ class Find(NamedTuple):
         """One function as a program, and its inputs."""
         return _program(self.functions[which], self.params, args, number)
 
-    def together(self, which: int = 0, args: tuple[Any, ...] | None = None) -> tuple[Program, list[Any]]:
+    def together(
+        self, which: int = 0, args: tuple[Any, ...] | None = None
+    ) -> tuple[Program, list[Any]]:
         """All functions as one program, on their first batches; one of them may be given another."""
         batches = list(self.batches)
         batches[which] = batches[which] if args is None else args
@@ -149,25 +157,42 @@ class Find(NamedTuple):
 class Recorder:
     """A calibration under way: running totals, and compiled programs by the shapes of a batch."""
 
-    def __init__(self, search: Find, graph: Graph, mask: Callable[..., Any] | None, histogram: bool):
+    def __init__(
+        self, search: Find, graph: Graph, mask: Callable[..., Any] | None, histogram: bool
+    ):
         self.search, self.graph, self.mask, self.histogram = search, graph, mask, histogram
         self.programs: dict[Any, Callable[..., dict[str, Observation]]] = {}
         self.expected: dict[int, frozenset[Site]] = {}
         self.known = frozenset((*graph.sites, *graph.keys))
         zeros = {site.path: jnp.zeros(site.channels, jnp.float32) for site in sorted(self.known)}
-        empty = {s.path: Histogram.empty(s.channels[: len(s.batch)]) for s in graph.sites} if histogram else {}
-        self.totals = {path: Observation(x, x, jnp.int32(0), empty.get(path)) for path, x in zeros.items()}
+        empty = (
+            {s.path: Histogram.empty(s.channels[: len(s.batch)]) for s in graph.sites}
+            if histogram
+            else {}
+        )
+        self.totals = {
+            path: Observation(x, x, jnp.int32(0), empty.get(path)) for path, x in zeros.items()
+        }
 
     def record(self, which: int, args: tuple[Any, ...], number: int) -> None:
         """Adds what the sites see in one batch of one of the functions."""
-        key = which, str(jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args))
+        key = (
+            which,
+            str(
+                jax.tree.map(
+                    lambda x: jax.typeof(x) if isinstance(x, jax.Array | np.ndarray) else x, args
+                )
+            ),
+        )
         if key not in self.programs:
             self.programs[key] = self._compile(which, args, number)
         mask = None if self.mask is None else jnp.asarray(self.mask(*args), bool)
         leaves = jax.tree.leaves(self.search.params)
         self.totals = self.programs[key](self.totals, leaves, array_leaves(args), mask)
 
-    def _compile(self, which: int, args: tuple[Any, ...], number: int) -> Callable[..., dict[str, Observation]]:
+    def _compile(
+        self, which: int, args: tuple[Any, ...], number: int
+    ) -> Callable[..., dict[str, Observation]]:
         """The function for batches of these shapes; what does not fold there is not folded."""
         watched = self.search.watch(self.search.program(which, args, number)[0])
         first = self.expected.setdefault(which, watched.sites & self.known)
@@ -176,12 +201,20 @@ class Recorder:
                 f"calibration batch {number}: {missing[0]} was in the first batch's program, not in this one's"
             )
         if number:
-            self.graph = common(self.graph, self.search.graph(self.search.together(which, args)[0]), number)
+            self.graph = common(
+                self.graph, self.search.graph(self.search.together(which, args)[0]), number
+            )
         return jax.jit(partial(self._add, watched))
 
-    def _add(self, watched: Watch, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any):
+    def _add(
+        self, watched: Watch, totals: dict[str, Observation], leaves: Any, inputs: Any, mask: Any
+    ):
         _, seen = observe(watched, leaves, inputs, mask, self.histogram)
-        found = {site.path: combine(totals[site.path], o) for site, o in seen.items() if site in self.known}
+        found = {
+            site.path: combine(totals[site.path], o)
+            for site, o in seen.items()
+            if site in self.known
+        }
         return totals | found
 
     def stats(self) -> Stats:
@@ -199,7 +232,9 @@ class Recorder:
         )
         if unreached := stats.unreached:
             named = ", ".join(f"{path}{list(entries)}" for path, entries in unreached.items())
-            warnings.warn(f"calibrate: no token reached {named}; these keep s = 1 there", stacklevel=3)
+            warnings.warn(
+                f"calibrate: no token reached {named}; these keep s = 1 there", stacklevel=3
+            )
         return stats
 
 
@@ -214,7 +249,10 @@ def common(graph: Graph, other: Graph, number: int) -> Graph:
     kept = tuple(g for g in graph.groups if absorbed(g, dict(graph.offsets)) in there)
     reasons = dict(other.refused)
     lost = [
-        (path, f"it does not fold in the program of batch {number}: {reasons.get(path, 'its group is another there')}")
+        (
+            path,
+            f"it does not fold in the program of batch {number}: {reasons.get(path, 'its group is another there')}",
+        )
         for g in graph.groups
         if g not in kept
         for path, _ in g.sites
@@ -227,7 +265,9 @@ def _program(fn: Fn, params: PyTree, args: Sequence[Any], number: int) -> tuple[
     try:
         traced, inputs = trace(fn, params, tuple(args), {})
     except Exception as error:
-        shapes = jax.tree.map(lambda x: jnp.shape(x) if isinstance(x, jax.Array | np.ndarray) else x, args)
+        shapes = jax.tree.map(
+            lambda x: jnp.shape(x) if isinstance(x, jax.Array | np.ndarray) else x, args
+        )
         raise ValueError(
             f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; a batch is one "
             f"argument, or a tuple of fn's arguments after params. {type(error).__name__}: {error}"

@@ -60,12 +60,18 @@ class Watch(NamedTuple):
 def watch(program: Program, shared: Mapping[str, str], attention: bool) -> Watch:
     """A program's sites, and its keys if `attention`."""
     places, _ = find_sites(program)
-    keys = find_keys(Search(program, shared, places, find_heads(program, places))) if attention else []
+    keys = (
+        find_keys(Search(program, shared, places, find_heads(program, places))) if attention else []
+    )
     return Watch(program, places, keys)
 
 
 def observe(
-    watched: Watch, leaves: Iterable[Any], inputs: Iterable[Any], mask: Array | None = None, histogram: bool = False
+    watched: Watch,
+    leaves: Iterable[Any],
+    inputs: Iterable[Any],
+    mask: Array | None = None,
+    histogram: bool = False,
 ) -> tuple[list[Any], dict[Site, Observation]]:
     """Runs a program; returns its outputs and an observation of every site, with a histogram if asked."""
     program, places, keys = watched
@@ -89,8 +95,13 @@ def observe(
         _, old = of_parts.get(place.name, (None, None))
         of_parts[place.name] = place.site, observation if old is None else combine(old, observation)
     observations: dict[Site, Observation] = {}
-    for site, observation in of_parts.values():  # the matrices of a stack, each with tokens of its own
-        tokens = jnp.maximum(observation.tokens, observations[site].tokens if site in observations else 0)
+    for (
+        site,
+        observation,
+    ) in of_parts.values():  # the matrices of a stack, each with tokens of its own
+        tokens = jnp.maximum(
+            observation.tokens, observations[site].tokens if site in observations else 0
+        )
         whole = combine(observations[site], observation) if site in observations else observation
         observations[site] = whole._replace(tokens=tokens)
     for key in keys:
@@ -117,7 +128,9 @@ def observe_activation(x: Array, look: Look, mask: Array | None = None) -> Seen:
     if mask is not None and tokens[:1] == (mask.size,):
         mask = mask.reshape(mask.size)
     if mask is not None and tokens[: mask.ndim] == mask.shape:
-        magnitude = jnp.where(mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0)
+        magnitude = jnp.where(
+            mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0
+        )
         number = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(np.prod(tokens[mask.ndim :], dtype=int))
     counts = None
     if look.histogram:  # what the mask has zeroed is in no bin
@@ -147,11 +160,17 @@ class Layout(NamedTuple):
 
     def total(self, x: Array) -> Array:
         """The sum over what is reduced."""
-        return jnp.max(x, axis=self.once, keepdims=True).sum(self.reduced) if self.once else x.sum(self.reduced)
+        return (
+            jnp.max(x, axis=self.once, keepdims=True).sum(self.reduced)
+            if self.once
+            else x.sum(self.reduced)
+        )
 
     def shaped(self, x: Array) -> Array:
         """Reduced statistics as the site's channels; zeros for other matrices of its stack."""
-        own = [self.sizes[p] for p in self.has if isinstance(p, str)]  # where a reshape has split or merged leaf axes
+        own = [
+            self.sizes[p] for p in self.has if isinstance(p, str)
+        ]  # where a reshape has split or merged leaf axes
         x = x.reshape(*x.shape[: len(self.has) - len(own)], *own)
         x = x.transpose([self.has.index(part) for part in self.sizes if part in self.has])
         x = x.reshape([size if part in self.has else 1 for part, size in self.sizes.items()])
@@ -161,7 +180,9 @@ class Layout(NamedTuple):
         return jnp.zeros(self.channels, x.dtype).at[self.entry].set(whole[self.entry])
 
 
-def _layout(program: Program, place: Place, differing: frozenset[int], kept: int, *tail: int) -> Layout:
+def _layout(
+    program: Program, place: Place, differing: frozenset[int], kept: int, *tail: int
+) -> Layout:
     """The layout of the first `kept` channel axes, and then of one more axis of each size in `tail`.
 
     Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same. So are
@@ -176,8 +197,13 @@ def _layout(program: Program, place: Place, differing: frozenset[int], kept: int
     sizes |= {f"tail {i}": size for i, size in enumerate(tail)}
     fixed = [f"axis {i}" for i, taken in enumerate(view.taken) if taken.scan is None]
     reduced = tuple(i for i, scope in enumerate(around) if scope not in sizes)
-    once = tuple(i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing)
-    has = [*(s for s in around if s in sizes), *(p for p in sizes if isinstance(p, str) and p not in fixed)]
+    once = tuple(
+        i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing
+    )
+    has = [
+        *(s for s in around if s in sizes),
+        *(p for p in sizes if isinstance(p, str) and p not in fixed),
+    ]
     return Layout(sizes, has, reduced, once, (*place.site.channels[:kept], *tail), place.entry)
 
 
@@ -189,7 +215,10 @@ def _at_site(program: Program, place: Place, seen: Seen, differing: frozenset[in
     site = place.site
     channels = _layout(program, place, differing, len(site.channels))
     absmax = channels.shaped(seen.absmax.max(channels.reduced, initial=0))
-    abs_sum, tokens = channels.shaped(channels.total(seen.abs_sum)), channels.total(seen.tokens).max(initial=0)
+    abs_sum, tokens = (
+        channels.shaped(channels.total(seen.abs_sum)),
+        channels.total(seen.tokens).max(initial=0),
+    )
     if seen.counts is None:
         return Observation(absmax, abs_sum, tokens)
     stack = _layout(program, place, differing, len(site.batch), BINS)
@@ -216,4 +245,6 @@ def _check_mask(
 def combine(a: Observation, b: Observation) -> Observation:
     """Observations merge by max and +."""
     histogram = None if a.histogram is None or b.histogram is None else a.histogram + b.histogram
-    return Observation(jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram)
+    return Observation(
+        jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram
+    )

@@ -30,20 +30,30 @@ def prove(watched: Watch, params: PyTree, inputs: list[Any], graph: Graph) -> Gr
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
     draw = np.random.default_rng(0)
     exponents = [-2, -1] if low else [-3, -2, -1, 1, 2, 3]
-    powers = {g.name: jnp.asarray(2.0 ** draw.choice(exponents, g.size), jnp.float32) for g in graph.groups}
+    powers = {
+        g.name: jnp.asarray(2.0 ** draw.choice(exponents, g.size), jnp.float32)
+        for g in graph.groups
+    }
 
     @jax.jit
     def run(params, s, inputs):
-        outputs, seen = observe(watched, jax.tree.leaves(fold(_rounded(params, graph), graph, s)), inputs)
+        outputs, seen = observe(
+            watched, jax.tree.leaves(fold(_rounded(params, graph), graph, s)), inputs
+        )
         scale = expand(s, graph)
-        absmax = {site.path: seen[site].absmax * scale.get(site.path, 1.0) for site in (*graph.sites, *graph.keys)}
+        absmax = {
+            site.path: seen[site].absmax * scale.get(site.path, 1.0)
+            for site in (*graph.sites, *graph.keys)
+        }
         return outputs, absmax
 
     expected = jax.device_get(run(params, ones, inputs))
 
     def passes(names: Iterable[str]) -> bool:
         got = jax.device_get(run(params, ones | {name: powers[name] for name in names}, inputs))
-        return all(jax.tree.leaves(jax.tree.map(partial(np.array_equal, equal_nan=True), got, expected)))
+        return all(
+            jax.tree.leaves(jax.tree.map(partial(np.array_equal, equal_nan=True), got, expected))
+        )
 
     if passes(powers):
         return graph
@@ -56,7 +66,9 @@ def prove(watched: Watch, params: PyTree, inputs: list[Any], graph: Graph) -> Gr
     reason = "folding it with powers of two changed a bit of fn's output"
     if low:
         reason += " (float16 loses bits of very small and very large numbers: bfloat16 or float32 parameters may pass)"
-    return graph._replace(groups=tuple(sound), refused=(*graph.refused, *((path, reason) for path in failed)))
+    return graph._replace(
+        groups=tuple(sound), refused=(*graph.refused, *((path, reason) for path in failed))
+    )
 
 
 def _in_float16(program: Program) -> bool:

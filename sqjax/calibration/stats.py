@@ -63,7 +63,9 @@ class Stats:
                 seen = np.asarray(self.absmax[site.path])
                 dead = ~seen.any(axis=tuple(range(len(site.batch), seen.ndim)))
                 if dead.any():
-                    found[site.path] = tuple(tuple(int(i) for i in entry) for entry in np.argwhere(dead))
+                    found[site.path] = tuple(
+                        tuple(int(i) for i in entry) for entry in np.argwhere(dead)
+                    )
         return found
 
     def merge(self, other: "Stats") -> "Stats":
@@ -74,9 +76,13 @@ class Stats:
                 checked under jit), or only one has histograms.
         """
         if self.graph != other.graph:
-            raise ValueError("merge: the two Stats have different graphs; merge calibrations of one fn and one tree")
+            raise ValueError(
+                "merge: the two Stats have different graphs; merge calibrations of one fn and one tree"
+            )
         if self.histogram.keys() != other.histogram.keys():
-            raise ValueError("merge: one of the two Stats has no histograms; call calibrate(..., histogram=True) twice")
+            raise ValueError(
+                "merge: one of the two Stats has no histograms; call calibrate(..., histogram=True) twice"
+            )
         self._check_same_parameters(other)
         return Stats(
             jax.tree.map(jnp.maximum, self.absmax, other.absmax),
@@ -113,7 +119,10 @@ class Stats:
                 checked: the range is NaN then.)
         """
         if how == "absmax":
-            absmax, site = self.absmax[path], next(site for site in self.graph.sites if site.path == path)
+            absmax, site = (
+                self.absmax[path],
+                next(site for site in self.graph.sites if site.path == path),
+            )
             return jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
         if path not in self.histogram:
             raise ValueError(
@@ -131,7 +140,11 @@ class Stats:
 
     def _unscaled(self, path: str) -> Any:
         """Whether `fold_stats` has left a site's activation as it was."""
-        s = [self.folded[g.name] for g in self.graph.groups if any(path == site for site, _ in g.sites)]
+        s = [
+            self.folded[g.name]
+            for g in self.graph.groups
+            if any(path == site for site, _ in g.sites)
+        ]
         if all(is_concrete(x) for x in s):
             return all((np.asarray(x) == 1).all() for x in s)
         return jnp.all(jnp.concatenate(s) == 1)

@@ -84,7 +84,9 @@ class Variant(NamedTuple):
     dtype: Any = jnp.float32
 
 
-def benchmark(size: Size = FULL, models: Sequence[str] = ("smollm2-135m", "llama-shaped")) -> list[Table]:
+def benchmark(
+    size: Size = FULL, models: Sequence[str] = ("smollm2-135m", "llama-shaped")
+) -> list[Table]:
     """Measures matmuls and whole models, prints a table each and returns them.
 
     Args:
@@ -111,11 +113,19 @@ def machine() -> str:
     """The processor, its cores and the integer units that matter here, the device and the versions, on one line."""
     model, flags = platform.processor() or platform.machine(), ""
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = dict(
+            line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line
+        )
         fields = {key.strip(): value.strip() for key, value in fields.items()}
         model, flags = fields.get("model name", model), fields.get("flags", "")
-        model += "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
-    units = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16") if name in flags.split()]
+        model += "".join(
+            f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields
+        )
+    units = [
+        name
+        for name in ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
+        if name in flags.split()
+    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
     return f"{model}, {cores} cores ({', '.join(units) or 'no known integer units'}), {_device()}, {versions}"
@@ -138,7 +148,9 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:
     steps = _steps(model, variants, size)
     decoding = interleaved(steps, size.repeats, f"{name}, decode")
     seconds["decode"] = {v: total / size.short for v, total in decoding.items()}
-    rows: dict[str, dict[str, float] | str] = {v: {c: seconds[c][v] for c in seconds} for v in variants}
+    rows: dict[str, dict[str, float] | str] = {
+        v: {c: seconds[c][v] for c in seconds} for v in variants
+    }
     rows.update(notes)
     return Table(f"{name}: a decoder, batch 1, against float32", "float32", rows)
 
@@ -146,7 +158,10 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> Table:
 def model_variants(model: Model, params: Any) -> tuple[dict[str, Variant], dict[str, str]]:
     """({row: the model in this form}, {row: why there is none})."""
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    found = {"float32": Variant(model.decode, params), "bfloat16": Variant(model.decode, half, jnp.bfloat16)}
+    found = {
+        "float32": Variant(model.decode, params),
+        "bfloat16": Variant(model.decode, half, jnp.bfloat16),
+    }
     stats = calibrate(model.apply, params, [_ids(model, 64)])
     for name, scheme in presets().items():
         found[name] = Variant(quantized(model.decode), quantize(params, stats, scheme))
@@ -171,11 +186,18 @@ def qwix_variant(model: Model, params: Any) -> Variant:
     qwix: Any = import_module("qwix")
     if model.config.tie_embeddings:
         head = {"kernel": params["model"]["embed_tokens"]["embedding"].T}
-        model, params = Model(replace(model.config, tie_embeddings=False)), {**params, "lm_head": head}
-    rule = qwix.QuantizationRule(op_names=("dot_general",), weight_qtype=jnp.int8, act_qtype=jnp.int8)
+        model, params = (
+            Model(replace(model.config, tie_embeddings=False)),
+            {**params, "lm_head": head},
+        )
+    rule = qwix.QuantizationRule(
+        op_names=("dot_general",), weight_qtype=jnp.int8, act_qtype=jnp.int8
+    )
     module = qwix.quantize_model(Llama(model.config), qwix.PtqProvider([rule]))
     with _usual_promotion():
-        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))[
+            "params"
+        ]
         qparams = qwix.quantize_params(params, shapes)
 
     def decode(params, ids, cache):
@@ -193,7 +215,9 @@ def _usual_promotion() -> Iterator[None]:
         yield
 
 
-def _prefills(model: Model, variants: Mapping[str, Variant], tokens: int) -> dict[str, Callable[[], Any]]:
+def _prefills(
+    model: Model, variants: Mapping[str, Variant], tokens: int
+) -> dict[str, Callable[[], Any]]:
     ids = _ids(model, tokens)
     return {
         name: partial(jax.jit(v.decode), v.params, ids, model.init_cache(1, tokens, v.dtype))
@@ -201,8 +225,13 @@ def _prefills(model: Model, variants: Mapping[str, Variant], tokens: int) -> dic
     }
 
 
-def _steps(model: Model, variants: Mapping[str, Variant], size: Size) -> dict[str, Callable[[], Any]]:
-    return {name: _step(v, model.init_cache(1, size.slots, v.dtype), size) for name, v in variants.items()}
+def _steps(
+    model: Model, variants: Mapping[str, Variant], size: Size
+) -> dict[str, Callable[[], Any]]:
+    return {
+        name: _step(v, model.init_cache(1, size.slots, v.dtype), size)
+        for name, v in variants.items()
+    }
 
 
 def _step(variant: Variant, cache: KVCache, size: Size) -> Callable[[], Array]:
@@ -215,7 +244,9 @@ def _step(variant: Variant, cache: KVCache, size: Size) -> Callable[[], Array]:
 
     def run():
         for _ in range(size.short):
-            logits, grown = decode(variant.params, token, held.pop()._replace(length=jnp.int32(size.slots - 1)))
+            logits, grown = decode(
+                variant.params, token, held.pop()._replace(length=jnp.int32(size.slots - 1))
+            )
             held.append(grown)
         return logits
 
@@ -234,15 +265,25 @@ def _random_model() -> tuple[Model, Any]:
 def square_matmul(size: Size) -> Table:
     """One W8A8 matmul with its quantize and dequantize, beside the int8 `dot_general` alone, and float."""
     n = size.square
-    q, values = (jax.random.randint(jax.random.key(i), (max(size.rows), n), -127, 128, jnp.int8) for i in (0, 1))
+    q, values = (
+        jax.random.randint(jax.random.key(i), (max(size.rows), n), -127, 128, jnp.int8)
+        for i in (0, 1)
+    )
     values = jnp.resize(values, (n, n))
-    dot = jax.jit(partial(lax.dot_general, dimension_numbers=_LAST_AXES, preferred_element_type=jnp.int32))
+    dot = jax.jit(
+        partial(lax.dot_general, dimension_numbers=_LAST_AXES, preferred_element_type=jnp.int32)
+    )
     rows: dict[str, dict[str, float] | str] = {}
     variants = matmul_variants(n, n)
     for m in size.rows:
         runs = {BARE: partial(dot, q[:m], values)}
-        runs |= {name: partial(run, jnp.asarray(_activation(m, n), dtype)) for name, (run, dtype) in variants.items()}
-        for name, seconds in interleaved(runs, size.repeats * size.short, f"matmul, M = {m}").items():
+        runs |= {
+            name: partial(run, jnp.asarray(_activation(m, n), dtype))
+            for name, (run, dtype) in variants.items()
+        }
+        for name, seconds in interleaved(
+            runs, size.repeats * size.short, f"matmul, M = {m}"
+        ).items():
             rows[name] = {**_figures(rows.get(name)), f"M = {m}": seconds}
     return Table(f"x @ w, K = N = {n}, against the int8 dot_general alone", BARE, rows)
 
@@ -253,8 +294,12 @@ def matvecs(size: Size) -> Table:
     for inner, outer in size.matvecs:
         variants = matmul_variants(inner, outer)
         x = _activation(1, inner)
-        runs = {name: partial(run, jnp.asarray(x, dtype)) for name, (run, dtype) in variants.items()}
-        for name, seconds in interleaved(runs, size.repeats * size.short, f"matvec, {inner} to {outer}").items():
+        runs = {
+            name: partial(run, jnp.asarray(x, dtype)) for name, (run, dtype) in variants.items()
+        }
+        for name, seconds in interleaved(
+            runs, size.repeats * size.short, f"matvec, {inner} to {outer}"
+        ).items():
             rows[name] = {**_figures(rows.get(name)), f"{inner} to {outer}": seconds}
     return Table("x @ w for one row, against float32", "float32", rows)
 
@@ -277,7 +322,8 @@ def matmul_variants(inner: int, outer: int) -> dict[str, tuple[Callable[[Array],
         "bfloat16": (partial(float_run, half), jnp.bfloat16),
     }
     return found | {
-        name: (partial(run, quantize(params, stats, scheme)), jnp.float32) for name, scheme in presets().items()
+        name: (partial(run, quantize(params, stats, scheme)), jnp.float32)
+        for name, scheme in presets().items()
     }
 
 
@@ -295,7 +341,11 @@ def text(table: Table) -> str:
     lines = [f"{table.title} (times as fast, milliseconds)"]
     lines.append(f"{'':24}" + "".join(f"{c:>20}" for c in columns))
     for name, row in table.rows.items():
-        cells = row if isinstance(row, str) else "".join(_cell(table, name, column) for column in columns)
+        cells = (
+            row
+            if isinstance(row, str)
+            else "".join(_cell(table, name, column) for column in columns)
+        )
         lines.append(f"{name:24}" + ("  " if isinstance(row, str) else "") + cells)
     for name in filter(LIKE_QWIX.__contains__, table.rows):
         if isinstance(table.rows.get(QWIX), dict):

@@ -117,7 +117,9 @@ def accuracy(model: Model, params: Params, size: Size) -> list[Accuracy]:
 def speed(model: Model, params: Params, qparams: Params, size: Size) -> tuple[list[Speed], float]:
     """Decode of both variants at each batch size, then of each at each context; and the bandwidth in bytes a second."""
     variants = {"float32, float cache": (params, "float"), "W8A8, int8 cache": (qparams, "int8")}
-    cases = [(batch, 512) for batch in size.batches] + [(1, context) for context in size.contexts if context != 512]
+    cases = [(batch, 512) for batch in size.batches] + [
+        (1, context) for context in size.contexts if context != 512
+    ]
     bandwidth, rows = copy_bandwidth(size.copied), []
     for batch, context in cases:
         runs, bytes_read = {}, {}
@@ -125,8 +127,12 @@ def speed(model: Model, params: Params, qparams: Params, size: Size) -> tuple[li
             cache = model.init_cache(batch, context + size.steps, kind=kind)
             bytes_read[name] = tree_bytes(tree) + batch * cache.capacity * cache.bytes_per_token
             runs[name] = _Decoder(model, tree, cache, context, size.steps)
-        for name, seconds in interleaved(runs, size.repeats, f"batch {batch}, {context} tokens").items():
-            rows.append(Speed(name, batch, context, seconds / size.steps, bytes_read[name] / bandwidth))
+        for name, seconds in interleaved(
+            runs, size.repeats, f"batch {batch}, {context} tokens"
+        ).items():
+            rows.append(
+                Speed(name, batch, context, seconds / size.steps, bytes_read[name] / bandwidth)
+            )
     return rows, bandwidth
 
 
@@ -134,7 +140,13 @@ class _Decoder:
     """Called, it makes so many steps from a cache of `context` tokens; the cache is given on, not copied."""
 
     def __init__(self, model: Model, params: Params, cache: KVCache, context: int, steps: int):
-        self.model, self.params, self.cache, self.context, self.steps = model, params, cache, context, steps
+        self.model, self.params, self.cache, self.context, self.steps = (
+            model,
+            params,
+            cache,
+            context,
+            steps,
+        )
 
     def __call__(self) -> Array:
         token = jnp.zeros(self.cache.padding.shape, jnp.int32)
@@ -174,16 +186,23 @@ def copy_bandwidth(megabytes: int, repeats: int = 7) -> float:
 
 def print_accuracy(title: str, rows: Sequence[Accuracy]) -> None:
     """Perplexity, its change from that without a cache, and bytes."""
-    print(f"\n{title}: perplexity through the cache\n{'cache':8}{'perplexity':>12}{'change':>10}{'bytes/token':>13}")
+    print(
+        f"\n{title}: perplexity through the cache\n{'cache':8}{'perplexity':>12}{'change':>10}{'bytes/token':>13}"
+    )
     for row in rows:
         change = f"{100 * (row.perplexity / rows[0].perplexity - 1):+.2f}%"
-        print(f"{row.cache:8}{row.perplexity:12.3f}{change:>10}{row.bytes_per_token:13.0f}", flush=True)
+        print(
+            f"{row.cache:8}{row.perplexity:12.3f}{change:>10}{row.bytes_per_token:13.0f}",
+            flush=True,
+        )
 
 
 def print_speed(rows: Sequence[Speed], bandwidth: float) -> None:
     """Tokens a second, the ratio to float32, the time of a step and what reading the memory alone would take."""
     print(f"\ndecode; a copy moves {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'':22}{'batch':>6}{'context':>9}{'tokens/s':>10}{'ratio':>8}{'ms/step':>9}{'floor ms':>10}")
+    print(
+        f"{'':22}{'batch':>6}{'context':>9}{'tokens/s':>10}{'ratio':>8}{'ms/step':>9}{'floor ms':>10}"
+    )
     base = {(row.batch, row.context): row for row in reversed(rows) if row.name == rows[0].name}
     for row in rows:
         ratio = f"{row.tokens_per_second / base[row.batch, row.context].tokens_per_second:.2f}x"

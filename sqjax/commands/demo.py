@@ -50,7 +50,10 @@ class Row(NamedTuple):
 
 
 def demo(
-    size: Size = FULL, alpha: float = 0.85, model_name: str = "smollm2-135m", float_head: bool = False
+    size: Size = FULL,
+    alpha: float = 0.85,
+    model_name: str = "smollm2-135m",
+    float_head: bool = False,
 ) -> list[Row]:
     """Calibrates, smooths and quantizes a model, prints what that costs and gains, and returns the table's rows."""
     model, params = load(model_name)
@@ -63,21 +66,45 @@ def demo(
 
     stats = calibrate(model.apply, params, [row[None] for row in calibration], progress=True)
     norms = sum(g.norm for g in stats.graph.groups)
-    print(f"{len(stats.graph.sites)} matmuls; {len(stats.graph.groups)} groups fold ({norms} into norms), bit for bit")
+    print(
+        f"{len(stats.graph.sites)} matmuls; {len(stats.graph.groups)} groups fold ({norms} into norms), bit for bit"
+    )
 
     prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
-    best = {name: _variant(params, stats, alpha, "all", scheme, float_head) for name, scheme in SCHEMES.items()}
+    best = {
+        name: _variant(params, stats, alpha, "all", scheme, float_head)
+        for name, scheme in SCHEMES.items()
+    }
     speeds = measure_speed(model, {"float32": params, **best}, prompt, size)
-    rows = [Row("float32", _perplexity(model, params, evaluation, "float32"), _nbytes(params), *speeds["float32"])]
+    rows = [
+        Row(
+            "float32",
+            _perplexity(model, params, evaluation, "float32"),
+            _nbytes(params),
+            *speeds["float32"],
+        )
+    ]
     for scheme_name, scheme in SCHEMES.items():
-        for smoothing, groups in (("unsmoothed", None), ("norms only", "norm"), ("all groups", "all")):
+        for smoothing, groups in (
+            ("unsmoothed", None),
+            ("norms only", "norm"),
+            ("all groups", "all"),
+        ):
             name = f"W8A8 {scheme_name}, {smoothing}"
             variant = _variant(params, stats, alpha, groups, scheme, float_head)
             rows.append(
-                Row(name, _perplexity(model, variant, evaluation, name), _nbytes(variant), *speeds[scheme_name])
+                Row(
+                    name,
+                    _perplexity(model, variant, evaluation, name),
+                    _nbytes(variant),
+                    *speeds[scheme_name],
+                )
             )
     print_table(rows, size, alpha, float_head)
-    for name, tree in {"float32": params, "W8A8 " + next(iter(best)): next(iter(best.values()))}.items():
+    for name, tree in {
+        "float32": params,
+        "W8A8 " + next(iter(best)): next(iter(best.values())),
+    }.items():
         ids = np.asarray(greedy(model, tree, prompt, size.generated))[0]
         print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
     return rows
@@ -89,7 +116,12 @@ def shipped(name: str) -> str:
 
 
 def _variant(
-    params: Any, stats: Stats, alpha: float, groups: str | None, scheme: Scheme, float_head: bool = False
+    params: Any,
+    stats: Stats,
+    alpha: float,
+    groups: str | None,
+    scheme: Scheme,
+    float_head: bool = False,
 ) -> Any:
     s = {} if groups is None else scales(params, stats, alpha, groups=groups)
     return quantize(
@@ -119,19 +151,29 @@ def measure_speed(
     cache = model.init_cache(1, tokens)
     read = jax.jit(quantized(model.decode))
     prefill = {name: (lambda tree=tree: read(tree, ids, cache)) for name, tree in variants.items()}
-    decode = {name: (lambda tree=tree: greedy(model, tree, prompt, size.generated)) for name, tree in variants.items()}
+    decode = {
+        name: (lambda tree=tree: greedy(model, tree, prompt, size.generated))
+        for name, tree in variants.items()
+    }
     prefill_seconds = interleaved(prefill, size.repeats, "prefill speed")
     decode_seconds = interleaved(decode, size.repeats, "decode speed")
-    return {name: (tokens / prefill_seconds[name], size.generated / decode_seconds[name]) for name in variants}
+    return {
+        name: (tokens / prefill_seconds[name], size.generated / decode_seconds[name])
+        for name in variants
+    }
 
 
 def print_table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> None:
     """Prints the rows, speeds also as ratios to the first."""
     base = rows[0]
     what = "the head in float, every other matmul in int8" if float_head else "every matmul in int8"
-    print(f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothing with alpha {alpha}; {what}")
+    print(
+        f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothing with alpha {alpha}; {what}"
+    )
     print(f"{'':32}{'perplexity':>12}{'MB':>8}{'prefill tok/s':>20}{'decode tok/s':>20}")
     for row in rows:
         prefill = f"{row.prefill:.0f} ({row.prefill / base.prefill:.2f}x)"
         decode = f"{row.decode:.1f} ({row.decode / base.decode:.2f}x)"
-        print(f"{row.name:32}{row.perplexity:12.2f}{row.nbytes / 1e6:8.0f}{prefill:>20}{decode:>20}")
+        print(
+            f"{row.name:32}{row.perplexity:12.2f}{row.nbytes / 1e6:8.0f}{prefill:>20}{decode:>20}"
+        )

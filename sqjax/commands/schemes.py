@@ -68,15 +68,25 @@ def compare(size: Size, alpha: float = 0.85, model_name: str = "smollm2-135m") -
 
     def measure(name: str, model: Model, make: Callable[[Any, Stats], Any]) -> Row:
         trees = [make(*variant) for variant in variants]
-        plain, smoothed = (perplexity(model, tree, evaluation, progress=True, description=name) for tree in trees)
+        plain, smoothed = (
+            perplexity(model, tree, evaluation, progress=True, description=name) for tree in trees
+        )
         row = Row(name, plain, smoothed, weight_bytes(trees[0]))
-        print(f"{row.name:34}{row.unsmoothed:12.2f}{row.smoothed:12.2f}{row.nbytes / 1e6:8.0f}", flush=True)
+        print(
+            f"{row.name:34}{row.unsmoothed:12.2f}{row.smoothed:12.2f}{row.nbytes / 1e6:8.0f}",
+            flush=True,
+        )
         return row
 
     stats = calibrate(model.apply, params, batches, histogram=True, progress=True)
     smoothed = smooth(params, stats, alpha)
-    variants = [(params, stats), (smoothed, calibrate(model.apply, smoothed, batches, histogram=True, progress=True))]
-    print(f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothed: all groups, alpha {alpha}")
+    variants = [
+        (params, stats),
+        (smoothed, calibrate(model.apply, smoothed, batches, histogram=True, progress=True)),
+    ]
+    print(
+        f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothed: all groups, alpha {alpha}"
+    )
     print(f"{'every matmul with a weight':34}{'unsmoothed':>12}{'smoothed':>12}{'MB':>8}")
     rows = [measure("float32", model, lambda tree, stats: tree)]
     for name, scheme in SCHEMES.items():
@@ -96,4 +106,6 @@ def weight_bytes(tree: Any) -> int:
         others = (leaf.input_scale, leaf.smoothing, leaf.outliers)
         return leaf.tensor.nbytes + sum(x.nbytes for x in jax.tree.leaves(others))
 
-    return sum(map(of, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantWeight | QTensor))))
+    return sum(
+        map(of, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantWeight | QTensor)))
+    )

@@ -9,7 +9,9 @@ import jax
 from tqdm.auto import tqdm
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, description: str) -> dict[str, float]:
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
+) -> dict[str, float]:
     """{name: median seconds} of functions that are called in turn, after a first call each that compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in tqdm(range(repeats + 1), desc=description, unit="round", leave=False):

@@ -25,7 +25,11 @@ def _write_tensor(values: tuple[Any, ...]) -> bytes:
 
 def _read_tensor(text: bytes) -> tuple[Any, ...]:
     plain = json.loads(text)
-    named = {"order": tuple(plain["order"]), "dtype": np.dtype(plain["dtype"]), "fmt": FORMATS[plain["fmt"]]}
+    named = {
+        "order": tuple(plain["order"]),
+        "dtype": np.dtype(plain["dtype"]),
+        "fmt": FORMATS[plain["fmt"]],
+    }
     return tuple({**plain, **named}[name] for name in _static(QTensor))
 
 
@@ -39,9 +43,15 @@ def _read_weight(text: bytes) -> tuple[Any, ...]:
 
 
 export.register_pytree_node_serialization(
-    QTensor, serialized_name="sqjax.QTensor", serialize_auxdata=_write_tensor, deserialize_auxdata=_read_tensor
+    QTensor,
+    serialized_name="sqjax.QTensor",
+    serialize_auxdata=_write_tensor,
+    deserialize_auxdata=_read_tensor,
 )
 export.register_pytree_node_serialization(
-    QuantWeight, serialized_name="sqjax.QuantWeight", serialize_auxdata=_write_weight, deserialize_auxdata=_read_weight
+    QuantWeight,
+    serialized_name="sqjax.QuantWeight",
+    serialize_auxdata=_write_weight,
+    deserialize_auxdata=_read_weight,
 )
 export.register_namedtuple_serialization(Outliers, serialized_name="sqjax.Outliers")

@@ -54,7 +54,9 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     file = Path(os.path.realpath(path))
     if file.is_dir() or not file.parent.is_dir():
-        raise ValueError(f"save: {path}: expected a file's path in a directory that exists; make {file.parent} first")
+        raise ValueError(
+            f"save: {path}: expected a file's path in a directory that exists; make {file.parent} first"
+        )
     tensors: dict[str, np.ndarray] = {}
     try:
         tree_json = json.dumps(described("", tree, tensors))
@@ -102,7 +104,11 @@ def load(path: str | os.PathLike[str]) -> PyTree:
     with file.open("rb") as opened:
 
         def read(name: str, leaf: Any) -> np.ndarray:
-            return stated[name].read(opened, start + header[name]["data_offsets"][0]).astype(leaf.dtype, copy=False)
+            return (
+                stated[name]
+                .read(opened, start + header[name]["data_offsets"][0])
+                .astype(leaf.dtype, copy=False)
+            )
 
         return jax.tree.map(jnp.asarray, map_named(read, abstract))
 
@@ -133,7 +139,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
                 length = int.from_bytes(opened.read(8), "little")
                 return json.loads(opened.read(length)), 8 + length
         except (SafetensorError, RecursionError) as error:
-            raise ValueError(f"expected a whole safetensors file, got {error}; copy it or save it again") from error
+            raise ValueError(
+                f"expected a whole safetensors file, got {error}; copy it or save it again"
+            ) from error
 
 
 def _tree_json(metadata: Mapping[str, str]) -> Any:
@@ -154,16 +162,22 @@ def _tree_json(metadata: Mapping[str, str]) -> Any:
 
 def _check_tensors(header: Mapping[str, Any], stated: Mapping[str, Stated]) -> None:
     """Raises ValueError, naming the leaves, if the file's tensors are not what the tree says."""
-    problems = [f"{named(name)}: a tensor that is not in the tree" for name in header if name not in stated]
+    problems = [
+        f"{named(name)}: a tensor that is not in the tree" for name in header if name not in stated
+    ]
     for name, leaf in stated.items():
         dtype, shape = leaf.stored
         expected = f"{named(name)}: expected {dtype.name} {shape}"
         if name not in header:
             problems.append(f"{expected}, got none")
         elif STORED.get(header[name]["dtype"]) != dtype or tuple(header[name]["shape"]) != shape:
-            problems.append(f"{expected}, got {header[name]['dtype']} {tuple(header[name]['shape'])}")
+            problems.append(
+                f"{expected}, got {header[name]['dtype']} {tuple(header[name]['shape'])}"
+            )
         elif jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            problems.append(f"{expected}, which jax would cut to 32 bits; jax.config.update('jax_enable_x64', True)")
+            problems.append(
+                f"{expected}, which jax would cut to 32 bits; jax.config.update('jax_enable_x64', True)"
+            )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{'; '.join(problems[:5])}{more}; if the file was changed, save it again")

@@ -26,7 +26,13 @@ from sqjax.weights.quant_weight import Outliers, QuantWeight
 STORED: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in (
-        *(("BOOL", np.bool_), ("I8", np.int8), ("I16", np.int16), ("I32", np.int32), ("I64", np.int64)),
+        *(
+            ("BOOL", np.bool_),
+            ("I8", np.int8),
+            ("I16", np.int16),
+            ("I32", np.int32),
+            ("I64", np.int64),
+        ),
         *(("U8", np.uint8), ("U16", np.uint16), ("U32", np.uint32), ("U64", np.uint64)),
         *(("F16", np.float16), ("BF16", jnp.bfloat16), ("F32", np.float32), ("F64", np.float64)),
         *(("F8_E4M3", jnp.float8_e4m3fn), ("F8_E5M2", jnp.float8_e5m2)),
@@ -47,7 +53,9 @@ class Node(NamedTuple):
 NODES: dict[str, Node] = {
     node.kind.__name__: node
     for node in (
-        Node(QTensor, ("values", "scale", "zero", "group_scale"), ("order", "dtype", "group", "fmt")),
+        Node(
+            QTensor, ("values", "scale", "zero", "group_scale"), ("order", "dtype", "group", "fmt")
+        ),
         Node(
             QuantWeight,
             ("tensor", "input_scale", "smoothing", "outliers"),
@@ -76,7 +84,9 @@ VALUES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
 REMEDIES = {
     "FrozenDict": "save flax.core.unfreeze(tree)",
     "State": "save flax.nnx.to_pure_dict(state), or the params of sqjax.nnx.functional(module)",
-    **dict.fromkeys(("bool", "int", "float"), "make it an array that has a dtype: jnp.asarray(x, jnp.float32)"),
+    **dict.fromkeys(
+        ("bool", "int", "float"), "make it an array that has a dtype: jnp.asarray(x, jnp.float32)"
+    ),
 }
 
 
@@ -98,10 +108,18 @@ class Stated(NamedTuple):
         """The array, whose bytes begin at an offset."""
         dtype, shape = self.stored
         opened.seek(offset)
-        x = np.fromfile(opened, np.uint8, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        x = (
+            np.fromfile(opened, np.uint8, math.prod(shape) * dtype.itemsize)
+            .view(dtype)
+            .reshape(shape)
+        )
         if self.dtype == dtype:
             return x
-        return unpack_int4(x, (self.shape or (1,))[-1]).reshape(self.shape) if x.size else np.empty(self.shape, dtype)
+        return (
+            unpack_int4(x, (self.shape or (1,))[-1]).reshape(self.shape)
+            if x.size
+            else np.empty(self.shape, dtype)
+        )
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -114,20 +132,27 @@ def described(where: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
     kind = type(node).__name__
     if type(node) is dict:
         if {type(key) for key in node} not in (set(), {str}, {int}):
-            raise ValueError(f"{named(where)}: expected keys all str or all int, got {list(node)[:5]}; rename them")
+            raise ValueError(
+                f"{named(where)}: expected keys all str or all int, got {list(node)[:5]}; rename them"
+            )
         return {kind: [[key, described(_below(where, key), x, tensors)] for key, x in node.items()]}
     if type(node) in (list, tuple):
         return {kind: [described(_below(where, i), x, tensors) for i, x in enumerate(node)]}
     if kind in NODES and type(node) is NODES[kind].kind:
         values = {name: _json(where, name, getattr(node, name)) for name in NODES[kind].values}
         node = _checked_tensor(where, node, concrete=True) if isinstance(node, QTensor) else node
-        children = {name: described(_below(where, name), getattr(node, name), tensors) for name in NODES[kind].nodes}
+        children = {
+            name: described(_below(where, name), getattr(node, name), tensors)
+            for name in NODES[kind].nodes
+        }
         _check_weight(where, node)
         return {kind: children | values}
     if problem := _array_problem(node):
         raise ValueError(f"{named(where)}: {problem}")
     if where in tensors or where == "__metadata__":
-        raise ValueError(f"{named(where)}: two leaves have this path, or safetensors keeps it to itself; rename a key")
+        raise ValueError(
+            f"{named(where)}: two leaves have this path, or safetensors keeps it to itself; rename a key"
+        )
     x = np.asarray(node, order="C")
     tensors[where] = pack_int4(x.reshape(x.shape or (1,))) if x.dtype == INT4.dtype else x
     return {"array": [x.dtype.name, list(x.shape)]}
@@ -136,7 +161,9 @@ def described(where: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
 def _array_problem(x: Any) -> str | None:
     """Why a leaf can not be written, and what to do about it."""
     if not is_concrete(x):
-        return f"expected an array of numbers, got {type(x).__name__}; save outside jit and eval_shape"
+        return (
+            f"expected an array of numbers, got {type(x).__name__}; save outside jit and eval_shape"
+        )
     if not isinstance(x, jax.Array | np.ndarray | np.generic):
         kind = type(x).__name__
         remedy = "save x._asdict()" if hasattr(x, "_asdict") else "keep what is no array elsewhere"
@@ -183,7 +210,9 @@ def built(where: str, node: Any, stated: dict[str, Stated]) -> Any:
     if node is None:
         return None
     if not isinstance(node, dict) or len(node) != 1:
-        raise ValueError(f"{named(where)}: expected a node as {{kind: content}}, got {node!r}; save it again")
+        raise ValueError(
+            f"{named(where)}: expected a node as {{kind: content}}, got {node!r}; save it again"
+        )
     [(kind, content)] = node.items()
     try:
         if kind == "dict":
@@ -196,12 +225,16 @@ def built(where: str, node: Any, stated: dict[str, Stated]) -> Any:
             return _built_array(where, DTYPES[dtype], tuple(shape), stated)
         return _built_node(where, NODES[kind], content, stated)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{named(where)}: the header does not describe a {kind} ({error!r}); save it again") from error
+        raise ValueError(
+            f"{named(where)}: the header does not describe a {kind} ({error!r}); save it again"
+        ) from error
 
 
 def _built_node(where: str, node: Node, content: Any, stated: dict[str, Stated]) -> Any:
     if unknown := sorted(set(content).difference(node.nodes, node.values)):
-        raise ValueError(f"{named(where)}: expected {(*node.nodes, *node.values)}, got also {unknown}; update sqjax")
+        raise ValueError(
+            f"{named(where)}: expected {(*node.nodes, *node.values)}, got also {unknown}; update sqjax"
+        )
     children = {name: built(_below(where, name), content[name], stated) for name in node.nodes}
     values = {name: _value(where, name, content[name]) for name in node.values}
     made = node.kind(**children, **values)
@@ -222,7 +255,9 @@ def _value(where: str, name: str, value: Any) -> Any:
     """A plain value, from JSON."""
     known, decode = VALUES[name]
     if not known(value):
-        raise ValueError(f"{named(where)}: expected a known {name}, got {value!r}; quantize the float leaf again")
+        raise ValueError(
+            f"{named(where)}: expected a known {name}, got {value!r}; quantize the float leaf again"
+        )
     return decode(value)
 
 
@@ -245,14 +280,18 @@ def _in_nibbles(where: str, q: QTensor) -> QTensor:
     values = np.asarray(q.values).astype(np.int8)
     if values.size and not -8 <= values.min() <= values.max() <= 7:
         found = f"[{values.min()}, {values.max()}]"
-        raise ValueError(f"{named(where)}: int4 values must be in [-8, 7], got {found}; quantize the float leaf again")
+        raise ValueError(
+            f"{named(where)}: int4 values must be in [-8, 7], got {found}; quantize the float leaf again"
+        )
     return replace(q, values=values.astype(INT4.dtype))
 
 
 def _check_weight(where: str, node: Any) -> None:
     """Raises ValueError if a `QuantWeight` is not a valid one beside its tensor."""
     if isinstance(node, QuantWeight) and (problem := _weight_problem(node)):
-        raise ValueError(f"{named(where)}: not a valid QuantWeight: {problem}; quantize the float leaf again")
+        raise ValueError(
+            f"{named(where)}: not a valid QuantWeight: {problem}; quantize the float leaf again"
+        )
 
 
 def _weight_problem(weight: QuantWeight) -> str | None:

@@ -41,7 +41,9 @@ def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     factors: dict[str, Array] = {}
     for group in graph.groups:
         if group.name in s:
-            with_one = jnp.concatenate([jnp.ones(1, jnp.float32), s[group.name].astype(jnp.float32)])
+            with_one = jnp.concatenate(
+                [jnp.ones(1, jnp.float32), s[group.name].astype(jnp.float32)]
+            )
             for path, labels in group.sites:
                 factor = with_one[labels.array]
                 factors[path] = factors[path] * factor if path in factors else factor
@@ -103,7 +105,9 @@ def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]], offset: float) 
     value = leaf.astype(leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32)
     value = value + offset if offset else value
     for scale, labels in factors:
-        with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)]).astype(value.dtype)
+        with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)]).astype(
+            value.dtype
+        )
         value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
     return (value - offset if offset else value).astype(leaf.dtype)
 
@@ -115,4 +119,6 @@ def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
         if name not in sizes:
             raise ValueError(f"no group is named {name!r}; the groups are {list(sizes)[:5]} ...")
         if jnp.shape(scale) != (sizes[name],):
-            raise ValueError(f"{name}: expected s of shape {(sizes[name],)}, got {jnp.shape(scale)}")
+            raise ValueError(
+                f"{name}: expected s of shape {(sizes[name],)}, got {jnp.shape(scale)}"
+            )

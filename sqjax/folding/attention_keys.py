@@ -36,9 +36,15 @@ def find_keys(search: Search) -> list[Keys]:
         if equation.name != "dot_general" or program.from_leaves.intersection(equation.variables):
             continue
         for side in sides_of(program, equation):
-            if isinstance(side.var, int) and side.var not in met and normalised_over(program, equation, side.out):
+            if (
+                isinstance(side.var, int)
+                and side.var not in met
+                and normalised_over(program, equation, side.out)
+            ):
                 try:
-                    labels, closure = close_labels(search, side.var, (*side.batch, *side.contracted), crossing=True)
+                    labels, closure = close_labels(
+                        search, side.var, (*side.batch, *side.contracted), crossing=True
+                    )
                     keys = _keys(search, side.var, labels, closure, {k.site.path for k in found})
                 except Refused:
                     continue
@@ -48,7 +54,11 @@ def find_keys(search: Search) -> list[Keys]:
 
 
 def _keys(
-    search: Search, activation: Var, found: Mapping[Var, Labels], closure: Closure, taken: Collection[str]
+    search: Search,
+    activation: Var,
+    found: Mapping[Var, Labels],
+    closure: Closure,
+    taken: Collection[str],
 ) -> Keys:
     program, labels = search.program, found[activation]
     group = group_of(search, "", found, closure)
@@ -57,11 +67,20 @@ def _keys(
     steps = program.scopes[activation]
     channels = (*(program.lengths[scan] for scan in steps), *(labels.shape[a] for a in axes))
     own = -labels.reshape((1,) * len(steps) + tuple(labels.shape[a] for a in axes))
-    spread = np.broadcast_to(stack.along(own, {scope: (i, 1) for i, scope in enumerate(steps)}, channels), channels)
+    spread = np.broadcast_to(
+        stack.along(own, {scope: (i, 1) for i, scope in enumerate(steps)}, channels), channels
+    )
     if not group.absorbers:
         raise Refused("no leaf absorbs its scale")
-    names = [f"{group.absorbers[0]} (keys{f', {n}' if n > 1 else ''})" for n in range(1, len(taken) + 2)]
-    name = next(name for name in names if name not in taken)  # layers of one stack have keys of their own
+    names = [
+        f"{group.absorbers[0]} (keys{f', {n}' if n > 1 else ''})" for n in range(1, len(taken) + 2)
+    ]
+    name = next(
+        name for name in names if name not in taken
+    )  # layers of one stack have keys of their own
     site = Site(name, (), channels)
-    sites = ((name, LabelMap.of(spread)), *group.sites)  # and those that the scale passes on its way
+    sites = (
+        (name, LabelMap.of(spread)),
+        *group.sites,
+    )  # and those that the scale passes on its way
     return Keys(site, activation, axes, group._replace(name=name, sites=sites, keys=True))

@@ -40,7 +40,10 @@ def certify(program: Program, labels: Mapping[Var, Labels]) -> str | None:
             return f"a value of dtype {program.avals[var].dtype} can not be rescaled"
         if labels[var].ndim != len(program.shape(var)):
             return f"labels of rank {labels[var].ndim} on a value of rank {len(program.shape(var))}"
-        if any(size not in (1, full) for size, full in zip(labels[var].shape, program.shape(var), strict=True)):
+        if any(
+            size not in (1, full)
+            for size, full in zip(labels[var].shape, program.shape(var), strict=True)
+        ):
             return f"labels of shape {labels[var].shape} on a value of shape {program.shape(var)}"
     for equation in {id(e): e for var in sorted(touched) for e in program.touching(var)}.values():
         law = LAWS.get(equation.name)
@@ -49,7 +52,9 @@ def certify(program: Program, labels: Mapping[Var, Labels]) -> str | None:
     return None
 
 
-def _operands(program: Program, equation: Equation, labels: Mapping[Var, Labels]) -> tuple[list[Labels], list[Labels]]:
+def _operands(
+    program: Program, equation: Equation, labels: Mapping[Var, Labels]
+) -> tuple[list[Labels], list[Labels]]:
     def of(atom):
         found = labels.get(atom) if isinstance(atom, int) else None
         return np.zeros((1,) * len(program.shape(atom)), int) if found is None else found
@@ -67,7 +72,9 @@ def _moved(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Lab
     old, new = program.shape(e.inputs[0]), program.shape(e.outputs[0])
     floats = program.is_float(e.inputs[0]) and program.is_float(e.outputs[0])
     moved = lab.MOVES[e.name](lab.compress(xs[0]), e.params, old, new)
-    return floats and moved is not None and not any(x.any() for x in xs[1:]) and _equal(moved, ys[0])
+    return (
+        floats and moved is not None and not any(x.any() for x in xs[1:]) and _equal(moved, ys[0])
+    )
 
 
 def _sign(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -89,7 +96,9 @@ def _pad(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Label
     """What is padded carries its part of the result's labels; zeros may carry any."""
     padding = e.params["padding_config"]
     lawful = program.is_zero(e.inputs[1]) and not any(n < 0 for widths in padding for n in widths)
-    return lawful and _equal(lab.unpad(lab.compress(ys[0]), padding, program.shape(e.inputs[0])), lab.compress(xs[0]))
+    return lawful and _equal(
+        lab.unpad(lab.compress(ys[0]), padding, program.shape(e.inputs[0])), lab.compress(xs[0])
+    )
 
 
 def _update(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -102,7 +111,9 @@ def _update(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[La
 
 def _alike(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """Sum, maximum: every term that is not zero carries the result's labels."""
-    return all(_equal(x, ys[0]) for x, v in zip(xs, e.inputs, strict=True) if not program.is_zero(v))
+    return all(
+        _equal(x, ys[0]) for x, v in zip(xs, e.inputs, strict=True) if not program.is_zero(v)
+    )
 
 
 def _select(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -138,7 +149,9 @@ def _divide(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[La
 def _reduce(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
     """All that is added up or compared carries one label."""
     axes = tuple(e.params["axes"])
-    return not lab.varies(lab.compress(xs[0]), axes) and _equal(lab.compress(xs[0]).squeeze(axes), ys[0])
+    return not lab.varies(lab.compress(xs[0]), axes) and _equal(
+        lab.compress(xs[0]).squeeze(axes), ys[0]
+    )
 
 
 def _dot(program: Program, e: Equation, xs: Sequence[Labels], ys: Sequence[Labels]) -> bool:
@@ -153,13 +166,19 @@ def _products(dimensions: Any, xs: Sequence[Labels], ys: Sequence[Labels]) -> bo
     lhs = xs[0].transpose(*lhs_batch, *lhs_free, *lhs_axes)
     rhs = xs[1].transpose(*rhs_batch, *rhs_free, *rhs_axes)
     lhs = np.expand_dims(
-        lhs, tuple(range(len(lhs_batch) + len(lhs_free), len(lhs_batch) + len(lhs_free) + len(rhs_free)))
+        lhs,
+        tuple(
+            range(len(lhs_batch) + len(lhs_free), len(lhs_batch) + len(lhs_free) + len(rhs_free))
+        ),
     )
     rhs = np.expand_dims(rhs, tuple(range(len(rhs_batch), len(rhs_batch) + len(lhs_free))))
     product = _product(lhs, rhs)
     if product is None:
         return False
-    product, summed = lab.compress(product), tuple(range(product.ndim - len(lhs_axes), product.ndim))
+    product, summed = (
+        lab.compress(product),
+        tuple(range(product.ndim - len(lhs_axes), product.ndim)),
+    )
     return not lab.varies(product, summed) and _equal(product.squeeze(summed), ys[0])
 
 

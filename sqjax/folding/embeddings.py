@@ -22,7 +22,12 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
         looked_up = [_is_lookup(program, v, e) for v, e in readers]
         passed_on = [e.name in VIEWS and e.outputs[0] in program.views for _, e in readers]
         only = all(a or b for a, b in zip(looked_up, passed_on, strict=True))
-        if path not in matmuls and any(looked_up) and only and not set(variables).intersection(program.outputs):
+        if (
+            path not in matmuls
+            and any(looked_up)
+            and only
+            and not set(variables).intersection(program.outputs)
+        ):
             axes = tuple(range(1, len(shape)))
             found.append(Site(path, axes, tuple(shape[a] for a in axes)))
     return tuple(found)
@@ -31,8 +36,16 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
 def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     """Whether an equation takes whole rows of a leaf that is seen as it is."""
     view = program.views[var]
-    if equation.name != "gather" or view != View.of(view.path, view.shape) or equation.inputs[0] != var:
+    if (
+        equation.name != "gather"
+        or view != View.of(view.path, view.shape)
+        or equation.inputs[0] != var
+    ):
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    of_rows = tuple(numbers.start_index_map) == (0,) and tuple(sizes) == (1, *view.shape[1:]) and len(view.shape) > 1
+    of_rows = (
+        tuple(numbers.start_index_map) == (0,)
+        and tuple(sizes) == (1, *view.shape[1:])
+        and len(view.shape) > 1
+    )
     return of_rows and rows_last(numbers, len(program.shape(equation.inputs[1])))

@@ -39,7 +39,10 @@ def find_graph(
         try:
             group = find_group(search, place)
         except Refused as reason:
-            refused[place.name], ways[place.name] = str(reason) + _looked_up(program, place), reason.way
+            refused[place.name], ways[place.name] = (
+                str(reason) + _looked_up(program, place),
+                reason.way,
+            )
         else:
             groups.append(group)
             paths = dict(group.sites)
@@ -47,7 +50,11 @@ def find_graph(
     refused = {name: reason for name, reason in refused.items() if name not in grouped}
     keys = find_keys(search) if attention else []
     return Graph(
-        leaves=tuple((program.leaves[var], program.shape(var)) for var in program.inputs if var in program.leaves),
+        leaves=tuple(
+            (program.leaves[var], program.shape(var))
+            for var in program.inputs
+            if var in program.leaves
+        ),
         sites=tuple(dict.fromkeys(p.site for p in places)),
         groups=(*groups, *(k.group for k in keys)),
         refused=tuple(refused.items()),
@@ -62,5 +69,7 @@ def _looked_up(program: Program, place: Place) -> str:
     """What more to say of a tied head: its leaf is an embedding too."""
     lookups = [e for e in program.equations if e.name == "gather"]
     views = [(e, program.views.get(v)) for e in lookups for v in e.variables[:1]]
-    found = next((e for e, view in views if view is not None and view.path == place.site.path), None)
+    found = next(
+        (e for e, view in views if view is not None and view.path == place.site.path), None
+    )
     return "" if found is None else f"; the same leaf is an embedding, looked up by {found}"

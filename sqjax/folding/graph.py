@@ -79,9 +79,14 @@ class Group(NamedTuple):
         """Lines that tell which part a leaf has in the group; none if it has none."""
         lines: list[str] = []
         if path in dict(self.sites):
-            lines += [f"{path} is a site of the group {self.name}: {self.row()[0]} scales, absorbed by"]
+            lines += [
+                f"{path} is a site of the group {self.name}: {self.row()[0]} scales, absorbed by"
+            ]
             for absorber in self.absorbers:
-                lines += [f"  {absorber}", *(f"    {step}" for step in dict(self.ways).get(absorber, ()))]
+                lines += [
+                    f"  {absorber}",
+                    *(f"    {step}" for step in dict(self.ways).get(absorber, ())),
+                ]
         if path in self.absorbers:
             lines += [f"{path} absorbs the scales of the group {self.name}"]
             lines += _steps("the sites' activation", dict(self.ways).get(path, ()))
@@ -91,10 +96,22 @@ class Group(NamedTuple):
         """(number of scales, absorbers, sites), as texts."""
         steps = math.prod(self.steps)
         channels = max(np.count_nonzero(labels.array) for _, labels in self.sites)
-        scales = f"{'x'.join(map(str, self.steps))} x {self.size // steps}" if self.steps else f"{self.size}"
+        scales = (
+            f"{'x'.join(map(str, self.steps))} x {self.size // steps}"
+            if self.steps
+            else f"{self.size}"
+        )
         tied = "" if channels == self.size else f" of {channels // steps} channels"
-        matrix = self.name[len(self.sites[0][0]) :] if self.name.startswith(f"{self.sites[0][0]}[") else ""
-        return scales + tied, braced(self.absorbers), braced([path for path, _ in self.sites]) + matrix
+        matrix = (
+            self.name[len(self.sites[0][0]) :]
+            if self.name.startswith(f"{self.sites[0][0]}[")
+            else ""
+        )
+        return (
+            scales + tied,
+            braced(self.absorbers),
+            braced([path for path, _ in self.sites]) + matrix,
+        )
 
 
 class Graph(NamedTuple):
@@ -144,19 +161,32 @@ class Graph(NamedTuple):
         """
         known = [leaf for leaf, _ in self.leaves]
         if path not in known:
-            raise ValueError(f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}")
+            raise ValueError(
+                f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}"
+            )
         lines = [line for group in self.groups for line in group.account(path)]
         for leaf, reason in self.refused:
             if leaf == path or leaf.startswith(f"{path}["):  # one of a stack of matrices
-                lines += [f"{leaf} is in no group: {reason}", *_steps("its activation", dict(self.ways).get(leaf, ()))]
-        return "\n".join(lines or [f"{path}: no matmul of an activation meets it, and no group needs it"])
+                lines += [
+                    f"{leaf} is in no group: {reason}",
+                    *_steps("its activation", dict(self.ways).get(leaf, ())),
+                ]
+        return "\n".join(
+            lines or [f"{path}: no matmul of an activation meets it, and no group needs it"]
+        )
 
     def __str__(self) -> str:
         title = f"{len(self.groups)} groups, {len(self.sites)} sites"
         rows = [("scales", "absorbed by", "sites"), *(group.row() for group in self.groups)]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        table = [f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows] if self.groups else []
-        return "\n".join([title, *table, *(f"  refused {path}: {reason}" for path, reason in self.refused)])
+        table = (
+            [f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+            if self.groups
+            else []
+        )
+        return "\n".join(
+            [title, *table, *(f"  refused {path}: {reason}" for path, reason in self.refused)]
+        )
 
 
 def _steps(start: str, way: tuple[str, ...]) -> list[str]:

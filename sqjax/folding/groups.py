@@ -83,9 +83,13 @@ def stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
     try:
         group = find_group(search, place, frozenset(absorbers))
     except Refused as reason:
-        raise ValueError(f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}") from None
+        raise ValueError(
+            f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}"
+        ) from None
     if idle := set(absorbers).difference(group.absorbers):
-        raise ValueError(f"groups: {site}: {sorted(idle)} absorb nothing of its scale; {group.absorbers} do")
+        raise ValueError(
+            f"groups: {site}: {sorted(idle)} absorb nothing of its scale; {group.absorbers} do"
+        )
     return group
 
 
@@ -102,7 +106,8 @@ def group_of(search: Search, name: str, found: Mapping[Var, Labels], closure: Cl
         size=stack.size * math.prod(stack.steps),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in search.places) and not search.heads.intersection(sites),
+        norm=not absorbers.intersection(p.site.path for p in search.places)
+        and not search.heads.intersection(sites),
         ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
         steps=stack.steps,
     )
@@ -128,6 +133,8 @@ def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> 
         own[place.entry] = True
         before = sites.get(path, labels)
         if (own & known.get(path, own) & (before != labels)).any():
-            raise Refused(f"{place.equation} multiplies another part of {place.name} with something else")
+            raise Refused(
+                f"{place.equation} multiplies another part of {place.name} with something else"
+            )
         sites[path], known[path] = np.where(own, labels, before), own | known.get(path, own)
     return {path: labels for path, labels in sites.items() if labels.any()}

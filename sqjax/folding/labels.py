@@ -81,7 +81,9 @@ def _broadcast(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
 def _slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
     strides = params["strides"] or (1,) * len(old)
     cuts = zip(params["start_indices"], params["limit_indices"], strides, labels.shape, strict=True)
-    return compress(labels[tuple(slice(a, b, c) if size > 1 else slice(None) for a, b, c, size in cuts)])
+    return compress(
+        labels[tuple(slice(a, b, c) if size > 1 else slice(None) for a, b, c, size in cuts)]
+    )
 
 
 def _reverse(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
@@ -108,7 +110,11 @@ def gathered_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
     numbers = params["dimension_numbers"]
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     windows = zip([a for a in range(len(old)) if a not in gone], numbers.offset_dims, strict=True)
-    return [(a, b) for a, b in windows if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map]
+    return [
+        (a, b)
+        for a, b in windows
+        if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map
+    ]
 
 
 def _gather(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
@@ -134,15 +140,21 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     **dict.fromkeys(("cumsum", "cummax", "cummin"), _running),
-    **dict.fromkeys(("neg", "abs", "convert_element_type", "reduce_precision", "copy", "copy_p"), _keep),
-    **dict.fromkeys(("sharding_constraint", "reshard", "mesh_cast", "name", "stop_gradient", "pvary"), _keep),
+    **dict.fromkeys(
+        ("neg", "abs", "convert_element_type", "reduce_precision", "copy", "copy_p"), _keep
+    ),
+    **dict.fromkeys(
+        ("sharding_constraint", "reshard", "mesh_cast", "name", "stop_gradient", "pvary"), _keep
+    ),
 }
 
 
 def pad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
     """The labels after padding by (before, after, between) along every axis: none where there is padding."""
     padded = [a for a, widths in enumerate(padding) if any(widths)]
-    full = np.broadcast_to(labels, [n if a in padded else labels.shape[a] for a, n in enumerate(old)])
+    full = np.broadcast_to(
+        labels, [n if a in padded else labels.shape[a] for a, n in enumerate(old)]
+    )
     shape = [_padded(n, padding[a]) if a in padded else n for a, n in enumerate(full.shape)]
     result = np.zeros(shape, int)
     result[_kept(padding, padded, full.shape)] = full
@@ -160,7 +172,9 @@ def _padded(size: int, widths: tuple[int, int, int]) -> int:
     return before + size + max(size - 1, 0) * between + after
 
 
-def _kept(padding: Sequence[tuple[int, int, int]], axes: Sequence[int], old: Shape) -> tuple[slice, ...]:
+def _kept(
+    padding: Sequence[tuple[int, int, int]], axes: Sequence[int], old: Shape
+) -> tuple[slice, ...]:
     def along(axis: int) -> slice:
         before, _, between = padding[axis]
         return slice(before, before + (old[axis] - 1) * (between + 1) + 1, between + 1)
@@ -178,5 +192,8 @@ def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
 def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int]) -> Labels:
     """The labels of a concatenation of pieces that have `sizes` along `axis`."""
     shape = list(np.broadcast_shapes(*([*p.shape[:axis], 1, *p.shape[axis + 1 :]] for p in pieces)))
-    full = [np.broadcast_to(p, [*shape[:axis], n, *shape[axis + 1 :]]) for p, n in zip(pieces, sizes, strict=True)]
+    full = [
+        np.broadcast_to(p, [*shape[:axis], n, *shape[axis + 1 :]])
+        for p, n in zip(pieces, sizes, strict=True)
+    ]
     return compress(np.concatenate(full, axis))

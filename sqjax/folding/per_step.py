@@ -36,13 +36,21 @@ class Stack(NamedTuple):
         shared = [set(program.scopes[v]) for v in found]
         shared += [_handed_out(program, v) for v in found if v in program.leaves]
         scopes = set.intersection(*shared)
-        for equation in {id(e): e for v in found for e in program.touching(v) if e.name in REDUCING}.values():
+        for equation in {
+            id(e): e for v in found for e in program.touching(v) if e.name in REDUCING
+        }.values():
             scopes -= reduced_axes(program, equation) or set()
         for place in places:
             if place.activation in found:
                 scopes &= {*place.view.stacked, *(scope for scope, _, _ in place.view.blocks)}
-                scopes -= {scope for scope, _, a in place.view.blocks if a not in place.site.channel_axes}
-        return cls(program, tuple(sorted(scopes)), max(int(np.abs(labels).max()) for labels in found.values()))
+                scopes -= {
+                    scope for scope, _, a in place.view.blocks if a not in place.site.channel_axes
+                }
+        return cls(
+            program,
+            tuple(sorted(scopes)),
+            max(int(np.abs(labels).max()) for labels in found.values()),
+        )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -55,7 +63,9 @@ class Stack(NamedTuple):
         places = [(i, axis) for i, axis in enumerate(view.places or ()) if axis is not None]
         own = lab.take_axes(labels, [i for i, _ in places])
         spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
-        where = {scope: (a, n) for a in range(len(view.shape)) for scope, n in view.strides(a).items()}
+        where = {
+            scope: (a, n) for a in range(len(view.shape)) for scope, n in view.strides(a).items()
+        }
         return self.along(_repeated(spread, view.shape, view.full_shape), where, view.full_shape)
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
@@ -64,14 +74,21 @@ class Stack(NamedTuple):
         labels = np.zeros(channels, int)
         if activation is not None:
             shape = [self.program.shape(place.activation)[a] for a in place.axes]
-            own, block = np.broadcast_to(-lab.take_axes(activation, place.axes), shape), [view.shape[a] for a in axes]
+            own, block = (
+                np.broadcast_to(-lab.take_axes(activation, place.axes), shape),
+                [view.shape[a] for a in axes],
+            )
             own = own.reshape((1,) * len(view.taken) + tuple(block[len(view.taken) :]))
-            where = {scope: (i, n) for i, a in enumerate(axes) for scope, n in view.strides(a).items()}
+            where = {
+                scope: (i, n) for i, a in enumerate(axes) for scope, n in view.strides(a).items()
+            }
             spread = self.along(_repeated(own, block, channels), where, channels)
             labels[place.entry] = np.broadcast_to(spread, channels)[place.entry]
         return labels
 
-    def along(self, labels: Labels, where: Mapping[int, tuple[int, int]], shape: Sequence[int]) -> Labels:
+    def along(
+        self, labels: Labels, where: Mapping[int, tuple[int, int]], shape: Sequence[int]
+    ) -> Labels:
         """Other labels at every step and on every device.
 
         Args:
@@ -82,7 +99,9 @@ class Stack(NamedTuple):
         step = np.zeros((1,) * labels.ndim, int)
         for scope, length in zip(self.scopes, self.steps, strict=True):
             axis, stride = where[scope]
-            step = step * length + lab.put_axes(np.arange(shape[axis]) // stride % length, [axis], labels.ndim)
+            step = step * length + lab.put_axes(
+                np.arange(shape[axis]) // stride % length, [axis], labels.ndim
+            )
         return np.where(labels == 0, 0, labels + np.sign(labels) * self.size * step)
 
 
@@ -94,5 +113,8 @@ def _handed_out(program: Program, leaf: Var) -> set[int]:
 
 def _repeated(labels: Labels, block: Sequence[int], whole: Sequence[int]) -> Labels:
     """The labels of an array of which every block carries these."""
-    times = [n // m if size > 1 and size == m else 1 for size, m, n in zip(labels.shape, block, whole, strict=True)]
+    times = [
+        n // m if size > 1 and size == m else 1
+        for size, m, n in zip(labels.shape, block, whole, strict=True)
+    ]
     return np.tile(labels, times) if math.prod(times) > 1 else labels

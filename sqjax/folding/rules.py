@@ -59,8 +59,13 @@ def _undo_slice(c, labels, params, old, new):
     strides = params["strides"] or (1,) * len(old)
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     partial = [(b - a) // s != n for (a, b, s), n in zip(cuts, old, strict=True)]
-    full = np.zeros([n if p or size > 1 else 1 for n, p, size in zip(old, partial, labels.shape, strict=True)], int)
-    full[tuple(slice(*cut) if p else slice(None) for cut, p in zip(cuts, partial, strict=True))] = labels
+    full = np.zeros(
+        [n if p or size > 1 else 1 for n, p, size in zip(old, partial, labels.shape, strict=True)],
+        int,
+    )
+    full[tuple(slice(*cut) if p else slice(None) for cut, p in zip(cuts, partial, strict=True))] = (
+        labels
+    )
     return full
 
 
@@ -108,7 +113,9 @@ def _concatenate(c: Closure, e: Equation) -> None:
     _join(c, e.outputs[0], e.inputs, axis, sizes)
 
 
-def _join(c: Closure, whole: Var | np.ndarray, parts: Sequence[Var | np.ndarray], axis: int, sizes) -> None:
+def _join(
+    c: Closure, whole: Var | np.ndarray, parts: Sequence[Var | np.ndarray], axis: int, sizes
+) -> None:
     found = [c[p] for p in parts]
     if any(p is not None for p in found):
         blank = np.zeros((1,) * len(c.program.shape(whole)), int)
@@ -204,7 +211,11 @@ def _reduce(c: Closure, e: Equation) -> None:
     x, y, axes = e.inputs[0], e.outputs[0], tuple(e.params["axes"])
     if (labels := c[x]) is not None:
         if lab.varies(labels, axes):
-            raise Refused(f"{e} adds up its channels" if e.name == "reduce_sum" else f"{e} compares its channels")
+            raise Refused(
+                f"{e} adds up its channels"
+                if e.name == "reduce_sum"
+                else f"{e} compares its channels"
+            )
         c.put(y, labels.squeeze(axes))
     if (labels := c[y]) is not None:
         c.put(x, np.expand_dims(labels, axes))
@@ -223,7 +234,14 @@ def _dot(c: Closure, e: Equation) -> None:
         else:
             carriers.append(me)
             labels = c.tie_along(labels, me.stack)
-            c.put(y, lab.put_axes(lab.take_axes(labels, me.batch + me.free), (*range(len(me.batch)), *me.out), ndim))
+            c.put(
+                y,
+                lab.put_axes(
+                    lab.take_axes(labels, me.batch + me.free),
+                    (*range(len(me.batch)), *me.out),
+                    ndim,
+                ),
+            )
     if (labels := c[y]) is None:
         return
     _carry_back(c, e, labels, carriers)
@@ -252,7 +270,9 @@ def _cancels(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
 def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
-    if not c.crossing and not c.program.from_leaves.intersection(v for v in (me.var, other.var) if isinstance(v, int)):
+    if not c.crossing and not c.program.from_leaves.intersection(
+        v for v in (me.var, other.var) if isinstance(v, int)
+    ):
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)
     ndim = len(c.program.shape(other.var))

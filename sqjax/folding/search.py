@@ -47,7 +47,9 @@ class Ties:
 
     def of(self, labels: Labels) -> Labels:
         """The labels with every channel replaced by the one that stands for it."""
-        return lab.compress(np.where(labels == 0, 0, np.sign(labels) * (self.roots[np.abs(labels) - 1] + 1)))
+        return lab.compress(
+            np.where(labels == 0, 0, np.sign(labels) * (self.roots[np.abs(labels) - 1] + 1))
+        )
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
         """Ties channel a[i] with channel b[i]; the smallest of them stands for all that are tied."""
@@ -94,7 +96,11 @@ class Closure:
 
     def copy(self) -> "Closure":
         other = Closure(self.program, self.rules, self.shared, 0, self.absorbers, self.crossing)
-        other.causes, other.current, other.rejected = dict(self.causes), self.current, list(self.rejected)
+        other.causes, other.current, other.rejected = (
+            dict(self.causes),
+            self.current,
+            list(self.rejected),
+        )
         other.ties, other.labels = Ties(self.ties.roots), dict(self.labels)
         other.queue, other.undecided = deque(self.queue), list(self.undecided)
         other.visits = self.visits  # one budget for all branches
@@ -113,7 +119,9 @@ class Closure:
         shape = self.program.shape(atom)
         if not shape and labels.ndim:
             labels = self.tie_along(labels, range(labels.ndim)).reshape(())
-        labels = self.tie_along(labels, [a for a, n in enumerate(labels.shape) if n > shape[a]])  # x broadcasts
+        labels = self.tie_along(
+            labels, [a for a, n in enumerate(labels.shape) if n > shape[a]]
+        )  # x broadcasts
         old = self[atom]
         if old is None:
             self._admit(atom, labels)
@@ -139,7 +147,12 @@ class Closure:
             raise Refused(f"its scale would reach a value of dtype {program.avals[var].dtype}")
         if (path := program.leaves.get(var, "")) in self.shared:
             raise Refused(f"the array at {path} also stands at {self.shared[path]}")
-        if path and self.absorbers is not None and (labels < 0).any() and path not in self.absorbers:
+        if (
+            path
+            and self.absorbers is not None
+            and (labels < 0).any()
+            and path not in self.absorbers
+        ):
             raise Refused(f"{path} is not among the leaves that were said to absorb")
         for equation in program.touching(var):
             if equation.name not in self.rules:
@@ -171,7 +184,9 @@ class Closure:
         ties = Ties(number)
         return {var: ties.of(labels) for var, labels in self.labels.items()}
 
-    def choose(self, equation: Equation, options: Sequence[tuple[Var | np.ndarray, Labels]]) -> None:
+    def choose(
+        self, equation: Equation, options: Sequence[tuple[Var | np.ndarray, Labels]]
+    ) -> None:
         """Takes one of `options` (variable, labels): the only possible one, or notes that there is a choice."""
         possible: list[tuple[Var, Labels]] = []
         reasons: list[str] = []
@@ -242,7 +257,11 @@ class Closure:
         way: list[str] = []
         while equation is not None:
             way.insert(0, str(equation))
-            known = [v for v in (*equation.inputs, *equation.outputs) if isinstance(v, int) and v in self.causes]
+            known = [
+                v
+                for v in (*equation.inputs, *equation.outputs)
+                if isinstance(v, int) and v in self.causes
+            ]
             first = min(known, key=list(self.causes).index, default=None)
             cause = None if first is None else self.causes[first]
             equation = cause if cause is not equation else None

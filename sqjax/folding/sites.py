@@ -31,7 +31,9 @@ class Place(NamedTuple):
     @property
     def entry(self) -> tuple[Any, ...]:
         """Which of the site's channels this matmul reads: all, or those of one of a stack of matrices."""
-        return tuple(slice(None) if taken.scan is not None else taken.at for taken in self.view.taken)
+        return tuple(
+            slice(None) if taken.scan is not None else taken.at for taken in self.view.taken
+        )
 
     @property
     def name(self) -> str:
@@ -64,7 +66,9 @@ def sides_of(program: Program, e: Equation) -> tuple[Side, Side]:
     sides, start = [], len(batch[0])
     for var, c, b, stack in zip(e.inputs[:2], contracting, batch, stacks, strict=True):
         free = tuple(a for a in range(len(program.shape(var))) if a not in (*c, *b, *stack))
-        sides.append(Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free))), stack))
+        sides.append(
+            Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free))), stack)
+        )
         start += len(free)
     return sides[0], sides[1]
 
@@ -95,7 +99,9 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     for place in places:
         first = seen.setdefault(place.site.path, place)
         if first.site != place.site:
-            others[place.site.path] = f"it is contracted along different axes; {place.equation} is the second use"
+            others[place.site.path] = (
+                f"it is contracted along different axes; {place.equation} is the second use"
+            )
         elif first.view.stacked != place.view.stacked:
             others[place.site.path] = f"{place.equation} reads its layers in another way"
     places = [p for p in places if p.site.path not in others]
@@ -127,7 +133,9 @@ def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mappin
     return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
 
 
-def _place(program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var) -> Place | str:
+def _place(
+    program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var
+) -> Place | str:
     """A leaf's matmul as a `Place`, or why it is none."""
     view = program.views.get(leaf)
     if leaf in program.offsets:
@@ -157,7 +165,9 @@ def normalised_over(program: Program, product: Equation, axes: Sequence[int]) ->
     """Whether a softmax runs over one of these axes of a product: the first maximum after it is taken there."""
     y = product.outputs[0]
     sizes = [program.shape(y)[a] for a in axes]
-    marks = {y: lab.put_axes(np.arange(int(np.prod(sizes))).reshape(sizes), axes, len(program.shape(y)))}
+    marks = {
+        y: lab.put_axes(np.arange(int(np.prod(sizes))).reshape(sizes), axes, len(program.shape(y)))
+    }
     waiting = [y]
     while waiting:
         x = waiting.pop(0)
@@ -167,7 +177,9 @@ def normalised_over(program: Program, product: Equation, axes: Sequence[int]) ->
             if equation.name == "reduce_max":
                 return lab.varies(marks[x], equation.params["axes"])
             moved = (
-                lab.MOVES[equation.name](marks[x], equation.params, old, new) if equation.name in lab.MOVES else None
+                lab.MOVES[equation.name](marks[x], equation.params, old, new)
+                if equation.name in lab.MOVES
+                else None
             )
             if equation.name in _ELEMENTWISE and old == new:
                 moved = marks[x]
@@ -188,7 +200,9 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     return frozenset(heads)
 
 
-def _reach(equations: Sequence[Equation], reaching: set[Var], weights: Mapping[Var, str], heads: set[str]) -> None:
+def _reach(
+    equations: Sequence[Equation], reaching: set[Var], weights: Mapping[Var, str], heads: set[str]
+) -> None:
     """Adds to `reaching` the variables that reach those in it through no site, and to `heads` the sites met."""
     for equation in reversed(equations):
         if not reaching.intersection(equation.outputs):
@@ -202,5 +216,7 @@ def _reach(equations: Sequence[Equation], reaching: set[Var], weights: Mapping[V
             _reach(body.equations, inner, weights, heads)
             operands = zip(equation.inputs, body.inputs, strict=True)
             reaching.update(outer for outer, v in operands if v in inner and isinstance(outer, int))
-        elif body is None or not any(e.outputs and e.outputs[0] in weights for e in body.everything):
+        elif body is None or not any(
+            e.outputs and e.outputs[0] in weights for e in body.everything
+        ):
             reaching.update(equation.variables)

@@ -83,8 +83,14 @@ def quantize_kernel(
     """
     inputs = kernel.shape[: batch + contracted]
     if kernel.ndim <= len(inputs):
-        expected = [*(f"batch{i}" for i in range(batch)), *(f"inputs{i}" for i in range(contracted)), "features"]
-        raise ValueError(f"{where}: expected a kernel of shape ({', '.join(expected)}), got {kernel.shape}")
+        expected = [
+            *(f"batch{i}" for i in range(batch)),
+            *(f"inputs{i}" for i in range(contracted)),
+            "features",
+        ]
+        raise ValueError(
+            f"{where}: expected a kernel of shape ({', '.join(expected)}), got {kernel.shape}"
+        )
     for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
         if vector is not None and vector.shape != inputs:
             raise ValueError(f"{where}: expected {name} of shape {inputs}, got {vector.shape}")
@@ -93,7 +99,9 @@ def quantize_kernel(
         raise ValueError(f"{where}: {problem}")
     absmax = None if absmax is None else absmax.astype(jnp.float32)
     if scheme.smoothing is not None and absmax is not None:
-        largest = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=tuple(range(len(inputs), kernel.ndim)))
+        largest = jnp.max(
+            jnp.abs(kernel.astype(jnp.float32)), axis=tuple(range(len(inputs), kernel.ndim))
+        )
         smoothing = smoothing_scales(absmax, largest, scheme.smoothing)
     channels = None
     if scheme.outliers is not None and absmax is not None:
@@ -118,7 +126,11 @@ def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> s
     if scheme.smoothing is not None and smoothing is not None:
         return "two smoothings, the scheme's alpha and the given s; leave one out"
     if scheme.measured and absmax is None:
-        kind = "a static scheme" if scheme.activations == "static" else "a scheme with outliers or smoothing"
+        kind = (
+            "a static scheme"
+            if scheme.activations == "static"
+            else "a scheme with outliers or smoothing"
+        )
         return (
             f"{kind} needs the activation's absmax from calibration; pass absmax=max |X_j| over data, or choose a "
             "scheme that measures at run time, such as sqjax.W8A8"

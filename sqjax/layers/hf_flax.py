@@ -42,14 +42,22 @@ class FlaxFunction:
             ValueError: an argument of training or return_dict is given, or the model has no output of that name.
         """
         if given := [name for name in _NOT_HERE if name in kwargs]:
-            raise ValueError(f"{given[0]}: fn runs for inference and returns named outputs; leave this argument out")
+            raise ValueError(
+                f"{given[0]}: fn runs for inference and returns named outputs; leave this argument out"
+            )
         result = self.model(*args, params=params, return_dict=True, **kwargs)
         if self.outputs is None:
             return result
         names = (self.outputs,) if isinstance(self.outputs, str) else self.outputs
         if missing := [name for name in names if result.get(name) is None]:
-            raise ValueError(f"{type(self.model).__name__}: outputs {missing}: expected some of {list(result)}")
-        return result[self.outputs] if isinstance(self.outputs, str) else {name: result[name] for name in names}
+            raise ValueError(
+                f"{type(self.model).__name__}: outputs {missing}: expected some of {list(result)}"
+            )
+        return (
+            result[self.outputs]
+            if isinstance(self.outputs, str)
+            else {name: result[name] for name in names}
+        )
 
     def generate(self, params: PyTree, *args: Any, **kwargs: Any) -> Any:
         """model.generate(*args, params=params, **kwargs): its loop is one `lax.while_loop`, so it can be jitted.
@@ -57,7 +65,9 @@ class FlaxFunction:
         jax.jit(sqjax.quantized(fn.generate), static_argnames="max_new_tokens")(qparams, ids, max_new_tokens=8)
         """
         settings = kwargs.pop("generation_config", None) or self.model.generation_config
-        return self.model.generate(*args, params=params, generation_config=copy.deepcopy(settings), **kwargs)
+        return self.model.generate(
+            *args, params=params, generation_config=copy.deepcopy(settings), **kwargs
+        )
 
 
 def from_flax(
@@ -96,14 +106,21 @@ def from_flax(
             "functions of (params, *inputs) need no conversion"
         )
     if problems := ignored_fields(model):
-        raise ValueError(f"{name} would compute something else than its configuration says:\n" + "\n".join(problems))
+        raise ValueError(
+            f"{name} would compute something else than its configuration says:\n"
+            + "\n".join(problems)
+        )
     initialized = model._is_initialized
     if params is None and not initialized:
-        raise ValueError(f"{name}: holds no parameters (_do_init=False); pass them: from_flax(model, params)")
+        raise ValueError(
+            f"{name}: holds no parameters (_do_init=False); pass them: from_flax(model, params)"
+        )
     params = model.params if params is None else params
     bare = copy.copy(model)
     if initialized:
-        bare.params = model.params_shape_tree  # a use of other parameters than those passed in must fail
+        bare.params = (
+            model.params_shape_tree
+        )  # a use of other parameters than those passed in must fail
     return FlaxFunction(bare, outputs), _plain(params)
 
 
@@ -135,7 +152,11 @@ def ignored_fields(model: Any) -> list[str]:
     name, lines = type(model).__name__, []
     for classes, key, holds, computes, fix in ASSUMPTIONS:
         value = getattr(model.config, key, None)
-        if re.match(classes, name) and hasattr(model.config, key) and not holds(value, model.config):
+        if (
+            re.match(classes, name)
+            and hasattr(model.config, key)
+            and not holds(value, model.config)
+        ):
             lines.append(f"  config.{key} = {value!r}: {name} {computes}; {fix}")
     return lines
 
@@ -167,10 +188,24 @@ ASSUMPTIONS = (
     Assumption(_ROTARY, "rope_theta", _is(None, 10000), "rotates with base 10000", _LOAD),
     Assumption(_ROTARY, "rope_scaling", _is(None), "does not scale its rotary angles", _LOAD),
     Assumption(_ROTARY, "partial_rotary_factor", _is(None, 1), "rotates whole heads", _OWN),
-    Assumption(_ROTARY + "ForCausalLM", "tie_word_embeddings", _is(False), "has an lm_head of its own", _LOAD),
-    Assumption(_ROTARY, "head_dim", _splits_hidden_size, "has heads of hidden_size / num_attention_heads", _LOAD),
+    Assumption(
+        _ROTARY + "ForCausalLM",
+        "tie_word_embeddings",
+        _is(False),
+        "has an lm_head of its own",
+        _LOAD,
+    ),
+    Assumption(
+        _ROTARY,
+        "head_dim",
+        _splits_hidden_size,
+        "has heads of hidden_size / num_attention_heads",
+        _LOAD,
+    ),
     Assumption(_ROTARY, "mlp_bias", _is(None, False), "has no biases in its MLP", _LOAD),
-    Assumption("FlaxMistral", "attention_bias", _is(None, False), "has no biases in its attention", _LOAD),
+    Assumption(
+        "FlaxMistral", "attention_bias", _is(None, False), "has no biases in its attention", _LOAD
+    ),
     Assumption(
         "FlaxMistral",
         "sliding_window",
@@ -181,13 +216,45 @@ ASSUMPTIONS = (
     ),
     Assumption("FlaxGemma", "rope_theta", _is(None, 10000), "rotates with base 10000", _OWN),
     Assumption("FlaxGemma", "rope_scaling", _is(None), "does not scale its rotary angles", _OWN),
-    Assumption("FlaxGPT2", "scale_attn_weights", _is(True), "divides by the square root of head_dim", _OWN),
-    Assumption("FlaxGPT2", "scale_attn_by_inverse_layer_idx", _is(False), "divides by no layer's number", _OWN),
+    Assumption(
+        "FlaxGPT2", "scale_attn_weights", _is(True), "divides by the square root of head_dim", _OWN
+    ),
+    Assumption(
+        "FlaxGPT2",
+        "scale_attn_by_inverse_layer_idx",
+        _is(False),
+        "divides by no layer's number",
+        _OWN,
+    ),
     Assumption("FlaxOPT", "enable_bias", _is(True), "has biases", _OWN),
-    Assumption("FlaxOPT", "layer_norm_elementwise_affine", _is(True), "has norms with gains and biases", _OWN),
-    Assumption("FlaxMarian", "share_encoder_decoder_embeddings", _is(True), "has one embedding for both sides", _OWN),
-    Assumption("FlaxRoFormer", "embedding_size", _is_hidden_size, "has embeddings of hidden_size", _OWN),
-    Assumption("FlaxResNet", "downsample_in_bottleneck", _is(False), "strides in its second convolution", _OWN),
-    Assumption("FlaxWav2Vec2", "adapter_attn_dim", _is(None), "has no adapters in its attention", _OWN),
-    Assumption(_ABSOLUTE, "position_embedding_type", _is(None, "absolute"), "has absolute positions", _OWN),
+    Assumption(
+        "FlaxOPT",
+        "layer_norm_elementwise_affine",
+        _is(True),
+        "has norms with gains and biases",
+        _OWN,
+    ),
+    Assumption(
+        "FlaxMarian",
+        "share_encoder_decoder_embeddings",
+        _is(True),
+        "has one embedding for both sides",
+        _OWN,
+    ),
+    Assumption(
+        "FlaxRoFormer", "embedding_size", _is_hidden_size, "has embeddings of hidden_size", _OWN
+    ),
+    Assumption(
+        "FlaxResNet",
+        "downsample_in_bottleneck",
+        _is(False),
+        "strides in its second convolution",
+        _OWN,
+    ),
+    Assumption(
+        "FlaxWav2Vec2", "adapter_attn_dim", _is(None), "has no adapters in its attention", _OWN
+    ),
+    Assumption(
+        _ABSOLUTE, "position_embedding_type", _is(None, "absolute"), "has absolute positions", _OWN
+    ),
 )

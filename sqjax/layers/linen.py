@@ -53,7 +53,11 @@ class QuantDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
         kernel = _kernel(self, x, (x.ndim - 1,), 0, (self.features,), "quantize_dense")
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        bias = (
+            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            if self.use_bias
+            else None
+        )
         return dense(x, kernel, bias, self.dtype, _name(self))
 
 
@@ -101,7 +105,9 @@ class QuantDenseGeneral(nn.Module):
         lead = x.shape[:batch]
 
         def init(key: Array) -> Array:
-            return self.bias_init(key, (math.prod((*lead, *features)),), self.param_dtype).reshape(*lead, *features)
+            return self.bias_init(key, (math.prod((*lead, *features)),), self.param_dtype).reshape(
+                *lead, *features
+            )
 
         bias = self.param("bias", init) if self.use_bias else None
         return dense(x, kernel, bias, self.dtype, _name(self), axes, batch)
@@ -122,9 +128,13 @@ def _axes(
     asked, batch = _several(axis), sorted(_several(batch_dims))
     axes = sorted(a % len(shape) for a in asked if -len(shape) <= a < len(shape))
     if batch != list(range(len(batch))):
-        raise ValueError(f"{where}: expected batch_dims that are the leading axes, 0, 1, ..., got {batch_dims}")
+        raise ValueError(
+            f"{where}: expected batch_dims that are the leading axes, 0, 1, ..., got {batch_dims}"
+        )
     if len(set(axes)) < len(asked) or not asked or axes[0] < len(batch):
-        raise ValueError(f"{where}: expected axis to name axes of x {shape}, each once, no batch axis, got {axis}")
+        raise ValueError(
+            f"{where}: expected axis to name axes of x {shape}, each once, no batch axis, got {axis}"
+        )
     return tuple(axes)
 
 
@@ -188,7 +198,10 @@ def quantize_dense(
             f"quantize_dense: expected a 'kernel' of shape (inputs, features), got {_shapes(params)}; for a kernel of "
             "nn.DenseGeneral call quantize_dense_general, for stacked layers jax.vmap(quantize_dense)"
         )
-    return {**params, "kernel": quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense: kernel")}
+    return {
+        **params,
+        "kernel": quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense: kernel"),
+    }
 
 
 def quantize_dense_general(
@@ -225,7 +238,10 @@ def quantize_dense_general(
         raise ValueError(f"quantize_dense_general: expected a 'kernel', got {_shapes(params)}")
     counts = len(_several(axis)), len(_several(batch_dims))
     where = "quantize_dense_general: kernel"
-    return {**params, "kernel": quantize_kernel(params["kernel"], scheme, absmax, smoothing, where, *counts)}
+    return {
+        **params,
+        "kernel": quantize_kernel(params["kernel"], scheme, absmax, smoothing, where, *counts),
+    }
 
 
 def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

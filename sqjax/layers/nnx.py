@@ -32,7 +32,9 @@ class QuantModule(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """quantized(fn)(params, *args, **kwargs)."""
-        values = jax.tree.map(lambda v: v.get_value(), self.params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        values = jax.tree.map(
+            lambda v: v.get_value(), self.params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
         return quantized(self.fn)(values, *args, **kwargs)
 
 
@@ -66,13 +68,18 @@ def rebuild(fn: Callable[..., Any], params: PyTree) -> Any:
         ('QuantModule', (1, 2))
     """
     if not isinstance(fn, Functional):
-        raise ValueError(f"rebuild: expected the fn that sqjax.nnx.functional returned, got {type(fn).__name__}")
+        raise ValueError(
+            f"rebuild: expected the fn that sqjax.nnx.functional returned, got {type(fn).__name__}"
+        )
     module = fn.module(params)
     held = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))]
     return QuantModule(fn, params) if any(map(is_quantized, held)) else module
 
 
-_KERNEL_INIT, _BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()  # those of nnx.Linear
+_KERNEL_INIT, _BIAS_INIT = (
+    nnx.initializers.lecun_normal(),
+    nnx.initializers.zeros_init(),
+)  # those of nnx.Linear
 
 
 class QuantLinear(nnx.Module):
@@ -114,7 +121,9 @@ class QuantLinear(nnx.Module):
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         known = scheme._replace(outliers=None), jnp.ones(in_features), None
         self.kernel = QuantParam(quantize_kernel(kernel, *known, "QuantLinear: kernel"))
-        bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        bias = (
+            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        )
         self.bias: nnx.Variable | None = nnx.data(bias)
         self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
         self.scheme, self.dtype = scheme, dtype
@@ -163,12 +172,22 @@ class QuantLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (in_features, out_features)."""
         remedy = "make the layer with sqjax.nnx.QuantLinear.from_linear(linear)"
-        kernel = check_kernel(self.kernel.get_value(), (x.shape[-1], self.out_features), "kernel", remedy)
-        return dense(x, kernel, None if self.bias is None else self.bias.get_value(), self.dtype, "kernel")
+        kernel = check_kernel(
+            self.kernel.get_value(), (x.shape[-1], self.out_features), "kernel", remedy
+        )
+        return dense(
+            x, kernel, None if self.bias is None else self.bias.get_value(), self.dtype, "kernel"
+        )
 
 
 def _check_plain(linear: nnx.Linear) -> None:
-    plain = {"dot_general": jax.lax.dot_general, "promote_dtype": promote_dtype, "preferred_element_type": None}
+    plain = {
+        "dot_general": jax.lax.dot_general,
+        "promote_dtype": promote_dtype,
+        "preferred_element_type": None,
+    }
     for name, default in plain.items():
         if getattr(linear, name) is not default:
-            raise ValueError(f"from_linear: the layer has a {name} of its own, which int8 would drop; keep it in float")
+            raise ValueError(
+                f"from_linear: the layer has a {name} of its own, which int8 would drop; keep it in float"
+            )

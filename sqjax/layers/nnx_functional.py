@@ -60,7 +60,10 @@ class Functional:
         """A new module of the original class that holds `params` and the constants."""
         paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
         values, keys = dict(zip(paths, leaves, strict=True)), dict(self.names)
-        missing, unknown = [p for p in keys if p not in values], [p for p in values if p not in keys]
+        missing, unknown = (
+            [p for p in keys if p not in values],
+            [p for p in values if p not in keys],
+        )
         if missing or unknown:
             raise ValueError(
                 f"the parameters are not this module's: missing {missing[:5]}, unknown {unknown[:5]}; pass the tree "
@@ -73,13 +76,17 @@ class Functional:
         """Raises ValueError naming what the call changes; values that only pass through nnx.jit are not changed."""
 
         def run(_, params, constants, args, kwargs):
-            module = Functional(self.graphdef, self.names, constants, self.method, True).module(params)
+            module = Functional(self.graphdef, self.names, constants, self.method, True).module(
+                params
+            )
             before = _values(module)
             getattr(module, self.method)(*args, **kwargs)
             return before, _values(module)
 
         traced, _ = trace(run, {}, (params, self.constants, args, kwargs), {}, of_args=tensor_type)
-        variables = jax.tree.unflatten(traced.treedef, _sources(traced.jaxpr.jaxpr, traced.jaxpr.jaxpr.invars))
+        variables = jax.tree.unflatten(
+            traced.treedef, _sources(traced.jaxpr.jaxpr, traced.jaxpr.jaxpr.invars)
+        )
         if changed := _differing(*variables):
             raise ValueError(
                 f"{changed[0]}: the call changes this variable ({len(changed)} in all), and a pure function would lose "
@@ -92,7 +99,9 @@ class Functional:
         if self is other or not isinstance(other, Functional):
             return self is other
         same = self._static == other._static
-        return same and all(map(_identical, jax.tree.leaves(self.constants), jax.tree.leaves(other.constants)))
+        return same and all(
+            map(_identical, jax.tree.leaves(self.constants), jax.tree.leaves(other.constants))
+        )
 
     def __hash__(self) -> int:
         return hash(self._static)
@@ -102,7 +111,13 @@ class Functional:
 
     @property
     def _static(self) -> tuple[Any, ...]:
-        return self.graphdef, self.names, jax.tree.structure(self.constants), self.method, self.discard
+        return (
+            self.graphdef,
+            self.names,
+            jax.tree.structure(self.constants),
+            self.method,
+            self.discard,
+        )
 
 
 def functional(
@@ -144,7 +159,9 @@ def functional(
     flat = [(path, variable.get_value()) for path, variable in nnx.to_flat_state(state)]
     for path, value in flat:
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-            raise ValueError(f"{_name(path)}: a Param of one array is expected, got {type(value).__name__}; split it")
+            raise ValueError(
+                f"{_name(path)}: a Param of one array is expected, got {type(value).__name__}; split it"
+            )
     names = tuple((_name(path), path) for path, _ in flat)
     return Functional(graphdef, names, _copied(constants), method, discard), nnx.to_pure_dict(state)
 
@@ -166,12 +183,18 @@ def _copied(state: Any) -> Any:
 def _values(module: nnx.Module) -> dict[str, list[Any]]:
     """{path: what the variable holds}, without what the module has sown."""
     flat = nnx.to_flat_state(nnx.state(module))
-    return {_name(path): jax.tree.leaves(x) for path, x in flat if not isinstance(x, nnx.Intermediate)}
+    return {
+        _name(path): jax.tree.leaves(x) for path, x in flat if not isinstance(x, nnx.Intermediate)
+    }
 
 
 def _differing(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> list[str]:
     """The names of what is not the same object as before, or was not there."""
-    return [name for name, new in after.items() if list(map(id, new)) != list(map(id, before.get(name, ())))]
+    return [
+        name
+        for name, new in after.items()
+        if list(map(id, new)) != list(map(id, before.get(name, ())))
+    ]
 
 
 def _sources(jaxpr: Any, inputs: list[Any]) -> list[Any]:
@@ -183,7 +206,11 @@ def _sources(jaxpr: Any, inputs: list[Any]) -> list[Any]:
 
     for equation in jaxpr.eqns:
         inner, operands = inner_program(equation), [read(atom) for atom in equation.invars]
-        results = [object() for _ in equation.outvars] if inner is None else _sources(inner.jaxpr, operands)
+        results = (
+            [object() for _ in equation.outvars]
+            if inner is None
+            else _sources(inner.jaxpr, operands)
+        )
         env.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -199,4 +226,6 @@ def _identical(a: Any, b: Any) -> bool:
 
 def _bits(x: Array) -> bytes:
     with jax.ensure_compile_time_eval():  # also while a jitted function is traced
-        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+        return np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ).tobytes()

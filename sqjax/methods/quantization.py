@@ -66,8 +66,12 @@ def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
         if scheme is not None:
             scheme.check(f"quantize rule {pattern!r}")
     nothing = [pattern for pattern, scheme in rules.items() if scheme is None]
-    of_tables = [p for p, scheme in rules.items() if scheme is not None and scheme.activations == "indices"]
-    sites, tables = ([site.path for site in found] for found in (stats.graph.sites, stats.graph.tables))
+    of_tables = [
+        p for p, scheme in rules.items() if scheme is not None and scheme.activations == "indices"
+    ]
+    sites, tables = (
+        [site.path for site in found] for found in (stats.graph.sites, stats.graph.tables)
+    )
     first_matches(nothing, [*sites, *tables], "quantize rule")  # raises, and says what is near
     meant = {p: {x for x in (*sites, *tables) if re.search(p, x)} for p in nothing}
     chosen: dict[str, Scheme | None] = {}
@@ -75,7 +79,9 @@ def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
         (sites, [p for p in rules if p not in of_tables], "quantize rule"),
         (tables, [*of_tables, *nothing], "quantize rule for embeddings"),
     ):
-        patterns = [p for p in rules if p in own and (p not in nothing or meant[p].intersection(paths))]
+        patterns = [
+            p for p in rules if p in own and (p not in nothing or meant[p].intersection(paths))
+        ]
         found = first_matches(patterns, paths, what)
         chosen |= {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
     return {path: scheme for path, scheme in chosen.items() if scheme is not None}
@@ -85,7 +91,9 @@ def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> P
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     sites = {site.path: site for site in (*stats.graph.sites, *stats.graph.tables)}
-    _check_described(params, stats, [sites[path] for path, scheme in schemes.items() if scheme.measured])
+    _check_described(
+        params, stats, [sites[path] for path, scheme in schemes.items() if scheme.measured]
+    )
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
@@ -95,11 +103,15 @@ def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> P
         if absmax is not None and scheme.smoothing is not None:
             s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
         if absmax is not None and scheme.outliers is not None:
-            channels = outlier_channels(path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch))
+            channels = outlier_channels(
+                path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch)
+            )
         if absmax is not None and scheme.range != "absmax":
             absmax = stats.input_range(path, scheme.range, FORMATS[scheme.activation_format])
         with named(path):
-            return quantize_weight(jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels)
+            return quantize_weight(
+                jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels
+            )
 
     return map_named(changed, params)
 
@@ -108,7 +120,9 @@ def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
     """Raises ValueError if the statistics are of other (say, not yet smoothed) parameters than these."""
     if not sites or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
         return
-    with jax.ensure_compile_time_eval():  # also where a jitted function has closed over these values
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # also where a jitted function has closed over these values
         original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
         absmax = {site: np.asarray(weight_absmax(site, original[site.path])) for site in sites}
     for site in sites:
@@ -155,10 +169,16 @@ def smoothquant(
     s = scales(params, stats, alpha, groups=groups)
     schemes = _schemes(stats, scheme)
     if runtime is not None:
-        smoothed = {path for group in stats.graph.groups if group.name in s for path, _ in group.sites}
+        smoothed = {
+            path for group in stats.graph.groups if group.name in s for path, _ in group.sites
+        }
         smoothed |= {table.path for table in stats.graph.tables}
-        schemes = {p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()}
+        schemes = {
+            p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()
+        }
     folded = fold(params, stats.graph, s)
     if twice:
-        return _quantized(folded, calibrate(fn, folded, batches, histogram=True, progress=progress), schemes)
+        return _quantized(
+            folded, calibrate(fn, folded, batches, histogram=True, progress=progress), schemes
+        )
     return _quantized(folded, fold_stats(stats, s), schemes)

@@ -82,23 +82,35 @@ def _keys_scales(stats: Stats, exponent: float, round_scales: str | None) -> dic
             "calibrate(..., attention=True) looks for them, and found none or was not called so"
         )
     seen = {
-        g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites[:1]] for g in groups
+        g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites[:1]]
+        for g in groups
     }
-    ones = {name: [(scale_of, x, jnp.ones_like(x)) for scale_of, x in found] for name, found in seen.items()}
+    ones = {
+        name: [(scale_of, x, jnp.ones_like(x)) for scale_of, x in found]
+        for name, found in seen.items()
+    }
     return {g.name: _scales_of(ones[g.name], exponent, g.size, round_scales) for g in groups}
 
 
-def _group_scales(group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None) -> Array:
+def _group_scales(
+    group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None
+) -> Array:
     sites = {site.path: site for site in stats.graph.sites}
     seen = [
-        (labels.array.ravel(), stats.absmax[path].ravel(), weight_absmax(sites[path], leaves[path]).ravel())
+        (
+            labels.array.ravel(),
+            stats.absmax[path].ravel(),
+            weight_absmax(sites[path], leaves[path]).ravel(),
+        )
         for path, labels in group.sites
     ]
     return _scales_of(seen, alpha, group.size, round_scales)
 
 
 @partial(jax.jit, static_argnames=("size", "round_scales"))
-def _scales_of(seen: list[tuple[Array, Array, Array]], alpha: Any, size: int, round_scales: str | None) -> Array:
+def _scales_of(
+    seen: list[tuple[Array, Array, Array]], alpha: Any, size: int, round_scales: str | None
+) -> Array:
     """s of a group, from (which scale, absmax, weight absmax) of the channels of each of its sites."""
     x_max = w_max = jnp.zeros(size + 1, jnp.float32)  # entry 0 takes the channels without a scale
     for scale_of, x, w in seen:
@@ -113,12 +125,18 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
         alpha = {"": alpha}
     for pattern, value in alpha.items():
         if is_concrete(value) and not 0 <= float(value) <= 1:
-            raise ValueError(f"alpha{f' for {pattern!r}' if pattern else ''}: expected a number in [0, 1], got {value}")
+            raise ValueError(
+                f"alpha{f' for {pattern!r}' if pattern else ''}: expected a number in [0, 1], got {value}"
+            )
     paths = [path for g in groups for path, _ in g.sites]
     found = first_matches(alpha, paths, "alpha pattern") if paths else {}
-    chosen = {g.name: next((found[p] for p, _ in g.sites if found[p] is not None), None) for g in groups}
+    chosen = {
+        g.name: next((found[p] for p, _ in g.sites if found[p] is not None), None) for g in groups
+    }
     if missing := [name for name, pattern in chosen.items() if pattern is None]:
-        raise ValueError(f"alpha: no pattern matches {missing[:5]}; end the mapping with '.*' for the rest")
+        raise ValueError(
+            f"alpha: no pattern matches {missing[:5]}; end the mapping with '.*' for the rest"
+        )
     return {name: alpha[pattern] for name, pattern in chosen.items()}
 
 
@@ -148,10 +166,14 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     divisors = expand(s, stats.graph)
 
     def divided(statistic):
-        return {path: x / divisors[path] if path in divisors else x for path, x in statistic.items()}
+        return {
+            path: x / divisors[path] if path in divisors else x for path, x in statistic.items()
+        }
 
     folded = {name: x * s[name] if name in s else x for name, x in stats.folded.items()}
-    return replace(stats, absmax=divided(stats.absmax), abs_sum=divided(stats.abs_sum), folded=folded)
+    return replace(
+        stats, absmax=divided(stats.absmax), abs_sum=divided(stats.abs_sum), folded=folded
+    )
 
 
 def smooth(

@@ -19,7 +19,11 @@ TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-
 
 
 def verify(
-    fn: Callable[..., Any], before: PyTree, after: PyTree, *inputs: Any, tolerance: float | None = None
+    fn: Callable[..., Any],
+    before: PyTree,
+    after: PyTree,
+    *inputs: Any,
+    tolerance: float | None = None,
 ) -> float:
     """Runs fn(before, *inputs) and fn(after, *inputs), and compares what they return.
 
@@ -50,25 +54,39 @@ def verify(
     if tolerance is None:
         traced, _ = trace(fn, before, inputs, {}, weight_type, tensor_type)
         dtypes = {str(getattr(aval, "dtype", "")) for aval in Program(traced).avals}
-        tolerance = max([TOLERANCES[d] for d in dtypes if d in TOLERANCES], default=TOLERANCES["float32"])
+        tolerance = max(
+            [TOLERANCES[d] for d in dtypes if d in TOLERANCES], default=TOLERANCES["float32"]
+        )
     worst = 0.0
     for path, a, b in zip(paths, expected, got, strict=True):
         error = _relative_error(_as_real(a), _as_real(b))
         worst = max(worst, error)
         if not error <= tolerance:
-            raise ValueError(f"verify: output {path or '(the array itself)'} differs by {error:.3g} > {tolerance:.3g}")
+            raise ValueError(
+                f"verify: output {path or '(the array itself)'} differs by {error:.3g} > {tolerance:.3g}"
+            )
     return worst
 
 
 def _as_real(x: Any) -> np.ndarray:
     """In float64; complex numbers as pairs."""
     x = np.asarray(x)
-    return np.stack([x.real, x.imag]).astype(np.float64) if np.iscomplexobj(x) else x.astype(np.float64)
+    return (
+        np.stack([x.real, x.imag]).astype(np.float64)
+        if np.iscomplexobj(x)
+        else x.astype(np.float64)
+    )
 
 
 def _relative_error(expected: np.ndarray, got: np.ndarray) -> float:
     finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+    if (
+        not np.array_equal(expected[~finite], got[~finite], equal_nan=True)
+        or not np.isfinite(got[finite]).all()
+    ):
         return float("inf")
     difference = np.max(np.abs(got - expected), where=finite, initial=0.0)
-    return float(difference / max(np.max(np.abs(expected), where=finite, initial=0.0), np.finfo(np.float32).tiny))
+    return float(
+        difference
+        / max(np.max(np.abs(expected), where=finite, initial=0.0), np.finfo(np.float32).tiny)
+    )

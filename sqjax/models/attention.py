@@ -14,17 +14,23 @@ BLOCK = 128
 Table = tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]]
 
 
-def rotary_table(positions: Int[Array, "rows tokens"], head_dim: int, theta: float, dtype: DTypeLike) -> Table:
+def rotary_table(
+    positions: Int[Array, "rows tokens"], head_dim: int, theta: float, dtype: DTypeLike
+) -> Table:
     """Cosine and sine of position * theta^(-2i / head_dim), the angle by which pair i of a head turns.
 
     Computed in float32. The barrier keeps the compiler from computing them again for every head of every layer.
     """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angles = positions.astype(jnp.float32)[:, :, None] * (theta**-exponents)[None, None, :]
-    return jax.lax.optimization_barrier((jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)))
+    return jax.lax.optimization_barrier(
+        (jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype))
+    )
 
 
-def rotate(x: Float[Array, "batch tokens heads head_dim"], table: Table) -> Float[Array, "batch tokens heads head_dim"]:
+def rotate(
+    x: Float[Array, "batch tokens heads head_dim"], table: Table
+) -> Float[Array, "batch tokens heads head_dim"]:
     """Turns each pair (x_i, x_{i + head_dim/2}) by its angle: the rotary embedding in halves."""
     cos, sin = (half[:, :, None, :] for half in table)
     left, right = jnp.split(x, 2, axis=-1)
@@ -32,7 +38,11 @@ def rotate(x: Float[Array, "batch tokens heads head_dim"], table: Table) -> Floa
 
 
 def visible(
-    length: Int[Array, ""], tokens: int, slots: int, padding: Int[Array, " rows"], window: int | None
+    length: Int[Array, ""],
+    tokens: int,
+    slots: int,
+    padding: Int[Array, " rows"],
+    window: int | None,
 ) -> Bool[Array, "rows tokens slots"]:
     """Whether each of the tokens that were just written may look at each slot.
 
@@ -76,21 +86,28 @@ def attend(
         last = min(first + BLOCK, tokens)
         end = slots - tokens + last if in_order else slots
         seen = mask[:, first:last, :end]
-        mixed.append(_attend_block(queries[:, first:last], keys.first(end), values.first(end), seen))
+        mixed.append(
+            _attend_block(queries[:, first:last], keys.first(end), values.first(end), seen)
+        )
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
 
 
 def _attend_block(queries: Array, keys: Slots, values: Slots, mask: Array) -> Array:
     batch, tokens, heads, head_dim = queries.shape
     kv_heads, (rows, _, slots) = keys.codes.shape[1], mask.shape
-    grouped = (queries * head_dim**-0.5).reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    grouped = (queries * head_dim**-0.5).reshape(
+        batch, tokens, kv_heads, heads // kv_heads, head_dim
+    )
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
     by_token = (batch, kv_heads, heads // kv_heads, tokens)
     scores = _scores(grouped, keys).reshape(*by_token, slots)
     scores = jnp.where(mask.reshape(rows, 1, 1, tokens, slots), scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1)[..., None]
-    mixed = _mix(weights.reshape(batch, kv_heads, -1, slots), values).reshape(*by_token, head_dim) / total
+    mixed = (
+        _mix(weights.reshape(batch, kv_heads, -1, slots), values).reshape(*by_token, head_dim)
+        / total
+    )
     return mixed.transpose(0, 3, 1, 2, 4).reshape(queries.shape).astype(queries.dtype)
 
 
@@ -114,7 +131,9 @@ def _mix(
     """weights v in float32. The scales of slots go to the weights."""
     if values.scale is None:
         weights = weights.astype(values.codes.dtype)
-        return jnp.einsum("bkrs,bksd->bkrd", weights, values.codes, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "bkrs,bksd->bkrd", weights, values.codes, preferred_element_type=jnp.float32
+        )
     weights = weights[:, :, None] * _by_group(values.scale)
     products = _product("bkrs,bksd->bkrd", weights, integers(values))
     return products.transpose(0, 1, 3, 2, 4).reshape(*products.shape[:2], products.shape[3], -1)
@@ -147,7 +166,9 @@ def _product(
         out = jnp.einsum(equation, flat, codes.astype(jnp.float32))
     else:
         digits, scale = two_digits(flat)
-        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32).astype(jnp.float32)
+        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32).astype(
+            jnp.float32
+        )
         high, low = jnp.split(sums, 2, axis=2)
         out = (high + low / LOW) * scale
     return out.reshape(batch, kv_heads, groups, *out.shape[2:])

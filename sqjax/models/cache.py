@@ -51,11 +51,15 @@ class CacheFormat:
 
     def __post_init__(self):
         if self.codes not in ("float", *_STORED):
-            raise ValueError(f"CacheFormat: expected 'float' or one of {sorted(_STORED)}, got {self.codes!r}")
+            raise ValueError(
+                f"CacheFormat: expected 'float' or one of {sorted(_STORED)}, got {self.codes!r}"
+            )
         if self.keys not in KEYS:
             raise ValueError(f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}")
         if self.group is not None and self.group < 1:
-            raise ValueError(f"CacheFormat: expected a group of at least one channel, got {self.group}")
+            raise ValueError(
+                f"CacheFormat: expected a group of at least one channel, got {self.group}"
+            )
         if self.codes == "float" and (self.group or self.keys != "plain"):
             raise ValueError("CacheFormat: a float cache has no scales; leave group and keys out")
         if self.zero_point and self.codes != "int4":
@@ -130,7 +134,11 @@ class Slots:
         return [x for x in (self.codes, self.scale, self.zero) if x is not None]
 
     def _map(self, change) -> "Slots":
-        changed = {name: change(x) for name in ("codes", "scale", "zero") if (x := getattr(self, name)) is not None}
+        changed = {
+            name: change(x)
+            for name in ("codes", "scale", "zero")
+            if (x := getattr(self, name)) is not None
+        }
         return replace(self, **changed)
 
 
@@ -166,7 +174,13 @@ class KVCache(NamedTuple):
 
 
 def empty_cache(
-    layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: DTypeLike, kind: CacheFormat
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    kind: CacheFormat,
 ) -> KVCache:
     """A `KVCache` of zeros, with no token in it.
 
@@ -174,7 +188,9 @@ def empty_cache(
         ValueError: the format's group does not divide `head_dim`, or integer sums over so many slots could overflow.
     """
     if kind.codes in ("int8", "int4") and capacity > LONGEST:
-        raise ValueError(f"cache: sums over integer codes are exact up to {LONGEST} tokens, got {capacity}; use 'e4m3'")
+        raise ValueError(
+            f"cache: sums over integer codes are exact up to {LONGEST} tokens, got {capacity}; use 'e4m3'"
+        )
     group = kind.group or head_dim
     if head_dim % group:
         raise ValueError(
@@ -196,7 +212,9 @@ def empty_cache(
             kind,
         )
 
-    keys, values = (tuple(slots(channels) for _ in range(layers)) for channels in (kind.keys != "plain", False))
+    keys, values = (
+        tuple(slots(channels) for _ in range(layers)) for channels in (kind.keys != "plain", False)
+    )
     return KVCache(keys, values, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
@@ -221,7 +239,9 @@ def write(
         new = changed_keys(slots, new.astype(jnp.float32))
     put = _put_in_ring if ring else _put
     by_token = replace(slots, channel=None)
-    by_token = jax.tree.map(lambda x, part: put(x, part.astype(x.dtype), start), by_token, encode(new, slots.format))
+    by_token = jax.tree.map(
+        lambda x, part: put(x, part.astype(x.dtype), start), by_token, encode(new, slots.format)
+    )
     return replace(by_token, channel=slots.channel)
 
 
@@ -231,7 +251,9 @@ def _first_channels(slots: Slots, new: Array, positions: Array) -> Array:
     if slots.format.keys == "channels":
         seen = jnp.max(jnp.abs(new), axis=2, where=real, initial=0.0)
     else:
-        seen = jnp.sum(new, axis=2, where=real) / jnp.maximum(jnp.sum(real, axis=2, dtype=jnp.float32), 1)
+        seen = jnp.sum(new, axis=2, where=real) / jnp.maximum(
+            jnp.sum(real, axis=2, dtype=jnp.float32), 1
+        )
     return jnp.where((positions[:, 0] <= 0)[:, None, None], seen, slots.channel)
 
 
@@ -239,7 +261,9 @@ def changed_keys(slots: Slots, keys: Array) -> Array:
     """Keys as they are encoded, (batch, kv_heads, tokens, head_dim)."""
     if slots.format.keys == "channels":
         return keys / _factors(slots)
-    return jnp.matmul(keys - slots.channel[:, :, None, :], rotation(slots.head_dim), precision="highest")
+    return jnp.matmul(
+        keys - slots.channel[:, :, None, :], rotation(slots.head_dim), precision="highest"
+    )
 
 
 def changed_queries(slots: Slots, rows: Array) -> Array:
@@ -284,7 +308,10 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
         stored = _stored_scale(scale, kind)
         codes = to_codes(wide, stored.astype(jnp.float32)[..., None], zero[..., None])
     else:
-        stored, zero = _stored_scale(scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt), kind), None
+        stored, zero = (
+            _stored_scale(scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt), kind),
+            None,
+        )
         codes = to_format(wide, stored.astype(jnp.float32)[..., None], fmt)
     codes = codes.reshape(vectors.shape)
     return Slots(_pack(codes) if kind.codes == "int4" else codes, stored, zero, None, kind)

@@ -39,14 +39,19 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
         layers = [layer for name in names if "kernel" in (layer := changed.get(name, {}))]
         if len(layers) == len(names) and _alike(layers):
             changed = {name: x for name, x in changed.items() if name not in names}
-            changed[fused_name(names)] = {key: _joined([layer[key] for layer in layers]) for key in layers[0]}
+            changed[fused_name(names)] = {
+                key: _joined([layer[key] for layer in layers]) for key in layers[0]
+            }
     return changed
 
 
 def _alike(layers: Sequence[Any]) -> bool:
     """Whether layers hold the same kinds of leaves, quantized alike, for the same activation."""
     kernels = [layer["kernel"] for layer in layers]
-    if any(set(layer) != set(layers[0]) or type(layer["kernel"]) is not type(kernels[0]) for layer in layers):
+    if any(
+        set(layer) != set(layers[0]) or type(layer["kernel"]) is not type(kernels[0])
+        for layer in layers
+    ):
         return False
     if not isinstance(kernels[0], QuantWeight):
         return all(kernel.dtype == kernels[0].dtype for kernel in kernels)
@@ -54,7 +59,9 @@ def _alike(layers: Sequence[Any]) -> bool:
         return False
     shared = [jax.tree.leaves(_of_activation(kernel)) for kernel in kernels]
     return all(
-        x.shape == y.shape and np.array_equal(x, y) for own in shared for x, y in zip(shared[0], own, strict=True)
+        x.shape == y.shape and np.array_equal(x, y)
+        for own in shared
+        for x, y in zip(shared[0], own, strict=True)
     )
 
 
@@ -72,8 +79,12 @@ def _joined(leaves: Sequence[Any]) -> Any:
     def by_output(parts: Sequence[Any]) -> Any:
         if parts[0] is None:
             return None
-        sizes = [leaf.tensor.values.shape[:-1] for leaf in leaves]  # one scale for all outputs is repeated
-        every = [jnp.broadcast_to(x, (*size, x.shape[-1])) for x, size in zip(parts, sizes, strict=True)]
+        sizes = [
+            leaf.tensor.values.shape[:-1] for leaf in leaves
+        ]  # one scale for all outputs is repeated
+        every = [
+            jnp.broadcast_to(x, (*size, x.shape[-1])) for x, size in zip(parts, sizes, strict=True)
+        ]
         return jnp.concatenate(every, axis=-2)
 
     fields = ("values", "scale", "zero", "group_scale")

@@ -63,12 +63,23 @@ class LlamaConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+        )
         for name in (*sizes, "head_dim", "max_length", "rope_theta"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"LlamaConfig.{name}: expected a positive number, got {getattr(self, name)}")
+                raise ValueError(
+                    f"LlamaConfig.{name}: expected a positive number, got {getattr(self, name)}"
+                )
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"LlamaConfig.sliding_window: expected at least 1 or None, got {self.sliding_window}")
+            raise ValueError(
+                f"LlamaConfig.sliding_window: expected at least 1 or None, got {self.sliding_window}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"LlamaConfig.num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, "
@@ -84,7 +95,9 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch tokens hidden"]:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -92,13 +105,17 @@ class RMSNorm(nn.Module):
         return (normed * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
 
 
-def _projections(module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool) -> list[Array]:
+def _projections(
+    module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool
+) -> list[Array]:
     """The outputs of several Dense layers of x, by name: in one matmul, if the parameters hold them as one (`fuse`)."""
     together = fused_name(tuple(sizes))
     if not module.has_variable("params", together):
         return [nn.Dense(size, use_bias=use_bias, name=name)(x) for name, size in sizes.items()]
     ends = np.cumsum(list(sizes.values()))
-    return jnp.split(nn.Dense(int(ends[-1]), use_bias=use_bias, name=together)(x), ends[:-1], axis=-1)
+    return jnp.split(
+        nn.Dense(int(ends[-1]), use_bias=use_bias, name=together)(x), ends[:-1], axis=-1
+    )
 
 
 class Attention(nn.Module):
@@ -113,7 +130,11 @@ class Attention(nn.Module):
         """Returns the output, and the updated cache if there was one."""
         config = self.config
 
-        counts = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
+        counts = {
+            "q_proj": config.num_heads,
+            "k_proj": config.num_kv_heads,
+            "v_proj": config.num_kv_heads,
+        }
         sizes = {name: count * config.head_dim for name, count in counts.items()}
         flat = _projections(self, x, sizes, config.attention_bias)
         queries, keys, values = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in flat)
@@ -130,7 +151,9 @@ class Attention(nn.Module):
                 )
             )
         mixed = attend(queries, *looked_at, place.mask, in_order).reshape(*x.shape[:2], -1)
-        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(mixed), cache
+        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(
+            mixed
+        ), cache
 
 
 class MLP(nn.Module):
@@ -139,11 +162,15 @@ class MLP(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch tokens hidden"]:
         config = self.config
         sizes = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
         gate, up = _projections(self, x, sizes, config.mlp_bias)
-        return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+        return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(
+            nn.silu(gate) * up
+        )
 
 
 class Block(nn.Module):
@@ -175,11 +202,19 @@ class Layers(nn.Module):
         stacked = not self.is_initializing() and check_layers(held, config.num_layers)
         of_stack = Block(config, parent=None).apply
         if stacked and cache is None:
-            return jax.lax.scan(lambda x, layer: of_stack({"params": layer}, x, place, None), x, held)
+            return jax.lax.scan(
+                lambda x, layer: of_stack({"params": layer}, x, place, None), x, held
+            )
         grown = []
         for i in range(config.num_layers):
-            block = partial(of_stack, {"params": layer_of(held, i)}) if stacked else Block(config, name=str(i))
-            x, layer_cache = block(x, place, None if cache is None else (cache.keys[i], cache.values[i]))
+            block = (
+                partial(of_stack, {"params": layer_of(held, i)})
+                if stacked
+                else Block(config, name=str(i))
+            )
+            x, layer_cache = block(
+                x, place, None if cache is None else (cache.keys[i], cache.values[i])
+            )
             grown.append(layer_cache)
         if cache is None:
             return x, None
@@ -209,7 +244,11 @@ class Decoder(nn.Module):
 
 def _place(config: LlamaConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike) -> Place:
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
-    start, padding = (jnp.int32(0), jnp.zeros((1,), jnp.int32)) if cache is None else (cache.length, cache.padding)
+    start, padding = (
+        (jnp.int32(0), jnp.zeros((1,), jnp.int32))
+        if cache is None
+        else (cache.length, cache.padding)
+    )
     positions = (start + jnp.arange(tokens, dtype=jnp.int32))[None, :] - padding[:, None]
     table = rotary_table(jnp.maximum(positions, 0), config.head_dim, config.rope_theta, dtype)
     slots = tokens if cache is None else cache.capacity

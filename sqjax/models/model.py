@@ -71,7 +71,9 @@ class Model:
         self._check_length(length)
         return cache_for(self.config, batch, length, dtype, kind, chunk)
 
-    def decode(self, params: Params, ids: TokenIds, cache: KVCache) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    def decode(
+        self, params: Params, ids: TokenIds, cache: KVCache
+    ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Reads more tokens: the logits after the last of them, and the cache that remembers them all.
 
         Several tokens at once are a prefill, one token is a step. Inside `jax.jit` nothing can see a cache
@@ -85,7 +87,9 @@ class Model:
         logits, grown = Llama(self.config).apply({"params": params}, jnp.asarray(ids), cache, True)
         return logits[:, -1], cast(KVCache, grown)
 
-    def read(self, params: Params, ids: TokenIds, cache: KVCache) -> tuple[Float[Array, "batch tokens vocab"], KVCache]:
+    def read(
+        self, params: Params, ids: TokenIds, cache: KVCache
+    ) -> tuple[Float[Array, "batch tokens vocab"], KVCache]:
         """As `decode`, with the logits after every token."""
         self._check_cache(ids, cache)
         logits, grown = Llama(self.config).apply({"params": params}, jnp.asarray(ids), cache)
@@ -103,7 +107,9 @@ class Model:
             )
         held = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
         # What the first of these tokens looks at must not be written over.
-        room = cache.capacity - (held if config.sliding_window is None else min(held, config.sliding_window - 1))
+        room = cache.capacity - (
+            held if config.sliding_window is None else min(held, config.sliding_window - 1)
+        )
         if tokens > room:
             raise ValueError(
                 f"cache: expected room for {tokens} tokens, got {room}; "
@@ -125,7 +131,12 @@ def _check_some(tokens: int) -> None:
 
 
 def cache_for(
-    config: LlamaConfig, batch: int, length: int, dtype: DTypeLike, kind: str | CacheFormat, chunk: int | None
+    config: LlamaConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike,
+    kind: str | CacheFormat,
+    chunk: int | None,
 ) -> KVCache:
     """As `Model.init_cache`, of any length: the slots of padding are no positions."""
     if config.sliding_window is not None and chunk is not None:

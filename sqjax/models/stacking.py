@@ -62,7 +62,9 @@ def unstack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
         ['0', '1', '2']
     """
     layers = _layers_of(params)
-    return _with_layers(params, _apart(layers, stack_size(layers))) if is_stacked(layers) else params
+    return (
+        _with_layers(params, _apart(layers, stack_size(layers))) if is_stacked(layers) else params
+    )
 
 
 def is_stacked(layers: Mapping[str, Any]) -> bool:
@@ -137,20 +139,29 @@ def _of_leaf(i: int, leaf: Any) -> Any:
     rank = leaf.ndim - 1
     if not is_quantized(leaf):
         return own(leaf, rank)
-    parts = {name: own(getattr(leaf.tensor, name), rank) for name in ("values", "scale", "zero", "group_scale")}
+    parts = {
+        name: own(getattr(leaf.tensor, name), rank)
+        for name in ("values", "scale", "zero", "group_scale")
+    }
     outliers = leaf.outliers
     return replace(
         leaf,
         tensor=replace(leaf.tensor, **parts),
         input_scale=own(leaf.input_scale, 0),
         smoothing=own(leaf.smoothing, leaf.contracted),
-        outliers=None if outliers is None else Outliers(own(outliers.channels, 1), own(outliers.weight, rank)),
+        outliers=None
+        if outliers is None
+        else Outliers(own(outliers.channels, 1), own(outliers.weight, rank)),
     )
 
 
 def _layers_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(params.get("model"), Mapping) or not isinstance(params["model"].get("layers"), Mapping):
-        raise ValueError(f"params: expected a Model's tree, with model/layers in it, got one of {sorted(params)}")
+    if not isinstance(params.get("model"), Mapping) or not isinstance(
+        params["model"].get("layers"), Mapping
+    ):
+        raise ValueError(
+            f"params: expected a Model's tree, with model/layers in it, got one of {sorted(params)}"
+        )
     return params["model"]["layers"]
 
 
@@ -160,7 +171,9 @@ def _with_layers(params: Mapping[str, Any], layers: Any) -> dict[str, Any]:
 
 def _check_alike(first: Any, row: Any, i: int) -> None:
     """Raises ValueError naming the first leaf that can not be stacked on that of layer 0."""
-    expected, got = (dict(zip(*named_leaves(x, is_leaf=is_quantized)[:2], strict=True)) for x in (first, row))
+    expected, got = (
+        dict(zip(*named_leaves(x, is_leaf=is_quantized)[:2], strict=True)) for x in (first, row)
+    )
     for path in [*expected, *(got.keys() - expected.keys())]:
         texts = [_text(leaves[path]) if path in leaves else "nothing" for leaves in (expected, got)]
         if texts[0] != texts[1]:

@@ -44,12 +44,19 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     split = tokenizers.pre_tokenizers
     backend.pre_tokenizer = split.Sequence(
-        [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            split.Digits(individual_digits=True),
+            split.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     named = list(zip(tokens, kinds, strict=True))
-    backend.add_special_tokens([_added(tokenizers, t, special=True) for t, kind in named if kind == CONTROL])
-    backend.add_tokens([_added(tokenizers, t, special=False) for t, kind in named if kind == USER_DEFINED])
+    backend.add_special_tokens(
+        [_added(tokenizers, t, special=True) for t, kind in named if kind == CONTROL]
+    )
+    backend.add_tokens(
+        [_added(tokenizers, t, special=False) for t, kind in named if kind == USER_DEFINED]
+    )
     return Tokenizer(backend, metadata.get("tokenizer.ggml.eos_token_id"))
 
 
@@ -67,7 +74,9 @@ def from_directory(directory: Path) -> Tokenizer | None:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: expected a tokenizer of the `tokenizers` package, got {error}") from error
+        raise ValueError(
+            f"{path}: expected a tokenizer of the `tokenizers` package, got {error}"
+        ) from error
     return Tokenizer(backend, _end_of_text(directory, backend))
 
 
@@ -110,5 +119,7 @@ def _import_tokenizers():
         import tokenizers.models
         import tokenizers.pre_tokenizers
     except ImportError as error:
-        raise ImportError("this checkpoint's tokenizer needs `tokenizers`: pip install sqjax[demo]") from error
+        raise ImportError(
+            "this checkpoint's tokenizer needs `tokenizers`: pip install sqjax[demo]"
+        ) from error
     return tokenizers

@@ -11,7 +11,9 @@ LONGEST_CONTRACTION = (2**31 - 1) // 127**2
 LAST_AXES = (((1,), (1,)), ((), ()))
 
 
-def narrow_dot(q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inner"]) -> Shaped[Array, "rows outputs"]:
+def narrow_dot(
+    q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inner"]
+) -> Shaped[Array, "rows outputs"]:
     """int8 x int8 -> int32, or float8 x float8 -> float32; int4 codes become int8 first."""
     floating = jnp.issubdtype(q.dtype, jnp.floating)
     kind = jnp.float32 if floating else jnp.int32

@@ -59,7 +59,9 @@ def _alive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(scale < _SMALLEST_NORMAL, jnp.float32(1.0), scale)
 
 
-def to_format(x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = INT8) -> Shaped[Array, "*s"]:
+def to_format(
+    x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = INT8
+) -> Shaped[Array, "*s"]:
     """q = clip(round-half-even(x / scale), -bound, bound), stored in the format's `container`.
 
     `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2 for integers, and
@@ -71,7 +73,9 @@ def to_format(x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format = I
     return jnp.clip(q, -fmt.bound, fmt.bound).astype(container(fmt))
 
 
-def zero_point_range(low: Float[Array, "*s"], high: Float[Array, "*s"]) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
+def zero_point_range(
+    low: Float[Array, "*s"], high: Float[Array, "*s"]
+) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
     """(scale, zero) of int4 with a zero point: scale = (high - low) / 15, zero = round(-low / scale) - 8.
 
     The range is made to hold 0, which is so represented exactly: by the code `zero`, in [-8, 7].
@@ -81,7 +85,9 @@ def zero_point_range(low: Float[Array, "*s"], high: Float[Array, "*s"]) -> tuple
     return scale, (jnp.round(-low / scale) + _LOWEST).astype(jnp.int8)
 
 
-def to_codes(x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]) -> Shaped[Array, "*s"]:
+def to_codes(
+    x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]
+) -> Shaped[Array, "*s"]:
     """q = clip(round(x / scale) + zero, -8, 7), so that (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
     return jnp.clip(q, _LOWEST, _HIGHEST).astype(container(INT4))
@@ -105,15 +111,19 @@ def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*l
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
 
 
-def unpack_int4(packed: UInt8[np.ndarray, "*lead packed"], length: int) -> Shaped[np.ndarray, "*lead n"]:
+def unpack_int4(
+    packed: UInt8[np.ndarray, "*lead packed"], length: int
+) -> Shaped[np.ndarray, "*lead n"]:
     """The int4 elements of `pack_int4`; `length` is that of the last axis.
 
     Raises:
         ValueError: `length` elements do not take so many bytes.
     """
     if packed.shape[-1] != (length + 1) // 2:
-        raise ValueError(f"unpack_int4: {length} elements take {(length + 1) // 2} bytes, got {packed.shape[-1]}")
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])[
-        ..., :length
-    ]
+        raise ValueError(
+            f"unpack_int4: {length} elements take {(length + 1) // 2} bytes, got {packed.shape[-1]}"
+        )
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(
+        *packed.shape[:-1], 2 * packed.shape[-1]
+    )[..., :length]
     return (((nibbles ^ 8).astype(np.int8)) - 8).astype(INT4.dtype)

@@ -25,7 +25,9 @@ PARTS, FIRST_OCTAVE, OCTAVES = 16, -32, 64
 BINS = PARTS * OCTAVES
 _OCTAVES = 2.0 ** np.arange(FIRST_OCTAVE, FIRST_OCTAVE + OCTAVES)
 #: Bin i holds EDGES[i] <= |x| < EDGES[i + 1]; the last one also what is larger. All are exact in float32.
-EDGES = np.append(np.outer(_OCTAVES, 1 + np.arange(PARTS) / PARTS), 2 * _OCTAVES[-1]).astype(np.float32)
+EDGES = np.append(np.outer(_OCTAVES, 1 + np.arange(PARTS) / PARTS), 2 * _OCTAVES[-1]).astype(
+    np.float32
+)
 
 #: `mse_range` tries absmax * 2^(-j / 16) for 16 octaves: one outlier among n values of size 1 is worth clipping to
 #: about 1 only if it is smaller than sqrt(n).
@@ -73,7 +75,9 @@ class Histogram:
         return cls.counted(count(magnitude, batch), absmax)
 
     @classmethod
-    def counted(cls, counts: UInt32[Array, "*batch bins"], absmax: Float[Array, "*batch"]) -> "Histogram":
+    def counted(
+        cls, counts: UInt32[Array, "*batch bins"], absmax: Float[Array, "*batch"]
+    ) -> "Histogram":
         """From counts below 2^32."""
         return cls(counts, jnp.zeros_like(counts), absmax)
 
@@ -85,7 +89,9 @@ class Histogram:
     def __add__(self, other: "Histogram") -> "Histogram":
         low = self.low + other.low
         carry = (low < other.low).astype(jnp.uint32)
-        return Histogram(low, self.high + other.high + carry, jnp.maximum(self.absmax, other.absmax))
+        return Histogram(
+            low, self.high + other.high + carry, jnp.maximum(self.absmax, other.absmax)
+        )
 
     @property
     def counts(self) -> Float[Array, "*batch bins"]:
@@ -100,7 +106,9 @@ def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*bat
     counting is a scatter-add, about a nanosecond a value on two cores: 0.7 to 1.3 ms for a 512 x 1536 array.
     """
     counted = partial(_count, batch=batch)
-    if any(entry is not None for entry in jax.typeof(magnitude).sharding.spec):  # a mesh with explicit axes
+    if any(
+        entry is not None for entry in jax.typeof(magnitude).sharding.spec
+    ):  # a mesh with explicit axes
         counted = jax.sharding.auto_axes(counted, out_sharding=PartitionSpec())
     return counted(magnitude)
 
@@ -108,9 +116,15 @@ def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*bat
 def _count(magnitude: Float[Array, "..."], batch: int) -> UInt32[Array, "*batch bins"]:
     lead = magnitude.shape[:batch]
     stack, each = (int(np.prod(sizes, dtype=int)) for sizes in (lead, magnitude.shape[batch:]))
-    own = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (BINS + 1)  # bin -1 goes before each matrix's others
+    own = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (
+        BINS + 1
+    )  # bin -1 goes before each matrix's others
     places = (own + bin_of(magnitude.reshape(stack, each)) + 1).reshape(stack * each)
-    counts = jnp.zeros(stack * (BINS + 1), jnp.uint32).at[places].add(jnp.uint32(1), mode="promise_in_bounds")
+    counts = (
+        jnp.zeros(stack * (BINS + 1), jnp.uint32)
+        .at[places]
+        .add(jnp.uint32(1), mode="promise_in_bounds")
+    )
     return counts.reshape(*lead, BINS + 1)[..., 1:]
 
 
@@ -143,7 +157,9 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
         1.0625
     """
     if not 0 < p <= 1:
-        raise ValueError(f"percentile_range: expected a fraction in (0, 1], got {p}: 0.9999 is the 99.99th percentile")
+        raise ValueError(
+            f"percentile_range: expected a fraction in (0, 1], got {p}: 0.9999 is the 99.99th percentile"
+        )
     counts = histogram.counts
     within = lax.cumsum(counts, axis=counts.ndim - 1, reverse=True)
     beyond = within - counts  # the share above each bin's upper edge
@@ -177,7 +193,9 @@ def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"
     return jnp.minimum(chosen, histogram.absmax)
 
 
-def expected_error(histogram: Histogram, t: Float[Array, "*batch"], fmt: Format = INT8) -> Float[Array, "*batch"]:
+def expected_error(
+    histogram: Histogram, t: Float[Array, "*batch"], fmt: Format = INT8
+) -> Float[Array, "*batch"]:
     """The mean of (x - Q(x))^2 over the counted x, where Q rounds x to `fmt` with its range scaled to t.
 
     Let u = |x| bound / t, g_0 = 0 < g_1 < ... the magnitudes of the format, and g_r the nearest one to u; beyond the
@@ -200,7 +218,9 @@ def expected_error(histogram: Histogram, t: Float[Array, "*batch"], fmt: Format 
 
 
 @partial(jax.jit, static_argnames="fmt")
-def _errors(histogram: Histogram, ranges: Float[Array, "stack n"], fmt: Format) -> Float[Array, "stack n"]:
+def _errors(
+    histogram: Histogram, ranges: Float[Array, "stack n"], fmt: Format
+) -> Float[Array, "stack n"]:
     """`expected_error` of several ranges for each matrix, one matrix after the other: their tables are large."""
     flat = histogram.counts.reshape(-1, BINS), histogram.absmax.reshape(-1), ranges
     return lax.map(lambda one: _errors_of_one(one[0], one[1], one[2], fmt), flat)
@@ -215,8 +235,12 @@ def _errors_of_one(
     one = (jnp.arange(BINS) == bin_of(absmax)).astype(jnp.float32)
     u = jnp.minimum(jnp.asarray(EDGES), largest)[None, :] / scale[:, None]
     width, integral = jnp.diff(u), jnp.diff(_integral(u, fmt))
-    thin = width < u_max[:, None] * 2**-12  # the bin of the absmax, if it begins just below: the difference is noise
-    mean = jnp.where(thin & (one > 0)[None, :], of_largest[:, None], integral / jnp.where(width > 0, width, 1))
+    thin = (
+        width < u_max[:, None] * 2**-12
+    )  # the bin of the absmax, if it begins just below: the difference is noise
+    mean = jnp.where(
+        thin & (one > 0)[None, :], of_largest[:, None], integral / jnp.where(width > 0, width, 1)
+    )
     total = (mean * jnp.maximum(counts - one, 0)[None, :]).sum(1) + of_largest * one.sum()
     return scale**2 * total / jnp.maximum(counts.sum(), 1)
 
@@ -239,7 +263,9 @@ def magnitudes(fmt: Format) -> np.ndarray:
     """Every magnitude that a format can represent, from 0 up, in float64."""
     if not fmt.floating:
         return np.arange(fmt.bound + 1)
-    values = np.arange(128, dtype=np.uint8).view(fmt.dtype).astype(np.float64)  # the codes without a sign
+    values = (
+        np.arange(128, dtype=np.uint8).view(fmt.dtype).astype(np.float64)
+    )  # the codes without a sign
     return values[values <= fmt.bound]
 
 
@@ -250,7 +276,11 @@ def _positive(absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def is_range(how: Any) -> bool:
     """Whether `how` is a `Range`."""
-    return how in ("absmax", "mse") if isinstance(how, str) else isinstance(how, float) and 0 < how <= 1
+    return (
+        how in ("absmax", "mse")
+        if isinstance(how, str)
+        else isinstance(how, float) and 0 < how <= 1
+    )
 
 
 def find_range(histogram: Histogram, how: Range, fmt: Format = INT8) -> Float[Array, "*batch"]:

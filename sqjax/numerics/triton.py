@@ -86,7 +86,9 @@ def matmul(
         [240.0, 480.0]
     """
     optional = {"zero": zero, "x_scale": x_scale}
-    operands = {"x": x, "values": values, "scale": scale} | {k: v for k, v in optional.items() if v is not None}
+    operands = {"x": x, "values": values, "scale": scale} | {
+        k: v for k, v in optional.items() if v is not None
+    }
     form = _form(operands)
     if any(size < 16 or size & (size - 1) for size in blocks[:2]):
         raise ValueError(
@@ -164,11 +166,17 @@ def _check_dtypes(operands: dict[str, Array]) -> None:
     for name, array in operands.items():
         if array.dtype not in _DTYPES[name]:
             names = " or ".join(jnp.dtype(dtype).name for dtype in _DTYPES[name])
-            raise ValueError(f"triton.matmul: expected {name} of dtype {names}, got {array.dtype.name}")
+            raise ValueError(
+                f"triton.matmul: expected {name} of dtype {names}, got {array.dtype.name}"
+            )
     if "zero" in operands and operands["values"].dtype != jnp.int4:
-        raise ValueError("triton.matmul: zero points are for int4 values: int8 values less a zero point may not fit")
+        raise ValueError(
+            "triton.matmul: zero points are for int4 values: int8 values less a zero point may not fit"
+        )
     if "x_scale" in operands and operands["x"].dtype != jnp.int8:
-        raise ValueError(f"triton.matmul: x_scale is for an int8 x, got an x of dtype {operands['x'].dtype.name}")
+        raise ValueError(
+            f"triton.matmul: x_scale is for an int8 x, got an x of dtype {operands['x'].dtype.name}"
+        )
 
 
 def _block(name: str, shape: tuple[int, ...], blocks: Blocks) -> pl.BlockSpec:
@@ -181,7 +189,9 @@ def _block(name: str, shape: tuple[int, ...], blocks: Blocks) -> pl.BlockSpec:
 
 def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
     """One block of the result."""
-    rows, outputs = (_inside(axis, size, out_ref.shape[axis]) for axis, size in enumerate(form.shape))
+    rows, outputs = (
+        _inside(axis, size, out_ref.shape[axis]) for axis, size in enumerate(form.shape)
+    )
     sum_dtype = jnp.int32 if refs["x"].dtype == jnp.int8 else jnp.float32
 
     def weight(group: Any, tile: Any) -> Array:
@@ -193,10 +203,14 @@ def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
     def add_tile(group: Any, step: Any, sums: Array) -> Array:
         tile = group * form.tiles + step
         x = _load(refs["x"].at[:, tile, :], rows)
-        return sums + lax.dot_general(x, weight(group, tile), LAST_AXES, preferred_element_type=sum_dtype)
+        return sums + lax.dot_general(
+            x, weight(group, tile), LAST_AXES, preferred_element_type=sum_dtype
+        )
 
     def add_group(group: Any, out: Array) -> Array:
-        sums = lax.fori_loop(0, form.tiles, partial(add_tile, group), jnp.zeros(out_ref.shape, sum_dtype))
+        sums = lax.fori_loop(
+            0, form.tiles, partial(add_tile, group), jnp.zeros(out_ref.shape, sum_dtype)
+        )
         return out + sums.astype(jnp.float32) * _load(refs["scale"].at[:, group], outputs)[None, :]
 
     out = lax.fori_loop(0, form.groups, add_group, jnp.zeros(out_ref.shape, jnp.float32))

@@ -47,11 +47,16 @@ class Matrix(NamedTuple):
         """The codes with zero points and integer scales applied: int8, or float8."""
         q, length = self.codes, self.codes.shape[1]
         whole = group is not None and length % group == 0 and length > group
-        if whole and self.zero is not None:  # reshaped first of all, so that no loop divides by the group size
+        if (
+            whole and self.zero is not None
+        ):  # reshaped first of all, so that no loop divides by the group size
             q = q.reshape(q.shape[0], -1, group)
         for part, combine in ((self.zero, jnp.subtract), (self.group_scale, jnp.multiply)):
             if part is not None:
-                q = combine(q.astype(jnp.int8), part[:, :, None] if q.ndim == 3 else _spread(part, group, length))
+                q = combine(
+                    q.astype(jnp.int8),
+                    part[:, :, None] if q.ndim == 3 else _spread(part, group, length),
+                )
         return q.reshape(-1, length)
 
     def columns(self, number: Any, first: Any, length: int) -> "Matrix":
@@ -61,11 +66,15 @@ class Matrix(NamedTuple):
             return None if x is None else lax.dynamic_slice_in_dim(x, first, length, 1)
 
         scales = [own(x, number, 1) for x in (self.zero, self.group_scale, self.scale)]
-        return Matrix(own(self.codes, first, length), scales[0], scales[1], scales[2], self.input_scale)
+        return Matrix(
+            own(self.codes, first, length), scales[0], scales[1], scales[2], self.input_scale
+        )
 
     def dequantized(self, group: int | None) -> Float[Array, "outputs inner"]:
         """The float32 matrix."""
-        return self.integers(group).astype(jnp.float32) * _spread(self.scale, group, self.codes.shape[1])
+        return self.integers(group).astype(jnp.float32) * _spread(
+            self.scale, group, self.codes.shape[1]
+        )
 
 
 def _spread(x: Array, group: int | None, length: int) -> Array:
@@ -76,7 +85,9 @@ def _spread(x: Array, group: int | None, length: int) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def product(recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix) -> Float[Array, "rows outputs"]:
+def product(
+    recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
+) -> Float[Array, "rows outputs"]:
     """x @ W.T in float32, on the recipe's operands.
 
     Quantized activations: (q_x . q_w) * scale_x * scale_w, the sum in int32 (float32 for float8); in groups the sum of
@@ -90,23 +101,32 @@ def product(recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix) -> Fl
     q = to_format(x, x_scale, fmt)
     if recipe.group is not None and matrix.scale.shape[1] > 1:
         return _in_groups(q, matrix, recipe.group) * x_scale
-    return narrow_dot(q, matrix.integers(recipe.group)).astype(jnp.float32) * x_scale * matrix.scale.T
+    return (
+        narrow_dot(q, matrix.integers(recipe.group)).astype(jnp.float32) * x_scale * matrix.scale.T
+    )
 
 
 @product.defjvp
 def _straight_through(recipe, primals, tangents):
     x, matrix = primals
     dx = tangents[0].astype(jnp.float32)
-    return product(recipe, x, matrix), lax.dot_general(dx, matrix.dequantized(recipe.group), LAST_AXES)
+    return product(recipe, x, matrix), lax.dot_general(
+        dx, matrix.dequantized(recipe.group), LAST_AXES
+    )
 
 
 def activation_scale(
-    x: Float[Array, "rows inner"], activations: Activations, input_scale: Float[Array, ""] | None, fmt: Format
+    x: Float[Array, "rows inner"],
+    activations: Activations,
+    input_scale: Float[Array, ""] | None,
+    fmt: Format,
 ) -> Float[Array, "..."]:
     """absmax / bound of each row (rows, 1), of the whole array (1, 1), or the given static scale (1, 1)."""
     if activations == "static":
         if input_scale is None:
-            raise ValueError("static activations need an input_scale: quantize with the statistics of calibrate")
+            raise ValueError(
+                "static activations need an input_scale: quantize with the statistics of calibrate"
+            )
         return input_scale.reshape(1, 1)
     axis = 1 if activations == "per_token" else None
     return scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0), fmt)
@@ -141,10 +161,14 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
     # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
     of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
     rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
-    return lax.scan(lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest)[0]
+    return lax.scan(
+        lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest
+    )[0]
 
 
-def weight_only(x: Float[Array, "rows inner"], matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
+def weight_only(
+    x: Float[Array, "rows inner"], matrix: Matrix, group: int | None
+) -> Float[Array, "rows outputs"]:
     """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of."""
     few = DIGIT_ROWS if matrix.scale.shape[1] == 1 else FEW_ROWS
     if x.shape[0] > few or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
@@ -179,7 +203,9 @@ def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
     What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32 rounds. XLA:CPU would
     write a float copy of the whole weight for a float product.
     """
-    scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0).astype(jnp.float32))
+    scale = scale_from_absmax(
+        jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0).astype(jnp.float32)
+    )
     rest, digits, scales = x.astype(jnp.float32), [], []
     for _ in range(3):
         digits.append(to_format(rest, scale))
@@ -214,7 +240,12 @@ def ragged_product(
     else:
         x_scale = activation_scale(x, recipe.activations, stack.input_scale, fmt)
     kind = jnp.float32 if fmt.floating else jnp.int32
-    sums = _ragged(to_format(x, x_scale, fmt), codes if fmt.floating else codes.astype(jnp.int8), group_sizes, kind)
+    sums = _ragged(
+        to_format(x, x_scale, fmt),
+        codes if fmt.floating else codes.astype(jnp.int8),
+        group_sizes,
+        kind,
+    )
     return sums.astype(jnp.float32) * x_scale * stack.scale[row, :, 0]
 
 
@@ -238,4 +269,7 @@ def _group_of_row(group_sizes: Array, rows: int) -> Array:
     """Which group each row belongs to: the first whose end lies beyond it."""
     ends = jnp.cumsum(group_sizes)
     last = jnp.int32(group_sizes.shape[0] - 1)
-    return jnp.minimum(jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right").astype(jnp.int32), last)
+    return jnp.minimum(
+        jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right").astype(jnp.int32),
+        last,
+    )

@@ -43,7 +43,9 @@ def body_rules(rules: Callable[[], Rules], leaves: Bodies) -> dict[str, Callable
             outputs = run(found.step, [*consts, *carry, *slices])
             return outputs[: found.carry], outputs[found.carry :]
 
-        carry, ys = lax.scan(step, leaves.carried(equation, list(carry)), xs, length=found.length, **found.options)
+        carry, ys = lax.scan(
+            step, leaves.carried(equation, list(carry)), xs, length=found.length, **found.options
+        )
         return [*carry, *ys]
 
     def shard_map(equation: JaxprEqn, *operands: Any) -> list[Any]:
@@ -53,14 +55,23 @@ def body_rules(rules: Callable[[], Rules], leaves: Bodies) -> dict[str, Callable
             leaves.cut(equation, x, spec) if isinstance(x, Leaf) else spec
             for x, spec in zip(operands, shards.in_specs, strict=True)
         ]
-        return shards.run(lambda *blocks: run(shards.block, blocks), tuple(specs), list(shards.out_specs), operands)
+        return shards.run(
+            lambda *blocks: run(shards.block, blocks),
+            tuple(specs),
+            list(shards.out_specs),
+            operands,
+        )
 
     def while_loop(equation: JaxprEqn, *operands: Any) -> list[Any]:
         """Leaves are constants of the loop."""
         params = equation.params
         test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        of_test, of_body, carry = operands[: split[0]], operands[split[0] : split[1]], list(operands[split[1] :])
+        of_test, of_body, carry = (
+            operands[: split[0]],
+            operands[split[0] : split[1]],
+            list(operands[split[1] :]),
+        )
         return lax.while_loop(
             lambda carry: run(test, [*of_test, *carry])[0],
             lambda carry: run(body, [*of_body, *carry]),
@@ -70,6 +81,8 @@ def body_rules(rules: Callable[[], Rules], leaves: Bodies) -> dict[str, Callable
     def cond(equation: JaxprEqn, index: Any, *operands: Any) -> list[Any]:
         """Each branch walks with the leaves it is given."""
         programs = [program_in(equation, branch) for branch in equation.params["branches"]]
-        return lax.switch(index, [lambda program=program: run(program, operands) for program in programs])
+        return lax.switch(
+            index, [lambda program=program: run(program, operands) for program in programs]
+        )
 
     return {"scan": scan, "shard_map": shard_map, "while": while_loop, "cond": cond}

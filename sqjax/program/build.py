@@ -43,7 +43,11 @@ class Equation(NamedTuple):
     @property
     def read(self) -> list[Var]:
         """The variables it reads itself; what a scan's body reads is read there."""
-        consts = self.body.call.consts if self.body is not None and isinstance(self.body.call, Scan) else 0
+        consts = (
+            self.body.call.consts
+            if self.body is not None and isinstance(self.body.call, Scan)
+            else 0
+        )
         return [v for v in self.inputs[consts:] if isinstance(v, int)]
 
     @property
@@ -141,7 +145,9 @@ class Flat:
         return captured
 
     def _leaves_out(self, atoms: Sequence[Any], what: str) -> None:
-        self.outputs.update({v: what for v in atoms if isinstance(v, int) and v not in self.outputs})
+        self.outputs.update(
+            {v: what for v in atoms if isinstance(v, int) and v not in self.outputs}
+        )
 
     def _flatten(
         self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]
@@ -155,7 +161,9 @@ class Flat:
         for eqn in jaxpr.eqns:
             operands = tuple(read(v) for v in eqn.invars)
             if (inner := inner_program(eqn)) is not None:
-                written, results = self._flatten(inner.jaxpr, self._capture(inner.jaxpr, inner.consts), operands)
+                written, results = self._flatten(
+                    inner.jaxpr, self._capture(inner.jaxpr, inner.consts), operands
+                )
                 equations += written
             else:
                 results = [self._new(v.aval) for v in eqn.outvars]
@@ -191,7 +199,10 @@ class Flat:
         number = self._into(scan.length, scan.length)
         captured = self._capture(step, scan.step.consts)
         carried = [self._new(v.aval) for v in step.invars[len(consts) :][: len(carry)]]
-        slices = [self._slice(x, v.aval) for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)]
+        slices = [
+            self._slice(x, v.aval)
+            for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)
+        ]
         inputs = (*carried, *slices)
         self.roots.update({v: f"the carry of {equation}" for v in inputs[: scan.carry]})
         self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
@@ -224,7 +235,12 @@ class Flat:
     def _view_once(self, equation: Equation) -> Var | None:
         """The variable that is this very view of a leaf already, or None; so two functions share what they cast."""
         x = equation.inputs[0] if len(equation.inputs) == 1 else None
-        if equation.name not in VIEWS or not isinstance(x, int) or x not in self._leafy or self._scope:
+        if (
+            equation.name not in VIEWS
+            or not isinstance(x, int)
+            or x not in self._leafy
+            or self._scope
+        ):
             return None
         key = (equation.name, x, str(equation.params))
         if key not in self._leafy_views:
@@ -240,7 +256,9 @@ class Flat:
             if alive.intersection(equation.outputs) or equation.origin.effects:
                 if equation.body is not None:
                     alive.update(v for v in equation.body.outputs if isinstance(v, int))
-                    body = equation.body._replace(equations=self._alive(equation.body.equations, alive))
+                    body = equation.body._replace(
+                        equations=self._alive(equation.body.equations, alive)
+                    )
                     equation = equation._replace(body=body)
                 kept.append(equation)
                 alive.update(equation.variables)

@@ -36,7 +36,11 @@ def _read(env: Env, atoms: Iterable[Any]) -> list[Any]:
 
 
 def _run(
-    program: Program, equations: Sequence[Equation], env: Env, probes: Probes, scope: tuple[int, ...]
+    program: Program,
+    equations: Sequence[Equation],
+    env: Env,
+    probes: Probes,
+    scope: tuple[int, ...],
 ) -> dict[Var, Any]:
     """Adds what the equations make to `env`; returns what the probes of this scope, and of those within, see."""
     seen: dict[Var, Any] = {}
@@ -50,11 +54,18 @@ def _run(
             results = emit(equation.origin, *operands)
             results = results if equation.origin.primitive.multiple_results else [results]
         env.update(zip(equation.outputs, results, strict=True))
-    return seen | {v: look(env[v]) for v, look in probes.items() if program.scopes[v] == scope and v in env}
+    return seen | {
+        v: look(env[v]) for v, look in probes.items() if program.scopes[v] == scope and v in env
+    }
 
 
 def _run_scan(
-    program: Program, body: Body, operands: Sequence[Any], env: Env, probes: Probes, scope: tuple[int, ...]
+    program: Program,
+    body: Body,
+    operands: Sequence[Any],
+    env: Env,
+    probes: Probes,
+    scope: tuple[int, ...],
 ) -> tuple[list[Any], dict[Var, Any]]:
     scan: Any = body.call
     _, first, xs = scan.sort(operands)
@@ -70,7 +81,12 @@ def _run_scan(
 
 
 def _run_shard_map(
-    program: Program, body: Body, operands: Sequence[Any], env: Env, probes: Probes, scope: tuple[int, ...]
+    program: Program,
+    body: Body,
+    operands: Sequence[Any],
+    env: Env,
+    probes: Probes,
+    scope: tuple[int, ...],
 ) -> tuple[list[Any], dict[Var, Any]]:
     shards: Any = body.call
     captured = {v: env[v] for v in program.constants}

@@ -72,11 +72,17 @@ class Program(Flat):
                 self._visit(equation.body.equations)
             variables = equation.variables
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if variables and all(v in self.from_leaves for v in variables) and equation.body is None:
+            if (
+                variables
+                and all(v in self.from_leaves for v in variables)
+                and equation.body is None
+            ):
                 self.from_leaves.update(equation.outputs)
             if equation.name in _KEEPS_VALUES:
                 self._pass_constant(equation)
-            if equation.name in ("dynamic_slice", "gather") and self.from_leaves.intersection(variables[:1]):
+            if equation.name in ("dynamic_slice", "gather") and self.from_leaves.intersection(
+                variables[:1]
+            ):
                 self.picked[equation.outputs[0]] = equation
             elif equation.name in VIEWS and variables and variables[0] in self.picked:
                 self.picked[equation.outputs[0]] = self.picked[variables[0]]
@@ -87,7 +93,11 @@ class Program(Flat):
         """Copies of one literal are that literal; copies of zeros are zeros."""
         x, y = equation.inputs[0], equation.outputs[0]
         value = self._values.get(x) if isinstance(x, int) else x
-        if value is not None and value.size == 1 and jax.numpy.issubdtype(self.avals[y].dtype, np.number):
+        if (
+            value is not None
+            and value.size == 1
+            and jax.numpy.issubdtype(self.avals[y].dtype, np.number)
+        ):
             self._values[y] = value.astype(self.avals[y].dtype)
         if self.is_zero(x):
             self.zeros.add(y)
@@ -125,19 +135,28 @@ class Program(Flat):
             constant = self._values.get(other) if isinstance(other, int) else other
             if view is None or view.places is None or constant is None or constant.size != 1:
                 continue
-            if self.shape(leaf) != self.shape(y) or not constant.any() or not self._read_once(self._chain(leaf)):
+            if (
+                self.shape(leaf) != self.shape(y)
+                or not constant.any()
+                or not self._read_once(self._chain(leaf))
+            ):
                 continue
             self._is_leaf(y, view)
             self.offsets[y] = c = float(constant.item())
             del self.maker[y]
-            narrow = min((self.avals[v].dtype for v in (*self._chain(leaf), y)), key=lambda dtype: dtype.itemsize)
+            narrow = min(
+                (self.avals[v].dtype for v in (*self._chain(leaf), y)),
+                key=lambda dtype: dtype.itemsize,
+            )
             if narrow.itemsize < 4:
                 self.barred[y] = (
                     f"{equation} computes {c:g} + {view.path}, in {narrow} too coarse to rescale: keep this leaf, and "
                     "that sum, in float32"
                 )
             elif abs(c) > 256 or not (c * 256).is_integer():
-                self.barred[y] = f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
+                self.barred[y] = (
+                    f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
+                )
 
     def _chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
@@ -186,7 +205,9 @@ class Program(Flat):
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
-def _parts(equation: Equation, body: Body) -> Iterator[tuple[Any, Var, Callable[[View], View | None]]]:
+def _parts(
+    equation: Equation, body: Body
+) -> Iterator[tuple[Any, Var, Callable[[View], View | None]]]:
     """(an operand, the variable that holds its slice or block in the body, the view of that given the operand's)."""
     if isinstance(body.call, Scan):
         [scan] = body.scopes
@@ -194,10 +215,23 @@ def _parts(equation: Equation, body: Body) -> Iterator[tuple[Any, Var, Callable[
         for outer, inner in zip(xs, body.inputs[body.call.carry :], strict=True):
             yield outer, inner, partial(View.slice_of_scan, scan=scan)
         return
-    devices = {name: (scope, body.call.sizes[name]) for name, scope in zip(body.call.sizes, body.scopes, strict=True)}
+    devices = {
+        name: (scope, body.call.sizes[name])
+        for name, scope in zip(body.call.sizes, body.scopes, strict=True)
+    }
     for outer, inner, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
-        cuts = {axis: [devices[name] for name in names] for axis, names in body.call.cuts(spec).items()}
+        cuts = {
+            axis: [devices[name] for name in names] for axis, names in body.call.cuts(spec).items()
+        }
         yield outer, inner, partial(View.block, cuts=cuts)
 
 
-_KEEPS_VALUES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy", "pvary"}
+_KEEPS_VALUES = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "copy",
+    "pvary",
+}

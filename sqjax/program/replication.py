@@ -10,7 +10,15 @@ from sqjax.program.subprograms import Scan
 Scopes = frozenset[int]
 
 #: Collectives after which all devices along their axes hold the same (without groups of devices).
-AGREEING = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant", "all_gather_reduced"}
+AGREEING = {
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "all_gather",
+    "all_gather_invariant",
+    "all_gather_reduced",
+}
 #: Collectives that add up or compare each element over devices.
 REDUCING = {"psum", "psum_invariant", "pmax", "pmin"}
 
@@ -26,7 +34,11 @@ def reduced_axes(program: Program, equation: Equation) -> Scopes | None:
     """The mesh axes that a collective reduces over; None if one of its axes is none of a shard_map that is known."""
     scope_of = _named(program, equation.outputs[0])
     names = equation.params["axes"]
-    return frozenset(scope_of[name] for name in names) if all(name in scope_of for name in names) else None
+    return (
+        frozenset(scope_of[name] for name in names)
+        if all(name in scope_of for name in names)
+        else None
+    )
 
 
 def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, Scopes]) -> None:
@@ -36,9 +48,12 @@ def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, Sc
             enter = _repeat if isinstance(equation.body.call, Scan) else _divide
             results = enter(program, equation.body, operands, found)
         else:
-            results = [_after(program, equation, frozenset().union(*operands))] * len(equation.outputs)
+            results = [_after(program, equation, frozenset().union(*operands))] * len(
+                equation.outputs
+            )
         found.update(
-            (v, axes.intersection(program.scopes[v])) for v, axes in zip(equation.outputs, results, strict=True)
+            (v, axes.intersection(program.scopes[v]))
+            for v, axes in zip(equation.outputs, results, strict=True)
         )
 
 
@@ -46,7 +61,9 @@ def _of(found: Mapping[Var, Scopes], atom: Any) -> Scopes:
     return found.get(atom, frozenset()) if isinstance(atom, int) else frozenset()
 
 
-def _repeat(program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]) -> list[Scopes]:
+def _repeat(
+    program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]
+) -> list[Scopes]:
     """Through a scan's body, until the carry differs along no further mesh axes."""
     scan: Any = body.call
     _, carry, xs = scan.sort(operands)
@@ -60,12 +77,16 @@ def _repeat(program: Program, body: Body, operands: Sequence[Scopes], found: dic
         carry = grown
 
 
-def _divide(program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]) -> list[Scopes]:
+def _divide(
+    program: Program, body: Body, operands: Sequence[Scopes], found: dict[Var, Scopes]
+) -> list[Scopes]:
     """Through a shard_map's body, whose inputs differ along the mesh axes that cut them."""
     shards: Any = body.call
     scope_of = dict(zip(shards.sizes, body.scopes, strict=True))
     for axes, inner, spec in zip(operands, body.inputs, shards.in_specs, strict=True):
-        found[inner] = axes.union(scope_of[name] for names in shards.cuts(spec).values() for name in names)
+        found[inner] = axes.union(
+            scope_of[name] for names in shards.cuts(spec).values() for name in names
+        )
     _follow(program, body.equations, found)
     return [_of(found, v) for v in body.outputs]
 
@@ -77,17 +98,27 @@ def _after(program: Program, equation: Equation, before: Scopes) -> Scopes:
     if equation.runs_a_program:  # who knows what it does
         return before.union(_named(program, equation.outputs[0]).values())
     agreeing = equation.name in AGREEING and equation.params.get("axis_index_groups") is None
-    return before - _axes_of(program, equation) if agreeing else before | _axes_of(program, equation)
+    return (
+        before - _axes_of(program, equation) if agreeing else before | _axes_of(program, equation)
+    )
 
 
 def _axes_of(program: Program, equation: Equation) -> Scopes:
     """The mesh axes that an equation names."""
     given = (equation.params.get(key, ()) for key in ("axes", "axis_name"))
-    named = [name for names in given for name in ((names,) if isinstance(names, str) else tuple(names or ()))]
+    named = [
+        name
+        for names in given
+        for name in ((names,) if isinstance(names, str) else tuple(names or ()))
+    ]
     scope_of = _named(program, equation.outputs[0])
     return frozenset(scope_of[name] for name in named if isinstance(name, str) and name in scope_of)
 
 
 def _named(program: Program, var: Var) -> dict[str, int]:
     """{name: mesh axis} of the mesh axes around a variable."""
-    return {program.mesh_axes[scope]: scope for scope in program.scopes[var] if scope in program.mesh_axes}
+    return {
+        program.mesh_axes[scope]: scope
+        for scope in program.scopes[var]
+        if scope in program.mesh_axes
+    }

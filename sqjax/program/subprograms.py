@@ -37,7 +37,11 @@ class Scan(NamedTuple):
     def sort(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """(consts, carry, xs) among a scan's operands."""
         split = self.consts + self.carry
-        return list(operands[: self.consts]), list(operands[self.consts : split]), list(operands[split:])
+        return (
+            list(operands[: self.consts]),
+            list(operands[self.consts : split]),
+            list(operands[split:]),
+        )
 
 
 class ShardMap(NamedTuple):
@@ -56,9 +60,13 @@ class ShardMap(NamedTuple):
     out_specs: tuple[PartitionSpec, ...]
     options: dict[str, Any]
 
-    def run(self, block: Callable[..., Any], in_specs: Any, out_specs: Any, operands: Sequence[Any]) -> Any:
+    def run(
+        self, block: Callable[..., Any], in_specs: Any, out_specs: Any, operands: Sequence[Any]
+    ) -> Any:
         """Another block on the same devices."""
-        return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, **self.options)(*operands)
+        return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, **self.options)(
+            *operands
+        )
 
     def cuts(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
         """{axis of an array: the mesh axes that cut it, major first}."""
@@ -78,7 +86,10 @@ def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
     stack: Any = equation.invars[0].aval
 
     def slices(x):
-        return [lax.squeeze(lax.slice_in_dim(x, i, i + 1, axis=axis), [axis]) for i in range(stack.shape[axis])]
+        return [
+            lax.squeeze(lax.slice_in_dim(x, i, i + 1, axis=axis), [axis])
+            for i in range(stack.shape[axis])
+        ]
 
     program = jax.make_jaxpr(slices)(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
     equations = [e.replace(source_info=equation.source_info) for e in program.eqns]
@@ -128,7 +139,9 @@ def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
     """
     inner: Jaxpr
     inner, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
-    equations = [e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns]
+    equations = [
+        e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns
+    ]
     return ClosedJaxpr(inner.replace(eqns=equations), consts)
 
 

@@ -55,7 +55,9 @@ def trace(
     """
     paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: of_params(x) is not None)
     avals = [of_params(x) or _aval(x) for x in leaves]
-    flat, arguments = jax.tree_util.tree_flatten((args, dict(kwargs)), is_leaf=lambda x: of_args(x) is not None)
+    flat, arguments = jax.tree_util.tree_flatten(
+        (args, dict(kwargs)), is_leaf=lambda x: of_args(x) is not None
+    )
 
     def flat_fn(leaves, inputs):
         rest = iter(inputs)

@@ -58,11 +58,17 @@ class View:
     @property
     def full_shape(self) -> Shape:
         """The leaf's shape, all devices' blocks together."""
-        return tuple(n * math.prod(m for _, m, a in self.blocks if a == axis) for axis, n in enumerate(self.shape))
+        return tuple(
+            n * math.prod(m for _, m, a in self.blocks if a == axis)
+            for axis, n in enumerate(self.shape)
+        )
 
     def strides(self, axis: int) -> dict[int, int]:
         """{scope: its stride} along an axis of the leaf of which scans and mesh axes hand out parts, major first."""
-        found, stride = [(scan, 1) for scan, a in self.stacked.items() if a == axis], self.shape[axis]
+        found, stride = (
+            [(scan, 1) for scan, a in self.stacked.items() if a == axis],
+            self.shape[axis],
+        )
         for scope, size, a in reversed(self.blocks):
             if a == axis:
                 found.append((scope, stride))
@@ -106,8 +112,12 @@ class View:
             if whole is None or len(whole) != 1 or len(self.axes[axis]) != 1:
                 return None
             blocks += [(scope, size, whole[0]) for scope, size in found]
-        parts = {a: math.prod(size for _, size, b in blocks if b == a) for a in range(len(self.shape))}
-        axes = tuple(tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces) for pieces in self.axes)
+        parts = {
+            a: math.prod(size for _, size, b in blocks if b == a) for a in range(len(self.shape))
+        }
+        axes = tuple(
+            tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces) for pieces in self.axes
+        )
         shape = tuple(n // parts[a] for a, n in enumerate(self.shape))
         return replace(self, axes=axes, shape=shape, blocks=(*self.blocks, *blocks))
 
@@ -162,7 +172,9 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     shorter = [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
     axes = list(view.axes)
     for a in shorter:
-        if len(axes[a]) != 1 or (axes[a][0].axis not in view.cut and axes[a][0].size != view.shape[axes[a][0].axis]):
+        if len(axes[a]) != 1 or (
+            axes[a][0].axis not in view.cut and axes[a][0].size != view.shape[axes[a][0].axis]
+        ):
             return None
         piece, step = axes[a][0], (params["strides"] or (1,) * len(old))[a]
         start = piece.start + piece.stride * params["start_indices"][a]
@@ -180,7 +192,11 @@ def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
             axes += [view.axes[a] for a in sources]
             continue
         pieces = [piece for a in sources for piece in view.axes[a]]
-        dealt = None if view.cut.intersection(p.axis for p in pieces) else _deal(pieces, [new[a] for a in targets])
+        dealt = (
+            None
+            if view.cut.intersection(p.axis for p in pieces)
+            else _deal(pieces, [new[a] for a in targets])
+        )
         if dealt is None:
             return None
         axes += dealt

@@ -35,7 +35,9 @@ class Rules(NamedTuple):
 
 def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules) -> list[Any]:
     """Runs `jaxpr`. Equations that meet no `Leaf` are emitted again as they were, custom gradients included."""
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    env: dict[Any, Any] = dict(
+        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+    )
     fills: dict[Any, Any] = {}
 
     def read(atom):
@@ -63,7 +65,9 @@ def _note_fill(fills: dict[Any, Any], equation: JaxprEqn, operand: Any) -> None:
 
 def _filled(fills: Mapping[Any, Any], atom: Any) -> Any:
     """A variable that one number fills as that number, by which rules know a mask; anything else as it is."""
-    return atom if isinstance(atom, Literal) or atom not in fills else Literal(fills[atom], atom.aval)
+    return (
+        atom if isinstance(atom, Literal) or atom not in fills else Literal(fills[atom], atom.aval)
+    )
 
 
 def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:

@@ -40,12 +40,18 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
         ('int8', (1, 8, 2, 1))
     """
     paths, leaves, _ = named_leaves(cache)
-    able = [p for p, x in zip(paths, leaves, strict=True) if jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)]
+    able = [
+        p
+        for p, x in zip(paths, leaves, strict=True)
+        if jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
     found = first_matches([pattern], able, "quantize_cache pattern")
     chosen = {path for path, which in found.items() if which is not None}
     if not chosen:
         raise ValueError(f"quantize_cache: expected float arrays of rank 2 or more, got {paths}")
-    return map_named(lambda path, x: QTensor.quantize(jnp.asarray(x), (-1,)) if path in chosen else x, cache)
+    return map_named(
+        lambda path, x: QTensor.quantize(jnp.asarray(x), (-1,)) if path in chosen else x, cache
+    )
 
 
 def is_cache(x: Any) -> bool:
@@ -61,7 +67,9 @@ def cache_leaf(name: str, x: QTensor) -> Leaf:
     """
     x.check(name)
     if x.fmt != INT8 or x.group is not None or x.zero is not None or x.group_scale is not None:
-        raise ValueError(f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, got {x}")
+        raise ValueError(
+            f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, got {x}"
+        )
     return _of(Leaf(name, x), x.values.transpose(x.axes), x.scale.transpose(x.axes))
 
 
@@ -110,7 +118,10 @@ def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """Also the repetition of key/value heads over their queries."""
     shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
     scale = leaf.value.scale
-    of_scale = [n if a not in axes else (1 if scale.shape[axes.index(a)] == 1 else n) for a, n in enumerate(shape)]
+    of_scale = [
+        n if a not in axes else (1 if scale.shape[axes.index(a)] == 1 else n)
+        for a, n in enumerate(shape)
+    ]
     return _of(
         leaf,
         lax.broadcast_in_dim(leaf.value.values, shape, axes),
@@ -130,7 +141,10 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
 def _slice(equation: JaxprEqn, leaf: Leaf) -> Any:
     params = equation.params
     strides = params["strides"] or (1,) * leaf.value.ndim
-    cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
+    cuts = [
+        slice(*cut)
+        for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ]
     return Leaf(leaf.path, leaf.value.slice(cuts))
 
 
@@ -156,13 +170,17 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     if not is_cache(leaf) or any(isinstance(x, Leaf) for x in starts):
         return refuse(equation, leaf, new, *starts)
     values, scale = leaf.value.values, leaf.value.scale
-    shared = [a for a, (n, m) in enumerate(zip(values.shape, scale.shape, strict=True)) if n > 1 == m]
+    shared = [
+        a for a, (n, m) in enumerate(zip(values.shape, scale.shape, strict=True)) if n > 1 == m
+    ]
     if not is_cache(new):
         if any(new.shape[a] != values.shape[a] for a in shared):
             return refuse(equation, leaf)
         fresh = scale_from_absmax(jnp.max(jnp.abs(new), axis=tuple(shared), keepdims=True))
         new = Leaf(leaf.path, QTensor(to_format(new, fresh), fresh, (), leaf.value.dtype))
-    if new.value.scale.shape != tuple(min(n, m) for n, m in zip(new.value.values.shape, scale.shape, strict=True)):
+    if new.value.scale.shape != tuple(
+        min(n, m) for n, m in zip(new.value.values.shape, scale.shape, strict=True)
+    ):
         return refuse(equation, leaf)
     return _of(
         leaf,
@@ -187,7 +205,9 @@ def _select(equation: JaxprEqn, which: Any, *cases: Any) -> Any:
     codes = lax.select_n(which, *(values for values, _ in arrays))
     if jnp.ndim(which) == 0:
         return _of(leaf, codes, lax.select_n(which, *(scale for _, scale in arrays)))
-    if sum(map(is_cache, cases)) > 1:  # which of the scales would differ along the axes that share one
+    if (
+        sum(map(is_cache, cases)) > 1
+    ):  # which of the scales would differ along the axes that share one
         return refuse(equation, leaf)
     return _of(leaf, codes, leaf.value.scale)
 
@@ -205,7 +225,9 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
         return refuse(equation, lhs, rhs)
     result: Any = equation.outvars[0].aval
     if is_cache(rhs):
-        return cached_dot(equation, lhs, rhs, (l_axes, r_axes), (l_batch, r_batch)).astype(result.dtype)
+        return cached_dot(equation, lhs, rhs, (l_axes, r_axes), (l_batch, r_batch)).astype(
+            result.dtype
+        )
     out = cached_dot(equation, rhs, lhs, (r_axes, l_axes), (r_batch, l_batch))
     batch, own = len(l_batch), lhs.value.ndim - len(l_axes) - len(l_batch)
     return jnp.moveaxis(out, range(-own, 0), range(batch, batch + own)).astype(result.dtype)
@@ -235,8 +257,12 @@ def cached_dot(equation: JaxprEqn, x: Array, leaf: Leaf, contracted: Any, batch:
     numbers = ((tuple(x_axes), tuple(axes)), (tuple(x_batch), tuple(own_batch)))
     sums = lax.dot_general(to_format(x, x_scale), values, numbers, preferred_element_type=jnp.int32)
     x_free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
-    of_x = x_scale.transpose(*x_batch, *x_free, *x_axes).reshape([x_scale.shape[a] for a in (*x_batch, *x_free)])
-    of_leaf = scale.transpose(*own_batch, *free, *axes).reshape([scale.shape[a] for a in (*own_batch, *free)])
+    of_x = x_scale.transpose(*x_batch, *x_free, *x_axes).reshape(
+        [x_scale.shape[a] for a in (*x_batch, *x_free)]
+    )
+    of_leaf = scale.transpose(*own_batch, *free, *axes).reshape(
+        [scale.shape[a] for a in (*own_batch, *free)]
+    )
     lead = len(own_batch)
     of_x = of_x.reshape(*of_x.shape, *(1,) * len(free))
     of_leaf = of_leaf.reshape(*of_leaf.shape[:lead], *(1,) * len(x_free), *of_leaf.shape[lead:])
@@ -255,5 +281,8 @@ CACHE_RULES: dict[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "convert_element_type": _convert,
     "select_n": _select,
-    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "optimization_barrier"), _copy),
+    **dict.fromkeys(
+        ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "optimization_barrier"),
+        _copy,
+    ),
 }

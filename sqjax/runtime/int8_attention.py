@@ -48,12 +48,16 @@ def int8_attention(
         [[[5.0, 5.0], [5.0, 10.0]]]
     """
     if granularity not in ("per_token", "per_tensor"):
-        raise ValueError(f"int8_attention: expected granularity per_token or per_tensor, got {granularity!r}")
+        raise ValueError(
+            f"int8_attention: expected granularity per_token or per_tensor, got {granularity!r}"
+        )
     rules = _rules(granularity)
 
     @functools.wraps(fn)
     def run(params, *args, **kwargs):
-        paths, leaves, treedef = named_leaves(params)  # the arrays of quantized weights are leaves of their own
+        paths, leaves, treedef = named_leaves(
+            params
+        )  # the arrays of quantized weights are leaves of their own
 
         def of_leaves(leaves, *args, **kwargs):
             return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
@@ -88,7 +92,9 @@ def _rules(granularity: str) -> Rules:
         carried=lambda equation, operands: _values(operands),
         outputs=_values,
     )
-    rules = Rules({"dot_general": dot, **body_rules(lambda: rules, bodies)}, _as_it_was, _has_batched)
+    rules = Rules(
+        {"dot_general": dot, **body_rules(lambda: rules, bodies)}, _as_it_was, _has_batched
+    )
     return rules
 
 
@@ -104,7 +110,11 @@ def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
     if not paths or len(paths) + sum(numbers) < len(operands):
         return results
     path = paths[0]
-    return [Leaf(path, x) for x in results] if equation.primitive.multiple_results else Leaf(path, results)
+    return (
+        [Leaf(path, x) for x in results]
+        if equation.primitive.multiple_results
+        else Leaf(path, results)
+    )
 
 
 def _is_batched(equation: JaxprEqn) -> bool:
@@ -141,9 +151,13 @@ def int8_dot(
     for x, axes in ((lhs, l_axes), (rhs, r_axes)):
         shared = tuple(axes) if granularity == "per_token" else None
         scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0))
-        operands.append((to_format(x, scale), jnp.broadcast_to(scale, _kept(x.shape, axes)), x.ndim))
+        operands.append(
+            (to_format(x, scale), jnp.broadcast_to(scale, _kept(x.shape, axes)), x.ndim)
+        )
     (q_l, s_l, _), (q_r, s_r, _) = operands
-    sums = lax.dot_general(q_l, q_r, dimensions, preferred_element_type=jnp.int32).astype(jnp.float32)
+    sums = lax.dot_general(q_l, q_r, dimensions, preferred_element_type=jnp.int32).astype(
+        jnp.float32
+    )
     batch = len(l_batch)
     s_l = _batch_first(s_l, l_batch, l_axes)
     s_r = _batch_first(s_r, r_batch, r_axes)
@@ -168,4 +182,6 @@ def _kept(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
 def _batch_first(scale: Array, batch: Any, contracted: Any) -> Array:
     """Scales with the batch axes first, without the contracted ones, as dot_general orders its result."""
     free = [a for a in range(scale.ndim) if a not in (*batch, *contracted)]
-    return scale.transpose(*batch, *free, *contracted).reshape([scale.shape[a] for a in (*batch, *free)])
+    return scale.transpose(*batch, *free, *contracted).reshape(
+        [scale.shape[a] for a in (*batch, *free)]
+    )

@@ -64,11 +64,17 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not any(map(is_quantized, leaves)) and not any(map(is_tensor, arguments)):
             return fn(params, *args, **kwargs)
         traced, inputs = trace(fn, params, args, kwargs, weight_type, tensor_type)
-        values = [Leaf(path, x) if is_quantized(x) else x for path, x in zip(paths, leaves, strict=True)]
-        held = [cache_leaf(name, x) for name, x in zip(names, arguments, strict=True) if is_tensor(x)][::-1]
+        values = [
+            Leaf(path, x) if is_quantized(x) else x for path, x in zip(paths, leaves, strict=True)
+        ]
+        held = [
+            cache_leaf(name, x) for name, x in zip(names, arguments, strict=True) if is_tensor(x)
+        ][::-1]
         values += [held.pop() if is_tensor(x) else x for x in inputs]
         outputs = _no_leaves(walk(traced.jaxpr.jaxpr, traced.jaxpr.consts, values, RULES))
-        return jax.tree_util.tree_unflatten(traced.treedef, [x.value if is_cache(x) else x for x in outputs])
+        return jax.tree_util.tree_unflatten(
+            traced.treedef, [x.value if is_cache(x) else x for x in outputs]
+        )
 
     return run
 
@@ -87,7 +93,9 @@ def _laid_out(rule: Callable[..., Any]) -> Callable[..., Any]:
         result: Any = equation.outvars[0].aval
         if AxisType.Explicit not in result.sharding.mesh.axis_types:
             return rule(equation, *operands)
-        return jax.sharding.auto_axes(functools.partial(rule, equation), out_sharding=result.sharding)(*operands)
+        return jax.sharding.auto_axes(
+            functools.partial(rule, equation), out_sharding=result.sharding
+        )(*operands)
 
     return run
 
@@ -122,7 +130,9 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
 def _ragged_dot(equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any) -> Array:
     """Rows that meet one matrix of a stack each, int8 x int8 -> int32."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
-    plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(numbers.lhs_ragged_dimensions) == (0,)
+    plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(
+        numbers.lhs_ragged_dimensions
+    ) == (0,)
     if isinstance(lhs, Leaf) or not plain:
         return _refuse(equation, lhs, rhs, group_sizes)
     result: Any = equation.outvars[0].aval
@@ -138,7 +148,9 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return _refuse(equation, leaf)
-    return Leaf(leaf.path, replace(leaf.value, tensor=replace(leaf.value.tensor, dtype=jnp.dtype(dtype))))
+    return Leaf(
+        leaf.path, replace(leaf.value, tensor=replace(leaf.value.tensor, dtype=jnp.dtype(dtype)))
+    )
 
 
 def _copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -149,11 +161,17 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
     params, weight = equation.params, leaf.value
     strides = params["strides"] or (1,) * weight.ndim
-    cuts = [slice(*cut) for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)]
+    cuts = [
+        slice(*cut)
+        for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    ]
     tensor = weight.tensor.slice(cuts)
     of_stored = {stored: cut for stored, cut in zip(weight.tensor.axes, cuts, strict=True)}
     first = weight.ndim - weight.contracted
-    uncut = [len(range(n)[of_stored[first + i]]) == n for i, n in enumerate(weight.tensor.values.shape[first:])]
+    uncut = [
+        len(range(n)[of_stored[first + i]]) == n
+        for i, n in enumerate(weight.tensor.values.shape[first:])
+    ]
     if tensor is None or not all(uncut):
         return _refuse(equation, leaf)
 
@@ -168,7 +186,9 @@ def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
             tensor=tensor,
             input_scale=of_stack(weight.input_scale, 0),
             smoothing=of_stack(weight.smoothing, weight.contracted),
-            outliers=None if weight.outliers is None else Outliers(*(of_stack(x, 1) for x in weight.outliers)),
+            outliers=None
+            if weight.outliers is None
+            else Outliers(*(of_stack(x, 1) for x in weight.outliers)),
         ),
     )
 
@@ -192,11 +212,18 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     if outliers is not None:
         count = outliers.channels.shape[-1]
         outer = tensor.values.shape[: tensor.ndim - contracted]
-        outliers = Outliers(outliers.channels.reshape(*stack, count), outliers.weight.reshape(*outer, count))
+        outliers = Outliers(
+            outliers.channels.reshape(*stack, count), outliers.weight.reshape(*outer, count)
+        )
     if smoothing is not None:
         smoothing = smoothing.reshape(*stack, *tensor.values.shape[tensor.ndim - contracted :])
     scales = None if scales is None else scales.reshape(stack if scales.ndim else ())
-    changes = {"input_scale": scales, "smoothing": smoothing, "contracted": contracted, "outliers": outliers}
+    changes = {
+        "input_scale": scales,
+        "smoothing": smoothing,
+        "contracted": contracted,
+        "outliers": outliers,
+    }
     return Leaf(leaf.path, replace(weight, tensor=tensor, **changes))
 
 
@@ -244,15 +271,28 @@ def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
             return None
         x = jnp.broadcast_to(x, (*tensor.shape[:1], *x.shape[1:]))
         params = {**equation.params, "slice_sizes": (1, *x.shape[1:])}
-        return equation.primitive.bind(x, indices, **(params if fill is None else {**params, "fill_value": fill}))
+        return equation.primitive.bind(
+            x, indices, **(params if fill is None else {**params, "fill_value": fill})
+        )
 
     # Rows out of range are 1 times the fill value: integers have no NaN, jnp.take's usual one.
     scale, zero, group_scale = rows(tensor.scale), rows(tensor.zero, 0), rows(tensor.group_scale, 1)
-    found = replace(tensor, values=rows(tensor.values, 1), scale=scale, zero=zero, group_scale=group_scale, order=())
+    found = replace(
+        tensor,
+        values=rows(tensor.values, 1),
+        scale=scale,
+        zero=zero,
+        group_scale=group_scale,
+        order=(),
+    )
     x = found.codes().astype(jnp.float32) * found.spread(found.scale)
     if (outliers := leaf.value.outliers) is not None:  # whose quantized weights are 0
         flat = x.reshape(*x.shape[: x.ndim - tensor.ndim + 1], -1)
-        x = flat.at[..., outliers.channels].set(rows(outliers.weight).astype(jnp.float32)).reshape(x.shape)
+        x = (
+            flat.at[..., outliers.channels]
+            .set(rows(outliers.weight).astype(jnp.float32))
+            .reshape(x.shape)
+        )
     if (smoothing := leaf.value.smoothing) is not None:  # the tensor holds s * W
         x = x / smoothing.reshape((1,) * (x.ndim - smoothing.ndim) + smoothing.shape)
     return x.astype(tensor.dtype)
@@ -281,7 +321,9 @@ def _per_step(equation: JaxprEqn, x: Leaf, length: int) -> Leaf:
 
 def _no_leaves(values: list[Any]) -> list[Any]:
     if escaped := [x.path for x in values if isinstance(x, Leaf) and not is_cache(x)]:
-        raise ValueError(f"{escaped[0]}: fn returns this quantized leaf; keep it in float with a rule of None")
+        raise ValueError(
+            f"{escaped[0]}: fn returns this quantized leaf; keep it in float with a rule of None"
+        )
     return values
 
 
@@ -296,7 +338,9 @@ def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
     """The specs of a leaf's arrays in a shard_map."""
     if is_cache(leaf):
         return caches.refuse(equation, leaf)
-    if leaf.value.outliers is not None:  # the positions of outlier channels are those of the whole leaf
+    if (
+        leaf.value.outliers is not None
+    ):  # the positions of outlier channels are those of the whole leaf
         return _refuse(equation, leaf)
     specs, shards = weight_specs(leaf.value, spec, leaf.path), shard_map_in(equation)
     check_groups(leaf.value, specs, {} if shards is None else shards.sizes, leaf.path)
@@ -306,25 +350,35 @@ def _cut(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
 def _either(name: str, of_weights: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for quantized weights, or where a quantized argument is met, the one for these."""
     of_caches = caches.CACHE_RULES.get(name, caches.refuse)
-    return lambda equation, *operands: (of_caches if any(map(is_cache, operands)) else of_weights)(equation, *operands)
+    return lambda equation, *operands: (of_caches if any(map(is_cache, operands)) else of_weights)(
+        equation, *operands
+    )
 
 
 _WEIGHT_RULES: dict[str, Callable[..., Any]] = {
     "dot_general": _dot,
     "transpose": _transpose,
     "convert_element_type": _convert,
-    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"), _copy),
+    **dict.fromkeys(
+        ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"),
+        _copy,
+    ),
     **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
     "slice": _slice,
     "gather": _gather,
     "ragged_dot_general": _ragged_dot,
     "pvary": _pvary,
 }
-_BOTH = {name: _either(name, _WEIGHT_RULES.get(name, _refuse)) for name in {**_WEIGHT_RULES, **caches.CACHE_RULES}}
+_BOTH = {
+    name: _either(name, _WEIGHT_RULES.get(name, _refuse))
+    for name in {**_WEIGHT_RULES, **caches.CACHE_RULES}
+}
 RULES: Rules = Rules(
     {
         **_BOTH,
-        **{name: _laid_out(_BOTH[name]) for name in ("dot_general", "gather", "ragged_dot_general")},
+        **{
+            name: _laid_out(_BOTH[name]) for name in ("dot_general", "gather", "ragged_dot_general")
+        },
         **body_rules(lambda: RULES, Bodies(_per_step, _cut, _carried, _no_leaves)),
     },
     _refuse,

@@ -44,11 +44,17 @@ def quantized_dot_general(
     rows = x.transpose(*lead, *free, *contracted).reshape(*map(math.prod, sizes))
     multiply = partial(_multiply, weight.recipe)
     operands = rows, *matrices(weight, len(w_axes), len(w_batch))
-    out = jax.vmap(multiply)(*operands) if w_batch else multiply(*jax.tree.map(lambda m: m[0], operands))
+    out = (
+        jax.vmap(multiply)(*operands)
+        if w_batch
+        else multiply(*jax.tree.map(lambda m: m[0], operands))
+    )
     outer = weight.tensor.values.shape[len(lead) : weight.ndim - len(w_axes)]
     out = out.reshape(*sizes[0], *sizes[1], *outer)
     kept = [len(free) + stored[a] for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
-    return out.transpose(*map(in_order.index, range(len(lead))), *range(len(lead), len(lead) + len(free)), *kept)
+    return out.transpose(
+        *map(in_order.index, range(len(lead))), *range(len(lead), len(lead) + len(free)), *kept
+    )
 
 
 def _multiply(
@@ -62,11 +68,15 @@ def _multiply(
     large = rows[:, outliers.channels]
     rest = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
     weight = outliers.weight.astype(rows.dtype)
-    apart = lax.dot_general(large, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    apart = lax.dot_general(
+        large, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     return product(recipe, rest, matrix) + apart
 
 
-def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str) -> None:
+def check_contraction(
+    weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str
+) -> None:
     """Raises ValueError, naming `where`, if a weight was not quantized for a matmul along these axes."""
     tensor = weight.tensor
     tensor.check(where)
@@ -74,7 +84,9 @@ def check_contraction(weight: QuantWeight, w_axes: Sequence[int], w_batch: Seque
     first = tensor.ndim - len(axes)
     one_scale = tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
     if axes != list(range(first, tensor.ndim)) or batch != list(range(len(batch))) or not one_scale:
-        asked = f"along its axes {tuple(w_axes)}" + (f" in a batch along {tuple(w_batch)}" if batch else "")
+        asked = f"along its axes {tuple(w_axes)}" + (
+            f" in a batch along {tuple(w_batch)}" if batch else ""
+        )
         raise ValueError(
             f"{where}: contracted {asked}, but it was quantized for a contraction along {_contracted(tensor)}; "
             "give this site a rule of None to keep it in float"
@@ -108,18 +120,25 @@ def matrices(
         input_scale = jnp.broadcast_to(input_scale, lead).reshape(stack)
     if smoothing is not None:
         own = (1,) * batch if smoothing.size == inner else lead
-        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*lead, inner)).reshape(stack, inner)
+        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*lead, inner)).reshape(
+            stack, inner
+        )
     if outliers is not None:
         count = outliers.channels.shape[-1]
         channels = jnp.broadcast_to(outliers.channels, (*lead, count)).reshape(stack, count)
         outliers = Outliers(channels, outliers.weight.reshape(stack, outputs, count))
     codes = values.reshape(stack, outputs, inner)
-    matrix = Matrix(codes, scales(tensor.zero), scales(tensor.group_scale), scales(tensor.scale), input_scale)
+    matrix = Matrix(
+        codes, scales(tensor.zero), scales(tensor.group_scale), scales(tensor.scale), input_scale
+    )
     return matrix, smoothing, outliers
 
 
 def quantized_ragged_dot(
-    x: Float[Array, "rows inner"], weight: QuantWeight, group_sizes: Int[Array, " stack"], where: str
+    x: Float[Array, "rows inner"],
+    weight: QuantWeight,
+    group_sizes: Int[Array, " stack"],
+    where: str,
 ) -> Float[Array, "rows outputs"]:
     """`lax.ragged_dot(x, weight, group_sizes)` on narrow operands: rows meet one matrix of a stack each.
 
@@ -146,4 +165,6 @@ def quantized_ragged_dot(
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:
     """The logical axes that share one scale, or have groups."""
-    return tuple(i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] < tensor.values.shape[a])
+    return tuple(
+        i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] < tensor.values.shape[a]
+    )

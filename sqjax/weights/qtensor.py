@@ -91,16 +91,29 @@ class QTensor:
         moved, order, share = _stored(x, contracting, batch, granularity)
         if not zero_point:
             scale = scale_from_absmax(share.reduced(jnp.abs(moved), jnp.max), fmt)
-            return cls(to_format(moved, share.spread(scale), fmt), scale, order, x.dtype, group=share.group, fmt=fmt)
+            return cls(
+                to_format(moved, share.spread(scale), fmt),
+                scale,
+                order,
+                x.dtype,
+                group=share.group,
+                fmt=fmt,
+            )
         if fmt != INT4:
-            raise ValueError(f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range")
+            raise ValueError(
+                f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range"
+            )
         scale, zero = zero_point_range(share.reduced(moved, jnp.min), share.reduced(moved, jnp.max))
         values = to_codes(moved, share.spread(scale), share.spread(zero))
         return cls(values, scale, order, x.dtype, zero, group=share.group, fmt=fmt)
 
     @classmethod
     def quantize_twice(
-        cls, x: Float[Array, "..."], contracting: tuple[int, ...], group: int, batch: tuple[int, ...] = ()
+        cls,
+        x: Float[Array, "..."],
+        contracting: tuple[int, ...],
+        group: int,
+        batch: tuple[int, ...] = (),
     ) -> "QTensor":
         """int4 in two levels: x = scale * q with int8 |q| <= 119 per channel, q = group_scale * (values - zero).
 
@@ -111,10 +124,15 @@ class QTensor:
         first = cls.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
         moved, order, share = _stored(x, contracting, batch, group)
         q = to_format(moved, first.scale, FIRST_LEVEL).astype(jnp.int32)
-        low, high = jnp.minimum(share.reduced(q, jnp.min), 0), jnp.maximum(share.reduced(q, jnp.max), 0)
+        low, high = (
+            jnp.minimum(share.reduced(q, jnp.min), 0),
+            jnp.maximum(share.reduced(q, jnp.max), 0),
+        )
         step = jnp.maximum((high - low + 14) // 15, 1)
         zero = -_nearest(low, step) - 8
-        values = jnp.clip(_nearest(q, share.spread(step)) + share.spread(zero), -8, 7).astype(container(INT4))
+        values = jnp.clip(_nearest(q, share.spread(step)) + share.spread(zero), -8, 7).astype(
+            container(INT4)
+        )
         zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
         return cls(values, first.scale, order, x.dtype, zero, step, share.group, INT4)
 
@@ -141,7 +159,9 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of values and scales, as a file or a GPU holds them: int4 takes half a byte (one in a CPU's memory)."""
         *rows, last = self.values.shape
-        values = math.prod(rows) * ((last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize)
+        values = math.prod(rows) * (
+            (last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize
+        )
         scales = [x for x in (self.scale, self.zero, self.group_scale) if x is not None]
         return values + sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
 
@@ -168,13 +188,18 @@ class QTensor:
         """The logical slice: values, and scales along the axes that have them, are cut; None if it would cut groups."""
         cut = {stored: c for stored, c in zip(self.axes, cuts, strict=True)}
         last = self.ndim - 1
-        if self.group is not None and range(self.values.shape[last])[cut[last]] != range(self.values.shape[last]):
+        if self.group is not None and range(self.values.shape[last])[cut[last]] != range(
+            self.values.shape[last]
+        ):
             return None
 
         def part(x):
             whole = slice(None)
             return x[
-                tuple(whole if x.shape[a] == 1 or (a == last and self.group) else cut[a] for a in range(self.ndim))
+                tuple(
+                    whole if x.shape[a] == 1 or (a == last and self.group) else cut[a]
+                    for a in range(self.ndim)
+                )
             ]
 
         values = self.values[tuple(cut[a] for a in range(self.ndim))]
@@ -183,13 +208,19 @@ class QTensor:
     def _with(self, values: Array, change: Callable[[Array], Array], **others: Any) -> "QTensor":
         """Other values, and scales and zero points changed alike."""
         scales = {name: getattr(self, name) for name in ("scale", "zero", "group_scale")}
-        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in scales.items()}
+        changed: dict[str, Any] = {
+            name: None if x is None else change(x) for name, x in scales.items()
+        }
         return replace(self, values=values, **changed, **others)
 
     def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
         """The logical reshape; None if it would mix axes that are stored apart, or that do not share their scales."""
-        old, new = ([a for a, n in enumerate(sizes) if n != 1] for sizes in (self.shape, shape))  # 1s come and go
-        stored: list[tuple[int, list[int], list[int]]] = []  # (first stored axis, stored axes, logical axes)
+        old, new = (
+            [a for a, n in enumerate(sizes) if n != 1] for sizes in (self.shape, shape)
+        )  # 1s come and go
+        stored: list[
+            tuple[int, list[int], list[int]]
+        ] = []  # (first stored axis, stored axes, logical axes)
         for sources, targets in runs([self.shape[a] for a in old], [shape[a] for a in new]):
             own = [self.axes[old[a]] for a in sources]
             if own != list(range(own[0], own[0] + len(own))):
@@ -198,7 +229,10 @@ class QTensor:
         stored = [(-1, [], [a for a, n in enumerate(shape) if n == 1]), *sorted(stored)]
         order = [a for _, _, targets in stored for a in targets]
         place = {a: i - len(shape) for i, a in enumerate(order)}
-        sizes = {id(x): self._scale_shape(x, stored, shape) for x in (self.scale, self.zero, self.group_scale)}
+        sizes = {
+            id(x): self._scale_shape(x, stored, shape)
+            for x in (self.scale, self.zero, self.group_scale)
+        }
         if not all(sizes.values()):
             return None
         return self._with(
@@ -219,7 +253,11 @@ class QTensor:
                 sizes += [1] * len(new)
             elif had == old:
                 sizes += new
-            elif (g := self.group) and had[:-1] == old[:-1] and (old == new or (old[-1] % g == 0 == new[-1] % g)):
+            elif (
+                (g := self.group)
+                and had[:-1] == old[:-1]
+                and (old == new or (old[-1] % g == 0 == new[-1] % g))
+            ):
                 sizes += [*new[:-1], -(-new[-1] // g)]
             else:
                 return None
@@ -229,11 +267,15 @@ class QTensor:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
         problem = None
         if self.values.dtype not in (self.fmt.dtype, container(self.fmt)):
-            problem = f"values must be {self.fmt.name}, got {self.values.dtype.name}: was the tree cast?"
+            problem = (
+                f"values must be {self.fmt.name}, got {self.values.dtype.name}: was the tree cast?"
+            )
         elif sorted(self.order) != list(range(-len(self.order), 0)):
             problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
         elif len(self.order) > self.ndim:
-            problem = f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
+            problem = (
+                f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
+            )
         elif self.group is not None and self.group < 1:
             problem = f"a group size of 1 or more expected, got {self.group}"
         parts = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
@@ -241,7 +283,9 @@ class QTensor:
             if (x := getattr(self, name)) is not None:
                 problem = problem or self._problem(name, x, dtype)
         if problem:
-            raise ValueError(f"{where}: not a valid QTensor: {problem}; quantize the float leaf again")
+            raise ValueError(
+                f"{where}: not a valid QTensor: {problem}; quantize the float leaf again"
+            )
 
     def _problem(self, name: str, x: Any, dtype: Any) -> str | None:
         """What is wrong with scales or zero points."""
@@ -307,7 +351,9 @@ def _stored(
         shared = len(contracting) if granularity == "per_channel" else x.ndim - len(batch)
         return moved, order, Sharing(tuple(range(-shared, 0)), None, last)
     if not isinstance(granularity, int) or granularity < 1:
-        raise ValueError(f"quantize: expected per_channel, per_tensor or a group size, got {granularity!r}")
+        raise ValueError(
+            f"quantize: expected per_channel, per_tensor or a group size, got {granularity!r}"
+        )
     group = min(granularity, last)
     if last % group and len(contracting) > 1:
         fitting = [g for g in (32, 64, 128, last) if last % g == 0]

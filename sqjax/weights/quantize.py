@@ -27,7 +27,9 @@ def named(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def outlier_channels(path: str, absmax: Float[Array, "..."], threshold: float, batch: int) -> Int[Array, "..."] | None:
+def outlier_channels(
+    path: str, absmax: Float[Array, "..."], threshold: float, batch: int
+) -> Int[Array, "..."] | None:
     """The channels, along the flattened contracted axes, whose activations exceeded a threshold; None if none did.
 
     Every matrix of a stack gets as many as the one that has most: its largest ones.
@@ -36,7 +38,9 @@ def outlier_channels(path: str, absmax: Float[Array, "..."], threshold: float, b
         ValueError: under jit, where how many there are can not be known.
     """
     if not is_concrete(absmax):
-        raise ValueError(f"{path}: how many channels exceed {threshold} must be known: quantize outliers outside jit")
+        raise ValueError(
+            f"{path}: how many channels exceed {threshold} must be known: quantize outliers outside jit"
+        )
     flat = np.asarray(absmax).reshape(*absmax.shape[:batch], -1)
     count = int((flat > threshold).sum(-1).max(initial=0))
     largest = np.argsort(-flat, axis=-1, kind="stable")[..., :count]
@@ -78,7 +82,9 @@ def quantize_weight(
     input_scale = None
     if scheme.activations == "static":
         if absmax is None:
-            raise ValueError("a static scheme needs the activation's absmax from calibration; dynamic ones do not")
+            raise ValueError(
+                "a static scheme needs the activation's absmax from calibration; dynamic ones do not"
+            )
         absmax = absmax if smoothing is None else absmax / smoothing
         largest = jnp.max(absmax, axis=tuple(range(len(batch), absmax.ndim)))
         # An expert that calibration never reached takes the largest range of the others.
@@ -89,7 +95,9 @@ def quantize_weight(
         tensor = QTensor.quantize_twice(weight, contracting, scheme.weights, batch)
     else:
         fmt = FORMATS[scheme.weight_format]
-        tensor = QTensor.quantize(weight, contracting, scheme.weights, fmt, batch, scheme.zero_point)
+        tensor = QTensor.quantize(
+            weight, contracting, scheme.weights, fmt, batch, scheme.zero_point
+        )
     activations = None if scheme.activations == "indices" else scheme.activations
     return QuantWeight(
         replace(tensor, dtype=dtype),
@@ -110,7 +118,9 @@ def _split(
     moved = weight.transpose(*batch, *outer, *contracting)
     flat = moved.reshape(*moved.shape[: weight.ndim - len(contracting)], -1)
     index = jnp.expand_dims(channels, tuple(range(len(batch), len(batch) + len(outer))))
-    apart = jnp.take_along_axis(flat, jnp.broadcast_to(index, (*flat.shape[:-1], channels.shape[-1])), axis=-1)
+    apart = jnp.take_along_axis(
+        flat, jnp.broadcast_to(index, (*flat.shape[:-1], channels.shape[-1])), axis=-1
+    )
     normal = 1 - jnp.max(jax.nn.one_hot(channels, flat.shape[-1], dtype=jnp.float32), axis=-2)
     shape = [weight.shape[a] for a in (*batch, *contracting)]
     kept = _spread(normal.reshape(shape), (*batch, *contracting), weight.ndim).astype(weight.dtype)

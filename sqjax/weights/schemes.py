@@ -49,7 +49,9 @@ class Scheme(NamedTuple):
     @property
     def measured(self) -> bool:
         """Whether it needs to know the ranges of the activations that `calibrate` saw."""
-        return self.activations == "static" or self.smoothing is not None or self.outliers is not None
+        return (
+            self.activations == "static" or self.smoothing is not None or self.outliers is not None
+        )
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if the parts do not go together."""
@@ -57,18 +59,24 @@ class Scheme(NamedTuple):
             raise ValueError(f"{where}: {self}: {problem}")
 
     def _problem(self) -> str | None:
-        if (unknown := {self.weight_format, self.activation_format}.difference(FORMATS)) or self.activations not in (
+        if (
+            unknown := {self.weight_format, self.activation_format}.difference(FORMATS)
+        ) or self.activations not in (
             *("per_token", "per_tensor", "static", "indices"),
             None,
         ):
             return f"expected formats among {', '.join(FORMATS)} and known activations, got {unknown or ''}"
         if isinstance(self.weights, str) and self.weights not in ("per_channel", "per_tensor"):
             return f"expected weights per_channel, per_tensor or a group size, got {self.weights!r}"
-        if not isinstance(self.weights, str) and (isinstance(self.weights, bool) or self.weights < 1):
+        if not isinstance(self.weights, str) and (
+            isinstance(self.weights, bool) or self.weights < 1
+        ):
             return f"expected a group size of 1 or more, got {self.weights}"
         weight, activation = FORMATS[self.weight_format], FORMATS[self.activation_format]
         quantized = self.activations not in ("indices", None)
-        if quantized and (weight.floating != activation.floating or self.activation_format == "int4"):
+        if quantized and (
+            weight.floating != activation.floating or self.activation_format == "int4"
+        ):
             return "int8 activations go with int8 or int4 weights, float8 ones with float8 weights"
         if (self.zero_point or self.two_level) and self.weight_format != "int4":
             return "zero points and two levels are for int4 weights"

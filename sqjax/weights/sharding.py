@@ -45,7 +45,9 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
     names, specs, _ = named_leaves(of_float, is_leaf=_is_sharding)
     if names != paths:
         odd = sorted(set(paths).symmetric_difference(names))
-        raise ValueError(f"shardings: expected one for every leaf of the float tree; the trees differ at {odd[:5]}")
+        raise ValueError(
+            f"shardings: expected one for every leaf of the float tree; the trees differ at {odd[:5]}"
+        )
     found = [_of_leaf(x, s, path) for path, x, s in zip(paths, leaves, specs, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, found)
 
@@ -58,7 +60,9 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
     """
     tensor, entries = weight.tensor, list(spec)
     if len(entries) > tensor.ndim:
-        raise ValueError(f"{where}: expected a spec of at most {tensor.ndim} entries for its shape, got {spec}")
+        raise ValueError(
+            f"{where}: expected a spec of at most {tensor.ndim} entries for its shape, got {spec}"
+        )
     entries += [None] * (tensor.ndim - len(entries))
     stored = [entries[tensor.axes.index(a)] for a in range(tensor.ndim)]
 
@@ -66,9 +70,14 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         """Scales are cut along the axes on which they have more than one entry."""
         if x is None:
             return None
-        return PartitionSpec(*(entry if size > 1 else None for entry, size in zip(stored, x.shape, strict=True)))
+        return PartitionSpec(
+            *(entry if size > 1 else None for entry, size in zip(stored, x.shape, strict=True))
+        )
 
-    first, last = stored[: weight.ndim - weight.contracted], stored[weight.ndim - weight.contracted :]
+    first, last = (
+        stored[: weight.ndim - weight.contracted],
+        stored[weight.ndim - weight.contracted :],
+    )
     values = replace(
         tensor,
         values=PartitionSpec(*stored),
@@ -80,7 +89,9 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
     return replace(
         weight,
         tensor=values,
-        input_scale=None if weight.input_scale is None else PartitionSpec(*first[: weight.input_scale.ndim]),
+        input_scale=None
+        if weight.input_scale is None
+        else PartitionSpec(*first[: weight.input_scale.ndim]),
         smoothing=None
         if weight.smoothing is None
         else PartitionSpec(*first[: weight.smoothing.ndim - len(last)], *last),
@@ -96,11 +107,15 @@ def _is_sharding(x: Any) -> bool:
 
 def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
     if not _is_sharding(sharding):
-        raise ValueError(f"{path}: expected a NamedSharding, a PartitionSpec or None, got {type(sharding).__name__}")
+        raise ValueError(
+            f"{path}: expected a NamedSharding, a PartitionSpec or None, got {type(sharding).__name__}"
+        )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     spec = PartitionSpec() if spec is None else spec
     if len(spec) > len(leaf.shape):
-        raise ValueError(f"{path}: expected a spec of at most {len(leaf.shape)} entries for {leaf.shape}, got {spec}")
+        raise ValueError(
+            f"{path}: expected a spec of at most {len(leaf.shape)} entries for {leaf.shape}, got {spec}"
+        )
     if isinstance(sharding, NamedSharding):
         _check_divides(leaf.shape, sharding, path)
     if not isinstance(leaf, QuantWeight):
@@ -118,10 +133,14 @@ def _check_divides(shape: Sequence[int], sharding: NamedSharding, path: str) -> 
         for name in mesh_axes(entry):
             devices *= sharding.mesh.shape[name]
         if size % devices:
-            raise ValueError(f"{path}: its axis {axis} of size {size} can not be cut into {devices} blocks by {entry}")
+            raise ValueError(
+                f"{path}: its axis {axis} of size {size} can not be cut into {devices} blocks by {entry}"
+            )
 
 
-def check_groups(leaf: QuantWeight, specs: QuantWeight, sizes: Mapping[str, int], path: str) -> None:
+def check_groups(
+    leaf: QuantWeight, specs: QuantWeight, sizes: Mapping[str, int], path: str
+) -> None:
     """Raises ValueError if a device's block would begin inside a group.
 
     Args:

@@ -8,7 +8,11 @@ def tensor_text(tensor: Any) -> str:
     """The repr of a `QTensor`: logical shape and dtype, format, scales."""
     if not _is_array(tensor.values):
         return _listed("QTensor", [tensor.fmt.name, *_fields(tensor)])
-    scales = f"scale {list(tensor.scale.shape)}" if _is_array(tensor.scale) else f"scale={_short(tensor.scale)}"
+    scales = (
+        f"scale {list(tensor.scale.shape)}"
+        if _is_array(tensor.scale)
+        else f"scale={_short(tensor.scale)}"
+    )
     return _listed("QTensor", [_kind(tensor), *_grouping(tensor), scales])
 
 
@@ -17,8 +21,16 @@ def weight_text(weight: Any) -> str:
     tensor = weight.tensor
     if not (_is_array(getattr(tensor, "values", None)) and _is_array(tensor.scale)):
         return _listed("QuantWeight", _fields(weight))
-    formats = "float" if weight.activations is None else f"{weight.activation_format} {weight.activations}"
-    parts = [_kind(tensor), *(_grouping(tensor) or [_granularity(weight)]), f"activations {formats}"]
+    formats = (
+        "float"
+        if weight.activations is None
+        else f"{weight.activation_format} {weight.activations}"
+    )
+    parts = [
+        _kind(tensor),
+        *(_grouping(tensor) or [_granularity(weight)]),
+        f"activations {formats}",
+    ]
     if weight.smoothing is not None:
         parts.append("smoothing at run time")
     if weight.outliers is not None:
@@ -45,8 +57,14 @@ def _grouping(tensor: Any) -> list[str]:
 def _granularity(weight: Any) -> str:
     """Whether the outputs of a matrix have scales of their own, or one for all; a stack's matrices have their own."""
     first = weight.tensor.values.ndim - weight.contracted
-    outputs = zip(weight.tensor.scale.shape[:first], weight.tensor.values.shape[:first], strict=True)
-    return "per_channel" if [own for own, n in outputs if n > 1][-1:] not in ([], [1]) else "per_tensor"
+    outputs = zip(
+        weight.tensor.scale.shape[:first], weight.tensor.values.shape[:first], strict=True
+    )
+    return (
+        "per_channel"
+        if [own for own, n in outputs if n > 1][-1:] not in ([], [1])
+        else "per_tensor"
+    )
 
 
 def _fields(part: Any) -> list[str]:

@@ -15,7 +15,12 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
 
 
-PARAMS = {"gain": 2 + normal(WIDTH), "a": normal(WIDTH, 5), "b": normal(WIDTH, 3), "head": normal(5, 2)}
+PARAMS = {
+    "gain": 2 + normal(WIDTH),
+    "a": normal(WIDTH, 5),
+    "b": normal(WIDTH, 3),
+    "head": normal(5, 2),
+}
 X, Y = normal(5, WIDTH), 3 * normal(2, WIDTH, seed=1)
 
 
@@ -28,7 +33,10 @@ def decode(p, x):
 
 
 def groups(stats):
-    return {(g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites))) for g in stats.graph.groups}
+    return {
+        (g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites)))
+        for g in stats.graph.groups
+    }
 
 
 # Several functions ----------------------------------------------------------------------------------------------------
@@ -41,7 +49,9 @@ def test_functions_that_share_a_leaf_share_its_group():
     for path, one in (("a", alone[0]), ("head", alone[0]), ("b", alone[1])):
         for name in ("absmax", "abs_sum", "count", "weight_absmax"):
             np.testing.assert_array_equal(getattr(stats, name)[path], getattr(one, name)[path])
-    x_max = np.maximum(np.abs(X * PARAMS["gain"][None]).max(0), np.abs(Y * PARAMS["gain"][None]).max(0))
+    x_max = np.maximum(
+        np.abs(X * PARAMS["gain"][None]).max(0), np.abs(Y * PARAMS["gain"][None]).max(0)
+    )
     w_max = np.maximum(np.abs(PARAMS["a"]).max(1), np.abs(PARAMS["b"]).max(1))
     np.testing.assert_allclose(sq.scales(PARAMS, stats)["a"], np.sqrt(x_max / w_max), rtol=1e-5)
     assert not np.allclose(sq.scales(PARAMS, alone[0])["a"], np.sqrt(x_max / w_max), rtol=1e-3)
@@ -49,8 +59,13 @@ def test_functions_that_share_a_leaf_share_its_group():
 
 def test_what_folds_in_one_function_alone_is_not_folded():
     """The second one reads the norm's output, or its gain, for something else."""
-    for other in (lambda p, x: (decode(p, x), x * p["gain"][None]), lambda p, x: decode(p, x) * p["gain"].sum()):
-        assert (WIDTH, ("gain",), ("b",)) not in groups(sq.calibrate([encode, other], PARAMS, [[X], [Y]]))
+    for other in (
+        lambda p, x: (decode(p, x), x * p["gain"][None]),
+        lambda p, x: decode(p, x) * p["gain"].sum(),
+    ):
+        assert (WIDTH, ("gain",), ("b",)) not in groups(
+            sq.calibrate([encode, other], PARAMS, [[X], [Y]])
+        )
         stats = sq.calibrate([encode, other], PARAMS, [[X], [Y]])
         assert groups(stats) == {(5, ("a",), ("head",))}
         assert {site.path for site in stats.graph.sites} == {"a", "b", "head"}
@@ -67,12 +82,19 @@ def test_smoothing_leaves_every_function_as_it_was():
         np.testing.assert_array_equal(run(exact, x), run(PARAMS, x))
     qparams = sq.quantize(exact, stats)
     for fn, x in ((encode, X), (decode, Y)):
-        error = np.abs(jax.jit(sq.quantized(fn))(qparams, x) - fn(PARAMS, x)).max() / np.abs(fn(PARAMS, x)).max()
+        error = (
+            np.abs(jax.jit(sq.quantized(fn))(qparams, x) - fn(PARAMS, x)).max()
+            / np.abs(fn(PARAMS, x)).max()
+        )
         assert 1e-4 < error < 0.05
 
 
 def test_a_site_of_both_functions_sees_both():
-    stats = sq.calibrate([decode, lambda p, x, scale: scale * decode(p, x)], PARAMS, [[X, 2 * X], [(Y, jnp.ones(()))]])
+    stats = sq.calibrate(
+        [decode, lambda p, x, scale: scale * decode(p, x)],
+        PARAMS,
+        [[X, 2 * X], [(Y, jnp.ones(()))]],
+    )
     seen = np.abs(np.concatenate([X, 2 * X, Y]) * PARAMS["gain"][None])
     np.testing.assert_allclose(stats.absmax["b"], seen.max(0), rtol=1e-6)
     np.testing.assert_allclose(stats.abs_sum["b"], seen.sum(0), rtol=1e-5)
@@ -106,7 +128,10 @@ def test_every_batch_of_a_function_must_have_its_sites():
         return decode(p, x) if len(x) == 2 else x
 
     assert int(sq.calibrate([encode, sometimes], PARAMS, [[X], [Y]]).count["b"]) == 2
-    with pytest.raises(ValueError, match="calibration batch 1: b was in the first batch's program, not in this one's"):
+    with pytest.raises(
+        ValueError,
+        match="calibration batch 1: b was in the first batch's program, not in this one's",
+    ):
         sq.calibrate([encode, sometimes], PARAMS, [[X], [Y, X]])
 
 
@@ -133,7 +158,9 @@ MASKED = {  # what reads (batch, tokens, channels) and a mask, and one site of i
     "tokens by token": lambda p, x, mask: (x * p["gain"]) @ p["a"],
     "tokens in a row": lambda p, x, mask: (x * p["gain"]).reshape(9, WIDTH) @ p["a"],
     "channels first": lambda p, x, mask: p["a"].T @ (x * p["gain"]).reshape(9, WIDTH).T,
-    "a mask that is used": lambda p, x, mask: ((x * p["gain"]) @ p["a"]) * mask[..., None].astype(jnp.float32),
+    "a mask that is used": lambda p, x, mask: (
+        ((x * p["gain"]) @ p["a"]) * mask[..., None].astype(jnp.float32)
+    ),
     "one of several heads": lambda p, x, mask: jnp.einsum(
         "bthd,hdo->bto", (x * p["gain"]).reshape(3, 3, 2, 2), p["a"].reshape(2, 2, 5)
     ),
@@ -165,7 +192,9 @@ def test_a_mask_may_be_computed_from_the_batch():
     fn = lambda p, ids: (p["table"][ids] * p["gain"][None, None]) @ p["a"]
     table = normal(7, WIDTH).at[0].set(1e6)
     ids = jnp.array([[3, 1, 0], [6, 0, 0]])
-    stats = sq.calibrate(fn, {**PARAMS, "table": table}, [ids], mask=lambda ids: (ids != 0).astype(jnp.int32))
+    stats = sq.calibrate(
+        fn, {**PARAMS, "table": table}, [ids], mask=lambda ids: (ids != 0).astype(jnp.int32)
+    )
     seen = np.abs(np.asarray(table)[[3, 1, 6]] * np.asarray(PARAMS["gain"]))
     np.testing.assert_allclose(stats.absmax["a"], seen.max(0), rtol=1e-6)
     assert int(stats.count["a"]) == 3
@@ -179,7 +208,9 @@ def test_an_activation_without_tokens_counts_whole():
         return h @ p["a"], h.sum(1) @ p["b"]
 
     with jax.numpy_rank_promotion("allow"):
-        stats = sq.calibrate(fn, PARAMS, [(jnp.asarray(TOKENS), jnp.asarray(IDS_MASK))], mask=of_mask)
+        stats = sq.calibrate(
+            fn, PARAMS, [(jnp.asarray(TOKENS), jnp.asarray(IDS_MASK))], mask=of_mask
+        )
     check_against_real_tokens(stats, "a", NORMED)
     pooled = (TOKENS * np.asarray(PARAMS["gain"])).sum(1)
     np.testing.assert_allclose(stats.absmax["b"], np.abs(pooled).max(0), rtol=1e-5)
@@ -218,7 +249,9 @@ def test_masks_of_tokens_that_experts_share(flat):
     with jax.numpy_rank_promotion("allow"):
         stats = sq.calibrate(fn, params, [(PADDED, jnp.asarray(IDS_MASK))], mask=of_mask)
     check_against_real_tokens(stats, "a", NORMED)
-    np.testing.assert_allclose(stats.absmax["w"], [np.abs(k * NORMED).max(0) for k in (1, 2)], rtol=1e-5)
+    np.testing.assert_allclose(
+        stats.absmax["w"], [np.abs(k * NORMED).max(0) for k in (1, 2)], rtol=1e-5
+    )
     assert int(stats.count["w"]) == IDS_MASK.sum()
 
 
@@ -232,7 +265,9 @@ def test_a_mask_of_nothing_but_padding_leaves_every_channel_dead():
 def test_several_functions_share_a_mask():
     fn = lambda p, x, mask: (x * p["gain"][None, None]) @ p["b"]
     batch = PADDED, jnp.asarray(IDS_MASK)
-    stats = sq.calibrate([fn, lambda p, x, mask: 2 * fn(p, x, mask)], PARAMS, [[batch], [batch]], mask=of_mask)
+    stats = sq.calibrate(
+        [fn, lambda p, x, mask: 2 * fn(p, x, mask)], PARAMS, [[batch], [batch]], mask=of_mask
+    )
     assert int(stats.count["b"]) == 2 * IDS_MASK.sum()
     np.testing.assert_allclose(stats.absmax["b"], np.abs(NORMED).max(0), rtol=1e-5)
 
@@ -241,7 +276,9 @@ def test_static_scales_of_a_masked_calibration_ignore_padding():
     fn = lambda p, x, mask: (x * p["gain"][None, None]) @ p["b"]
     stats = sq.calibrate(fn, PARAMS, [(PADDED, jnp.asarray(IDS_MASK))], mask=of_mask)
     qparams = sq.quantize(PARAMS, stats, sq.W8A8_O3)
-    np.testing.assert_allclose(qparams["b"].input_scale, np.abs(NORMED).max() / np.float32(127), rtol=1e-6)
+    np.testing.assert_allclose(
+        qparams["b"].input_scale, np.abs(NORMED).max() / np.float32(127), rtol=1e-6
+    )
     real = jnp.asarray(np.where(IDS_MASK[..., None], TOKENS, 0))
     got, expected = jax.jit(sq.quantized(fn))(qparams, real, IDS_MASK), fn(PARAMS, real, IDS_MASK)
     assert 1e-4 < np.abs(got - expected).max() / np.abs(expected).max() < 0.03

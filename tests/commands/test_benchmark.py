@@ -41,20 +41,26 @@ def test_every_row_has_every_column_and_ratios_are_to_the_base(monkeypatch, caps
                 continue
             assert list(row) == expected
             assert all(seconds > 0 for seconds in row.values())
-            assert re.search(rf"^{re.escape(name)} .*{table.ratio(name, expected[0]):.2f}x", printed, re.M)
+            assert re.search(
+                rf"^{re.escape(name)} .*{table.ratio(name, expected[0]):.2f}x", printed, re.M
+            )
         assert table.ratio(table.base, expected[0]) == 1
     assert f"jax {jax.__version__}" in printed
 
 
 def test_ratios_are_of_speeds():
-    table = benchmark.Table("t", "slow", {"slow": {"a": 0.004}, "fast": {"a": 0.001}, "none": "why"})
+    table = benchmark.Table(
+        "t", "slow", {"slow": {"a": 0.004}, "fast": {"a": 0.001}, "none": "why"}
+    )
     assert table.ratio("fast", "a") == 4
     assert re.search(r"^fast +4\.00x \(1\.00\)$", benchmark.text(table), re.M)
     assert re.search(r"^none +why$", benchmark.text(table), re.M)
     beside = benchmark.Table(
         "t", "W8A8_O1", {"W8A8_O1": {"a": 0.001}, "W8A16": {"a": 1.0}, benchmark.QWIX: {"a": 0.008}}
     )
-    assert re.findall(r"^(.*) to qwix +(.*)x$", benchmark.text(beside), re.M) == [("W8A8_O1", "8.00")]
+    assert re.findall(r"^(.*) to qwix +(.*)x$", benchmark.text(beside), re.M) == [
+        ("W8A8_O1", "8.00")
+    ]
     with pytest.raises(ValueError, match="t: none was not measured: why"):
         table.ratio("none", "a")
 
@@ -72,7 +78,9 @@ def _check_int8(variant, model, params, sites=SITES):
     ids, cache = jnp.arange(6, dtype=jnp.int32)[None], model.init_cache(1, 8)
     found = [dot.dtypes for dot in dots(jax.make_jaxpr(variant.decode)(variant.params, ids, cache))]
     assert len(found) - found.count(INT8_DOT) == ATTENTION
-    assert found.count(INT8_DOT) >= sites  # the head, of one row, has a form for this processor and one for others
+    assert (
+        found.count(INT8_DOT) >= sites
+    )  # the head, of one row, has a form for this processor and one for others
     logits, grown = jax.jit(variant.decode)(variant.params, ids, cache)
     expected, wanted = DECODE(params, ids, cache)
     assert 0 < np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)

@@ -27,9 +27,13 @@ ROOT = Path(__file__).parents[2]
 def smollm2():
     """(model, params, windows of the evaluation text, statistics of the calibration text)."""
     model, params = sq.models.load("smollm2-135m")
-    text = {name: model.tokenizer.encode(demo.shipped(name)) for name in ("calibration", "evaluation")}
+    text = {
+        name: model.tokenizer.encode(demo.shipped(name)) for name in ("calibration", "evaluation")
+    }
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        stats = sq.calibrate(model.apply, params, [row[None] for row in windows(text["calibration"], 256, 4)])
+        stats = sq.calibrate(
+            model.apply, params, [row[None] for row in windows(text["calibration"], 256, 4)]
+        )
     return model, params, windows(text["evaluation"], 256, 2), stats
 
 
@@ -64,13 +68,18 @@ def test_smoothing_rescues_static_int8_on_the_real_model(smollm2):
 
 
 def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
-    model = Model(LlamaConfig(600, 32, 64, 2, 4, 2, 8, tie_embeddings=True), tokenizer=_Letters(None, 0))
+    model = Model(
+        LlamaConfig(600, 32, 64, 2, 4, 2, 8, tie_embeddings=True), tokenizer=_Letters(None, 0)
+    )
     params = jax.jit(model.init)(jax.random.key(0))
     monkeypatch.setattr(demo, "load", lambda name: (model, params))
     monkeypatch.setattr(demo, "LENGTH", 64)
     rows = demo.demo(demo.Size(2, 2, 4, 1), 0.5)
     printed = capsys.readouterr().out
-    assert [r.name.split(", ")[-1] for r in rows] == ["float32", *["unsmoothed", "norms only", "all groups"] * 2]
+    assert [r.name.split(", ")[-1] for r in rows] == [
+        "float32",
+        *["unsmoothed", "norms only", "all groups"] * 2,
+    ]
     assert all(r.name in printed and f"{r.perplexity:.2f}" in printed for r in rows)
     assert len({r.perplexity for r in rows}) == len(rows)
     assert all(r.nbytes < rows[0].nbytes / 2 for r in rows[1:])
@@ -81,7 +90,9 @@ def test_demo_prints_every_row(tmp_path, monkeypatch, capsys):
 def test_decode_prints_both_tables(monkeypatch, capsys):
     model = Model(LlamaConfig(600, 32, 64, 1, 2, 1, 16), tokenizer=_MoreLetters(None, 0))
     params = jax.jit(model.init)(jax.random.key(0))
-    size = decoding.Size(windows=2, length=64, steps=2, repeats=1, batches=(1, 2), contexts=(8,), copied=1)
+    size = decoding.Size(
+        windows=2, length=64, steps=2, repeats=1, batches=(1, 2), contexts=(8,), copied=1
+    )
     qparams = decoding.w8a8(model, params)
     none, exact, *coded = decoding.accuracy(model, params, size)
     assert abs(exact.perplexity / none.perplexity - 1) < 1e-5
@@ -113,8 +124,13 @@ def test_the_head_may_stay_float():
     params = jax.jit(model.init)(jax.random.key(0))
     stats = sq.calibrate(model.apply, params, [jnp.zeros((1, 4), jnp.int32)])
     variant = demo._variant(params, stats, 0.5, "all", sq.W8A8, float_head=True)
-    assert variant["model"]["embed_tokens"]["embedding"] is params["model"]["embed_tokens"]["embedding"]
-    assert isinstance(variant["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], sq.QuantWeight)
+    assert (
+        variant["model"]["embed_tokens"]["embedding"]
+        is params["model"]["embed_tokens"]["embedding"]
+    )
+    assert isinstance(
+        variant["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"], sq.QuantWeight
+    )
 
 
 class _Letters(Tokenizer):
@@ -135,7 +151,9 @@ class _MoreLetters(_Letters):
 
 def test_interleaved_times_what_runs():
     calls = []
-    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "test")
+    seconds = interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "test"
+    )
     assert calls == ["a", "b"] * 4
     assert all(t >= 0 for t in seconds.values())
 

@@ -41,7 +41,9 @@ class Case(NamedTuple):
 
 
 def normal(*shape, seed=0, scale=1.0):
-    return jnp.asarray(scale * np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+    return jnp.asarray(
+        scale * np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32
+    )
 
 
 def filled(tree):
@@ -62,7 +64,15 @@ def relaxed(fn):
 
 
 def case(fn, params, args, other, groups, int8, **refused):
-    return Case(relaxed(fn), params, args, other, groups, {k.replace("__", "/"): v for k, v in refused.items()}, int8)
+    return Case(
+        relaxed(fn),
+        params,
+        args,
+        other,
+        groups,
+        {k.replace("__", "/"): v for k, v in refused.items()},
+        int8,
+    )
 
 
 IDS, OTHER_IDS = jnp.array([[1, 5, 3, 2, 9], [7, 7, 0, 3, 11]]), jnp.array([[4, 8, 2]])
@@ -129,7 +139,11 @@ class Gain(nnx.Module):
         self.w = nnx.Param(nnx.initializers.ones(rngs.params(), size))
 
     def __call__(self, x):
-        return self.w[...] * x / jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2, -1, keepdims=True) + 1e-6)
+        return (
+            self.w[...]
+            * x
+            / jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2, -1, keepdims=True) + 1e-6)
+        )
 
 
 class Qwen3Layer(nnx.Module):
@@ -152,7 +166,9 @@ class Qwen3Layer(nnx.Module):
         k = rotary(self.k_norm(k), positions)
         b, t = x.shape[:2]
         scores = jnp.einsum("BTKGH,BSKH->BTKGS", q.reshape(b, t, 2, 2, 4), k) * 0.5
-        odds = jax.nn.softmax(jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min), -1)
+        odds = jax.nn.softmax(
+            jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min), -1
+        )
         x = x + self.o_proj(jnp.einsum("BTKGS,BSKH->BTKGH", odds, v).reshape(b, t, 4, 4))
         h = self.norm_2(x)
         return x + self.down_proj(nnx.silu(self.gate_proj(h)) * self.up_proj(h))
@@ -179,7 +195,11 @@ def qwen3():
     groups = [
         (8, [f"{layer}/norm_1/w/value"], [f"{layer}/q_proj/w/value", f"{layer}/kv_proj/w/value"]),
         (8, [f"{layer}/kv_proj/w/value"], [f"{layer}/o_proj/w/value"]),
-        (8, [f"{layer}/norm_2/w/value"], [f"{layer}/gate_proj/kernel/value", f"{layer}/up_proj/kernel/value"]),
+        (
+            8,
+            [f"{layer}/norm_2/w/value"],
+            [f"{layer}/gate_proj/kernel/value", f"{layer}/up_proj/kernel/value"],
+        ),
         (12, [f"{layer}/up_proj/kernel/value"], [f"{layer}/down_proj/kernel/value"]),
         (8, ["norm/w/value"], ["head/w/value"]),
     ]
@@ -203,13 +223,18 @@ def gemma3():
         h = one_plus(x, p["pre_attention"])
         q = jnp.einsum("BTD,NDH->BTNH", h, p["q"])
         k, v = jnp.einsum("BSD,CKDH->CBSKH", h, p["kv"])
-        q, k = rotary(one_plus(q, p["q_norm"]), positions), rotary(one_plus(k, p["k_norm"]), positions)
+        q, k = (
+            rotary(one_plus(q, p["q_norm"]), positions),
+            rotary(one_plus(k, p["k_norm"]), positions),
+        )
         scores = jnp.einsum("BTKGH,BSKH->BTKGS", q.reshape(*ids.shape, 1, 2, 4), k)
         odds = jax.nn.softmax(jnp.where(window[:, None, None], scores, -2.3819763e38), -1)
         mixed = jnp.einsum("BTKGS,BSKH->BTKGH", odds, v).reshape(*ids.shape, 2, 4)
         x = x + one_plus(jnp.einsum("BTNH,NHD->BTD", mixed, p["o"]), p["post_attention"])
         gate_up = jnp.einsum("...D,NFD->...NF", one_plus(x, p["pre_mlp"]), p["gating"])
-        x = x + one_plus((nn.gelu(gate_up[..., 0, :]) * gate_up[..., 1, :]) @ p["linear"], p["post_mlp"])
+        x = x + one_plus(
+            (nn.gelu(gate_up[..., 0, :]) * gate_up[..., 1, :]) @ p["linear"], p["post_mlp"]
+        )
         return jnp.tanh(one_plus(x, p["final"]) @ p["embedding"].T / 30) * 30
 
     norms = ("pre_attention", "post_attention", "pre_mlp", "post_mlp", "final")
@@ -257,7 +282,9 @@ class BoxedLayer(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         h = BoxedNorm(name="norm_1")(nn.with_logical_constraint(x, ("batch", "length", "embed")))
-        q, k, v = (BoxedDense((n, 4), name=name)(h) for name, n in (("query", 4), ("key", 2), ("value", 2)))
+        q, k, v = (
+            BoxedDense((n, 4), name=name)(h) for name, n in (("query", 4), ("key", 2), ("value", 2))
+        )
         b, t = x.shape[:2]
         scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(b, t, 2, 2, 4), k) + mask
         mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores, -1), v).reshape(b, t, 4, 4)
@@ -292,9 +319,17 @@ def scanned_and_boxed():
     params = filled(jax.eval_shape(relaxed(module.init), jax.random.key(0), IDS))
     layer = "params/layers"
     groups = [
-        (24, [f"{layer}/norm_1/scale/value"], [f"{layer}/{n}/kernel/value" for n in ("query", "key", "value")]),
+        (
+            24,
+            [f"{layer}/norm_1/scale/value"],
+            [f"{layer}/{n}/kernel/value" for n in ("query", "key", "value")],
+        ),
         (24, [f"{layer}/value/kernel/value"], [f"{layer}/out/kernel/value"]),
-        (24, [f"{layer}/norm_2/scale/value"], [f"{layer}/{n}/kernel/value" for n in ("wi_0", "wi_1")]),
+        (
+            24,
+            [f"{layer}/norm_2/scale/value"],
+            [f"{layer}/{n}/kernel/value" for n in ("wi_0", "wi_1")],
+        ),
         (30, [f"{layer}/wi_1/kernel/value"], [f"{layer}/wo/kernel/value"]),
         (8, ["params/norm/scale/value"], ["params/head/kernel/value"]),
     ]
@@ -313,7 +348,12 @@ def latent_attention():
         return x + flat(attend(q, k, v)) @ p["o"]
 
     params = {"norm": normal(6), "q_norm": normal(5), "kv_norm": normal(4), "o": normal(6, 6)}
-    params |= {"q_a": normal(6, 5), "q_b": normal(5, 12), "kv_a": normal(6, 6, seed=1), "kv_b": normal(4, 14)}
+    params |= {
+        "q_a": normal(6, 5),
+        "q_b": normal(5, 12),
+        "kv_a": normal(6, 6, seed=1),
+        "kv_b": normal(4, 14),
+    }
     groups = [(6, ["norm"], ["kv_a", "q_a"]), (5, ["q_norm"], ["q_b"]), (4, ["kv_norm"], ["kv_b"])]
     return case(fn, params, (X,), (OTHER_X,), [*groups, (6, ["kv_b"], ["o"])], 5)
 
@@ -328,7 +368,10 @@ def fused_by_heads():
         up = jax.nn.gelu(h @ p["up"], approximate=False)
         return x + flat(attend(q, k, v)) @ p["dense"] + up @ p["down"]
 
-    params = kernels(("gain_1", "bias_1", "gain_2", "bias_2"), 6) | {"qkv": normal(6, 18), "qkv_bias": normal(18)}
+    params = kernels(("gain_1", "bias_1", "gain_2", "bias_2"), 6) | {
+        "qkv": normal(6, 18),
+        "qkv_bias": normal(18),
+    }
     params |= {"dense": normal(6, 6), "up": normal(6, 8), "down": normal(8, 6)}
     groups = [
         (6, ["bias_1", "gain_1"], ["qkv"]),
@@ -351,7 +394,9 @@ def fused_parallel():
         return x + jnp.concatenate([mixed, up * jax.nn.silu(gate)], -1) @ p["out"]
 
     params = {"norm": normal(6), "fused": normal(6, 22), "slopes": normal(4), "out": normal(13, 6)}
-    return case(fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["fused"]), (2 + 5, ["fused"], ["out"])], 2)
+    return case(
+        fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["fused"]), (2 + 5, ["fused"], ["out"])], 2
+    )
 
 
 def library_attention():
@@ -359,11 +404,21 @@ def library_attention():
 
     def fn(p, x):
         h = rms(x, p["norm"])
-        mixed = jax.nn.dot_product_attention(heads(h @ p["q"], 4), heads(h @ p["k"]), heads(h @ p["v"]), is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            heads(h @ p["q"], 4), heads(h @ p["k"]), heads(h @ p["v"]), is_causal=True
+        )
         return x + flat(mixed) @ p["o"]
 
-    params = {"norm": normal(6), "q": normal(6, 8), "k": normal(6, 4), "v": normal(6, 4, seed=1), "o": normal(8, 6)}
-    return case(fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "q", "v"]), (4, ["v"], ["o"])], 4)
+    params = {
+        "norm": normal(6),
+        "q": normal(6, 8),
+        "k": normal(6, 4),
+        "v": normal(6, 4, seed=1),
+        "o": normal(8, 6),
+    }
+    return case(
+        fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "q", "v"]), (4, ["v"], ["o"])], 4
+    )
 
 
 def differential_attention():
@@ -377,9 +432,16 @@ def differential_attention():
         mixed = rms(attend(q1, k1, v) - factor * attend(q2, k2, v), p["sub_norm"]) * 0.8
         return x + flat(mixed) @ p["o"]
 
-    params = {"norm": normal(6), **kernels("qk", 6, 8), **kernels("vo", 6, 6), "sub_norm": normal(3)}
+    params = {
+        "norm": normal(6),
+        **kernels("qk", 6, 8),
+        **kernels("vo", 6, 6),
+        "sub_norm": normal(3),
+    }
     params |= kernels(("l1", "l2"), 2)
-    return case(fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "q", "v"]), (3, ["sub_norm"], ["o"])], 4)
+    return case(
+        fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "q", "v"]), (3, ["sub_norm"], ["o"])], 4
+    )
 
 
 def shared_over_depth():
@@ -394,7 +456,11 @@ def shared_over_depth():
             x = x + flat(attend(q, k, v)) @ p["o"]
         return rms(x, p["norm_a"]) @ p["head"], rms(jnp.tanh(x), p["norm_b"]) @ p["head"]
 
-    params = {"norms": [normal(6), normal(6, seed=1)], **kernels("qkvo", 6, 6), "head": normal(6, 5)}
+    params = {
+        "norms": [normal(6), normal(6, seed=1)],
+        **kernels("qkvo", 6, 6),
+        "head": normal(6, 5),
+    }
     params |= kernels(("norm_a", "norm_b"), 6, seed=2)
     groups = [
         (6, ["norms/0", "norms/1"], ["k", "q", "v"]),
@@ -411,7 +477,9 @@ def t5():
     """
 
     def bias(p, t, s):
-        return jnp.transpose(p[jnp.clip(jnp.arange(s)[None] - jnp.arange(t)[:, None] + 3, 0, 6)], (2, 0, 1))
+        return jnp.transpose(
+            p[jnp.clip(jnp.arange(s)[None] - jnp.arange(t)[:, None] + 3, 0, 6)], (2, 0, 1)
+        )
 
     def layer(p, x, memory, added=0.0):
         q, k, v = heads(x @ p["q"]), heads(memory @ p["k"]), heads(memory @ p["v"])
@@ -427,7 +495,10 @@ def t5():
         return rms(y, p["norm_3"]) * 6**-0.5 @ p["shared"].T
 
     params = {"shared": normal(12, 6), "bias": normal(7, 2), "wi": normal(6, 9), "wo": normal(9, 6)}
-    params |= {"self": kernels("qkvo", 6, 6), "cross": [kernels("qkvo", 6, 6, seed=s) for s in (4, 8)]}
+    params |= {
+        "self": kernels("qkvo", 6, 6),
+        "cross": [kernels("qkvo", 6, 6, seed=s) for s in (4, 8)],
+    }
     params |= kernels(("norm_1", "norm_2", "norm_3", "last"), 6)
     params["cross_norms"] = [normal(6, seed=s) for s in (4, 5)]
     groups = [
@@ -439,12 +510,25 @@ def t5():
     ]
     groups += [(6, [f"cross_norms/{i}"], [f"cross/{i}/q"]) for i in range(2)]
     groups += [(6, [f"cross/{i}/v"], [f"cross/{i}/o"]) for i in range(2)]
-    return case(fn, params, (IDS, IDS[:, :4]), (OTHER_IDS, OTHER_IDS[:, :2]), groups, 15, shared="`mul` at|rsqrt")
+    return case(
+        fn,
+        params,
+        (IDS, IDS[:, :4]),
+        (OTHER_IDS, OTHER_IDS[:, :2]),
+        groups,
+        15,
+        shared="`mul` at|rsqrt",
+    )
 
 
 # Experts ---------------------------------------------------------------------------------------------
 
-EXPERTS = {"norm": normal(6), "router": normal(6, 4), "bias": normal(4, scale=0.1), "down": normal(4, 8, 6)}
+EXPERTS = {
+    "norm": normal(6),
+    "router": normal(6, 4),
+    "bias": normal(4, scale=0.1),
+    "down": normal(4, 8, 6),
+}
 EXPERTS |= {"gate": normal(4, 6, 8), "up": normal(4, 6, 8, seed=1)}
 EXPERTS["shared"] = {"gate": normal(6, 5), "up": normal(6, 5, seed=1), "down": normal(5, 6)}
 
@@ -478,7 +562,9 @@ def sorted_experts():
         order = jnp.argsort(chosen.reshape(-1))
         sizes = jnp.bincount(chosen.reshape(-1), length=4)
         rows = h[order // 2]
-        up = jax.nn.silu(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(rows, p["up"], sizes)
+        up = jax.nn.silu(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(
+            rows, p["up"], sizes
+        )
         out = lax.ragged_dot(up, p["down"], sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
         return x + jnp.einsum("tkd,tk->td", out, odds) + shared_expert(p["shared"], h)
 
@@ -495,7 +581,9 @@ def dispatched_experts():
         place = jnp.cumsum(hot.reshape(-1, 4), 0).reshape(hot.shape) * hot - 1
         slots = jax.nn.one_hot(place.astype(jnp.int32), 6)
         sent = jnp.einsum("tec,td->ecd", jnp.einsum("tke,tkec->tec", hot, slots), h)
-        up = jax.nn.silu(jnp.einsum("ecd,edf->ecf", sent, p["gate"])) * jnp.einsum("ecd,edf->ecf", sent, p["up"])
+        up = jax.nn.silu(jnp.einsum("ecd,edf->ecf", sent, p["gate"])) * jnp.einsum(
+            "ecd,edf->ecf", sent, p["up"]
+        )
         out = jnp.einsum("ecf,efd->ecd", up, p["down"])
         back = jnp.einsum("tk,tke,tkec->tec", odds, hot, slots)
         return x + jnp.einsum("tec,ecd->td", back, out) + shared_expert(p["shared"], h)
@@ -510,7 +598,9 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
         h = nn.LayerNorm(name="norm_1")(x)
-        x = x + nn.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=deterministic, name="mha")(h, h)
+        x = x + nn.MultiHeadDotProductAttention(
+            2, dropout_rate=0.1, deterministic=deterministic, name="mha"
+        )(h, h)
         h = nn.gelu(nn.Dense(16, name="fc1")(nn.LayerNorm(name="norm_2")(x)))
         return x + nn.Dense(8, name="fc2")(nn.Dropout(0.1)(h, deterministic=deterministic))
 
@@ -520,7 +610,9 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image, train=False):
-        x = nn.Conv(8, (4, 4), strides=(4, 4), padding="VALID", name="patches")(image).reshape(len(image), -1, 8)
+        x = nn.Conv(8, (4, 4), strides=(4, 4), padding="VALID", name="patches")(image).reshape(
+            len(image), -1, 8
+        )
         token = self.param("token", nn.initializers.zeros, (1, 1, 8))
         x = jnp.concatenate([jnp.tile(token, [len(image), 1, 1]), x], 1)
         x = x + self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], 8))
@@ -543,7 +635,9 @@ def vision_transformer():
         (8, ["params/norm/bias", "params/norm/scale"], ["params/head/kernel"]),
     ]
     refused = {"params__patches__kernel": "convolution", "params__block__fc2__kernel": "`"}
-    return case(module.apply, params, (images,), (normal(1, 8, 8, 3, seed=1),), groups, 7, **refused)
+    return case(
+        module.apply, params, (images,), (normal(1, 8, 8, 3, seed=1),), groups, 7, **refused
+    )
 
 
 class Mixer(nn.Module):
@@ -583,7 +677,10 @@ def state_space():
         padded = jnp.pad(u, ((0, 0), (2, 0), (0, 0)))
         u = jax.nn.silu(sum(padded[:, i : i + t] * p["conv"][i] for i in range(3)))
         low, b, c = jnp.split(u @ p["x_proj"], [2, 5], -1)
-        step_size, decay = jax.nn.softplus(low @ p["dt_proj"] + p["dt_bias"]), -jnp.exp(p["log_decay"])
+        step_size, decay = (
+            jax.nn.softplus(low @ p["dt_proj"] + p["dt_bias"]),
+            -jnp.exp(p["log_decay"]),
+        )
 
         def step(state, now):
             u, dt, b, c = now
@@ -591,11 +688,19 @@ def state_space():
             return state, jnp.einsum("bdn,bn->bd", state, c)
 
         over_time = [jnp.swapaxes(a, 0, 1) for a in (u, step_size, b, c)]
-        y = jnp.swapaxes(lax.scan(step, jnp.zeros((x.shape[0], 5, 3)), over_time)[1], 0, 1) + u * p["skip"]
+        y = (
+            jnp.swapaxes(lax.scan(step, jnp.zeros((x.shape[0], 5, 3)), over_time)[1], 0, 1)
+            + u * p["skip"]
+        )
         return x + rms(y * jax.nn.silu(gate), p["out_norm"]) @ p["out"]
 
     params = {"norm": normal(6), "in": normal(6, 10), "conv": normal(3, 5), "x_proj": normal(5, 8)}
-    params |= {"dt_proj": normal(2, 5), "dt_bias": normal(5), "log_decay": normal(5, 3), "skip": normal(5)}
+    params |= {
+        "dt_proj": normal(2, 5),
+        "dt_bias": normal(5),
+        "log_decay": normal(5, 3),
+        "skip": normal(5),
+    }
     params |= {"out_norm": normal(5, seed=1), "out": normal(5, 6)}
     groups = [(6, ["norm"], ["in"]), (2, ["x_proj"], ["dt_proj"]), (5, ["out_norm"], ["out"])]
     return case(fn, params, (X,), (OTHER_X,), groups, 4, x_proj="`logistic` at")
@@ -607,7 +712,9 @@ def linear_recurrence():
     def fn(p, x):
         driven = rms(x, p["norm"]) @ p["B"]
         decay = jnp.broadcast_to(jax.nn.sigmoid(p["decay"]), driven.shape)
-        _, states = lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, driven), axis=1)
+        _, states = lax.associative_scan(
+            lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, driven), axis=1
+        )
         return x + states @ p["C"]
 
     params = {"norm": normal(6), "decay": normal(5), "B": normal(6, 5), "C": normal(5, 6)}
@@ -623,7 +730,12 @@ def token_shift():
         k, r = (h * p[m] + before * (1 - p[m]) for m in ("mix_k", "mix_r"))
         return x + jax.nn.sigmoid(r @ p["r"]) * (jnp.square(jax.nn.relu(k @ p["k"])) @ p["v"])
 
-    params = {"norm": normal(6), **kernels(("mix_k", "mix_r"), 6, seed=1), "k": normal(6, 8), "r": normal(6, 6)}
+    params = {
+        "norm": normal(6),
+        **kernels(("mix_k", "mix_r"), 6, seed=1),
+        "k": normal(6, 8),
+        "r": normal(6, 6),
+    }
     params["v"] = normal(8, 6)
     return case(fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "r"])], 3, v="`square` at")
 
@@ -673,7 +785,15 @@ def per_example():
         (6, ["v/bias", "v/weight"], ["o/weight"]),
         (8, ["layers/0/bias", "layers/0/weight"], ["layers/1/weight"]),
     ]
-    return case(lambda m, x: jax.vmap(m)(x), block, (X,), (OTHER_X,), groups, 6, layers__0__weight="input 0 of fn|`")
+    return case(
+        lambda m, x: jax.vmap(m)(x),
+        block,
+        (X,),
+        (OTHER_X,),
+        groups,
+        6,
+        layers__0__weight="input 0 of fn|`",
+    )
 
 
 class Affine(NamedTuple):
@@ -689,9 +809,16 @@ def tuples_in_a_list():
             x = jax.nn.relu(x) @ layer.w + (0 if layer.b is None else layer.b)
         return x * times
 
-    layers = [Affine(normal(6, 8), normal(8)), Affine(normal(8, 7), None), Affine(np.asarray(normal(7, 3)), normal(3))]
+    layers = [
+        Affine(normal(6, 8), normal(8)),
+        Affine(normal(8, 7), None),
+        Affine(np.asarray(normal(7, 3)), normal(3)),
+    ]
     paths = [f"mlp/~/layers/{i}" for i in range(3)]
-    groups = [(8, [f"{paths[0]}/b", f"{paths[0]}/w"], [f"{paths[1]}/w"]), (7, [f"{paths[1]}/w"], [f"{paths[2]}/w"])]
+    groups = [
+        (8, [f"{paths[0]}/b", f"{paths[0]}/w"], [f"{paths[1]}/w"]),
+        (7, [f"{paths[1]}/w"], [f"{paths[2]}/w"]),
+    ]
     made = case(fn, {"mlp/~/layers": layers}, (TOKENS, 2), (OTHER_TOKENS, 2), groups, 3)
     return made._replace(refused={f"{paths[0]}/w": "input 0 of fn"})
 
@@ -721,7 +848,13 @@ def adapted():
         x = jax.nn.relu(h @ p["w"] + 2.0 * ((h @ p["A"]) @ p["B"])) @ p["down"]
         return normed(p, x) + fused_mlp(rms(x, p["gain"]), p["a"], p["b"])
 
-    params = {"norm": normal(6), "w": normal(6, 8), "A": normal(6, 2), "B": normal(2, 8), "down": normal(8, 6)}
+    params = {
+        "norm": normal(6),
+        "w": normal(6, 8),
+        "A": normal(6, 2),
+        "B": normal(2, 8),
+        "down": normal(8, 6),
+    }
     params |= {"g": normal(7), "v": normal(6, 7), "o": normal(7, 6)}
     params |= {"gain": normal(6, seed=1), "a": normal(6, 8, seed=1), "b": normal(8, 6, seed=1)}
     groups = [
@@ -753,7 +886,9 @@ def half_precision():
     def fn(p, x):
         h = (rms(x.astype(jnp.float32), p["norm"])).astype(jnp.bfloat16)
         up = jax.nn.relu(lax.dot_general(h, p["a"], columns, preferred_element_type=jnp.float32))
-        return lax.dot_general(up.astype(jnp.bfloat16), p["b"], columns, preferred_element_type=jnp.float32)
+        return lax.dot_general(
+            up.astype(jnp.bfloat16), p["b"], columns, preferred_element_type=jnp.float32
+        )
 
     params = {"norm": normal(6), "a": normal(6, 8), "b": normal(8, 6)}
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -797,8 +932,13 @@ def found(build):
 @pytest.mark.parametrize("build", CASES)
 def test_groups_are_those_written_by_hand(build):
     made, graph = found(build)
-    got = {(g.size, tuple(sorted(g.absorbers)), tuple(sorted(path for path, _ in g.sites))) for g in graph.groups}
-    assert got == {(size, tuple(sorted(absorb)), tuple(sorted(sites))) for size, absorb, sites in made.groups}
+    got = {
+        (g.size, tuple(sorted(g.absorbers)), tuple(sorted(path for path, _ in g.sites)))
+        for g in graph.groups
+    }
+    assert got == {
+        (size, tuple(sorted(absorb)), tuple(sorted(sites))) for size, absorb, sites in made.groups
+    }
 
 
 @pytest.mark.parametrize("build", CASES)
@@ -808,7 +948,9 @@ def test_every_other_site_is_refused_with_its_reason(build):
     for path, reason in made.refused.items():
         assert re.search(reason, reasons[path]), reasons[path]
     assert set(reasons) == set(made.refused)
-    assert {s.path for s in graph.sites} <= {path for g in graph.groups for path, _ in g.sites} | set(reasons)
+    assert {s.path for s in graph.sites} <= {
+        path for g in graph.groups for path, _ in g.sites
+    } | set(reasons)
 
 
 @pytest.mark.parametrize("build", CASES)
@@ -816,14 +958,19 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
     made, graph = found(build)
     rng = np.random.default_rng(0)
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
-    drawn = {n: jnp.asarray(2.0 ** (rng.integers(1, 4, s.size) * rng.choice([-1, 1], s.size))) for n, s in ones.items()}
+    drawn = {
+        n: jnp.asarray(2.0 ** (rng.integers(1, 4, s.size) * rng.choice([-1, 1], s.size)))
+        for n, s in ones.items()
+    }
     drawn = {n: s.astype(jnp.float32) for n, s in drawn.items()}
     params = rounded(made.params, dict(graph.offsets))
 
     @jax.jit
     def run(s):
         folded = sq.fold(params, graph, s)
-        return dict(zip(*sq.trees.named_leaves(folded)[:2], strict=True)), made.fn(folded, *made.other)
+        return dict(zip(*sq.trees.named_leaves(folded)[:2], strict=True)), made.fn(
+            folded, *made.other
+        )
 
     (before, expected), (after, got) = run(ones), run(drawn)
     for path in {path for g in graph.groups for path, _ in g.leaves}:
@@ -834,7 +981,9 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
 
 def rounded(params, offsets):
     """Leaves w that are read as c + w, rounded so that c + w is divided by 8 without rounding."""
-    return sq.trees.map_named(lambda path, x: jnp.round(x * 256) / 256 if path in offsets else x, params)
+    return sq.trees.map_named(
+        lambda path, x: jnp.round(x * 256) / 256 if path in offsets else x, params
+    )
 
 
 @pytest.mark.parametrize("build", [scanned_and_boxed, latent_attention, sorted_experts])
@@ -852,9 +1001,13 @@ def test_int8_error_and_matmuls(build):
     rules = {**routers, ".*": sq.W8A8}
     qparams = sq.quantize(sq.fold(made.params, graph, s), sq.fold_stats(stats, s), rules)
     run = sq.quantized(made.fn)
-    expected, got = (np.asarray(jax.jit(f)(p, *made.args)) for f, p in ((made.fn, made.params), (run, qparams)))
+    expected, got = (
+        np.asarray(jax.jit(f)(p, *made.args)) for f, p in ((made.fn, made.params), (run, qparams))
+    )
     error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
     assert 0 < error < 2 * 0.009 * np.sqrt(2 * made.int8)
     equations = jaxprs.equations(jaxprs.of(run, qparams, *made.args))
     matmuls = [e for e in equations if e.primitive.name in ("dot_general", "ragged_dot_general")]
-    assert sum(all(v.aval.dtype == jnp.int8 for v in e.invars[:2]) for e in matmuls) == made.int8 - len(routers)
+    assert sum(
+        all(v.aval.dtype == jnp.int8 for v in e.invars[:2]) for e in matmuls
+    ) == made.int8 - len(routers)

@@ -19,7 +19,8 @@ from sqjax.numerics.formats import INT8, to_format
 from sqjax.numerics.weight_products import activation_scale
 
 pytestmark = pytest.mark.skipif(
-    not gpu_compile.plugin_is_there(), reason="needs the CUDA plug-in: pip install sqjax[gpu-compile]"
+    not gpu_compile.plugin_is_there(),
+    reason="needs the CUDA plug-in: pip install sqjax[gpu-compile]",
 )
 TARGETS = list(gpu_compile.TARGETS)
 INT8_DOT = ("s8", "s8", "s32")
@@ -41,7 +42,9 @@ def dense(scheme, target, form="triton", rows=ROWS, dtype=jnp.float32, ptx=False
         return QuantDense(FEATURES).apply({"params": params}, x)
 
     x = jax.ShapeDtypeStruct((rows, INPUTS), dtype)
-    return gpu_compile.compiled(run, dense_params(scheme, dtype), x, target=target, form=form, ptx=ptx)
+    return gpu_compile.compiled(
+        run, dense_params(scheme, dtype), x, target=target, form=form, ptx=ptx
+    )
 
 
 # A Dense layer -----------------------------------------------------------------------------------------------------
@@ -71,7 +74,9 @@ INTEGER_UNITS = {"sm_80": "satfinite.s32.s8.s8.s32", "sm_90a": ".s32.s8.s8"}
 def test_scales_of_whole_tensors_are_part_of_the_matmul(scheme, target):
     """With enough rows that the contraction is not split: then the only array of the result's shape is the result."""
     program = dense(W8A8[scheme], target, rows=2048)
-    assert [value for value in program.written() if value.shape == (2048, FEATURES)] == [("f32", (2048, FEATURES))]
+    assert [value for value in program.written() if value.shape == (2048, FEATURES)] == [
+        ("f32", (2048, FEATURES))
+    ]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -115,7 +120,13 @@ def test_two_levels_expand_in_integers_to_one_int8_matmul(form, target):
 # A decoder layer ---------------------------------------------------------------------------------------------------
 
 CONFIG = LlamaConfig(
-    vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
 )
 SITES = 8  # q, k, v, o, gate, up, down and the head
 SMALLEST = 256 * 2 * 64  # elements of k_proj
@@ -131,11 +142,15 @@ def calibrated():
 
 def decoder(scheme):
     model, params, stats = calibrated()
-    return model, jax.eval_shape(lambda params, stats: sq.quantize(params, stats, W8A8[scheme]), params, stats)
+    return model, jax.eval_shape(
+        lambda params, stats: sq.quantize(params, stats, W8A8[scheme]), params, stats
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("scheme", "form"), [("O1", "triton"), ("O2", "triton"), ("O3", "triton"), ("O3", "cublas")])
+@pytest.mark.parametrize(
+    ("scheme", "form"), [("O1", "triton"), ("O2", "triton"), ("O3", "triton"), ("O3", "cublas")]
+)
 def test_a_decoder_layer_multiplies_every_site_in_int8(scheme, form, target):
     model, params = decoder(scheme)
     ids = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
@@ -149,7 +164,9 @@ def test_matmuls_that_the_compiler_merges_stay_int8_and_copy_no_weight(target):
     """By default q, k, v are one matmul, and gate and up, on concatenated weights; that is part of its kernel."""
     model, params = decoder("O1")
     ids = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
-    program = gpu_compile.compiled(sq.quantized(model.apply), params, ids, target=target, merge=True)
+    program = gpu_compile.compiled(
+        sq.quantized(model.apply), params, ids, target=target, merge=True
+    )
     assert program.matmuls().count(INT8_DOT) == SITES - 3
     assert not program.copies(SMALLEST, ROWS)
 
@@ -166,7 +183,9 @@ def test_a_decoding_step_copies_no_weight(target):
 # The Triton matmul -------------------------------------------------------------------------------------------------
 
 #: jax 0.12 still has the backend, and says that a later one will not (see `sqjax.triton`).
-deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+deprecated = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
 
 
 @deprecated
@@ -176,10 +195,16 @@ def test_the_triton_matmul_scales_by_token_before_it_writes(target):
         x_scale = activation_scale(x, "per_token", None, INT8)
         return triton.matmul(to_format(x, x_scale), values, scale, x_scale=x_scale.squeeze(1))
 
-    shapes = ((ROWS, INPUTS), jnp.float32), ((FEATURES, INPUTS), jnp.int8), ((FEATURES, 1), jnp.float32)
+    shapes = (
+        ((ROWS, INPUTS), jnp.float32),
+        ((FEATURES, INPUTS), jnp.int8),
+        ((FEATURES, 1), jnp.float32),
+    )
     args = [jax.ShapeDtypeStruct(*spec) for spec in shapes]
     program = gpu_compile.compiled(run, *args, target=target, ptx=True)
-    assert [value for value in program.written() if FEATURES in value.shape] == [("f32", (ROWS, FEATURES))]
+    assert [value for value in program.written() if FEATURES in value.shape] == [
+        ("f32", (ROWS, FEATURES))
+    ]
     assert INTEGER_UNITS[target] in program.ptx
 
 
@@ -198,11 +223,17 @@ GROUPED = {
 def test_the_triton_matmul_scales_groups_with_no_copy_of_the_weight(case, target):
     rows, x_dtype, dtype, zeros, units = GROUPED[case]
     features = FEATURES - 8  # not a multiple of the block
-    shapes = [((rows, INPUTS), x_dtype), ((features, INPUTS), dtype), ((features, INPUTS // 128), jnp.float32)]
+    shapes = [
+        ((rows, INPUTS), x_dtype),
+        ((features, INPUTS), dtype),
+        ((features, INPUTS // 128), jnp.float32),
+    ]
     shapes += [((features, INPUTS // 128), jnp.int8)] if zeros else []
 
     def run(x, values, scale, zero=None):
-        return triton.matmul(x, values, scale, zero=zero, blocks=triton.Blocks(16 if rows == 1 else 64))
+        return triton.matmul(
+            x, values, scale, zero=zero, blocks=triton.Blocks(16 if rows == 1 else 64)
+        )
 
     args = [jax.ShapeDtypeStruct(*spec) for spec in shapes]
     program = gpu_compile.compiled(run, *args, target=target, ptx=True)

@@ -13,13 +13,17 @@ from sqjax.linen import QuantDense, quantize_dense
 from sqjax.models import LlamaConfig, Model
 
 PLATFORMS = ("cuda", "tpu", "cpu")
-INT8_DOT = re.compile(r"stablehlo\.dot_general .*: \(tensor<[\dx]+xi8>, tensor<[\dx]+xi8>\) -> tensor<[\dx]+xi32>")
+INT8_DOT = re.compile(
+    r"stablehlo\.dot_general .*: \(tensor<[\dx]+xi8>, tensor<[\dx]+xi8>\) -> tensor<[\dx]+xi32>"
+)
 
 
 def exported(fn, *args, platforms=PLATFORMS):
     specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     leaves, tree = jax.tree.flatten(specs)  # no pytree classes of ours in what is exported
-    return export.export(jax.jit(lambda leaves: fn(*tree.unflatten(leaves))), platforms=platforms)(leaves)
+    return export.export(jax.jit(lambda leaves: fn(*tree.unflatten(leaves))), platforms=platforms)(
+        leaves
+    )
 
 
 def int8_dots(program):
@@ -30,14 +34,18 @@ def int8_dots(program):
 def test_a_dense_layer_keeps_its_int8_matmul(scheme):
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32)), jnp.float32)
-    params = quantize_dense({"kernel": kernel, "bias": jnp.ones(16)}, scheme, absmax=jnp.max(jnp.abs(x), axis=0))
+    params = quantize_dense(
+        {"kernel": kernel, "bias": jnp.ones(16)}, scheme, absmax=jnp.max(jnp.abs(x), axis=0)
+    )
     run = lambda params, x: QuantDense(16).apply({"params": params}, x)
     for platform in PLATFORMS:
         alone = exported(run, params, x, platforms=[platform])
         assert (int8_dots(alone), alone.mlir_module().count("stablehlo.dot_general")) == (1, 1)
     program = exported(run, params, x)
     assert set(program.platforms) == set(PLATFORMS)
-    assert int8_dots(program) == program.mlir_module().count("stablehlo.dot_general")  # one or more a platform
+    assert int8_dots(program) == program.mlir_module().count(
+        "stablehlo.dot_general"
+    )  # one or more a platform
     got = program.call(jax.tree.leaves((params, x)))
     np.testing.assert_array_equal(got, jax.jit(run)(params, x))
     assert 1e-4 < np.abs(got - (x @ kernel + 1)).max() < 0.5  # it was not the float layer
@@ -45,7 +53,13 @@ def test_a_dense_layer_keeps_its_int8_matmul(scheme):
 
 def test_a_decoder_keeps_every_int8_matmul():
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
     )
     model = Model(config)
     params = jax.jit(model.init)(jax.random.key(0))

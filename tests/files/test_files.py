@@ -48,10 +48,17 @@ def there_and_back(tmp_path, tree):
 def test_containers_come_back(tmp_path):
     x = iter(range(100))
     leaf = lambda: jnp.full((2, 3), next(x), jnp.float32)
-    tree = {"b": [leaf(), (leaf(), None)], "a": {"c/d": leaf(), "": leaf()}, "layers": {2: leaf(), 10: leaf()}, "e": {}}
+    tree = {
+        "b": [leaf(), (leaf(), None)],
+        "a": {"c/d": leaf(), "": leaf()},
+        "layers": {2: leaf(), 10: leaf()},
+        "e": {},
+    }
     found = there_and_back(tmp_path, tree)
     assert_same(found, tree)
-    assert [float(v[0, 0]) for v in jax.tree.leaves(found)] == [float(v[0, 0]) for v in jax.tree.leaves(tree)]
+    assert [float(v[0, 0]) for v in jax.tree.leaves(found)] == [
+        float(v[0, 0]) for v in jax.tree.leaves(tree)
+    ]
 
 
 @pytest.mark.parametrize("tree", [{}, None, [], jnp.arange(3)], ids=str)
@@ -65,7 +72,9 @@ def test_every_dtype_comes_back(tmp_path, dtype, shape):
     kind = layout.DTYPES[dtype]
     x = np.random.default_rng(0).integers(0, 256, (*shape, kind.itemsize), np.uint8)
     x = (x & 1).astype(bool) if dtype == "bool" else x
-    x = x.view(np.int8).astype(kind) if dtype == "int4" else x.view(kind)  # NaNs of every kind among the floats
+    x = (
+        x.view(np.int8).astype(kind) if dtype == "int4" else x.view(kind)
+    )  # NaNs of every kind among the floats
     tree = {"x": jnp.asarray(x[..., 0])}
     assert tree["x"].dtype == kind
     found = there_and_back(tmp_path, tree)
@@ -73,10 +82,15 @@ def test_every_dtype_comes_back(tmp_path, dtype, shape):
 
 
 def test_64_bits_need_jax_to_have_them(tmp_path):
-    tree = {"a": [np.array([1 / 3]), np.array([2**40]), np.array([2**63], np.uint64)], "b": np.array([1 / 3], ">f4")}
+    tree = {
+        "a": [np.array([1 / 3]), np.array([2**40]), np.array([2**63], np.uint64)],
+        "b": np.array([1 / 3], ">f4"),
+    }
     file = tmp_path / "x"
     sq.save(file, tree)
-    with pytest.raises(ValueError, match=r"a/0: expected float64 \(1,\), which jax would cut .*jax_enable_x64.*a/1"):
+    with pytest.raises(
+        ValueError, match=r"a/0: expected float64 \(1,\), which jax would cut .*jax_enable_x64.*a/1"
+    ):
         sq.load(file)
     with jax.enable_x64(True):
         found = sq.load(file)
@@ -100,7 +114,14 @@ WEIGHTS = {  # scheme, shape, contracted axes, batch, smoothing's shape, outlier
     "outliers": (sq.W8A8_OUTLIERS, (6, 4), (0,), (), None, [1, 4]),
     "several axes": (sq.W8A8, (6, 4, 3), (0, 2), (), None, None),
     "W4A16": (sq.W4A16._replace(weights=4), (10, 3), (0,), (), None, None),
-    "W4A16 symmetric": (sq.W4A16._replace(weights="per_channel", zero_point=False), (7, 3), (0,), (), None, None),
+    "W4A16 symmetric": (
+        sq.W4A16._replace(weights="per_channel", zero_point=False),
+        (7, 3),
+        (0,),
+        (),
+        None,
+        None,
+    ),
     "W4A8": (sq.W4A8._replace(weights=4), (2, 8, 3), (1,), (0,), None, None),
     "FP8": (sq.FP8, (6, 4), (0,), (), None, None),
     "FP8_E5M2": (sq.FP8_E5M2, (6, 4), (0,), (), None, None),
@@ -113,13 +134,18 @@ def weight(name, dtype=jnp.float32):
     absmax = jnp.ones([shape[a] for a in (*batch, *contracting)])
     s = None if smoothing is None else 0.5 + jnp.abs(normal(*smoothing, seed=1))
     channels = None if outliers is None else jnp.asarray(outliers, jnp.int32)
-    return quantize_weight(normal(*shape, dtype=dtype), contracting, scheme, absmax, s, batch, channels)
+    return quantize_weight(
+        normal(*shape, dtype=dtype), contracting, scheme, absmax, s, batch, channels
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_come_back(tmp_path, name, dtype):
-    tree = {"layers": [{"w": weight(name, dtype), "bias": normal(4, dtype=dtype)}], "q": weight(name, dtype).tensor}
+    tree = {
+        "layers": [{"w": weight(name, dtype), "bias": normal(4, dtype=dtype)}],
+        "q": weight(name, dtype).tensor,
+    }
     found = there_and_back(tmp_path, tree)
     assert_same(found, tree)
     assert found["layers"][0]["w"].dtype == dtype
@@ -129,8 +155,14 @@ def test_weights_come_back(tmp_path, name, dtype):
 def test_every_field_of_a_node_is_kept():
     assert set(layout.NODES) == {"QTensor", "QuantWeight", "Outliers"}
     for cls, nodes, values in layout.NODES.values():
-        fields = cls._fields if cls is Outliers else [field.name for field in dataclasses.fields(cls)]
-        static = [] if cls is Outliers else [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+        fields = (
+            cls._fields if cls is Outliers else [field.name for field in dataclasses.fields(cls)]
+        )
+        static = (
+            []
+            if cls is Outliers
+            else [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+        )
         assert sorted((*nodes, *values)) == sorted(fields)
         assert sorted(values) == sorted(static)
 
@@ -168,7 +200,11 @@ def test_a_loaded_tree_runs_what_was_compiled(tmp_path):
     params = {"up": normal(16, 32), "scale": normal(32, seed=1), "down": normal(32, 8, seed=2)}
     x = normal(5, 16, seed=3)
     stats = sq.calibrate(fn, params, [x])
-    for scheme in (sq.W8A8_O3, sq.W4A16_G64, {"up": sq.W8A8_OUTLIERS._replace(outliers=2.0), "down": sq.W4A8}):
+    for scheme in (
+        sq.W8A8_O3,
+        sq.W4A16_G64,
+        {"up": sq.W8A8_OUTLIERS._replace(outliers=2.0), "down": sq.W4A8},
+    ):
         qparams = sq.quantize(params, stats, scheme)
         run = jax.jit(sq.quantized(fn))
         expected, before = run(qparams, x), (len(traces), run._cache_size())
@@ -232,31 +268,76 @@ def refused():
     return {
         "float": ({"a": [1.0]}, r"a/0: expected an array.*got float; make it an array"),
         "text": ({"a": "x"}, r"a: expected an array.*got str; keep what is no array elsewhere"),
-        "frozen": ({"a": FrozenDict({"b": jnp.ones(2)})}, r"a: .*got FrozenDict; save flax.core.unfreeze"),
-        "state": (nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), r"the tree itself.*got State; .*nnx.to_pure_dict"),
+        "frozen": (
+            {"a": FrozenDict({"b": jnp.ones(2)})},
+            r"a: .*got FrozenDict; save flax.core.unfreeze",
+        ),
+        "state": (
+            nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+            r"the tree itself.*got State; .*nnx.to_pure_dict",
+        ),
         "namedtuple": ({"a": sq.Scheme()}, r"a: .*got Scheme; save x._asdict"),
         "tuple of their own": ({"a": Pair([jnp.ones(2)])}, r"a: .*got Pair"),
-        "mixed keys": ({"a": {1: jnp.ones(2), "b": jnp.ones(2)}}, r"a: expected keys all str or all int"),
-        "key": ({"a": {(1, 2): jnp.ones(2)}}, r"a: expected keys all str or all int, got \[\(1, 2\)\]"),
-        "one path": ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, r"a/b: two leaves have this path"),
-        "reserved": ({"__metadata__": jnp.ones(2)}, r"__metadata__: .*safetensors keeps it to itself; rename"),
-        "complex": ({"a": jnp.ones(2, jnp.complex64)}, r"a: expected a dtype among .*got complex64; cast it"),
+        "mixed keys": (
+            {"a": {1: jnp.ones(2), "b": jnp.ones(2)}},
+            r"a: expected keys all str or all int",
+        ),
+        "key": (
+            {"a": {(1, 2): jnp.ones(2)}},
+            r"a: expected keys all str or all int, got \[\(1, 2\)\]",
+        ),
+        "one path": (
+            {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}},
+            r"a/b: two leaves have this path",
+        ),
+        "reserved": (
+            {"__metadata__": jnp.ones(2)},
+            r"__metadata__: .*safetensors keeps it to itself; rename",
+        ),
+        "complex": (
+            {"a": jnp.ones(2, jnp.complex64)},
+            r"a: expected a dtype among .*got complex64; cast it",
+        ),
         "random key": ({"a": jax.random.key(0)}, r"a: expected a dtype among .*got key<"),
         "objects": ({"a": np.array([None])}, r"a: expected a dtype among .*got object"),
-        "abstract": (jax.eval_shape(lambda: {"a": jnp.ones(2)}), r"a: .*got ShapeDtypeStruct; save outside jit"),
+        "abstract": (
+            jax.eval_shape(lambda: {"a": jnp.ones(2)}),
+            r"a: .*got ShapeDtypeStruct; save outside jit",
+        ),
         "deleted": ({"a": deleted}, r"a: the array is deleted"),
         "weak": ({"a": jnp.asarray(1.0)}, r"a: its float32 is weak.*save x.astype\(jnp.float32\)"),
-        "cast values": (cast(w, values=jnp.ones((4, 6))), r"a/0/tensor: not a valid QTensor: values must be int8"),
-        "cast scale": (cast(w, scale=w.tensor.scale.astype(jnp.bfloat16)), r"a/0/tensor: .*scale must be float32"),
+        "cast values": (
+            cast(w, values=jnp.ones((4, 6))),
+            r"a/0/tensor: not a valid QTensor: values must be int8",
+        ),
+        "cast scale": (
+            cast(w, scale=w.tensor.scale.astype(jnp.bfloat16)),
+            r"a/0/tensor: .*scale must be float32",
+        ),
         "no scale": (cast(w, scale=None), r"a/0/tensor: expected an array.*got NoneType"),
         "group": (cast(four, group=0), r"a/0/tensor: expected a known group, got 0"),
-        "format": (cast(w, fmt=INT4._replace(bound=1.0)), r"a/0/tensor: expected a known fmt, got .*bound=1.0"),
-        "too large for int4": (cast(four, values=four.tensor.values.astype(jnp.int8) + jnp.int8(90)), r"\[-8, 7\]"),
+        "format": (
+            cast(w, fmt=INT4._replace(bound=1.0)),
+            r"a/0/tensor: expected a known fmt, got .*bound=1.0",
+        ),
+        "too large for int4": (
+            cast(four, values=four.tensor.values.astype(jnp.int8) + jnp.int8(90)),
+            r"\[-8, 7\]",
+        ),
         "spec": (sq.shardings({"a": w}, {"a": None}), r"a/tensor: expected an array.* got P; keep"),
-        "static": ({"a": forced(w, activations="static")}, r"a: .*static activations need an input_scale"),
-        "activations": ({"a": forced(w, activations="none")}, r"a: expected a known activations, got 'none'"),
+        "static": (
+            {"a": forced(w, activations="static")},
+            r"a: .*static activations need an input_scale",
+        ),
+        "activations": (
+            {"a": forced(w, activations="none")},
+            r"a: expected a known activations, got 'none'",
+        ),
         "no axes": ({"a": forced(w, contracted=0)}, r"a: expected a known contracted, got 0"),
-        "contracted": ({"a": forced(w, contracted=3)}, r"a: .*expected at most 2 contracted axes, got 3"),
+        "contracted": (
+            {"a": forced(w, contracted=3)},
+            r"a: .*expected at most 2 contracted axes, got 3",
+        ),
         "smoothing": ({"a": forced(w, smoothing=jnp.arange(6))}, r"a: .*smoothing must be float32"),
         "channels": (
             {"a": forced(w, outliers=Outliers(jnp.ones(1), jnp.ones((4, 1))))},
@@ -275,7 +356,9 @@ def test_what_a_file_can_not_keep_is_refused(tmp_path, case):
 
 
 def test_save_is_refused_under_jit(tmp_path):
-    with pytest.raises(ValueError, match=r"a: expected an array of numbers, got .*Tracer; save outside jit"):
+    with pytest.raises(
+        ValueError, match=r"a: expected an array of numbers, got .*Tracer; save outside jit"
+    ):
         jax.jit(lambda x: sq.save(tmp_path / "x", {"a": x}))(jnp.ones(2))
 
 
@@ -372,32 +455,65 @@ def set_tensor(**changes):
 
 
 TAMPERED = {
-    "not ours": (lambda h, t: h.pop("__metadata__") and None, r"expected a file of sqjax.save, got metadata \[\]"),
-    "another's": (lambda h, t: h.update(__metadata__={"format": "pt"}), r"got metadata \['format'\]"),
-    "newer": (lambda h, t: h["__metadata__"].update(sqjax="2"), r"expected layout version 1, got 2; update sqjax"),
+    "not ours": (
+        lambda h, t: h.pop("__metadata__") and None,
+        r"expected a file of sqjax.save, got metadata \[\]",
+    ),
+    "another's": (
+        lambda h, t: h.update(__metadata__={"format": "pt"}),
+        r"got metadata \['format'\]",
+    ),
+    "newer": (
+        lambda h, t: h["__metadata__"].update(sqjax="2"),
+        r"expected layout version 1, got 2; update sqjax",
+    ),
     "missing and extra": (
         lambda h, t: renamed(h, "bias", "other"),
         r"other: a tensor that is not in the tree; bias: expected float32 \(4, 6\), got none",
     ),
-    "shape": (lambda h, t: h["bias"].update(shape=[6, 4]), r"bias: expected float32 \(4, 6\), got F32 \(6, 4\)"),
+    "shape": (
+        lambda h, t: h["bias"].update(shape=[6, 4]),
+        r"bias: expected float32 \(4, 6\), got F32 \(6, 4\)",
+    ),
     "shape of a scale": (
         lambda h, t: h["w/tensor/scale"].update(shape=[1, 4]),
         r"w/tensor/scale: expected float32 \(4, 1\), got F32 \(1, 4\)",
     ),
     "dtype": (wide, r"bias: expected float32 \(4, 6\), got I32 \(4, 6\)"),
-    "unknown node": (lambda h, t: t["dict"].__setitem__(0, ["bias", {"set": []}]), r"bias: .*does not describe a set"),
-    "no node": (lambda h, t: t["dict"].__setitem__(0, ["bias", 7]), r"bias: expected a node.*got 7"),
+    "unknown node": (
+        lambda h, t: t["dict"].__setitem__(0, ["bias", {"set": []}]),
+        r"bias: .*does not describe a set",
+    ),
+    "no node": (
+        lambda h, t: t["dict"].__setitem__(0, ["bias", 7]),
+        r"bias: expected a node.*got 7",
+    ),
     "path twice": (lambda h, t: t["dict"].append(t["dict"][0]), r"bias: two leaves have this path"),
-    "unknown dtype": (lambda h, t: t["dict"][0][1].update(array=["int3", [4, 6]]), r"bias: .*KeyError\('int3'\)"),
-    "field too many": (set_to(rotation=1), r"w: expected \('tensor', .*got also \['rotation'\]; update sqjax"),
-    "field too few": (lambda h, t: w_of(t).pop("contracted") and None, r"w: .*KeyError\('contracted'\)"),
+    "unknown dtype": (
+        lambda h, t: t["dict"][0][1].update(array=["int3", [4, 6]]),
+        r"bias: .*KeyError\('int3'\)",
+    ),
+    "field too many": (
+        set_to(rotation=1),
+        r"w: expected \('tensor', .*got also \['rotation'\]; update sqjax",
+    ),
+    "field too few": (
+        lambda h, t: w_of(t).pop("contracted") and None,
+        r"w: .*KeyError\('contracted'\)",
+    ),
     "order": (set_tensor(order=[-3, -1]), r"w/tensor: not a valid QTensor: order must permute"),
     "order of text": (set_tensor(order="ab"), r"w/tensor: expected a known order, got 'ab'"),
     "group": (set_tensor(group=0), r"w/tensor: expected a known group, got 0"),
-    "format": (set_tensor(fmt="e4m3"), r"w/tensor: not a valid QTensor: values must be e4m3, got int8"),
+    "format": (
+        set_tensor(fmt="e4m3"),
+        r"w/tensor: not a valid QTensor: values must be e4m3, got int8",
+    ),
     "unknown format": (set_tensor(fmt="int3"), r"w/tensor: expected a known fmt, got 'int3'"),
     "no values": (set_tensor(values=None), r"w/tensor: the header does not describe a QTensor"),
-    "activations": (set_to(activations="per_row"), r"w: expected a known activations, got 'per_row'"),
+    "activations": (
+        set_to(activations="per_row"),
+        r"w: expected a known activations, got 'per_row'",
+    ),
     "contracted": (set_to(contracted=0), r"w: expected a known contracted, got 0"),
     "static": (set_to(activations="static"), r"w: .*static activations need an input_scale"),
 }
@@ -419,7 +535,9 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     file = tmp_path / "x.safetensors"
     sq.save(file, {"w": weight("W4A16")})
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"load: .*x\.safetensors: expected a whole safetensors file, got .*again"):
+    with pytest.raises(
+        ValueError, match=r"load: .*x\.safetensors: expected a whole safetensors file, got .*again"
+    ):
         sq.load(file)
 
 

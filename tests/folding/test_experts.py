@@ -213,7 +213,10 @@ def found(build):
 @pytest.mark.parametrize("build", CASES)
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
-    got = {(g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites))) for g in stats.graph.groups}
+    got = {
+        (g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites)))
+        for g in stats.graph.groups
+    }
     assert got == case.groups
     assert not stats.graph.refused
 
@@ -221,9 +224,15 @@ def test_groups_are_those_written_by_hand(build):
 @pytest.mark.parametrize("build", CASES)
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     case, stats = found(build)
-    run = jax.jit(lambda params, s, x: (folded := sq.fold(params, stats.graph, s), case.fn(folded, x)))
+    run = jax.jit(
+        lambda params, s, x: (folded := sq.fold(params, stats.graph, s), case.fn(folded, x))
+    )
     rng, draws = np.random.default_rng(0), []
-    for draw in (np.ones, lambda n: 2.0 ** rng.choice([-3, -2, -1, 1, 2], n), lambda n: rng.uniform(0.4, 2.5, n)):
+    for draw in (
+        np.ones,
+        lambda n: 2.0 ** rng.choice([-3, -2, -1, 1, 2], n),
+        lambda n: rng.uniform(0.4, 2.5, n),
+    ):
         draws.append({g.name: jnp.asarray(draw(g.size), jnp.float32) for g in stats.graph.groups})
     results = [run(case.params, s, X) for s in draws]
     before, after = leaves(case.params), leaves(results[1][0])
@@ -238,7 +247,9 @@ def int8_products(program):
     """The dtypes of every product of int8 numbers, ragged ones included."""
     names = ("dot_general", "ragged_dot_general")
     products = [e for e in jaxprs.equations(program) if e.primitive.name in names]
-    dtypes = [(*(v.aval.dtype.name for v in e.invars[:2]), e.outvars[0].aval.dtype.name) for e in products]
+    dtypes = [
+        (*(v.aval.dtype.name for v in e.invars[:2]), e.outvars[0].aval.dtype.name) for e in products
+    ]
     return [d for d in dtypes if "int8" in d[0] or "int8" in d[1]]
 
 
@@ -246,12 +257,16 @@ def int8_products(program):
 @pytest.mark.parametrize("build", CASES)
 def test_every_expert_runs_in_int8(build, scheme):
     case, stats = found(build)
-    rules = {"router": None} if "router" in case.params else {}  # in float, so that no token changes its expert
+    rules = (
+        {"router": None} if "router" in case.params else {}
+    )  # in float, so that no token changes its expert
     qparams = sq.quantize(case.params, stats, {**rules, "": scheme})
     expected, got = case.fn(case.params, X), jax.jit(sq.quantized(case.fn))(qparams, X)
     assert 1e-4 < np.abs(got - expected).max() / np.abs(expected).max() < 0.05
     sites = [s.path for s in stats.graph.sites if s.path != "router"]
-    assert int8_products(jaxprs.of(sq.quantized(case.fn), qparams, X)) == [jaxprs.INT8_DOT] * len(sites)
+    assert int8_products(jaxprs.of(sq.quantized(case.fn), qparams, X)) == [jaxprs.INT8_DOT] * len(
+        sites
+    )
 
 
 # Statistics and scales of every expert --------------------------------------------------------------------------------
@@ -268,7 +283,9 @@ def test_every_expert_has_the_statistics_of_its_own_tokens():
         np.testing.assert_allclose(stats.absmax["up"][e], np.abs(mine).max(0), rtol=1e-5)
         np.testing.assert_allclose(stats.abs_sum["up"][e], np.abs(mine).sum(0), rtol=1e-5)
         np.testing.assert_allclose(stats.absmax["down"][e], hidden.max(0), rtol=1e-5)
-        np.testing.assert_array_equal(stats.weight_absmax["down"][e], np.abs(MIXTURE["down"][e]).max(1))
+        np.testing.assert_array_equal(
+            stats.weight_absmax["down"][e], np.abs(MIXTURE["down"][e]).max(1)
+        )
     np.testing.assert_allclose(stats.absmax["router"], np.abs(h).max(0), rtol=1e-6)
 
 
@@ -290,7 +307,9 @@ def test_static_scales_are_one_an_expert():
     _, stats = found(dispatched_by_a_mask)
     qparams = sq.quantize(MIXTURE, stats, sq.W8A8_O3)
     np.testing.assert_allclose(
-        qparams["down"].input_scale, np.asarray(stats.absmax["down"]).max(1) / np.float32(127), rtol=1e-6
+        qparams["down"].input_scale,
+        np.asarray(stats.absmax["down"]).max(1) / np.float32(127),
+        rtol=1e-6,
     )
     assert qparams["router"].input_scale.shape == ()
 
@@ -313,7 +332,9 @@ def avoiding(expert):
 
 def test_experts_without_tokens_keep_a_scale_of_1_and_are_named():
     case = avoiding(1)
-    with pytest.warns(UserWarning, match=r"no token reached up\[\(1,\)\], down\[\(1,\)\]; these keep s = 1 there"):
+    with pytest.warns(
+        UserWarning, match=r"no token reached up\[\(1,\)\], down\[\(1,\)\]; these keep s = 1 there"
+    ):
         stats = sq.calibrate(case.fn, case.params, [X])
     assert stats.unreached == {"up": ((1,),), "down": ((1,),)}
     s = sq.scales(case.params, stats, 0.5)
@@ -343,7 +364,9 @@ def test_experts_that_another_batch_reaches_are_not_named():
         second = sq.calibrate(by_token, params, [jnp.stack([0.5 * X] * EXPERTS)])
         flat = sq.calibrate(lambda p, x: 0 * x @ p["w"], {"w": MIXTURE["router"]}, [X])
     assert first.unreached == {"up": ((1,),)}
-    assert both.unreached == second.unreached == first.merge(second).unreached == flat.unreached == {}
+    assert (
+        both.unreached == second.unreached == first.merge(second).unreached == flat.unreached == {}
+    )
 
 
 def test_layers_and_experts_are_named_together():
@@ -354,7 +377,10 @@ def test_layers_and_experts_are_named_together():
 
         return lax.scan(step, x, p)[0]
 
-    params = {"on": jnp.array([[1.0, 0.0, 2.0], [1.0, 1.0, 0.0]]), "w": normal(2, EXPERTS, WIDTH, WIDTH)}
+    params = {
+        "on": jnp.array([[1.0, 0.0, 2.0], [1.0, 1.0, 0.0]]),
+        "w": normal(2, EXPERTS, WIDTH, WIDTH),
+    }
     stats = calibrate(fn, params)
     assert stats.unreached == {"w": ((0, 1), (1, 2))}
 
@@ -386,10 +412,14 @@ def test_one_activation_for_all_experts_is_the_integer_product_of_numpy():
     params = {"w": jnp.asarray(w)}
     qparams = sq.quantize(params, sq.calibrate(fn, params, [jnp.asarray(x[0])]))
     expected = np.stack([numpy_int8.matmul(x[0], w[e]) for e in range(EXPERTS)], 1)
-    np.testing.assert_allclose(jax.jit(sq.quantized(fn))(qparams, jnp.asarray(x[0])), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(sq.quantized(fn))(qparams, jnp.asarray(x[0])), expected, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("sizes", [(5, 5, 5), (15, 0, 0), (0, 4, 11), (0, 0, 15), (7, 0, 8), (3, 3, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 5, 5), (15, 0, 0), (0, 4, 11), (0, 0, 15), (7, 0, 8), (3, 3, 3)]
+)
 def test_a_ragged_dot_is_the_integer_product_of_numpy(sizes):
     """Rows beyond the last group give zeros, as lax.ragged_dot's do."""
     x, w = stacked_operands()
@@ -457,7 +487,9 @@ def test_gains_of_a_constant_plus_w_absorb(name):
     np.testing.assert_array_equal(run(COARSE, jnp.array([0.5, 4.0, 2.0, 0.125]), X), expected)
     s = jnp.asarray(rng.uniform(0.3, 3, WIDTH), jnp.float32)
     folded = sq.fold(COARSE, stats.graph, {"w": s})
-    np.testing.assert_allclose(folded["n"], (COARSE["n"] + constant) / s - constant, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        folded["n"], (COARSE["n"] + constant) / s - constant, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(folded["w"], COARSE["w"] * s[:, None], rtol=1e-6)
     assert np.abs(run(COARSE, s, X) - expected).max() < 1e-6 * np.abs(expected).max() * WIDTH
     back = sq.smoothing.unfold(folded, stats.graph, {"w": s})
@@ -475,12 +507,27 @@ def test_the_scales_of_an_offset_gain_are_those_of_a_plain_one():
 
 
 REFUSED = {  # fn, params, what the reason says
-    "0.1 + w": (lambda p, x: (rms(x) * (0.1 + p["n"])[None]) @ p["w"], r"adds 0\.1, with which a sum can not"),
-    "1000 + w": (lambda p, x: (rms(x) * (1000 + p["n"])[None]) @ p["w"], r"adds 1000, with which a sum can not"),
-    "1 + tanh(w)": (lambda p, x: (rms(x) * (1 + jnp.tanh(p["n"]))[None]) @ p["w"], r"the constant 1\.0"),
+    "0.1 + w": (
+        lambda p, x: (rms(x) * (0.1 + p["n"])[None]) @ p["w"],
+        r"adds 0\.1, with which a sum can not",
+    ),
+    "1000 + w": (
+        lambda p, x: (rms(x) * (1000 + p["n"])[None]) @ p["w"],
+        r"adds 1000, with which a sum can not",
+    ),
+    "1 + tanh(w)": (
+        lambda p, x: (rms(x) * (1 + jnp.tanh(p["n"]))[None]) @ p["w"],
+        r"the constant 1\.0",
+    ),
     "1 + 2 w": (lambda p, x: (rms(x) * (1 + 2 * p["n"])[None]) @ p["w"], r"the constant 1\.0"),
-    "1 + exp(w)": (lambda p, x: (rms(x) * (1 + jnp.exp(p["n"]))[None]) @ p["w"], r"the constant 1\.0"),
-    "1 + w[::-1]": (lambda p, x: (rms(x) * (1 + p["n"][::-1])[None]) @ p["w"], r"the constant 1\.0"),
+    "1 + exp(w)": (
+        lambda p, x: (rms(x) * (1 + jnp.exp(p["n"]))[None]) @ p["w"],
+        r"the constant 1\.0",
+    ),
+    "1 + w[::-1]": (
+        lambda p, x: (rms(x) * (1 + p["n"][::-1])[None]) @ p["w"],
+        r"the constant 1\.0",
+    ),
     "1 + w of half": (
         lambda p, x: (rms(x)[:, :2] * (1 + p["n"][:2])[None]) @ p["w"][:2],
         r"parts or mixtures",
@@ -526,7 +573,10 @@ def test_gains_in_bfloat16_are_refused_with_the_reason(cast):
     fn = lambda p, x: one_plus(jax.tree.map(lambda a: a.astype(jnp.float32), p) if cast else p, x)
     graph = searched(fn, params, X if cast else X.astype(jnp.bfloat16))
     assert not graph.groups
-    assert re.search(r"1 \+ n, in bfloat16 too coarse to rescale: keep this leaf.*float32", dict(graph.refused)["w"])
+    assert re.search(
+        r"1 \+ n, in bfloat16 too coarse to rescale: keep this leaf.*float32",
+        dict(graph.refused)["w"],
+    )
 
 
 def test_a_kernel_that_is_read_as_1_plus_w_absorbs_too():

@@ -79,13 +79,17 @@ class Gained(nn.Module):
 class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return x + nn.MultiHeadDotProductAttention(num_heads=2, name="mha")(nn.LayerNorm(name="norm")(x))
+        return x + nn.MultiHeadDotProductAttention(num_heads=2, name="mha")(
+            nn.LayerNorm(name="norm")(x)
+        )
 
 
 class Dropped(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(5, name="head")(nn.Dropout(0.5, deterministic=False)(nn.LayerNorm(name="norm")(x)))
+        return nn.Dense(5, name="head")(
+            nn.Dropout(0.5, deterministic=False)(nn.LayerNorm(name="norm")(x))
+        )
 
 
 class BatchNormed(nn.Module):
@@ -109,7 +113,10 @@ class Network(nnx.Module):
 
 
 def perceptron():
-    groups = [(6, ["norm/bias", "norm/scale"], ["fc1/kernel"]), (8, ["fc1/bias", "fc1/kernel"], ["fc2/kernel"])]
+    groups = [
+        (6, ["norm/bias", "norm/scale"], ["fc1/kernel"]),
+        (8, ["fc1/bias", "fc1/kernel"], ["fc2/kernel"]),
+    ]
     return linen_case(Perceptron(), normal(3, 6), groups)
 
 
@@ -120,14 +127,20 @@ def rms_norm():
 def attention():
     qkv = ["mha/key/kernel", "mha/query/kernel", "mha/value/kernel"]
     out = (6, ["mha/value/bias", "mha/value/kernel"], ["mha/out/kernel"])
-    return linen_case(SelfAttention(), normal(2, 5, 6), [(6, ["norm/bias", "norm/scale"], qkv), out])
+    return linen_case(
+        SelfAttention(), normal(2, 5, 6), [(6, ["norm/bias", "norm/scale"], qkv), out]
+    )
 
 
 def dropout():
     """A mask drawn from a key depends on no scale: it multiplies, and that is lawful."""
     case = linen_case(Gained(), normal(3, 6), [(6, ["norm/bias", "norm/scale"], ["head/kernel"])])
     module = Dropped()
-    params = jittered(module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *case.args)["params"])
+    params = jittered(
+        module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, *case.args)[
+            "params"
+        ]
+    )
 
     def fn(p, x, key):
         return module.apply({"params": p}, x, rngs={"dropout": key})
@@ -143,7 +156,9 @@ def batch_norm():
     def fn(p, x):
         return module.apply({**variables, "params": p}, x, mutable=["batch_stats"])
 
-    return Case(fn, jittered(variables["params"]), (x,), [(8, ["norm/bias", "norm/scale"], ["fc2/kernel"])])
+    return Case(
+        fn, jittered(variables["params"]), (x,), [(8, ["norm/bias", "norm/scale"], ["fc2/kernel"])]
+    )
 
 
 LLAMA = LlamaConfig(
@@ -164,7 +179,11 @@ def llama():
     for i in range(2):
         layer = f"model/layers/{i}"
         groups += [
-            (12, [f"{layer}/input_layernorm/weight"], [f"{layer}/self_attn/{n}_proj/kernel" for n in "kqv"]),
+            (
+                12,
+                [f"{layer}/input_layernorm/weight"],
+                [f"{layer}/self_attn/{n}_proj/kernel" for n in "kqv"],
+            ),
             (8, [f"{layer}/self_attn/v_proj/kernel"], [f"{layer}/self_attn/o_proj/kernel"]),
             (
                 12,
@@ -205,7 +224,11 @@ def opt():
             [f"{layer}/self_attn_layer_norm/{n}" for n in ("bias", "scale")],
             [f"{attention}/{n}_proj/kernel" for n in "kqv"],
         ),
-        (8, [f"{attention}/v_proj/{n}" for n in ("bias", "kernel")], [f"{attention}/out_proj/kernel"]),
+        (
+            8,
+            [f"{attention}/v_proj/{n}" for n in ("bias", "kernel")],
+            [f"{attention}/out_proj/kernel"],
+        ),
         (8, [f"{layer}/final_layer_norm/{n}" for n in ("bias", "scale")], [f"{layer}/fc1/kernel"]),
         (12, [f"{layer}/fc1/{n}" for n in ("bias", "kernel")], [f"{layer}/fc2/kernel"]),
     ]
@@ -220,14 +243,18 @@ def nnx_network():
         (6, linear[0], linear[1][1:]),
         (8, linear[1], linear[2][1:]),
     ]
-    return Case(lambda state, x: nnx.merge(graphdef, state)(x), jittered(state), (normal(3, 4),), groups)
+    return Case(
+        lambda state, x: nnx.merge(graphdef, state)(x), jittered(state), (normal(3, 4),), groups
+    )
 
 
 def leaky_relu():
     params = {"a": normal(6, 8), "b": normal(8, 5), "c": normal(5, 3)}
 
     def fn(p, x):
-        return jax.nn.leaky_relu(jnp.where((h := x @ p["a"]) > 0, h, 0.2 * h) @ p["b"], 0.3) @ p["c"]
+        return (
+            jax.nn.leaky_relu(jnp.where((h := x @ p["a"]) > 0, h, 0.2 * h) @ p["b"], 0.3) @ p["c"]
+        )
 
     return Case(fn, params, (normal(3, 6),), [(8, ["a"], ["b"]), (5, ["b"], ["c"])])
 
@@ -275,7 +302,9 @@ def fused_gate_up():
         gate, up = jnp.split(x * p["gain"][None] @ p["gate_up"], 2, axis=-1)
         return x + (jax.nn.silu(gate) * up) @ p["down"]
 
-    return Case(fn, params, (normal(3, 6),), [(6, ["gain"], ["gate_up"]), (8, ["gate_up"], ["down"])])
+    return Case(
+        fn, params, (normal(3, 6),), [(6, ["gain"], ["gate_up"]), (8, ["gate_up"], ["down"])]
+    )
 
 
 def fused_qkv():
@@ -294,12 +323,19 @@ def fused_qkv():
 
 def experts():
     """A router and experts that read one norm are one group; a router's softmax bars the rest."""
-    params = {"gain": normal(6), "router": normal(6, 3), "up": normal(3, 6, 8), "shared": normal(6, 4)}
+    params = {
+        "gain": normal(6),
+        "router": normal(6, 3),
+        "up": normal(3, 6, 8),
+        "shared": normal(6, 4),
+    }
 
     def fn(p, x):
         h = x * p["gain"][None]
         odds = jax.nn.softmax(h @ p["router"], -1)
-        return jnp.einsum("te,tef->tf", odds, jnp.einsum("td,edf->tef", h, p["up"])), h @ p["shared"]
+        return jnp.einsum("te,tef->tf", odds, jnp.einsum("td,edf->tef", h, p["up"])), h @ p[
+            "shared"
+        ]
 
     return Case(fn, params, (normal(3, 6),), [(6, ["gain"], ["router", "shared", "up"])])
 
@@ -323,7 +359,12 @@ def tied_by_repetition():
 
 def scalar_leaf():
     params = {"temperature": jnp.float32(1.5), "a": normal(6, 4)}
-    return Case(lambda p, x: (x * p["temperature"]) @ p["a"], params, (normal(3, 6),), [(1, ["temperature"], ["a"])])
+    return Case(
+        lambda p, x: (x * p["temperature"]) @ p["a"],
+        params,
+        (normal(3, 6),),
+        [(1, ["temperature"], ["a"])],
+    )
 
 
 def broadcast_bias():
@@ -401,16 +442,25 @@ found = functools.cache(lambda build: (case := build(), graph_of(case.fn, case.p
 @pytest.mark.parametrize("build", LAWFUL)
 def test_groups_are_those_written_by_hand(build):
     case, graph = found(build)
-    got = {(g.size, tuple(sorted(g.absorbers)), tuple(sorted(path for path, _ in g.sites))) for g in graph.groups}
-    assert got == {(size, tuple(sorted(absorb)), tuple(sorted(sites))) for size, absorb, sites in case.groups}
-    assert not {path for path, _ in graph.refused} & {path for g in graph.groups for path, _ in g.sites}
+    got = {
+        (g.size, tuple(sorted(g.absorbers)), tuple(sorted(path for path, _ in g.sites)))
+        for g in graph.groups
+    }
+    assert got == {
+        (size, tuple(sorted(absorb)), tuple(sorted(sites))) for size, absorb, sites in case.groups
+    }
+    assert not {path for path, _ in graph.refused} & {
+        path for g in graph.groups for path, _ in g.sites
+    }
 
 
 @functools.cache
 def folds_and_runs(build):
     """(params, s, args) to the folded parameters and what fn gives with them, compiled once for all tests."""
     case, graph = found(build)
-    return jax.jit(lambda params, s, args: (folded := sq.fold(params, graph, s), case.fn(folded, *args)))
+    return jax.jit(
+        lambda params, s, args: (folded := sq.fold(params, graph, s), case.fn(folded, *args))
+    )
 
 
 def fold_and_run(build, draw):
@@ -430,7 +480,9 @@ def fold_and_run(build, draw):
 @pytest.mark.parametrize("build", LAWFUL)
 def test_powers_of_two_change_no_bit(build):
     rng = np.random.default_rng(0)
-    expected, got = fold_and_run(build, lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n)))
+    expected, got = fold_and_run(
+        build, lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n))
+    )
     for a, b in zip(expected, got, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -462,7 +514,9 @@ def test_columns_of_a_fused_kernel_that_no_group_needs_stay():
     labels = dict(group.leaves)["gate_up"].array
     np.testing.assert_array_equal(labels, [[0] * 8 + [-i for i in range(1, 9)]])
     folded = sq.fold(case.params, graph, {"down": jnp.full(8, 4.0)})
-    np.testing.assert_array_equal(folded["gate_up"], np.asarray(case.params["gate_up"]) / ([1] * 8 + [4] * 8))
+    np.testing.assert_array_equal(
+        folded["gate_up"], np.asarray(case.params["gate_up"]) / ([1] * 8 + [4] * 8)
+    )
 
 
 def test_a_site_that_is_only_partly_scaled():
@@ -530,18 +584,45 @@ def mixed_up(p, x):
 
 UNLAWFUL = {
     "square": Unlawful(
-        lambda p, x: (x @ p["a"]) ** 2 @ p["b"], AB, (X,), "b", rf"`(square|integer_pow)` at {HERE}", COLUMNS_THEN_ROWS
+        lambda p, x: (x @ p["a"]) ** 2 @ p["b"],
+        AB,
+        (X,),
+        "b",
+        rf"`(square|integer_pow)` at {HERE}",
+        COLUMNS_THEN_ROWS,
     ),
     "u * u": Unlawful(
-        lambda p, x: (u := x @ p["a"]) * u @ p["b"], AB, (X,), "b", rf"`mul` at {HERE}", COLUMNS_THEN_ROWS
+        lambda p, x: (u := x @ p["a"]) * u @ p["b"],
+        AB,
+        (X,),
+        "b",
+        rf"`mul` at {HERE}",
+        COLUMNS_THEN_ROWS,
     ),
     "u / u": Unlawful(
-        lambda p, x: (u := x @ p["a"]) / u @ p["b"], AB, (X,), "b", rf"`div` at {HERE}", COLUMNS_THEN_ROWS
+        lambda p, x: (u := x @ p["a"]) / u @ p["b"],
+        AB,
+        (X,),
+        "b",
+        rf"`div` at {HERE}",
+        COLUMNS_THEN_ROWS,
     ),
-    "1 / u": Unlawful(lambda p, x: 1 / (x @ p["a"]) @ p["b"], AB, (X,), "b", rf"1.*`div` at {HERE}", COLUMNS_THEN_ROWS),
+    "1 / u": Unlawful(
+        lambda p, x: 1 / (x @ p["a"]) @ p["b"],
+        AB,
+        (X,),
+        "b",
+        rf"1.*`div` at {HERE}",
+        COLUMNS_THEN_ROWS,
+    ),
     "u * reshape(u)": Unlawful(mixed_up, AB, (X,), "b", rf"`mul` at {HERE}", COLUMNS_THEN_ROWS),
     "a bound other than 0": Unlawful(
-        lambda p, x: jnp.maximum(x @ p["a"], 1.0) @ p["b"], AB, (X,), "b", r"constant 1\.0", COLUMNS_THEN_ROWS
+        lambda p, x: jnp.maximum(x @ p["a"], 1.0) @ p["b"],
+        AB,
+        (X,),
+        "b",
+        r"constant 1\.0",
+        COLUMNS_THEN_ROWS,
     ),
     "a threshold other than 0": Unlawful(
         lambda p, x: jnp.where((u := x @ p["a"]) > 0.5, u, 0.0) @ p["b"],
@@ -552,22 +633,52 @@ UNLAWFUL = {
         COLUMNS_THEN_ROWS,
     ),
     "softmax": Unlawful(
-        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"], AB, (X,), "b", r"`(exp|reduce_max)` at", COLUMNS_THEN_ROWS
+        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"],
+        AB,
+        (X,),
+        "b",
+        r"`(exp|reduce_max)` at",
+        COLUMNS_THEN_ROWS,
     ),
     "activation function": Unlawful(
-        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], AB, (X,), "b", rf"`tanh` at {HERE}.*stands in", COLUMNS_THEN_ROWS
+        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+        AB,
+        (X,),
+        "b",
+        rf"`tanh` at {HERE}.*stands in",
+        COLUMNS_THEN_ROWS,
     ),
     "residual reads the norm": Unlawful(
-        lambda p, x: (h := x * p["n"][None]) @ p["b"] + h, NB, (X,), "b", "an output of fn", GAIN_THEN_ROWS
+        lambda p, x: (h := x * p["n"][None]) @ p["b"] + h,
+        NB,
+        (X,),
+        "b",
+        "an output of fn",
+        GAIN_THEN_ROWS,
     ),
     "fn returns the norm": Unlawful(
-        lambda p, x: ((h := x * p["n"][None]) @ p["b"], h), NB, (X,), "b", "an output of fn", GAIN_THEN_ROWS
+        lambda p, x: ((h := x * p["n"][None]) @ p["b"], h),
+        NB,
+        (X,),
+        "b",
+        "an output of fn",
+        GAIN_THEN_ROWS,
     ),
     "fn returns the leaf": Unlawful(
-        lambda p, x: ((x * p["n"][None]) @ p["b"], p["n"]), NB, (X,), "b", "an output of fn", GAIN_THEN_ROWS
+        lambda p, x: ((x * p["n"][None]) @ p["b"], p["n"]),
+        NB,
+        (X,),
+        "b",
+        "an output of fn",
+        GAIN_THEN_ROWS,
     ),
     "kernel used twice": Unlawful(
-        lambda p, x: jax.nn.relu(x @ p["b"]) @ p["b"], {"b": AB["a"]}, (X,), "b", "input 0 of fn", {"b": -COLUMNS}
+        lambda p, x: jax.nn.relu(x @ p["b"]) @ p["b"],
+        {"b": AB["a"]},
+        (X,),
+        "b",
+        "input 0 of fn",
+        {"b": -COLUMNS},
     ),
     "kernel used twice, its rows": Unlawful(
         lambda p, x: jax.nn.relu((x * p["n"][None]) @ p["b"]) @ p["b"],
@@ -585,12 +696,24 @@ UNLAWFUL = {
         rf"`dot_general` at {HERE}.*`slice` at {HERE}",
         {"n": -CHANNELS, "b": np.array([[1, 2, 3, 4, 0, 0]]).T},
     ),
-    "batch statistics": Unlawful(unscaled_batch_norm, AB, (X,), "b", "`square` at|`mul` at", COLUMNS_THEN_ROWS),
+    "batch statistics": Unlawful(
+        unscaled_batch_norm, AB, (X,), "b", "`square` at|`mul` at", COLUMNS_THEN_ROWS
+    ),
     "a constant is added": Unlawful(
-        lambda p, x: (x * p["n"][None] + CONSTANT) @ p["b"], NB, (X,), "b", "a constant captured by fn", GAIN_THEN_ROWS
+        lambda p, x: (x * p["n"][None] + CONSTANT) @ p["b"],
+        NB,
+        (X,),
+        "b",
+        "a constant captured by fn",
+        GAIN_THEN_ROWS,
     ),
     "ones are added": Unlawful(
-        lambda p, x: (x * p["n"][None] + jnp.ones(4)[None]) @ p["b"], NB, (X,), "b", r"constant 1\.0", GAIN_THEN_ROWS
+        lambda p, x: (x * p["n"][None] + jnp.ones(4)[None]) @ p["b"],
+        NB,
+        (X,),
+        "b",
+        r"constant 1\.0",
+        GAIN_THEN_ROWS,
     ),
     "a constant is the activation": Unlawful(
         lambda p, x: x + jnp.asarray(CONSTANT) @ p["b"],
@@ -666,7 +789,11 @@ def carelessly(program, labels):
         elif len(old) == len(new) and program.is_float(y):
             carried[y] = carried[x]
         elif equation.name == "reduce_sum":
-            carried[y] = carried[x].squeeze(equation.params["axes"]) if carried[x].shape[-1] == 1 else np.array(0)
+            carried[y] = (
+                carried[x].squeeze(equation.params["axes"])
+                if carried[x].shape[-1] == 1
+                else np.array(0)
+            )
     return {var: array for var, array in carried.items() if array.any()}
 
 
@@ -693,7 +820,11 @@ def test_the_certificate_alone_refuses(name):
     [
         (lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], AB, COLUMNS_THEN_ROWS),
         (lambda p, x: (x * p["n"][None]) @ p["b"], NB, GAIN_THEN_ROWS),
-        (lambda p, x: 2.0 * (x * p["n"][None]).reshape(3, 4, 1).squeeze(2) @ p["b"], NB, GAIN_THEN_ROWS),
+        (
+            lambda p, x: 2.0 * (x * p["n"][None]).reshape(3, 4, 1).squeeze(2) @ p["b"],
+            NB,
+            GAIN_THEN_ROWS,
+        ),
     ],
 )
 def test_the_certificate_passes_what_is_lawful(fn, params, labels):
@@ -724,8 +855,13 @@ def test_the_certificate_counts_no_label_twice():
 def test_the_certificate_refuses_channels_that_a_site_reads_in_another_order():
     case = channels_mixed_up()
     program = program_of(case.fn, case.params, *case.args)
-    assert "`dot_general`" in certify(program, carelessly(program, {"gain": -CHANNELS, "a": ROWS, "b": ROWS}))
-    assert certify(program, carelessly(program, {"gain": -(CHANNELS**0), "a": ROWS**0, "b": ROWS**0})) is None
+    assert "`dot_general`" in certify(
+        program, carelessly(program, {"gain": -CHANNELS, "a": ROWS, "b": ROWS})
+    )
+    assert (
+        certify(program, carelessly(program, {"gain": -(CHANNELS**0), "a": ROWS**0, "b": ROWS**0}))
+        is None
+    )
 
 
 def test_one_array_at_two_places_is_refused():
@@ -749,7 +885,9 @@ def test_a_tied_embedding_is_refused():
     params = jax.eval_shape(model.init, jax.random.key(0))
     graph = graph_of(model.apply, params, jnp.array([[1, 2]]))
     reason = dict(graph.refused)["model/embed_tokens/embedding"]
-    assert re.search(r"`mul` at \S*llama.py.* multiplies two values of that scale", reason)  # the residual's norm
+    assert re.search(
+        r"`mul` at \S*llama.py.* multiplies two values of that scale", reason
+    )  # the residual's norm
     assert len(graph.groups) == 4
 
 
@@ -766,7 +904,9 @@ def loop(p, x):
 ODD = {
     "scan": (loop, {**NB, "w": normal(2, 4, 4)}, r"`scan` at .*stands in the way"),
     "while": (
-        lambda p, x: lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1 + p["n"][None], x) @ p["b"],
+        lambda p, x: (
+            lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1 + p["n"][None], x) @ p["b"]
+        ),
         NB,
         r"`while` at .*stands in the way",
     ),
@@ -776,7 +916,9 @@ ODD = {
         r"`cond` at .*stands in the way",
     ),
     "convolution": (
-        lambda p, x: lax.conv((x * p["n"][None])[None, None], p["k"], (1, 1), "SAME")[0, 0] @ p["b"],
+        lambda p, x: (
+            lax.conv((x * p["n"][None])[None, None], p["k"], (1, 1), "SAME")[0, 0] @ p["b"]
+        ),
         {**NB, "k": normal(1, 1, 3, 3)},
         "`conv_general_dilated` at",
     ),
@@ -791,7 +933,11 @@ ODD = {
         NB,
         "refused b: `gather` at .*does not take its channels whole",
     ),
-    "gather of rows": (lambda p, x: (x * p["n"][None])[ORDER % 3] @ p["b"], NB, "       4  n            b"),
+    "gather of rows": (
+        lambda p, x: (x * p["n"][None])[ORDER % 3] @ p["b"],
+        NB,
+        "       4  n            b",
+    ),
     "scatter": (lambda p, x: (x * p["n"][None]).at[0].add(1.0) @ p["b"], NB, "`scatter-add` at"),
     "callback": (
         lambda p, x: (jax.debug.print("{}", p["n"][0]), (x * p["n"][None]) @ p["b"])[1],
@@ -849,12 +995,17 @@ ODD = {
         "refused b: it has no channels",
     ),
     "no tokens": (
-        lambda p, x: (x[:0] * p["n"][None]).reshape(0).sum() + ((x[:0] * p["n"][None]) @ p["b"]).sum(),
+        lambda p, x: (
+            (x[:0] * p["n"][None]).reshape(0).sum() + ((x[:0] * p["n"][None]) @ p["b"]).sum()
+        ),
         NB,
         "1 sites",
     ),
     "a literal is split": (
-        lambda p, x: (x * p["n"][None]) @ p["b"] + jnp.concatenate(jnp.split(np.ones((3, 4), np.float32), 2, 1), 1),
+        lambda p, x: (
+            (x * p["n"][None]) @ p["b"]
+            + jnp.concatenate(jnp.split(np.ones((3, 4), np.float32), 2, 1), 1)
+        ),
         NB,
         "n            b",
     ),
@@ -870,7 +1021,9 @@ def test_odd_programs(name):
 
 def test_a_search_that_would_branch_for_ever_gives_up(monkeypatch):
     """Twenty free choices, then one that can not be met: without a budget, 2^20 tries."""
-    params = {f"{n}{i}": normal(4, 4, seed=i) for i in range(20) for n in "ab"} | {"w": normal(4, 4)}
+    params = {f"{n}{i}": normal(4, 4, seed=i) for i in range(20) for n in "ab"} | {
+        "w": normal(4, 4)
+    }
 
     def fn(p, x):
         y = jax.nn.relu(jnp.exp(x)) * jax.nn.relu(jnp.exp(-x))
@@ -915,7 +1068,9 @@ def test_the_search_is_linear_in_the_layers(monkeypatch):
 
 
 def while_loop(p, x):
-    return lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["inner"])), (0, x @ p["b"]))[1]
+    return lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["inner"])), (0, x @ p["b"])
+    )[1]
 
 
 def branches(p, x):

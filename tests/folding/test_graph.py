@@ -52,7 +52,9 @@ def test_the_table_tells_tied_channels_steps_and_refusals():
 
     lines = str(sq.calibrate(fn, params, [normal(5, 4)]).graph).splitlines()
     assert lines[2].split() == ["3", "x", "2", "of", "4", "channels", "a", "b"]
-    assert re.fullmatch(r"  refused c: `scan` at .*test_graph\.py:\d+.*stands in the way", lines[-1])
+    assert re.fullmatch(
+        r"  refused c: `scan` at .*test_graph\.py:\d+.*stands in the way", lines[-1]
+    )
 
 
 def test_explain_walks_from_the_activation_to_who_absorbs(graph):
@@ -73,7 +75,9 @@ def test_explain_walks_to_what_stands_in_the_way():
     assert lines[0].startswith("b is in no group: `tanh` at")
     assert lines[1] == "  from its activation, through"
     assert [re.search(r"`(\w+)`", line).group(1) for line in lines[2:]] == ["reshape", "reshape"]
-    assert graph.explain("idle") == "idle: no matmul of an activation meets it, and no group needs it"
+    assert (
+        graph.explain("idle") == "idle: no matmul of an activation meets it, and no group needs it"
+    )
     with pytest.raises(ValueError, match=r"'ilde' is no leaf.*Near misses: 'idle'"):
         graph.explain("ilde")
 
@@ -120,8 +124,14 @@ def test_a_stated_group_takes_the_place_of_the_one_found():
     ("groups", "message"),
     [
         ({"c": ["a", "b"]}, r"groups: c: \['b'\] absorb nothing of its scale; \('a',\) do"),
-        ({"a": ["b"]}, r"groups: a: \['b'\] can not absorb its scale: its scale would reach input 0 of fn"),
-        ({"c": []}, r"groups: c: \[\] can not absorb its scale: .*a is not among the leaves that were said to absorb"),
+        (
+            {"a": ["b"]},
+            r"groups: a: \['b'\] can not absorb its scale: its scale would reach input 0 of fn",
+        ),
+        (
+            {"c": []},
+            r"groups: c: \[\] can not absorb its scale: .*a is not among the leaves that were said to absorb",
+        ),
         ({"d": ["a"]}, r"groups: 'd' is no site; the sites are \['a', 'b', 'c'\]"),
     ],
 )
@@ -154,7 +164,9 @@ def test_keys_are_looked_for_only_when_asked(llama):
     plain = sq.calibrate(LLAMA.apply, params, [IDS])
     assert not plain.graph.keys
     assert plain.graph.groups == tuple(g for g in stats.graph.groups if not g.keys)
-    with pytest.raises(ValueError, match=r"attention was asked for.*calibrate\(\.\.\., attention=True\)"):
+    with pytest.raises(
+        ValueError, match=r"attention was asked for.*calibrate\(\.\.\., attention=True\)"
+    ):
         sq.smooth(params, plain, 0.5, attention=0.5)
     assert_trees_all_close(sq.smooth(params, stats, 0.5), sq.smooth(params, plain, 0.5), rtol=1e-6)
 
@@ -169,9 +181,13 @@ def test_scales_between_keys_and_queries(llama):
         layer = f"model/layers/{i}/self_attn"
         leaves = {path: labels.array for path, labels in groups[name].leaves}
         assert set(leaves) == {f"{layer}/k_proj/kernel", f"{layer}/q_proj/kernel"}
-        np.testing.assert_array_equal(leaves[f"{layer}/k_proj/kernel"], -np.array([[1, 2, 1, 2, 3, 4, 3, 4]]))
+        np.testing.assert_array_equal(
+            leaves[f"{layer}/k_proj/kernel"], -np.array([[1, 2, 1, 2, 3, 4, 3, 4]])
+        )
         heads = np.array([[1, 2, 1, 2], [3, 4, 3, 4]])
-        np.testing.assert_array_equal(leaves[f"{layer}/q_proj/kernel"], heads.repeat(3, 0).reshape(1, 24))
+        np.testing.assert_array_equal(
+            leaves[f"{layer}/q_proj/kernel"], heads.repeat(3, 0).reshape(1, 24)
+        )
 
 
 def rotated_keys(params, ids, layer=0):
@@ -183,7 +199,10 @@ def rotated_keys(params, ids, layer=0):
     keys = (normed @ block["self_attn"]["k_proj"]["kernel"]).reshape(len(x), 2, 4)
     angles = np.arange(len(x))[:, None, None] * 10000.0 ** -(np.arange(2) / 2)
     left, right = keys[..., :2], keys[..., 2:]
-    turned = left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles)
+    turned = (
+        left * np.cos(angles) - right * np.sin(angles),
+        right * np.cos(angles) + left * np.sin(angles),
+    )
     return np.concatenate(turned, -1)
 
 
@@ -193,7 +212,9 @@ def test_scales_are_the_keys_absmax_to_the_exponent(llama):
     absmax = np.abs(rotated_keys(params, IDS)).max(0)
     np.testing.assert_allclose(stats.absmax[name], absmax, rtol=1e-4)
     pairs = np.maximum(absmax[:, :2], absmax[:, 2:]).ravel()
-    np.testing.assert_allclose(sq.scales(params, stats, 0.5, attention=0.5)[name], pairs**0.5, rtol=1e-4)
+    np.testing.assert_allclose(
+        sq.scales(params, stats, 0.5, attention=0.5)[name], pairs**0.5, rtol=1e-4
+    )
 
 
 def test_smoothed_keys_are_the_same_function_with_flatter_keys(llama):
@@ -205,12 +226,19 @@ def test_smoothed_keys_are_the_same_function_with_flatter_keys(llama):
     np.testing.assert_allclose(np.maximum(absmax[:, :2], absmax[:, 2:]), 1.0, rtol=1e-3)
     again = sq.calibrate(LLAMA.apply, folded, [IDS, IDS[:, :5]], attention=True)
     assert_trees_all_close(again.absmax, sq.fold_stats(stats, s).absmax, rtol=2e-4)
-    sq.quantize(folded, sq.fold_stats(stats, s), sq.W8A8_O3)  # the statistics describe these parameters
+    sq.quantize(
+        folded, sq.fold_stats(stats, s), sq.W8A8_O3
+    )  # the statistics describe these parameters
 
 
 def test_a_norm_on_the_keys_absorbs():
     """Qwen3's q and k norms: one gain for all heads, so all heads share one vector."""
-    params = {"q": normal(6, 2, 4), "k": normal(6, 2, 4, seed=1), "qn": normal(4), "kn": normal(4, seed=1)}
+    params = {
+        "q": normal(6, 2, 4),
+        "k": normal(6, 2, 4, seed=1),
+        "qn": normal(4),
+        "kn": normal(4, seed=1),
+    }
 
     def fn(p, x):
         def normed(w, gain):
@@ -273,7 +301,9 @@ def test_the_tied_head_is_smoothed_at_run_time(scheme):
 def test_run_time_smoothing_asks_for_statistics_of_these_parameters():
     stats = sq.calibrate(gated, PARAMS, [normal(5, 4)])
     smoothed = sq.smooth(PARAMS, stats, 0.5)
-    with pytest.raises(ValueError, match=r"statistics are of other parameters.*smoothing at run time"):
+    with pytest.raises(
+        ValueError, match=r"statistics are of other parameters.*smoothing at run time"
+    ):
         sq.quantize(smoothed, stats, sq.W8A8._replace(smoothing=0.5))
 
 
@@ -302,7 +332,9 @@ def test_an_offset_of_one_batch_only_is_refused():
         gain = 1 + p["g"] if x.shape[0] == 5 else p["g"]
         return jnp.tanh((x * gain) @ p["w"])
 
-    graph = check_statistics(fn, {"g": normal(4), "w": normal(4, 6)}, [(normal(5, 4),), (normal(3, 4),)])
+    graph = check_statistics(
+        fn, {"g": normal(4), "w": normal(4, 6)}, [(normal(5, 4),), (normal(3, 4),)]
+    )
     assert not graph.groups
     assert "does not fold in the program of batch 1" in dict(graph.refused)["w"]
 
@@ -312,7 +344,12 @@ def test_a_stack_read_whole_with_a_scale_and_by_index_without_is_refused():
         u = stacked_matmul(jnp.tanh(x) * p["g"], p["V"])
         return jnp.tanh(stacked_matmul(u * p["k"], p["W"])), jnp.tanh(y @ p["V"][0])
 
-    params = {"g": normal(2, 1, 1), "k": jnp.float32(0.7), "V": normal(2, 4, 4), "W": normal(2, 4, 4, seed=1)}
+    params = {
+        "g": normal(2, 1, 1),
+        "k": jnp.float32(0.7),
+        "V": normal(2, 4, 4),
+        "W": normal(2, 4, 4, seed=1),
+    }
     x, y = normal(2, 5, 4), normal(5, 4)
     graph = check_statistics(fn, params, [(x, 0.001 * y), (x, 100 * y)])
     assert "multiplies another part of V" in dict(graph.refused)["W"]
@@ -324,7 +361,9 @@ def test_a_scale_that_passes_a_shared_site_is_shared_by_all_steps():
             u = stacked_matmul(jnp.tanh(c) * q["g"], p["V"][0])
             return c + jnp.tanh(stacked_matmul(u, q["W"])), None
 
-        return jax.lax.scan(step, x, {"g": p["g"], "W": p["W"]})[0], jnp.tanh(p["V"])  # V absorbs nothing
+        return jax.lax.scan(step, x, {"g": p["g"], "W": p["W"]})[0], jnp.tanh(
+            p["V"]
+        )  # V absorbs nothing
 
     params = {"g": normal(3, 2, 1, 1), "V": normal(1, 2, 4, 4), "W": normal(3, 2, 4, 4)}
     graph = check_statistics(fn, params, [(normal(2, 5, 4),)])

@@ -136,10 +136,14 @@ def slicing_dynamically(data, shape):
 def gathering(data, shape):
     """x[:, ids, :]: one axis is indexed, wherever the indices' axes go; out of range gives the fill value."""
     axis = data.draw(st.integers(0, len(shape) - 1))
-    ids = np.array(data.draw(st.lists(st.integers(0, shape[axis]), min_size=1, max_size=3)), np.int32)[:, None]
+    ids = np.array(
+        data.draw(st.lists(st.integers(0, shape[axis]), min_size=1, max_size=3)), np.int32
+    )[:, None]
     first = data.draw(st.sampled_from([0, axis, len(shape) - 1]))
     fill = data.draw(st.sampled_from([None, 0.0, np.nan]))
-    numbers = lax.GatherDimensionNumbers(tuple(a for a in range(len(shape)) if a != first), (axis,), (axis,))
+    numbers = lax.GatherDimensionNumbers(
+        tuple(a for a in range(len(shape)) if a != first), (axis,), (axis,)
+    )
     window = tuple(1 if a == axis else n for a, n in enumerate(shape))
     return lambda x: lax.gather(x, ids, numbers, window, mode="fill", fill_value=fill)
 
@@ -164,13 +168,19 @@ SCALINGS = {  # name: (the primitive, how to draw it, whether it may refuse labe
     "gather in a batch": ("gather", gathering_in_batch, True),
     "neg": ("neg", lambda data, shape: jnp.negative, False),
     "abs": ("abs", lambda data, shape: jnp.abs, False),
-    "reduce_precision": ("reduce_precision", lambda data, shape: lambda x: lax.reduce_precision(x, 8, 7), False),
+    "reduce_precision": (
+        "reduce_precision",
+        lambda data, shape: lambda x: lax.reduce_precision(x, 8, 7),
+        False,
+    ),
 }
 
 
 def scaled(labels, shape):
     """What each element is multiplied with: 4^channel or its inverse."""
-    return np.where(full(labels, shape) == 0, 1, 4.0 ** (np.sign(labels) * np.abs(labels))).astype(np.float32)
+    return np.where(full(labels, shape) == 0, 1, 4.0 ** (np.sign(labels) * np.abs(labels))).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -200,12 +210,26 @@ def test_a_primitive_of_scaled_numbers_is_its_result_scaled(name, data, drawn):
         ("cumsum", lambda x: lax.cumsum(x, 1), [1]),
         ("cummax", lambda x: lax.cummax(x, 1), [1]),
         ("cummin", lambda x: lax.cummin(x, 1), [1]),
-        ("dynamic_slice", lambda x: lax.dynamic_slice_p.bind(x, *map(np.int32, (0, 1, 0)), slice_sizes=(2, 2, 4)), [1]),
-        ("gather", lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 4)), [1]),
-        ("gather", lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 3)), [1, 2]),
+        (
+            "dynamic_slice",
+            lambda x: lax.dynamic_slice_p.bind(x, *map(np.int32, (0, 1, 0)), slice_sizes=(2, 2, 4)),
+            [1],
+        ),
         (
             "gather",
-            lambda x: lax.gather(x, np.array([[1]], np.int32), THE_SECOND, (2, 1, 4), mode="fill", fill_value=5),
+            lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 4)),
+            [1],
+        ),
+        (
+            "gather",
+            lambda x: lax.gather(x, np.array([[1], [0]], np.int32), THE_SECOND, (2, 1, 3)),
+            [1, 2],
+        ),
+        (
+            "gather",
+            lambda x: lax.gather(
+                x, np.array([[1]], np.int32), THE_SECOND, (2, 1, 4), mode="fill", fill_value=5
+            ),
             [0, 1, 2],
         ),
     ],
@@ -229,7 +253,9 @@ def test_every_move_has_a_test():
         "reshard",
         "mesh_cast",
     }  # these keep values and labels
-    assert set(lab.MOVES) == set(MOVEMENTS) | placement | {primitive for primitive, _, _ in SCALINGS.values()}
+    assert set(lab.MOVES) == set(MOVEMENTS) | placement | {
+        primitive for primitive, _, _ in SCALINGS.values()
+    }
     labels = np.array([[1, -2, 0]])
     for name in placement:
         np.testing.assert_array_equal(lab.MOVES[name](labels, {}, (4, 3), (4, 3)), labels)
@@ -243,13 +269,19 @@ def test_pad_is_the_primitive_and_unpad_its_inverse(data, drawn):
     expected = np.asarray(lax.pad(full(labels, shape), np.int64(0), padding))
     padded = lab.pad(labels, padding, shape)
     np.testing.assert_array_equal(full(padded, expected.shape), expected)
-    np.testing.assert_array_equal(full(lab.unpad(padded, padding, shape), shape), full(labels, shape))
-    other, _ = data.draw(labelled(st.just(expected.shape)))  # any labels of the result, the padding's too
+    np.testing.assert_array_equal(
+        full(lab.unpad(padded, padding, shape), shape), full(labels, shape)
+    )
+    other, _ = data.draw(
+        labelled(st.just(expected.shape))
+    )  # any labels of the result, the padding's too
     kept = tuple(
         slice(before, before + (n - 1) * (between + 1) + 1, between + 1)
         for n, (before, _, between) in zip(shape, padding, strict=True)
     )
-    np.testing.assert_array_equal(full(lab.unpad(other, padding, shape), shape), full(other, expected.shape)[kept])
+    np.testing.assert_array_equal(
+        full(lab.unpad(other, padding, shape), shape), full(other, expected.shape)[kept]
+    )
 
 
 def test_a_reshape_that_permutes():
@@ -265,7 +297,12 @@ def test_a_reshape_that_permutes():
     [
         (np.array([[[1, 2, 3, 4]]]), (5, 7, 4), (35, 4), (1, 4)),  # merging axes without labels
         (np.array([[1, 2, 3, 4]]), (6, 4), (2, 3, 4), (1, 1, 4)),  # splitting one
-        (np.array([[1, 2, 3, 4]]), (6, 4), (6, 2, 2), (1, 2, 2)),  # splitting the channels into heads
+        (
+            np.array([[1, 2, 3, 4]]),
+            (6, 4),
+            (6, 2, 2),
+            (1, 2, 2),
+        ),  # splitting the channels into heads
         (np.array([[[1, 2], [3, 4]]]), (6, 2, 2), (6, 4), (1, 4)),  # merging heads
         (np.array([[[1], [2]]]), (6, 2, 3), (6, 6), (1, 6)),  # one label a head, written out
         (np.array([[1, 1]]), (3, 2), (6,), (1,)),  # labels that do not vary
@@ -285,7 +322,9 @@ def test_reshape_stays_small(labels, old, new, size):
         np.testing.assert_array_equal(full(moved, new), full(labels, old).reshape(new))
 
 
-@pytest.mark.parametrize(("old", "new"), [((0, 4), (0,)), ((4, 0), (0,)), ((0,), (3, 0)), ((2, 0), (0, 2, 5))])
+@pytest.mark.parametrize(
+    ("old", "new"), [((0, 4), (0,)), ((4, 0), (0,)), ((0,), (3, 0)), ((2, 0), (0, 2, 5))]
+)
 def test_reshape_of_nothing_ends(old, new):
     assert lab.reshape(np.ones((1,) * len(old), int), old, new).shape == (1,) * len(new)
 
@@ -336,9 +375,9 @@ def test_axes_taken_and_put_back(data, drawn):
     taken = lab.take_axes(labels, axes)
     np.testing.assert_array_equal(
         full(taken, [shape[a] for a in axes]),
-        full(labels, shape)[tuple(slice(None) if a in axes else 0 for a in range(len(shape)))].transpose(
-            np.argsort(np.argsort(axes)) if axes else ()
-        ),
+        full(labels, shape)[
+            tuple(slice(None) if a in axes else 0 for a in range(len(shape)))
+        ].transpose(np.argsort(np.argsort(axes)) if axes else ()),
     )
     np.testing.assert_array_equal(lab.put_axes(taken, axes, len(shape)), labels)
 

@@ -50,7 +50,9 @@ def powers_of_two(rng: np.random.Generator, size: int) -> np.ndarray:
     return 2.0 ** (rng.integers(1, 4, size) * rng.choice([-1, 1], size))
 
 
-def rescaled(leaf: np.ndarray, labels: np.ndarray, s: np.ndarray, offset: float = 0.0) -> np.ndarray:
+def rescaled(
+    leaf: np.ndarray, labels: np.ndarray, s: np.ndarray, offset: float = 0.0
+) -> np.ndarray:
     """The leaf times s[c] where its label is c + 1, divided by it where it is -(c + 1)."""
     factors = np.concatenate([[1.0], s])
     return (offset + leaf) * factors[labels.clip(min=0)] / factors[(-labels).clip(min=0)] - offset
@@ -63,7 +65,9 @@ def folded(
     leaves, offsets = dict(dag.leaves), dict(graph.offsets)
     for group in graph.groups if groups is None else groups:
         for path, labels in group.leaves:
-            leaves[path] = rescaled(leaves[path], labels.array, s[group.name], offsets.get(path, 0.0))
+            leaves[path] = rescaled(
+                leaves[path], labels.array, s[group.name], offsets.get(path, 0.0)
+            )
     return leaves
 
 
@@ -92,26 +96,39 @@ def reached(dag: Dag, leaves: Mapping[str, np.ndarray]) -> set[str]:
     return {new.op for new, old in steps if not all(map(same, new.operands, old.operands))}
 
 
-def check_sites(dag: Dag, graph: Graph, group: Group, leaves: Mapping[str, np.ndarray], s: np.ndarray) -> None:
+def check_sites(
+    dag: Dag, graph: Graph, group: Group, leaves: Mapping[str, np.ndarray], s: np.ndarray
+) -> None:
     """Fails unless what each site reads is divided by just the scales that the group's label map says.
 
     Statistics of the folded model are derived from these maps. Seen are matmuls of a leaf as it is, not of a view.
     """
-    named, sites = {id(x): path for path, x in dag.leaves.items()}, {site.path: site for site in graph.sites}
-    runs = [run(dag, dag.leaves, dag.inputs), run(dag, leaves, dag.inputs), run(dag, dag.leaves, other_inputs(dag))]
+    named, sites = (
+        {id(x): path for path, x in dag.leaves.items()},
+        {site.path: site for site in graph.sites},
+    )
+    runs = [
+        run(dag, dag.leaves, dag.inputs),
+        run(dag, leaves, dag.inputs),
+        run(dag, dag.leaves, other_inputs(dag)),
+    ]
     for old, new, other in zip(*runs, strict=True):
         for me in (0, 1) if old.op == "dot" else ():
             site = sites.get(named.get(id(old.operands[me]), ""))
             if site is None or same(old.operands[1 - me], other.operands[1 - me]):
                 continue  # no site, or no activation
-            axes = [axis for pair in old.params for axis in zip(pair[me], pair[1 - me], strict=True)]
+            axes = [
+                axis for pair in old.params for axis in zip(pair[me], pair[1 - me], strict=True)
+            ]
             factors = (
                 np.concatenate([[1.0], s])[dict(group.sites)[site.path].array]
                 if site.path in dict(group.sites)
                 else 1.0
             )
             expected = old.operands[1 - me] / along(
-                factors, [dict(axes)[a] for a in (*site.batch, *site.axes)], old.operands[1 - me].ndim
+                factors,
+                [dict(axes)[a] for a in (*site.batch, *site.axes)],
+                old.operands[1 - me].ndim,
             )
             assert same(new.operands[1 - me], expected), (
                 f"the input of {site} has other scales: {group}\n{graph}\n{dag}"
@@ -134,14 +151,18 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
         leaves = folded(dag, graph, s, [group])
         for path, labels in group.leaves:
             assert labels.array.any(), f"no label on {path} in {group}\n{dag}"
-            assert not np.array_equal(leaves[path], dag.leaves[path]), f"{path} stays as it was\n{dag}"
+            assert not np.array_equal(leaves[path], dag.leaves[path]), (
+                f"{path} stays as it was\n{dag}"
+            )
         assert unchanged(dag, leaves), f"not exact: {group}\n{graph}\n{dag}"
         check_sites(dag, graph, group, leaves, s[group.name])
         found.append(reached(dag, leaves))
     names = [group.name for group in graph.groups]
     assert len(set(names)) == len(names), f"two groups of one site: {graph}\n{dag}"
     for group in graph.groups:
-        assert any(group.name.split("[")[0] == path for path, _ in group.sites), f"not named by a site: {graph}\n{dag}"
+        assert any(group.name.split("[")[0] == path for path, _ in group.sites), (
+            f"not named by a site: {graph}\n{dag}"
+        )
     assert unchanged(dag, folded(dag, graph, s)), f"exact one by one, not together: {graph}\n{dag}"
     return found
 
@@ -206,7 +227,9 @@ REACHED = {
 def test_every_fold_of_a_random_program_is_exact():
     tally = survey(0, PROGRAMS)
     assert tally["groups"] >= 0.8 * PROGRAMS
-    assert tally["absorbed by nothing"] <= PROGRAMS // 200  # an activation that is all padding, read through slices
+    assert (
+        tally["absorbed by nothing"] <= PROGRAMS // 200
+    )  # an activation that is all padding, read through slices
     few = {op: tally[op] for op, least in REACHED.items() if tally[op] < least}
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
 
@@ -231,8 +254,15 @@ def test_numpy_and_jax_agree_on_the_programs():
             got = jax.jit(function(dag))(dag.leaves, *dag.inputs)
         got = got if isinstance(got, tuple) else (got,)
         assert [np.shape(x) for x in got] == [x.shape for x in expected]
-        scale = max(np.abs(step.result).max() for step in run(dag, dag.leaves, dag.inputs) if is_number(step.result))
-        close = all(np.allclose(x, y, rtol=1e-9, atol=1e-12 * scale) for x, y in zip(got, expected, strict=True))
+        scale = max(
+            np.abs(step.result).max()
+            for step in run(dag, dag.leaves, dag.inputs)
+            if is_number(step.result)
+        )
+        close = all(
+            np.allclose(x, y, rtol=1e-9, atol=1e-12 * scale)
+            for x, y in zip(got, expected, strict=True)
+        )
         assert close, dag
         agree += close
     assert agree == 50
@@ -314,7 +344,9 @@ def certified(dag: Dag) -> list[Certified]:
     return passed
 
 
-def mutated(labels: np.ndarray, shape: Sequence[int], rng: np.random.Generator) -> dict[str, np.ndarray | None]:
+def mutated(
+    labels: np.ndarray, shape: Sequence[int], rng: np.random.Generator
+) -> dict[str, np.ndarray | None]:
     """Label arrays that differ from the one given, by what was done to them."""
     channels = np.unique(np.abs(labels[labels != 0]))
     found: dict[str, np.ndarray | None] = {"dropped": None, "signs flipped": np.asarray(-labels)}
@@ -339,7 +371,11 @@ def leaves_of(case: Certified, labels: Mapping) -> dict[str, np.ndarray] | None:
         return None
     size = max(int(np.abs(x).max()) for x in (*labels.values(), *case.labels.values()))
     s = powers_of_two(np.random.default_rng(size), size)
-    changed = {path: rescaled(case.dag.leaves[path], labels[v], s) for v, path in touched.items() if v in labels}
+    changed = {
+        path: rescaled(case.dag.leaves[path], labels[v], s)
+        for v, path in touched.items()
+        if v in labels
+    }
     return {**case.dag.leaves, **changed}
 
 
@@ -352,10 +388,14 @@ def attack(case: Certified, rng: np.random.Generator) -> Counter:
     leaves = [v for v in variables if v in case.program.leaves]
     for var in {*leaves, *rng.choice(variables, min(3, len(variables)), replace=False).tolist()}:
         for how, array in mutated(case.labels[var], case.program.shape(var), rng).items():
-            labels = {v: x for v, x in case.labels.items() if v != var} | ({} if array is None else {var: array})
+            labels = {v: x for v, x in case.labels.items() if v != var} | (
+                {} if array is None else {var: array}
+            )
             refused = certify(case.program, labels) is not None
             exact = labels and unchanged(case.dag, leaves_of(case, labels))
-            assert refused or exact, f"{how} at {var}, of {case.program.leaves}: {case.labels[var]}\n{case.dag}"
+            assert refused or exact, (
+                f"{how} at {var}, of {case.program.leaves}: {case.labels[var]}\n{case.dag}"
+            )
             tally[how, "refused" if refused else "passed"] += 1
             tally["wrong"] += not exact
     return tally
@@ -367,6 +407,12 @@ def test_the_certificate_refuses_mutated_labels():
         for case in certified(drawn(4, number)):
             tally += attack(case, np.random.default_rng([4, number]))
     assert tally["wrong"] > 200, tally
-    for how in ("dropped", "signs flipped", "two channels swapped", "two channels tied", "one element changed"):
+    for how in (
+        "dropped",
+        "signs flipped",
+        "two channels swapped",
+        "two channels tied",
+        "one element changed",
+    ):
         assert tally[how, "refused"] > 50, tally
         assert tally[how, "refused"] > 20 * tally[how, "passed"], tally

@@ -19,7 +19,12 @@ from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
 LAYERS, WIDTH, HIDDEN = 3, 4, 6
-SCHEMES = {"O1": sq.W8A8_O1, "O2": sq.W8A8_O2, "O3": sq.W8A8_O3, "per_tensor": sq.Scheme("static", "per_tensor")}
+SCHEMES = {
+    "O1": sq.W8A8_O1,
+    "O2": sq.W8A8_O2,
+    "O3": sq.W8A8_O3,
+    "per_tensor": sq.Scheme("static", "per_tensor"),
+}
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -108,13 +113,20 @@ def test_statistics_of_every_layer_are_those_of_the_layers_written_out(statistic
 def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
     (stats, apart) = calibrated()
     s, of_layer = sq.scales(STACKED, stats, alpha), sq.scales(APART, apart, alpha)
-    assert {name: x.shape for name, x in s.items()} == {"up": (LAYERS * WIDTH,), "down": (LAYERS * HIDDEN,)}
+    assert {name: x.shape for name, x in s.items()} == {
+        "up": (LAYERS * WIDTH,),
+        "down": (LAYERS * HIDDEN,),
+    }
     for path, found in s.items():
         expected = np.stack([of_layer[f"layer{i}/{path}"] for i in range(LAYERS)])
         np.testing.assert_allclose(found.reshape(LAYERS, -1), expected, rtol=1e-5)
     smoothed, expected = sq.smooth(STACKED, stats, alpha), sq.smooth(APART, apart, alpha)
     for i in range(LAYERS):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), at(smoothed, i), expected[f"layer{i}"])
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5),
+            at(smoothed, i),
+            expected[f"layer{i}"],
+        )
     assert not np.allclose(smoothed["gain"], STACKED["gain"])
 
 
@@ -122,7 +134,9 @@ def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     results = []
-    for fn, params, stats in zip((scanned, written_out), (STACKED, APART), calibrated(), strict=True):
+    for fn, params, stats in zip(
+        (scanned, written_out), (STACKED, APART), calibrated(), strict=True
+    ):
         if smooth:  # powers of two, so that the two trees are the same to the bit
             s = sq.scales(params, stats, round_scales="pow2")
             params, stats = sq.fold(params, stats.graph, s), sq.fold_stats(stats, s)
@@ -131,8 +145,12 @@ def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     (qscan, got), (qapart, expected) = results
     for path in ("up", "down"):
         for i in range(LAYERS):
-            np.testing.assert_array_equal(qscan[path].tensor.values[i], qapart[f"layer{i}"][path].tensor.values)
-            np.testing.assert_array_equal(qscan[path].tensor.scale[i], qapart[f"layer{i}"][path].tensor.scale)
+            np.testing.assert_array_equal(
+                qscan[path].tensor.values[i], qapart[f"layer{i}"][path].tensor.values
+            )
+            np.testing.assert_array_equal(
+                qscan[path].tensor.scale[i], qapart[f"layer{i}"][path].tensor.scale
+            )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     exact = scanned(STACKED, BATCHES[0])
     assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 0.1
@@ -156,14 +174,18 @@ def test_the_matmuls_in_the_body_of_the_scan_are_int8():
         assert scans[0].params["length"] == LAYERS
         assert [d.dtypes for d in jaxprs.dots(scans[0].params["jaxpr"])] == [jaxprs.INT8_DOT] * 2
         assert len(jaxprs.dots(program)) == 2
-        assert jaxprs.largest_float(program) < LAYERS * WIDTH * HIDDEN  # no float copy of a stacked weight
+        assert (
+            jaxprs.largest_float(program) < LAYERS * WIDTH * HIDDEN
+        )  # no float copy of a stacked weight
 
 
 def test_jit_equals_eager():
     stats, _ = calibrated()
     qparams = sq.quantize(STACKED, stats)
     eager = sq.quantized(scanned)(qparams, X)
-    np.testing.assert_allclose(jax.jit(sq.quantized(scanned))(qparams, X), eager, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(
+        jax.jit(sq.quantized(scanned))(qparams, X), eager, rtol=1e-2, atol=1e-2
+    )
     assert not np.allclose(eager, scanned(STACKED, X), rtol=1e-6)
 
 
@@ -205,7 +227,10 @@ BOTH = {
     (LAYERS * WIDTH, ("gain",), ("up",)),
     (LAYERS * HIDDEN, ("up",), ("down",)),
 }
-SHARED = {(WIDTH, ("gain",), ("up",)), (HIDDEN, ("up",), ("down",))}  # one scale vector for all layers
+SHARED = {
+    (WIDTH, ("gain",), ("up",)),
+    (HIDDEN, ("up",), ("down",)),
+}  # one scale vector for all layers
 
 
 def plain():
@@ -228,7 +253,9 @@ def in_a_jit():
 
 def nested():
     groups = {(2 * LAYERS * WIDTH, ("gain",), ("up",)), (2 * LAYERS * HIDDEN, ("up",), ("down",))}
-    fn = lambda p, x: lax.scan(lambda x, q: lax.scan(lambda x, r: (layer(x, r), None), x, q), x, p)[0]
+    fn = lambda p, x: lax.scan(lambda x, q: lax.scan(lambda x, r: (layer(x, r), None), x, q), x, p)[
+        0
+    ]
     return Case(fn, layers_of(2, LAYERS), groups)
 
 
@@ -250,7 +277,11 @@ def transposed_and_cast():
         }
         return scanned(stacks, x)
 
-    shapes = {"gain": (WIDTH, LAYERS), "up": (WIDTH, HIDDEN, LAYERS), "down": (WIDTH, HIDDEN, LAYERS)}
+    shapes = {
+        "gain": (WIDTH, LAYERS),
+        "up": (WIDTH, HIDDEN, LAYERS),
+        "down": (WIDTH, HIDDEN, LAYERS),
+    }
     return Case(fn, {name: normal(*shape) for name, shape in shapes.items()}, BOTH)
 
 
@@ -303,7 +334,12 @@ def an_activation_from_outside():
         h = rms(x) * p["gain"][None]
         return lax.scan(lambda c, w: (c + jnp.tanh(h @ w), None), x, p["w"])[0]
 
-    return Case(fn, {"gain": 2 + normal(WIDTH), "w": normal(LAYERS, WIDTH, WIDTH)}, {(WIDTH, ("gain",), ("w",))}, 1)
+    return Case(
+        fn,
+        {"gain": 2 + normal(WIDTH), "w": normal(LAYERS, WIDTH, WIDTH)},
+        {(WIDTH, ("gain",), ("w",))},
+        1,
+    )
 
 
 class Layer(nn.Module):
@@ -314,12 +350,16 @@ class Layer(nn.Module):
 
 
 def linen(axis, body=Layer):
-    stack = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS)
+    stack = nn.scan(
+        body, variable_axes={"params": axis}, split_rngs={"params": True}, length=LAYERS
+    )
 
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(5, name="head")(nn.LayerNorm(name="last")(stack(name="layers")(x, None)[0]))
+            return nn.Dense(5, name="head")(
+                nn.LayerNorm(name="last")(stack(name="layers")(x, None)[0])
+            )
 
     net = Net()
     params = jittered(net.init(jax.random.key(0), X)["params"])
@@ -346,7 +386,10 @@ def linen_remat():
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.up, self.down = nnx.Linear(WIDTH, HIDDEN, rngs=rngs), nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+        self.up, self.down = (
+            nnx.Linear(WIDTH, HIDDEN, rngs=rngs),
+            nnx.Linear(HIDDEN, WIDTH, rngs=rngs),
+        )
 
     def __call__(self, x):
         return x + self.down(nnx.relu(self.up(self.norm(x))))
@@ -395,7 +438,10 @@ def found(build):
 @pytest.mark.parametrize("build", CASES)
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
-    got = {(g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites))) for g in stats.graph.groups}
+    got = {
+        (g.size, tuple(sorted(g.absorbers)), tuple(sorted(p for p, _ in g.sites)))
+        for g in stats.graph.groups
+    }
     assert got == case.groups
     assert len(stats.graph.sites) == case.sites
 
@@ -404,9 +450,15 @@ def test_groups_are_those_written_by_hand(build):
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     """Other scales at every layer, so that layers that were mixed up would show."""
     case, stats = found(build)
-    run = jax.jit(lambda params, s, x: (folded := sq.fold(params, stats.graph, s), case.fn(folded, x)))
+    run = jax.jit(
+        lambda params, s, x: (folded := sq.fold(params, stats.graph, s), case.fn(folded, x))
+    )
     rng, draws = np.random.default_rng(0), []
-    for draw in (np.ones, lambda n: 2.0 ** rng.integers(-3, 4, n), lambda n: rng.uniform(0.4, 2.5, n)):
+    for draw in (
+        np.ones,
+        lambda n: 2.0 ** rng.integers(-3, 4, n),
+        lambda n: rng.uniform(0.4, 2.5, n),
+    ):
         draws.append({g.name: jnp.asarray(draw(g.size), jnp.float32) for g in stats.graph.groups})
     results = [run(case.params, s, X) for s in draws]
     before, after = leaves(case.params), leaves(results[1][0])
@@ -444,7 +496,9 @@ def test_linen_stacks_along_either_axis_are_the_same_layers(axis):
     first = jax.tree.map(lambda a: jnp.moveaxis(a, axis if a.ndim > 1 else 0, 0)[0], apart)
     h = nn.LayerNorm().apply({"params": first["norm"]}, X)
     np.testing.assert_allclose(stats.absmax["layers/up/kernel"][0], np.abs(h).max(0), rtol=1e-5)
-    np.testing.assert_allclose(stats.weight_absmax["layers/up/kernel"][0], np.abs(first["up"]["kernel"]).max(1))
+    np.testing.assert_allclose(
+        stats.weight_absmax["layers/up/kernel"][0], np.abs(first["up"]["kernel"]).max(1)
+    )
 
 
 def test_steps_that_share_a_leaf_are_counted_together():
@@ -483,13 +537,18 @@ def test_two_scans_over_one_stack_share_its_slices():
     params = {**STACKED, "first": normal(WIDTH, WIDTH)}
     got = graph(lambda p, x: scanned(at_layers(p), scanned(at_layers(p), x @ p["first"])), params)
     assert groups(got) == BOTH
-    both = [lambda p, x: scanned(at_layers(p), x), lambda p, x: scanned(at_layers(p), jnp.tanh(x) @ p["first"])]
+    both = [
+        lambda p, x: scanned(at_layers(p), x),
+        lambda p, x: scanned(at_layers(p), jnp.tanh(x) @ p["first"]),
+    ]
     stats = sq.calibrate(both, params, [[X], [X[:2]]])
     assert groups(stats.graph) == BOTH
     for fn in both:
         assert sq.verify(fn, params, sq.smooth(params, stats), X) < 1e-5
     alone = [sq.calibrate(fn, params, [x]) for fn, x in zip(both, (X, X[:2]), strict=True)]
-    np.testing.assert_array_equal(stats.absmax["up"], np.maximum(alone[0].absmax["up"], alone[1].absmax["up"]))
+    np.testing.assert_array_equal(
+        stats.absmax["up"], np.maximum(alone[0].absmax["up"], alone[1].absmax["up"])
+    )
 
 
 def test_two_scans_that_run_over_a_stack_in_different_ways_are_refused():
@@ -531,7 +590,10 @@ def test_a_leaf_that_a_step_hands_out_is_refused():
 
 
 PARTS = {
-    "reshaped": (lambda p: jax.tree.map(lambda a: a.reshape(2 * LAYERS, *a.shape[2:]), p), layers_of(2, LAYERS)),
+    "reshaped": (
+        lambda p: jax.tree.map(lambda a: a.reshape(2 * LAYERS, *a.shape[2:]), p),
+        layers_of(2, LAYERS),
+    ),
     "sliced": (lambda p: jax.tree.map(lambda a: a[1:], p), STACKED),
     "put together": (
         lambda p: jax.tree.map(lambda *a: jnp.stack(a), p["first"], p["second"]),
@@ -554,7 +616,9 @@ def test_stacks_made_of_leaves_stay_float_and_are_reported(name):
 
 
 def looped(p, x):
-    return lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x))[1]
+    return lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x)
+    )[1]
 
 
 def branched(p, x):
@@ -603,7 +667,10 @@ def test_a_quantized_leaf_that_is_no_stack_is_refused_by_a_scan_over_it():
     qparams = sq.quantize(square, sq.calibrate(lambda p, x: x @ p["w"].T, square, [X]))
     fine = lambda p, x: lax.scan(lambda c, row: (c, x @ row), 0.0, p["w"])[1]
     np.testing.assert_allclose(
-        sq.quantized(fine)(qparams, X).T, sq.quantized(lambda p, x: x @ p["w"].T)(qparams, X), rtol=1e-5, atol=1e-6
+        sq.quantized(fine)(qparams, X).T,
+        sq.quantized(lambda p, x: x @ p["w"].T)(qparams, X),
+        rtol=1e-5,
+        atol=1e-6,
     )
     columns = lambda p, x: lax.scan(lambda c, column: (c + column.sum(), None), 0.0, p["w"].T)[0]
     with pytest.raises(ValueError, match=r"^w: quantized, but `scan` at \S*test_scan\.py:\d+"):

@@ -35,7 +35,10 @@ class Dag(NamedTuple):
                 return "{" + str(x).replace("\n", "; ") + "}"
             return f"array{list(x.shape)}" if isinstance(x, np.ndarray) and x.size > 8 else repr(x)
 
-        lines = [f"{k} = {n.op}{list(n.operands)} {shown_params(n.params, shown)}" for k, n in enumerate(self.nodes)]
+        lines = [
+            f"{k} = {n.op}{list(n.operands)} {shown_params(n.params, shown)}"
+            for k, n in enumerate(self.nodes)
+        ]
         shapes = {name: leaf.shape for name, leaf in self.leaves.items()}
         return "\n".join([*lines, f"return {list(self.outputs)}", f"leaves {shapes}"])
 
@@ -64,7 +67,9 @@ def _einsum(dims, a, b):
     free_b = [n for k, n in enumerate(names_b) if k not in (*bc, *bb)]
     number = {n: k for k, n in enumerate(dict.fromkeys([*names_a, *names_b]))}
     out = [*(names_a[k] for k in ab), *free_a, *free_b]
-    return np.einsum(a, [number[n] for n in names_a], b, [number[n] for n in names_b], [number[n] for n in out])
+    return np.einsum(
+        a, [number[n] for n in names_a], b, [number[n] for n in names_b], [number[n] for n in out]
+    )
 
 
 def _broadcast(params, x):
@@ -77,9 +82,15 @@ def _broadcast(params, x):
 
 def _pad(params, x):
     """Zeros before, after and between the elements of every axis."""
-    y = np.zeros([lo + hi + n + max(n - 1, 0) * mid for n, (lo, hi, mid) in zip(x.shape, params, strict=True)])
+    y = np.zeros(
+        [
+            lo + hi + n + max(n - 1, 0) * mid
+            for n, (lo, hi, mid) in zip(x.shape, params, strict=True)
+        ]
+    )
     cuts = [
-        slice(lo, lo + max(n - 1, 0) * (mid + 1) + 1, mid + 1) for n, (lo, _, mid) in zip(x.shape, params, strict=True)
+        slice(lo, lo + max(n - 1, 0) * (mid + 1) + 1, mid + 1)
+        for n, (lo, _, mid) in zip(x.shape, params, strict=True)
     ]
     y[tuple(cuts)] = x
     return y
@@ -92,12 +103,19 @@ def _starts(x, sizes, ids):
 
 
 def _dynamic_slice(sizes, x, ids):
-    return x[tuple(slice(int(s), int(s) + n) for s, n in zip(_starts(x, sizes, ids), sizes, strict=True))]
+    return x[
+        tuple(slice(int(s), int(s) + n) for s, n in zip(_starts(x, sizes, ids), sizes, strict=True))
+    ]
 
 
 def _update(shape, x, ids):
     y = np.zeros(shape)
-    y[tuple(slice(int(s), int(s) + n) for s, n in zip(_starts(y, x.shape, ids), x.shape, strict=True))] = x
+    y[
+        tuple(
+            slice(int(s), int(s) + n)
+            for s, n in zip(_starts(y, x.shape, ids), x.shape, strict=True)
+        )
+    ] = x
     return y
 
 
@@ -117,7 +135,11 @@ def _cuts(params):
 def _cumulative(numpy_op):
     def run(params, x):
         axis, reverse = params
-        return np.flip(numpy_op(np.flip(x, axis), axis=axis), axis) if reverse else numpy_op(x, axis=axis)
+        return (
+            np.flip(numpy_op(np.flip(x, axis), axis=axis), axis)
+            if reverse
+            else numpy_op(x, axis=axis)
+        )
 
     return run
 
@@ -147,7 +169,10 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "le": (lambda _, x, y: x <= y, lambda _, x, y: lax.le(x, y)),
     "ne": (lambda _, x, y: x != y, lambda _, x, y: lax.ne(x, y)),
     "where": (lambda _, c, x, y: np.where(c, x, y), lambda _, c, x, y: lax.select(c, x, y)),
-    "zeros": (lambda shape: np.zeros(shape), lambda shape: lax.full(shape, 0.0, jnp.zeros(()).dtype)),
+    "zeros": (
+        lambda shape: np.zeros(shape),
+        lambda shape: lax.full(shape, 0.0, jnp.zeros(()).dtype),
+    ),
     "transpose": (lambda p, x: x.transpose(p).copy(), lambda p, x: lax.transpose(x, p)),
     "reshape": (lambda s, x: x.reshape(s), lambda s, x: lax.reshape(x, s)),
     "squeeze": (lambda a, x: x.squeeze(a), lambda a, x: lax.squeeze(x, a)),
@@ -169,9 +194,15 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "reduce_max": (lambda a, x: x.max(a), lambda a, x: jnp.max(x, a)),
     "reduce_min": (lambda a, x: x.min(a), lambda a, x: jnp.min(x, a)),
     "dot": (_einsum, lambda d, x, y: lax.dot_general(x, y, d)),
-    "gather": (lambda a, x, ids: np.take(x, ids, a), lambda a, x, ids: jnp.take(x, ids, a, mode="clip")),
+    "gather": (
+        lambda a, x, ids: np.take(x, ids, a),
+        lambda a, x, ids: jnp.take(x, ids, a, mode="clip"),
+    ),
     "gather, filled": (lambda a, x, ids: np.take(x, ids, a), lambda a, x, ids: jnp.take(x, ids, a)),
-    "dynamic_slice": (_dynamic_slice, lambda n, x, ids: lax.dynamic_slice(x, _starts(x, n, ids), n)),
+    "dynamic_slice": (
+        _dynamic_slice,
+        lambda n, x, ids: lax.dynamic_slice(x, _starts(x, n, ids), n),
+    ),
     "dynamic_update_slice": (_update, _lax_update),
     "barrier": (lambda _, x: x, lambda _, x: lax.optimization_barrier(x)),
     "cond": (
@@ -218,7 +249,9 @@ def _scan(params: Any, xs: Sequence[Any], steps: list[Step]) -> Any:
     body, layers, stacked, reverse = params
     carry, *rest = xs
     for k in reversed(range(layers)) if reverse else range(layers):
-        inner = evaluate(body, {}, (carry, *(x[k] if s else x for x, s in zip(rest, stacked, strict=True))))
+        inner = evaluate(
+            body, {}, (carry, *(x[k] if s else x for x, s in zip(rest, stacked, strict=True)))
+        )
         carry = returned(inner)
         steps += inner
     return carry
@@ -236,7 +269,9 @@ def function(dag: Dag) -> Callable[..., Any]:
             elif op == "constant":
                 values.append(_constant(params))
             elif op == "call":
-                values.append(WRAPPERS[params[0]](lambda *xs, body=params[1]: function(body)({}, *xs))(*xs))
+                values.append(
+                    WRAPPERS[params[0]](lambda *xs, body=params[1]: function(body)({}, *xs))(*xs)
+                )
             elif op == "scan":
                 values.append(_lax_scan(params, xs))
             else:
@@ -259,8 +294,14 @@ def _lax_scan(params: Any, xs: Sequence[Any]) -> Any:
 
     def step(carry, sliced):
         now = iter(sliced)
-        return function(body)({}, carry, *(next(now) if s else x for x, s in zip(rest, stacked, strict=True))), None
+        return function(body)(
+            {}, carry, *(next(now) if s else x for x, s in zip(rest, stacked, strict=True))
+        ), None
 
-    return lax.scan(step, carry, [x for x, s in zip(rest, stacked, strict=True) if s], length=layers, reverse=reverse)[
-        0
-    ]
+    return lax.scan(
+        step,
+        carry,
+        [x for x, s in zip(rest, stacked, strict=True) if s],
+        length=layers,
+        reverse=reverse,
+    )[0]

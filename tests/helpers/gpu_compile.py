@@ -70,8 +70,19 @@ class Program(NamedTuple):
     def written(self) -> list[Value]:
         """Every array that a kernel or a call writes to memory; cuBLASLt's workspace is not one."""
         inner = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", self.text))
-        outer = [line for name, lines in computations(self.text).items() if name not in inner for line in lines]
-        return [value for line in outer if line.opcode not in _FREE for value in line.values if value != _WORKSPACE]
+        outer = [
+            line
+            for name, lines in computations(self.text).items()
+            if name not in inner
+            for line in lines
+        ]
+        return [
+            value
+            for line in outer
+            if line.opcode not in _FREE
+            for value in line.values
+            if value != _WORKSPACE
+        ]
 
     def copies(self, size: int, rows: int) -> list[Value]:
         """What it writes that is as large as a weight of `size` elements and has no axis of the activation's rows."""
@@ -98,15 +109,22 @@ def computations(text: str) -> dict[str, list[Line]]:
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(.*\{$", line):
             lines = found.setdefault(header[1], [])
-        elif parsed := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line):
+        elif parsed := re.match(
+            r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line
+        ):
             name, types, opcode, operands = parsed.groups()
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
-            values = [Value(dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in arrays]
+            values = [
+                Value(dtype, tuple(map(int, filter(None, shape.split(",")))))
+                for dtype, shape in arrays
+            ]
             lines.append(Line(name, values, opcode, re.findall(r"%([\w.\-]+)", operands), line))
     return found
 
 
-def compiled(fn: Any, *args: Any, target: str, form: str = "triton", ptx: bool = False, merge: bool = False) -> Program:
+def compiled(
+    fn: Any, *args: Any, target: str, form: str = "triton", ptx: bool = False, merge: bool = False
+) -> Program:
     """`fn(*args)` compiled for a target; arrays may be `jax.ShapeDtypeStruct`s.
 
     `merge` is XLA's default: matmuls of one activation become one matmul on their concatenated weights.
@@ -128,5 +146,7 @@ def _kernels_for(target: Any) -> Any:
     """jax 0.12 asks the ambient mesh which GPU a Pallas kernel is for; earlier jaxes do not ask."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
-    kind = jax.sharding.AbstractDevice(device_kind=target.device_kind, num_cores=target.core_count, platform="gpu")
+    kind = jax.sharding.AbstractDevice(
+        device_kind=target.device_kind, num_cores=target.core_count, platform="gpu"
+    )
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), axis_types=(), abstract_device=kind))

@@ -39,13 +39,21 @@ def numbers(*key: int, size: Sequence[int]) -> np.ndarray:
 class Builder:
     """A program under construction; every node is evaluated as it is added, on the first input."""
 
-    def __init__(self, tape: Tape, inputs: Sequence[np.ndarray], outer: "Builder | None" = None, layers: int = 0):
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: Sequence[np.ndarray],
+        outer: "Builder | None" = None,
+        layers: int = 0,
+    ):
         self.tape, self.outer, self.layers = tape, outer, layers
         self.nodes: list[Node] = []
         self.values: list[Any] = []
         self.leaves: dict[str, np.ndarray] = {}
         self.made: list[int] = []
-        self.operands: list[int] = []  # of the call or scan that this is the body of: nodes of the outer program
+        self.operands: list[
+            int
+        ] = []  # of the call or scan that this is the body of: nodes of the outer program
         self.stacked: list[bool] = []  # whether a scan takes one layer of the operand at a time
         self.inputs = [self._append(Node("input", (), k), x) for k, x in enumerate(inputs)]
 
@@ -63,10 +71,16 @@ class Builder:
     def add(self, op: str, *operands: int, params: Any = None) -> int:
         """Adds a node; numbers stand for constants where a float is given."""
         known = [self.constant(x) if isinstance(x, float | np.ndarray) else x for x in operands]
-        if op in SAME_SHAPES and len({self.shape(k) for k in known if isinstance(self.values[k], np.ndarray)}) > 1:
+        if (
+            op in SAME_SHAPES
+            and len({self.shape(k) for k in known if isinstance(self.values[k], np.ndarray)}) > 1
+        ):
             raise Rejected
         small = Dag(
-            (*(Node("input", (), k) for k in range(len(known))), Node(op, tuple(range(len(known))), params)),
+            (
+                *(Node("input", (), k) for k in range(len(known))),
+                Node(op, tuple(range(len(known))), params),
+            ),
             (len(known),),
             {},
             (),
@@ -108,13 +122,21 @@ class Builder:
     def like(self, k: int) -> int:
         """An earlier value of the same shape."""
         shape = self.shape(k)
-        found = [j for j, v in enumerate(self.values) if np.shape(v) == shape and _is_float(v) and j not in self.made]
+        found = [
+            j
+            for j, v in enumerate(self.values)
+            if np.shape(v) == shape and _is_float(v) and j not in self.made
+        ]
         return self.tape.pick(found[::-1])
 
     def widened(self, small: int, k: int, axes: Sequence[int] | None = None) -> int:
         """A value broadcast to another's shape: its axes are that one's last ones, or `axes`."""
         shape = self.shape(k)
-        axes = tuple(range(len(shape) - len(self.shape(small)), len(shape))) if axes is None else tuple(axes)
+        axes = (
+            tuple(range(len(shape) - len(self.shape(small)), len(shape)))
+            if axes is None
+            else tuple(axes)
+        )
         return self.add("broadcast", small, params=(shape, axes))
 
     def step(self, steps: Sequence[tuple[int, Callable]], k: int) -> int:
@@ -133,10 +155,18 @@ class Builder:
                 alive.update(self.nodes[k].operands)
         alive.update(self.inputs)
         new = {k: i for i, k in enumerate(sorted(alive))}
-        nodes = tuple(self.nodes[k]._replace(operands=tuple(new[j] for j in self.nodes[k].operands)) for k in new)
+        nodes = tuple(
+            self.nodes[k]._replace(operands=tuple(new[j] for j in self.nodes[k].operands))
+            for k in new
+        )
         used = {n.params for n in nodes if n.op == "leaf"}
         leaves = {name: x for name, x in self.leaves.items() if name in used}
-        return Dag(nodes, tuple(new[k] for k in outputs), leaves, tuple(self.values[k] for k in self.inputs))
+        return Dag(
+            nodes,
+            tuple(new[k] for k in outputs),
+            leaves,
+            tuple(self.values[k] for k in self.inputs),
+        )
 
 
 def _is_float(value: Any) -> bool:
@@ -157,7 +187,10 @@ def again(b: Builder, shape):
 
 
 def transposed(b: Builder, shape):
-    order = [(*range(len(shape))[:1], *range(len(shape))[:0:-1]), tuple(reversed(range(len(shape))))][b.tape(2)]
+    order = [
+        (*range(len(shape))[:1], *range(len(shape))[:0:-1]),
+        tuple(reversed(range(len(shape)))),
+    ][b.tape(2)]
     return b.add("transpose", b.leaf([shape[a] for a in np.argsort(order)]), params=order)
 
 
@@ -187,7 +220,9 @@ def layer(b: Builder, shape):
     found = [k for k in b.made if b.shape(k) == (2, *shape)]
     whole = found[-1] if found else b.leaf((2, *shape))
     k = b.tape(2)
-    cut = b.add("slice", whole, params=([k, *[0] * len(shape)], [k + 1, *shape], [1] * (1 + len(shape))))
+    cut = b.add(
+        "slice", whole, params=([k, *[0] * len(shape)], [k + 1, *shape], [1] * (1 + len(shape)))
+    )
     return b.add("squeeze", cut, params=(0,))
 
 
@@ -214,10 +249,24 @@ def affine(b: Builder, shape):
         return b.add("add", b.leaf(shape), 1.0)
     if how == 1:
         return b.add("add", 1.0, b.leaf(shape))
-    return b.add("add", b.leaf(shape), numbers(7, size=shape)) if how == 2 else b.add("sub", b.leaf(shape), 0.5)
+    return (
+        b.add("add", b.leaf(shape), numbers(7, size=shape))
+        if how == 2
+        else b.add("sub", b.leaf(shape), 0.5)
+    )
 
 
-WEIGHTS = [*[fresh] * 8, *[again] * 2, transposed, transposed, flat, *[part] * 3, layer, computed, affine]
+WEIGHTS = [
+    *[fresh] * 8,
+    *[again] * 2,
+    transposed,
+    transposed,
+    flat,
+    *[part] * 3,
+    layer,
+    computed,
+    affine,
+]
 
 # Steps: from one value to the next ----------------------------------------------------------------------
 
@@ -296,7 +345,11 @@ def two_matmuls(b: Builder, v: int) -> int:
 def embedding(b: Builder, v: int) -> int:
     """Rows of a table of leaves, chosen by constant numbers or by an input."""
     table = b.weight((3, b.tape.pick([4, 2, 6])))
-    ids = b.inputs[1] if b.tape(2) and b.outer is None else np.array([0, 1, 1, 2][: 2 + b.tape(3)], np.int32)
+    ids = (
+        b.inputs[1]
+        if b.tape(2) and b.outer is None
+        else np.array([0, 1, 1, 2][: 2 + b.tape(3)], np.int32)
+    )
     return b.add(b.tape.pick(["gather", "gather, filled"]), table, ids, params=0)
 
 
@@ -319,7 +372,12 @@ def leaky(b: Builder, v: int) -> int:
     if how == 0:
         return b.add("max", v, 0.0)
     if how == 1:
-        return b.add("where", b.add(b.tape.pick(["gt", "ge", "lt", "le", "ne"]), v, 0.0), v, b.add("mul", v, 0.25))
+        return b.add(
+            "where",
+            b.add(b.tape.pick(["gt", "ge", "lt", "le", "ne"]), v, 0.0),
+            v,
+            b.add("mul", v, 0.25),
+        )
     if how == 2:
         return b.add("where", b.add("lt", 0.0, v), v, b.add("zeros", params=b.shape(v)))
     if how == 3:
@@ -329,7 +387,11 @@ def leaky(b: Builder, v: int) -> int:
 
 def masked(b: Builder, v: int) -> int:
     mask = np.asarray(numbers(5, size=b.shape(v)) > 0)
-    other = b.add("zeros", params=b.shape(v)) if b.tape(4) else np.full(b.shape(v), b.tape.pick([0.0, 0.5]))
+    other = (
+        b.add("zeros", params=b.shape(v))
+        if b.tape(4)
+        else np.full(b.shape(v), b.tape.pick([0.0, 0.5]))
+    )
     return b.add("where", mask, *((v, other) if b.tape(2) else (other, v)))
 
 
@@ -376,13 +438,17 @@ def split_axis(b: Builder, v: int) -> int:
     axis, first = b.tape.pick(
         [(a, f) for a, n in reversed([*enumerate(shape)]) for f in (2, 3) if n % f == 0 and n > f]
     )
-    return b.add("reshape", v, params=(*shape[:axis], first, shape[axis] // first, *shape[axis + 1 :]))
+    return b.add(
+        "reshape", v, params=(*shape[:axis], first, shape[axis] // first, *shape[axis + 1 :])
+    )
 
 
 def merge_axes(b: Builder, v: int) -> int:
     shape = b.shape(v)
     axis = b.tape.pick(range(len(shape) - 1)[::-1])
-    return b.add("reshape", v, params=(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
+    return b.add(
+        "reshape", v, params=(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+    )
 
 
 def reshape_badly(b: Builder, v: int) -> int:
@@ -403,7 +469,9 @@ def repeat(b: Builder, v: int) -> int:
     axis = len(shape) - 1 - b.tape(max(len(shape), 1))
     at = axis + b.tape(2)
     wide = b.add(
-        "broadcast", v, params=((*shape[:at], 2, *shape[at:]), tuple(a + (a >= at) for a in range(len(shape))))
+        "broadcast",
+        v,
+        params=((*shape[:at], 2, *shape[at:]), tuple(a + (a >= at) for a in range(len(shape)))),
     )
     if b.tape(3) == 2 or not shape:
         return wide
@@ -451,7 +519,9 @@ def reverse(b: Builder, v: int) -> int:
 def pad(b: Builder, v: int) -> int:
     axis = b.tape.pick(range(len(b.shape(v)))[::-1])
     edges = b.tape.pick([(0, 1, 0), (1, 0, 0), (1, 2, 0), (0, 0, 1)])
-    return b.add("pad", v, params=tuple(edges if a == axis else (0, 0, 0) for a in range(len(b.shape(v)))))
+    return b.add(
+        "pad", v, params=tuple(edges if a == axis else (0, 0, 0) for a in range(len(b.shape(v))))
+    )
 
 
 def cumulative(b: Builder, v: int) -> int:
@@ -478,7 +548,11 @@ def mixed(b: Builder, v: int) -> int:
     """Probabilities times values: v mixed along one axis by another activation."""
     shape = b.shape(v)
     axis = b.tape.pick(range(len(shape)))
-    found = [k for k, x in enumerate(b.values) if _is_float(x) and x.ndim > 1 and x.shape[-1] == shape[axis]]
+    found = [
+        k
+        for k, x in enumerate(b.values)
+        if _is_float(x) and x.ndim > 1 and x.shape[-1] == shape[axis]
+    ]
     p = b.add(b.tape.pick(["logistic", "tanh", "neg"]), b.tape.pick(found[::-1]))
     last = len(b.shape(p)) - 1
     batch = ((0,), (0,)) if axis and last and b.shape(p)[0] == shape[0] and b.tape(2) else ((), ())
@@ -490,7 +564,12 @@ def mixed(b: Builder, v: int) -> int:
 def scores(b: Builder, v: int) -> int:
     """Two activations contracted along their last axis."""
     last = len(b.shape(v)) - 1
-    return b.add("dot", v, b.like(v), params=(((last,), (last,)), ((0,), (0,)) if b.tape(2) and last > 0 else ((), ())))
+    return b.add(
+        "dot",
+        v,
+        b.like(v),
+        params=(((last,), (last,)), ((0,), (0,)) if b.tape(2) and last > 0 else ((), ())),
+    )
 
 
 def attention(b: Builder, v: int) -> int:
@@ -498,7 +577,9 @@ def attention(b: Builder, v: int) -> int:
     c = b.shape(v)[-1:]
     if len(b.shape(v)) != 2:
         raise Rejected
-    q, k, x = (b.add("dot", v, b.weight((*c, 2)), params=(((1,), (0,)), ((), ()))) for _ in range(3))
+    q, k, x = (
+        b.add("dot", v, b.weight((*c, 2)), params=(((1,), (0,)), ((), ()))) for _ in range(3)
+    )
     if b.tape(2):
         q, x = gain(b, q), bias(b, x)
     p = b.add("exp", b.add("tanh", b.add("dot", q, k, params=(((1,), (1,)), ((), ())))))
@@ -511,7 +592,10 @@ def rows(b: Builder, v: int) -> int:
     if b.shape(v)[axis] < 2:
         raise Rejected
     return b.add(
-        b.tape.pick(["gather", "gather, filled"]), v, b.inputs[1] if b.outer is None and b.tape(2) else ids, params=axis
+        b.tape.pick(["gather", "gather, filled"]),
+        v,
+        b.inputs[1] if b.outer is None and b.tape(2) else ids,
+        params=axis,
     )
 
 
@@ -520,7 +604,9 @@ def window(b: Builder, v: int) -> int:
     shape = b.shape(v)
     axis = b.tape.pick([a for a, n in enumerate(shape) if n > 1])
     ids = b.inputs[1] if b.tape(2) and b.outer is None else np.array([1], np.int32)
-    return b.add("dynamic_slice", v, ids, params=tuple(n - (a == axis) for a, n in enumerate(shape)))
+    return b.add(
+        "dynamic_slice", v, ids, params=tuple(n - (a == axis) for a, n in enumerate(shape))
+    )
 
 
 def cache(b: Builder, v: int) -> int:
@@ -528,7 +614,9 @@ def cache(b: Builder, v: int) -> int:
     shape = b.shape(v)
     axis = b.tape.pick(range(len(shape)))
     ids = b.inputs[1] if b.tape(2) and b.outer is None else np.array([1], np.int32)
-    return b.add("dynamic_update_slice", v, ids, params=tuple(n + (a == axis) for a, n in enumerate(shape)))
+    return b.add(
+        "dynamic_update_slice", v, ids, params=tuple(n + (a == axis) for a, n in enumerate(shape))
+    )
 
 
 def residual(b: Builder, v: int) -> int:
@@ -537,7 +625,12 @@ def residual(b: Builder, v: int) -> int:
     y = b.step(PRODUCERS, v)
     for _ in range(b.tape(3)):
         y = b.step(MOVES, y)
-    back = b.add("dot", y, b.weight((*b.shape(y)[-1:], *shape[-1:])), params=(((len(b.shape(y)) - 1,), (0,)), ((), ())))
+    back = b.add(
+        "dot",
+        y,
+        b.weight((*b.shape(y)[-1:], *shape[-1:])),
+        params=(((len(b.shape(y)) - 1,), (0,)), ((), ())),
+    )
     return b.add("add", *((v, back) if b.tape(2) else (back, v)))
 
 
@@ -639,5 +732,9 @@ def random_dag(numbers_: Iterable[int]) -> Dag:
         for _ in range(tape(5)):
             v = b.step(OUTER, v)
         v = b.step(AFTER, b.step(MATMULS, v))
-    seen = [k for k, x in enumerate(b.values) if _is_float(x) and b.nodes[k].op not in ("leaf", "input", "constant")]
+    seen = [
+        k
+        for k, x in enumerate(b.values)
+        if _is_float(x) and b.nodes[k].op not in ("leaf", "input", "constant")
+    ]
     return b.finish([v, *([tape.pick(seen[::-1])] if seen and tape(8) == 7 else [])])

@@ -78,7 +78,9 @@ def with_zero_point(w, granularity):
     scale = np.where(high == low, 1.0, (high - low) / 15)
     zero = (np.rint(-low / scale) - 8).astype(np.int64)
     values = np.clip(np.rint(w / scale) + zero, -8, 7).astype(np.int64)
-    return Narrow(values, zero, np.ones(w.shape, np.int64), scale, groups_of(granularity, w.shape[1]))
+    return Narrow(
+        values, zero, np.ones(w.shape, np.int64), scale, groups_of(granularity, w.shape[1])
+    )
 
 
 def two_level(w, granularity):
@@ -109,7 +111,9 @@ def quantize(w, scheme):
 def quantize_activations(x, scheme, absmax=None):
     """The activation (rows, inner): a scale a row, or one; `absmax` gives the static one."""
     x = np.asarray(x, np.float64)
-    largest = np.abs(x).max(1, keepdims=True) if scheme.activations == "per_token" else np.abs(x).max()
+    largest = (
+        np.abs(x).max(1, keepdims=True) if scheme.activations == "per_token" else np.abs(x).max()
+    )
     if scheme.activations == "static" and absmax is not None:
         largest = np.asarray(absmax, np.float64)
     scale = np.broadcast_to(largest / BOUNDS[scheme.activation_format], (*x.shape[:1], 1))
@@ -129,7 +133,9 @@ def matmul(x, w, scheme, absmax=None):
     weight = quantize(w, scheme)
     if scheme.activations is None:
         x, w = np.asarray(x, np.float64), weight.floats
-        reach = np.abs(x) + np.abs(x).max(1, keepdims=True)  # digits leave out parts of the row's absmax
+        reach = np.abs(x) + np.abs(x).max(
+            1, keepdims=True
+        )  # digits leave out parts of the row's absmax
         return Result(x @ w.T, reach @ np.abs(w).T)
     q, scale = quantize_activations(x, scheme, absmax)
     if scheme.two_level:  # one float scale for every output
@@ -220,7 +226,9 @@ def _near_in_x(x, scheme):
 def _near_in_w(w, scheme):
     if scheme.two_level:
         return _near(w / two_level(w, scheme.weights).scale, "int8")
-    ties = _near(w / quantize(w, scheme).scale, "int8" if scheme.zero_point else scheme.weight_format)
+    ties = _near(
+        w / quantize(w, scheme).scale, "int8" if scheme.zero_point else scheme.weight_format
+    )
     if scheme.zero_point:
         low, _ = extremes(w, scheme.weights)
         ties |= (w == low) & _near(np.minimum(low, 0) / quantize(w, scheme).scale, "int8")

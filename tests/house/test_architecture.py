@@ -68,7 +68,9 @@ def test_a_room_imports_only_what_it_may(path):
         if room == "commands" and imported in sqjax.__all__:
             continue  # the commands are users of the library too
         helper = re.match("_[a-z]", imported)
-        assert helper or imported in {room, *allowed}, f"{path}:{line}: {room} may not import {name}"
+        assert helper or imported in {room, *allowed}, (
+            f"{path}:{line}: {room} may not import {name}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -117,12 +119,24 @@ def test_files_name_no_machine(path):
     assert not found
 
 
-HEAVY = ("flax", "transformers", "torch", "matplotlib", "tensorflow", "gguf", "tokenizers", "safetensors", "optax")
+HEAVY = (
+    "flax",
+    "transformers",
+    "torch",
+    "matplotlib",
+    "tensorflow",
+    "gguf",
+    "tokenizers",
+    "safetensors",
+    "optax",
+)
 
 
 def loaded_by(statement):
     code = f"import sys; {statement}; print([m for m in {HEAVY} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True
+    )
     return set(ast.literal_eval(run.stdout))
 
 
@@ -133,8 +147,16 @@ def test_importing_sqjax_loads_nothing_heavy():
 def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
     assert loaded_by("import sqjax; sqjax.linen.QuantDense") >= {"flax"}
     assert loaded_by("import sqjax; sqjax.nnx.QuantLinear") >= {"flax"}
-    assert not loaded_by("import sqjax; sqjax.models.LlamaConfig") & {"transformers", "torch", "matplotlib"}
-    users = {path.parts[0] for path in FILES if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)}
+    assert not loaded_by("import sqjax; sqjax.models.LlamaConfig") & {
+        "transformers",
+        "torch",
+        "matplotlib",
+    }
+    users = {
+        path.parts[0]
+        for path in FILES
+        if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)
+    }
     assert users == {"layers", "models"}
 
 
@@ -148,7 +170,9 @@ def test_an_unknown_name_is_an_attribute_error():
 PUBLIC = {
     name: value
     for name, value in vars(sqjax).items()
-    if not name.startswith("_") and not inspect.ismodule(value) and not isinstance(value, sqjax.Scheme)
+    if not name.startswith("_")
+    and not inspect.ismodule(value)
+    and not isinstance(value, sqjax.Scheme)
     if getattr(value, "__module__", "").startswith("sqjax")
 }
 _linen = importlib.import_module("sqjax.linen")
@@ -161,11 +185,31 @@ FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild"
 def test_the_public_names_are_these():
     presets = {name for name, value in vars(sqjax).items() if isinstance(value, sqjax.Scheme)}
     assert presets == {
-        *("W8A8", "W8A8_O1", "W8A8_O2", "W8A8_O3", "W8A8_OUTLIERS", "W8A16", "W4A16", "W4A16_G64", "W4A8"),
+        *(
+            "W8A8",
+            "W8A8_O1",
+            "W8A8_O2",
+            "W8A8_O3",
+            "W8A8_OUTLIERS",
+            "W8A16",
+            "W4A16",
+            "W4A16_G64",
+            "W4A8",
+        ),
         *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
     }
     assert set(PUBLIC) == {
-        *("calibrate", "scales", "fold", "fold_stats", "smooth", "quantize", "quantized", "smoothquant", "verify"),
+        *(
+            "calibrate",
+            "scales",
+            "fold",
+            "fold_stats",
+            "smooth",
+            "quantize",
+            "quantized",
+            "smoothquant",
+            "verify",
+        ),
         *(
             "QTensor",
             "QuantWeight",
@@ -185,7 +229,9 @@ def test_the_public_names_are_these():
 def test_a_public_name_has_an_example_that_runs(name):
     value = {**PUBLIC, **FLAX}[name]
     [test] = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs={})]
-    assert any(example.want for example in test.examples), f"sqjax.{name} has no example that shows a result"
+    assert any(example.want for example in test.examples), (
+        f"sqjax.{name} has no example that shows a result"
+    )
     report = []
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
@@ -208,4 +254,6 @@ def test_every_module_and_public_definition_has_a_docstring(path):
     tree = ast.parse((ROOT / path).read_text())
     assert ast.get_docstring(tree)
     definitions = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    assert not [n.name for n in definitions if not n.name.startswith("_") and not ast.get_docstring(n)]
+    assert not [
+        n.name for n in definitions if not n.name.startswith("_") and not ast.get_docstring(n)
+    ]

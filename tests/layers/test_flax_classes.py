@@ -66,16 +66,27 @@ def kernels(path, *names):
 
 def opt():
     config = hf.OPTConfig(
-        vocab_size=31, hidden_size=8, ffn_dim=12, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
+        vocab_size=31,
+        hidden_size=8,
+        ffn_dim=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
     )
     layer = "model/decoder/layers/0"
     groups = [
-        (8, norm(f"{layer}/self_attn_layer_norm"), kernels(f"{layer}/self_attn", "q_proj", "k_proj", "v_proj")),
+        (
+            8,
+            norm(f"{layer}/self_attn_layer_norm"),
+            kernels(f"{layer}/self_attn", "q_proj", "k_proj", "v_proj"),
+        ),
         (8, dense(f"{layer}/self_attn/v_proj"), kernels(layer, "self_attn/out_proj")),
         (8, norm(f"{layer}/final_layer_norm"), kernels(layer, "fc1")),
         (12, dense(f"{layer}/fc1"), kernels(layer, "fc2")),
     ]
-    return Case("FlaxOPTForCausalLM", config, (IDS,), groups, {"model/decoder/embed_tokens/embedding": TIED})
+    return Case(
+        "FlaxOPTForCausalLM", config, (IDS,), groups, {"model/decoder/embed_tokens/embedding": TIED}
+    )
 
 
 def gpt2():
@@ -115,7 +126,9 @@ def gpt_neo():
 
 def gptj():
     """One norm feeds attention and MLP, side by side."""
-    config = hf.GPTJConfig(vocab_size=31, n_embd=8, n_layer=1, n_head=2, rotary_dim=2, n_positions=16)
+    config = hf.GPTJConfig(
+        vocab_size=31, n_embd=8, n_layer=1, n_head=2, rotary_dim=2, n_positions=16
+    )
     layer = "transformer/h/0"
     qkv = kernels(f"{layer}/attn", "q_proj", "k_proj", "v_proj")
     groups = [
@@ -123,7 +136,9 @@ def gptj():
         (8, dense(f"{layer}/attn/v_proj", bias=False), kernels(layer, "attn/out_proj")),
         (8, norm("transformer/ln_f"), ["lm_head/kernel"]),
     ]
-    return Case("FlaxGPTJForCausalLM", config, (IDS,), groups, {f"{layer}/mlp/fc_out/kernel": CURVED})
+    return Case(
+        "FlaxGPTJForCausalLM", config, (IDS,), groups, {f"{layer}/mlp/fc_out/kernel": CURVED}
+    )
 
 
 def bloom():
@@ -132,10 +147,17 @@ def bloom():
     layer = "transformer/h/0"
     groups = [
         (8, norm(f"{layer}/input_layernorm"), kernels(layer, "self_attention/query_key_value")),
-        (8, dense(f"{layer}/self_attention/query_key_value"), kernels(layer, "self_attention/dense")),
+        (
+            8,
+            dense(f"{layer}/self_attention/query_key_value"),
+            kernels(layer, "self_attention/dense"),
+        ),
         (8, norm(f"{layer}/post_attention_layernorm"), kernels(layer, "mlp/dense_h_to_4h")),
     ]
-    refused = {f"{layer}/mlp/dense_4h_to_h/kernel": CURVED, "transformer/word_embeddings/embedding": TIED}
+    refused = {
+        f"{layer}/mlp/dense_4h_to_h/kernel": CURVED,
+        "transformer/word_embeddings/embedding": TIED,
+    }
     return Case("FlaxBloomForCausalLM", config, (IDS,), groups, refused)
 
 
@@ -154,9 +176,21 @@ def gated(values):
     """Llama's layer: `values` channels of v are read by all heads; SiLU bars the gate, not `up`."""
     layer = "model/layers/0"
     return [
-        (8, norm(f"{layer}/input_layernorm", "weight", bias=False), kernels(f"{layer}/self_attn", *QKV)),
-        (values, dense(f"{layer}/self_attn/v_proj", bias=False), kernels(layer, "self_attn/o_proj")),
-        (8, norm(f"{layer}/post_attention_layernorm", "weight", bias=False), kernels(f"{layer}/mlp", *GATE_UP)),
+        (
+            8,
+            norm(f"{layer}/input_layernorm", "weight", bias=False),
+            kernels(f"{layer}/self_attn", *QKV),
+        ),
+        (
+            values,
+            dense(f"{layer}/self_attn/v_proj", bias=False),
+            kernels(layer, "self_attn/o_proj"),
+        ),
+        (
+            8,
+            norm(f"{layer}/post_attention_layernorm", "weight", bias=False),
+            kernels(f"{layer}/mlp", *GATE_UP),
+        ),
         (12, dense(f"{layer}/mlp/up_proj", bias=False), kernels(layer, "mlp/down_proj")),
     ]
 
@@ -176,7 +210,9 @@ def mistral():
 
 def gemma():
     """Gains are 1 + w; one key and value head of four channels; the head is tied."""
-    config = hf.GemmaConfig(**SMALL | {"num_key_value_heads": 1}, head_dim=4, hidden_activation="gelu_pytorch_tanh")
+    config = hf.GemmaConfig(
+        **SMALL | {"num_key_value_heads": 1}, head_dim=4, hidden_activation="gelu_pytorch_tanh"
+    )
     refused = {"model/embed_tokens/embedding": TIED}
     return Case("FlaxGemmaForCausalLM", config, (IDS,), gated(4), refused, affine=True)
 
@@ -198,8 +234,13 @@ def post_norm(name, head):
         (8, dense(f"{layer}/attention/self/value"), kernels(layer, "attention/output/dense")),
         (8, norm(f"{layer}/output/LayerNorm"), [head]),
     ]
-    refused = {path: RESIDUAL for path in kernels(f"{layer}/attention/self", "query", "key", "value")}
-    refused |= {f"{layer}/intermediate/dense/kernel": RESIDUAL, f"{layer}/output/dense/kernel": CURVED}
+    refused = {
+        path: RESIDUAL for path in kernels(f"{layer}/attention/self", "query", "key", "value")
+    }
+    refused |= {
+        f"{layer}/intermediate/dense/kernel": RESIDUAL,
+        f"{layer}/output/dense/kernel": CURVED,
+    }
     return groups, refused | {f"{name}/embeddings/word_embeddings/embedding": TIED}
 
 
@@ -215,12 +256,20 @@ def roberta():
 
 def vit():
     """The patches' convolution stays float, and the graph says so."""
-    sizes = {key: value for key, value in ENCODER.items() if key not in ("vocab_size", "max_position_embeddings")}
+    sizes = {
+        key: value
+        for key, value in ENCODER.items()
+        if key not in ("vocab_size", "max_position_embeddings")
+    }
     config = hf.ViTConfig(**sizes, image_size=4, patch_size=2, num_labels=3)
     layer = "vit/encoder/layer/0"
     attention = f"{layer}/attention"
     groups = [
-        (8, norm(f"{layer}/layernorm_before"), kernels(f"{attention}/attention", "query", "key", "value")),
+        (
+            8,
+            norm(f"{layer}/layernorm_before"),
+            kernels(f"{attention}/attention", "query", "key", "value"),
+        ),
         (8, dense(f"{attention}/attention/value"), kernels(attention, "output/dense")),
         (8, norm(f"{layer}/layernorm_after"), kernels(layer, "intermediate/dense")),
         (8, norm("vit/layernorm"), ["classifier/kernel"]),
@@ -238,13 +287,19 @@ def clip_text():
     config = hf.CLIPTextConfig(**ENCODER, projection_dim=6, eos_token_id=30)
     layer = "text_model/encoder/layers/0"
     groups = [
-        (8, norm(f"{layer}/layer_norm1"), kernels(f"{layer}/self_attn", "q_proj", "k_proj", "v_proj")),
+        (
+            8,
+            norm(f"{layer}/layer_norm1"),
+            kernels(f"{layer}/self_attn", "q_proj", "k_proj", "v_proj"),
+        ),
         (8, dense(f"{layer}/self_attn/v_proj"), kernels(layer, "self_attn/out_proj")),
         (8, norm(f"{layer}/layer_norm2"), kernels(layer, "mlp/fc1")),
         (8, norm("text_model/final_layer_norm"), ["text_projection/kernel"]),
     ]
     refused = {f"{layer}/mlp/fc2/kernel": CURVED}
-    return Case("FlaxCLIPTextModelWithProjection", config, (IDS,), groups, refused, outputs="text_embeds")
+    return Case(
+        "FlaxCLIPTextModelWithProjection", config, (IDS,), groups, refused, outputs="text_embeds"
+    )
 
 
 def whisper():
@@ -277,7 +332,11 @@ def whisper():
         ]
         refused[f"{layer}/fc2/kernel"] = CURVED
     groups += [
-        (8, norm("model/encoder/layer_norm"), kernels(f"{decoder}/encoder_attn", "k_proj", "v_proj")),
+        (
+            8,
+            norm("model/encoder/layer_norm"),
+            kernels(f"{decoder}/encoder_attn", "k_proj", "v_proj"),
+        ),
         (8, norm(f"{decoder}/encoder_attn_layer_norm"), kernels(decoder, "encoder_attn/q_proj")),
         (8, dense(f"{decoder}/encoder_attn/v_proj"), kernels(decoder, "encoder_attn/out_proj")),
     ]
@@ -286,7 +345,21 @@ def whisper():
     return Case("FlaxWhisperForConditionalGeneration", config, (sound, IDS), groups, refused)
 
 
-CASES = [opt, gpt2, gpt_neo, gptj, bloom, llama, mistral, gemma, bert, roberta, vit, clip_text, whisper]
+CASES = [
+    opt,
+    gpt2,
+    gpt_neo,
+    gptj,
+    bloom,
+    llama,
+    mistral,
+    gemma,
+    bert,
+    roberta,
+    vit,
+    clip_text,
+    whisper,
+]
 
 
 def random_leaf(path, shape):
@@ -307,7 +380,9 @@ def built(build):
     """The model with random parameters, calibrated; once for all tests."""
     case = build()
     model = getattr(hf, case.model)(case.config, _do_init=False)
-    fn, params = from_flax(model, map_named(random_leaf, model.params_shape_tree), outputs=case.outputs)
+    fn, params = from_flax(
+        model, map_named(random_leaf, model.params_shape_tree), outputs=case.outputs
+    )
     return Built(case, fn, params, sq.calibrate(fn, params, [case.args]))
 
 
@@ -339,8 +414,14 @@ def folded(build):
     """((outputs, parameters) at s = 1, the same at powers of two) of one compiled program with s as an argument."""
     case, fn, params, stats = built(build)
     rng = np.random.default_rng(3)
-    draw = {g.name: 2.0 ** (rng.integers(1, 4, g.size) * rng.choice([-1, 1], g.size)) for g in stats.graph.groups}
-    ones, drawn = ({name: jnp.asarray(f(s), jnp.float32) for name, s in draw.items()} for f in (np.ones_like, np.array))
+    draw = {
+        g.name: 2.0 ** (rng.integers(1, 4, g.size) * rng.choice([-1, 1], g.size))
+        for g in stats.graph.groups
+    }
+    ones, drawn = (
+        {name: jnp.asarray(f(s), jnp.float32) for name, s in draw.items()}
+        for f in (np.ones_like, np.array)
+    )
     run = jax.jit(lambda p, s, args: (fn(changed := sq.fold(p, stats.graph, s), *args), changed))
     return run(params, ones, case.args), run(params, drawn, case.args)
 
@@ -409,7 +490,9 @@ def test_interleaved_heads_absorb_in_their_values_only():
 def test_query_heads_that_read_one_value_head_share_its_scales(build, heads):
     attention = "model/layers/0/self_attn"
     site, columns = labels_of(build, f"{attention}/o_proj/kernel", f"{attention}/v_proj/kernel")
-    shape = {"llama": (2, 2, 2), "mistral": (2, 2, 2), "gemma": (1, 4, 4)}[build.__name__]  # (kv heads, queries, d)
+    shape = {"llama": (2, 2, 2), "mistral": (2, 2, 2), "gemma": (1, 4, 4)}[
+        build.__name__
+    ]  # (kv heads, queries, d)
     site = site.reshape(shape)
     np.testing.assert_array_equal(site, np.broadcast_to(site[:, :1], shape))
     np.testing.assert_array_equal(columns.ravel(), site[:, 0].ravel())
@@ -462,7 +545,9 @@ def test_the_function_is_the_model():
     assert jax.tree.structure(own) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, own, params))
     mask = np.tril(np.ones(5, int))[[2, 4]]
-    expected, got = (jax.jit(f)(IDS, mask) for f in (model, lambda ids, mask: fn(own, ids, attention_mask=mask)))
+    expected, got = (
+        jax.jit(f)(IDS, mask) for f in (model, lambda ids, mask: fn(own, ids, attention_mask=mask))
+    )
     assert type(got) is type(expected)
     np.testing.assert_array_equal(got.logits, expected.logits)
     assert list(got) == ["logits"]
@@ -480,7 +565,9 @@ def test_named_outputs():
     }
     np.testing.assert_array_equal(got["logits"], jax.jit(fn)(params, *case.args))
     wrong, _ = from_flax(model, params, outputs="logit")
-    with pytest.raises(ValueError, match=r"FlaxWhisper\w+: outputs \['logit'\]: expected some of \['logits'"):
+    with pytest.raises(
+        ValueError, match=r"FlaxWhisper\w+: outputs \['logit'\]: expected some of \['logits'"
+    ):
         jax.eval_shape(wrong, params, *case.args)
 
 
@@ -538,7 +625,9 @@ def test_quantized_generate_is_greedy_decoding_in_int8(build):
     """With a scale for every token, what a token sees does not depend on the cache: both ways agree."""
     _, fn, params, stats = built(build)
     qparams = sq.quantize(params, stats, sq.W8A8)
-    program = jax.jit(sq.quantized(fn.generate), static_argnames=STATIC).trace(qparams, IDS, **ENDLESS)
+    program = jax.jit(sq.quantized(fn.generate), static_argnames=STATIC).trace(
+        qparams, IDS, **ENDLESS
+    )
     got = program.lower().compile()(qparams, IDS).sequences
     np.testing.assert_array_equal(got, greedy(jax.jit(sq.quantized(fn)), qparams, IDS, 4))
     int8 = [dot for dot in jaxprs.dots(program.jaxpr) if dot.dtypes == jaxprs.INT8_DOT]
@@ -560,7 +649,9 @@ def test_speech_is_transcribed_in_int8():
     """The encoder runs once, the decoder from its start token on."""
     case, fn, params, stats = built(whisper)
     qparams, sound = sq.quantize(params, stats, sq.W8A8), case.args[0]
-    got = jax.jit(sq.quantized(fn.generate), static_argnames=STATIC)(qparams, sound, **ENDLESS).sequences
+    got = jax.jit(sq.quantized(fn.generate), static_argnames=STATIC)(
+        qparams, sound, **ENDLESS
+    ).sequences
     expected = greedy(jax.jit(sq.quantized(fn)), qparams, np.ones((2, 1), int), 4, sound)
     np.testing.assert_array_equal(got, expected)
 
@@ -570,7 +661,13 @@ def test_speech_is_transcribed_in_int8():
 LLAMA, MISTRAL = SMALL, SMALL | {"sliding_window": 16}
 GEMMA = SMALL | {"head_dim": 4, "num_key_value_heads": 1}
 GPT2 = {"vocab_size": 31, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
-OPT = {"vocab_size": 31, "hidden_size": 8, "ffn_dim": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+OPT = {
+    "vocab_size": 31,
+    "hidden_size": 8,
+    "ffn_dim": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 LOAD = r"read the checkpoint with sqjax\.models\.load\(directory\)"
 OWN = r"write the model as a function of \(params, \*inputs\)"
 
@@ -584,18 +681,58 @@ OWN = r"write the model as a function of \(params, \*inputs\)"
             {"rope_theta": 5e5},
             rf"rope_theta = 500000\.0: .*base 10000; {LOAD}",
         ),
-        ("LlamaModel", LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, f"rope_scaling = .*{LOAD}"),
-        ("LlamaForCausalLM", LLAMA, {"tie_word_embeddings": True}, f"tie_word_embeddings = True: .*own; {LOAD}"),
+        (
+            "LlamaModel",
+            LLAMA,
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            f"rope_scaling = .*{LOAD}",
+        ),
+        (
+            "LlamaForCausalLM",
+            LLAMA,
+            {"tie_word_embeddings": True},
+            f"tie_word_embeddings = True: .*own; {LOAD}",
+        ),
         ("LlamaForCausalLM", LLAMA, {"mlp_bias": True}, "mlp_bias = True: .*no biases in its MLP"),
-        ("LlamaForCausalLM", LLAMA, {"head_dim": 4}, "head_dim = 4: .*hidden_size / num_attention_heads"),
-        ("LlamaForCausalLM", LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: .*whole heads"),
+        (
+            "LlamaForCausalLM",
+            LLAMA,
+            {"head_dim": 4},
+            "head_dim = 4: .*hidden_size / num_attention_heads",
+        ),
+        (
+            "LlamaForCausalLM",
+            LLAMA,
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor = 0.5: .*whole heads",
+        ),
         ("MistralForCausalLM", MISTRAL, {"rope_theta": 1e6}, rf"rope_theta = 1000000\.0: .*{LOAD}"),
-        ("MistralForCausalLM", MISTRAL, {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-        ("MistralForCausalLM", MISTRAL, {"sliding_window": 3}, "sliding_window = 3: .*one token too few"),
-        ("MistralForCausalLM", MISTRAL, {"sliding_window": None}, "sliding_window = None: .*all tokens but the last"),
+        (
+            "MistralForCausalLM",
+            MISTRAL,
+            {"tie_word_embeddings": True},
+            "tie_word_embeddings = True",
+        ),
+        (
+            "MistralForCausalLM",
+            MISTRAL,
+            {"sliding_window": 3},
+            "sliding_window = 3: .*one token too few",
+        ),
+        (
+            "MistralForCausalLM",
+            MISTRAL,
+            {"sliding_window": None},
+            "sliding_window = None: .*all tokens but the last",
+        ),
         ("MistralForCausalLM", MISTRAL, {"head_dim": 4}, "head_dim = 4"),
         ("GemmaForCausalLM", GEMMA, {"rope_theta": 1e6}, f"rope_theta = .*{OWN}"),
-        ("GPT2LMHeadModel", GPT2, {"scale_attn_weights": False}, f"scale_attn_weights = False.*{OWN}"),
+        (
+            "GPT2LMHeadModel",
+            GPT2,
+            {"scale_attn_weights": False},
+            f"scale_attn_weights = False.*{OWN}",
+        ),
         (
             "GPT2Model",
             GPT2,
@@ -603,9 +740,24 @@ OWN = r"write the model as a function of \(params, \*inputs\)"
             f"scale_attn_by_.* = True.*{OWN}",
         ),
         ("OPTForCausalLM", OPT, {"enable_bias": False}, f"enable_bias = False: .*{OWN}"),
-        ("OPTForCausalLM", OPT, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
-        ("BertModel", ENCODER, {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
-        ("RobertaModel", ENCODER, {"position_embedding_type": "relative_key"}, "has absolute positions"),
+        (
+            "OPTForCausalLM",
+            OPT,
+            {"layer_norm_elementwise_affine": False},
+            "layer_norm_elementwise_affine = False",
+        ),
+        (
+            "BertModel",
+            ENCODER,
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type = 'relative_key'",
+        ),
+        (
+            "RobertaModel",
+            ENCODER,
+            {"position_embedding_type": "relative_key"},
+            "has absolute positions",
+        ),
     ],
 )
 def test_fields_that_a_class_ignores(model, config, change, message):
@@ -616,8 +768,13 @@ def test_fields_that_a_class_ignores(model, config, change, message):
         from_flax(other, {})
     from_flax(plain, {})
     assert str(plain.params_shape_tree) == str(other.params_shape_tree)
-    programs = [jax.make_jaxpr(lambda p, m=m: m(IDS, params=p)[0])(plain.params_shape_tree) for m in (plain, other)]
-    same = len({str(p) for p in programs}) == 1 and all(map(np.array_equal, *(p.consts for p in programs)))
+    programs = [
+        jax.make_jaxpr(lambda p, m=m: m(IDS, params=p)[0])(plain.params_shape_tree)
+        for m in (plain, other)
+    ]
+    same = len({str(p) for p in programs}) == 1 and all(
+        map(np.array_equal, *(p.consts for p in programs))
+    )
     assert same == ("sliding_window" not in change)
 
 
@@ -628,7 +785,9 @@ def test_mistral_masks_one_token_too_few():
         config = hf.MistralConfig(**SMALL, sliding_window=window)
         model = hf.FlaxMistralForCausalLM(config, _do_init=False)
         params = map_named(random_leaf, model.params_shape_tree)
-        run = jax.jit(lambda params, ids: model(ids, params=params, output_attentions=True).attentions[0])
+        run = jax.jit(
+            lambda params, ids: model(ids, params=params, output_attentions=True).attentions[0]
+        )
         attention = run(params, np.arange(3, 15)[None])
         return np.count_nonzero(attention[0, 0, -1])
 
@@ -637,28 +796,37 @@ def test_mistral_masks_one_token_too_few():
 
 def test_every_problem_in_one_error():
     config = hf.LlamaConfig(**SMALL, rope_theta=5e5, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"FlaxLlamaForCausalLM would compute (.|\n)*rope_theta(.|\n)*tie_word_emb"):
+    with pytest.raises(
+        ValueError, match=r"FlaxLlamaForCausalLM would compute (.|\n)*rope_theta(.|\n)*tie_word_emb"
+    ):
         from_flax(hf.FlaxLlamaForCausalLM(config, _do_init=False), {})
 
 
 @pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda a: f"{a.classes}-{a.field}")
 def test_the_table_is_true_of_the_installed_classes(assumption):
     """No class of these names reads the field, but for two that read and misuse it."""
-    names = [name for name in dir(hf) if re.match(assumption.classes, name) and name.startswith("Flax")]
+    names = [
+        name for name in dir(hf) if re.match(assumption.classes, name) and name.startswith("Flax")
+    ]
     assert names
     source = {inspect.getsource(inspect.getmodule(getattr(hf, name))) for name in names}
     reads = any(re.search(rf"config\.{assumption.field}\b", text) for text in source)
     misused = assumption.classes.startswith("FlaxMistral") and assumption.field == "sliding_window"
-    misused |= "Mistral" in assumption.classes and assumption.field == "rope_theta"  # stored, then used by nothing
+    misused |= (
+        "Mistral" in assumption.classes and assumption.field == "rope_theta"
+    )  # stored, then used by nothing
     assert reads == misused
 
 
 def test_what_is_no_flax_model():
-    with pytest.raises(ValueError, match=r"expected one of Hugging Face's Flax models .*, got OPTConfig"):
+    with pytest.raises(
+        ValueError, match=r"expected one of Hugging Face's Flax models .*, got OPTConfig"
+    ):
         from_flax(hf.OPTConfig())
     model = hf.FlaxOPTForCausalLM(opt().config, _do_init=False)
     with pytest.raises(
-        ValueError, match=r"holds no parameters \(_do_init=False\); pass them: from_flax\(model, params\)"
+        ValueError,
+        match=r"holds no parameters \(_do_init=False\); pass them: from_flax\(model, params\)",
     ):
         from_flax(model)
 

@@ -15,7 +15,12 @@ from sqjax.linen import QuantDense, QuantDenseGeneral, quantize_dense, quantize_
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.quant_weight import QuantWeight
 
-SCHEMES = {"O1": sq.W8A8_O1, "O2": sq.W8A8_O2, "O3": sq.W8A8_O3, "per_tensor": sq.Scheme(weights="per_tensor")}
+SCHEMES = {
+    "O1": sq.W8A8_O1,
+    "O2": sq.W8A8_O2,
+    "O3": sq.W8A8_O3,
+    "per_tensor": sq.Scheme(weights="per_tensor"),
+}
 #: Every preset for matmuls, with what relative error its rounding may leave in a product of 128 random channels.
 PRESETS = {
     "W8A8_O1": (sq.W8A8_O1, 0.03),
@@ -77,7 +82,9 @@ def test_a_smoothed_float_layer_is_the_same_layer(alpha):
     smoothed = {**params, "kernel": params["kernel"] * s[:, None]}
     assert float(s.max() / s.min()) > 2
     plain = nn.Dense(8).apply({"params": params}, x)
-    chex.assert_trees_all_close(nn.Dense(8).apply({"params": smoothed}, x / s[None, :]), plain, rtol=1e-5, atol=1e-4)
+    chex.assert_trees_all_close(
+        nn.Dense(8).apply({"params": smoothed}, x / s[None, :]), plain, rtol=1e-5, atol=1e-4
+    )
     assert not np.allclose(nn.Dense(8).apply({"params": smoothed}, x), plain, rtol=1e-2)
 
 
@@ -88,10 +95,15 @@ def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
     params, x = layer()
     expected, got = float_and_int8(params, x, scheme, smooth)
     s = smoothing_of(params, x)[1] if smooth else jnp.ones(32)
-    x, w = np.asarray(x / s[None, :], np.float64), np.asarray(params["kernel"] * s[:, None], np.float64)
+    x, w = (
+        np.asarray(x / s[None, :], np.float64),
+        np.asarray(params["kernel"] * s[:, None], np.float64),
+    )
     sx = numpy_int8.scale_of(x, 1 if scheme.activations == "per_token" else None).astype(np.float64)
     sw = numpy_int8.scale_of(w, 0 if scheme.weights == "per_channel" else None).astype(np.float64)
-    bound = np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
+    bound = (
+        np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
+    )
     rounding = 1e-5 * (np.abs(x) @ np.abs(w) + 10)
     error = np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64))
     assert (error <= bound + rounding).all()
@@ -102,7 +114,9 @@ def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
 @pytest.mark.parametrize("scheme", ["O2", "O3"])
 def test_smoothing_reduces_the_error_where_channels_are_outliers(scheme):
     params, x = layer()
-    rough, smooth = (total_error(float_and_int8(params, x, SCHEMES[scheme], smooth)) for smooth in (False, True))
+    rough, smooth = (
+        total_error(float_and_int8(params, x, SCHEMES[scheme], smooth)) for smooth in (False, True)
+    )
     assert smooth < rough / 2
 
 
@@ -123,7 +137,9 @@ def test_is_the_integer_product_of_numpy(bias):
     params, x = layer(bias=bias)
     x = numpy_int8.away_from_ties(x, 1)
     params["kernel"] = jnp.asarray(numpy_int8.away_from_ties(params["kernel"], 0))
-    expected = numpy_int8.matmul(x, params["kernel"]) + (np.asarray(params["bias"])[None, :] if bias else 0)
+    expected = numpy_int8.matmul(x, params["kernel"]) + (
+        np.asarray(params["bias"])[None, :] if bias else 0
+    )
     got = QuantDense(8, use_bias=bias).apply({"params": quantize_dense(params)}, jnp.asarray(x))
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
     assert total_error((got, nn.Dense(8, use_bias=bias).apply({"params": params}, x))) > 1e-2
@@ -146,7 +162,9 @@ def test_jit_vmap_and_leading_axes_agree():
     params, x = layer()
     variables = {"params": quantize_dense(params)}
     eager = QuantDense(8).apply(variables, x)
-    chex.assert_trees_all_close(jax.jit(QuantDense(8).apply)(variables, x), eager, rtol=1e-4, atol=1e-3)
+    chex.assert_trees_all_close(
+        jax.jit(QuantDense(8).apply)(variables, x), eager, rtol=1e-4, atol=1e-3
+    )
     rows = jax.vmap(lambda x: QuantDense(8).apply(variables, x))(x)
     chex.assert_trees_all_close(rows, eager, rtol=1e-4, atol=1e-3)
     batched = QuantDense(8).apply(variables, x.reshape(2, 3, 32))
@@ -180,12 +198,16 @@ def test_init_makes_parameters_that_run(scheme):
     expected = x @ sq.dequantize(params["kernel"].tensor)
     error = jnp.abs(QuantDense(8, scheme=scheme).apply(variables, x) - expected).max()
     assert 1e-4 < float(error) < 0.1
-    float_kernel = nn.Dense(8).init(jax.random.key(0), x)["params"]["kernel"]  # the same draw, quantized
+    float_kernel = nn.Dense(8).init(jax.random.key(0), x)["params"][
+        "kernel"
+    ]  # the same draw, quantized
     assert float(jnp.abs(sq.dequantize(params["kernel"].tensor) - float_kernel).max()) < 0.01
 
 
 def test_init_without_bias_has_no_bias():
-    assert set(QuantDense(8, use_bias=False).init(jax.random.key(0), normal(5, 16))["params"]) == {"kernel"}
+    assert set(QuantDense(8, use_bias=False).init(jax.random.key(0), normal(5, 16))["params"]) == {
+        "kernel"
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,7 +229,10 @@ def test_dtypes_are_those_of_nn_dense(x, param, dtype, expected):
     got = QuantDense(8, dtype=dtype, param_dtype=param).apply({"params": qparams}, inputs)
     reference = nn.Dense(8, dtype=dtype, param_dtype=param).apply({"params": params}, inputs)
     assert got.dtype == reference.dtype == expected
-    error = np.abs(got.astype(np.float32) - reference.astype(np.float32)).max() / np.abs(reference).max()
+    error = (
+        np.abs(got.astype(np.float32) - reference.astype(np.float32)).max()
+        / np.abs(reference).max()
+    )
     assert 1e-3 < error < 0.05
 
 
@@ -252,7 +277,9 @@ def test_lifts_through_vmap_and_scan():
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
     each = [QuantDense(16, use_bias=False).apply({"params": p}, x) for p in layers]
 
-    over_layers = nn.vmap(QuantDense, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True})
+    over_layers = nn.vmap(
+        QuantDense, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True}
+    )
     got = over_layers(16, use_bias=False).apply({"params": stacked}, x)
     chex.assert_trees_all_close(got, jnp.stack(each), rtol=1e-5, atol=1e-5)
     assert total_error((got, jnp.einsum("ti,lio->lto", x, kernels))) > 1e-3
@@ -289,9 +316,9 @@ def test_every_scheme_runs_and_is_trained_around(scheme, error):
     chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
     g = normal(6, 16, seed=4)
     dx = jax.grad(lambda x: jnp.sum(run(x) * g))(x)
-    assert (0.98 if "4" in scheme.weight_format or scheme.weight_format == "e5m2" else 0.99) < cosine(
-        dx, g @ params["kernel"].T
-    )
+    assert (
+        0.98 if "4" in scheme.weight_format or scheme.weight_format == "e5m2" else 0.99
+    ) < cosine(dx, g @ params["kernel"].T)
 
 
 @each_preset
@@ -303,11 +330,13 @@ def test_init_measures_its_input_for_every_scheme(scheme, error):
     expected = quantize_dense(drawn, scheme, absmax=jnp.max(jnp.abs(x), axis=0))
     chex.assert_trees_all_equal(variables["params"], expected)
     if scheme.outliers is None:
-        assert jax.tree.structure(jax.eval_shape(module.init, jax.random.key(0), x)["params"]) == jax.tree.structure(
-            expected
-        )
+        assert jax.tree.structure(
+            jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+        ) == jax.tree.structure(expected)
     else:
-        with pytest.raises(ValueError, match=r"^kernel: how many channels exceed .* quantize outliers outside jit"):
+        with pytest.raises(
+            ValueError, match=r"^kernel: how many channels exceed .* quantize outliers outside jit"
+        ):
             jax.jit(module.init)(jax.random.key(0), x)
 
 
@@ -332,10 +361,18 @@ def test_smoothing_by_powers_of_two_moves_the_steps_and_nothing_else(smoothed):
     got = {"folded": folded, "at run time": at_run_time}[smoothed]
     xs, ws = np.asarray(x / s[None, :], np.float64), np.asarray(moved["kernel"], np.float64)
     sx, sw = np.abs(xs).max(1, keepdims=True) / 127, np.abs(ws).max(0) / 127
-    bound = np.abs(xs).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(ws).sum(0) + len(ws) * sx * sw / 4
-    chex.assert_trees_all_close(np.asarray(got) / bound, np.asarray(expected) / bound, rtol=0, atol=1 + 1e-4)
+    bound = (
+        np.abs(xs).sum(1, keepdims=True) * sw / 2
+        + sx / 2 * np.abs(ws).sum(0)
+        + len(ws) * sx * sw / 4
+    )
+    chex.assert_trees_all_close(
+        np.asarray(got) / bound, np.asarray(expected) / bound, rtol=0, atol=1 + 1e-4
+    )
     assert total_error((got, expected)) > 1e-3
-    assert total_error((dense.apply({"params": quantize_dense(params)}, x), expected)) > total_error((got, expected))
+    assert total_error(
+        (dense.apply({"params": quantize_dense(params)}, x), expected)
+    ) > total_error((got, expected))
 
 
 class Around(nn.Module):
@@ -345,7 +382,9 @@ class Around(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(4, name="head")(nn.tanh(self.dense(16, name="body")(nn.LayerNorm(name="norm")(x))))
+        return nn.Dense(4, name="head")(
+            nn.tanh(self.dense(16, name="body")(nn.LayerNorm(name="norm")(x)))
+        )
 
 
 def split(params):
@@ -407,13 +446,20 @@ LAYERS = {
 def general(name, dtype=jnp.float32):
     """(fields, float parameters, x with outliers, its absmax by channel)."""
     fields, shape = LAYERS[name]
-    x = normal(*shape, dtype=dtype) * (1 + 9 * (jax.random.uniform(jax.random.key(1), shape[-1:]) > 0.9).astype(dtype))
+    x = normal(*shape, dtype=dtype) * (
+        1 + 9 * (jax.random.uniform(jax.random.key(1), shape[-1:]) > 0.9).astype(dtype)
+    )
     params = nn.DenseGeneral(**fields, param_dtype=dtype).init(jax.random.key(0), x)["params"]
     params = {n: normal(*p.shape, seed=3, dtype=dtype) for n, p in params.items()}
     batch = len(fields.get("batch_dims", ()))
     axis = fields.get("axis", -1)
     axes = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
-    return fields, params, x, jnp.max(jnp.abs(x), axis=tuple(a for a in range(batch, x.ndim) if a not in axes))
+    return (
+        fields,
+        params,
+        x,
+        jnp.max(jnp.abs(x), axis=tuple(a for a in range(batch, x.ndim) if a not in axes)),
+    )
 
 
 def quantized_general(name, scheme=sq.W8A8, **options):
@@ -453,7 +499,11 @@ def test_dense_general_is_the_float_layer_on_the_dequantized_kernel(name):
     kernel = drawn.pop("kernel")
     assert kernel.shape == float_drawn["kernel"].shape
     step = jnp.max(kernel.tensor.scale)
-    assert 0 < float(jnp.abs(sq.dequantize(kernel.tensor) - float_drawn.pop("kernel")).max()) <= 0.51 * float(step)
+    assert (
+        0
+        < float(jnp.abs(sq.dequantize(kernel.tensor) - float_drawn.pop("kernel")).max())
+        <= 0.51 * float(step)
+    )
     chex.assert_trees_all_equal(drawn, float_drawn)
 
 
@@ -499,7 +549,9 @@ class Attention(nn.Module):
     def __call__(self, x, _=None):
         q, k, v = (self.general((4, 8), name=name)(x) for name in ("query", "key", "value"))
         p = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k), axis=-1)
-        return x + self.general(16, axis=(-2, -1), name="out")(jnp.einsum("hqk,khd->qhd", p, v)), None
+        return x + self.general(16, axis=(-2, -1), name="out")(
+            jnp.einsum("hqk,khd->qhd", p, v)
+        ), None
 
 
 def test_attention_scans_over_stacked_quantized_layers_and_has_gradients():
@@ -508,7 +560,9 @@ def test_attention_scans_over_stacked_quantized_layers_and_has_gradients():
         jax.random.split(jax.random.key(0), 3)
     )
     axes = {"query": -1, "key": -1, "value": -1, "out": (-2, -1)}
-    stacked = {n: jax.vmap(lambda p, n=n: quantize_dense_general(p, axis=axes[n]))(draws[n]) for n in axes}
+    stacked = {
+        n: jax.vmap(lambda p, n=n: quantize_dense_general(p, axis=axes[n]))(draws[n]) for n in axes
+    }
     chain = nn.scan(Attention, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
     run = lambda x: chain(QuantDenseGeneral).apply({"params": stacked}, x)[0]
     loop = float_loop = x
@@ -541,7 +595,9 @@ def test_dense_general_dtypes_are_those_of_flax():
 
 def test_float_parameters_are_refused_with_the_way_out():
     params, x = layer()
-    with pytest.raises(ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*quantize_dense"):
+    with pytest.raises(
+        ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*quantize_dense"
+    ):
         QuantDense(8).apply({"params": params}, x)
     net = Net(nn.Dense).init(jax.random.key(0), x)["params"]
     with pytest.raises(ValueError, match=r"^up/kernel: expected a QuantWeight"):
@@ -559,22 +615,44 @@ def test_a_kernel_of_another_shape_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"params": {"bias": jnp.ones(8)}}, r"a 'kernel' of shape \(inputs, features\), got \{'bias': \(8,\)\}"),
-        ({"params": {"kernel": jnp.ones((2, 3, 4))}}, r"expected a 'kernel' .* got \{'kernel': \(2, 3, 4\)\}"),
+        (
+            {"params": {"bias": jnp.ones(8)}},
+            r"a 'kernel' of shape \(inputs, features\), got \{'bias': \(8,\)\}",
+        ),
+        (
+            {"params": {"kernel": jnp.ones((2, 3, 4))}},
+            r"expected a 'kernel' .* got \{'kernel': \(2, 3, 4\)\}",
+        ),
         ({"smoothing": jnp.ones(8)}, r"expected smoothing of shape \(32,\), got \(8,\)"),
         ({"absmax": jnp.ones(31)}, r"expected absmax of shape \(32,\), got \(31,\)"),
         (
             {"scheme": sq.EMBEDDING_INT8},
             r"^quantize_dense: kernel: a scheme for embeddings, which meet indices; .*W8A8",
         ),
-        ({"scheme": sq.W8A8_OUTLIERS}, r"^quantize_dense: kernel: a scheme with outliers .* pass absmax=max"),
-        ({"scheme": sq.W8A8._replace(smoothing=0.5)}, r"with outliers or smoothing needs the activation's absmax"),
         (
-            {"scheme": sq.W8A8._replace(smoothing=0.5), "absmax": jnp.ones(32), "smoothing": jnp.ones(32)},
+            {"scheme": sq.W8A8_OUTLIERS},
+            r"^quantize_dense: kernel: a scheme with outliers .* pass absmax=max",
+        ),
+        (
+            {"scheme": sq.W8A8._replace(smoothing=0.5)},
+            r"with outliers or smoothing needs the activation's absmax",
+        ),
+        (
+            {
+                "scheme": sq.W8A8._replace(smoothing=0.5),
+                "absmax": jnp.ones(32),
+                "smoothing": jnp.ones(32),
+            },
             "two smoothings, the scheme's alpha and the given s; leave one out",
         ),
-        ({"scheme": sq.W8A8_O3._replace(range="mse")}, r"a range of 'mse' .* as absmax, with range='absmax'"),
-        ({"scheme": sq.W8A8._replace(weight_format="e4m3")}, "int8 activations go with int8 or int4 weights"),
+        (
+            {"scheme": sq.W8A8_O3._replace(range="mse")},
+            r"a range of 'mse' .* as absmax, with range='absmax'",
+        ),
+        (
+            {"scheme": sq.W8A8._replace(weight_format="e4m3")},
+            "int8 activations go with int8 or int4 weights",
+        ),
         ({"scheme": sq.W8A8_O3}, "a static scheme needs the activation's absmax"),
     ],
 )
@@ -587,16 +665,27 @@ def test_quantize_dense_says_what_it_expected(change, message):
     ("change", "message"),
     [
         ({"params": {"bias": jnp.ones(8)}}, r"expected a 'kernel', got \{'bias': \(8,\)\}"),
-        ({"axis": (1, 2, 3)}, r"expected a kernel of shape \(inputs0, inputs1, inputs2, features\), got \(4, 8, 16\)"),
+        (
+            {"axis": (1, 2, 3)},
+            r"expected a kernel of shape \(inputs0, inputs1, inputs2, features\), got \(4, 8, 16\)",
+        ),
         ({"absmax": jnp.ones(32)}, r"expected absmax of shape \(4, 8\), got \(32,\)"),
-        ({"batch_dims": (0,), "axis": -1, "smoothing": jnp.ones(8)}, r"expected smoothing of shape \(4, 8\), got \(8,"),
-        ({"scheme": sq.W4A16._replace(weights=5)}, r"^quantize_dense_general: kernel: .*groups of 5 do not .*do: 8$"),
+        (
+            {"batch_dims": (0,), "axis": -1, "smoothing": jnp.ones(8)},
+            r"expected smoothing of shape \(4, 8\), got \(8,",
+        ),
+        (
+            {"scheme": sq.W4A16._replace(weights=5)},
+            r"^quantize_dense_general: kernel: .*groups of 5 do not .*do: 8$",
+        ),
         ({"scheme": sq.EMBEDDING_INT4}, "a scheme for embeddings, which meet indices"),
     ],
 )
 def test_quantize_dense_general_says_what_it_expected(change, message):
     with pytest.raises(ValueError, match=message):
-        quantize_dense_general(**{"params": {"kernel": jnp.ones((4, 8, 16))}, "axis": (-2, -1), **change})
+        quantize_dense_general(
+            **{"params": {"kernel": jnp.ones((4, 8, 16))}, "axis": (-2, -1), **change}
+        )
 
 
 def test_dense_general_says_what_it_expected():
@@ -605,12 +694,24 @@ def test_dense_general_says_what_it_expected():
     run = lambda p=qparams, **fields: QuantDenseGeneral(5, **fields).apply({"params": p}, x)
     assert run(axis=(-2, -1)).shape == (3, 5)
     for fields, message in (
-        ({"axis": -1}, r"^kernel: expected shape \(8, 5\), got \(4, 8, 5\); .*quantize_dense_general"),
-        ({"axis": (-1, 2)}, r"^kernel: expected axis to name axes of x \(3, 4, 8\), each once, .* got \(-1, 2\)"),
+        (
+            {"axis": -1},
+            r"^kernel: expected shape \(8, 5\), got \(4, 8, 5\); .*quantize_dense_general",
+        ),
+        (
+            {"axis": (-1, 2)},
+            r"^kernel: expected axis to name axes of x \(3, 4, 8\), each once, .* got \(-1, 2\)",
+        ),
         ({"axis": 3}, r"^kernel: expected axis to name axes"),
         ({"axis": (0, 1), "batch_dims": (0,)}, r"each once, no batch axis, got \(0, 1\)"),
-        ({"batch_dims": (1,)}, r"^kernel: expected batch_dims that are the leading axes, 0, 1, ..., got \(1,\)"),
-        ({"p": params, "axis": (-2, -1)}, r"^kernel: expected a QuantWeight, got .*quantize_dense_general"),
+        (
+            {"batch_dims": (1,)},
+            r"^kernel: expected batch_dims that are the leading axes, 0, 1, ..., got \(1,\)",
+        ),
+        (
+            {"p": params, "axis": (-2, -1)},
+            r"^kernel: expected a QuantWeight, got .*quantize_dense_general",
+        ),
         (
             {"p": {**qparams, "kernel": quantize_dense_general(params)["kernel"]}, "axis": (1, 2)},
             r"^kernel: contracted",

@@ -19,7 +19,12 @@ from sqjax.nnx import QuantLinear, QuantModule, QuantParam, functional, rebuild
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.quant_weight import QuantWeight
 
-SCHEMES = {"O1": sq.W8A8_O1, "O2": sq.W8A8_O2, "O3": sq.W8A8_O3, "per_tensor": sq.Scheme(weights="per_tensor")}
+SCHEMES = {
+    "O1": sq.W8A8_O1,
+    "O2": sq.W8A8_O2,
+    "O3": sq.W8A8_O3,
+    "per_tensor": sq.Scheme(weights="per_tensor"),
+}
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -30,7 +35,9 @@ def jittered(module, seed=0):
     """The module with every float value random: ones and zeros would hide what happens to gains and biases."""
     rng = np.random.default_rng(seed)
     graphdef, state, rest = nnx.split(module, (nnx.Param, nnx.BatchStat), ...)
-    moved = jax.tree.map(lambda x: x + jnp.asarray(0.3 * np.abs(rng.normal(size=x.shape)), x.dtype), state)
+    moved = jax.tree.map(
+        lambda x: x + jnp.asarray(0.3 * np.abs(rng.normal(size=x.shape)), x.dtype), state
+    )
     return nnx.merge(graphdef, moved, rest)
 
 
@@ -108,7 +115,13 @@ def test_the_tree_holds_the_params_under_plain_paths():
     fn, params = functional(module)
     paths, leaves, _ = named_leaves(params)
     layers = [f"layers/{i}/{name}" for i in range(3) for name in ("bias", "kernel")]
-    assert list(paths) == ["heads/main/bias", "heads/main/kernel", *layers, "norm/bias", "norm/scale"]
+    assert list(paths) == [
+        "heads/main/bias",
+        "heads/main/kernel",
+        *layers,
+        "norm/bias",
+        "norm/scale",
+    ]
     assert all(type(leaf) is type(jnp.ones(1)) for leaf in leaves)
     assert params["layers"][1]["kernel"] is module.layers[1].kernel.get_value()
     x = normal(3, 6)
@@ -147,7 +160,10 @@ def test_a_shared_param_stands_in_the_tree_once_and_is_shared_again():
     back = rebuild(fn, params)
     assert back.second.kernel is back.first.kernel
     params["first"]["kernel"] = -params["first"]["kernel"]
-    w, b, c = (np.asarray(params[n][m]) for n, m in (("first", "kernel"), ("first", "bias"), ("second", "bias")))
+    w, b, c = (
+        np.asarray(params[n][m])
+        for n, m in (("first", "kernel"), ("first", "bias"), ("second", "bias"))
+    )
     expected = np.maximum(np.asarray(x) @ w + b, 0) @ w + c
     chex.assert_trees_all_close(fn(params, x), expected, rtol=1e-5, atol=1e-5)
 
@@ -177,13 +193,17 @@ def test_batch_statistics_and_dropout_run_in_eval_mode_and_are_refused_in_traini
     fn, params = functional(module)
     assert not {"norm/mean", "norm/var"} & set(named_leaves(params)[0])
     w, b = (np.asarray(v[...]) for v in (module.first.kernel, module.first.bias))
-    mean, var, scale, bias = (np.asarray(getattr(module.norm, n)[...]) for n in ("mean", "var", "scale", "bias"))
+    mean, var, scale, bias = (
+        np.asarray(getattr(module.norm, n)[...]) for n in ("mean", "var", "scale", "bias")
+    )
     hidden = np.maximum((np.asarray(x) @ w + b - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
     expected = hidden @ np.asarray(module.second.kernel[...]) + np.asarray(module.second.bias[...])
     chex.assert_trees_all_close(fn(params, x), expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(jax.jit(fn)(params, x), expected, rtol=1e-4, atol=1e-5)
     module.train()
-    with pytest.raises(ValueError, match=r"^dropout/rngs/count: the call changes .* \(3 in all\).*module\.eval\(\)"):
+    with pytest.raises(
+        ValueError, match=r"^dropout/rngs/count: the call changes .* \(3 in all\).*module\.eval\(\)"
+    ):
         functional(module)[0](params, x)
     module.dropout.eval()
     with pytest.raises(ValueError, match=r"^norm/mean: the call changes"):
@@ -204,7 +224,9 @@ def test_a_key_value_cache_is_refused():
     attention = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
     attention.init_cache((1, 4, 8))
     fn, params = functional(attention)
-    with pytest.raises(ValueError, match=r"^cache\w+: the call changes this variable \(3 in all\).*cache off"):
+    with pytest.raises(
+        ValueError, match=r"^cache\w+: the call changes this variable \(3 in all\).*cache off"
+    ):
         fn(params, normal(1, 1, 8))
 
 
@@ -253,9 +275,14 @@ def test_errors_say_what_is_wrong():
     x = normal(3, 6)
     with pytest.raises(ValueError, match=r"missing \['norm/bias', 'norm/scale'\], unknown \[\]"):
         fn({name: x for name, x in params.items() if name != "norm"}, x)
-    with pytest.raises(ValueError, match=r"missing \[\], unknown \['more'\]; pass the tree that sqjax.nnx.functional"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing \[\], unknown \['more'\]; pass the tree that sqjax.nnx.functional",
+    ):
         rebuild(fn, {**params, "more": x})
-    with pytest.raises(ValueError, match=r"expected the fn that sqjax.nnx.functional returned, got function"):
+    with pytest.raises(
+        ValueError, match=r"expected the fn that sqjax.nnx.functional returned, got function"
+    ):
         rebuild(lambda params, x: x, params)
     with pytest.raises(ValueError, match=r"^pair: a Param of one array is expected, got dict"):
         functional(Odd())
@@ -288,7 +315,9 @@ def test_functions_with_other_constants_are_other_functions():
     module.eval()
     fn = functional(module)[0]
     copy = nnx.clone(module)
-    copy.norm.mean[...] = jnp.array(np.asarray(module.norm.mean[...]))  # the same bits in another array
+    copy.norm.mean[...] = jnp.array(
+        np.asarray(module.norm.mean[...])
+    )  # the same bits in another array
     assert copy.norm.mean.get_value() is not module.norm.mean.get_value()
     assert functional(copy)[0] == fn
     assert hash(functional(copy)[0]) == hash(fn)
@@ -326,7 +355,10 @@ def test_a_quantized_function_does_not_trace_twice():
 
 
 def groups_of(stats):
-    found = [(g.size, sorted(g.absorbers), sorted(path for path, _ in g.sites)) for g in stats.graph.groups]
+    found = [
+        (g.size, sorted(g.absorbers), sorted(path for path, _ in g.sites))
+        for g in stats.graph.groups
+    ]
     return sorted(found, key=lambda group: group[2])
 
 
@@ -373,7 +405,9 @@ def test_calibrate_smooth_quantize_jit(make, gain, shape, groups):
         program = jaxprs.of(lambda module, x: module(x), quantized, x)
         dots = [dot.dtypes for dot in jaxprs.dots(program)]
         assert dots.count(jaxprs.INT8_DOT) == len(stats.graph.sites)
-        assert len(dots) - len(stats.graph.sites) == (2 if make is Transformer else 0)  # q . k and p . v stay float
+        assert len(dots) - len(stats.graph.sites) == (
+            2 if make is Transformer else 0
+        )  # q . k and p . v stay float
     assert 1e-4 < errors["smooth"] < errors["rough"] / 1.5
 
 
@@ -397,16 +431,23 @@ def test_a_quant_module_is_the_quantized_function_under_both_jits(scheme):
     expected = sq.quantized(fn)(qparams, x)
     chex.assert_trees_all_equal(quantized(x), expected)
     for jit in (jax.jit, nnx.jit):
-        chex.assert_trees_all_close(jit(lambda module, x: module(x))(quantized, x), expected, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(
+            jit(lambda module, x: module(x))(quantized, x), expected, rtol=1e-4, atol=1e-4
+        )
     assert 1e-3 < distance(expected, module(x)) < 0.1
 
 
 def test_a_quant_module_shows_its_parameters():
     _, fn, qparams, quantized, x = quantized_module()
     graphdef, floats, ints = nnx.split(quantized, nnx.Param, QuantParam)
-    names = {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(quantized))}
+    names = {
+        "/".join(map(str, path)): v.get_value()
+        for path, v in nnx.to_flat_state(nnx.state(quantized))
+    }
     paths, leaves, _ = named_leaves(qparams, is_leaf=lambda x: isinstance(x, QuantWeight))
-    chex.assert_trees_all_equal(names, {f"params/{path}": leaf for path, leaf in zip(paths, leaves, strict=True)})
+    chex.assert_trees_all_equal(
+        names, {f"params/{path}": leaf for path, leaf in zip(paths, leaves, strict=True)}
+    )
     assert {path[-1] for path, _ in nnx.to_flat_state(ints)} == {"kernel"}
     assert {path[-1] for path, _ in nnx.to_flat_state(floats)} == {"bias", "scale"}
     zeroed = nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, floats), ints)
@@ -426,7 +467,9 @@ def test_nnx_grad_of_a_quant_module_reaches_the_float_parameters():
     grads, expected = nnx.grad(loss)(quantized)["params"], nnx.grad(loss)(module)
     chex.assert_trees_all_close(grads["heads"]["main"]["bias"][...], target.sum(0), rtol=1e-5)
     assert set(grads["layers"][0]) == {"bias"}
-    assert distance(grads["layers"][2]["bias"][...], 0 * expected["layers"][2]["bias"][...] + 1) > 0.01
+    assert (
+        distance(grads["layers"][2]["bias"][...], 0 * expected["layers"][2]["bias"][...] + 1) > 0.01
+    )
 
 
 def test_a_quant_module_is_a_module_for_functional_too():
@@ -441,7 +484,9 @@ def test_a_quant_module_is_a_module_for_functional_too():
 
 def layer(inputs=32, features=8, bias=True, dtype=jnp.float32, **options):
     """(an nnx.Linear, an input in which two channels are outliers)."""
-    linear = nnx.Linear(inputs, features, use_bias=bias, param_dtype=dtype, rngs=nnx.Rngs(0), **options)
+    linear = nnx.Linear(
+        inputs, features, use_bias=bias, param_dtype=dtype, rngs=nnx.Rngs(0), **options
+    )
     linear.kernel[...] = normal(inputs, features, dtype=dtype)
     if linear.bias is not None:
         linear.bias[...] = normal(features, seed=1, dtype=dtype)
@@ -475,7 +520,10 @@ def test_the_smoothed_layer_is_the_layer(alpha):
     chex.assert_trees_all_equal(smoothed.smoothing, s)
     again = nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0))
     again.kernel[...] = sq.dequantize(smoothed.tensor)  # s W within half a step: so is X W
-    bound = np.abs(np.asarray(x / s[None, :])).sum(1, keepdims=True) * scale[None, :] / 2 * (1 + 1e-5) + 1e-4
+    bound = (
+        np.abs(np.asarray(x / s[None, :])).sum(1, keepdims=True) * scale[None, :] / 2 * (1 + 1e-5)
+        + 1e-4
+    )
     assert (np.abs(np.asarray(again(x / s[None, :]) - linear(x))) <= bound).all()
 
 
@@ -486,10 +534,15 @@ def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
     linear, x = layer()
     expected, got = linear(x), quantized_layer(linear, x, scheme, smooth)(x)
     s = smoothing_of(linear, x)[1] if smooth else jnp.ones(32)
-    x, w = np.asarray(x / s[None, :], np.float64), np.asarray(linear.kernel[...] * s[:, None], np.float64)
+    x, w = (
+        np.asarray(x / s[None, :], np.float64),
+        np.asarray(linear.kernel[...] * s[:, None], np.float64),
+    )
     sx = numpy_int8.scale_of(x, 1 if scheme.activations == "per_token" else None).astype(np.float64)
     sw = numpy_int8.scale_of(w, 0 if scheme.weights == "per_channel" else None).astype(np.float64)
-    bound = np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
+    bound = (
+        np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
+    )
     error = np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64))
     assert (error <= bound + 1e-5 * (np.abs(x) @ np.abs(w) + 10)).all()
     assert error.max() > 0.01 * bound.max()  # an int8 layer does err
@@ -522,7 +575,10 @@ def test_the_only_matmul_is_int8_and_accumulates_in_int32(scheme, smooth):
 @pytest.mark.parametrize("scheme", ["O2", "O3"])
 def test_smoothing_reduces_the_error_where_channels_are_outliers(scheme):
     linear, x = layer()
-    rough, smooth = (distance(quantized_layer(linear, x, SCHEMES[scheme], s)(x), linear(x)) for s in (False, True))
+    rough, smooth = (
+        distance(quantized_layer(linear, x, SCHEMES[scheme], s)(x), linear(x))
+        for s in (False, True)
+    )
     assert smooth < rough / 2
 
 
@@ -557,7 +613,9 @@ def test_the_gradients_of_input_and_bias_are_straight_through():
 
 
 def test_stacked_layers_map_and_scan():
-    linears = nnx.vmap(lambda rngs: nnx.Linear(16, 16, use_bias=False, rngs=rngs))(nnx.Rngs(0).split(3))
+    linears = nnx.vmap(lambda rngs: nnx.Linear(16, 16, use_bias=False, rngs=rngs))(
+        nnx.Rngs(0).split(3)
+    )
     kernels, x = linears.kernel[...], normal(5, 16, seed=1)
     stacked = nnx.vmap(lambda linear: QuantLinear.from_linear(linear))(linears)
     assert stacked.kernel.get_value().shape == (3, 16, 16)
@@ -570,7 +628,10 @@ def test_stacked_layers_map_and_scan():
     scanned = nnx.scan(lambda m, x: m(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(stacked, x)
     expected = each[2](each[1](each[0](x)))
     chex.assert_trees_all_close(scanned, expected, rtol=1e-2, atol=1e-2)
-    with pytest.raises(ValueError, match=r"^from_linear: expected a kernel of shape \(inputs, features\), got \(3, 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"^from_linear: expected a kernel of shape \(inputs, features\), got \(3, 16",
+    ):
         QuantLinear.from_linear(linears)
 
 
@@ -582,13 +643,19 @@ def _linear(kernel):
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_the_constructor_draws_what_nnx_linear_draws(scheme):
-    module, linear = QuantLinear(16, 8, scheme=scheme, rngs=nnx.Rngs(7)), nnx.Linear(16, 8, rngs=nnx.Rngs(7))
+    module, linear = (
+        QuantLinear(16, 8, scheme=scheme, rngs=nnx.Rngs(7)),
+        nnx.Linear(16, 8, rngs=nnx.Rngs(7)),
+    )
     kernel = module.kernel.get_value()
     assert (kernel.shape, kernel.activations) == ((16, 8), scheme.activations)
     error = jnp.abs(sq.dequantize(kernel.tensor) - linear.kernel[...]).max()
     assert 0 < float(error) < 0.01
     chex.assert_shape(module.bias[...], (8,))
-    reach, x = 1.0 if scheme.activations == "static" else jnp.inf, normal(5, 16)  # without statistics, it clips at 1
+    reach, x = (
+        1.0 if scheme.activations == "static" else jnp.inf,
+        normal(5, 16),
+    )  # without statistics, it clips at 1
     assert 1e-4 < distance(module(x), jnp.clip(x, -reach, reach) @ linear.kernel[...]) < 0.02
     assert QuantLinear(16, 8, use_bias=False, rngs=nnx.Rngs(0)).bias is None
 
@@ -606,10 +673,18 @@ def test_dtypes_are_those_of_nnx_linear(x, param, dtype, expected):
     linear, inputs = layer(dtype=param)
     linear.dtype = dtype
     module, inputs = QuantLinear.from_linear(linear), inputs.astype(x)
-    assert (module.dtype, module.in_features, module.out_features, module.use_bias) == (dtype, 32, 8, True)
+    assert (module.dtype, module.in_features, module.out_features, module.use_bias) == (
+        dtype,
+        32,
+        8,
+        True,
+    )
     got, reference = module(inputs), linear(inputs)
     assert got.dtype == reference.dtype == expected
-    error = np.abs(got.astype(np.float32) - reference.astype(np.float32)).max() / np.abs(reference).max()
+    error = (
+        np.abs(got.astype(np.float32) - reference.astype(np.float32)).max()
+        / np.abs(reference).max()
+    )
     assert 1e-3 < error < 0.05
 
 
@@ -640,11 +715,23 @@ def test_from_linear_does_not_touch_the_float_layer():
     [
         ({}, {"smoothing": jnp.ones(8)}, r"expected smoothing of shape \(32,\), got \(8,\)"),
         ({}, {"absmax": jnp.ones(31)}, r"expected absmax of shape \(32,\), got \(31,\)"),
-        ({}, {"scheme": sq.EMBEDDING_INT8}, r"^from_linear: kernel: a scheme for embeddings, which meet indices"),
-        ({}, {"scheme": sq.W8A8_OUTLIERS}, r"^from_linear: kernel: a scheme with outliers .* pass absmax=max"),
+        (
+            {},
+            {"scheme": sq.EMBEDDING_INT8},
+            r"^from_linear: kernel: a scheme for embeddings, which meet indices",
+        ),
+        (
+            {},
+            {"scheme": sq.W8A8_OUTLIERS},
+            r"^from_linear: kernel: a scheme with outliers .* pass absmax=max",
+        ),
         ({}, {"scheme": sq.W8A8_O3}, "a static scheme needs the activation's absmax"),
         ({"preferred_element_type": jnp.float32}, {}, "a preferred_element_type of its own"),
-        ({"dot_general": lambda *a, **k: jax.lax.dot_general(*a, **k)}, {}, "a dot_general of its own"),
+        (
+            {"dot_general": lambda *a, **k: jax.lax.dot_general(*a, **k)},
+            {},
+            "a dot_general of its own",
+        ),
     ],
 )
 def test_from_linear_says_what_it_expected(options, change, message):
@@ -658,7 +745,9 @@ def test_a_wrong_kernel_is_refused():
     with pytest.raises(ValueError, match=r"^kernel: expected shape \(31, 8\), got \(32, 8\)"):
         module(x[:, 1:])
     module.kernel = QuantParam(linear.kernel[...])
-    with pytest.raises(ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*from_linear"):
+    with pytest.raises(
+        ValueError, match=r"^kernel: expected a QuantWeight, got .*\(32, 8\); .*from_linear"
+    ):
         module(x)
 
 
@@ -710,9 +799,13 @@ def test_stacked_layers_of_every_scheme_scan_as_a_loop(scheme, error):
     each = [QuantLinear.from_linear(_linear(k), scheme, absmax) for k in kernels]
     graphdef, *_ = nnx.split(each[0])
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(nnx.state(m) for m in each))
-    steps = lambda x: jax.lax.scan(lambda x, state: (nnx.merge(graphdef, state)(x), None), x, stacked)[0]
+    steps = lambda x: jax.lax.scan(
+        lambda x, state: (nnx.merge(graphdef, state)(x), None), x, stacked
+    )[0]
     expected = each[2](each[1](each[0](x)))
-    chex.assert_trees_all_close(jax.jit(steps)(x), expected, atol=1e-2 * float(jnp.abs(expected).max()))
+    chex.assert_trees_all_close(
+        jax.jit(steps)(x), expected, atol=1e-2 * float(jnp.abs(expected).max())
+    )
     of_float = x @ kernels[0] @ kernels[1] @ kernels[2]
     assert 1e-4 < distance(expected, of_float) < 3 * error
 
@@ -728,7 +821,9 @@ def test_smoothing_by_powers_of_two_moves_the_steps_and_nothing_else():
     chex.assert_trees_all_equal(moved(x / s[None, :]), linear(x))
     folded = QuantLinear.from_linear(moved)(x / s[None, :])
     chex.assert_trees_all_equal(QuantLinear.from_linear(linear, sq.W8A8, absmax, s)(x), folded)
-    assert 1e-4 < distance(folded, linear(x)) < distance(QuantLinear.from_linear(linear)(x), linear(x))
+    assert (
+        1e-4 < distance(folded, linear(x)) < distance(QuantLinear.from_linear(linear)(x), linear(x))
+    )
 
 
 class Around(nnx.Module):
@@ -749,10 +844,12 @@ def test_what_is_around_a_quantized_layer_trains(scheme):
     model, x, target = Around(nnx.Rngs(0)), normal(32, 64), normal(32, 4, seed=1)
     model.body = QuantLinear.from_linear(model.body, scheme)
     before = jax.tree.map(jnp.array, model.body.kernel.get_value())
-    floats = {p: jnp.array(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    assert set(floats) == {(a, b) for a in ("norm", "body", "head") for b in ("bias", "scale", "kernel")} - {
-        *(("norm", "kernel"), ("body", "kernel"), ("body", "scale"), ("head", "scale"))
+    floats = {
+        p: jnp.array(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
+    assert set(floats) == {
+        (a, b) for a in ("norm", "body", "head") for b in ("bias", "scale", "kernel")
+    } - {*(("norm", "kernel"), ("body", "kernel"), ("body", "scale"), ("head", "scale"))}
     optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 
     @nnx.jit

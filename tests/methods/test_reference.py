@@ -73,7 +73,9 @@ def site_name(path):
 
 
 def close(actual, expected, tolerance=1e-5):
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.asarray(actual), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+    )
 
 
 def error(actual, expected):
@@ -90,7 +92,11 @@ def test_float_logits(model):
 
 
 def test_absmax_of_every_linear(model):
-    stored = {key.removeprefix("absmax/"): value for key, value in model.arrays.items() if key.startswith("absmax/")}
+    stored = {
+        key.removeprefix("absmax/"): value
+        for key, value in model.arrays.items()
+        if key.startswith("absmax/")
+    }
     assert {site_name(path) for path in model.stats.absmax} == set(stored)
     for path, absmax in model.stats.absmax.items():
         close(absmax, stored[site_name(path)])
@@ -100,9 +106,16 @@ def test_absmax_of_every_linear(model):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_scales(model, alpha):
     prefix = f"scales/{alpha}/"
-    expected = {key.removeprefix(prefix): value for key, value in model.arrays.items() if key.startswith(prefix)}
+    expected = {
+        key.removeprefix(prefix): value
+        for key, value in model.arrays.items()
+        if key.startswith(prefix)
+    }
     s = sq.scales(model.params, model.stats, alpha, groups="norm")
-    absorbers = {g.name: pytorch_name(g.absorbers[-1]).removesuffix(".weight") for g in model.stats.graph.groups}
+    absorbers = {
+        g.name: pytorch_name(g.absorbers[-1]).removesuffix(".weight")
+        for g in model.stats.graph.groups
+    }
     assert {absorbers[name] for name in s} == set(expected)
     for name, scale in s.items():
         close(scale, expected[absorbers[name]])
@@ -112,7 +125,11 @@ def test_scales(model, alpha):
 def test_smoothed_parameters(model, alpha):
     """Those that PyTorch changed agree, and no others are touched."""
     prefix = f"smoothed/{alpha}/"
-    expected = {key.removeprefix(prefix): value for key, value in model.arrays.items() if key.startswith(prefix)}
+    expected = {
+        key.removeprefix(prefix): value
+        for key, value in model.arrays.items()
+        if key.startswith(prefix)
+    }
     paths, smoothed, _ = named_leaves(sq.smooth(model.params, model.stats, alpha, groups="norm"))
     changed = set()
     for path, before, after in zip(paths, jax.tree.leaves(model.params), smoothed, strict=True):
@@ -163,11 +180,21 @@ def test_smoothing_is_what_saves_static_int8(model, alpha):
 @pytest.mark.parametrize("alpha", ["none", *ALPHAS])
 def test_static_scales(model, alpha):
     prefix = f"static_scale/{alpha}/"
-    expected = {key.removeprefix(prefix): value for key, value in model.arrays.items() if key.startswith(prefix)}
+    expected = {
+        key.removeprefix(prefix): value
+        for key, value in model.arrays.items()
+        if key.startswith(prefix)
+    }
     s = {} if alpha == "none" else sq.scales(model.params, model.stats, alpha, groups="norm")
     params, stats = sq.fold(model.params, model.stats.graph, s), sq.fold_stats(model.stats, s)
-    leaves = named_leaves(sq.quantize(params, stats, STATIC), is_leaf=lambda x: isinstance(x, sq.QuantWeight))
-    got = {site_name(p): x.input_scale for p, x in zip(*leaves[:2], strict=True) if isinstance(x, sq.QuantWeight)}
+    leaves = named_leaves(
+        sq.quantize(params, stats, STATIC), is_leaf=lambda x: isinstance(x, sq.QuantWeight)
+    )
+    got = {
+        site_name(p): x.input_scale
+        for p, x in zip(*leaves[:2], strict=True)
+        if isinstance(x, sq.QuantWeight)
+    }
     assert set(got) == set(expected)
     for name, scale in got.items():
         close(scale, expected[name])

@@ -27,7 +27,9 @@ class Calibrated(NamedTuple):
 
 def draw(rng, *shape, spread=1.0):
     """Normal numbers whose last axis has outlier channels."""
-    return jnp.asarray(rng.normal(size=shape) * np.exp(spread * rng.normal(size=shape[-1:])), jnp.float32)
+    return jnp.asarray(
+        rng.normal(size=shape) * np.exp(spread * rng.normal(size=shape[-1:])), jnp.float32
+    )
 
 
 def two_layers(p, x):
@@ -96,7 +98,11 @@ def assert_trees_equal(a, b):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.85, 1.0])
 def test_scales_are_the_formula(alpha):
     case = small()
-    w = {name: np.abs(np.asarray(x, np.float64)).max(1) for name, x in case.params.items() if x.ndim == 2}
+    w = {
+        name: np.abs(np.asarray(x, np.float64)).max(1)
+        for name, x in case.params.items()
+        if x.ndim == 2
+    }
     norm, hidden = absmax_of_inputs(case.batches, case.params)
     s = sq.scales(case.params, case.stats, alpha)
     assert set(s) == {"q", "down"}
@@ -113,7 +119,9 @@ magnitudes = st.one_of(st.just(0.0), st.floats(1e-8, 1e6))
 def test_formula_with_its_floors(pairs, alpha):
     a, w = np.array(pairs, np.float32).T
     got = smoothing_scales(jnp.asarray(a), jnp.asarray(w), alpha)
-    np.testing.assert_allclose(got, formula(a.astype(np.float64), w.astype(np.float64), alpha), rtol=2e-5)
+    np.testing.assert_allclose(
+        got, formula(a.astype(np.float64), w.astype(np.float64), alpha), rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +174,11 @@ def skip(p, x):
 def test_channels_without_a_scale_take_no_part():
     """A site that reads the norm beside something else: the other channels change neither s nor their statistics."""
     rng = np.random.default_rng(3)
-    params = {"norm": draw(rng, 4), "a": draw(rng, 4, 5), "both": draw(rng, 8, 5).at[:4].multiply(1e3)}
+    params = {
+        "norm": draw(rng, 4),
+        "a": draw(rng, 4, 5),
+        "both": draw(rng, 8, 5).at[:4].multiply(1e3),
+    }
     x = draw(rng, 6, 4)
     stats = sq.calibrate(skip, params, [x])
     s = sq.scales(params, stats, 0.5)
@@ -215,7 +227,9 @@ def test_smoothing_is_pure_and_the_same_under_jit(case):
     case = case()
     before = jax.tree.map(lambda x: np.array(x), (case.params, case.stats))
     eager = sq.smooth(case.params, case.stats, 0.5)
-    compiled = jax.jit(lambda p, stats, alpha: sq.smooth(p, stats, alpha))(case.params, case.stats, 0.5)
+    compiled = jax.jit(lambda p, stats, alpha: sq.smooth(p, stats, alpha))(
+        case.params, case.stats, 0.5
+    )
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6)
     assert_trees_equal(before, jax.tree.map(np.asarray, (case.params, case.stats)))
@@ -225,7 +239,9 @@ def test_the_order_of_groups_does_not_matter():
     """v_proj is multiplied in its rows by one group and divided in its columns by another."""
     case = llama()
     s = sq.scales(case.params, case.stats, 0.5)
-    both = [g for g in case.stats.graph.groups if "layers/1/self_attn/v_proj/kernel" in str(g.leaves)]
+    both = [
+        g for g in case.stats.graph.groups if "layers/1/self_attn/v_proj/kernel" in str(g.leaves)
+    ]
     assert len(both) == 2
     at_once = flat(sq.fold(case.params, case.stats.graph, s))
     for order in (list(s), list(s)[::-1]):
@@ -246,7 +262,10 @@ def test_powers_of_two_fold_exactly_in_bfloat16():
         assert np.array_equal(np.log2(scale), np.round(np.log2(scale)))
         assert np.abs(np.log2(scale) - np.log2(exact[name])).max() <= 0.5 + 1e-5
     folded = sq.fold(params, stats.graph, s)
-    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, folded)), strict=True))
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (params, folded)), strict=True)
+    )
     run = jax.jit(case.fn)
     np.testing.assert_array_equal(run(params, case.batches[0]), run(folded, case.batches[0]))
     assert_trees_equal(sq.smooth(params, stats, 0.5, round_scales="pow2"), folded)
@@ -265,8 +284,12 @@ def test_folded_statistics_are_those_of_the_folded_model(case, groups):
     changed = 0
     for site in case.stats.absmax:
         scale = np.abs(again.absmax[site]).max()
-        np.testing.assert_allclose(folded.absmax[site], again.absmax[site], rtol=2e-5, atol=2e-5 * scale)
-        np.testing.assert_allclose(folded.abs_sum[site], again.abs_sum[site], rtol=2e-5, atol=2e-5 * scale)
+        np.testing.assert_allclose(
+            folded.absmax[site], again.absmax[site], rtol=2e-5, atol=2e-5 * scale
+        )
+        np.testing.assert_allclose(
+            folded.abs_sum[site], again.abs_sum[site], rtol=2e-5, atol=2e-5 * scale
+        )
         assert folded.count[site] == again.count[site]
         changed += not np.allclose(folded.absmax[site], case.stats.absmax[site], rtol=1e-3)
     assert changed == sum(len(g.sites) for g in case.stats.graph.select(groups))
@@ -278,14 +301,18 @@ def test_statistics_in_numpy():
     np.testing.assert_allclose(case.stats.absmax["q"], norm, rtol=1e-5)
     np.testing.assert_allclose(case.stats.absmax["k"], norm, rtol=1e-5)
     np.testing.assert_allclose(case.stats.absmax["down"], hidden, rtol=1e-5)
-    np.testing.assert_array_equal(case.stats.weight_absmax["down"], np.abs(case.params["down"]).max(1))
+    np.testing.assert_array_equal(
+        case.stats.weight_absmax["down"], np.abs(case.params["down"]).max(1)
+    )
     assert case.stats.count["q"] == 17
 
 
 @pytest.mark.parametrize("case", [small, llama])
 def test_merged_halves_are_one_calibration(case):
     case = case()
-    first, rest = (sq.calibrate(case.fn, case.params, b) for b in (case.batches[:1], case.batches[1:]))
+    first, rest = (
+        sq.calibrate(case.fn, case.params, b) for b in (case.batches[:1], case.batches[1:])
+    )
     merged = first.merge(rest)
     assert jax.tree.structure(merged) == jax.tree.structure(case.stats)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(case.stats), strict=True):
@@ -348,7 +375,11 @@ def test_gradient_of_alpha():
     """d loss / d alpha against central differences of the formula in float64."""
     case = small()
     norm, hidden = absmax_of_inputs(case.batches, case.params)
-    w = {name: np.abs(np.asarray(x, np.float64)).max(1) for name, x in case.params.items() if x.ndim == 2}
+    w = {
+        name: np.abs(np.asarray(x, np.float64)).max(1)
+        for name, x in case.params.items()
+        if x.ndim == 2
+    }
 
     def loss(alpha):
         s = sq.scales(case.params, case.stats, alpha)
@@ -422,7 +453,10 @@ def test_other_parameters_are_refused(act, change, match):
         ({"alpha": -0.1}, "in \\[0, 1\\]"),
         ({"alpha": float("nan")}, "in \\[0, 1\\]"),
         ({"alpha": {"down": 2.0, ".*": 0.5}}, "alpha for 'down'"),
-        ({"alpha": {"dwn": 0.5, ".*": 0.5}}, "alpha pattern 'dwn' matches nothing. Near misses: 'down'"),
+        (
+            {"alpha": {"dwn": 0.5, ".*": 0.5}},
+            "alpha pattern 'dwn' matches nothing. Near misses: 'down'",
+        ),
         ({"alpha": {"down": 0.5}}, r"no pattern matches \['q'\]"),
         ({"alpha": {"(": 0.5}}, "not a regular expression"),
         ({"groups": "dowm"}, "groups pattern 'dowm' matches nothing. Near misses: 'down'"),
@@ -437,7 +471,10 @@ def test_wrong_arguments_are_refused(arguments, match):
 
 @pytest.mark.parametrize(
     ("s", "match"),
-    [({"w": jnp.ones(6)}, "no group is named 'w'"), ({"q": jnp.ones(5)}, r"expected s of shape \(6,\), got \(5,\)")],
+    [
+        ({"w": jnp.ones(6)}, "no group is named 'w'"),
+        ({"q": jnp.ones(5)}, r"expected s of shape \(6,\), got \(5,\)"),
+    ],
 )
 def test_scales_of_another_graph_are_refused(s, match):
     case = small()
@@ -457,7 +494,10 @@ GOOD = jnp.ones((2, 6))
         (iter(()), "batches is empty"),
         ([GOOD.at[0, 0].set(jnp.nan)], "calibration batch 0, input .*1 of 12 values"),
         ([GOOD, (GOOD.at[1].set(jnp.inf),)], "calibration batch 1, input .*6 of 12 values"),
-        ([jnp.ones((2, 5))], r"batch 0: fn\(params, \*batch\) failed on inputs of shapes \(\(2, 5\),\)"),
+        (
+            [jnp.ones((2, 5))],
+            r"batch 0: fn\(params, \*batch\) failed on inputs of shapes \(\(2, 5\),\)",
+        ),
         ([GOOD, (GOOD, GOOD)], "batch 1: .*one argument, or a tuple"),
     ],
 )
@@ -497,13 +537,17 @@ def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
     sq.quantize(smoothed, case.stats, sq.W8A8)  # dynamic scales need no statistics
     quantized = sq.quantize(smoothed, folded, sq.W8A8_O3)
     for name in ("q", "k", "down"):
-        assert float(quantized[name].input_scale) == pytest.approx(float(folded.absmax[name].max()) / 127)
+        assert float(quantized[name].input_scale) == pytest.approx(
+            float(folded.absmax[name].max()) / 127
+        )
 
 
 def test_smoothquant_is_the_sequence():
     case = small()
     s = sq.scales(case.params, case.stats, 0.6, groups="norm")
-    expected = sq.quantize(sq.fold(case.params, case.stats.graph, s), sq.fold_stats(case.stats, s), sq.W8A8_O3)
+    expected = sq.quantize(
+        sq.fold(case.params, case.stats.graph, s), sq.fold_stats(case.stats, s), sq.W8A8_O3
+    )
     got = sq.smoothquant(case.fn, case.params, iter(case.batches), 0.6, sq.W8A8_O3, groups="norm")
     assert_trees_equal(got, expected)
     unsmoothed = sq.quantize(case.params, case.stats, sq.W8A8_O3)

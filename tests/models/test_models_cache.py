@@ -41,7 +41,9 @@ CODED = {name: kind for name, kind in KINDS.items() if kind.codes != "float"}
 def random_vectors(shape, seed=0):
     """Normal, with a few large channels, as keys have them."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=shape) * np.where(np.arange(shape[-1]) % 7 == 3, 8, 1), jnp.float32)
+    return jnp.asarray(
+        rng.normal(size=shape) * np.where(np.arange(shape[-1]) % 7 == 3, 8, 1), jnp.float32
+    )
 
 
 def positions(first, tokens):
@@ -85,8 +87,12 @@ def test_scales_of_channels_are_those_of_the_first_real_tokens():
     later = write(slots, 10 * x, jnp.int32(4), positions([3, 0], 4), ring=False)
     np.testing.assert_array_equal(later.channel[0], slots.channel[0])
     np.testing.assert_array_equal(later.channel[1], 10 * np.abs(x[1]).max(1))
-    error = np.abs(decoded(later)[:, :, 4:8] - 10 * x)  # a token larger than the first ones is not clipped
-    assert (error <= 0.51 * (later.scale[:, :, 4:8] * jnp.maximum(later.channel, 1e-9)[:, :, None])).all()
+    error = np.abs(
+        decoded(later)[:, :, 4:8] - 10 * x
+    )  # a token larger than the first ones is not clipped
+    assert (
+        error <= 0.51 * (later.scale[:, :, 4:8] * jnp.maximum(later.channel, 1e-9)[:, :, None])
+    ).all()
 
 
 def test_a_rotation_hides_one_large_channel_and_the_mean():
@@ -108,7 +114,13 @@ def test_a_channel_of_zeros_at_first_takes_nothing_from_later_tokens(keys):
     """Else keys that are stored already would be read with another mean."""
     x, far = jnp.zeros((1, 1, 2, 32)), jnp.full((1, 1, 2, 32), 40.0)
     slots = empty_cache(1, 1, 1, 4, 32, jnp.float32, CacheFormat("int8", keys=keys)).keys[0]
-    after = write(write(slots, x, jnp.int32(0), positions([0], 2), False), far, jnp.int32(2), positions([2], 2), False)
+    after = write(
+        write(slots, x, jnp.int32(0), positions([0], 2), False),
+        far,
+        jnp.int32(2),
+        positions([2], 2),
+        False,
+    )
     np.testing.assert_allclose(decoded(after), jnp.concatenate([x, far], axis=2), atol=1.0)
 
 
@@ -129,20 +141,32 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(name, tokens
     queries = jnp.asarray(rng.normal(size=(2, tokens, heads, 32)), jnp.float32)
     cache = empty_cache(1, 2, 2, slots, 32, jnp.float32, KINDS[name])
     keys, values = (
-        write(s, random_vectors((2, 2, slots, 32), i), jnp.int32(0), positions([0, 0], slots), ring=False)
+        write(
+            s,
+            random_vectors((2, 2, slots, 32), i),
+            jnp.int32(0),
+            positions([0, 0], slots),
+            ring=False,
+        )
         for i, s in enumerate((cache.keys[0], cache.values[0]))
     )
     mask = visible(jnp.int32(slots - tokens), tokens, slots, jnp.asarray([0, 3], jnp.int32), None)
     got = jax.jit(attend, static_argnums=4)(queries, keys, values, mask, True)
     expected = plain_attention(queries, decoded(keys), decoded(values), mask)
     largest_score = 32 * np.abs(queries).max() * np.abs(decoded(keys)).max() / 32**0.5
-    tolerance = 2e-6 if KINDS[name].codes in ("float", "e4m3") else 4 * (1 + largest_score) / (508 * 127)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(decoded(values)).max())
+    tolerance = (
+        2e-6 if KINDS[name].codes in ("float", "e4m3") else 4 * (1 + largest_score) / (508 * 127)
+    )
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=tolerance * np.abs(decoded(values)).max()
+    )
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 100])
 def test_blocks_of_queries_change_nothing(block, monkeypatch):
-    q, k, v = (random_vectors((2, *shape, 8), i) for i, shape in enumerate([(9, 4), (2, 12), (2, 12)]))
+    q, k, v = (
+        random_vectors((2, *shape, 8), i) for i, shape in enumerate([(9, 4), (2, 12), (2, 12)])
+    )
     mask = visible(jnp.int32(3), 9, 12, jnp.zeros((1,), jnp.int32), None)
     monkeypatch.setattr(attention_module, "BLOCK", block)
     got = jax.jit(lambda q, k, v: attend(q, Slots(k), Slots(v), mask, True))(q, k, v)
@@ -165,7 +189,10 @@ def test_two_digits_are_off_by_a_508th_of_a_step(row):
     high, low = np.split(np.asarray(digits, np.float64), 2)
     assert np.abs(digits.astype(jnp.int32)).max() <= 127
     step = float(scale[0, 0])
-    assert np.abs((high + low / 254) * step - np.asarray(x, np.float64)).max() <= step / 508 + 4e-7 * np.abs(x).max()
+    assert (
+        np.abs((high + low / 254) * step - np.asarray(x, np.float64)).max()
+        <= step / 508 + 4e-7 * np.abs(x).max()
+    )
 
 
 def test_int8_slots_are_never_copied_to_float():
@@ -174,7 +201,11 @@ def test_int8_slots_are_never_copied_to_float():
     params, cache = random_params(model), model.init_cache(2, 500, kind="int8")
     step = jax.jit(model.decode)
     ids = jnp.zeros((2, 1), jnp.int32)
-    with_codes = [dot for dot in dots(jax.make_jaxpr(model.decode)(params, ids, cache)) if 500 in sum(dot.shapes, ())]
+    with_codes = [
+        dot
+        for dot in dots(jax.make_jaxpr(model.decode)(params, ids, cache))
+        if 500 in sum(dot.shapes, ())
+    ]
     assert len(with_codes) == 4
     assert all(dot.dtypes == ("int8", "int8", "int32") for dot in with_codes)
     compiled = step.lower(params, ids, cache).compile().as_text()
@@ -185,7 +216,13 @@ def test_int8_slots_are_never_copied_to_float():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("float", 4 * 32), ("int8", 32 + 4), ("e4m3", 32 + 4), ("int4", 16 + 2 * (2 + 1)), ("int8 by group", 32 + 4 * 4)],
+    [
+        ("float", 4 * 32),
+        ("int8", 32 + 4),
+        ("e4m3", 32 + 4),
+        ("int4", 16 + 2 * (2 + 1)),
+        ("int8 by group", 32 + 4 * 4),
+    ],
 )
 def test_bytes_of_a_token_are_those_of_its_arrays(name, expected):
     cache = Model(WIDE).init_cache(3, 10, kind=KINDS[name])
@@ -241,12 +278,16 @@ def test_padding_on_the_left_changes_nothing(name):
     decode, padded = jax.jit(model.decode), jnp.concatenate([jnp.full((1, 3), 7), ids], axis=1)
     cache = model.init_cache(1, 9, kind=name)._replace(padding=jnp.asarray([3], jnp.int32))
     got, _ = decode(params, padded, cache)
-    np.testing.assert_allclose(got, alone, rtol=0, atol=(3e-6 if name == "float" else 1e-3) * np.abs(alone).max())
+    np.testing.assert_allclose(
+        got, alone, rtol=0, atol=(3e-6 if name == "float" else 1e-3) * np.abs(alone).max()
+    )
     unmarked, _ = decode(params, padded, model.init_cache(1, 9, kind=name))
     assert np.abs(unmarked - alone).max() > 0.02 * np.abs(alone).max()
 
 
-@pytest.mark.parametrize(("name", "pieces"), [("float", (2, 3, 1, 3, 3)), ("float", (1,) * 12), ("int8", (3,) * 4)])
+@pytest.mark.parametrize(
+    ("name", "pieces"), [("float", (2, 3, 1, 3, 3)), ("float", (1,) * 12), ("int8", (3,) * 4)]
+)
 def test_a_ring_remembers_the_window(name, pieces):
     """A ring of window + chunk - 1 slots gives what all slots and the window's mask give."""
     model = Model(replace(WIDE, sliding_window=4))
@@ -282,14 +323,29 @@ def test_a_window_hides_what_lies_before_it():
     ("make", "message"),
     [
         (lambda: CacheFormat("int9"), "expected 'float' or one of .*got 'int9'"),
-        (lambda: CacheFormat("int8", zero_point=True), "only int4 may have a zero point, got 'int8'"),
+        (
+            lambda: CacheFormat("int8", zero_point=True),
+            "only int4 may have a zero point, got 'int8'",
+        ),
         (lambda: CacheFormat("float", group=8), "a float cache has no scales"),
         (lambda: CacheFormat("int8", keys="turned"), "expected one of .*got 'turned'"),
         (lambda: CacheFormat("int8", group=0), "a group of at least one channel, got 0"),
-        (lambda: Model(WIDE).init_cache(1, 4, kind="int2"), r"expected one of \['e4m3', 'float', 'int4', 'int8'\]"),
-        (lambda: Model(replace(WIDE, max_length=2**18)).init_cache(1, 2**18, kind="int8"), "exact up to 133144 tokens"),
-        (lambda: Model(GROUPED).init_cache(1, 4, kind="int4"), "a group that divides head_dim = 8, got 16"),
-        (lambda: replace(WIDE, sliding_window=0), "sliding_window: expected at least 1 or None, got 0"),
+        (
+            lambda: Model(WIDE).init_cache(1, 4, kind="int2"),
+            r"expected one of \['e4m3', 'float', 'int4', 'int8'\]",
+        ),
+        (
+            lambda: Model(replace(WIDE, max_length=2**18)).init_cache(1, 2**18, kind="int8"),
+            "exact up to 133144 tokens",
+        ),
+        (
+            lambda: Model(GROUPED).init_cache(1, 4, kind="int4"),
+            "a group that divides head_dim = 8, got 16",
+        ),
+        (
+            lambda: replace(WIDE, sliding_window=0),
+            "sliding_window: expected at least 1 or None, got 0",
+        ),
     ],
 )
 def test_formats_that_make_no_sense(make, message):
@@ -300,20 +356,30 @@ def test_formats_that_make_no_sense(make, message):
 def test_the_cache_of_another_model_or_batch():
     model, ids = Model(WIDE), random_ids(2, 3)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    others = {"layers": {"num_layers": 3}, "heads": {"num_kv_heads": 3}, "head_dim": {"head_dim": 8}}
+    others = {
+        "layers": {"num_layers": 3},
+        "heads": {"num_kv_heads": 3},
+        "head_dim": {"head_dim": 8},
+    }
     for change in others.values():
         cache = Model(replace(WIDE, **change)).init_cache(2, 4)
-        with pytest.raises(ValueError, match=r"expected \(layers, batch, kv_heads, head_dim\) = \(2, 2, 2, 32\), got"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected \(layers, batch, kv_heads, head_dim\) = \(2, 2, 2, 32\), got",
+        ):
             jax.eval_shape(model.decode, params, ids, cache)
     with pytest.raises(ValueError, match=r"got \(2, 3, 2, 32\); a cache belongs to one model"):
         jax.eval_shape(model.decode, params, ids, model.init_cache(3, 4))
 
 
 @pytest.mark.parametrize(
-    ("window", "slots", "held", "tokens", "room"), [(None, 4, 3, 2, 1), (3, 6, 8, 5, 4), (3, 6, 1, 6, 5)]
+    ("window", "slots", "held", "tokens", "room"),
+    [(None, 4, 3, 2, 1), (3, 6, 8, 5, 4), (3, 6, 1, 6, 5)],
 )
 def test_a_full_cache_is_seen_outside_jit(window, slots, held, tokens, room):
     model = Model(replace(WIDE, sliding_window=window))
     cache = model.init_cache(1, slots)._replace(length=jnp.int32(held))
-    with pytest.raises(ValueError, match=f"expected room for {tokens} tokens, got {room}; make a longer one"):
+    with pytest.raises(
+        ValueError, match=f"expected room for {tokens} tokens, got {room}; make a longer one"
+    ):
         model.decode({}, random_ids(1, tokens), cache)

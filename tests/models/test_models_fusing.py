@@ -31,7 +31,9 @@ FORMS = {
 @pytest.fixture(scope="module")
 def calibrated():
     params = jax.jit(MODEL.init)(jax.random.key(0))
-    bias = lambda path, x: x if "bias" not in str(path) else jnp.arange(x.size, dtype=x.dtype) / x.size
+    bias = lambda path, x: (
+        x if "bias" not in str(path) else jnp.arange(x.size, dtype=x.dtype) / x.size
+    )
     params = jax.tree_util.tree_map_with_path(bias, params)
     return params, sq.calibrate(MODEL.apply, params, [IDS])
 

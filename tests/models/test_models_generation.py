@@ -43,7 +43,10 @@ def uncached(trees):
         return ids[len(prompt) :]
 
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        found = {name: [continuation(params, prompt) for prompt in PROMPTS] for name, params in trees.items()}
+        found = {
+            name: [continuation(params, prompt) for prompt in PROMPTS]
+            for name, params in trees.items()
+        }
     assert all(len({token for row in rows for token in row}) > 8 for rows in found.values())
     return found
 
@@ -64,7 +67,9 @@ def test_chunks_of_the_prefill_change_nothing(trees, uncached, name):
 @pytest.mark.parametrize("name", ["float", "W8A8"])
 def test_one_by_one_and_greedy(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS[0], STEPS).tokens == uncached[name][:1]
-    assert greedy(MODEL, trees[name], jnp.asarray(PROMPTS[:1]), STEPS).tolist() == uncached[name][:1]
+    assert (
+        greedy(MODEL, trees[name], jnp.asarray(PROMPTS[:1]), STEPS).tolist() == uncached[name][:1]
+    )
 
 
 def test_a_quantized_cache_is_the_same_in_a_batch_and_in_chunks(trees):
@@ -105,7 +110,14 @@ def test_a_stop_token_ends_its_row_only(trees, uncached):
 def test_the_loop_ends_when_all_rows_have(trees, uncached):
     """Seen from outside: after the last row's stop nothing more is streamed, and no step is made."""
     ends, calls = [uncached["float"][0][1], uncached["float"][1][0], uncached["float"][2][0]], []
-    got = generate(MODEL, trees["float"], PROMPTS, STEPS, stop=ends, stream=lambda row, new: calls.append((row, new)))
+    got = generate(
+        MODEL,
+        trees["float"],
+        PROMPTS,
+        STEPS,
+        stop=ends,
+        stream=lambda row, new: calls.append((row, new)),
+    )
     assert all(got.stopped)
     assert sum(len(new) for _, new in calls) == sum(map(len, got.tokens))
     assert max(map(len, got.tokens)) <= 2
@@ -114,7 +126,14 @@ def test_the_loop_ends_when_all_rows_have(trees, uncached):
 @pytest.mark.parametrize("every", [1, 4])
 def test_the_stream_is_the_result_in_pieces(trees, uncached, every):
     pieces = {0: [], 1: [], 2: []}
-    got = generate(MODEL, trees["float"], PROMPTS, STEPS, stream=lambda r, t: pieces[r].append(t), stream_every=every)
+    got = generate(
+        MODEL,
+        trees["float"],
+        PROMPTS,
+        STEPS,
+        stream=lambda r, t: pieces[r].append(t),
+        stream_every=every,
+    )
     assert got.tokens == uncached["float"] == [list(chain(*pieces[row])) for row in range(3)]
     assert [len(piece) for piece in pieces[0]] == ([1] * 10 if every == 1 else [1, 4, 4, 1])
 
@@ -137,7 +156,9 @@ def test_texts_and_their_end(trees):
     assert got.texts == [model.tokenizer.decode(got.tokens[0])]
     assert generate(model, params, ["dac"], 4, stop=()).tokens == [expected]
     named = model.tokenizer.decode(expected[1:2])
-    assert generate(model, params, "dac", 4, stop=named).tokens == [expected[: expected.index(expected[1]) + 1]]
+    assert generate(model, params, "dac", 4, stop=named).tokens == [
+        expected[: expected.index(expected[1]) + 1]
+    ]
     with pytest.raises(ValueError, match="expected the text of one token, got 'ab'"):
         generate(model, params, "dac", 4, stop=["ab"])
 
@@ -152,7 +173,9 @@ def kept_by_sorting(logits, top_k, top_p):
     return set(order[before < top_p].tolist())
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(300, 1.0), (5, 1.0), (1, 1.0), (300, 0.5), (300, 0.05), (7, 0.6)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(300, 1.0), (5, 1.0), (1, 1.0), (300, 0.5), (300, 0.05), (7, 0.6)]
+)
 def test_top_k_and_top_p_keep_what_a_sort_keeps(top_k, top_p):
     logits = np.random.default_rng(2).normal(size=(4, 300)).astype(np.float32) * 3
     got = jax.jit(restrict)(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
@@ -165,7 +188,9 @@ def test_top_k_and_top_p_keep_what_a_sort_keeps(top_k, top_p):
 def test_draws_have_the_probabilities_of_the_logits(trees):
     """1000 first tokens after one prompt: 4 standard deviations of a binomial, for each likely token."""
     count, temperature = 1000, 1.7
-    logits = np.asarray(jax.jit(MODEL.apply)(trees["float"], jnp.asarray([[8]], jnp.int32))[0, 0], np.float64)
+    logits = np.asarray(
+        jax.jit(MODEL.apply)(trees["float"], jnp.asarray([[8]], jnp.int32))[0, 0], np.float64
+    )
     logits = logits / temperature
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     got = generate(MODEL, trees["float"], [[8]] * count, 1, temperature=temperature, seed=3).tokens
@@ -176,7 +201,9 @@ def test_draws_have_the_probabilities_of_the_logits(trees):
 
 def test_seeds(trees):
     def draw(prompts, seed, **how):
-        return generate(MODEL, trees["float"], prompts, STEPS, temperature=1.5, seed=seed, **how).tokens
+        return generate(
+            MODEL, trees["float"], prompts, STEPS, temperature=1.5, seed=seed, **how
+        ).tokens
 
     first = draw(PROMPTS, 1)
     assert draw(PROMPTS, 1) == first
@@ -226,7 +253,11 @@ def test_settings_compile_nothing_anew(trees):
         ([1], {"top_p": 1.5}, "top_p above 0 and at most 1, got 1.5"),
         ([1], {"seed": [1, 2]}, "one for each of 1 prompts, got 2"),
         ([1], {"cache": "int3"}, "cache: expected one of .*got 'int3'"),
-        ([1], {"stream": print, "stream_every": 0}, "stream_every to be a whole number of at least 1, got 0"),
+        (
+            [1],
+            {"stream": print, "stream_every": 0},
+            "stream_every to be a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_bad_input(prompts, change, message):
@@ -238,7 +269,10 @@ def test_bad_input(prompts, change, message):
 def test_counts_that_are_none(count):
     """Python lets them through, and a jitted function would round them or fail far from here."""
     check_counts("generate", steps=3, top_k=np.int64(1))
-    with pytest.raises(ValueError, match=f"generate: expected top_k to be a whole number of at least 1, got .*{count}"):
+    with pytest.raises(
+        ValueError,
+        match=f"generate: expected top_k to be a whole number of at least 1, got .*{count}",
+    ):
         check_counts("generate", steps=3, top_k=count)
 
 
@@ -247,5 +281,7 @@ def test_logits_that_are_nan(trees):
     table = params["model"]["embed_tokens"]["embedding"]
     stop = generate(MODEL, params, PROMPTS, STEPS).tokens[1][4]
     params["model"]["embed_tokens"]["embedding"] = table.at[stop].set(jnp.nan)
-    with pytest.raises(ValueError, match=r"logits of row \d are NaN or infinite after \d new tokens"):
+    with pytest.raises(
+        ValueError, match=r"logits of row \d are NaN or infinite after \d new tokens"
+    ):
         generate(MODEL, params, PROMPTS, STEPS)

@@ -54,7 +54,9 @@ def interleaved(rows):
 def write(path, weights=None, metadata=METADATA, architecture="llama", quantized=()):
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
+            type(value)
+        ]
         add(key, value)
     for name, array in (tensors() if weights is None else weights).items():
         array = interleaved(array) if ".attn_q." in name or ".attn_k." in name else array
@@ -78,18 +80,37 @@ def test_round_trip(tmp_path):
     model, params = load(write(tmp_path / "model.gguf"))
     config, weights = model.config, tensors()
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (31, 64, 96)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 8)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (
+        2,
+        4,
+        2,
+        8,
+    )
     assert (config.rope_theta, config.max_length, config.tie_embeddings) == (5000.0, 128, False)
     assert model.tokenizer is None
-    names = {"attn_q": "self_attn/q_proj", "attn_k": "self_attn/k_proj", "attn_v": "self_attn/v_proj"}
-    names |= {"attn_output": "self_attn/o_proj"} | {f"ffn_{n}": f"mlp/{n}_proj" for n in ("gate", "up", "down")}
+    names = {
+        "attn_q": "self_attn/q_proj",
+        "attn_k": "self_attn/k_proj",
+        "attn_v": "self_attn/v_proj",
+    }
+    names |= {"attn_output": "self_attn/o_proj"} | {
+        f"ffn_{n}": f"mlp/{n}_proj" for n in ("gate", "up", "down")
+    }
     for i in range(2):
         for theirs, ours in names.items():
-            np.testing.assert_array_equal(leaf(params, i, ours), weights[f"blk.{i}.{theirs}.weight"].T)
+            np.testing.assert_array_equal(
+                leaf(params, i, ours), weights[f"blk.{i}.{theirs}.weight"].T
+            )
         norms = params["model"]["layers"][str(i)]
-        np.testing.assert_array_equal(norms["input_layernorm"]["weight"], weights[f"blk.{i}.attn_norm.weight"])
-        np.testing.assert_array_equal(norms["post_attention_layernorm"]["weight"], weights[f"blk.{i}.ffn_norm.weight"])
-    np.testing.assert_array_equal(params["model"]["embed_tokens"]["embedding"], weights["token_embd.weight"])
+        np.testing.assert_array_equal(
+            norms["input_layernorm"]["weight"], weights[f"blk.{i}.attn_norm.weight"]
+        )
+        np.testing.assert_array_equal(
+            norms["post_attention_layernorm"]["weight"], weights[f"blk.{i}.ffn_norm.weight"]
+        )
+    np.testing.assert_array_equal(
+        params["model"]["embed_tokens"]["embedding"], weights["token_embd.weight"]
+    )
     np.testing.assert_array_equal(params["model"]["norm"]["weight"], weights["output_norm.weight"])
     np.testing.assert_array_equal(params["lm_head"]["kernel"], weights["output.weight"].T)
     assert jnp.isfinite(model.apply(params, jnp.asarray([[1, 2]]))).all()
@@ -111,7 +132,11 @@ def test_quantized_tensors_are_dequantized(tmp_path):
 
 
 def test_head_size_from_the_hidden_size(tmp_path):
-    keys = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.dimension_count")
+    keys = (
+        "llama.attention.key_length",
+        "llama.attention.value_length",
+        "llama.rope.dimension_count",
+    )
     metadata = {key: value for key, value in METADATA.items() if key not in keys}
     metadata |= {"llama.attention.head_count": 8, "llama.rope.scaling.type": "none"}
     weights = tensors()

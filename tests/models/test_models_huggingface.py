@@ -83,7 +83,9 @@ def assert_same(params, weights, dtype=jnp.float32):
     assert got.keys() == expected.keys()
     for path, leaf in got.items():
         assert leaf.dtype == dtype, path
-        np.testing.assert_array_equal(leaf.astype(jnp.float32), expected[path].astype(np.float32), path)
+        np.testing.assert_array_equal(
+            leaf.astype(jnp.float32), expected[path].astype(np.float32), path
+        )
 
 
 def test_round_trip(tmp_path):
@@ -127,7 +129,10 @@ def shard(directory, weights, config=CONFIG):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     names = sorted(weights)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, part in files.items():
         save_file({name: weights[name] for name in part}, directory / file)
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
@@ -149,7 +154,10 @@ def test_missing_shard(tmp_path):
 
 def test_older_and_newer_configurations_agree(tmp_path):
     older = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "head_dim")}
-    newer = older | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 4}
+    newer = older | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "head_dim": 4,
+    }
     older |= {"rope_theta": 5000.0, "num_key_value_heads": None, "num_attention_heads": 3}
     model, _ = load(write(tmp_path / "newer", newer, tensors()))
     assert model.config.rope_theta == 5000.0
@@ -166,11 +174,20 @@ def test_mistral_without_a_window(tmp_path):
 
 
 def test_mistral_with_a_window(tmp_path):
-    model, params = load(write(tmp_path, CONFIG | {"model_type": "mistral", "sliding_window": 3}, tensors()))
-    wide, _ = load(write(tmp_path, CONFIG | {"model_type": "mistral", "sliding_window": None}, tensors()))
+    model, params = load(
+        write(tmp_path, CONFIG | {"model_type": "mistral", "sliding_window": 3}, tensors())
+    )
+    wide, _ = load(
+        write(tmp_path, CONFIG | {"model_type": "mistral", "sliding_window": None}, tensors())
+    )
     assert model.config.sliding_window == 3
     ids = jnp.asarray([[1, 2, 3, 4, 5]])
-    differs = np.abs(jax.jit(model.apply)(params, ids) - jax.jit(wide.apply)(params, ids)).max(axis=(0, 2)) > 1e-6
+    differs = (
+        np.abs(jax.jit(model.apply)(params, ids) - jax.jit(wide.apply)(params, ids)).max(
+            axis=(0, 2)
+        )
+        > 1e-6
+    )
     np.testing.assert_array_equal(differs, [False, False, False, True, True])
 
 
@@ -178,8 +195,14 @@ def test_mistral_with_a_window(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "expected model_type 'llama' or 'mistral', got 'gpt2'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = .*llama3.*not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear.*not supported"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling = .*llama3.*not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling = .*linear.*not supported",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters = .*yarn.*not supported"),
         ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*not supported"),
@@ -198,7 +221,9 @@ def test_configurations_that_would_be_computed_wrongly(tmp_path, change, message
 def test_every_tensor_problem_in_one_error(tmp_path):
     weights = tensors()
     del weights["model.norm.weight"]
-    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].T.copy()
+    weights["model.layers.1.mlp.up_proj.weight"] = weights[
+        "model.layers.1.mlp.up_proj.weight"
+    ].T.copy()
     weights["model.layers.2.mlp.up_proj.weight"] = np.ones((20, 12), np.float32)
     weights["model.layers.0.mlp.experts"] = np.ones(3, np.float32)
     weights["lm_head.weight"] = np.ones((31, 12), np.int8)
@@ -241,4 +266,6 @@ def test_nothing_to_load(tmp_path):
 def test_numpy_ids_and_jit(tmp_path):
     model, params = load(write(tmp_path))
     ids = np.asarray([[3, 4, 5, 6]])
-    np.testing.assert_allclose(jax.jit(model.apply)(params, ids), model.apply(params, ids), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.apply)(params, ids), model.apply(params, ids), atol=1e-5
+    )

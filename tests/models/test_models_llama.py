@@ -25,10 +25,16 @@ CONFIGS = {
 
 def oracle(config, params, ids):
     """The logits in float64 numpy: one token's row, one head and one earlier position at a time."""
-    tree = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(params, sep="/").items()}
+    tree = {
+        path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(params, sep="/").items()
+    }
 
     def norm(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * tree[f"{name}/weight"]
+        return (
+            x
+            / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps)
+            * tree[f"{name}/weight"]
+        )
 
     def dense(x, name):
         return x @ tree[f"{name}/kernel"] + tree.get(f"{name}/bias", 0.0)
@@ -46,7 +52,10 @@ def oracle(config, params, ids):
         q, k, v = (dense(x, f"{name}/{part}_proj") for part in "qkv")
         mixed = np.zeros_like(q)
         for head in range(config.num_heads):
-            own, shared = slice(head * d, head * d + d), slice(head // group * d, head // group * d + d)
+            own, shared = (
+                slice(head * d, head * d + d),
+                slice(head // group * d, head // group * d + d),
+            )
             rows = [turn(k[s, shared], s) for s in range(len(x))]
             for t in range(len(x)):
                 scores = np.array([turn(q[t, own], t) @ rows[s] / np.sqrt(d) for s in range(t + 1)])
@@ -64,7 +73,11 @@ def oracle(config, params, ids):
             layer = f"model/layers/{i}"
             x = x + attention(norm(x, f"{layer}/input_layernorm"), f"{layer}/self_attn")
             x = x + mlp(norm(x, f"{layer}/post_attention_layernorm"), f"{layer}/mlp")
-        head = tree["model/embed_tokens/embedding"].T if config.tie_embeddings else tree["lm_head/kernel"]
+        head = (
+            tree["model/embed_tokens/embedding"].T
+            if config.tie_embeddings
+            else tree["lm_head/kernel"]
+        )
         return norm(x, "model/norm") @ head
 
     return np.stack([row(tokens) for tokens in np.asarray(ids)])
@@ -85,11 +98,15 @@ def test_the_oracle_can_tell_the_configurations_apart():
     params, ids = random_params(model), random_ids(1, 11)
     base = oracle(GROUPED, params, ids)
     for name in ("rope_theta", "large eps"):
-        assert np.abs(oracle(CONFIGS[name], params, ids) - base).max() > 1e-3 * np.abs(base).max(), name
+        assert (
+            np.abs(oracle(CONFIGS[name], params, ids) - base).max() > 1e-3 * np.abs(base).max()
+        ), name
 
 
 def test_tree_has_hugging_face_names():
-    shapes = jax.eval_shape(Model(replace(GROUPED, num_layers=1, tie_embeddings=False)).init, jax.random.key(0))
+    shapes = jax.eval_shape(
+        Model(replace(GROUPED, num_layers=1, tie_embeddings=False)).init, jax.random.key(0)
+    )
     got = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
     assert got == {
         "model/embed_tokens/embedding": (61, 24),
@@ -117,7 +134,9 @@ def test_bfloat16_stays_bfloat16_and_near_float32():
     assert got.dtype == jnp.bfloat16
     cache = model.init_cache(2, 9, jnp.bfloat16)
     assert jax.eval_shape(model.decode, params, ids, cache)[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max()
+    )
 
 
 def test_the_future_does_not_change_the_past():
@@ -132,7 +151,10 @@ def test_the_future_does_not_change_the_past():
 
 @pytest.mark.parametrize(
     ("name", "pieces"),
-    [*((name, (7, 1, 1)) for name in CONFIGS), *(("grouped", p) for p in [(9,), (1,) * 9, (3, 4, 2)])],
+    [
+        *((name, (7, 1, 1)) for name in CONFIGS),
+        *(("grouped", p) for p in [(9,), (1,) * 9, (3, 4, 2)]),
+    ],
 )
 def test_cached_decode_equals_apply(name, pieces):
     model = Model(CONFIGS[name])
@@ -151,7 +173,9 @@ def test_greedy_equals_recomputing_every_token():
     model = Model(GROUPED)
     params, prompt = random_params(model), random_ids(3, 5)
     apply = jax.jit(model.apply)
-    ids = jnp.pad(prompt, ((0, 0), (0, 12)))  # what stands later does not matter: the model is causal
+    ids = jnp.pad(
+        prompt, ((0, 0), (0, 12))
+    )  # what stands later does not matter: the model is causal
     for i in range(5, 17):
         ids = ids.at[:, i].set(apply(params, ids)[:, i - 1].argmax(-1).astype(ids.dtype))
     got = greedy(model, params, prompt, 12)
@@ -181,7 +205,9 @@ def test_init_dtype_and_keys():
     init = jax.jit(model.init, static_argnums=1)
     a, b = init(jax.random.key(0), jnp.bfloat16), init(jax.random.key(1), jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(a)} == {jnp.dtype(jnp.bfloat16)}
-    assert not np.array_equal(a["model"]["embed_tokens"]["embedding"], b["model"]["embed_tokens"]["embedding"])
+    assert not np.array_equal(
+        a["model"]["embed_tokens"]["embedding"], b["model"]["embed_tokens"]["embedding"]
+    )
 
 
 def test_an_unknown_token_is_not_silently_another():
@@ -222,7 +248,9 @@ def test_too_many_tokens():
 def test_greedy_refuses_nothing_to_do_and_too_much():
     model = Model(GROUPED)
     params = random_params(model)
-    with pytest.raises(ValueError, match="at least one prompt token and one step, got 3 tokens and 0 steps"):
+    with pytest.raises(
+        ValueError, match="at least one prompt token and one step, got 3 tokens and 0 steps"
+    ):
         greedy(model, params, random_ids(1, 3), 0)
     with pytest.raises(ValueError, match="got 0 tokens and 2 steps"):
         greedy(model, params, random_ids(1, 0), 2)

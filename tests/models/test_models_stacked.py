@@ -50,7 +50,9 @@ SCHEMES = {
 def stacked_by_hand(params):
     """In numpy: what `stack_layers` should make of float parameters."""
     layers = params["model"]["layers"]
-    one = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *(layers[str(i)] for i in range(len(layers))))
+    one = jax.tree.map(
+        lambda *rows: jnp.asarray(np.stack(rows)), *(layers[str(i)] for i in range(len(layers)))
+    )
     return {**params, "model": {**params["model"], "layers": one}}
 
 
@@ -71,7 +73,9 @@ def trees(scheme):
     (apart, of_apart, _), (stacked, of_stacked, _) = calibrated()
     if scheme == "float":
         return apart, stacked
-    return sq.quantize(apart, of_apart, SCHEMES[scheme]), sq.quantize(stacked, of_stacked, SCHEMES[scheme])
+    return sq.quantize(apart, of_apart, SCHEMES[scheme]), sq.quantize(
+        stacked, of_stacked, SCHEMES[scheme]
+    )
 
 
 def assert_same(got, expected):
@@ -146,12 +150,16 @@ def test_every_layer_has_the_statistics_and_scales_that_it_has_apart():
             own = of_apart.absmax[path.replace("layers/", f"layers/{i}/")]
             np.testing.assert_allclose(found[i], own, rtol=1e-5)
     for name, s in s_stacked.items():
-        rows = [s_apart[name.replace("layers/", f"layers/{i}/")] for i in (LAYERS if "layers" in name else [0])]
+        rows = [
+            s_apart[name.replace("layers/", f"layers/{i}/")]
+            for i in (LAYERS if "layers" in name else [0])
+        ]
         np.testing.assert_allclose(s.reshape(len(rows), -1), np.stack(rows), rtol=1e-5)
     assert_same(stack_layers(apart), stacked)
     gain = stacked["model"]["layers"]["input_layernorm"]["weight"]
     assert (
-        np.asarray(gain) != stack_layers(random_params(MODEL))["model"]["layers"]["input_layernorm"]["weight"]
+        np.asarray(gain)
+        != stack_layers(random_params(MODEL))["model"]["layers"]["input_layernorm"]["weight"]
     ).any()
 
 
@@ -162,7 +170,9 @@ def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
     assert_same(stack_layers(unstack_layers(stacked)), stacked)
     expected, got, exact = logits(apart), logits(stacked), logits(trees("float")[0])
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
-    assert 1e-3 < np.abs(got - exact).max() / np.abs(exact).max() < 0.7  # it is quantized; 4 bits of so few are coarse
+    assert (
+        1e-3 < np.abs(got - exact).max() / np.abs(exact).max() < 0.7
+    )  # it is quantized; 4 bits of so few are coarse
 
 
 def test_outliers_of_a_stack_come_apart():
@@ -174,7 +184,8 @@ def test_outliers_of_a_stack_come_apart():
     assert_same(stack_layers(unstack_layers(qparams)), qparams)
     assert not np.allclose(logits(qparams), logits(trees("O1")[1]), atol=1e-2)
     with pytest.raises(
-        ValueError, match=r"model/layers/\d/\w+/\w+/kernel: expected what layer 0 has, .* stack the float"
+        ValueError,
+        match=r"model/layers/\d/\w+/\w+/kernel: expected what layer 0 has, .* stack the float",
     ):
         stack_layers(sq.quantize(apart, of_apart, scheme))
 
@@ -193,7 +204,11 @@ def test_smoothquant_of_a_stack():
 def test_kernels_of_a_stack_are_fused(scheme):
     apart, stacked = trees(scheme)
     assert_alike(unstack_layers(fuse(stacked)), fuse(apart))
-    assert fuse(stacked)["model"]["layers"]["mlp"]["gate_proj+up_proj"]["kernel"].shape == (2, 24, 80)
+    assert fuse(stacked)["model"]["layers"]["mlp"]["gate_proj+up_proj"]["kernel"].shape == (
+        2,
+        24,
+        80,
+    )
     np.testing.assert_allclose(logits(fuse(stacked)), logits(apart), atol=1e-4)
 
 
@@ -218,17 +233,23 @@ def test_decode_reads_a_stack_as_it_is(scheme):
     expected, got = found
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     if scheme == "float":
-        np.testing.assert_allclose(got, logits(trees("float")[0])[:, -1], atol=1e-5 * np.abs(expected).max(), rtol=0)
+        np.testing.assert_allclose(
+            got, logits(trees("float")[0])[:, -1], atol=1e-5 * np.abs(expected).max(), rtol=0
+        )
 
 
 def test_evaluation_of_a_stack():
     """Without a cache in a scan; through a cache apart."""
     (apart, stacked), exact = trees("O1"), trees("float")[0]
-    got, expected, other = (perplexity(MODEL, params, IDS[:2]) for params in (stacked, apart, exact))
+    got, expected, other = (
+        perplexity(MODEL, params, IDS[:2]) for params in (stacked, apart, exact)
+    )
     assert got == pytest.approx(expected, rel=1e-5)
     assert got != pytest.approx(other, rel=1e-5)
     pairs = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
-    got, expected = (loglikelihoods(MODEL, params, pairs, cache="int8") for params in (stacked, apart))
+    got, expected = (
+        loglikelihoods(MODEL, params, pairs, cache="int8") for params in (stacked, apart)
+    )
     assert [x.logprob for x in got] == pytest.approx([x.logprob for x in expected], rel=1e-5)
 
 
@@ -238,21 +259,33 @@ WEIGHTS = {frozenset((24, 48)), frozenset((24, 16)), frozenset((24, 40))}
 
 def weight_copies(compiled: str) -> Counter:
     """What makes an array of a weight's size in the bodies of a compiled program's loops, fused operations too."""
-    found = re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", compiled, re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", compiled, re.MULTILINE | re.DOTALL
+    )
     computations, seen, todo = dict(found), set(), re.findall(r"body=%?([\w.\-]+)", compiled)
     assert todo, "no loop"
     while todo:
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            todo += [called for called in re.findall(r"%([\w.\-]+)", computations[name]) if called in computations]
+            todo += [
+                called
+                for called in re.findall(r"%([\w.\-]+)", computations[name])
+                if called in computations
+            ]
     made = Counter()
     for line in "\n".join(computations[name] for name in seen).splitlines():
         match = re.match(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w\-]+)\(", line)
         sizes = [int(n) for n in match[1].split(",") if n not in ("1", "2")] if match else []
         if len(sizes) == 2 and frozenset(sizes) in WEIGHTS:
             made[match[2]] += 1
-    return Counter({name: n for name, n in made.items() if name not in ("parameter", "get-tuple-element", "bitcast")})
+    return Counter(
+        {
+            name: n
+            for name, n in made.items()
+            if name not in ("parameter", "get-tuple-element", "bitcast")
+        }
+    )
 
 
 def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
@@ -261,7 +294,10 @@ def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
     def careless(params, ids):
         decode = sq.quantized(MODEL.decode)
         first = decode(params, ids, MODEL.init_cache(1, 12))
-        step = lambda state, _: (decode(params, state[0].argmax(-1)[:, None].astype(jnp.int32), state[1]), state[0])
+        step = lambda state, _: (
+            decode(params, state[0].argmax(-1)[:, None].astype(jnp.int32), state[1]),
+            state[0],
+        )
         return jax.lax.scan(step, first, length=4)[1]
 
     made = weight_copies(jax.jit(careless).lower(trees("O1")[1], IDS[:1, :7]).compile().as_text())
@@ -273,10 +309,15 @@ def test_greedy():
     prompt = jnp.asarray(PROMPTS[:1])
     compiled = greedy.lower(MODEL, stacked, prompt, 6, "int8").compile()
     assert not weight_copies(compiled.as_text())
-    assert compiled(stacked, prompt).tolist() == generate(MODEL, apart, PROMPTS[0], 6, cache="int8").tokens
+    assert (
+        compiled(stacked, prompt).tolist()
+        == generate(MODEL, apart, PROMPTS[0], 6, cache="int8").tokens
+    )
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("float", "e4m3"), ("O1", "int8"), ("one of each", "int4")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("float", "e4m3"), ("O1", "int8"), ("one of each", "int4")]
+)
 def test_generate(scheme, kind, monkeypatch):
     """The program that both forms run is one: it is compiled for the stack."""
     (apart, stacked), compiled, advance = trees(scheme), [], generation._advance
@@ -297,14 +338,20 @@ def test_generate(scheme, kind, monkeypatch):
 
 def test_chunks_change_nothing():
     apart, stacked = trees("float")
-    assert generate(MODEL, stacked, PROMPTS, 8, chunk=3).tokens == generate(MODEL, apart, PROMPTS, 8).tokens
+    assert (
+        generate(MODEL, stacked, PROMPTS, 8, chunk=3).tokens
+        == generate(MODEL, apart, PROMPTS, 8).tokens
+    )
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
 def changed(params, **layers):
-    return {**params, "model": {**params["model"], "layers": {**params["model"]["layers"], **layers}}}
+    return {
+        **params,
+        "model": {**params["model"], "layers": {**params["model"]["layers"], **layers}},
+    }
 
 
 def without(params, name):
@@ -329,7 +376,9 @@ def bad_trees():
     }
 
 
-@pytest.mark.parametrize("name", ["both", "a part is missing", "a gap", "no layers", "one norm for all"])
+@pytest.mark.parametrize(
+    "name", ["both", "a part is missing", "a gap", "no layers", "one norm for all"]
+)
 def test_a_tree_of_neither_form(name):
     params, message = bad_trees()[name]
     for call in (unstack_layers, stack_layers, lambda params: generate(MODEL, params, PROMPTS, 2)):
@@ -345,19 +394,28 @@ def test_a_tree_of_neither_form(name):
 @pytest.mark.parametrize("change", [lambda params: params, stack_layers])
 def test_the_layers_of_another_model(change):
     params = change(random_params(Model(replace(CONFIG, num_layers=1))))
-    with pytest.raises(ValueError, match=r"model/layers: expected 2 layers \(config.num_layers\), got 1"):
+    with pytest.raises(
+        ValueError, match=r"model/layers: expected 2 layers \(config.num_layers\), got 1"
+    ):
         MODEL.apply(params, IDS)
 
 
 def test_layers_that_are_not_alike():
     params = random_params(MODEL)
     kernel = params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"].astype(jnp.bfloat16)
-    other = changed(params, **{"1": {**params["model"]["layers"]["1"], "mlp": {"up_proj": {"kernel": kernel}}}})
-    with pytest.raises(ValueError, match=r"model/layers/1/mlp/\w+/kernel: expected what layer 0 has, float32.*got"):
+    other = changed(
+        params, **{"1": {**params["model"]["layers"]["1"], "mlp": {"up_proj": {"kernel": kernel}}}}
+    )
+    with pytest.raises(
+        ValueError, match=r"model/layers/1/mlp/\w+/kernel: expected what layer 0 has, float32.*got"
+    ):
         stack_layers(other)
     (apart, of_apart, _), _ = calibrated()
     mixed = sq.quantize(apart, of_apart, {"layers/1/mlp/up_proj": None, ".*": sq.W8A8})
-    with pytest.raises(ValueError, match=r"model/layers/1/mlp/up_proj/kernel: expected .*int8.*got float32\[24, 40\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"model/layers/1/mlp/up_proj/kernel: expected .*int8.*got float32\[24, 40\]",
+    ):
         stack_layers(mixed)
 
 

@@ -42,7 +42,9 @@ def test_special_tokens():
     assert tokenizer.decode(ids) == "abc<tool>"
 
 
-@pytest.mark.parametrize("change", [{"model": "llama"}, {"pre": "llama-bpe"}, {"add_bos_token": True}])
+@pytest.mark.parametrize(
+    "change", [{"model": "llama"}, {"pre": "llama-bpe"}, {"add_bos_token": True}]
+)
 def test_other_tokenizers_are_not_guessed(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values()))).replace("-", ".")):
         from_gguf_metadata(metadata(**change))

@@ -72,7 +72,9 @@ def test_scales_of_half_precision_are_float32(dtype):
 
 def test_half_precision_is_divided_in_float32():
     one = jnp.ones((), jnp.bfloat16)
-    assert int(to_format(one, jnp.float32(1 / 100.6))) == 101  # in bfloat16 1 / scale is 100.5, which rounds to 100
+    assert (
+        int(to_format(one, jnp.float32(1 / 100.6))) == 101
+    )  # in bfloat16 1 / scale is 100.5, which rounds to 100
 
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)], ids=["column", "row", "tensor"])
@@ -80,9 +82,13 @@ def test_scales_broadcast(axis):
     x = np.array([[1.0, -8.0, 3.0], [-2.0, 100.0, 0.5]], np.float32)
     scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
     got = np.asarray(to_format(jnp.asarray(x), scale))
-    expected = np.rint(x.astype(np.float64) / (np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) / 127))
+    expected = np.rint(
+        x.astype(np.float64) / (np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) / 127)
+    )
     np.testing.assert_array_equal(got, expected)
-    assert (np.abs(got).max(axis=axis) == 127).all()  # the largest element of every slice uses the whole range
+    assert (
+        np.abs(got).max(axis=axis) == 127
+    ).all()  # the largest element of every slice uses the whole range
 
 
 def test_a_dead_array_quantizes_to_exact_zeros():

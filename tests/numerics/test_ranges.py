@@ -91,9 +91,12 @@ def test_stacks_have_histograms_of_their_own():
     assert got.low.shape == (2, 3, BINS)
     for i in np.ndindex(2, 3):
         same(jax.tree.map(lambda a, i=i: a[i], got), histogram(x[i]))
-    np.testing.assert_array_equal(mse_range(got), [[mse_range(histogram(x[i, j])) for j in range(3)] for i in range(2)])
     np.testing.assert_array_equal(
-        percentile_range(got, 0.9), [[percentile_range(histogram(x[i, j]), 0.9) for j in range(3)] for i in range(2)]
+        mse_range(got), [[mse_range(histogram(x[i, j])) for j in range(3)] for i in range(2)]
+    )
+    np.testing.assert_array_equal(
+        percentile_range(got, 0.9),
+        [[percentile_range(histogram(x[i, j]), 0.9) for j in range(3)] for i in range(2)],
     )
 
 
@@ -157,7 +160,12 @@ def test_the_magnitudes_of_every_format():
 def test_the_integral_of_the_squared_error(fmt):
     """Against a sum over many small steps, from far below the smallest step to far beyond the largest magnitude."""
     smallest = magnitudes(fmt)[1]
-    for low, high in ((0, smallest / 3), (0, 1.3 * smallest), (2.2, 5.1), (0.8 * fmt.bound, 3 * fmt.bound)):
+    for low, high in (
+        (0, smallest / 3),
+        (0, 1.3 * smallest),
+        (2.2, 5.1),
+        (0.8 * fmt.bound, 3 * fmt.bound),
+    ):
         edges = np.linspace(low, high, 200_001)
         u = (edges[1:] + edges[:-1]) / 2
         expected = np.mean((u - rounded(u, fmt)) ** 2) * (high - low)
@@ -307,7 +315,9 @@ def test_every_layer_of_a_scan_has_its_own():
     assert stats.histogram["out"].low.shape == (BINS,)  # read by both layers: one histogram of both
     assert np.abs(np.cumsum(stats.histogram["out"].counts) - np.cumsum(of_shared.counts)).max() <= 2
     ranges = sq.quantize(shared, stats, sq.W8A8_O3._replace(range=0.5))["stack"]["a"].input_scale
-    np.testing.assert_allclose(ranges * 127, percentile_range(stats.histogram["stack/a"], 0.5), rtol=1e-6)
+    np.testing.assert_allclose(
+        ranges * 127, percentile_range(stats.histogram["stack/a"], 0.5), rtol=1e-6
+    )
 
 
 def test_every_expert_has_its_own_and_one_without_tokens_takes_the_largest():
@@ -333,7 +343,9 @@ def test_sharded_batches_count_as_on_one_device(kind):
     x = BATCHES[2]
     with jax.set_mesh(mesh):
         cut = jax.device_put(x, NamedSharding(mesh, P("data")))
-        stats = sq.calibrate(fn, jax.device_put(PARAMS, NamedSharding(mesh, P())), [cut], histogram=True)
+        stats = sq.calibrate(
+            fn, jax.device_put(PARAMS, NamedSharding(mesh, P())), [cut], histogram=True
+        )
     same(jax.device_get(stats.histogram["a"]), jax.device_get(calibrated([x]).histogram["a"]))
 
 
@@ -341,10 +353,14 @@ def test_a_shard_map_counts_as_one_device():
     """Rows of the second weight, and its activation's channels, on two devices; the first's activation counts once."""
     mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])
     specs = {"gain": P(), "a": P(None, "model"), "b": P("model")}
-    cut = jax.shard_map(lambda p, x: lax.psum(fn(p, x), "model"), mesh=mesh, in_specs=(specs, P()), out_specs=P())
+    cut = jax.shard_map(
+        lambda p, x: lax.psum(fn(p, x), "model"), mesh=mesh, in_specs=(specs, P()), out_specs=P()
+    )
     got, expected = sq.calibrate(cut, PARAMS, BATCHES[:1], histogram=True), calibrated(BATCHES[:1])
     for path in ("a", "b"):
-        np.testing.assert_array_equal(got.histogram[path].low.sum(), expected.histogram[path].low.sum())
+        np.testing.assert_array_equal(
+            got.histogram[path].low.sum(), expected.histogram[path].low.sum()
+        )
         moved = np.cumsum(got.histogram[path].counts) - np.cumsum(expected.histogram[path].counts)
         assert np.abs(moved).max() <= 1
 
@@ -356,14 +372,19 @@ def test_static_scales_cover_the_range():
     stats = of_all_batches(True)
     for how, expected in (("mse", mse_range), (0.9, lambda h: percentile_range(h, 0.9))):
         scheme = sq.W8A8_O3._replace(range=how)
-        eager, jitted = (run(PARAMS, stats) for run in (_quantize(scheme), jax.jit(_quantize(scheme))))
+        eager, jitted = (
+            run(PARAMS, stats) for run in (_quantize(scheme), jax.jit(_quantize(scheme)))
+        )
         for path in ("a", "b"):
             t = expected(stats.histogram[path])
             assert 0 < t < stats.absmax[path].max() or how == "mse"
             np.testing.assert_allclose(eager[path].input_scale, t / 127, rtol=1e-6)
             np.testing.assert_allclose(jitted[path].input_scale, t / 127, rtol=1e-6)
             np.testing.assert_allclose(stats.input_range(path, how), t, rtol=1e-6)
-    same(_quantize(sq.W8A8_O3._replace(range=1.0))(PARAMS, stats), _quantize(sq.W8A8_O3)(PARAMS, stats))
+    same(
+        _quantize(sq.W8A8_O3._replace(range=1.0))(PARAMS, stats),
+        _quantize(sq.W8A8_O3)(PARAMS, stats),
+    )
     assert float(stats.input_range("a")) == float(stats.absmax["a"].max())
 
 
@@ -383,7 +404,9 @@ def test_clipping_a_planted_outlier_beats_absmax():
     def error(how):
         qparams = sq.quantize(params, stats, sq.W8A8_O3._replace(range=how))
         got = np.asarray(jax.jit(sq.quantized(apply))(qparams, jnp.asarray(x)), np.float64)
-        return np.mean((got - exact)[np.arange(4096) != 7] ** 2) / np.mean(exact[np.arange(4096) != 7] ** 2)
+        return np.mean((got - exact)[np.arange(4096) != 7] ** 2) / np.mean(
+            exact[np.arange(4096) != 7] ** 2
+        )
 
     assert error("absmax") > 0.3
     assert error("mse") < error("absmax") / 10
@@ -401,7 +424,9 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
     errors = {}
     for how in ("absmax", "mse", 0.9999):
         qparams = sq.quantize(params, stats, sq.W8A8_O3._replace(range=how))
-        errors[how] = np.mean((np.asarray(jax.jit(sq.quantized(apply))(qparams, jnp.asarray(x))) - exact) ** 2)
+        errors[how] = np.mean(
+            (np.asarray(jax.jit(sq.quantized(apply))(qparams, jnp.asarray(x))) - exact) ** 2
+        )
     assert errors["mse"] < 0.6 * errors["absmax"]
     assert errors["mse"] < errors[0.9999]
 
@@ -409,11 +434,15 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
 def test_refusals_of_schemes():
     plain, stats = of_all_batches(False), of_all_batches(True)
     for how in ("mse", 0.999):
-        with pytest.raises(ValueError, match=r"^a: the range .* call calibrate\(\.\.\., histogram=True\)"):
+        with pytest.raises(
+            ValueError, match=r"^a: the range .* call calibrate\(\.\.\., histogram=True\)"
+        ):
             sq.quantize(PARAMS, plain, sq.W8A8_O3._replace(range=how))
     with pytest.raises(ValueError, match="a range comes from the histogram of X, not of X / s"):
         sq.quantize(PARAMS, stats, MSE._replace(smoothing=0.5))
-    with pytest.raises(ValueError, match=r"^b: .*a range comes from the histogram of X, not of X / s"):
+    with pytest.raises(
+        ValueError, match=r"^b: .*a range comes from the histogram of X, not of X / s"
+    ):
         sq.smoothquant(fn, PARAMS, BATCHES, scheme=MSE, groups="^a$", runtime=0.5)
     with pytest.raises(ValueError, match=r"a range comes from .* or of X without outliers"):
         sq.quantize(PARAMS, stats, MSE._replace(outliers=6.0))
@@ -452,24 +481,38 @@ def test_a_histogram_serves_only_where_nothing_was_smoothed():
     only_b = sq.scales(PARAMS, stats, groups="^b$")
     assert set(only_b) == {"b"}
     ones = {"a": jnp.ones(WIDTH)}
-    smoothed, folded = sq.fold(PARAMS, stats.graph, only_b | ones), sq.fold_stats(stats, only_b | ones)
+    smoothed, folded = (
+        sq.fold(PARAMS, stats.graph, only_b | ones),
+        sq.fold_stats(stats, only_b | ones),
+    )
     qparams = sq.quantize(smoothed, folded, {"a": MSE, "b": sq.W8A8_O3})
-    np.testing.assert_allclose(qparams["a"].input_scale * 127, mse_range(stats.histogram["a"]), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"^b: the range 'mse' needs a histogram of its activation X / s.*calibrate"):
+    np.testing.assert_allclose(
+        qparams["a"].input_scale * 127, mse_range(stats.histogram["a"]), rtol=1e-6
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^b: the range 'mse' needs a histogram of its activation X / s.*calibrate",
+    ):
         sq.quantize(smoothed, folded, MSE)
-    derive = jax.jit(lambda s: sq.quantize(sq.fold(PARAMS, stats.graph, s), sq.fold_stats(stats, s), MSE))
+    derive = jax.jit(
+        lambda s: sq.quantize(sq.fold(PARAMS, stats.graph, s), sq.fold_stats(stats, s), MSE)
+    )
     traced = derive(only_b | ones)  # where values can not be checked, a range of NaN
     assert np.isnan(traced["b"].input_scale)
     np.testing.assert_allclose(traced["a"].input_scale, qparams["a"].input_scale, rtol=1e-6)
     assert jax.tree.structure(folded) == jax.tree.structure(stats)
 
 
-@pytest.mark.parametrize("scheme", [MSE, {"a": sq.W8A8_O3._replace(range=0.9), "": sq.W8A8}], ids=["mse", "rules"])
+@pytest.mark.parametrize(
+    "scheme", [MSE, {"a": sq.W8A8_O3._replace(range=0.9), "": sq.W8A8}], ids=["mse", "rules"]
+)
 def test_smoothquant_calibrates_the_smoothed_parameters(scheme):
     """From an iterator of batches; the same as by hand, step by step."""
     stats = of_all_batches(False)
     smoothed = sq.smooth(PARAMS, stats, 0.5)
     again = calibrated(params=smoothed)
-    same(sq.smoothquant(fn, PARAMS, iter(BATCHES), 0.5, scheme), sq.quantize(smoothed, again, scheme))
+    same(
+        sq.smoothquant(fn, PARAMS, iter(BATCHES), 0.5, scheme), sq.quantize(smoothed, again, scheme)
+    )
     t = again.input_range("a", "mse")
     assert not np.allclose(t, mse_range(of_all_batches(True).histogram["a"]), rtol=1e-3)

@@ -14,7 +14,9 @@ UNIT = 2.0**-24  # the rounding of float32
 
 
 def integers(largest, shape, dtype, seed):
-    return jnp.asarray(np.random.default_rng(seed).integers(-largest, largest + 1, shape), jnp.int8).astype(dtype)
+    return jnp.asarray(
+        np.random.default_rng(seed).integers(-largest, largest + 1, shape), jnp.int8
+    ).astype(dtype)
 
 
 def uniform(shape, seed):
@@ -29,7 +31,11 @@ def grouped(x, values, zero, groups):
     return np.einsum("mgk,ngk->gmn", x, w), np.einsum("mgk,ngk->gmn", np.abs(x), np.abs(w))
 
 
-WEIGHTS = {"int8": (jnp.int8, False), "int4": (jnp.int4, False), "int4 with zeros": (jnp.int4, True)}
+WEIGHTS = {
+    "int8": (jnp.int8, False),
+    "int4": (jnp.int4, False),
+    "int4 with zeros": (jnp.int4, True),
+}
 #: (rows, outputs, channels), channels of a group, weight
 CASES = [
     ((32, 64, 256), 256, "int8"),
@@ -58,13 +64,21 @@ def test_int32_sums_are_exact_and_scaled_in_float32(size, length, weight):
 
     scale, x_scale = uniform((outputs, groups), 3), uniform((rows,), 4)
     got = triton.matmul(x, values, scale, x_scale=x_scale, zero=zero, blocks=SMALL, interpret=True)
-    terms = sums * np.asarray(scale, np.float64).T[:, None, :] * np.asarray(x_scale, np.float64)[:, None]
+    terms = (
+        sums
+        * np.asarray(scale, np.float64).T[:, None, :]
+        * np.asarray(x_scale, np.float64)[:, None]
+    )
     # Each group is rounded when it becomes a float, is scaled and is added; their sum once more, by x_scale.
-    assert (np.abs(np.asarray(got, np.float64) - terms.sum(0)) <= (groups + 4) * UNIT * np.abs(terms).sum(0)).all()
+    assert (
+        np.abs(np.asarray(got, np.float64) - terms.sum(0))
+        <= (groups + 4) * UNIT * np.abs(terms).sum(0)
+    ).all()
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "weight"), [(jnp.bfloat16, "int8"), (jnp.bfloat16, "int4 with zeros"), (jnp.float16, "int4")]
+    ("x_dtype", "weight"),
+    [(jnp.bfloat16, "int8"), (jnp.bfloat16, "int4 with zeros"), (jnp.float16, "int4")],
 )
 def test_float_activations_meet_the_integers_in_float32(weight, x_dtype):
     dtype, zeros = WEIGHTS[weight]
@@ -76,9 +90,13 @@ def test_float_activations_meet_the_integers_in_float32(weight, x_dtype):
     scale = np.asarray(scale, np.float64).T[:, None, :]
     error = np.abs(np.asarray(got, np.float64) - (sums * scale).sum(0))
     assert (error <= (64 + 4 + 4) * UNIT * (magnitudes * scale).sum(0)).all()
-    narrow = triton.matmul(x, values, jnp.ones((37, 4)), zero=zero, dtype=jnp.bfloat16, blocks=SMALL, interpret=True)
+    narrow = triton.matmul(
+        x, values, jnp.ones((37, 4)), zero=zero, dtype=jnp.bfloat16, blocks=SMALL, interpret=True
+    )
     assert narrow.dtype == jnp.bfloat16
-    assert (np.abs(np.asarray(narrow, np.float64) - sums.sum(0)) <= 2.0**-8 * magnitudes.sum(0)).all()
+    assert (
+        np.abs(np.asarray(narrow, np.float64) - sums.sum(0)) <= 2.0**-8 * magnitudes.sum(0)
+    ).all()
 
 
 def test_it_is_the_plain_per_token_matmul():
@@ -90,7 +108,9 @@ def test_it_is_the_plain_per_token_matmul():
     def fused(x):
         x_scale = activation_scale(x, "per_token", None, INT8)
         q = to_format(x, x_scale)
-        return triton.matmul(q, values, scale, x_scale=x_scale.squeeze(1), blocks=SMALL, interpret=True)
+        return triton.matmul(
+            q, values, scale, x_scale=x_scale.squeeze(1), blocks=SMALL, interpret=True
+        )
 
     plain = product(Recipe("per_token"), x, Matrix(values, None, None, scale, None))
     np.testing.assert_allclose(fused(x), plain, rtol=4 * UNIT, atol=0)  # scaled in another order
@@ -111,20 +131,48 @@ X, W, ONE = jnp.zeros((2, 64), jnp.int8), jnp.zeros((3, 64), jnp.int8), jnp.ones
 W4, BF16 = W.astype(jnp.int4), X.astype(jnp.bfloat16)
 REFUSED = {
     "float weights": ((X, ONE, ONE), {}, "values of dtype int8 or int4, got float32"),
-    "float32 x": ((X.astype(jnp.float32), W, ONE), {}, "x of dtype int8 or bfloat16 or float16, got float32"),
+    "float32 x": (
+        (X.astype(jnp.float32), W, ONE),
+        {},
+        "x of dtype int8 or bfloat16 or float16, got float32",
+    ),
     "narrow scale": ((X, W, ONE.astype(jnp.bfloat16)), {}, "scale of dtype float32, got bfloat16"),
     "one row of x": ((X[0], W, ONE), {}, r"got \(64,\) and \(3, 1\)"),
     "other channels": ((X, W[:, :32], ONE), {}, r"values of shape \(3, 64\), got \(3, 32\)"),
     "other rows": ((X, W, ONE), {"x_scale": jnp.ones(3)}, r"x_scale of shape \(2,\), got \(3,\)"),
-    "other groups": ((X, W4, ONE), {"zero": jnp.zeros((3, 2), jnp.int8)}, r"zero of shape \(3, 1\), got \(3, 2\)"),
-    "short groups": ((X, W, jnp.ones((3, 4))), {}, "64 channels in 4 groups; expected .* a multiple of 32"),
+    "other groups": (
+        (X, W4, ONE),
+        {"zero": jnp.zeros((3, 2), jnp.int8)},
+        r"zero of shape \(3, 1\), got \(3, 2\)",
+    ),
+    "short groups": (
+        (X, W, jnp.ones((3, 4))),
+        {},
+        "64 channels in 4 groups; expected .* a multiple of 32",
+    ),
     "ragged groups": ((X, W, jnp.ones((3, 3))), {}, "64 channels in 3 groups"),
     "no groups": ((X, W, jnp.ones((3, 0))), {}, "64 channels in 0 groups"),
     "odd channels": ((X[:, :40], W[:, :40], ONE), {}, "40 channels in 1 groups"),
-    "int8 with zeros": ((X, W, ONE), {"zero": jnp.zeros((3, 1), jnp.int8)}, "zero points are for int4"),
-    "a scale of floats": ((BF16, W, ONE), {"x_scale": jnp.ones(2)}, "x_scale is for an int8 x, got .* bfloat16"),
-    "a block of 24": ((X, W, ONE), {"blocks": triton.Blocks(24, 64)}, r"powers of two, at least 16, got \(24, 64\)"),
-    "a block of 8": ((X, W, ONE), {"blocks": triton.Blocks(64, 8)}, r"powers of two, at least 16, got \(64, 8\)"),
+    "int8 with zeros": (
+        (X, W, ONE),
+        {"zero": jnp.zeros((3, 1), jnp.int8)},
+        "zero points are for int4",
+    ),
+    "a scale of floats": (
+        (BF16, W, ONE),
+        {"x_scale": jnp.ones(2)},
+        "x_scale is for an int8 x, got .* bfloat16",
+    ),
+    "a block of 24": (
+        (X, W, ONE),
+        {"blocks": triton.Blocks(24, 64)},
+        r"powers of two, at least 16, got \(24, 64\)",
+    ),
+    "a block of 8": (
+        (X, W, ONE),
+        {"blocks": triton.Blocks(64, 8)},
+        r"powers of two, at least 16, got \(64, 8\)",
+    ),
 }
 
 
@@ -140,6 +188,8 @@ def test_a_sum_that_may_overflow_is_refused():
         x, w, scale = ((1, 2**18), jnp.int8), ((1, 2**18), jnp.int8), ((1, groups), jnp.float32)
         return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (x, w, scale)]
 
-    with pytest.raises(ValueError, match="groups of 262144 channels; int32 sums are exact up to 133144"):
+    with pytest.raises(
+        ValueError, match="groups of 262144 channels; int32 sums are exact up to 133144"
+    ):
         jax.eval_shape(triton.matmul, *shapes(1))
     assert jax.eval_shape(triton.matmul, *shapes(2)).shape == (1, 1)

@@ -42,9 +42,15 @@ def check(view, moved):
     reached = [set() for _ in view.shape]
     for axis, pieces in enumerate(view.axes):
         assert math.prod(p.size for p in pieces) == moved.shape[axis]
-        digits = np.unravel_index(np.arange(moved.shape[axis]), [p.size for p in pieces]) if pieces else ()
+        digits = (
+            np.unravel_index(np.arange(moved.shape[axis]), [p.size for p in pieces])
+            if pieces
+            else ()
+        )
         for piece, digit in zip(pieces, digits, strict=True):
-            along = (digit * piece.stride).reshape([-1 if a == axis else 1 for a in range(moved.ndim)])
+            along = (digit * piece.stride).reshape(
+                [-1 if a == axis else 1 for a in range(moved.ndim)]
+            )
             said[piece.axis] = said[piece.axis] + along
             reached[piece.axis].add(axis)
     for taken in view.part:
@@ -60,7 +66,9 @@ def check(view, moved):
 def whole(view, moved, axes):
     """The leaf's axes that run in their own order along `axes` of the array, whole; None if they do not."""
     first = moved.transpose(*axes, *(a for a in range(moved.ndim) if a not in axes))
-    place = np.unravel_index(first.reshape(math.prod(first.shape[: len(axes)]), -1)[:, 0], view.shape)
+    place = np.unravel_index(
+        first.reshape(math.prod(first.shape[: len(axes)]), -1)[:, 0], view.shape
+    )
     varying = [a for a, n in enumerate(view.shape) if n > 1 and np.ptp(place[a]) > 0]
     sizes = [view.shape[a] for a in varying]
     flat = np.ravel_multi_index([place[a] for a in varying], sizes) if varying else np.zeros(1, int)
@@ -75,7 +83,9 @@ def transposing(data, shape):
 def reshaping(data, shape):
     size = math.prod(shape)
     first = data.draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0]))
-    second = data.draw(st.sampled_from([d for d in range(1, size // first + 1) if size // first % d == 0]))
+    second = data.draw(
+        st.sampled_from([d for d in range(1, size // first + 1) if size // first % d == 0])
+    )
     return lambda x: lax.reshape(x, (first, second, size // first // second))
 
 
@@ -115,14 +125,18 @@ def test_a_view_says_where_every_element_comes_from(data, shape):
         assume(after[0] is not None)
         view, moved = after
         check(view, moved)
-    axes = data.draw(st.permutations(range(moved.ndim)).map(lambda axes: axes[: len(axes) // 2 + 1]))
+    axes = data.draw(
+        st.permutations(range(moved.ndim)).map(lambda axes: axes[: len(axes) // 2 + 1])
+    )
     found = view.whole_axes(axes)
     if found is not None:
         assert [a for a in found if shape[a] > 1] == whole(view, moved, axes)
     if view.places is not None:
         permutation = [a for a in view.places if a is not None]
         squeezed = [a for a in range(len(shape)) if a not in permutation]  # of size 1
-        np.testing.assert_array_equal(moved, places(shape).transpose(*permutation, *squeezed).reshape(moved.shape))
+        np.testing.assert_array_equal(
+            moved, places(shape).transpose(*permutation, *squeezed).reshape(moved.shape)
+        )
 
 
 WHOLE = {  # a function of a leaf, the leaf's shape, axes of the result, the leaf's axes that they run over
@@ -140,9 +154,19 @@ WHOLE = {  # a function of a leaf, the leaf's shape, axes of the result, the lea
         [1],
         (0,),
     ),
-    "mixed up": (lambda w: w.reshape(2, 3, 4, 5).transpose(1, 0, 2, 3).reshape(24, 5), (24, 5), [0], None),
+    "mixed up": (
+        lambda w: w.reshape(2, 3, 4, 5).transpose(1, 0, 2, 3).reshape(24, 5),
+        (24, 5),
+        [0],
+        None,
+    ),
     "across two axes": (lambda w: w.reshape(3, 8), (6, 4), [1], None),
-    "ones come and go": (lambda w: w[None, :, None].squeeze(0).reshape(1, 6, 1, 4), (6, 4), [1], (0,)),
+    "ones come and go": (
+        lambda w: w[None, :, None].squeeze(0).reshape(1, 6, 1, 4),
+        (6, 4),
+        [1],
+        (0,),
+    ),
     "a slice": (lambda w: w[:4], (6, 4), [0], None),
     "beside a slice": (lambda w: w[:4], (6, 4), [1], (1,)),
     "an index": (lambda w: lax.index_in_dim(w, 1, 0, keepdims=False).T, (3, 6, 4), [0], (2,)),
@@ -205,25 +229,35 @@ def test_slices_of_scans_are_the_leaf_at_each_step(reverse):
         return scanned(p, y)
 
     params, x = (
-        {"v": jnp.asarray(places((3, 2)), jnp.float32), "w": jnp.asarray(places((3, 4, 2, 5)), jnp.float32)},
+        {
+            "v": jnp.asarray(places((3, 2)), jnp.float32),
+            "w": jnp.asarray(places((3, 4, 2, 5)), jnp.float32),
+        },
         0.0,
     )
     program = Program(trace(fn, params, (jnp.float32(x),), {})[0])
     views = {v: view for v, view in program.views.items() if view.places is not None}
-    _, seen = evaluate(program, jax.tree.leaves(params), [jnp.float32(x)], dict.fromkeys(views, lambda x: x))
+    _, seen = evaluate(
+        program, jax.tree.leaves(params), [jnp.float32(x)], dict.fromkeys(views, lambda x: x)
+    )
     stacked = [view.stacked for view in views.values()]
     assert {len(s) for s in stacked} == {0, 1, 2}
     for v, view in views.items():
         if v in seen:
             expected = np.asarray(params[view.path]).transpose(*view.stacked.values(), *view.places)
-            np.testing.assert_array_equal(seen[v], expected)  # step i is entry i, whatever the order
+            np.testing.assert_array_equal(
+                seen[v], expected
+            )  # step i is entry i, whatever the order
     assert {len(views[v].stacked) for v in seen} == {0, 1, 2}
 
 
 def test_a_scan_over_parts_of_a_leaf_gives_no_view():
     program = Program(
         trace(
-            lambda p, x: lax.scan(lambda c, w: (c + w, None), x, p["w"][1:]), {"w": jnp.ones(3)}, (jnp.ones(()),), {}
+            lambda p, x: lax.scan(lambda c, w: (c + w, None), x, p["w"][1:]),
+            {"w": jnp.ones(3)},
+            (jnp.ones(()),),
+            {},
         )[0]
     )
     assert not any(view.stacked for view in program.views.values())

@@ -33,9 +33,16 @@ def in_numpy(lhs, rhs, formula, shared, granularity):
     sides = []
     for x, axes in ((lhs, shared[0]), (rhs, shared[1])):
         x = np.asarray(x, np.float64)
-        scale = np.abs(x).max(axis=axes if granularity == "per_token" else None, keepdims=True) / 127
+        scale = (
+            np.abs(x).max(axis=axes if granularity == "per_token" else None, keepdims=True) / 127
+        )
         scale = np.where(scale == 0, 1.0, scale)
-        sides.append((np.clip(np.rint(x / scale), -127, 127).astype(np.int64), np.broadcast_to(scale, x.shape)))
+        sides.append(
+            (
+                np.clip(np.rint(x / scale), -127, 127).astype(np.int64),
+                np.broadcast_to(scale, x.shape),
+            )
+        )
     (q_l, s_l), (q_r, s_r) = sides
     scales = [s.take([0], axis=a[0]) for s, a in ((s_l, shared[0]), (s_r, shared[1]))]
     return np.einsum(formula, q_l, q_r) * np.einsum(formula, *scales)
@@ -45,7 +52,9 @@ def settled(x, axes):
     """Zeros in place of what is nearly halfway between two integers times either scale."""
     x = np.array(x, np.float32)
     for axis in (axes, None):
-        r = x.astype(np.float64) / (np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) / 127)
+        r = x.astype(np.float64) / (
+            np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) / 127
+        )
         x[np.rint(r * (1 + 1e-5)) != np.rint(r * (1 - 1e-5))] = 0
     return x
 
@@ -86,7 +95,9 @@ def test_batch_axes_may_come_in_any_order(granularity):
     rows = 4.0 ** jnp.arange(6.0).reshape(2, 3, 1, 1)
     x, y = normal(2, 3, 5, 8) * rows, normal(3, 2, 7, 8, seed=1) * rows.transpose(1, 0, 2, 3)
     x, y = (jnp.asarray(settled(a, 3)) for a in (x, y))
-    got = jax.jit(int8_dot, static_argnums=(0, 1))((((3,), (3,)), ((0, 1), (1, 0))), granularity, x, y)
+    got = jax.jit(int8_dot, static_argnums=(0, 1))(
+        (((3,), (3,)), ((0, 1), (1, 0))), granularity, x, y
+    )
     expected = in_numpy(x, y, "abqd,bakd->abqk", ((3,), (3,)), granularity)
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
@@ -110,7 +121,10 @@ def attention(p, x):
 
 def layer(seed=0, dtype=jnp.float32):
     shapes = {"q": (16, 2, 8), "k": (16, 2, 8), "v": (16, 2, 8), "o": (2, 8, 16)}
-    return {name: normal(*shape, seed=seed + i, dtype=dtype) / 4 for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: normal(*shape, seed=seed + i, dtype=dtype) / 4
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 @granularities
@@ -155,7 +169,9 @@ def test_a_scan_over_layers():
     got, expected = jax.jit(fast)(stack, x), x
     for i in range(3):
         expected = sq.int8_attention(attention)(jax.tree.map(lambda a, i=i: a[i], stack), expected)
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-3)  # ulps of one layer may move a code of the next
+    np.testing.assert_allclose(
+        got, expected, rtol=1e-3, atol=2e-3
+    )  # ulps of one layer may move a code of the next
     assert relative_error(got, model(stack, x)) < 0.05
 
 
@@ -192,7 +208,10 @@ def test_half_precision_keeps_its_dtype_and_scales_in_float32():
     assert relative_error(got.astype(jnp.float32), wide) < 0.05
     dims = (((2,), (2,)), ((0,), (0,)))
     exact = [normal(1, 3, 8, seed=s, dtype=jnp.bfloat16) for s in (0, 1)]
-    one, other = (int8_dot(dims, "per_token", *(a.astype(d) for a in exact)) for d in (jnp.bfloat16, jnp.float32))
+    one, other = (
+        int8_dot(dims, "per_token", *(a.astype(d) for a in exact))
+        for d in (jnp.bfloat16, jnp.float32)
+    )
     np.testing.assert_array_equal(one, other)
 
 
@@ -209,7 +228,9 @@ def test_longer_sums_than_int32_holds_are_refused():
     scores = lambda p, x, y: jnp.einsum("bqd,bkd->bqk", x, y) * p["gain"]
     params = {"gain": jax.ShapeDtypeStruct((), jnp.float32)}
     long = jax.ShapeDtypeStruct((1, 1, LONGEST_CONTRACTION + 1), jnp.float32)
-    with pytest.raises(ValueError, match=r"^int8_attention: dot_general sums over 133145 products; .* up to 133144"):
+    with pytest.raises(
+        ValueError, match=r"^int8_attention: dot_general sums over 133145 products; .* up to 133144"
+    ):
         jax.eval_shape(sq.int8_attention(scores), params, long, long)
     fits = jax.ShapeDtypeStruct((1, 1, LONGEST_CONTRACTION), jnp.float32)
     assert jax.eval_shape(sq.int8_attention(scores), params, fits, fits).shape == (1, 1, 1)

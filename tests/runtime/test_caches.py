@@ -15,17 +15,25 @@ BATCH, SLOTS, HEADS, QUERIES, WIDTH = 2, 10, 2, 4, 16
 def params(seed=0):
     rng = np.random.default_rng(seed)
     sizes = {"q": QUERIES * WIDTH, "k": HEADS * WIDTH, "v": HEADS * WIDTH}
-    return {name: jnp.asarray(rng.normal(size=(24, n)) / 24**0.5, jnp.float32) for name, n in sizes.items()}
+    return {
+        name: jnp.asarray(rng.normal(size=(24, n)) / 24**0.5, jnp.float32)
+        for name, n in sizes.items()
+    }
 
 
 def empty():
-    return {name: jnp.zeros((BATCH, SLOTS, HEADS, WIDTH)) for name in ("key", "value")} | {"index": jnp.int32(0)}
+    return {name: jnp.zeros((BATCH, SLOTS, HEADS, WIDTH)) for name in ("key", "value")} | {
+        "index": jnp.int32(0)
+    }
 
 
 def attention(p, x, cache, repeat=True):
     """One layer of attention with grouped queries that writes to a cache, and reads all of it."""
     tokens = x.shape[1]
-    q, k, v = (jnp.einsum("btc,cd->btd", x, p[n]).reshape(BATCH, tokens, -1, WIDTH) for n in ("q", "k", "v"))
+    q, k, v = (
+        jnp.einsum("btc,cd->btd", x, p[n]).reshape(BATCH, tokens, -1, WIDTH)
+        for n in ("q", "k", "v")
+    )
     start = cache["index"]
     zero = jnp.zeros_like(start)
     cache = {
@@ -42,7 +50,9 @@ def attention(p, x, cache, repeat=True):
     grouped = q.reshape(BATCH, tokens, HEADS, QUERIES // HEADS, WIDTH)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, cache["key"]) / WIDTH**0.5
     weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -1e9))
-    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, cache["value"]).reshape(BATCH, tokens, -1), cache
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, cache["value"]).reshape(
+        BATCH, tokens, -1
+    ), cache
 
 
 def rounded(x, axis=-1):
@@ -82,7 +92,9 @@ def test_is_the_attention_of_rounded_keys_and_values(repeat):
         exact, cache = fn(p, x, cache)
         out, held = run(p, x, held)
     expected = reference(p, xs)
-    np.testing.assert_allclose(out, expected, atol=0.01 * np.abs(expected).max())  # roundings at ties
+    np.testing.assert_allclose(
+        out, expected, atol=0.01 * np.abs(expected).max()
+    )  # roundings at ties
     assert 1e-5 < np.abs(out - exact).max() / np.abs(exact).max() < 0.02
     assert int(held["index"]) == 6
     for name in ("key", "value"):
@@ -98,7 +110,9 @@ def test_a_step_compiles_once_and_holds_no_float_copy_of_the_cache():
     dots = [dot.dtypes for dot in jaxprs.dots(program)]
     assert dots.count(jaxprs.INT8_DOT) == 2
     assert jaxprs.largest_float(program) < BATCH * SLOTS * HEADS * WIDTH * 4
-    assert not [shape for _, shape in jaxprs.widened(program, larger_than=BATCH * SLOTS * HEADS * WIDTH - 1)]
+    assert not [
+        shape for _, shape in jaxprs.widened(program, larger_than=BATCH * SLOTS * HEADS * WIDTH - 1)
+    ]
     for x in inputs(1, 1):
         _, held = run(p, x, held)
     assert run._cache_size() == 1
@@ -137,7 +151,10 @@ def test_is_carried_by_a_loop_and_handed_out_by_a_scan():
     out, held = jax.jit(sq.quantized(through_layers))(layers, x, sq.quantize_cache(stacked))
     assert 0 < np.abs(out - exact).max() < 0.02 * np.abs(exact).max()
     assert held["key"].scale.shape == (2, BATCH, SLOTS, HEADS, 1)
-    cache, held = looped(p, x, empty()), jax.jit(sq.quantized(looped))(p, x, sq.quantize_cache(empty()))
+    cache, held = (
+        looped(p, x, empty()),
+        jax.jit(sq.quantized(looped))(p, x, sq.quantize_cache(empty())),
+    )
     assert int(held["index"]) == 3
     np.testing.assert_allclose(sq.dequantize(held["key"]), rounded(cache["key"]), atol=1e-5)
 
@@ -149,7 +166,11 @@ def test_a_mask_and_parts_of_a_cache_pass():
 
     def fn(p, cache, start):
         c = jnp.where(mask, cache["c"], 0.0)
-        c = lax.dynamic_slice(c, (start, 0, 0), (2, 6, 8))[:, 1:5].transpose(1, 0, 2).reshape(4, 2, 2, 4)
+        c = (
+            lax.dynamic_slice(c, (start, 0, 0), (2, 6, 8))[:, 1:5]
+            .transpose(1, 0, 2)
+            .reshape(4, 2, 2, 4)
+        )
         return jnp.einsum("qd,tcd->qtc", y, c.reshape(4, 2, 8))
 
     expected = fn({}, {"c": jnp.asarray(rounded(x), jnp.float32)}, 1)
@@ -164,7 +185,9 @@ def test_a_mask_may_fill_with_zeros_only(jit):
     def fn(p, cache, fill):
         return jnp.where(jnp.arange(4)[:, None] < 2, cache["c"], fill) @ jnp.ones((8, 1))
 
-    np.testing.assert_allclose(jit(sq.quantized(lambda p, c: fn(p, c, 0.0)))({}, held)[:, 0], [8, 8, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        jit(sq.quantized(lambda p, c: fn(p, c, 0.0)))({}, held)[:, 0], [8, 8, 0, 0], rtol=1e-6
+    )
     for fill in (1.0, jnp.float32(-2)):
         with pytest.raises(ValueError, match="`select_n` at"):
             jit(sq.quantized(lambda p, c, fill=fill: fn(p, c, fill)))({}, held)
@@ -172,7 +195,9 @@ def test_a_mask_may_fill_with_zeros_only(jit):
 
 def test_what_has_no_rule_is_refused_with_its_name():
     held = sq.quantize_cache({"key": jnp.ones((2, 4)), "n": jnp.int32(3)})
-    with pytest.raises(ValueError, match=r"key: a quantized argument, but `exp` at .*test_caches.py.* in float"):
+    with pytest.raises(
+        ValueError, match=r"key: a quantized argument, but `exp` at .*test_caches.py.* in float"
+    ):
         sq.quantized(lambda p, c: jnp.exp(c["key"]))({}, held)
     grouped = sq.QTensor.quantize(jnp.ones((2, 4)), (-1,), 2)
     with pytest.raises(ValueError, match=r"key: expected an int8 array with symmetric scales"):
@@ -182,11 +207,19 @@ def test_what_has_no_rule_is_refused_with_its_name():
 
 
 def test_only_float_arrays_of_that_name_are_quantized():
-    cache = {"key": jnp.ones((2, 4)), "mask": jnp.ones((2, 4), bool), "scale": jnp.ones(3), "value": jnp.ones((2, 4))}
+    cache = {
+        "key": jnp.ones((2, 4)),
+        "mask": jnp.ones((2, 4), bool),
+        "scale": jnp.ones(3),
+        "value": jnp.ones((2, 4)),
+    }
     cache["index"] = 0
     kinds = {name: type(x) for name, x in sq.quantize_cache(cache, "key").items()}
     assert [name for name, kind in kinds.items() if kind is sq.QTensor] == ["key"]
-    assert [name for name, x in sq.quantize_cache(cache).items() if isinstance(x, sq.QTensor)] == ["key", "value"]
+    assert [name for name, x in sq.quantize_cache(cache).items() if isinstance(x, sq.QTensor)] == [
+        "key",
+        "value",
+    ]
     with pytest.raises(ValueError, match=r"quantize_cache pattern .*kee"):
         sq.quantize_cache(cache, "kee")
 
@@ -195,15 +228,25 @@ def test_only_float_arrays_of_that_name_are_quantized():
 def test_a_hugging_face_llama_decodes_with_an_int8_cache():
     from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+    }
     config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     model, mask = FlaxLlamaForCausalLM(config, seed=0), jnp.ones((2, 12), jnp.int32)
 
     def fn(params, ids, past, positions):
-        out = model(ids, params=params, past_key_values=past, attention_mask=mask, position_ids=positions)
+        out = model(
+            ids, params=params, past_key_values=past, attention_mask=mask, position_ids=positions
+        )
         return out.logits, out.past_key_values
 
-    run, ids = jax.jit(sq.quantized(fn)), jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 8)))
+    run, ids = (
+        jax.jit(sq.quantized(fn)),
+        jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 8))),
+    )
     past = model.init_cache(2, 12)
     held = sq.quantize_cache(past, "cached")
     for cut in (slice(0, 6), slice(6, 7), slice(7, 8)):
@@ -212,6 +255,8 @@ def test_a_hugging_face_llama_decodes_with_an_int8_cache():
         logits, held = run(model.params, ids[:, cut], held, positions)
         assert 0 < np.abs(logits - exact).max() < 0.01 * np.abs(exact).max()
     quantized = [
-        x for x in jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, sq.QTensor)) if isinstance(x, sq.QTensor)
+        x
+        for x in jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, sq.QTensor))
+        if isinstance(x, sq.QTensor)
     ]
     assert len(quantized) == 4

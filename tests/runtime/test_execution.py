@@ -72,13 +72,16 @@ ALL_SCHEMES = {**SCHEMES, "per_tensor": sq.Scheme(weights="per_tensor")}
 
 
 @pytest.mark.parametrize(
-    ("case", "scheme"), [*((case, "O1") for case in ONE_MATMUL), *(("x @ w.T", s) for s in ALL_SCHEMES if s != "O1")]
+    ("case", "scheme"),
+    [*((case, "O1") for case in ONE_MATMUL), *(("x @ w.T", s) for s in ALL_SCHEMES if s != "O1")],
 )
 def test_a_matmul_is_the_integer_product_of_numpy(case, scheme):
     (fn, shape), scheme = ONE_MATMUL[case], ALL_SCHEMES[scheme]
     x = numpy_int8.away_from_ties(normal(5, 16), 1 if scheme.activations == "per_token" else None)
     contracted = shape.index(16)
-    w = numpy_int8.away_from_ties(normal(*shape, seed=1), contracted if scheme.weights == "per_channel" else None)
+    w = numpy_int8.away_from_ties(
+        normal(*shape, seed=1), contracted if scheme.weights == "per_channel" else None
+    )
     qparams = quantize(fn, {"w": jnp.asarray(w)}, jnp.asarray(x), scheme=scheme)
     expected = numpy_int8.matmul(
         x,
@@ -93,7 +96,9 @@ def test_a_matmul_is_the_integer_product_of_numpy(case, scheme):
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
 def test_a_weight_on_the_left_keeps_the_order_of_the_result(batch):
-    fn = lambda p, x: jax.lax.dot_general(p["w"], x, (((1,), (x.ndim - 1,)), ((), ())))  # (a, c) then x's free axes
+    fn = lambda p, x: jax.lax.dot_general(
+        p["w"], x, (((1,), (x.ndim - 1,)), ((), ()))
+    )  # (a, c) then x's free axes
     params, x = {"w": normal(4, 16, 3)}, normal(*batch, 5, 16, seed=1)
     qparams = check(fn, params, x)
     assert jax.jit(sq.quantized(fn))(qparams, x).shape == (4, 3, *batch, 5)
@@ -176,7 +181,9 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
     int8 = [dot for dot in jaxprs.dots(program) if dot.dtypes == jaxprs.INT8_DOT]
     attention = [dot for dot in jaxprs.dots(program) if dot.dtypes != jaxprs.INT8_DOT]
     assert len(int8) == len(sites) == 14 + 1
-    assert len(attention) == 2 * config.num_layers  # q . k and probabilities . v multiply two activations
+    assert (
+        len(attention) == 2 * config.num_layers
+    )  # q . k and probabilities . v multiply two activations
     assert jaxprs.widened(program, larger_than=smallest - 1) == []
     if tie:
         assert jaxprs.largest_float(program) < smallest
@@ -188,7 +195,9 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
 
 def test_a_leaf_that_is_contracted_along_different_axes_stays_float():
     fn = lambda p, x: jnp.tanh(x @ p["tied"]) @ p["tied"].T @ p["head"]
-    qparams = check(fn, {"tied": normal(16, 12), "head": normal(16, 8, seed=1)}, normal(5, 16, seed=2), sites=1)
+    qparams = check(
+        fn, {"tied": normal(16, 12), "head": normal(16, 8, seed=1)}, normal(5, 16, seed=2), sites=1
+    )
     assert isinstance(qparams["tied"], jax.Array)
 
 
@@ -264,11 +273,15 @@ def test_custom_gradients_survive():
     params, x = {"gain": jnp.full((1, 16), 2.0), "w": normal(16, 8)}, normal(5, 16, seed=1)
     total = lambda run: lambda x: jnp.sum(run(x))
     expected = jax.grad(total(lambda x: fn(params, x)))(x)
-    np.testing.assert_array_equal(jax.grad(total(lambda x: sq.quantized(fn)(params, x)))(x), expected)
+    np.testing.assert_array_equal(
+        jax.grad(total(lambda x: sq.quantized(fn)(params, x)))(x), expected
+    )
     qparams = quantize(fn, params, x)
     got = jax.grad(total(lambda x: sq.quantized(fn)(qparams, x)))(x)
     effective = sq.dequantize(qparams["w"].tensor)
-    np.testing.assert_allclose(got, -2 * jnp.broadcast_to(effective.sum(1), x.shape), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        got, -2 * jnp.broadcast_to(effective.sum(1), x.shape), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_float_tree_gives_what_the_function_gives():
@@ -277,7 +290,10 @@ def test_a_float_tree_gives_what_the_function_gives():
     np.testing.assert_array_equal(jax.jit(sq.quantized(fn))(params, x), jax.jit(fn)(params, x))
     program = jaxprs.of(sq.quantized(fn), params, x)
     assert {dot.dtypes for dot in jaxprs.dots(program)} == {("float32",) * 3}
-    grads = [jax.grad(lambda p, run=run: jnp.sum(run(p, x) ** 2))(params) for run in (fn, sq.quantized(fn))]
+    grads = [
+        jax.grad(lambda p, run=run: jnp.sum(run(p, x) ** 2))(params)
+        for run in (fn, sq.quantized(fn))
+    ]
     jax.tree.map(np.testing.assert_array_equal, *grads)
 
 
@@ -295,7 +311,9 @@ def test_the_same_function_gives_the_same_wrapper_and_is_traced_once():
     assert sq.quantized(fn) is sq.quantized(fn)
     assert sq.quantized(fn).__name__ == "fn"
     traces.clear()
-    results = [jax.jit(sq.quantized(fn))(qparams, x) for x in (normal(5, 16), normal(5, 16, seed=1))]
+    results = [
+        jax.jit(sq.quantized(fn))(qparams, x) for x in (normal(5, 16), normal(5, 16, seed=1))
+    ]
     assert len(traces) == 1
     assert not np.array_equal(*results)
     jax.jit(sq.quantized(fn))(qparams, normal(6, 16))
@@ -335,7 +353,9 @@ def test_keywords_and_python_values_reach_the_function():
     np.testing.assert_allclose(got["y"], 2 * (base["y"] + 100), rtol=1e-6)
     assert got["mode"] == 0
     assert got["extra"].tolist() == [0, 1, 2]
-    by_name = jax.jit(lambda p, x, s: sq.quantized(fn)(p, x, shift=s, double=True, mode="b"))(qparams, x, shift)
+    by_name = jax.jit(lambda p, x, s: sq.quantized(fn)(p, x, shift=s, double=True, mode="b"))(
+        qparams, x, shift
+    )
     np.testing.assert_allclose(by_name["y"], got["y"], rtol=1e-6)
 
 
@@ -359,7 +379,9 @@ def test_rows_are_those_of_the_dequantized_table_out_of_range_too(take, weights,
     axes = tuple(range(1, len(shape)))
     head = lambda p, x: jnp.tensordot(x, p["table"], (axes, axes))
     fn = lambda p, ids: TAKES[take](p["table"], ids)
-    qparams = quantize(head, {"table": normal(*shape)}, normal(5, *shape[1:]), scheme=sq.Scheme(weights=weights))
+    qparams = quantize(
+        head, {"table": normal(*shape)}, normal(5, *shape[1:]), scheme=sq.Scheme(weights=weights)
+    )
     ids = jnp.asarray([[0, 5, 3], [-1, 6, -100], [1000, -6, -7]])
     expected = fn({"table": sq.dequantize(qparams["table"].tensor)}, ids)
     assert np.isnan(expected).any() == (take in ("default", "at"))
@@ -394,13 +416,21 @@ REFUSED = {  # primitive, a function that meets the leaf with it
     "integer_pow": lambda p, x: x @ p["net"]["w"] ** 2,
     "mul": lambda p, x: x @ (2.0 * p["net"]["w"]),
     "add": lambda p, x: x @ (p["net"]["w"] + p["net"]["w"]),
-    "reshape": lambda p, x: x @ p["net"]["w"].reshape(8, 32)[:, :16].reshape(16, 8),  # mixes rows and columns
+    "reshape": lambda p, x: (
+        x @ p["net"]["w"].reshape(8, 32)[:, :16].reshape(16, 8)
+    ),  # mixes rows and columns
     "sin": lambda p, x: x @ jnp.sin(p["net"]["w"]),
     "reduce_sum": lambda p, x: x @ p["net"]["w"] + jnp.sum(p["net"]["w"]),
     "concatenate": lambda p, x: x @ jnp.concatenate([p["net"]["w"], p["net"]["w"]], 1),
-    "scan": lambda p, x: jax.lax.scan(lambda w, _: (w.T, None), p["net"]["w"], None, length=2)[0],  # carried
-    "gather": lambda p, x: x @ p["net"]["w"] + p["net"]["w"][jnp.array([1])],  # rows, but stored by columns
-    "convert_element_type": lambda p, x: x @ p["net"]["w"] + p["net"]["w"].astype(jnp.int32)[0, 0].astype(jnp.float32),
+    "scan": lambda p, x: jax.lax.scan(lambda w, _: (w.T, None), p["net"]["w"], None, length=2)[
+        0
+    ],  # carried
+    "gather": lambda p, x: (
+        x @ p["net"]["w"] + p["net"]["w"][jnp.array([1])]
+    ),  # rows, but stored by columns
+    "convert_element_type": lambda p, x: (
+        x @ p["net"]["w"] + p["net"]["w"].astype(jnp.int32)[0, 0].astype(jnp.float32)
+    ),
     "dot_general": lambda p, x: x @ (p["net"]["w"] @ p["net"]["w"]),
 }
 
@@ -438,7 +468,9 @@ def test_batch_axes_that_the_weight_was_not_quantized_for_are_refused_by_leaf():
     fn = lambda p, x: jnp.einsum("bi,bio->bo", x, p["experts"])
     shared = lambda p, x: jnp.einsum("bi,bio->o", x, p["experts"])
     params, x = {"experts": normal(2, 16, 8)}, normal(2, 16)
-    with pytest.raises(ValueError, match=r"^experts: contracted along its axes \(1,\) in a batch along \(0,\)"):
+    with pytest.raises(
+        ValueError, match=r"^experts: contracted along its axes \(1,\) in a batch along \(0,\)"
+    ):
         sq.quantized(fn)(quantize(shared, params, x), x)
     check(fn, params, x)
 
@@ -448,7 +480,11 @@ def test_batch_axes_that_the_weight_was_not_quantized_for_are_refused_by_leaf():
 
 def kinds(qparams):
     """{path: how its activations are quantized, or None} of the kernels."""
-    return {name: getattr(layer["kernel"], "activations", None) for name, layer in qparams.items() if "kernel" in layer}
+    return {
+        name: getattr(layer["kernel"], "activations", None)
+        for name, layer in qparams.items()
+        if "kernel" in layer
+    }
 
 
 @pytest.mark.parametrize(
@@ -472,7 +508,9 @@ def test_the_first_rule_that_matches_a_site_decides(rules, expected):
 
 def test_a_rule_that_matches_nothing_lists_near_misses():
     fn, params, x = linen_net()
-    with pytest.raises(ValueError, match=r"quantize rule 'upp/kernel' matches nothing. Near misses: 'up/kernel'"):
+    with pytest.raises(
+        ValueError, match=r"quantize rule 'upp/kernel' matches nothing. Near misses: 'up/kernel'"
+    ):
         quantize(fn, params, x, scheme={"upp/kernel": sq.W8A8})
     with pytest.raises(ValueError, match=r"'up/bias' matches nothing"):  # a leaf, but no site
         quantize(fn, params, x, scheme={"up/bias": sq.W8A8})

@@ -21,7 +21,10 @@ def rows_on_devices(p, x):
     """x @ w, with half the rows of w on each of two devices."""
     mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,))
     parts = jax.shard_map(
-        lambda w, x: lax.psum(x @ w, "m"), mesh=mesh, in_specs=(P("m", None), P(None, "m")), out_specs=P()
+        lambda w, x: lax.psum(x @ w, "m"),
+        mesh=mesh,
+        in_specs=(P("m", None), P(None, "m")),
+        out_specs=P(),
     )
     return parts(p["w"], x)
 
@@ -53,7 +56,9 @@ def test_a_shard_map_that_would_begin_inside_a_group_is_refused():
     """200 channels in groups of 64 have 4 scales, two for each device, but the second block begins in the second."""
     params, x = {"w": normal(200, 8)}, normal(5, 200, seed=1)
     qparams = quantize(rows_on_devices, params, x, scheme=sq.W4A8._replace(weights=64))
-    with pytest.raises(ValueError, match=r"^w: its 200 contracted channels can not be cut into 2 blocks of whole"):
+    with pytest.raises(
+        ValueError, match=r"^w: its 200 contracted channels can not be cut into 2 blocks of whole"
+    ):
         sq.quantized(rows_on_devices)(qparams, x)
 
 
@@ -68,7 +73,9 @@ def test_a_group_too_long_for_int32_is_refused():
     params, x = {"w": jnp.ones((300_000, 1))}, jnp.ones((2, 300_000))
     fn = lambda p, x: x @ p["w"]
     qparams = quantize(fn, params, x, scheme=sq.Scheme("per_token", 150_000))
-    with pytest.raises(ValueError, match="w: contracts 150000 channels; int32 sums are exact up to 133144"):
+    with pytest.raises(
+        ValueError, match="w: contracts 150000 channels; int32 sums are exact up to 133144"
+    ):
         sq.quantized(fn)(qparams, x)
 
 
@@ -82,7 +89,9 @@ def test_no_rows(scheme):
 def test_smoothing_at_run_time_leaves_tables_alone():
     fn = lambda p, ids: jax.nn.gelu(p["embed"][ids]) @ p["w"]
     params, ids = {"embed": normal(10, 8), "w": normal(8, 4, seed=1)}, jnp.arange(5)
-    qparams = sq.smoothquant(fn, params, [ids], scheme={"embed": sq.EMBEDDING_INT8, "w": sq.W8A8}, runtime=0.5)
+    qparams = sq.smoothquant(
+        fn, params, [ids], scheme={"embed": sq.EMBEDDING_INT8, "w": sq.W8A8}, runtime=0.5
+    )
     assert qparams["embed"].smoothing is None
     assert qparams["w"].smoothing.shape == (8,)
     assert 0 < error(sq.quantized(fn)(qparams, ids), fn(params, ids)) < 0.03
@@ -106,17 +115,26 @@ def test_a_layer_of_a_stack_keeps_its_outliers_and_scales(stack, scheme):
         w, x = normal(3, 16, 16), jnp.asarray(normal(8, 16, seed=1) * big[None], jnp.float32)
         fn = lambda p, x: jnp.stack([(x * 4.0**i) @ p["w"][i] / 4.0**i for i in range(3)])
     else:
-        w, x = normal(2, 3, 16, 16), jnp.asarray(normal(3, 8, 16, seed=1) * big[None, None], jnp.float32)
-        fn = lambda p, x: jnp.stack([lax.batch_matmul(x[:, :, :: 1 - 2 * i], p["w"][i]) for i in range(2)])
+        w, x = (
+            normal(2, 3, 16, 16),
+            jnp.asarray(normal(3, 8, 16, seed=1) * big[None, None], jnp.float32),
+        )
+        fn = lambda p, x: jnp.stack(
+            [lax.batch_matmul(x[:, :, :: 1 - 2 * i], p["w"][i]) for i in range(2)]
+        )
     qparams = quantize(fn, {"w": w}, x, scheme=OUTLIERS[scheme])
     assert isinstance(qparams["w"], sq.QuantWeight)
     got = jax.jit(sq.quantized(fn))(qparams, x)
-    assert error(got, fn({"w": w}, x)) < 0.02  # all channels of the largest layer are outliers: there it may be 0
+    assert (
+        error(got, fn({"w": w}, x)) < 0.02
+    )  # all channels of the largest layer are outliers: there it may be 0
 
 
 def test_rows_that_a_gather_puts_first_are_no_table():
     numbers = lax.GatherDimensionNumbers((0,), (0,), (0,))
-    fn = lambda p, ids: lax.gather(p["embed"], ids[:, None], numbers, (1, 10), mode="clip").T @ p["w"]
+    fn = lambda p, ids: (
+        lax.gather(p["embed"], ids[:, None], numbers, (1, 10), mode="clip").T @ p["w"]
+    )
     params, ids = {"embed": normal(20, 10), "w": normal(10, 4)}, jnp.arange(6)
     assert fn(params, ids).shape == (6, 4)
     assert sq.calibrate(fn, params, [ids]).graph.tables == ()

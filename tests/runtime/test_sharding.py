@@ -174,9 +174,16 @@ def summed_over_devices():
 
     def plain(p, x, total=lambda y: y):
         h = total(x @ p["w1"])
-        return total(jnp.einsum("eti,eio->eto", jnp.broadcast_to(h, (p["w2"].shape[0], *h.shape)), p["w2"]).sum(0))
+        return total(
+            jnp.einsum(
+                "eti,eio->eto", jnp.broadcast_to(h, (p["w2"].shape[0], *h.shape)), p["w2"]
+            ).sum(0)
+        )
 
-    fn = on_devices(lambda p, x: plain(p, x, over("model")), ({"w1": P("model"), "w2": P("model")}, P(None, "model")))
+    fn = on_devices(
+        lambda p, x: plain(p, x, over("model")),
+        ({"w1": P("model"), "w2": P("model")}, P(None, "model")),
+    )
     params = {"w1": normal(8, 6), "w2": normal(2, 6, 5)}
     return Case(fn, plain, params, outliers(4, 8), [(6, (), ["w1"], ["w2"])])
 
@@ -185,7 +192,10 @@ def columns_of_their_own():
     """Every device has features, gains and columns of its own: a channel of w1 meets two gains, so these share s."""
 
     def plain(p, x):
-        return sum(x[:, i : i + 4] * p["norm"][None, i : i + 4] @ p["w1"][:, 2 * i : 2 * i + 8] for i in (0, 4))
+        return sum(
+            x[:, i : i + 4] * p["norm"][None, i : i + 4] @ p["w1"][:, 2 * i : 2 * i + 8]
+            for i in (0, 4)
+        )
 
     def parts(p, x):
         return lax.psum(x * p["norm"][None, :] @ p["w1"], "model")
@@ -208,7 +218,9 @@ def program_of(fn, params, *args):
 def close(got, expected, rtol=1e-5):
     """Equal but for the order of summation: float32 sums of at most some hundred terms."""
     expected = np.asarray(expected)
-    np.testing.assert_allclose(np.asarray(got), expected, rtol=rtol, atol=rtol * np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(
+        np.asarray(got), expected, rtol=rtol, atol=rtol * np.abs(expected).max(initial=0)
+    )
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda c: c.__name__)
@@ -216,7 +228,9 @@ def test_groups_and_their_folds(make):
     """The certificate alone (no proof by bits) says what can be folded; real s then change no output."""
     case = make()
     graph = find_graph(program_of(case.fn, case.params, case.x), shared_arrays(case.params))
-    got = [(g.size, g.steps, sorted(g.absorbers), [path for path, _ in g.sites]) for g in graph.groups]
+    got = [
+        (g.size, g.steps, sorted(g.absorbers), [path for path, _ in g.sites]) for g in graph.groups
+    ]
     assert sorted(got) == sorted(case.groups)
     rng = np.random.default_rng(0)
     s = {g.name: jnp.asarray(np.exp(rng.normal(size=g.size)), jnp.float32) for g in graph.groups}
@@ -250,7 +264,9 @@ def test_statistics_and_quantized_products_are_those_of_one_device(make):
         assert int(stats.count[path]) == int(plain.count[path])
     qparams = sq.quantize(case.params, stats, sq.W8A8_O3._replace(smoothing=0.5))
     run = jax.jit(quantized(case.fn))
-    assert {dot.dtypes for dot in jaxprs.dots(run.trace(qparams, case.x).jaxpr)} == {jaxprs.INT8_DOT}
+    assert {dot.dtypes for dot in jaxprs.dots(run.trace(qparams, case.x).jaxpr)} == {
+        jaxprs.INT8_DOT
+    }
     close(run(qparams, case.x), jax.jit(quantized(case.plain))(qparams, case.x))
 
 
@@ -278,7 +294,9 @@ def test_other_collectives_are_barriers(collective):
     params, x = {"w1": normal(8, 8), "w2": normal(rows, 5)}, outliers(4, 8)
     stats = sq.calibrate(fn, params, [x])
     assert stats.graph.groups == ()
-    assert re.search("`(all_gather|ppermute|all_to_all)` at .*stands in the way", dict(stats.graph.refused)["w2"])
+    assert re.search(
+        "`(all_gather|ppermute|all_to_all)` at .*stands in the way", dict(stats.graph.refused)["w2"]
+    )
     blocks = np.asarray(jax.nn.relu(x @ params["w1"]))
     halves = np.abs(blocks).max(0).reshape(2, 4)
     close(stats.absmax["w2"], halves.ravel() if collective is gathered else halves.max(0))
@@ -305,7 +323,9 @@ def test_a_mask_that_a_shard_map_would_cut_is_refused():
     mask = lambda x: np.arange(12).reshape(4, 3) % 3 < 2
     apply = lambda p, x: x @ p["w"]
     cut, whole = (on_devices(apply, (P(), spec), spec) for spec in (P("data"), P()))
-    with pytest.raises(ValueError, match=r"mask of shape \(4, 3\) does not fit the activation \(2, 3, 8\).*at w;"):
+    with pytest.raises(
+        ValueError, match=r"mask of shape \(4, 3\) does not fit the activation \(2, 3, 8\).*at w;"
+    ):
         sq.calibrate(cut, params, [x], mask=mask)
     stats = sq.calibrate(whole, params, [x], mask=mask)
     close(stats.absmax["w"], np.abs(x)[:, :2].max((0, 1)))
@@ -318,8 +338,17 @@ def test_what_differs_from_device_to_device():
     def parts(x, y):
         total = lax.psum(x, "model")
         start = jnp.zeros_like(y)
-        _, (kept, _) = lax.scan(lambda c, _: ((c[1], c[1] + x[0, 0]), c), (start, start), None, length=3)
-        return x, total, y, y + lax.axis_index("data").astype(y.dtype), kept, lax.ppermute(y, "model", [(0, 1)])
+        _, (kept, _) = lax.scan(
+            lambda c, _: ((c[1], c[1] + x[0, 0]), c), (start, start), None, length=3
+        )
+        return (
+            x,
+            total,
+            y,
+            y + lax.axis_index("data").astype(y.dtype),
+            kept,
+            lax.ppermute(y, "model", [(0, 1)]),
+        )
 
     fn = on_devices(parts, (P("model"), P()), P(("data", "model")), check_vma=False)
     program = program_of(lambda p, x: fn(x, x), {"w": normal(1)}, normal(4, 8))
@@ -349,7 +378,9 @@ def test_sharded_parameters_stay_so_and_give_the_same(kind):
 
     def fn(p, x):
         h = jax.nn.relu(jnp.dot(x * p["norm"][None, :], p["w1"]) + p["b1"][None, :])
-        return jnp.dot(h, p["w2"], out_sharding=P("data", None) if kind == AxisType.Explicit else None)
+        return jnp.dot(
+            h, p["w2"], out_sharding=P("data", None) if kind == AxisType.Explicit else None
+        )
 
     params, x, where = weights(), outliers(4, 8), shardings_of(MEGATRON, kind)
     plain = sq.calibrate(block, params, [x])
@@ -362,7 +393,9 @@ def _sharded_as_on_one_device(fn, params, x, plain, where):
     cut_x = jax.device_put(x, NamedSharding(where["norm"].mesh, P("data")))
     stats = sq.calibrate(fn, cut, [cut_x])
     assert len(plain.graph.groups) == 2
-    assert [g._replace(ways=()) for g in stats.graph.groups] == [g._replace(ways=()) for g in plain.graph.groups]
+    assert [g._replace(ways=()) for g in stats.graph.groups] == [
+        g._replace(ways=()) for g in plain.graph.groups
+    ]
     for seen, expected in zip(jax.tree.leaves(stats), jax.tree.leaves(plain), strict=True):
         close(seen, expected)
     smoothed = sq.smooth(cut, stats)
@@ -385,7 +418,9 @@ def test_shard_map_over_a_mesh_with_explicit_axes():
 
     def fn(p, x):
         parts = jax.shard_map(
-            lambda p, x: block(p, x, over("model")), in_specs=(MEGATRON, P("data", None)), out_specs=P("data", None)
+            lambda p, x: block(p, x, over("model")),
+            in_specs=(MEGATRON, P("data", None)),
+            out_specs=P("data", None),
         )
         return parts(p, x)
 
@@ -413,7 +448,9 @@ def test_no_weight_travels_when_it_is_smoothed_and_quantized():
     out = sq.shardings(jax.eval_shape(both, params), where)
     cut = jax.device_put(params, where)
     text = jax.jit(both, in_shardings=(where,), out_shardings=out).lower(cut).compile().as_text()
-    moved = re.findall(r"= .*?\b(all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text)
+    moved = re.findall(
+        r"= .*?\b(all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text
+    )
     assert set(moved) == {"all-reduce"}
     assert not re.search(r"s8\[[^=]*all-reduce", text)
     smoothed = jax.jit(lambda p: sq.smooth(p, stats), donate_argnums=0, out_shardings=where)(cut)
@@ -443,5 +480,7 @@ def test_shardings_that_do_not_fit():
         sq.shardings(qparams, {"w": NamedSharding(mesh(), P(("data", "model")))})
     with pytest.raises(ValueError, match=r"the trees differ at \['v', 'w'\]"):
         sq.shardings(qparams, {"v": P()})
-    with pytest.raises(ValueError, match="w: expected a NamedSharding, a PartitionSpec or None, got int"):
+    with pytest.raises(
+        ValueError, match="w: expected a NamedSharding, a PartitionSpec or None, got int"
+    ):
         sq.shardings(qparams, {"w": 3})

@@ -53,7 +53,9 @@ def one_product(p, x):
 def model():
     """(parameters, an input in which two channels are outliers)."""
     up = {"kernel": normal(64, 128) / 8, "bias": normal(128, seed=1)}
-    return {"up": up, "down": {"kernel": normal(128, 32, seed=2) / 8}}, normal(6, 64, seed=3) * OUTLIERS[None, :]
+    return {"up": up, "down": {"kernel": normal(128, 32, seed=2) / 8}}, normal(
+        6, 64, seed=3
+    ) * OUTLIERS[None, :]
 
 
 @functools.cache
@@ -162,19 +164,29 @@ def test_gradients_of_a_tree_are_those_of_its_float_part(name):
     chex.assert_trees_all_equal(merged(floats, weights), qparams)
     g = normal(6, 32, seed=9)
     got = jax.grad(lambda floats: jnp.sum(run(merged(floats, weights), x) * g))(floats)
-    assert jax.tree.map(jnp.shape, got) == {"up": {"kernel": None, "bias": (128,)}, "down": {"kernel": None}}
+    assert jax.tree.map(jnp.shape, got) == {
+        "up": {"kernel": None, "bias": (128,)},
+        "down": {"kernel": None},
+    }
     expected = jax.grad(lambda p: jnp.sum(relu_mlp(p, x) * g))(params)["up"]["bias"]
     assert 1e-6 < distance(got["up"]["bias"], expected) < 0.6
     whole = lambda: jax.grad(lambda p: jnp.sum(run(p, x)))(qparams)
-    if name in ("e4m3", "e5m2"):  # floats to jax too: their gradients are zero, as those of scales are
+    if name in (
+        "e4m3",
+        "e5m2",
+    ):  # floats to jax too: their gradients are zero, as those of scales are
         assert not any(map(np.any, jax.tree.leaves(split(whole())[1])))
         return
-    with pytest.raises(TypeError, match="real- or complex-valued"):  # what jax says of all of the tree
+    with pytest.raises(
+        TypeError, match="real- or complex-valued"
+    ):  # what jax says of all of the tree
         whole()
 
 
 def scanned(p, x):
-    return lax.scan(lambda x, layer: (jnp.tanh(x @ layer["w"]) * layer["gain"][None, :], None), x, p)[0]
+    return lax.scan(
+        lambda x, layer: (jnp.tanh(x @ layer["w"]) * layer["gain"][None, :], None), x, p
+    )[0]
 
 
 def unrolled(p, x):
@@ -187,10 +199,15 @@ def unrolled(p, x):
 def three_layers():
     """((parameters, statistics) of the stack, the same of its layers)."""
     kernels, x = jnp.stack([normal(64, 64, seed=i) / 8 for i in range(3)]), model()[1]
-    gains = jnp.tile(OUTLIERS, (3, 1))  # as many outliers in every layer: a stack has one number of them
+    gains = jnp.tile(
+        OUTLIERS, (3, 1)
+    )  # as many outliers in every layer: a stack has one number of them
     params = {"w": kernels, "gain": gains}
     layers = [{"w": kernels[i], "gain": gains[i]} for i in range(3)]
-    return (params, sq.calibrate(scanned, params, [x])), (layers, sq.calibrate(unrolled, layers, [x]))
+    return (params, sq.calibrate(scanned, params, [x])), (
+        layers,
+        sq.calibrate(unrolled, layers, [x]),
+    )
 
 
 @each_format
@@ -198,7 +215,10 @@ def test_a_scan_over_stacked_leaves_is_the_loop(name):
     (params, stats), (layers, stats_apart) = three_layers()
     x, scheme = model()[1], FORMATS[name]
     stacked, apart = sq.quantize(params, stats, scheme), sq.quantize(layers, stats_apart, scheme)
-    got, expected = jax.jit(sq.quantized(scanned))(stacked, x), jax.jit(sq.quantized(unrolled))(apart, x)
+    got, expected = (
+        jax.jit(sq.quantized(scanned))(stacked, x),
+        jax.jit(sq.quantized(unrolled))(apart, x),
+    )
     same(got, expected, 1e-2)
     assert distance(got, scanned(params, x)) > 1e-4
 
@@ -248,7 +268,8 @@ def test_a_cast_is_caught_where_the_leaf_is_used(name, cast):
         return
     for call in (run, jax.jit(run)):
         with pytest.raises(
-            ValueError, match=r"^down/kernel: not a valid QTensor: .*was the tree cast\?; quantize the f"
+            ValueError,
+            match=r"^down/kernel: not a valid QTensor: .*was the tree cast\?; quantize the f",
         ):
             call(moved, x)
 
@@ -297,7 +318,9 @@ def test_a_weight_prints_in_a_line(name):
     weight = qparams["up"]["kernel"]
     assert repr(weight) == str(weight) == f"QuantWeight({PRINTED[name]})"
     assert repr(jax.eval_shape(lambda p: p, qparams)["up"]["kernel"]) == repr(weight)
-    assert re.fullmatch(r"QTensor\(\(64, 128\) float32 as .*, scale \[128, \d\]\)", repr(weight.tensor))
+    assert re.fullmatch(
+        r"QTensor\(\(64, 128\) float32 as .*, scale \[128, \d\]\)", repr(weight.tensor)
+    )
     seen = []
     jax.jit(lambda w: (seen.append(repr(w)), w.tensor.values)[1])(weight)
     assert seen == [repr(weight)]
@@ -311,7 +334,9 @@ def test_trees_of_other_things_print_what_they_hold():
         f"QuantWeight(tensor=QTensor(int8, values={rows}, scale={rows}), "
         f"outliers=Outliers(channels={none}, weight={rows}))"
     )
-    assert "NamedSharding" in repr(sq.shardings({"w": weight}, {"w": NamedSharding(mesh(), P())})["w"])
+    assert "NamedSharding" in repr(
+        sq.shardings({"w": weight}, {"w": NamedSharding(mesh(), P())})["w"]
+    )
     assert repr(jax.tree.map(lambda x: x.ndim, weight)) == (
         "QuantWeight(tensor=QTensor(int8, values=2, scale=2), outliers=Outliers(channels=1, weight=2))"
     )
@@ -322,10 +347,18 @@ def test_one_scale_for_all_and_stacks_print_so():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])
     params, x = {"w": normal(4, 16, 8)}, normal(4, 5, 16)
     stats = sq.calibrate(fn, params, [x])
-    printed = {g: repr(sq.quantize(params, stats, sq.W8A8._replace(weights=g))) for g in ("per_tensor", "per_channel")}
+    printed = {
+        g: repr(sq.quantize(params, stats, sq.W8A8._replace(weights=g)))
+        for g in ("per_tensor", "per_channel")
+    }
     for granularity, text in printed.items():
-        assert text == (f"{{'w': QuantWeight((4, 16, 8) float32 as int8, {granularity}, activations int8 per_token)}}")
-    assert repr(QTensor.quantize(normal(4, 8), (0,))) == "QTensor((4, 8) float32 as int8, scale [8, 1])"
+        assert text == (
+            f"{{'w': QuantWeight((4, 16, 8) float32 as int8, {granularity}, activations int8 per_token)}}"
+        )
+    assert (
+        repr(QTensor.quantize(normal(4, 8), (0,)))
+        == "QTensor((4, 8) float32 as int8, scale [8, 1])"
+    )
 
 
 # In files ---------------------------------------------------------------------------------------------------------
@@ -335,7 +368,8 @@ def test_one_scale_for_all_and_stacks_print_so():
 def flatbuffers():
     """What jax.export writes with; the extra "test" installs it."""
     pytest.importorskip(
-        "flatbuffers", reason="jax.export writes files with the package flatbuffers: install sqjax[test]"
+        "flatbuffers",
+        reason="jax.export writes files with the package flatbuffers: install sqjax[test]",
     )
 
 
@@ -366,11 +400,19 @@ def mesh(kind=AxisType.Auto):
 
 
 #: up cut by its outputs, down by its contracted channels; and the other way round.
-COLUMNS_THEN_ROWS = {"up": {"kernel": P(None, "model"), "bias": P("model")}, "down": {"kernel": P("model", None)}}
-ROWS_THEN_COLUMNS = {"up": {"kernel": P("model"), "bias": P()}, "down": {"kernel": P(None, ("data", "model"))}}
+COLUMNS_THEN_ROWS = {
+    "up": {"kernel": P(None, "model"), "bias": P("model")},
+    "down": {"kernel": P("model", None)},
+}
+ROWS_THEN_COLUMNS = {
+    "up": {"kernel": P("model"), "bias": P()},
+    "down": {"kernel": P(None, ("data", "model"))},
+}
 
 
-@pytest.mark.parametrize("cuts", [COLUMNS_THEN_ROWS, ROWS_THEN_COLUMNS], ids=["columns_rows", "rows_columns"])
+@pytest.mark.parametrize(
+    "cuts", [COLUMNS_THEN_ROWS, ROWS_THEN_COLUMNS], ids=["columns_rows", "rows_columns"]
+)
 @each_format
 def test_cut_over_devices_as_the_float_leaf(name, cuts):
     qparams, run, params, x = quantized_model(name)
@@ -379,9 +421,14 @@ def test_cut_over_devices_as_the_float_leaf(name, cuts):
     moved = jax.device_put(qparams, found)
     float_blocks = jax.device_put(params, where)
     for layer in ("up", "down"):
-        tensor, blocks = moved[layer]["kernel"].tensor, float_blocks[layer]["kernel"].addressable_shards
+        tensor, blocks = (
+            moved[layer]["kernel"].tensor,
+            float_blocks[layer]["kernel"].addressable_shards,
+        )
         for own, block in zip(tensor.values.addressable_shards, blocks, strict=True):
-            assert own.data.shape == block.data.shape[::-1]  # every device has the block that it had
+            assert (
+                own.data.shape == block.data.shape[::-1]
+            )  # every device has the block that it had
             assert own.index == block.index[::-1]
         for scales in (tensor.scale, tensor.zero, tensor.group_scale):
             if scales is not None:
@@ -411,11 +458,16 @@ def grouped(length, group, scheme=INT4):
 def test_groups_that_devices_would_cut_are_refused_with_the_sizes_that_fit(scheme):
     fn, qparams, x = grouped(192, 64, scheme)
     cut = {"w": NamedSharding(mesh(), P("model"))}
-    with pytest.raises(ValueError, match=r"^w: its 192 .* 2 blocks of whole groups of 64; .* divides 96: 16, 32$"):
+    with pytest.raises(
+        ValueError, match=r"^w: its 192 .* 2 blocks of whole groups of 64; .* divides 96: 16, 32$"
+    ):
         sq.shardings(qparams, cut)
     fn, fitting, x = grouped(192, 32, scheme)
     found = sq.shardings(fitting, cut)
-    same(jax.jit(sq.quantized(fn))(jax.device_put(fitting, found), x), jax.jit(sq.quantized(fn))(fitting, x))
+    same(
+        jax.jit(sq.quantized(fn))(jax.device_put(fitting, found), x),
+        jax.jit(sq.quantized(fn))(fitting, x),
+    )
     sq.shardings(qparams, {"w": NamedSharding(mesh(), P(None, "model"))})
     sq.shardings(grouped(64, 64, scheme)[1], cut)  # one group is no group
 
@@ -434,12 +486,17 @@ def test_a_shard_map_that_cuts_groups_is_refused_and_one_that_does_not_is_right(
         sq.quantized(over_devices)(qparams, x)
     fn, qparams, x = grouped(128, 32, scheme)
     got, expected = jax.jit(sq.quantized(over_devices))(qparams, x), sq.quantized(fn)(qparams, x)
-    assert distance(got, expected) < (1e-5 if scheme.activations is None else 0.02)  # per token and device
+    assert distance(got, expected) < (
+        1e-5 if scheme.activations is None else 0.02
+    )  # per token and device
 
 
 def test_a_stack_over_devices():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])
-    params, x = {"w": normal(4, 64, 8)}, normal(4, 5, 64) * jnp.where(jnp.arange(64) == 5, 9.0, 1.0)[None, None, :]
+    params, x = (
+        {"w": normal(4, 64, 8)},
+        normal(4, 5, 64) * jnp.where(jnp.arange(64) == 5, 9.0, 1.0)[None, None, :],
+    )
     stats = sq.calibrate(fn, params, [x])
     for scheme in (*FORMATS.values(), sq.W8A8_O3._replace(smoothing=0.5, outliers=3.0)):
         qparams = sq.quantize(params, stats, scheme)

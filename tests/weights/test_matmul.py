@@ -38,7 +38,9 @@ def matrices(activations="per_token", weights="per_channel", rows=5, inner=48, o
 
 def dense(x, w, activations="per_token", weights="per_channel"):
     """(fn, weight): fn(x, weight) is the quantized x @ w, static scales taken from x itself."""
-    weight = quantize_weight(w, (0,), Scheme(activations, weights), absmax=jnp.max(jnp.abs(x), axis=0))
+    weight = quantize_weight(
+        w, (0,), Scheme(activations, weights), absmax=jnp.max(jnp.abs(x), axis=0)
+    )
     return (lambda x, weight: quantized_dot_general(x, weight, DENSE, "kernel")), weight
 
 
@@ -63,7 +65,9 @@ def cosine(a, b):
 @pytest.mark.parametrize("inner", [1, 3, 64, 2049])
 def test_sums_are_the_integers_bit_for_bit(rows, inner):
     rng = np.random.default_rng(inner)
-    q, values = (rng.integers(-127, 128, shape, dtype=np.int8) for shape in ((rows, inner), (6, inner)))
+    q, values = (
+        rng.integers(-127, 128, shape, dtype=np.int8) for shape in ((rows, inner), (6, inner))
+    )
     q[0], values[0] = 127, -127
     sums = jax.jit(narrow_dot)(jnp.asarray(q), jnp.asarray(values))
     assert sums.dtype == jnp.int32
@@ -77,13 +81,17 @@ def test_the_longest_contraction_is_exact_where_float32_is_not():
     expected = q.astype(np.int64) @ values.astype(np.int64).T
     assert expected.max() > 2**31 - 127**2  # no longer one would fit
     assert (expected != expected.astype(np.float32).astype(np.int64)).any()
-    np.testing.assert_array_equal(jax.jit(narrow_dot)(jnp.asarray(q), jnp.asarray(values)), expected)
+    np.testing.assert_array_equal(
+        jax.jit(narrow_dot)(jnp.asarray(q), jnp.asarray(values)), expected
+    )
 
 
 def test_a_longer_contraction_is_refused():
     x, w = jnp.ones((1, LONGEST_CONTRACTION + 1)), jnp.ones((LONGEST_CONTRACTION + 1, 1))
     fn, weight = dense(x, w)
-    with pytest.raises(ValueError, match=r"^kernel: contracts 133145 channels; .* exact up to 133144"):
+    with pytest.raises(
+        ValueError, match=r"^kernel: contracts 133145 channels; .* exact up to 133144"
+    ):
         jax.eval_shape(fn, x, weight)
 
 
@@ -99,7 +107,9 @@ def test_is_the_scaled_integer_product(activations, weights, wrap):
     got, expected = wrap(fn)(x, weight), reference(x, w, activations, weights)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-6)
-    assert relative_error(expected, np.asarray(x) @ np.asarray(w)) > 1e-4  # the float product is another number
+    assert (
+        relative_error(expected, np.asarray(x) @ np.asarray(w)) > 1e-4
+    )  # the float product is another number
 
 
 def test_a_static_scale_clips_what_calibration_did_not_see():
@@ -122,7 +132,9 @@ def test_a_static_scheme_without_a_scale_is_refused():
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("kind", ["zeros", "one zero row", "constant rows", "one huge channel", "dead columns"])
+@pytest.mark.parametrize(
+    "kind", ["zeros", "one zero row", "constant rows", "one huge channel", "dead columns"]
+)
 def test_degenerate_activations_and_weights(kind, activations):
     x, w = matrices(activations)
     x, w = np.array(x), np.array(w)
@@ -138,7 +150,9 @@ def test_degenerate_activations_and_weights(kind, activations):
         w[:, :2] = 0
     x = numpy_int8.away_from_ties(x, 1 if activations == "per_token" else None)
     fn, weight = dense(jnp.asarray(x), jnp.asarray(w), activations)
-    np.testing.assert_allclose(jax.jit(fn)(jnp.asarray(x), weight), reference(x, w, activations), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(fn)(jnp.asarray(x), weight), reference(x, w, activations), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor"])
@@ -150,7 +164,9 @@ def test_no_rows_give_no_rows(activations):
 
 def test_half_precision_is_scaled_in_float32():
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.integers(-100, 101, shape), jnp.bfloat16) for shape in ((5, 64), (64, 7)))
+    x, w = (
+        jnp.asarray(rng.integers(-100, 101, shape), jnp.bfloat16) for shape in ((5, 64), (64, 7))
+    )
     x, w = x.at[:, 0].set(101), w.at[0].set(101)  # x / scale is 127 x / 101: never near a tie
     fn, weight = dense(x, w)
     got = fn(x, weight)
@@ -171,7 +187,10 @@ def test_half_precision_is_smoothed_in_float32():
     got = quantized_dot_general(x, half, DENSE, "w")
     np.testing.assert_array_equal(got, quantized_dot_general(x32, single, DENSE, "w"))
     divided_in_half = (x / s.astype(jnp.bfloat16)[None, :]).astype(jnp.float32)
-    assert relative_error(got, quantized_dot_general(divided_in_half * s[None, :], single, DENSE, "w")) > 1e-5
+    assert (
+        relative_error(got, quantized_dot_general(divided_in_half * s[None, :], single, DENSE, "w"))
+        > 1e-5
+    )
 
 
 # A single row -----------------------------------------------------------------------------------------------------
@@ -222,14 +241,21 @@ AXES = {  # x, w, contracted axes of x and of w
 @pytest.mark.parametrize("case", AXES)
 def test_contracts_any_axes(case, weights):
     x_shape, w_shape, x_axes, w_axes = AXES[case]
-    x_free, w_free = (tuple(a for a in range(len(s)) if a not in t) for s, t in ((x_shape, x_axes), (w_shape, w_axes)))
+    x_free, w_free = (
+        tuple(a for a in range(len(s)) if a not in t)
+        for s, t in ((x_shape, x_axes), (w_shape, w_axes))
+    )
     x = numpy_int8.away_from_ties(normal(*x_shape), x_axes)
-    w = numpy_int8.away_from_ties(normal(*w_shape, seed=1), w_axes if weights == "per_channel" else None)
+    w = numpy_int8.away_from_ties(
+        normal(*w_shape, seed=1), w_axes if weights == "per_channel" else None
+    )
     weight = quantize_weight(jnp.asarray(w), w_axes, Scheme("per_token", weights))
     got = quantized_dot_general(jnp.asarray(x), weight, ((x_axes, w_axes), ((), ())), "w")
     x_rows = x.transpose(*x_free, *x_axes).reshape(-1, np.prod([x_shape[a] for a in x_axes]))
     w_columns = w.transpose(*w_axes, *w_free).reshape(x_rows.shape[1], -1)
-    expected = reference(x_rows, w_columns, weights=weights).reshape(np.tensordot(x, w, (x_axes, w_axes)).shape)
+    expected = reference(x_rows, w_columns, weights=weights).reshape(
+        np.tensordot(x, w, (x_axes, w_axes)).shape
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     assert got.shape == lax.dot_general(x, w, ((x_axes, w_axes), ((), ()))).shape
     assert relative_error(expected, np.tensordot(x, w, (x_axes, w_axes))) > 1e-5
@@ -248,13 +274,21 @@ def test_a_transposed_weight_is_contracted_where_it_is_stored(permutation):
 
 def test_contraction_along_an_axis_it_was_not_quantized_for_is_refused():
     weight = quantize_weight(normal(12, 12), (0,), Scheme())
-    with pytest.raises(ValueError, match=r"^attn/kernel: contracted along its axes \(1,\), but .* along \(0,\)"):
+    with pytest.raises(
+        ValueError, match=r"^attn/kernel: contracted along its axes \(1,\), but .* along \(0,\)"
+    ):
         quantized_dot_general(normal(5, 12), weight, (((1,), (1,)), ((), ())), "attn/kernel")
     weight = quantize_weight(normal(4, 3, 7), (1,), Scheme())
-    with pytest.raises(ValueError, match=r"^attn/kernel: contracted along its axes \(0, 1\), but .* along \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"^attn/kernel: contracted along its axes \(0, 1\), but .* along \(1,\)"
+    ):
         quantized_dot_general(normal(5, 4, 3), weight, (((1, 2), (0, 1)), ((), ())), "attn/kernel")
-    weight = quantize_weight(normal(4, 3, 7), (0,), Scheme())  # stored (3, 7, 4): the last two are contracted
-    with pytest.raises(ValueError, match=r"^attn/kernel: contracted along its axes \(0, 2\), but .* along \(0,\)"):
+    weight = quantize_weight(
+        normal(4, 3, 7), (0,), Scheme()
+    )  # stored (3, 7, 4): the last two are contracted
+    with pytest.raises(
+        ValueError, match=r"^attn/kernel: contracted along its axes \(0, 2\), but .* along \(0,\)"
+    ):
         quantized_dot_general(normal(5, 4, 7), weight, (((1, 2), (0, 2)), ((), ())), "attn/kernel")
 
 
@@ -283,8 +317,12 @@ def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
     x = x * 4.0 ** jnp.arange(2.0).reshape([2 if a == x_batch[0] else 1 for a in range(x.ndim)])
     first = np.moveaxis(np.asarray(x), x_batch, range(len(x_batch)))
     inner = [x_shape[a] for a in x_axes]
-    rows = np.moveaxis(np.asarray(x), [*x_batch, *x_axes], [*range(len(x_batch)), *range(-len(x_axes), 0)])
-    columns = np.moveaxis(np.asarray(w), [*w_batch, *w_axes], [*range(len(w_batch)), *range(-len(w_axes), 0)])
+    rows = np.moveaxis(
+        np.asarray(x), [*x_batch, *x_axes], [*range(len(x_batch)), *range(-len(x_axes), 0)]
+    )
+    columns = np.moveaxis(
+        np.asarray(w), [*w_batch, *w_axes], [*range(len(w_batch)), *range(-len(w_axes), 0)]
+    )
     sizes = rows.shape[: len(x_batch)]
     rows = rows.reshape(*sizes, -1, int(np.prod(inner)))
     columns = columns.reshape(*sizes, -1, int(np.prod(inner)))
@@ -292,11 +330,15 @@ def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
     batch = tuple(sorted(w_batch))
     absmax = np.abs(first.reshape(*sizes, -1)).max(-1).transpose([w_batch.index(a) for a in batch])
     weight = quantize_weight(w, w_axes, Scheme(activations), jnp.asarray(absmax), batch=batch)
-    got = jax.jit(lambda x: quantized_dot_general(x, weight, ((x_axes, w_axes), (x_batch, w_batch)), "w"))(x)
+    got = jax.jit(
+        lambda x: quantized_dot_general(x, weight, ((x_axes, w_axes), (x_batch, w_batch)), "w")
+    )(x)
     expected = np.stack([reference(rows[i], columns[i].T, activations) for i in np.ndindex(*sizes)])
     exact = lax.dot_general(x, w, ((x_axes, w_axes), (x_batch, w_batch)))
     assert got.shape == exact.shape
-    step = np.abs(expected).max() * 2e-3  # away from ties the two agree; at one, by a product of two int8
+    step = (
+        np.abs(expected).max() * 2e-3
+    )  # away from ties the two agree; at one, by a product of two int8
     difference = np.abs(np.asarray(got) - expected.reshape(exact.shape))
     assert np.mean(difference > 1e-5 * np.abs(expected).max()) < 0.02
     assert difference.max() < 10 * step
@@ -306,7 +348,10 @@ def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
 def test_a_batch_that_the_weight_was_not_quantized_for_is_refused():
     x, dimensions = normal(2, 5, 12), (((2,), (1,)), ((0,), (0,)))
     weight = quantize_weight(normal(2, 12, 7), (0, 1), Scheme())
-    with pytest.raises(ValueError, match=r"^experts/kernel: contracted along its axes \(1,\) in a batch along \(0,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^experts/kernel: contracted along its axes \(1,\) in a batch along \(0,\)",
+    ):
         quantized_dot_general(x, weight, dimensions, "experts/kernel")
     weight = quantize_weight(normal(2, 12, 7), (1,), Scheme(), batch=(2,))
     with pytest.raises(ValueError, match=r"^experts/kernel: contracted .* in a batch along \(0,\)"):
@@ -322,11 +367,15 @@ def test_smoothing_at_run_time_divides_x_and_multiplies_w(activations):
     absmax = jnp.max(jnp.abs(x), axis=0)
     s = jnp.exp2(jnp.round(jnp.log2(absmax) / 2))
     smoothed = quantize_weight(w, (0,), Scheme(activations), absmax, s)
-    np.testing.assert_array_equal(smoothed.tensor.values, QTensor.quantize(w * s[:, None], (0,)).values)
+    np.testing.assert_array_equal(
+        smoothed.tensor.values, QTensor.quantize(w * s[:, None], (0,)).values
+    )
     got = quantized_dot_general(x, smoothed, DENSE, "w")
     _, plain = dense(x / s[None, :], w * s[:, None], activations)
     np.testing.assert_array_equal(got, quantized_dot_general(x / s[None, :], plain, DENSE, "w"))
-    unsmoothed = quantized_dot_general(x, quantize_weight(w, (0,), Scheme(activations), absmax), DENSE, "w")
+    unsmoothed = quantized_dot_general(
+        x, quantize_weight(w, (0,), Scheme(activations), absmax), DENSE, "w"
+    )
     assert relative_error(got, x @ w) < relative_error(unsmoothed, x @ w) / 2
     assert relative_error(got, x @ w) < 0.02
 
@@ -338,7 +387,9 @@ def test_smoothing_follows_the_order_of_the_weight_axes(case):
     s = jnp.exp2(4 * normal(*(w_shape[a] for a in sorted(w_axes)), seed=2))
     weight = quantize_weight(w, w_axes, Scheme(), smoothing=s)
     by_w_axis = dict(zip(sorted(w_axes), range(s.ndim), strict=True))
-    in_x_order = jnp.transpose(s, [by_w_axis[b] for _, b in sorted(zip(x_axes, w_axes, strict=True))])
+    in_x_order = jnp.transpose(
+        s, [by_w_axis[b] for _, b in sorted(zip(x_axes, w_axes, strict=True))]
+    )
     spread = jnp.expand_dims(in_x_order, [a for a in range(x.ndim) if a not in x_axes])
     got = quantized_dot_general(x * spread, weight, ((x_axes, w_axes), ((), ())), "w")
     expected = lax.dot_general(x * spread, w, ((x_axes, w_axes), ((), ())))
@@ -420,7 +471,9 @@ def test_the_walker_sees_a_float_matmul():
     """The test above would fail for a matmul with the dequantized weight."""
     x, w = matrices()
     _, weight = dense(x, w)
-    program = jaxprs.of(jax.jit(lambda x, weight: jax.checkpoint(jnp.dot)(x, dequantize(weight.tensor))), x, weight)
+    program = jaxprs.of(
+        jax.jit(lambda x, weight: jax.checkpoint(jnp.dot)(x, dequantize(weight.tensor))), x, weight
+    )
     assert [dot.dtypes for dot in jaxprs.dots(program)] == [("float32", "float32", "float32")]
     assert jaxprs.widened(program, larger_than=w.size - 1) == [("float32", (7, 48))]
     assert jaxprs.largest_float(program) == w.size

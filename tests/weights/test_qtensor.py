@@ -61,15 +61,23 @@ def test_a_transpose_moves_no_value(permutation):
     t.check("w")
     np.testing.assert_array_equal(sq.dequantize(t), np.transpose(sq.dequantize(q), permutation))
     twice = t.transpose(permutation).transpose((1, 0, 2))
-    expected = np.transpose(np.transpose(np.transpose(sq.dequantize(q), permutation), permutation), (1, 0, 2))
+    expected = np.transpose(
+        np.transpose(np.transpose(sq.dequantize(q), permutation), permutation), (1, 0, 2)
+    )
     np.testing.assert_array_equal(sq.dequantize(twice), expected)
 
 
 def test_bfloat16_keeps_its_dtype_and_float32_scales():
     x = normal(6, 4, dtype=jnp.bfloat16)
     q = QTensor.quantize(x, (0,))
-    assert (q.dtype, q.scale.dtype, sq.dequantize(q).dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
-    np.testing.assert_allclose(q.scale[:, 0], np.abs(np.asarray(x, np.float32)).max(0) / 127, rtol=2e-7)
+    assert (q.dtype, q.scale.dtype, sq.dequantize(q).dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.bfloat16,
+    )
+    np.testing.assert_allclose(
+        q.scale[:, 0], np.abs(np.asarray(x, np.float32)).max(0) / 127, rtol=2e-7
+    )
 
 
 def test_nbytes_counts_values_and_scales():
@@ -81,7 +89,9 @@ LAYERS = 3
 STACKED = {  # how a stack of layers came to be
     "vmap": lambda x: jax.vmap(lambda layer: QTensor.quantize(layer, (0,)))(x),
     "stacked leaf": lambda x: QTensor.quantize(x, (1,)),
-    "stack of tensors": lambda x: jax.tree.map(lambda *a: jnp.stack(a), *[QTensor.quantize(w, (0,)) for w in x]),
+    "stack of tensors": lambda x: jax.tree.map(
+        lambda *a: jnp.stack(a), *[QTensor.quantize(w, (0,)) for w in x]
+    ),
 }
 
 
@@ -89,7 +99,11 @@ STACKED = {  # how a stack of layers came to be
 def test_a_slice_of_stacked_layers_is_that_layer(made):
     x = normal(LAYERS, 6, 4)
     stack = STACKED[made](x)
-    assert (stack.shape, stack.values.shape, stack.scale.shape) == ((LAYERS, 6, 4), (LAYERS, 4, 6), (LAYERS, 4, 1))
+    assert (stack.shape, stack.values.shape, stack.scale.shape) == (
+        (LAYERS, 6, 4),
+        (LAYERS, 4, 6),
+        (LAYERS, 4, 1),
+    )
     stack.check("layers")
     for i, layer in enumerate(x):
         got, expected = jax.tree.map(lambda a, i=i: a[i], stack), QTensor.quantize(layer, (0,))
@@ -145,7 +159,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("problem", BROKEN)
 def test_check_names_the_place_and_the_problem(problem):
-    with pytest.raises(ValueError, match=rf"^mlp/kernel: not a valid QTensor: {problem}.*; quantize the float leaf"):
+    with pytest.raises(
+        ValueError, match=rf"^mlp/kernel: not a valid QTensor: {problem}.*; quantize the float leaf"
+    ):
         BROKEN[problem].check("mlp/kernel")
 
 
@@ -155,5 +171,7 @@ def test_a_cast_of_the_whole_tree_is_caught_where_the_tensor_is_used():
     qparams = sq.quantize(params, sq.calibrate(fn, params, [x]))
     for dtype in (jnp.bfloat16, jnp.float32):
         cast = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), qparams)
-        with pytest.raises(ValueError, match=r"layer/kernel: not a valid QTensor: .*was the tree cast"):
+        with pytest.raises(
+            ValueError, match=r"layer/kernel: not a valid QTensor: .*was the tree cast"
+        ):
             jax.jit(sq.quantized(fn))(cast, x)

@@ -20,7 +20,9 @@ def normal(*shape, seed=0, dtype=jnp.float32):
 
 MADE = {
     "symmetric": lambda x, contracting, group: QTensor.quantize(x, contracting, group, INT4),
-    "zero point": lambda x, contracting, group: QTensor.quantize(x, contracting, group, INT4, (), True),
+    "zero point": lambda x, contracting, group: QTensor.quantize(
+        x, contracting, group, INT4, (), True
+    ),
     "two levels": lambda x, contracting, group: QTensor.quantize_twice(x, contracting, group),
     "e4m3": lambda x, contracting, group: QTensor.quantize(x, contracting, group, E4M3),
 }
@@ -46,12 +48,18 @@ def test_nibbles_are_low_then_high():
     every = np.arange(-8, 8, dtype=np.int8)
     assert pack_int4(every).tolist() == [0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x76]
     assert pack_int4(every[:3]).tolist() == [0x98, 0x0A]  # the last nibble is zero
-    assert unpack_int4(np.array([0x98, 0xFA], np.uint8), 3).tolist() == [-8, -7, -6]  # and is not read
+    assert unpack_int4(np.array([0x98, 0xFA], np.uint8), 3).tolist() == [
+        -8,
+        -7,
+        -6,
+    ]  # and is not read
 
 
 @pytest.mark.parametrize("length", [2, 5, 6])
 def test_nibbles_of_another_length_are_refused(length):
-    with pytest.raises(ValueError, match=rf"^unpack_int4: {length} elements take {(length + 1) // 2} bytes, got 2"):
+    with pytest.raises(
+        ValueError, match=rf"^unpack_int4: {length} elements take {(length + 1) // 2} bytes, got 2"
+    ):
         unpack_int4(np.zeros((3, 2), np.uint8), length)
 
 
@@ -85,7 +93,9 @@ def test_each_group_is_quantized_by_itself(how):
     q, other = (MADE[how](a, (0,), 8) for a in (x, x.at[9].multiply(0.5)))
     same = np.ones(20, bool)
     same[8:16] = False  # two levels share the channel's scale, which this leaves alone
-    np.testing.assert_array_equal(np.asarray(sq.dequantize(q))[same], np.asarray(sq.dequantize(other))[same])
+    np.testing.assert_array_equal(
+        np.asarray(sq.dequantize(q))[same], np.asarray(sq.dequantize(other))[same]
+    )
     assert (np.asarray(sq.dequantize(q))[9] != np.asarray(sq.dequantize(other))[9]).any()
 
 
@@ -115,11 +125,17 @@ BROKEN = {
     "values must be e4m3, got int8": replace(GOOD, fmt=E4M3),
     "values must be int8, got int4": replace(EIGHT, values=EIGHT.values.astype(jnp.int4)),
     "zero must be int8, got float32": replace(GOOD, zero=GOOD.zero.astype(jnp.float32)),
-    "group_scale must be int8, got int32": replace(TWO, group_scale=TWO.group_scale.astype(jnp.int32)),
+    "group_scale must be int8, got int32": replace(
+        TWO, group_scale=TWO.group_scale.astype(jnp.int32)
+    ),
     r"zero of rank 2 expected, got shape \(3,\)": replace(GOOD, zero=GOOD.zero[0]),
-    r"zero \(6, 2\) does not broadcast against values \(6, 20\) in groups of 8": replace(GOOD, zero=GOOD.zero[:, :2]),
+    r"zero \(6, 2\) does not broadcast against values \(6, 20\) in groups of 8": replace(
+        GOOD, zero=GOOD.zero[:, :2]
+    ),
     r"scale \(6, 3\) does not broadcast against values \(6, 20\)": replace(GOOD, group=None),
-    r"scale \(6, 3\) does not broadcast against values \(6, 20\) in groups of 4": replace(GOOD, group=4),
+    r"scale \(6, 3\) does not broadcast against values \(6, 20\) in groups of 4": replace(
+        GOOD, group=4
+    ),
     r"group_scale \(5, 3\) does not broadcast": replace(TWO, group_scale=TWO.group_scale[:5]),
     "scale must be float32, got float16": replace(TWO, scale=TWO.scale.astype(jnp.float16)),
 }
@@ -127,12 +143,16 @@ BROKEN = {
 
 @pytest.mark.parametrize("problem", BROKEN)
 def test_check_names_the_place_and_the_problem(problem):
-    with pytest.raises(ValueError, match=rf"^mlp/kernel: not a valid QTensor: {problem}.*; quantize the float leaf"):
+    with pytest.raises(
+        ValueError, match=rf"^mlp/kernel: not a valid QTensor: {problem}.*; quantize the float leaf"
+    ):
         BROKEN[problem].check("mlp/kernel")
 
 
 def test_a_zero_point_in_another_format_is_refused():
-    with pytest.raises(ValueError, match="zero points are for int4 weights, got e4m3; use a symmetric range"):
+    with pytest.raises(
+        ValueError, match="zero points are for int4 weights, got e4m3; use a symmetric range"
+    ):
         QTensor.quantize(normal(20, 6), (0,), 8, E4M3, (), True)
 
 
@@ -153,7 +173,10 @@ def test_a_transpose_moves_no_value(how, permutation):
 def test_slices_of_outputs_are_those_of_the_dequantized_array_and_of_channels_are_refused(how):
     q = MADE[how](normal(20, 6, 4), (0,), 8)
     floats = np.asarray(sq.dequantize(q))
-    for cuts in ((slice(None), slice(1, 5, 2), slice(None)), (slice(None), slice(2, 3), slice(0, 2))):
+    for cuts in (
+        (slice(None), slice(1, 5, 2), slice(None)),
+        (slice(None), slice(2, 3), slice(0, 2)),
+    ):
         part = q.slice(cuts)
         part.check("w")
         np.testing.assert_array_equal(sq.dequantize(part), floats[cuts])
@@ -198,7 +221,9 @@ def test_layers_of_a_stack_are_those_of_a_loop(how):
     for i, layer in enumerate(x):
         one = jax.tree.map(lambda a, i=i: a[i], stack)
         one.check("layer")
-        np.testing.assert_allclose(sq.dequantize(one), sq.dequantize(MADE[how](layer, (0,), 8)), rtol=1e-6)
+        np.testing.assert_allclose(
+            sq.dequantize(one), sq.dequantize(MADE[how](layer, (0,), 8)), rtol=1e-6
+        )
     _, floats = jax.lax.scan(lambda c, one: (c, sq.dequantize(one)), 0, stack)
     np.testing.assert_array_equal(floats, sq.dequantize(stack))
 
@@ -216,13 +241,17 @@ def test_a_quantized_function_sees_views_of_grouped_weights(how):
     views = {
         "part": lambda p, x: x @ p["w"][:, 2:8],
         "turned": lambda p, x: (p["w"].T @ x.T).T,
-        "split": lambda p, x: jnp.einsum("ti,ihd->thd", x, p["w"].reshape(20, 3, 4)).reshape(-1, 12),
+        "split": lambda p, x: jnp.einsum("ti,ihd->thd", x, p["w"].reshape(20, 3, 4)).reshape(
+            -1, 12
+        ),
     }
     params, x = {"w": normal(20, 12)}, normal(5, 20, seed=1)
     qparams = sq.quantize(params, sq.calibrate(whole, params, [x]), scheme)
     expected = jax.jit(sq.quantized(whole))(qparams, x)
     for name, fn in views.items():
         got = jax.jit(sq.quantized(fn))(qparams, x)
-        np.testing.assert_allclose(got, expected[:, 2:8] if name == "part" else expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            got, expected[:, 2:8] if name == "part" else expected, rtol=1e-4, atol=1e-5
+        )
     with pytest.raises(ValueError, match=r"^w: quantized, but `slice` .*rule of None"):
         jax.eval_shape(sq.quantized(lambda p, x: x[:, :8] @ p["w"][:8]), qparams, x)

@@ -50,7 +50,10 @@ def cosine(a, b):
 
 def assert_close(got, expected, terms):
     """Within what float32 rounds when it adds up so many terms."""
-    assert (np.abs(np.asarray(got, np.float64) - expected.out) <= (16 + terms) * EPS * expected.magnitude).all()
+    assert (
+        np.abs(np.asarray(got, np.float64) - expected.out)
+        <= (16 + terms) * EPS * expected.magnitude
+    ).all()
 
 
 # Inputs -----------------------------------------------------------------------------------------------------------
@@ -60,7 +63,9 @@ INNER = 136
 
 def difficult(kind, scheme):
     """(x, w) of some degenerate kind; w has its outputs first."""
-    x, w = (np.array(normal(*shape, seed=seed)) for shape, seed in (((4, INNER), 0), ((6, INNER), 1)))
+    x, w = (
+        np.array(normal(*shape, seed=seed)) for shape, seed in (((4, INNER), 0), ((6, INNER), 1))
+    )
     if kind == "zeros":
         x[:] = 0
     elif kind == "a zero row":
@@ -70,7 +75,10 @@ def difficult(kind, scheme):
     elif kind == "dead outputs and groups":
         w[:2], w[3, 32:96] = 0, 0
     elif kind == "constant":
-        x[:], w[:] = np.array([[1.0], [-3.0], [1e-6], [100.0]]), np.array([[0.5], [-2.0], [1e-5], [7.0], [1.0], [-1.0]])
+        x[:], w[:] = (
+            np.array([[1.0], [-3.0], [1e-6], [100.0]]),
+            np.array([[0.5], [-2.0], [1e-5], [7.0], [1.0], [-1.0]]),
+        )
     elif kind == "one huge channel":
         x[:, 5], w[:, 70] = 1e6, -1e5
     elif kind == "tiny":
@@ -78,7 +86,15 @@ def difficult(kind, scheme):
     return oracle.settled(x, w, [scheme] if scheme.activations else [], [scheme])
 
 
-KINDS = ("zeros", "a zero row", "zero weight", "dead outputs and groups", "constant", "one huge channel", "tiny")
+KINDS = (
+    "zeros",
+    "a zero row",
+    "zero weight",
+    "dead outputs and groups",
+    "constant",
+    "one huge channel",
+    "tiny",
+)
 
 
 @presets
@@ -88,19 +104,25 @@ def test_degenerate_activations_and_weights(name):
     @jax.jit
     def multiply(x, w):
         weight = quantize_weight(w, (0,), scheme, jnp.max(jnp.abs(x), axis=0))
-        return quantized_dot_general(x, weight, DENSE, "w"), weight.tensor.codes().astype(jnp.float32)
+        return quantized_dot_general(x, weight, DENSE, "w"), weight.tensor.codes().astype(
+            jnp.float32
+        )
 
     for kind in KINDS:
         x, w = difficult(kind, scheme)
         got, codes = multiply(jnp.asarray(x), jnp.asarray(w.T))
         expected = oracle.matmul(x, w, scheme)
-        np.testing.assert_array_equal(np.asarray(codes), oracle.quantize(w, scheme).codes, err_msg=kind)
+        np.testing.assert_array_equal(
+            np.asarray(codes), oracle.quantize(w, scheme).codes, err_msg=kind
+        )
         assert np.isfinite(got).all(), kind
         assert_close(got, expected, INNER)
         if kind in ("zeros", "zero weight"):
             assert not np.any(got)
         if (
-            kind == "constant" and scheme.weight_format != "int4" and scheme.activations in ("per_token", None)
+            kind == "constant"
+            and scheme.weight_format != "int4"
+            and scheme.activations in ("per_token", None)
         ):  # every element is the end of its range
             np.testing.assert_allclose(got, x @ w.T, rtol=1e-5)
 
@@ -110,7 +132,10 @@ def test_static_scales_clip_what_lies_beyond_them(fmt):
     """A float8 cast of such a number would give NaN or infinity."""
     scheme = sq.Scheme("static", weight_format=fmt, activation_format=fmt)
     bound, rng = oracle.BOUNDS[fmt], np.random.default_rng(0)
-    x, w = rng.integers(-4, 5, (3, 16)).astype(np.float32), rng.integers(-4, 5, (5, 16)).astype(np.float32)
+    x, w = (
+        rng.integers(-4, 5, (3, 16)).astype(np.float32),
+        rng.integers(-4, 5, (5, 16)).astype(np.float32),
+    )
     x[0, 0], x[1, 2], x[2] = 3 * bound, -1.2 * bound, 1e30
     w[:, 3] = 4  # every output's scale
     _, w = oracle.settled(np.zeros((1, 16)), w, [], [scheme])
@@ -126,10 +151,15 @@ def test_ranges_of_integers_are_divided_exactly():
     rest = np.linspace(0, 1, 14)
     q = np.rint(low[..., None] + rest * (high - low)[..., None]).reshape(-1, 14)
     q[:, 0], q[:, -1] = low.ravel(), high.ravel()
-    w = np.concatenate([q, np.full((len(q), 1), 119), np.full((len(q), 1), -119)], axis=1)  # the channel's scale is 1
+    w = np.concatenate(
+        [q, np.full((len(q), 1), 119), np.full((len(q), 1), -119)], axis=1
+    )  # the channel's scale is 1
     w = np.concatenate([w[:, :14], np.zeros((len(q), 2)), w[:, 14:]], axis=1).astype(np.float32)
     expected = oracle.two_level(w, 16)
-    for quantize in (sq.QTensor.quantize_twice, jax.jit(sq.QTensor.quantize_twice, static_argnums=(1, 2))):
+    for quantize in (
+        sq.QTensor.quantize_twice,
+        jax.jit(sq.QTensor.quantize_twice, static_argnums=(1, 2)),
+    ):
         got = quantize(jnp.asarray(w.T), (0,), 16)
         np.testing.assert_array_equal(got.group_scale[:, 0], expected.step[:, 0])
         np.testing.assert_array_equal(got.zero[:, 0], expected.zero[:, 0])
@@ -145,7 +175,9 @@ def test_parameters_that_are_not_finite_are_refused(name, bad):
     params, x = {"layer": {"w": normal(8, 4)}}, normal(2, 8)
     stats = _stats(8, 4)
     broken = {"layer": {"w": params["layer"]["w"].at[1, 2].set(bad)}}
-    with pytest.raises(ValueError, match=r"^parameter layer/w: 1 of 32 values are NaN or infinite; .*mend"):
+    with pytest.raises(
+        ValueError, match=r"^parameter layer/w: 1 of 32 values are NaN or infinite; .*mend"
+    ):
         sq.quantize(broken, stats, PRESETS[name])
     assert np.isfinite(sq.quantized(fn)(sq.quantize(params, stats, PRESETS[name]), x)).all()
 
@@ -159,11 +191,17 @@ def _stats(inner, outputs):
 def test_contractions_beyond_exact_int32_sums(name):
     scheme, inner = PRESETS[name], LONGEST_CONTRACTION + 1
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, inner), (inner, 1)))
-    run = lambda x, w: quantized_dot_general(x, quantize_weight(w, (0,), scheme, x[0]), DENSE, "layer/w")
-    if (isinstance(scheme.weights, int) and not scheme.two_level) or scheme.weight_format in oracle.FLOAT8:
+    run = lambda x, w: quantized_dot_general(
+        x, quantize_weight(w, (0,), scheme, x[0]), DENSE, "layer/w"
+    )
+    if (
+        isinstance(scheme.weights, int) and not scheme.two_level
+    ) or scheme.weight_format in oracle.FLOAT8:
         assert jax.eval_shape(run, x, w).shape == (2, 1)  # a sum for each group, or in float32
         return
-    with pytest.raises(ValueError, match=r"^layer/w: contracts 133145 channels; .* exact up to 133144: split"):
+    with pytest.raises(
+        ValueError, match=r"^layer/w: contracts 133145 channels; .* exact up to 133144: split"
+    ):
         jax.eval_shape(run, x, w)
 
 
@@ -218,7 +256,8 @@ def test_outlier_channels_are_multiplied_in_float(name):
     assert not np.asarray(weight.tensor.codes(), np.float32)[:, LARGE].any()
     rest = np.where(np.isin(np.arange(INNER), LARGE), 0, w)
     np.testing.assert_array_equal(
-        np.asarray(weight.tensor.codes(), np.float32), oracle.quantize(rest, scheme).codes.astype(np.float32)
+        np.asarray(weight.tensor.codes(), np.float32),
+        oracle.quantize(rest, scheme).codes.astype(np.float32),
     )
     got = jax.jit(sq.quantized(fn))(qparams, jnp.asarray(x))
     expected = oracle.with_outliers(x, w, scheme, LARGE)
@@ -249,9 +288,13 @@ def test_outliers_at_run_time_smoothing_are_those_of_x_over_s():
     np.testing.assert_allclose(weight.outliers.weight, (w * s)[:, found], rtol=1e-6)
     got = jax.jit(sq.quantized(fn))({"layer": {"w": weight}}, jnp.asarray(x))
     expected = oracle.with_outliers(x / s, w * s, scheme, found)
-    assert np.abs(got - expected.out).max() < 0.005 * np.abs(expected.out).max()  # an element or two round apart
+    assert (
+        np.abs(got - expected.out).max() < 0.005 * np.abs(expected.out).max()
+    )  # an element or two round apart
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
-    assert 1e-6 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-4  # most of it is in the float channels
+    assert (
+        1e-6 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-4
+    )  # most of it is in the float channels
 
 
 def test_outliers_of_a_smoothed_model_are_those_of_its_own_activations():
@@ -273,7 +316,9 @@ def test_outliers_of_a_smoothed_model_are_those_of_its_own_activations():
 def test_outliers_are_refused_under_jit():
     params, x = {"layer": {"w": normal(8, 4)}}, normal(2, 8)
     stats = sq.calibrate(fn, params, [x])
-    with pytest.raises(ValueError, match=r"^layer/w: how many channels exceed 6.0 must be known.*outside jit"):
+    with pytest.raises(
+        ValueError, match=r"^layer/w: how many channels exceed 6.0 must be known.*outside jit"
+    ):
         jax.jit(lambda p, stats: sq.quantize(p, stats, sq.W8A8_OUTLIERS))(params, stats)
 
 
@@ -317,7 +362,12 @@ def model():
 
 def test_the_first_rule_that_matches_wins():
     net, params, ids, stats = model()
-    rules = {"lm_head": None, "down_proj": sq.W8A16, "layers/1": sq.W4A8._replace(weights=16), ".*": sq.W8A8}
+    rules = {
+        "lm_head": None,
+        "down_proj": sq.W8A16,
+        "layers/1": sq.W4A8._replace(weights=16),
+        ".*": sq.W8A8,
+    }
     qparams = sq.quantize(params, stats, rules)
     assert qparams["lm_head"]["kernel"] is params["lm_head"]["kernel"]
     assert qparams["embed"] is params["embed"]
@@ -325,7 +375,10 @@ def test_the_first_rule_that_matches_wins():
     for layer in (first, second):
         assert layer["down_proj"]["kernel"].activations is None
         assert layer["down_proj"]["kernel"].tensor.fmt.name == "int8"
-    assert (first["up_proj"]["kernel"].activations, first["up_proj"]["kernel"].tensor.fmt.name) == ("per_token", "int8")
+    assert (first["up_proj"]["kernel"].activations, first["up_proj"]["kernel"].tensor.fmt.name) == (
+        "per_token",
+        "int8",
+    )
     assert second["up_proj"]["kernel"].tensor.group_scale is not None
     got, exact = jax.jit(sq.quantized(net))(qparams, ids), net(params, ids)
     assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 0.3
@@ -333,25 +386,43 @@ def test_the_first_rule_that_matches_wins():
 
 def test_a_rule_that_matches_nothing_lists_near_misses():
     _, params, _, stats = model()
-    with pytest.raises(ValueError, match=r"^quantize rule 'dwn_proj' matches nothing. Near misses: .*down_proj"):
+    with pytest.raises(
+        ValueError, match=r"^quantize rule 'dwn_proj' matches nothing. Near misses: .*down_proj"
+    ):
         sq.quantize(params, stats, {"dwn_proj": sq.W8A16, ".*": sq.W8A8})
-    with pytest.raises(ValueError, match=r"^quantize rule for embeddings 'embd' matches nothing. .*'embed'"):
+    with pytest.raises(
+        ValueError, match=r"^quantize rule for embeddings 'embd' matches nothing. .*'embed'"
+    ):
         sq.quantize(params, stats, {"embd": sq.EMBEDDING_INT8, ".*": sq.W8A8})
-    with pytest.raises(ValueError, match=r"^quantize rule for embeddings 'lm_head' matches nothing"):
+    with pytest.raises(
+        ValueError, match=r"^quantize rule for embeddings 'lm_head' matches nothing"
+    ):
         sq.quantize(params, stats, {"lm_head": sq.EMBEDDING_INT8})
 
 
 UNFIT = [
-    (sq.Scheme(weight_format="e4m3"), "int8 activations go with int8 or int4 weights, float8 ones with float8"),
+    (
+        sq.Scheme(weight_format="e4m3"),
+        "int8 activations go with int8 or int4 weights, float8 ones with float8",
+    ),
     (sq.Scheme(activation_format="e5m2"), "int8 activations go with int8 or int4 weights"),
-    (sq.Scheme(activation_format="int4", weight_format="int4"), "int8 activations go with int8 or int4 weights"),
+    (
+        sq.Scheme(activation_format="int4", weight_format="int4"),
+        "int8 activations go with int8 or int4 weights",
+    ),
     (sq.Scheme(zero_point=True), "zero points and two levels are for int4 weights"),
     (sq.W4A8._replace(weight_format="int8"), "zero points and two levels are for int4 weights"),
     (sq.W4A8._replace(weights="per_channel"), "two levels need a group size and int8 activations"),
     (sq.W4A8._replace(activations=None), "two levels need a group size and int8 activations"),
-    (sq.W8A16._replace(outliers=6.0), "outliers need a positive threshold and quantized activations"),
+    (
+        sq.W8A16._replace(outliers=6.0),
+        "outliers need a positive threshold and quantized activations",
+    ),
     (sq.W8A8._replace(outliers=0.0), "outliers need a positive threshold"),
-    (sq.EMBEDDING_INT8._replace(smoothing=0.5), "embeddings that are looked up have no activation to smooth"),
+    (
+        sq.EMBEDDING_INT8._replace(smoothing=0.5),
+        "embeddings that are looked up have no activation to smooth",
+    ),
     (sq.Scheme(weights=0), "expected a group size of 1 or more, got 0"),
     (sq.Scheme(weights=True), "expected a group size of 1 or more, got True"),
 ]
@@ -359,7 +430,9 @@ UNFIT = [
 
 @pytest.mark.parametrize(("scheme", "problem"), UNFIT, ids=str)
 def test_schemes_whose_parts_do_not_go_together_are_refused(scheme, problem):
-    with pytest.raises(ValueError, match=rf"^quantize rule 'layer': Scheme\(.*\): {re.escape(problem)}"):
+    with pytest.raises(
+        ValueError, match=rf"^quantize rule 'layer': Scheme\(.*\): {re.escape(problem)}"
+    ):
         sq.quantize({"layer": {"w": normal(8, 4)}}, _stats(8, 4), {"layer": scheme})
     with pytest.raises(ValueError, match=re.escape(problem)):
         quantize_weight(normal(8, 4), (0,), scheme)
@@ -369,17 +442,25 @@ def test_groups_that_do_not_fit_several_contracted_axes_name_the_leaf_and_sizes_
     net = lambda p, x: jnp.einsum("tab,abo->to", x, p["out"]["w"])
     params, x = {"out": {"w": normal(3, 96, 4)}}, normal(2, 3, 96)
     stats = sq.calibrate(net, params, [x])
-    with pytest.raises(ValueError, match=r"^out/w: quantize: groups of 64 do not divide the 96 .* that do: 32, 96"):
+    with pytest.raises(
+        ValueError, match=r"^out/w: quantize: groups of 64 do not divide the 96 .* that do: 32, 96"
+    ):
         sq.quantize(params, stats, sq.W4A16_G64)
     for size in (32, 96):
-        got = jax.jit(sq.quantized(net))(sq.quantize(params, stats, sq.W4A16._replace(weights=size)), x)
+        got = jax.jit(sq.quantized(net))(
+            sq.quantize(params, stats, sq.W4A16._replace(weights=size)), x
+        )
         assert 1e-3 < np.abs(got - net(params, x)).max() / np.abs(net(params, x)).max() < 0.2
 
 
 # Embeddings -------------------------------------------------------------------------------------------------------
 
 HEAD = jnp.ones((4, 3))
-TABLES = {"int8": sq.EMBEDDING_INT8, "int4": sq.EMBEDDING_INT4, "int4 in 16s": sq.EMBEDDING_INT4._replace(weights=16)}
+TABLES = {
+    "int8": sq.EMBEDDING_INT8,
+    "int4": sq.EMBEDDING_INT4,
+    "int4 in 16s": sq.EMBEDDING_INT4._replace(weights=16),
+}
 
 
 def beside_a_head(lookup):
@@ -406,9 +487,13 @@ def test_rows_of_a_table_are_gathered_narrow_and_only_they_are_dequantized(name)
 def test_rows_out_of_range_follow_the_mode_of_the_lookup():
     table, ids = normal(5, 16), jnp.array([1, 5, 100])
     for mode in ("fill", "clip"):
-        lookup = beside_a_head(lambda p, ids, mode=mode: jnp.take(p["embed"], ids, axis=0, mode=mode))
+        lookup = beside_a_head(
+            lambda p, ids, mode=mode: jnp.take(p["embed"], ids, axis=0, mode=mode)
+        )
         params = {"embed": table, "head": HEAD}
-        qparams = sq.quantize(params, sq.calibrate(lookup, params, [ids[:1]]), {"embed": sq.EMBEDDING_INT8})
+        qparams = sq.quantize(
+            params, sq.calibrate(lookup, params, [ids[:1]]), {"embed": sq.EMBEDDING_INT8}
+        )
         (got, _), (exact, _) = jax.jit(sq.quantized(lookup))(qparams, ids), lookup(params, ids)
         np.testing.assert_array_equal(np.isnan(got), np.isnan(exact))
         np.testing.assert_allclose(got, exact, atol=float(jnp.abs(table).max()) / 127)
@@ -431,11 +516,15 @@ def test_a_tied_head_is_a_site_and_no_table():
         sq.quantize(params, stats, {"embed": sq.EMBEDDING_INT8})
     for scheme, bound in ((sq.W8A8, 0.03), (sq.W4A16._replace(weights=8), 0.3)):
         got = jax.jit(sq.quantized(tied))(sq.quantize(params, stats, scheme), ids)
-        assert 1e-4 < np.abs(got - tied(params, ids)).max() / np.abs(tied(params, ids)).max() < bound
+        assert (
+            1e-4 < np.abs(got - tied(params, ids)).max() / np.abs(tied(params, ids)).max() < bound
+        )
 
 
 def test_only_leaves_that_are_looked_up_and_nothing_else_are_tables():
-    net = beside_a_head(lambda p, ids: p["table"][ids] + p["both"][ids] * p["both"].sum() + p["bias"])
+    net = beside_a_head(
+        lambda p, ids: p["table"][ids] + p["both"][ids] * p["both"].sum() + p["bias"]
+    )
     params = {"head": HEAD, "table": normal(6, 4), "both": normal(6, 4), "bias": jnp.ones((1, 4))}
     graph = sq.calibrate(net, params, [jnp.array([1, 2])]).graph
     assert [site.path for site in graph.tables] == ["table"]
@@ -449,7 +538,9 @@ def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
     )
     ids = jnp.array([1, 4, 8])
     qparams = sq.quantize(params, sq.calibrate(fn, params, [ids]), {"e": sq.EMBEDDING_INT8})
-    np.testing.assert_allclose(sq.quantized(fn)(qparams, ids), sq.dequantize(qparams["e"].tensor)[ids], rtol=1e-6)
+    np.testing.assert_allclose(
+        sq.quantized(fn)(qparams, ids), sq.dequantize(qparams["e"].tensor)[ids], rtol=1e-6
+    )
     assert qparams["e"].tensor.values.dtype == jnp.int8
     with pytest.raises(ValueError, match="no matmul of an activation"):
         sq.calibrate(lambda p, x: x * p["s"][None], {"s": jnp.ones(3)}, [jnp.ones((2, 3))])
@@ -458,7 +549,10 @@ def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
 def test_none_keeps_embeddings_float_too_where_it_comes_first():
     fn = lambda p, ids: p["embed"][ids] @ p["w"]
     rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in TABLE_SHAPES.items()}
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in TABLE_SHAPES.items()
+    }
     stats = sq.calibrate(fn, params, [jnp.array([1, 4])])
     for rules, narrow in (
         ({".*": None, "embed": sq.EMBEDDING_INT8}, set()),
@@ -468,7 +562,9 @@ def test_none_keeps_embeddings_float_too_where_it_comes_first():
     ):
         qparams = sq.quantize(params, stats, rules)
         assert {name for name, x in qparams.items() if isinstance(x, sq.QuantWeight)} == narrow
-    with pytest.raises(ValueError, match=r"quantize rule 'embd' matches nothing. Near misses: .*embed"):
+    with pytest.raises(
+        ValueError, match=r"quantize rule 'embd' matches nothing. Near misses: .*embed"
+    ):
         sq.quantize(params, stats, {"embd": None, ".*": sq.W8A8})
 
 

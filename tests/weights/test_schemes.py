@@ -51,7 +51,11 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_llvm_disable_expens
 
 
 def dtypes(weights):
-    return ("float32", "bfloat16") if weights.endswith("64") or weights == "int8 per_channel" else ("float32",)
+    return (
+        ("float32", "bfloat16")
+        if weights.endswith("64") or weights == "int8 per_channel"
+        else ("float32",)
+    )
 
 
 def of(weights, activations):
@@ -66,9 +70,17 @@ def fn(p, x):
 def data(dtype):
     """(x, w, statistics): rows, columns and groups of very different ranges; some groups lie on one side of 0."""
     rng, inner = np.random.default_rng(0), INNER
-    x = rng.normal(size=(ROWS, inner)) * 4.0 ** rng.integers(-2, 3, (ROWS, 1)) * 2.0 ** rng.integers(-1, 2, inner)
-    spread = 4.0 ** rng.integers(-2, 3, (1, OUTPUTS)) * 2.0 ** rng.integers(-2, 3, (inner // 8, OUTPUTS)).repeat(8, 0)
-    w = (rng.normal(size=(inner, OUTPUTS)) + rng.normal(size=(inner // 8, OUTPUTS)).repeat(8, 0) * 2) * spread
+    x = (
+        rng.normal(size=(ROWS, inner))
+        * 4.0 ** rng.integers(-2, 3, (ROWS, 1))
+        * 2.0 ** rng.integers(-1, 2, inner)
+    )
+    spread = 4.0 ** rng.integers(-2, 3, (1, OUTPUTS)) * 2.0 ** rng.integers(
+        -2, 3, (inner // 8, OUTPUTS)
+    ).repeat(8, 0)
+    w = (
+        rng.normal(size=(inner, OUTPUTS)) + rng.normal(size=(inner // 8, OUTPUTS)).repeat(8, 0) * 2
+    ) * spread
     x, w = jnp.asarray(x, dtype), jnp.asarray(w, dtype)
     quantized = [of(*case) for case in CASES if case[1]]
     x, w = oracle.settled(x, w.T, [*quantized], [*WEIGHTS.values()])
@@ -114,12 +126,23 @@ def test_values_zero_points_and_integer_scales_are_those_of_the_oracle_bit_for_b
             assert tensor.dtype == dtype
             np.testing.assert_array_equal(np.asarray(tensor.values, np.float64), expected.values)
             np.testing.assert_allclose(spread(tensor, tensor.scale), expected.scale, rtol=3e-7)
-            for part, reference, missing in (("zero", expected.zero, 0), ("group_scale", expected.step, 1)):
-                got = missing if getattr(tensor, part) is None else spread(tensor, getattr(tensor, part))
-                np.testing.assert_array_equal(got, reference if np.ndim(got) else np.unique(reference))
+            for part, reference, missing in (
+                ("zero", expected.zero, 0),
+                ("group_scale", expected.step, 1),
+            ):
+                got = (
+                    missing
+                    if getattr(tensor, part) is None
+                    else spread(tensor, getattr(tensor, part))
+                )
+                np.testing.assert_array_equal(
+                    got, reference if np.ndim(got) else np.unique(reference)
+                )
             floats = np.asarray(tensor.values, np.float64)  # the formula of the docstring
             floats = (floats - expected.zero) * expected.step * expected.scale
-            np.testing.assert_allclose(sq.dequantize(tensor).astype(jnp.float32).T, floats, rtol=ulp(dtype), atol=1e-30)
+            np.testing.assert_allclose(
+                sq.dequantize(tensor).astype(jnp.float32).T, floats, rtol=ulp(dtype), atol=1e-30
+            )
 
 
 def spread(tensor, x):
@@ -150,7 +173,9 @@ def test_activations_are_rounded_as_the_oracle_does_bit_for_bit(activations, fmt
     for dtype in ("float32", "bfloat16"):
         (x, params, stats), (x64, _) = data(dtype), operands(dtype)
         given = sq.quantize(params, stats, scheme)["layer"]["w"].input_scale
-        scale = jax.jit(lambda x, given=given: activation_scale(x, activations, given, FORMATS[fmt]))(x)
+        scale = jax.jit(
+            lambda x, given=given: activation_scale(x, activations, given, FORMATS[fmt])
+        )(x)
         expected, scale64 = oracle.quantize_activations(x64, scheme)
         np.testing.assert_allclose(np.broadcast_to(scale, scale64.shape), scale64, rtol=3e-7)
         got = jax.jit(to_format, static_argnums=2)(x, scale, FORMATS[fmt])
@@ -159,7 +184,9 @@ def test_activations_are_rounded_as_the_oracle_does_bit_for_bit(activations, fmt
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations", "dtype"), [(*case, dtype) for case in CASES for dtype in dtypes(case[0])], ids=str
+    ("weights", "activations", "dtype"),
+    [(*case, dtype) for case in CASES for dtype in dtypes(case[0])],
+    ids=str,
 )
 def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
     got, (x, w) = run(weights, dtype)[activations][1], operands(dtype)
@@ -170,7 +197,9 @@ def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
     if dtype == "bfloat16":
         tolerance = tolerance + 2.0**-8 * np.abs(expected.out)
         if activations is None and scheme.weight_format in oracle.FLOAT8 and scheme.weights == 64:
-            tolerance = tolerance + 2.0**-9 * expected.magnitude  # the weight is dequantized to x's dtype
+            tolerance = (
+                tolerance + 2.0**-9 * expected.magnitude
+            )  # the weight is dequantized to x's dtype
     assert (np.abs(np.asarray(got, np.float64) - expected.out) <= tolerance).all()
 
 
@@ -187,15 +216,23 @@ def test_the_error_is_within_the_bound_of_theory(weights, activations):
     scheme = of(weights, activations)
     error = np.abs(np.asarray(got, np.float64) - x @ w.T)
     assert (error <= oracle.error_bound(x, w, scheme) + 200 * EPS * np.abs(x) @ np.abs(w).T).all()
-    assert (error > 1e-4 * oracle.error_bound(x, w, scheme)).mean() > 0.9  # and it is no float product
+    assert (
+        error > 1e-4 * oracle.error_bound(x, w, scheme)
+    ).mean() > 0.9  # and it is no float product
 
 
-@pytest.mark.parametrize(("weights", "activations"), [c for c in CASES if c[1] in ("per_token", None)], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "activations"), [c for c in CASES if c[1] in ("per_token", None)], ids=str
+)
 def test_jit_equals_eager(weights, activations):
     qparams, expected = run(weights, "float32")[activations]
     got = sq.quantized(fn)(qparams, data("float32")[0])
     x, w = operands()
-    tolerance = 2 * float32_error(of(weights, activations)) * oracle.matmul(x, w, of(weights, activations)).magnitude
+    tolerance = (
+        2
+        * float32_error(of(weights, activations))
+        * oracle.matmul(x, w, of(weights, activations)).magnitude
+    )
     assert (np.abs(np.asarray(got) - np.asarray(expected)) <= tolerance).all()
 
 
@@ -205,13 +242,17 @@ def test_a_quantizer_gives_the_same_codes_eager_and_compiled(weights):
     if scheme.two_level:
         eager = QTensor.quantize_twice(w, (0,), scheme.weights)
     else:
-        eager = QTensor.quantize(w, (0,), scheme.weights, FORMATS[scheme.weight_format], (), scheme.zero_point)
+        eager = QTensor.quantize(
+            w, (0,), scheme.weights, FORMATS[scheme.weight_format], (), scheme.zero_point
+        )
     inside_jit = run(weights, "float32")["per_token"][0]["layer"]["w"].tensor
     assert jax.tree.structure(eager) == jax.tree.structure(inside_jit)
     for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(inside_jit), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(
-            np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2e-7 if one.dtype == jnp.float32 else 0
+            np.asarray(one, np.float32),
+            np.asarray(other, np.float32),
+            rtol=2e-7 if one.dtype == jnp.float32 else 0,
         )
 
 
@@ -250,7 +291,9 @@ def test_every_product_in_the_program_is_on_narrow_operands(weights, activations
 def largest_float(program):
     """As `jaxprs.largest_float`, of floats wider than a byte."""
     made = [v.aval for p in jaxprs.programs(program) for e in p.eqns for v in e.outvars]
-    return max(a.size for a in made if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > 1)
+    return max(
+        a.size for a in made if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > 1
+    )
 
 
 # What compilers are given -----------------------------------------------------------------------------------------
@@ -258,7 +301,9 @@ def largest_float(program):
 
 def products_for(platform, qparams, x):
     """[(lhs, rhs, result)] of every product in the program for a platform, as "5x200xf32"; and its text."""
-    text = jax.jit(sq.quantized(fn)).trace(qparams, x).lower(lowering_platforms=(platform,)).as_text()
+    text = (
+        jax.jit(sq.quantized(fn)).trace(qparams, x).lower(lowering_platforms=(platform,)).as_text()
+    )
     pattern = r"stablehlo\.dot_general.*: \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>"
     return [tuple(found) for found in re.findall(pattern, text)], text
 
@@ -269,16 +314,24 @@ def for_gpu(qparams):
     return {"layer": {"w": replace(weight, tensor=weight.tensor.stored_as(jnp.int4))}}
 
 
-@pytest.mark.parametrize("weights", [name for name in WEIGHTS if name.startswith("int") and "two" not in name])
+@pytest.mark.parametrize(
+    "weights", [name for name in WEIGHTS if name.startswith("int") and "two" not in name]
+)
 def test_weight_only_programs_of_cpus_multiply_integers_and_make_no_float_weight(weights):
     qparams, (x, _, _) = run(weights, "float32")[None][0], data("float32")
     products, text = products_for("cpu", qparams, x)
-    assert {tuple(t.split("x")[-1] for t in product) for product in products} == {("i8", "i8", "i32")}
-    assert {product[0].split("x")[0] for product in products} == {str(3 * ROWS)}  # three digits of each row
+    assert {tuple(t.split("x")[-1] for t in product) for product in products} == {
+        ("i8", "i8", "i32")
+    }
+    assert {product[0].split("x")[0] for product in products} == {
+        str(3 * ROWS)
+    }  # three digits of each row
     assert f"tensor<{OUTPUTS}x{INNER}xf32>" not in text
 
 
-@pytest.mark.parametrize("weights", [name for name in WEIGHTS if "x" not in name and "two" not in name])
+@pytest.mark.parametrize(
+    "weights", [name for name in WEIGHTS if "x" not in name and "two" not in name]
+)
 def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_result(weights):
     for dtype, kind in (("float32", "f32"), ("bfloat16", "bf16")):
         if dtype not in dtypes(weights):
@@ -287,7 +340,9 @@ def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_resul
         products, text = products_for("cuda", qparams, x)
         product = (f"{ROWS}x{INNER}x{kind}", f"{OUTPUTS}x{INNER}x{kind}", f"{ROWS}x{OUTPUTS}xf32")
         assert products == [product]
-        stored = {"int8": "i8", "int4": "i4", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}[weights.split()[0]]
+        stored = {"int8": "i8", "int4": "i4", "e4m3": "f8E4M3FN", "e5m2": "f8E5M2"}[
+            weights.split()[0]
+        ]
         assert f"tensor<{OUTPUTS}x{INNER}x{stored}>" in text
         if weights.endswith(("channel", "tensor")):  # no product of a scale and the whole weight
             assert not re.search(rf"stablehlo.multiply .* tensor<{OUTPUTS}x{INNER}x", text)
@@ -295,9 +350,13 @@ def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_resul
 
 def test_whole_groups_of_weight_only_are_multiplied_group_by_group_for_gpus():
     x, params = normal(ROWS, 128), {"layer": {"w": normal(128, OUTPUTS)}}
-    qparams = for_gpu(sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W4A16._replace(weights=32)))
+    qparams = for_gpu(
+        sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W4A16._replace(weights=32))
+    )
     products, _ = products_for("cuda", qparams, x)
-    assert [tuple(t.split("x")[-1] for t in product) for product in products] == [("f32", "f32", "f32")]
+    assert [tuple(t.split("x")[-1] for t in product) for product in products] == [
+        ("f32", "f32", "f32")
+    ]
     assert products[0][:2] == (f"{ROWS}x4x32xf32", f"{OUTPUTS}x4x32xf32")
 
 
@@ -305,7 +364,9 @@ def test_whole_groups_of_weight_only_are_multiplied_group_by_group_for_gpus():
 def test_programs_of_gpus_multiply_groups_in_int8(weights):
     qparams, (x, _, _) = for_gpu(run(weights, "float32")["per_token"][0]), data("float32")
     products, text = products_for("cuda", qparams, x)
-    assert {tuple(t.split("x")[-1] for t in product) for product in products} == {("i8", "i8", "i32")}
+    assert {tuple(t.split("x")[-1] for t in product) for product in products} == {
+        ("i8", "i8", "i32")
+    }
     assert "while" not in text  # one batched product, no loop
     if "two" in weights:
         assert [product[1] for product in products] == [f"{OUTPUTS}x{INNER}xi8"]

@@ -50,7 +50,9 @@ WITHOUT_EFFECT = {
 }
 
 
-def read_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, Params, dict[str, Any]]:
+def read_gguf(
+    path: Path, dtype: DTypeLike = jnp.float32
+) -> tuple[LlamaConfig, Params, dict[str, Any]]:
     """Reads a file: the configuration, the parameters, and all metadata (the tokenizer's is among it).
 
     Quantized tensors are dequantized to float32 and then cast to ``dtype``.
@@ -63,7 +65,9 @@ def read_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, 
     try:
         reader = package.GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: expected a GGUF file, got {error or 'a damaged one'}; fetch it again") from error
+        raise ValueError(
+            f"{path}: expected a GGUF file, got {error or 'a damaged one'}; fetch it again"
+        ) from error
     metadata = {name: value.contents() for name, value in reader.fields.items()}
     shapes = {tensor.name: tuple(int(n) for n in tensor.shape[::-1]) for tensor in reader.tensors}
     config = read_config(str(path), metadata, shapes)
@@ -78,7 +82,9 @@ def read_gguf(path: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, 
     return config, assemble(str(path), config, tensors, read, dtype, problems), metadata
 
 
-def read_config(source: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple]) -> LlamaConfig:
+def read_config(
+    source: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple]
+) -> LlamaConfig:
     """The configuration that the metadata describes; embeddings are tied if there is no output tensor.
 
     Raises:
@@ -87,14 +93,20 @@ def read_config(source: str, metadata: Mapping[str, Any], shapes: Mapping[str, t
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{source}: expected general.architecture 'llama', got {architecture!r}")
-    problems = [f"{key}: expected a number, got none" for key in SIZES.values() if key not in metadata]
+    problems = [
+        f"{key}: expected a number, got none" for key in SIZES.values() if key not in metadata
+    ]
     known = {*SIZES.values(), *OPTIONAL}
     for key in sorted(key for key in metadata.keys() - known if key.startswith("llama.")):
         if metadata[key] != WITHOUT_EFFECT.get(key):
-            problems.append(f"{key} = {metadata[key]!r}: not supported, or not known to be without effect")
+            problems.append(
+                f"{key} = {metadata[key]!r}: not supported, or not known to be without effect"
+            )
     raise_problems(source, problems)
     sizes = {field: metadata[key] for field, key in SIZES.items()}
-    head_dim = metadata.get("llama.attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
+    head_dim = metadata.get(
+        "llama.attention.key_length", sizes["hidden_size"] // sizes["num_heads"]
+    )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if metadata.get(key, head_dim) != head_dim:
             problems.append(f"{key}: expected the head size {head_dim}, got {metadata[key]}")
@@ -136,7 +148,9 @@ def _unreadable(tensors: list, dequantize: Callable) -> list[str]:
         try:
             dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError:
-            problems.append(f"{tensor.name}: expected a type that `gguf` can read, got {tensor.tensor_type.name}")
+            problems.append(
+                f"{tensor.name}: expected a type that `gguf` can read, got {tensor.tensor_type.name}"
+            )
     return problems
 
 
@@ -144,5 +158,7 @@ def _import_gguf():
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("reading a .gguf file needs the `gguf` package: pip install sqjax[demo]") from error
+        raise ImportError(
+            "reading a .gguf file needs the `gguf` package: pip install sqjax[demo]"
+        ) from error
     return gguf

@@ -39,14 +39,18 @@ def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[L
         ValueError: if a file is missing or damaged, the configuration asks for something the model here does
             not do, or tensors are missing, unknown, misshapen or not floating-point; all are listed.
     """
-    config = read_config(_read_json(directory / "config.json"), source=str(directory / "config.json"))
+    config = read_config(
+        _read_json(directory / "config.json"), source=str(directory / "config.json")
+    )
     files: dict[str, Any] = {}
     for path in weight_files(directory):
         reader = _open(path)
         files |= {name: reader for name in reader.keys()}  # noqa: SIM118 (not a dict)
     tensors, problems = {}, []
     for name, reader in files.items():
-        if name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight"):
+        if name.endswith("rotary_emb.inv_freq") or (
+            config.tie_embeddings and name == "lm_head.weight"
+        ):
             continue  # computed from rope_theta; equal to the embedding, whatever the file says
         header = reader.get_slice(name)
         tensors[name] = (name, tuple(header.get_shape()))
@@ -78,7 +82,9 @@ def read_config(config: Mapping[str, Any], source: str = "config.json") -> Llama
     ]
     window = config.get("sliding_window")
     if window is not None and config["model_type"] != "mistral":
-        problems.append(f"sliding_window = {window!r}: not supported for {config['model_type']!r}, only for 'mistral'")
+        problems.append(
+            f"sliding_window = {window!r}: not supported for {config['model_type']!r}, only for 'mistral'"
+        )
     theta, rope_problems = _rope_theta(config)
     raise_problems(source, problems + rope_problems)
     heads = config["num_attention_heads"]
@@ -129,7 +135,9 @@ def _rope_theta(config: Mapping[str, Any]) -> tuple[float, list[str]]:
         rope = config.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            problems.append(f"{key} = {rope!r}: not supported, positions would be wrong; expected 'default'")
+            problems.append(
+                f"{key} = {rope!r}: not supported, positions would be wrong; expected 'default'"
+            )
         theta = rope.get("rope_theta", theta)
     return 10000.0 if theta is None else theta, problems
 
@@ -147,13 +155,17 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}; fetch it again") from error
+        raise ValueError(
+            f"{path}: expected a safetensors file, got {error}; fetch it again"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: expected this file, got none; it belongs to the checkpoint") from error
+        raise ValueError(
+            f"{path}: expected this file, got none; it belongs to the checkpoint"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}; fetch it again") from error

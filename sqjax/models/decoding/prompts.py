@@ -18,13 +18,17 @@ def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
     Raises:
         ValueError: no prompt at all, an empty one, ids that are not in the vocabulary, texts without a tokenizer.
     """
-    single = isinstance(prompts, str) or (len(prompts) > 0 and np.ndim(prompts[0]) == 0 and not _is_text(prompts[0]))
+    single = isinstance(prompts, str) or (
+        len(prompts) > 0 and np.ndim(prompts[0]) == 0 and not _is_text(prompts[0])
+    )
     rows = [_ids(model, prompt) for prompt in ([prompts] if single else prompts)]
     if not rows:
         raise ValueError("prompts: expected at least one, got none")
     for number, row in enumerate(rows):
         if row.ndim != 1 or row.size == 0:
-            raise ValueError(f"prompts[{number}]: expected at least one token in a flat sequence, got {row.shape}")
+            raise ValueError(
+                f"prompts[{number}]: expected at least one token in a flat sequence, got {row.shape}"
+            )
         check_tokens(model, row, f"prompts[{number}]")
     return [row.astype(np.int32) for row in rows]
 
@@ -35,7 +39,9 @@ def check_tokens(model: Model, ids: Any, where: str) -> None:
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{where}: expected integer token ids, got {ids.dtype}")
     if wrong := [int(i) for i in ids.ravel() if not 0 <= i < size]:
-        raise ValueError(f"{where}: expected token ids from 0 to {size - 1}, got {wrong[0]}; another tokenizer's?")
+        raise ValueError(
+            f"{where}: expected token ids from 0 to {size - 1}, got {wrong[0]}; another tokenizer's?"
+        )
 
 
 def _is_text(prompt: Any) -> bool:
@@ -61,7 +67,9 @@ def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.
     longest = max(len(row) for row in rows)
     tokens = -(-longest // multiple) * multiple
     padding = np.array([tokens - len(row) for row in rows], np.int32)
-    return np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)]), padding
+    return np.stack(
+        [np.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)]
+    ), padding
 
 
 def stop_ids(model: Model, stop: Any) -> np.ndarray:
@@ -73,7 +81,10 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
     if stop is None:
         end = None if model.tokenizer is None else model.tokenizer.eos_id
         return np.array([] if end is None else [end], np.int32)
-    found = [_stop_id(model, token) for token in ([stop] if isinstance(stop, str) or np.ndim(stop) == 0 else stop)]
+    found = [
+        _stop_id(model, token)
+        for token in ([stop] if isinstance(stop, str) or np.ndim(stop) == 0 else stop)
+    ]
     check_tokens(model, found, "stop")
     return np.array(found, np.int32)
 
@@ -85,5 +96,7 @@ def _stop_id(model: Model, token: Any) -> Any:
         raise ValueError(f"stop: {token!r} is a text, and the model has no tokenizer; give its id")
     ids = encode_alone(model.tokenizer, token)
     if len(ids) != 1:
-        raise ValueError(f"stop: expected the text of one token, got {token!r}, which is the tokens {ids}")
+        raise ValueError(
+            f"stop: expected the text of one token, got {token!r}, which is the tokens {ids}"
+        )
     return ids[0]

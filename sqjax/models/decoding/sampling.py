@@ -28,12 +28,18 @@ def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
     """
     last = logits.shape[-1] - 1
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits == largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
+    return jnp.min(
+        jnp.where(logits == largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1
+    )
 
 
-def sample(logits: Float[Array, "batch vocab"], how: Sampling, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
+def sample(
+    logits: Float[Array, "batch vocab"], how: Sampling, keys: Key[Array, " batch"]
+) -> Int[Array, " batch"]:
     """A token for each row, drawn with the row's own key."""
-    wide = logits.astype(jnp.float32)  # less the largest first: that is 0 however a compiler divides
+    wide = logits.astype(
+        jnp.float32
+    )  # less the largest first: that is 0 however a compiler divides
     below = wide - jnp.max(wide, axis=-1, keepdims=True)
     temperature = jnp.maximum(how.temperature, jnp.finfo(jnp.float32).tiny)
     kept = restrict(below / temperature, how.top_k, how.top_p)

@@ -12,7 +12,9 @@ from sqjax.models.model import Model, Params
 NEW_TOKENS = 256
 
 
-def harness_model(model: Model, params: Params, *, cache: str | CacheFormat | None = None, batch: int = 8) -> Any:
+def harness_model(
+    model: Model, params: Params, *, cache: str | CacheFormat | None = None, batch: int = 8
+) -> Any:
     """An `lm_eval.api.model.LM` that runs a model.
 
         lm = sqjax.models.harness_model(model, qparams, cache="int8")
@@ -31,9 +33,13 @@ def harness_model(model: Model, params: Params, *, cache: str | CacheFormat | No
     try:
         from lm_eval.api.model import LM
     except ImportError as error:
-        raise ImportError("harness_model needs lm-evaluation-harness: pip install sqjax[eval]") from error
+        raise ImportError(
+            "harness_model needs lm-evaluation-harness: pip install sqjax[eval]"
+        ) from error
     if model.tokenizer is None or model.tokenizer.eos_id is None:
-        raise ValueError("harness_model: expected a model whose tokenizer names the end of a text, got none")
+        raise ValueError(
+            "harness_model: expected a model whose tokenizer names the end of a text, got none"
+        )
     adapter: Any = type("SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__})()
     adapter.model, adapter.params, adapter.kind, adapter.batch = model, params, cache, batch
     return adapter
@@ -49,12 +55,17 @@ class _Requests:
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
-        return [tuple(x) for x in self._score([encode_pair(self.model, *request.args) for request in requests])]
+        return [
+            tuple(x)
+            for x in self._score([encode_pair(self.model, *request.args) for request in requests])
+        ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """The log-likelihood of each whole text after an end of text, or what the tokenizer puts before every text."""
         encoded = [encode_pair(self.model, "", request.args[0]) for request in requests]
-        pieces = [rolling_pairs(ids, begin[-1], self.model.config.max_length) for begin, ids in encoded]
+        pieces = [
+            rolling_pairs(ids, begin[-1], self.model.config.max_length) for begin, ids in encoded
+        ]
         found = iter(self._score([pair for pairs in pieces for pair in pairs]))
         return [float(sum(next(found).logprob for _ in pairs)) for pairs in pieces]
 
@@ -67,7 +78,9 @@ class _Requests:
 
     def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
         until = settings.get("until") or []
-        until = [end for end in ([until] if isinstance(until, str) else until) if end]  # "" ends nothing, as there
+        until = [
+            end for end in ([until] if isinstance(until, str) else until) if end
+        ]  # "" ends nothing, as there
         steps = int(settings.get("max_gen_toks", NEW_TOKENS))
         ids = _fitting(self.model, context, steps)
         new: list[int] = []
@@ -79,7 +92,16 @@ class _Requests:
 
         options = {"cache": "float" if self.kind is None else self.kind, **_sampling(settings)}
         # Contexts of about one length share a compiled program.
-        generate(self.model, self.params, [ids], steps, chunk=64, stream=text_ends, stream_every=8, **options)
+        generate(
+            self.model,
+            self.params,
+            [ids],
+            steps,
+            chunk=64,
+            stream=text_ends,
+            stream_every=8,
+            **options,
+        )
         return cut(self.model.tokenizer.decode(new), until)
 
 
@@ -87,7 +109,9 @@ def _fitting(model: Model, context: str, steps: int) -> list[int]:
     """The last tokens of a context, as many as leave room for new ones."""
     room = model.config.max_length - steps
     if room < 1:
-        raise ValueError(f"generate_until: expected max_gen_toks below {model.config.max_length}, got {steps}")
+        raise ValueError(
+            f"generate_until: expected max_gen_toks below {model.config.max_length}, got {steps}"
+        )
     before, after = encode_pair(model, context, "")
     return [*before, *after][-room:]
 
@@ -102,7 +126,9 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def cut(text: str, until: Sequence[str]) -> str:
     """The text before the first occurrence of any of `until`."""
-    return text[: min((found for end in until if (found := text.find(end)) >= 0), default=len(text))]
+    return text[
+        : min((found for end in until if (found := text.find(end)) >= 0), default=len(text))
+    ]
 
 
 def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:

@@ -13,7 +13,9 @@ from sqjax.models.evaluation.scoring import next_logprobs
 from sqjax.models.model import Model, Params
 
 
-def windows(ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None):
+def windows(
+    ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None
+):
     """The first `count` windows of `length` tokens (all that fit, by default), (count, length) int32.
 
     Raises:
@@ -25,7 +27,9 @@ def windows(ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int
     available = len(ids) // length
     count = available if count is None else count
     if count < 1 or count > available:
-        raise ValueError(f"windows: expected 1 to {available} windows of {length} tokens in {len(ids)}, got {count}")
+        raise ValueError(
+            f"windows: expected 1 to {available} windows of {length} tokens in {len(ids)}, got {count}"
+        )
     return ids[: count * length].reshape(count, length)
 
 
@@ -72,15 +76,25 @@ def perplexity(
     check_tokens(model, tokens, "perplexity")
     tokens = windows(tokens, length) if length is not None else tokens
     if len(tokens) < 1 or tokens.shape[1] < 2:
-        raise ValueError(f"perplexity: expected at least one window, of at least 2 tokens, got {tokens.shape}")
+        raise ValueError(
+            f"perplexity: expected at least one window, of at least 2 tokens, got {tokens.shape}"
+        )
     kind = None if cache is None else cache_format(cache)
     rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
-    mean = float(np.mean([_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]))
+    mean = float(
+        np.mean(
+            [_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]
+        )
+    )
     if not np.isfinite(mean):
-        raise ValueError("perplexity: the model returned NaN or infinite logits; check its parameters")
+        raise ValueError(
+            "perplexity: the model returned NaN or infinite logits; check its parameters"
+        )
     return float(np.exp(mean))
 
 
-def _loss(model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None) -> float:
+def _loss(
+    model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None
+) -> float:
     logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind, chunk)
     return -float(jnp.mean(logprobs[:, :-1]))

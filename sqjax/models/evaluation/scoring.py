@@ -83,12 +83,16 @@ def next_logprobs(
     """
     if cache is None:
         if chunk is not None or padding is not None:
-            raise ValueError('next_logprobs: a chunk and padding need a cache; give one ("float"), or leave them out')
+            raise ValueError(
+                'next_logprobs: a chunk and padding need a cache; give one ("float"), or leave them out'
+            )
         return _chosen(quantized(model.apply)(params, inputs), targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
     if size < 1 or tokens % size:
-        raise ValueError(f"next_logprobs: expected a chunk that divides {tokens} tokens, got {size}")
+        raise ValueError(
+            f"next_logprobs: expected a chunk that divides {tokens} tokens, got {size}"
+        )
     slots = model.init_cache(batch, tokens, compute_dtype(params), cache, size)
     if padding is not None:
         slots = slots._replace(padding=jnp.asarray(padding, jnp.int32))
@@ -100,7 +104,9 @@ def next_logprobs(
 
     pieces = [x.reshape(batch, -1, size).swapaxes(0, 1) for x in (inputs, targets)]
     _, (logprobs, greedy) = jax.lax.scan(piece, slots, tuple(pieces))
-    return logprobs.swapaxes(0, 1).reshape(batch, tokens), greedy.swapaxes(0, 1).reshape(batch, tokens)
+    return logprobs.swapaxes(0, 1).reshape(batch, tokens), greedy.swapaxes(0, 1).reshape(
+        batch, tokens
+    )
 
 
 def _chosen(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -110,7 +116,12 @@ def _chosen(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def loglikelihoods(
-    model: Model, params: Params, pairs: Sequence[Pair], *, cache: str | CacheFormat | None = None, batch: int = 8
+    model: Model,
+    params: Params,
+    pairs: Sequence[Pair],
+    *,
+    cache: str | CacheFormat | None = None,
+    batch: int = 8,
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -143,20 +154,28 @@ def loglikelihoods(
     rows = [_row(model, number, *pair) for number, pair in enumerate(pairs)]
     found: list[Likelihood] = [Likelihood(0.0, True)] * len(rows)
     for chosen in _batches([len(row) - 1 for row, _ in rows], batch):
-        ids, padding = _batch([rows[i][0] for i in chosen], batch, model.config.max_length, kind is not None)
-        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding if kind else None)
+        ids, padding = _batch(
+            [rows[i][0] for i in chosen], batch, model.config.max_length, kind is not None
+        )
+        scored = next_logprobs(
+            model, params, ids[:, :-1], ids[:, 1:], kind, None, padding if kind else None
+        )
         logprobs, greedy = map(np.asarray, scored)
         for place, i in enumerate(chosen):
             last = int(padding[place]) + len(rows[i][0]) - 1
             asked = slice(last - rows[i][1], last)
             total = float(logprobs[place, asked].sum(dtype=np.float64))
             if np.isnan(total):
-                raise ValueError(f"pairs[{i}]: the logits are NaN; check the parameters and their scales")
+                raise ValueError(
+                    f"pairs[{i}]: the logits are NaN; check the parameters and their scales"
+                )
             found[i] = Likelihood(total, bool(greedy[place, asked].all()))
     return found
 
 
-def _row(model: Model, number: int, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:
+def _row(
+    model: Model, number: int, context: Sequence[int], continuation: Sequence[int]
+) -> tuple[list[int], int]:
     """All tokens, cut on the left to what the model reads, and how many of them are asked for."""
     for name, ids in (("context", context), ("continuation", continuation)):
         check_tokens(model, ids, f"pairs[{number}], {name}")
@@ -169,7 +188,9 @@ def _row(model: Model, number: int, context: Sequence[int], continuation: Sequen
     return [*context, *continuation][-(most + 1) :], len(continuation)
 
 
-def _batch(rows: list[list[int]], size: int, most: int, cached: bool) -> tuple[np.ndarray, np.ndarray]:
+def _batch(
+    rows: list[list[int]], size: int, most: int, cached: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one array of `size` rows, and how many zeros stand before each.
 
     Zeros after a sequence change nothing that it is asked for, but would be among what scales of channels are made of;
@@ -200,12 +221,16 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
         ValueError: the model has no tokenizer, or it names no end of text for an empty context.
     """
     if model.tokenizer is None:
-        raise ValueError("scoring texts: the model has no tokenizer; call loglikelihoods with token ids")
+        raise ValueError(
+            "scoring texts: the model has no tokenizer; call loglikelihoods with token ids"
+        )
     if context == "":
         end = model.tokenizer.eos_id
         begin = model.tokenizer.encode("") or ([] if end is None else [end])
         if not begin:
-            raise ValueError("scoring texts: an empty context, and the tokenizer names no end of text to begin with")
+            raise ValueError(
+                "scoring texts: an empty context, and the tokenizer names no end of text to begin with"
+            )
         return begin, encode_alone(model.tokenizer, continuation)
     kept = context.rstrip()
     together = model.tokenizer.encode(context + continuation)
@@ -238,15 +263,30 @@ def multiple_choice(
             )
     if not questions:
         raise ValueError("questions: expected at least one, got none")
-    pairs = [encode_pair(model, question.context, choice) for question in questions for choice in question.choices]
+    pairs = [
+        encode_pair(model, question.context, choice)
+        for question in questions
+        for choice in question.choices
+    ]
     found = iter(loglikelihoods(model, params, pairs, cache=cache, batch=batch))
     logprobs = [[next(found).logprob for _ in question.choices] for question in questions]
 
     def share(size) -> float:
         best = [
-            int(np.argmax([value / size(choice) for value, choice in zip(row, question.choices, strict=True)]))
+            int(
+                np.argmax(
+                    [
+                        value / size(choice)
+                        for value, choice in zip(row, question.choices, strict=True)
+                    ]
+                )
+            )
             for row, question in zip(logprobs, questions, strict=True)
         ]
-        return float(np.mean([got == question.answer for got, question in zip(best, questions, strict=True)]))
+        return float(
+            np.mean([got == question.answer for got, question in zip(best, questions, strict=True)])
+        )
 
-    return Accuracy(share(lambda _: 1), share(len), share(lambda choice: len(choice.encode())), logprobs)
+    return Accuracy(
+        share(lambda _: 1), share(len), share(lambda choice: len(choice.encode())), logprobs
+    )

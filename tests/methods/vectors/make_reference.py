@@ -106,7 +106,9 @@ def decoder(model):
 
 
 def linears(module):
-    return {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
+    return {
+        name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)
+    }
 
 
 def quantized_linears(model):
@@ -131,7 +133,9 @@ def input_absmax(model, ids):
 
         return hook
 
-    handles = [child.register_forward_pre_hook(observe(name)) for name, child in linears(model).items()]
+    handles = [
+        child.register_forward_pre_hook(observe(name)) for name, child in linears(model).items()
+    ]
     logits(model, ids)
     for handle in handles:
         handle.remove()
@@ -149,7 +153,11 @@ def smooth(model, groups, absmax, alpha):
             norm = layer.get_submodule(norm_name)
             readers = [layer.get_submodule(linear_name) for linear_name in linear_names]
             a = absmax[names[id(readers[0])]]
-            w = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0).clamp(min=FLOOR)
+            w = (
+                torch.stack([reader.weight.abs().amax(0) for reader in readers])
+                .amax(0)
+                .clamp(min=FLOOR)
+            )
             s = (a.pow(alpha) / w.pow(1 - alpha)).clamp(min=FLOOR)
             norm.weight.div_(s)
             if getattr(norm, "bias", None) is not None:
@@ -210,7 +218,9 @@ def make(directory, model_class, config, groups, seed):
     directory.mkdir(exist_ok=True)
     model.save_pretrained(directory, safe_serialization=True)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    model = model_class.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    model = model_class.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
     reference = {"ids_calibration": ids_calibration, "ids": ids, "logits": logits(model, ids)}
     absmax = input_absmax(model, ids_calibration)
@@ -223,7 +233,11 @@ def make(directory, model_class, config, groups, seed):
             smoothed, scales = smooth(model, groups, absmax, float(label))
             smoothed_absmax = input_absmax(smoothed, ids_calibration)
             before = model.state_dict()
-            changed = {name: value for name, value in smoothed.state_dict().items() if not value.equal(before[name])}
+            changed = {
+                name: value
+                for name, value in smoothed.state_dict().items()
+                if not value.equal(before[name])
+            }
             reference |= {f"smoothed/{label}/{name}": value for name, value in changed.items()}
             reference |= {f"scales/{label}/{name}": value for name, value in scales.items()}
             reference[f"smoothed_logits/{label}"] = logits(smoothed, ids)
