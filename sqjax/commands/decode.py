@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from sqjax.commands.demo import shipped
 from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import smoothquant
-from sqjax.models.cache import FORMATS, KVCache
+from sqjax.models.cache import CACHE_FORMATS, KVCache
 from sqjax.models.checkpoints.loading import load
 from sqjax.models.decoding.sampling import likeliest
 from sqjax.models.evaluation.perplexity import perplexity, windows
@@ -108,7 +108,7 @@ def accuracy(model: Model, params: Params, size: Size) -> list[Accuracy]:
     """
     tokens = windows(_text(model, "evaluation"), size.length, size.windows)
     rows = [Accuracy("none", perplexity(model, params, tokens), 0.0)]
-    for name, kind in FORMATS.items():
+    for name, kind in CACHE_FORMATS.items():
         value = perplexity(model, params, tokens, cache=kind, chunk=64)
         rows.append(Accuracy(name, value, model.init_cache(1, 8, kind=kind).bytes_per_token))
     return rows

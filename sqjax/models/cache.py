@@ -71,7 +71,7 @@ LONGEST = (2**31 - 1) // 127**2
 KEYS = ("plain", "channels", "rotated")
 _STORED: dict[str, Format] = {"int8": INT8, "e4m3": E4M3, "int4": INT4}
 #: What a name alone stands for.
-FORMATS = {
+CACHE_FORMATS = {
     "float": CacheFormat(),
     "int8": CacheFormat("int8"),
     "e4m3": CacheFormat("e4m3"),
@@ -87,9 +87,11 @@ def cache_format(kind: str | CacheFormat) -> CacheFormat:
     """
     if isinstance(kind, CacheFormat):
         return kind
-    if kind not in FORMATS:
-        raise ValueError(f"cache: expected one of {sorted(FORMATS)} or a CacheFormat, got {kind!r}")
-    return FORMATS[kind]
+    if kind not in CACHE_FORMATS:
+        raise ValueError(
+            f"cache: expected one of {sorted(CACHE_FORMATS)} or a CacheFormat, got {kind!r}"
+        )
+    return CACHE_FORMATS[kind]
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from sqjax.models import CacheFormat, Model
 from sqjax.models import attention as attention_module
 from sqjax.models.attention import attend, two_digits, visible
 from sqjax.models.cache import (
-    FORMATS,
+    CACHE_FORMATS,
     Slots,
     decoded,
     empty_cache,
@@ -28,7 +28,7 @@ from sqjax.models.cache import (
 
 WIDE = replace(GROUPED, head_dim=32, hidden_size=48)
 KINDS = {
-    **FORMATS,
+    **CACHE_FORMATS,
     "int8 by group": CacheFormat("int8", group=8),
     "int8 key channels": CacheFormat("int8", keys="channels"),
     "int4 symmetric": CacheFormat("int4", group=16),

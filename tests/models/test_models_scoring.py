@@ -19,7 +19,7 @@ from sqjax.models import (
     loglikelihoods,
     multiple_choice,
 )
-from sqjax.models.cache import FORMATS, cache_format
+from sqjax.models.cache import CACHE_FORMATS, cache_format
 from sqjax.models.decoding.prompts import stop_ids
 from sqjax.models.evaluation import perplexity
 from sqjax.models.evaluation.harness import cut, rolling_pairs
@@ -109,7 +109,7 @@ def test_a_long_context_loses_its_beginning(params):
 def test_teacher_forcing_through_a_cache(params, chunk, name):
     """What every token sees is what it would see if the text were generated token by token."""
     ids = np.random.default_rng(1).integers(0, 61, (2, 9)).astype(np.int32)
-    got, greedy = next_logprobs(MODEL, params, ids[:, :-1], ids[:, 1:], FORMATS[name], chunk)
+    got, greedy = next_logprobs(MODEL, params, ids[:, :-1], ids[:, 1:], CACHE_FORMATS[name], chunk)
     cache, read = MODEL.init_cache(2, 8, kind=name), DECODE
     for i in range(8):
         logits, cache = read(params, jnp.asarray(ids[:, i : i + 1]), cache)
