@@ -37,7 +37,7 @@ def find_keys(search: Search) -> list[Keys]:
             continue
         for side in sides_of(program, equation):
             if (
-                isinstance(side.var, int)
+                isinstance(side.var, Var)
                 and side.var not in met
                 and normalised_over(program, equation, side.out)
             ):

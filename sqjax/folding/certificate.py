@@ -56,7 +56,7 @@ def _operands(
     program: Program, equation: Equation, labels: Mapping[Var, Labels]
 ) -> tuple[list[Labels], list[Labels]]:
     def of(atom):
-        found = labels.get(atom) if isinstance(atom, int) else None
+        found = labels.get(atom) if isinstance(atom, Var) else None
         return np.zeros((1,) * len(program.shape(atom)), int) if found is None else found
 
     return [of(v) for v in equation.inputs], [of(v) for v in equation.outputs]

@@ -14,7 +14,7 @@ from sqjax.folding import labels as lab
 from sqjax.folding.labels import Labels
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
-from sqjax.program.build import Equation, Var
+from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.replication import REDUCING, reduced_axes
 
 
@@ -113,9 +113,7 @@ def _concatenate(c: Closure, e: Equation) -> None:
     _join(c, e.outputs[0], e.inputs, axis, sizes)
 
 
-def _join(
-    c: Closure, whole: Var | np.ndarray, parts: Sequence[Var | np.ndarray], axis: int, sizes
-) -> None:
+def _join(c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes) -> None:
     found = [c[p] for p in parts]
     if any(p is not None for p in found):
         blank = np.zeros((1,) * len(c.program.shape(whole)), int)
@@ -271,7 +269,7 @@ def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> Non
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
     if not c.crossing and not c.program.from_leaves.intersection(
-        v for v in (me.var, other.var) if isinstance(v, int)
+        v for v in (me.var, other.var) if isinstance(v, Var)
     ):
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sqjax.folding import labels as lab
 from sqjax.folding.labels import Labels
-from sqjax.program.build import Equation, Var
+from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
 
 #: Equations that one search may visit: far more than any sound group needs.
@@ -106,15 +106,15 @@ class Closure:
         other.visits = self.visits  # one budget for all branches
         return other
 
-    def __getitem__(self, atom: Var | np.ndarray) -> Labels | None:
-        labels = self.labels.get(atom) if isinstance(atom, int) else None
+    def __getitem__(self, atom: Atom) -> Labels | None:
+        labels = self.labels.get(atom) if isinstance(atom, Var) else None
         return None if labels is None else self.ties.of(labels)
 
-    def put(self, atom: Var | np.ndarray, labels: Labels | None) -> None:
+    def put(self, atom: Atom, labels: Labels | None) -> None:
         """Adds labels to a variable, and wakes the equations it stands in."""
         if labels is None or not labels.any() or self.program.is_zero(atom):
             return
-        if not isinstance(atom, int):
+        if not isinstance(atom, Var):
             raise Refused(f"the constant {atom} would have to be rescaled with it")
         shape = self.program.shape(atom)
         if not shape and labels.ndim:
@@ -184,14 +184,12 @@ class Closure:
         ties = Ties(number)
         return {var: ties.of(labels) for var, labels in self.labels.items()}
 
-    def choose(
-        self, equation: Equation, options: Sequence[tuple[Var | np.ndarray, Labels]]
-    ) -> None:
+    def choose(self, equation: Equation, options: Sequence[tuple[Atom, Labels]]) -> None:
         """Takes one of `options` (variable, labels): the only possible one, or notes that there is a choice."""
         possible: list[tuple[Var, Labels]] = []
         reasons: list[str] = []
         for var, labels in options:
-            if isinstance(var, int):
+            if isinstance(var, Var):
                 try:
                     self._admit(var, labels)
                 except Refused as refused:
@@ -260,7 +258,7 @@ class Closure:
             known = [
                 v
                 for v in (*equation.inputs, *equation.outputs)
-                if isinstance(v, int) and v in self.causes
+                if isinstance(v, Var) and v in self.causes
             ]
             first = min(known, key=list(self.causes).index, default=None)
             cause = None if first is None else self.causes[first]

@@ -7,7 +7,7 @@ import numpy as np
 
 from sqjax.folding import labels as lab
 from sqjax.folding.graph import Site
-from sqjax.program.build import Equation, Var
+from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import ShardMap
 from sqjax.program.views import View
@@ -47,7 +47,7 @@ class Side(NamedTuple):
     `stack` is the axis along which a ragged dot chooses one matrix for every row; it is not in the result.
     """
 
-    var: Var | np.ndarray
+    var: Atom
     contracted: tuple[int, ...]
     batch: tuple[int, ...]
     free: tuple[int, ...]
@@ -85,10 +85,10 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             continue
         sides = sides_of(program, equation)
         for me, other in (sides, sides[::-1]):
-            if not isinstance(me.var, int) or me.var not in program.from_leaves:
+            if not isinstance(me.var, Var) or me.var not in program.from_leaves:
                 others.update(_picked(program, equation, me.var, other.var))
                 continue
-            if not isinstance(other.var, int) or other.var in program.from_leaves:
+            if not isinstance(other.var, Var) or other.var in program.from_leaves:
                 continue
             place = _place(program, equation, me, other, me.var, other.var)
             if isinstance(place, Place):
@@ -124,7 +124,7 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
 
 def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mapping[str, str]:
     """{leaf: why it is no site} where an activation is multiplied with what an index has picked of a leaf."""
-    if me not in program.picked or not isinstance(other, int) or other in program.from_leaves:
+    if me not in program.picked or not isinstance(other, Var) or other in program.from_leaves:
         return {}
     source = program.picked[me]
     if other in program.picked and source.name == "gather":
@@ -196,7 +196,7 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
     heads: set[str] = set()
-    _reach(program.main, {v for v in program.results if isinstance(v, int)}, weights, heads)
+    _reach(program.main, {v for v in program.results if isinstance(v, Var)}, weights, heads)
     return frozenset(heads)
 
 
@@ -212,10 +212,10 @@ def _reach(
             heads.add(path)
         elif body is not None and isinstance(body.call, ShardMap):
             results = zip(equation.outputs, body.outputs, strict=True)
-            inner = {v for outer, v in results if outer in reaching and isinstance(v, int)}
+            inner = {v for outer, v in results if outer in reaching and isinstance(v, Var)}
             _reach(body.equations, inner, weights, heads)
             operands = zip(equation.inputs, body.inputs, strict=True)
-            reaching.update(outer for outer, v in operands if v in inner and isinstance(outer, int))
+            reaching.update(outer for outer, v in operands if v in inner and isinstance(outer, Var))
         elif body is None or not any(
             e.outputs and e.outputs[0] in weights for e in body.everything
         ):

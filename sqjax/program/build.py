@@ -1,6 +1,7 @@
 """`Flat`: a traced function as one list of equations, without its dead code."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +19,39 @@ from sqjax.program.subprograms import (
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS
 
-Var = int
+
+class Var(int):
+    """A variable of a program: its number, in the order in which the variables were made.
+
+    An int, because variables are keys of almost every table here: they hash, compare and sort as fast as numbers do.
+    """
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A number that stands in the program itself, such as the 2.0 of `2.0 * x`; two are never the same one."""
+
+    value: np.ndarray
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+#: What an equation reads. `isinstance(atom, Var)` tells the two apart.
+Atom = Var | Known
 
 
 class Equation(NamedTuple):
-    """One primitive applied to variables (numbers) or literals (arrays).
+    """One primitive applied to variables (numbers) or literals.
 
     Attributes:
         body: what a scan runs at every step, a shard_map on every device; None for everything else.
     """
 
     name: str
-    inputs: tuple[Var | np.ndarray, ...]
+    inputs: tuple[Atom, ...]
     outputs: tuple[Var, ...]
     origin: JaxprEqn
     params: dict[str, Any]
@@ -38,7 +60,7 @@ class Equation(NamedTuple):
     @property
     def variables(self) -> list[Var]:
         """The variables among its inputs."""
-        return [v for v in self.inputs if isinstance(v, int)]
+        return [v for v in self.inputs if isinstance(v, Var)]
 
     @property
     def read(self) -> list[Var]:
@@ -48,7 +70,7 @@ class Equation(NamedTuple):
             if self.body is not None and isinstance(self.body.call, Scan)
             else 0
         )
-        return [v for v in self.inputs[consts:] if isinstance(v, int)]
+        return [v for v in self.inputs[consts:] if isinstance(v, Var)]
 
     @property
     def runs_a_program(self) -> bool:
@@ -75,7 +97,7 @@ class Body(NamedTuple):
     scopes: tuple[int, ...]
     call: Scan | ShardMap
     inputs: tuple[Var, ...]
-    outputs: tuple[Var | np.ndarray, ...]
+    outputs: tuple[Atom, ...]
     equations: tuple[Equation, ...]
 
     @property
@@ -126,7 +148,7 @@ class Flat:
             self.roots[v] = f"input {number} of fn"
         equations, self.results = self._flatten(jaxpr, captured, self.inputs)
         self._leaves_out(self.results, "an output of fn")
-        self.main = self._alive(equations, {v for v in self.results if isinstance(v, int)})
+        self.main = self._alive(equations, {v for v in self.results if isinstance(v, Var)})
 
     @property
     def equations(self) -> Iterator[Equation]:
@@ -136,7 +158,7 @@ class Flat:
     def _new(self, aval: Any) -> Var:
         self.avals.append(aval)
         self.scopes.append(self._scope)
-        return len(self.avals) - 1
+        return Var(len(self.avals) - 1)
 
     def _capture(self, jaxpr: Jaxpr, values: Sequence[Any]) -> list[Var]:
         captured = [self._new(v.aval) for v in jaxpr.constvars]
@@ -146,7 +168,7 @@ class Flat:
 
     def _leaves_out(self, atoms: Sequence[Any], what: str) -> None:
         self.outputs.update(
-            {v: what for v in atoms if isinstance(v, int) and v not in self.outputs}
+            {v: what for v in atoms if isinstance(v, Var) and v not in self.outputs}
         )
 
     def _flatten(
@@ -217,7 +239,7 @@ class Flat:
         captured = self._capture(shards.block.jaxpr, shards.block.consts)
         inputs = tuple(self._new(v.aval) for v in shards.block.jaxpr.invars)
         for x, v in zip(equation.inputs, inputs, strict=True):
-            if isinstance(x, int):
+            if isinstance(x, Var):
                 self._slices_of.setdefault((x, self._scope), [v])
         self.roots.update({v: f"what {equation} is given" for v in inputs})
         equations, outputs = self._flatten(shards.block.jaxpr, captured, inputs)
@@ -226,7 +248,7 @@ class Flat:
 
     def _slice(self, outer: Any, aval: Any) -> Var:
         """The variable of one step's slice: one and the same in all scans of a family that run over it."""
-        if not isinstance(outer, int):
+        if not isinstance(outer, Var):
             return self._new(aval)
         known = self._slices_of.setdefault((outer, self._scope), [])
         known.append(known[0] if known else self._new(aval))
@@ -237,7 +259,7 @@ class Flat:
         x = equation.inputs[0] if len(equation.inputs) == 1 else None
         if (
             equation.name not in VIEWS
-            or not isinstance(x, int)
+            or not isinstance(x, Var)
             or x not in self._leafy
             or self._scope
         ):
@@ -255,7 +277,7 @@ class Flat:
         for equation in reversed(equations):
             if alive.intersection(equation.outputs) or equation.origin.effects:
                 if equation.body is not None:
-                    alive.update(v for v in equation.body.outputs if isinstance(v, int))
+                    alive.update(v for v in equation.body.outputs if isinstance(v, Var))
                     body = equation.body._replace(
                         equations=self._alive(equation.body.equations, alive)
                     )
@@ -265,8 +287,8 @@ class Flat:
         return tuple(kept[::-1])
 
 
-def _literal(atom: Any) -> np.ndarray:
-    return np.asarray(atom.val, atom.aval.dtype)
+def _literal(atom: Any) -> Known:
+    return Known(np.asarray(atom.val, atom.aval.dtype))
 
 
 def _all(equations: Sequence[Equation]) -> Iterator[Equation]:

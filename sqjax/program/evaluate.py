@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sqjax.program.build import Body, Equation, Var
+from sqjax.program.build import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import Scan, emit
 
@@ -31,8 +31,8 @@ def evaluate(
     return _read(env, program.results), seen
 
 
-def _read(env: Env, atoms: Iterable[Any]) -> list[Any]:
-    return [env[atom] if isinstance(atom, int) else atom for atom in atoms]
+def _read(env: Env, atoms: Iterable[Atom]) -> list[Any]:
+    return [env[atom] if isinstance(atom, Var) else atom.value for atom in atoms]
 
 
 def _run(

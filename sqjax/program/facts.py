@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sqjax.program.build import Atom as Atom
 from sqjax.program.build import Body as Body
 from sqjax.program.build import Equation as Equation
 from sqjax.program.build import Flat
@@ -92,7 +93,7 @@ class Program(Flat):
     def _pass_constant(self, equation: Equation) -> None:
         """Copies of one literal are that literal; copies of zeros are zeros."""
         x, y = equation.inputs[0], equation.outputs[0]
-        value = self._values.get(x) if isinstance(x, int) else x
+        value = self._values.get(x) if isinstance(x, Var) else x.value
         if (
             value is not None
             and value.size == 1
@@ -111,7 +112,7 @@ class Program(Flat):
     def _enter(self, equation: Equation, body: Body) -> None:
         """Slices and blocks of leaves are leaves in a body."""
         for outer, inner, part in _parts(equation, body):
-            if not isinstance(outer, int) or outer not in self.from_leaves:
+            if not isinstance(outer, Var) or outer not in self.from_leaves:
                 continue
             self.from_leaves.add(inner)
             self.scanned[inner] = outer
@@ -129,10 +130,10 @@ class Program(Flat):
         """c + w stands for the leaf w where w has no other reader: w' = (c + w) / s - c rescales it."""
         y = equation.outputs[0]
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
-            if not isinstance(leaf, int):
+            if not isinstance(leaf, Var):
                 continue
             view = self.views.get(leaf)
-            constant = self._values.get(other) if isinstance(other, int) else other
+            constant = self._values.get(other) if isinstance(other, Var) else other.value
             if view is None or view.places is None or constant is None or constant.size != 1:
                 continue
             if (
@@ -163,7 +164,7 @@ class Program(Flat):
         chain = [var]
         while (v := chain[0]) in self.maker or v in self._slices:
             made = self.maker[v].inputs if v in self.maker else (self._slices[v],)
-            chain.insert(0, next(x for x in made if isinstance(x, int)))
+            chain.insert(0, next(x for x in made if isinstance(x, Var)))
         return chain
 
     def _read_once(self, variables: Sequence[Var]) -> bool:
@@ -173,9 +174,9 @@ class Program(Flat):
     def _reads(self, var: Var) -> int:
         return sum(e.read.count(var) for e in self.readers.get(var, ())) + (var in self.outputs)
 
-    def is_zero(self, atom: Var | np.ndarray) -> bool:
+    def is_zero(self, atom: Atom) -> bool:
         """Whether an operand is known to hold only zeros."""
-        return atom in self.zeros if isinstance(atom, int) else not np.any(atom)
+        return atom in self.zeros if isinstance(atom, Var) else not np.any(atom.value)
 
     def touching(self, var: Var) -> list[Equation]:
         """The equations a variable stands in: its maker, then its readers."""
@@ -196,12 +197,12 @@ class Program(Flat):
                 stack += self.maker[v].variables
         return paths
 
-    def shape(self, atom: Var | np.ndarray) -> tuple[int, ...]:
-        return tuple(self.avals[atom].shape if isinstance(atom, int) else atom.shape)
+    def shape(self, atom: Atom) -> tuple[int, ...]:
+        return tuple(self.avals[atom].shape if isinstance(atom, Var) else atom.value.shape)
 
-    def is_float(self, atom: Var | np.ndarray) -> bool:
+    def is_float(self, atom: Atom) -> bool:
         """Whether an operand may carry a scale: float8 has too few exponents for that."""
-        dtype = self.avals[atom].dtype if isinstance(atom, int) else atom.dtype
+        dtype = self.avals[atom].dtype if isinstance(atom, Var) else atom.value.dtype
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 

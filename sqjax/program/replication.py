@@ -58,7 +58,7 @@ def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, Sc
 
 
 def _of(found: Mapping[Var, Scopes], atom: Any) -> Scopes:
-    return found.get(atom, frozenset()) if isinstance(atom, int) else frozenset()
+    return found.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
 
 
 def _repeat(

@@ -24,6 +24,7 @@ from sqjax.folding.find_graph import find_graph
 from sqjax.folding.per_step import Stack
 from sqjax.folding.sites import find_sites
 from sqjax.models import LlamaConfig, Model
+from sqjax.program.build import Var
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
@@ -775,7 +776,7 @@ def carelessly(program, labels):
     named |= {f"input of {p.site.path}": p.activation for p in find_sites(program)[0]}
     carried = {named[name]: array for name, array in labels.items()}
     for equation in program.equations:
-        operands = [v for v in equation.inputs if isinstance(v, int) and v in carried]
+        operands = [v for v in equation.inputs if isinstance(v, Var) and v in carried]
         if not operands or equation.outputs[0] in carried:
             continue
         x, y = operands[0], equation.outputs[0]
