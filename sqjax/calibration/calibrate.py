@@ -16,8 +16,10 @@ from sqjax.calibration.observe import Observation, Watch, combine, observe, watc
 from sqjax.calibration.proof import prove
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import leaves_by_path
+from sqjax.folding.attention_keys import find_keys
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group, Site
+from sqjax.folding.groups import Survey
 from sqjax.numerics.ranges import Histogram
 from sqjax.program.facts import Program
 from sqjax.program.trace import array_leaves, trace
@@ -136,7 +138,8 @@ class Find(NamedTuple):
 
     def graph(self, program: Program) -> Graph:
         """What the search finds."""
-        return find_graph(program, shared_arrays(self.params), self.stated, self.attention)
+        survey = Survey.of(program, shared_arrays(self.params))
+        return find_graph(survey, find_keys(survey) if self.attention else [], self.stated)
 
     def watch(self, program: Program) -> Watch:
         """What is to be observed."""

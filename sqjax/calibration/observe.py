@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from sqjax.folding.attention_keys import Keys, find_keys
 from sqjax.folding.graph import Site
-from sqjax.folding.groups import Search
-from sqjax.folding.sites import Place, find_heads, find_sites, sides_of
+from sqjax.folding.groups import Survey
+from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
 from sqjax.program.build import Var
 from sqjax.program.evaluate import evaluate
@@ -59,11 +59,8 @@ class Watch(NamedTuple):
 
 def watch(program: Program, shared: Mapping[str, str], attention: bool) -> Watch:
     """A program's sites, and its keys if `attention`."""
-    places, _ = find_sites(program)
-    keys = (
-        find_keys(Search(program, shared, places, find_heads(program, places))) if attention else []
-    )
-    return Watch(program, places, keys)
+    survey = Survey.of(program, shared)
+    return Watch(program, list(survey.places), find_keys(survey) if attention else [])
 
 
 def observe(

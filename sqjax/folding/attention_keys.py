@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sqjax.folding.graph import Group, LabelMap, Site
-from sqjax.folding.groups import Search, close_labels, group_of
+from sqjax.folding.groups import Survey, close_labels, group_of
 from sqjax.folding.labels import Labels
 from sqjax.folding.per_step import Stack
 from sqjax.folding.search import Closure, Refused
@@ -23,13 +23,13 @@ class Keys(NamedTuple):
     group: Group
 
 
-def find_keys(search: Search) -> list[Keys]:
+def find_keys(survey: Survey) -> list[Keys]:
     """The products of keys with queries between which a scale can move: K / s and s Q (SmoothAttention).
 
     Lin et al. 2024, arXiv 2405.04532. The keys are the operand over whose tokens the softmax runs. Where no leaf
     absorbs the scale on both sides, nothing is found.
     """
-    program = search.program
+    program = survey.program
     found: list[Keys] = []
     met: set[Var] = set()
     for equation in program.equations:
@@ -43,9 +43,9 @@ def find_keys(search: Search) -> list[Keys]:
             ):
                 try:
                     labels, closure = close_labels(
-                        search, side.var, (*side.batch, *side.contracted), crossing=True
+                        survey, side.var, (*side.batch, *side.contracted), crossing=True
                     )
-                    keys = _keys(search, side.var, labels, closure, {k.site.path for k in found})
+                    keys = _keys(survey, side.var, labels, closure, {k.site.path for k in found})
                 except Refused:
                     continue
                 met.update(labels)
@@ -54,16 +54,16 @@ def find_keys(search: Search) -> list[Keys]:
 
 
 def _keys(
-    search: Search,
+    survey: Survey,
     activation: Var,
     found: Mapping[Var, Labels],
     closure: Closure,
     taken: Collection[str],
 ) -> Keys:
-    program, labels = search.program, found[activation]
-    group = group_of(search, "", found, closure)
+    program, labels = survey.program, found[activation]
+    group = group_of(survey, "", found, closure)
     axes = tuple(a for a, size in enumerate(labels.shape) if size > 1)
-    stack = Stack.of(program, found, search.places)
+    stack = Stack.of(program, found, survey.places)
     steps = program.scopes[activation]
     channels = (*(program.lengths[scan] for scan in steps), *(labels.shape[a] for a in axes))
     own = -labels.reshape((1,) * len(steps) + tuple(labels.shape[a] for a in axes))

@@ -2,42 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 
-from sqjax.folding.attention_keys import find_keys
+from sqjax.folding.attention_keys import Keys
 from sqjax.folding.embeddings import find_tables
 from sqjax.folding.graph import Graph
-from sqjax.folding.groups import Search, covers, find_group, stated_group
+from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
-from sqjax.folding.sites import Place, find_heads, find_sites
+from sqjax.folding.sites import Place
 from sqjax.program.facts import Program
 
 
 def find_graph(
-    program: Program,
-    shared: Mapping[str, str],
+    survey: Survey,
+    keys: Sequence[Keys] = (),
     stated: Mapping[str, Sequence[str]] | None = None,
-    attention: bool = False,
 ) -> Graph:
-    """Finds the sites and the groups of a program.
+    """Finds the groups of a program.
 
     Args:
-        program: the traced function.
-        shared: {path: another path} of leaves that are the same array at two places of the tree.
+        survey: the program and its sites.
+        keys: what `find_keys(survey)` found, if scales between keys and queries are wanted.
         stated: {site: the leaves that shall absorb its scale} of groups that are stated by hand; they come first.
-        attention: whether to look for scales between keys and queries too.
 
     Raises:
         ValueError: a stated group is not lawful, or is not as stated.
     """
-    places, refused = find_sites(program)
-    search = Search(program, shared, places, find_heads(program, places))
-    groups = [stated_group(search, site, absorbers) for site, absorbers in (stated or {}).items()]
+    program, places, refused = survey.program, survey.places, dict(survey.refused)
+    groups = [stated_group(survey, site, absorbers) for site, absorbers in (stated or {}).items()]
     grouped = {p.name for p in places if any(covers(group, p) for group in groups)}
     ways: dict[str, tuple[str, ...]] = {}
     for place in places:
         if place.name in grouped:
             continue
         try:
-            group = find_group(search, place)
+            group = find_group(survey, place)
         except Refused as reason:
             refused[place.name], ways[place.name] = (
                 str(reason) + _looked_up(program, place),
@@ -48,7 +45,6 @@ def find_graph(
             paths = dict(group.sites)
             grouped.update(p.name for p in places if p.site.path in paths and covers(group, p))
     refused = {name: reason for name, reason in refused.items() if name not in grouped}
-    keys = find_keys(search) if attention else []
     return Graph(
         leaves=tuple(
             (program.leaves[var], program.shape(var))

@@ -18,28 +18,45 @@ from sqjax.folding.labels import Labels
 from sqjax.folding.per_step import Stack
 from sqjax.folding.rules import RULES
 from sqjax.folding.search import Closure, Refused
-from sqjax.folding.sites import Place
+from sqjax.folding.sites import Place, find_heads, find_sites
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
 
 
-class Search(NamedTuple):
-    """What the search for groups needs to know of a program: its sites, the shared leaves, and the sites at its end."""
+class Survey(NamedTuple):
+    """What the search for groups needs to know of a program.
+
+    Made once, because finding the sites takes time, and handed on to whoever looks for groups or keys, or observes.
+
+    Attributes:
+        program: the traced function.
+        shared: {path: another path} of leaves that are the same array at two places of the tree.
+        places: the matmuls of an activation with a leaf.
+        refused: {leaf: why it is no site} of other leaves that a matmul may meet.
+        heads: the sites whose product reaches an output of the function through no other site.
+    """
 
     program: Program
     shared: Mapping[str, str]
     places: Sequence[Place]
+    refused: Mapping[str, str]
     heads: frozenset[str]
 
+    @classmethod
+    def of(cls, program: Program, shared: Mapping[str, str]) -> "Survey":
+        """Finds the sites of a program."""
+        places, refused = find_sites(program)
+        return cls(program, shared, places, refused, find_heads(program, places))
 
-def find_group(search: Search, place: Place, absorbers: frozenset[str] | None = None) -> Group:
+
+def find_group(survey: Survey, place: Place, absorbers: frozenset[str] | None = None) -> Group:
     """The group of one site's activation, certified; `absorbers` are the only leaves that may absorb (None: any).
 
     Raises:
         Refused: with the reason.
     """
-    found, closure = close_labels(search, place.activation, place.axes, absorbers)
-    group = group_of(search, place.name, found, closure)
+    found, closure = close_labels(survey, place.activation, place.axes, absorbers)
+    group = group_of(survey, place.name, found, closure)
     if not group.absorbers or not covers(group, place):
         raise Refused("no leaf absorbs its scale")
     return group
@@ -52,17 +69,17 @@ def covers(group: Group, place: Place) -> bool:
 
 
 def close_labels(
-    search: Search,
+    survey: Survey,
     activation: Var,
     axes: Sequence[int],
     absorbers: frozenset[str] | None = None,
     crossing: bool = False,
 ) -> tuple[dict[Var, Labels], Closure]:
     """Lawful labels for an activation that is divided by a scale of its own for every index of these axes."""
-    program = search.program
+    program = survey.program
     sizes = [program.shape(activation)[a] for a in axes]
     size = int(np.prod(sizes))
-    closure = Closure(program, RULES, search.shared, size, absorbers, crossing)
+    closure = Closure(program, RULES, survey.shared, size, absorbers, crossing)
     seed = -1 - np.arange(size).reshape(sizes)
     closure.put(activation, lab.put_axes(seed, axes, len(program.shape(activation))))
     closure = closure.close()
@@ -74,14 +91,14 @@ def close_labels(
     return found, closure
 
 
-def stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
+def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
     """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
-    place = next((p for p in search.places if p.name == site), None)
+    place = next((p for p in survey.places if p.name == site), None)
     if place is None:
-        known = sorted({p.name for p in search.places})
+        known = sorted({p.name for p in survey.places})
         raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
     try:
-        group = find_group(search, place, frozenset(absorbers))
+        group = find_group(survey, place, frozenset(absorbers))
     except Refused as reason:
         raise ValueError(
             f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}"
@@ -93,32 +110,32 @@ def stated_group(search: Search, site: str, absorbers: Sequence[str]) -> Group:
     return group
 
 
-def group_of(search: Search, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
+def group_of(survey: Survey, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
     """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
-    program = search.program
-    stack = Stack.of(program, found, search.places)
+    program = survey.program
+    stack = Stack.of(program, found, survey.places)
     variables = {program.leaves[v]: v for v in found if v in program.leaves}
     leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
-    sites = _scaled_sites(search, stack, found)
+    sites = _scaled_sites(survey, stack, found)
     absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
     return Group(
         name=name,
         size=stack.size * math.prod(stack.steps),
         sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
         leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in search.places)
-        and not search.heads.intersection(sites),
+        norm=not absorbers.intersection(p.site.path for p in survey.places)
+        and not survey.heads.intersection(sites),
         ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
         steps=stack.steps,
     )
 
 
-def _scaled_sites(search: Search, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
+def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
     """{site: the labels of its channels} for the sites whose activation carries labels."""
     sites: dict[str, Labels] = {}
     known: dict[str, np.ndarray] = {}  # which channels of a site have been seen
-    labelled = {place.site.path for place in search.places if place.activation in found}
-    for place in search.places:
+    labelled = {place.site.path for place in survey.places if place.activation in found}
+    for place in survey.places:
         if place.site.path not in labelled:
             continue
         activation = found.get(place.activation)

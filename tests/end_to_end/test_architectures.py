@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 import sqjax as sq
 from sqjax.calibration.calibrate import shared_arrays
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
@@ -926,7 +927,7 @@ CASES = [
 def found(build):
     made = build()
     program = Program(trace(made.fn, made.params, made.args, {})[0])
-    return made, find_graph(program, shared_arrays(made.params))
+    return made, find_graph(Survey.of(program, shared_arrays(made.params)))
 
 
 @pytest.mark.parametrize("build", CASES)

@@ -15,6 +15,7 @@ from jax import lax
 
 import sqjax as sq
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
@@ -554,7 +555,7 @@ REFUSED = {  # fn, params, what the reason says
 
 def searched(fn, params, x):
     """Not yet proved: what is refused needs no compilation."""
-    return find_graph(Program(trace(fn, params, (x,), {})[0]), {})
+    return find_graph(Survey.of(Program(trace(fn, params, (x,), {})[0]), {}))
 
 
 @pytest.mark.parametrize("name", REFUSED)

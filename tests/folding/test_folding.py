@@ -21,6 +21,7 @@ from sqjax.folding import labels as lab
 from sqjax.folding import search as closure
 from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.folding.per_step import Stack
 from sqjax.folding.sites import find_sites
 from sqjax.models import LlamaConfig, Model
@@ -53,7 +54,7 @@ def program_of(fn, params, *args):
 
 
 def graph_of(fn, params, *args):
-    return find_graph(program_of(fn, params, *args), shared_arrays(params))
+    return find_graph(Survey.of(program_of(fn, params, *args), shared_arrays(params)))
 
 
 def linen_case(module, x, groups, **kwargs):
@@ -1057,7 +1058,7 @@ def test_the_search_is_linear_in_the_layers(monkeypatch):
         program = program_of(model.apply, params, jnp.zeros((1, 16), jnp.int32))
         spread.clear()
         start = time.process_time()
-        graph = find_graph(program, {})
+        graph = find_graph(Survey.of(program, {}))
         assert len(graph.groups) == 4 * layers + 1
         assert not graph.refused
         return time.process_time() - start, len(spread)

@@ -22,6 +22,7 @@ from sqjax.folding import groups as grouping
 from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group
+from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
@@ -175,7 +176,7 @@ def survey(seed: int, count: int) -> Counter:
     tally: Counter = Counter()
     for number in range(count):
         dag = drawn(seed, number)
-        graph = find_graph(program_of(dag), {})
+        graph = find_graph(Survey.of(program_of(dag), {}))
         groups = check(dag, graph, np.random.default_rng([seed, number, 1]))
         tally.update(groups=len(groups), sites=len(graph.sites), refused=len(graph.refused))
         tally["absorbed by nothing"] += sum(not group.absorbers for group in graph.groups)
@@ -238,7 +239,7 @@ def test_every_fold_of_a_random_program_is_exact():
 @given(st.lists(st.integers(0, 2**16 - 1), max_size=TAPE))
 def test_every_fold_of_a_program_that_can_shrink_is_exact(tape):
     dag = random_dag(tape)
-    check(dag, find_graph(program_of(dag), {}), np.random.default_rng(0))
+    check(dag, find_graph(Survey.of(program_of(dag), {})), np.random.default_rng(0))
 
 
 # The oracle itself --------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_a_wrong_fold_is_seen():
     wrong, seen = 0, 0
     for number in range(120):
         dag = drawn(2, number)
-        graph = find_graph(program_of(dag), {})
+        graph = find_graph(Survey.of(program_of(dag), {}))
         for group in graph.groups:
             s = {group.name: powers_of_two(np.random.default_rng(number), group.size)}
             for path, _ in group.leaves:
@@ -295,7 +296,9 @@ def test_a_search_without_its_certificate_is_caught():
         for number in range(200):
             dag = drawn(5, number)
             try:
-                check(dag, find_graph(program_of(dag), {}), np.random.default_rng(number))
+                check(
+                    dag, find_graph(Survey.of(program_of(dag), {})), np.random.default_rng(number)
+                )
             except AssertionError:
                 caught += 1
     assert caught >= 3
@@ -306,7 +309,7 @@ def test_fold_does_the_same_as_numpy():
     compared = 0
     for number in range(15):
         dag = drawn(3, number)
-        graph = find_graph(program_of(dag), {})
+        graph = find_graph(Survey.of(program_of(dag), {}))
         if not graph.groups:
             continue
         s = {g.name: powers_of_two(np.random.default_rng(number), g.size) for g in graph.groups}
@@ -340,7 +343,7 @@ def certified(dag: Dag) -> list[Certified]:
         return problem
 
     with mock.patch.object(grouping, "certify", record):
-        find_graph(program, {})
+        find_graph(Survey.of(program, {}))
     return passed
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 import sqjax as sq
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
@@ -84,7 +85,7 @@ def calibrated():
 
 def graph(fn, params, *args):
     """Searched, not yet proved: what is refused needs no compilation."""
-    return find_graph(Program(trace(fn, params, args or (X,), {})[0]), {})
+    return find_graph(Survey.of(Program(trace(fn, params, args or (X,), {})[0]), {}))
 
 
 def groups(found):

@@ -17,6 +17,7 @@ import transformers as hf
 import sqjax as sq
 from sqjax._trees import map_named
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.layers.hf_flax import ASSUMPTIONS, from_flax
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
@@ -515,7 +516,7 @@ def test_one_plus_w_in_bfloat16_is_refused():
     """1 + w computed in bfloat16 is too coarse for w = (1 + w)/s - 1 to bring it back."""
     case, fn, params, _ = built(gemma)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    graph = find_graph(Program(trace(fn, params, case.args, {})[0]), {})
+    graph = find_graph(Survey.of(Program(trace(fn, params, case.args, {})[0]), {}))
     reasons = dict(graph.refused)
     for path in kernels("model/layers/0/self_attn", *QKV):
         assert re.search(r"1 \+ model/layers/0/input_layernorm/weight, in bfloat16", reasons[path])
@@ -576,7 +577,7 @@ def test_a_returned_activation_is_not_scaled():
     case, _, params, _ = built(whisper)
     fn, _ = from_flax(getattr(hf, case.model)(case.config, _do_init=False), params)
     program = Program(trace(fn, params, case.args, {})[0])
-    reasons = dict(find_graph(program, {}).refused)
+    reasons = dict(find_graph(Survey.of(program, {})).refused)
     for path in kernels("model/decoder/layers/0/encoder_attn", "k_proj", "v_proj"):
         assert "output of fn" in reasons[path]
 

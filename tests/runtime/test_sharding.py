@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import sqjax as sq
 from sqjax.calibration.calibrate import shared_arrays
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
 from sqjax.folding.sites import find_heads, find_sites
 from sqjax.program.facts import Program
 from sqjax.program.replication import varying
@@ -227,7 +228,9 @@ def close(got, expected, rtol=1e-5):
 def test_groups_and_their_folds(make):
     """The certificate alone (no proof by bits) says what can be folded; real s then change no output."""
     case = make()
-    graph = find_graph(program_of(case.fn, case.params, case.x), shared_arrays(case.params))
+    graph = find_graph(
+        Survey.of(program_of(case.fn, case.params, case.x), shared_arrays(case.params))
+    )
     got = [
         (g.size, g.steps, sorted(g.absorbers), [path for path, _ in g.sites]) for g in graph.groups
     ]
