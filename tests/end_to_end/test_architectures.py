@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import sqjax as sq
+from sqjax._trees import map_named, named_leaves
 from sqjax.calibration.calibrate import shared_arrays
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
@@ -969,9 +970,7 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
     @jax.jit
     def run(s):
         folded = sq.fold(params, graph, s)
-        return dict(zip(*sq.trees.named_leaves(folded)[:2], strict=True)), made.fn(
-            folded, *made.other
-        )
+        return dict(zip(*named_leaves(folded)[:2], strict=True)), made.fn(folded, *made.other)
 
     (before, expected), (after, got) = run(ones), run(drawn)
     for path in {path for g in graph.groups for path, _ in g.leaves}:
@@ -982,9 +981,7 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
 
 def rounded(params, offsets):
     """Leaves w that are read as c + w, rounded so that c + w is divided by 8 without rounding."""
-    return sq.trees.map_named(
-        lambda path, x: jnp.round(x * 256) / 256 if path in offsets else x, params
-    )
+    return map_named(lambda path, x: jnp.round(x * 256) / 256 if path in offsets else x, params)
 
 
 @pytest.mark.parametrize("build", [scanned_and_boxed, latent_attention, sorted_experts])

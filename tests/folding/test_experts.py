@@ -14,6 +14,8 @@ import pytest
 from jax import lax
 
 import sqjax as sq
+from sqjax._trees import named_leaves
+from sqjax.folding.apply import unfold
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
@@ -36,7 +38,7 @@ MIXTURE = {
 
 
 def leaves(tree):
-    return dict(zip(*sq.trees.named_leaves(tree)[:2], strict=True))
+    return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
 def calibrate(fn, params, *batches, **kwargs):
@@ -493,7 +495,7 @@ def test_gains_of_a_constant_plus_w_absorb(name):
     )
     np.testing.assert_allclose(folded["w"], COARSE["w"] * s[:, None], rtol=1e-6)
     assert np.abs(run(COARSE, s, X) - expected).max() < 1e-6 * np.abs(expected).max() * WIDTH
-    back = sq.smoothing.unfold(folded, stats.graph, {"w": s})
+    back = unfold(folded, stats.graph, {"w": s})
     np.testing.assert_allclose(back["n"], COARSE["n"], atol=1e-6)
 
 

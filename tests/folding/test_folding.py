@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import sqjax as sq
+from sqjax._trees import named_leaves
 from sqjax.calibration.calibrate import shared_arrays
 from sqjax.folding import labels as lab
 from sqjax.folding import search as closure
@@ -471,7 +472,7 @@ def fold_and_run(build, draw):
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
     drawn = {g.name: jnp.asarray(draw(g.size), jnp.float32) for g in graph.groups}
     results = [run(case.params, s, case.args) for s in (ones, drawn)]
-    before, after = (sq.trees.named_leaves(folded)[:2] for folded, _ in results)
+    before, after = (named_leaves(folded)[:2] for folded, _ in results)
     before, after = dict(zip(*before, strict=True)), dict(zip(*after, strict=True))
     for path in {path for g in graph.groups for path, _ in g.leaves}:
         assert not np.array_equal(before[path], after[path]), path

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 
 import sqjax as sq
+from sqjax._trees import named_leaves
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
@@ -93,7 +94,7 @@ def groups(found):
 
 
 def leaves(tree):
-    return dict(zip(*sq.trees.named_leaves(tree)[:2], strict=True))
+    return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
 # The same numbers as written out ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import transformers as hf
 
 import sqjax as sq
-from sqjax._trees import map_named
+from sqjax._trees import map_named, named_leaves
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
 from sqjax.layers.hf_flax import ASSUMPTIONS, from_flax
@@ -428,7 +428,7 @@ def folded(build):
 
 
 def leaves_of(tree):
-    return dict(zip(*sq.trees.named_leaves(tree)[:2], strict=True))
+    return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
 @pytest.mark.parametrize("build", CASES)

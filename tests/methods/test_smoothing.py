@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sqjax as sq
+from sqjax._trees import named_leaves
 from sqjax.folding.apply import expand, unfold
 from sqjax.models import LlamaConfig, Model
 from sqjax.numerics.smoothing import smoothing_scales
@@ -82,7 +83,7 @@ def formula(a, w, alpha):
 
 
 def flat(tree):
-    return dict(zip(*sq.trees.named_leaves(tree)[:2], strict=True))
+    return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
 def assert_trees_equal(a, b):
