@@ -4,7 +4,7 @@ from sqjax.folding.graph import Site
 from sqjax.program.build import Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.gathers import rows_last
-from sqjax.program.views import VIEWS, View
+from sqjax.program.views import View
 
 
 def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
@@ -20,7 +20,7 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
         shape = program.views[variables[0]].full_shape
         readers = [(v, e) for v in variables for e in program.readers.get(v, ())]
         looked_up = [_is_lookup(program, v, e) for v, e in readers]
-        passed_on = [e.name in VIEWS and e.outputs[0] in program.views for _, e in readers]
+        passed_on = [_is_passed_on(program, v, e) for v, e in readers]
         only = all(a or b for a, b in zip(looked_up, passed_on, strict=True))
         if (
             path not in matmuls
@@ -31,6 +31,12 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
             axes = tuple(range(1, len(shape)))
             found.append(Site(path, axes, tuple(shape[a] for a in axes)))
     return tuple(found)
+
+
+def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
+    """Whether all that an equation makes of a leaf is seen as that leaf."""
+    results = [y for y in equation.outputs if var in equation.behind(y)]
+    return equation.body is None and bool(results) and all(y in program.views for y in results)
 
 
 def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:

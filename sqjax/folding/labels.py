@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sqjax._shapes import runs
+from sqjax.program.primitives import IDENTITIES, RUNNING
 
 Labels = np.ndarray
 Shape = tuple[int, ...]
@@ -139,13 +140,8 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     "rev": _reverse,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
-    **dict.fromkeys(("cumsum", "cummax", "cummin"), _running),
-    **dict.fromkeys(
-        ("neg", "abs", "convert_element_type", "reduce_precision", "copy", "copy_p"), _keep
-    ),
-    **dict.fromkeys(
-        ("sharding_constraint", "reshard", "mesh_cast", "name", "stop_gradient", "pvary"), _keep
-    ),
+    **dict.fromkeys(RUNNING, _running),
+    **dict.fromkeys((*IDENTITIES, "neg", "abs", "convert_element_type", "reduce_precision"), _keep),
 }
 
 

@@ -15,6 +15,7 @@ from sqjax.folding.labels import Labels
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
 from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.primitives import COMPARISONS, IDENTITIES, REDUCTIONS, RUNNING, SUMS_AND_MAXIMA
 from sqjax.program.replication import REDUCING, reduced_axes
 
 
@@ -84,7 +85,7 @@ def _undo_gather(c, labels, params, old, new):
 
 
 _UNDO = {
-    **dict.fromkeys(("cumsum", "cummax", "cummin"), _undo_running),
+    **dict.fromkeys(RUNNING, _undo_running),
     "rev": lambda c, labels, params, old, new: np.flip(labels, params["dimensions"]),
     "dynamic_slice": _undo_dynamic_slice,
     "gather": _undo_gather,
@@ -287,11 +288,11 @@ def _into(c: Closure, labels: Labels, side: Side) -> Labels:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(lab.MOVES, _move),
-    **dict.fromkeys(("add", "add_any", "sub", "max", "min", "select_n"), _alike),
-    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _compare),
-    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
+    **dict.fromkeys(IDENTITIES, _pairwise),
+    **dict.fromkeys((*SUMS_AND_MAXIMA, "select_n"), _alike),
+    **dict.fromkeys(COMPARISONS, _compare),
+    **dict.fromkeys(REDUCTIONS, _reduce),
     "sign": _sign,
-    "optimization_barrier": _pairwise,
     **dict.fromkeys(REDUCING, _collective),
     "pad": _pad,
     "dynamic_update_slice": _update,

@@ -9,6 +9,7 @@ from sqjax.folding import labels as lab
 from sqjax.folding.graph import Site
 from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
+from sqjax.program.primitives import ELEMENTWISE
 from sqjax.program.subprograms import ShardMap
 from sqjax.program.views import View
 
@@ -172,24 +173,27 @@ def normalised_over(program: Program, product: Equation, axes: Sequence[int]) ->
     while waiting:
         x = waiting.pop(0)
         for equation in program.readers.get(x, []):
-            result = equation.outputs[0]
-            old, new = program.shape(x), program.shape(result)
             if equation.name == "reduce_max":
                 return lab.varies(marks[x], equation.params["axes"])
-            moved = (
-                lab.MOVES[equation.name](marks[x], equation.params, old, new)
-                if equation.name in lab.MOVES
-                else None
-            )
-            if equation.name in _ELEMENTWISE and old == new:
-                moved = marks[x]
-            if moved is not None and result not in marks:
-                marks[result] = moved
-                waiting.append(result)
+            for result in equation.outputs:
+                if x not in equation.behind(result) or result in marks:
+                    continue
+                moved = _moved(program, equation, marks[x], x, result)
+                if moved is not None:
+                    marks[result] = moved
+                    waiting.append(result)
     return False
 
 
-_ELEMENTWISE = {"mul", "div", "add", "sub", "select_n", "max", "min", "tanh"}
+def _moved(
+    program: Program, equation: Equation, marks: lab.Labels, x: Var, result: Var
+) -> lab.Labels | None:
+    """The marks of an operand on a result that holds its elements; None where a primitive does something else."""
+    old, new = program.shape(x), program.shape(result)
+    if equation.name in ELEMENTWISE and old == new:
+        return marks
+    move = lab.MOVES.get(equation.name)
+    return None if move is None else move(marks, equation.params, old, new)
 
 
 def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
+from sqjax.program.primitives import IDENTITIES
 from sqjax.program.subprograms import (
     Scan,
     ShardMap,
@@ -71,6 +72,16 @@ class Equation(NamedTuple):
             else 0
         )
         return [v for v in self.inputs[consts:] if isinstance(v, Var)]
+
+    def behind(self, result: Var) -> list[Var]:
+        """The variables that one of its results is made of.
+
+        All that it reads; but an identity of several operands (`optimization_barrier`) passes on one of them each.
+        """
+        if self.name not in IDENTITIES:
+            return self.variables
+        operand = self.inputs[self.outputs.index(result)]
+        return [operand] if isinstance(operand, Var) else []
 
     @property
     def runs_a_program(self) -> bool:

@@ -12,6 +12,7 @@ from sqjax.program.build import Body as Body
 from sqjax.program.build import Equation as Equation
 from sqjax.program.build import Flat
 from sqjax.program.build import Var as Var
+from sqjax.program.primitives import KEEP_A_FILL
 from sqjax.program.subprograms import Scan
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS, View
@@ -71,28 +72,36 @@ class Program(Flat):
             if equation.body is not None:
                 self._enter(equation, equation.body)
                 self._visit(equation.body.equations)
-            variables = equation.variables
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if (
-                variables
-                and all(v in self.from_leaves for v in variables)
-                and equation.body is None
-            ):
-                self.from_leaves.update(equation.outputs)
-            if equation.name in _KEEPS_VALUES:
-                self._pass_constant(equation)
-            if equation.name in ("dynamic_slice", "gather") and self.from_leaves.intersection(
-                variables[:1]
-            ):
-                self.picked[equation.outputs[0]] = equation
-            elif equation.name in VIEWS and variables and variables[0] in self.picked:
-                self.picked[equation.outputs[0]] = self.picked[variables[0]]
-            if equation.name in VIEWS and len(variables) == 1 and variables[0] in self.views:
-                self._pass_view(variables[0], equation)
+            if equation.name in ("dynamic_slice", "gather"):
+                self._pick(equation)
+            if equation.body is None:
+                for y in equation.outputs:
+                    self._pass_on(equation, y)
 
-    def _pass_constant(self, equation: Equation) -> None:
+    def _pass_on(self, equation: Equation, y: Var) -> None:
+        """What is known of one result of an equation that runs no body, given its operands."""
+        sources = equation.behind(y)
+        if sources and all(v in self.from_leaves for v in sources):
+            self.from_leaves.add(y)
+        if equation.name in KEEP_A_FILL:
+            position = equation.outputs.index(y)
+            self._pass_constant(equation.inputs[position], y)
+        if equation.name in VIEWS and len(sources) == 1:
+            [x] = sources
+            if x in self.picked:
+                self.picked[y] = self.picked[x]
+            if x in self.views:
+                self._pass_view(equation, x, y)
+
+    def _pick(self, equation: Equation) -> None:
+        """Notes what an index picks from a leaf."""
+        operand = equation.inputs[0]
+        if operand in self.from_leaves:
+            self.picked[equation.outputs[0]] = equation
+
+    def _pass_constant(self, x: Atom, y: Var) -> None:
         """Copies of one literal are that literal; copies of zeros are zeros."""
-        x, y = equation.inputs[0], equation.outputs[0]
         value = self._values.get(x) if isinstance(x, Var) else x.value
         if (
             value is not None
@@ -103,8 +112,7 @@ class Program(Flat):
         if self.is_zero(x):
             self.zeros.add(y)
 
-    def _pass_view(self, x: Var, equation: Equation) -> None:
-        y = equation.outputs[0]
+    def _pass_view(self, equation: Equation, x: Var, y: Var) -> None:
         view = VIEWS[equation.name](self.views[x], equation.params, self.shape(x), self.shape(y))
         if view is not None and self.is_float(y):
             self.views[y] = view
@@ -163,8 +171,7 @@ class Program(Flat):
         """The variables from a leaf to a view of it."""
         chain = [var]
         while (v := chain[0]) in self.maker or v in self._slices:
-            made = self.maker[v].inputs if v in self.maker else (self._slices[v],)
-            chain.insert(0, next(x for x in made if isinstance(x, Var)))
+            chain.insert(0, self.maker[v].behind(v)[0] if v in self.maker else self._slices[v])
         return chain
 
     def _read_once(self, variables: Sequence[Var]) -> bool:
@@ -194,7 +201,7 @@ class Program(Flat):
             elif v in self.scanned:
                 stack.append(self.scanned[v])
             elif v in self.maker:
-                stack += self.maker[v].variables
+                stack += self.maker[v].behind(v)
         return paths
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
@@ -225,14 +232,3 @@ def _parts(
             axis: [devices[name] for name in names] for axis, names in body.call.cuts(spec).items()
         }
         yield outer, inner, partial(View.block, cuts=cuts)
-
-
-_KEEPS_VALUES = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "reshape",
-    "squeeze",
-    "transpose",
-    "copy",
-    "pvary",
-}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from sqjax._shapes import runs
+from sqjax.program.primitives import IDENTITIES
 
 Shape = tuple[int, ...]
 
@@ -228,16 +229,9 @@ def _deal(pieces: list[Piece], sizes: Sequence[int]) -> list[tuple[Piece, ...]] 
 #: The primitives that keep a leaf a leaf: (view, the equation's parameters, old shape, new shape) -> view, or None
 #: where the result is no view of the leaf any more.
 VIEWS: dict[str, Callable[[View, dict[str, Any], Shape, Shape], View | None]] = {
+    **dict.fromkeys(IDENTITIES, _keep),
     "transpose": _transpose,
     "convert_element_type": _keep,
-    "copy": _keep,
-    "copy_p": _keep,
-    "stop_gradient": _keep,
-    "name": _keep,
-    "sharding_constraint": _keep,
-    "reshard": _keep,
-    "mesh_cast": _keep,
-    "pvary": _keep,
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "slice": _slice,

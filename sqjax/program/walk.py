@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
+from sqjax.program.primitives import KEEP_A_FILL
 from sqjax.program.subprograms import emit, inner_program
 
 
@@ -45,8 +46,8 @@ def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules)
 
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
-        if equation.primitive.name in ("broadcast_in_dim", "convert_element_type"):
-            _note_fill(fills, equation, operands[0])
+        if equation.primitive.name in KEEP_A_FILL:
+            _note_fills(fills, equation, operands)
         elif equation.primitive.name == "select_n" and any(isinstance(x, Leaf) for x in operands):
             equation = equation.replace(invars=[_filled(fills, v) for v in equation.invars])
         with source_info_util.user_context(equation.source_info.traceback):
@@ -55,12 +56,12 @@ def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules)
     return [read(v) for v in jaxpr.outvars]
 
 
-def _note_fill(fills: dict[Any, Any], equation: JaxprEqn, operand: Any) -> None:
-    """Notes what number is everywhere in the result of an equation, if that is known while tracing."""
-    source = equation.invars[0]
-    number = operand if isinstance(source, Literal) else fills.get(source, operand)
-    if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
-        fills[equation.outvars[0]] = number
+def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]) -> None:
+    """Notes what number is everywhere in the results of an equation, if that is known while tracing."""
+    for source, operand, result in zip(equation.invars, operands, equation.outvars, strict=False):
+        number = operand if isinstance(source, Literal) else fills.get(source, operand)
+        if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
+            fills[result] = number
 
 
 def _filled(fills: Mapping[Any, Any], atom: Any) -> Any:

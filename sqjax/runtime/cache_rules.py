@@ -15,6 +15,7 @@ from jaxtyping import Array
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, map_named, named_leaves
 from sqjax.numerics.formats import INT8, scale_from_absmax, to_format
+from sqjax.program.primitives import COPIES
 from sqjax.program.subprograms import source_of
 from sqjax.program.walk import Leaf
 from sqjax.weights.qtensor import QTensor
@@ -105,6 +106,11 @@ def _squeeze(equation: JaxprEqn, x: Array) -> Array:
 
 def _copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     return leaf
+
+
+def barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """optimization_barrier of several values: it stands before the arrays of the quantized ones too."""
+    return list(lax.optimization_barrier(operands))
 
 
 def _convert(equation: JaxprEqn, leaf: Leaf) -> Any:
@@ -281,8 +287,6 @@ CACHE_RULES: dict[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "convert_element_type": _convert,
     "select_n": _select,
-    **dict.fromkeys(
-        ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "optimization_barrier"),
-        _copy,
-    ),
+    **dict.fromkeys((*COPIES, "sharding_constraint"), _copy),
+    "optimization_barrier": barrier,
 }

@@ -93,7 +93,9 @@ def _rules(granularity: str) -> Rules:
         outputs=_values,
     )
     rules = Rules(
-        {"dot_general": dot, **body_rules(lambda: rules, bodies)}, _as_it_was, _has_batched
+        {"dot_general": dot, "optimization_barrier": _barrier, **body_rules(lambda: rules, bodies)},
+        _as_it_was,
+        _has_batched,
     )
     return rules
 
@@ -115,6 +117,11 @@ def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
         if equation.primitive.multiple_results
         else Leaf(path, results)
     )
+
+
+def _barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """Every result is an operand, so leaves stay leaves beside activations."""
+    return list(lax.optimization_barrier(operands))
 
 
 def _is_batched(equation: JaxprEqn) -> bool:

@@ -16,11 +16,12 @@ from jaxtyping import Array
 from sqjax._trees import named_leaves
 from sqjax.program.bodies import Bodies, body_rules
 from sqjax.program.gathers import rows_last
+from sqjax.program.primitives import COPIES, RESHARDINGS
 from sqjax.program.subprograms import emit, shard_map_in, source_of
 from sqjax.program.trace import trace
 from sqjax.program.walk import Leaf, Rules, walk
 from sqjax.runtime import cache_rules as caches
-from sqjax.runtime.cache_rules import cache_leaf, is_cache
+from sqjax.runtime.cache_rules import barrier, cache_leaf, is_cache
 from sqjax.weights.dot_general import quantized_dot_general, quantized_ragged_dot
 from sqjax.weights.qtensor import is_tensor, tensor_type
 from sqjax.weights.quant_weight import Outliers, QuantWeight, is_quantized, weight_type
@@ -359,10 +360,8 @@ _WEIGHT_RULES: dict[str, Callable[..., Any]] = {
     "dot_general": _dot,
     "transpose": _transpose,
     "convert_element_type": _convert,
-    **dict.fromkeys(
-        ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "mesh_cast"),
-        _copy,
-    ),
+    **dict.fromkeys((*COPIES, *RESHARDINGS), _copy),
+    "optimization_barrier": barrier,
     **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), _reshape),
     "slice": _slice,
     "gather": _gather,

@@ -252,6 +252,7 @@ def test_every_move_has_a_test():
         "pvary",
         "reshard",
         "mesh_cast",
+        "optimization_barrier",
     }  # these keep values and labels
     assert set(lab.MOVES) == set(MOVEMENTS) | placement | {
         primitive for primitive, _, _ in SCALINGS.values()
