@@ -43,6 +43,12 @@ class Scan(NamedTuple):
             list(operands[split:]),
         )
 
+    def run(
+        self, step: Callable[..., Any], carry: Sequence[Any], xs: Sequence[Any]
+    ) -> tuple[list[Any], Any]:
+        """(the last carry, ys) of another step, run as often and in the same order."""
+        return lax.scan(step, list(carry), xs, length=self.length, **self.options)
+
 
 class ShardMap(NamedTuple):
     """A shard_map: `block` runs once on every device, on blocks of the operands.

@@ -1,0 +1,119 @@
+"""`Registry`: rules for special values, by primitive and kind of value; and how these values enter bodies.
+
+A program is run equation by equation (`sqjax.program.walk`). Most values are arrays, and most equations are simply
+emitted again. Some values are special: a quantized weight, an int8 cache. They travel as a `Leaf`. What happens where a
+`Leaf` meets a primitive is a rule, registered by the primitive's name and the kind of the value:
+
+    rules = Registry(CACHES, WEIGHTS)
+
+    @rules.register(("transpose",), WEIGHTS)
+    def _transpose(equation, leaf): ...
+
+An equation that meets values of several kinds belongs to the kind that the registry names first.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Leaf:
+    """A special value on its way through the program.
+
+    Attributes:
+        path: the leaf's name, for errors.
+        value: what it has become so far. Its type says of which kind it is.
+    """
+
+    path: str = field(metadata={"static": True})
+    value: Any
+
+
+class Kind(NamedTuple):
+    """One kind of special value, and what becomes of it where it enters or leaves a body.
+
+    A registry refuses nothing by itself, because only whoever made the values can name the remedy: `otherwise` and
+    `carry` may raise.
+
+    Attributes:
+        type: the type of the leaves' values.
+        otherwise: otherwise(equation, *operands) stands in for the rule of a primitive that has none.
+        slices: slices(equation, leaf, length): the leaf that a scan runs over, as a tree of arrays whose first axis is
+            that of the steps.
+        specs: specs(equation, leaf, spec): the tree of the PartitionSpecs of its arrays, where a shard_map is given it
+            with this spec.
+        carry: carry(equation, leaf): what a loop carries in its place.
+        leave: leave(leaf): what a body, or the whole program, returns in its place.
+    """
+
+    type: type
+    otherwise: Callable[..., Any]
+    slices: Callable[[JaxprEqn, Leaf, int], Any]
+    specs: Callable[[JaxprEqn, Leaf, PartitionSpec], Any]
+    carry: Callable[[JaxprEqn, Leaf], Any]
+    leave: Callable[[Leaf], Any]
+
+
+class Rule(NamedTuple):
+    """A rule: run(equation, *operands) gives the result, or a list of them if the primitive has several.
+
+    `fills` asks for a keyword argument of that name: for every operand the number that fills it, or None where no such
+    number is known. (A mask is `select_n` with an operand that zero fills.)
+    """
+
+    run: Callable[..., Any]
+    fills: bool = False
+
+
+class Registry:
+    """The rules of some kinds of special values.
+
+    Args:
+        kinds: the first kind that an equation meets owns it.
+        concerns: concerns(equation) is true of equations that are handed to the first kind's rules though no operand
+            is special.
+    """
+
+    def __init__(self, *kinds: Kind, concerns: Callable[[JaxprEqn], bool] = lambda equation: False):
+        self.kinds, self.concerns = kinds, concerns
+        self._rules: dict[tuple[str, type], Rule] = {}
+
+    def register(
+        self, primitives: Iterable[str], kind: Kind, *, fills: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """A decorator: the function is the rule of these primitives for this kind; see `Rule` for `fills`."""
+
+        def add(run: Callable[..., Any]) -> Callable[..., Any]:
+            for primitive in primitives:
+                self._rules[primitive, kind.type] = Rule(run, fills)
+            return run
+
+        return add
+
+    def kind_of(self, leaf: Leaf) -> Kind:
+        """The kind of one special value."""
+        return next(kind for kind in self.kinds if isinstance(leaf.value, kind.type))
+
+    def owner(self, operands: Sequence[Any]) -> Kind:
+        """The kind whose rules are asked: the first one among the operands."""
+        met = {self.kind_of(x).type for x in operands if isinstance(x, Leaf)}
+        return next((kind for kind in self.kinds if kind.type in met), self.kinds[0])
+
+    def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:
+        """The rule for an equation on these operands."""
+        kind = self.owner(operands)
+        return self._rules.get((equation.primitive.name, kind.type), Rule(kind.otherwise))
+
+    def carry(self, equation: JaxprEqn, operands: Iterable[Any]) -> list[Any]:
+        """What a loop carries in place of these operands."""
+        return [self.kind_of(x).carry(equation, x) if isinstance(x, Leaf) else x for x in operands]
+
+    def leave(self, results: Iterable[Any]) -> list[Any]:
+        """What a body, or the whole program, returns in place of these results."""
+        return [self.kind_of(x).leave(x) if isinstance(x, Leaf) else x for x in results]
