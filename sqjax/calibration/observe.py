@@ -1,34 +1,52 @@
-"""Observation: what each site of a program sees in one call."""
+"""`observe`: runs a program, and records what each of its sites sees."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sqjax.folding.attention_keys import Keys, find_keys
+from sqjax.calibration.analysis import Analysis
+from sqjax.calibration.site_layout import SiteLayout
 from sqjax.folding.graph import Site
-from sqjax.folding.groups import Survey
 from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
 from sqjax.program.build import Var
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
-from sqjax.program.replication import varying
+from sqjax.program.replication import Scopes, varying
 
 
-class Observation(NamedTuple):
-    """What one site saw in one call: absmax and abs_sum per channel, the number of tokens, and a histogram if asked."""
+class Probe(NamedTuple):
+    """What to measure of an activation.
 
-    absmax: Array
-    abs_sum: Array
-    tokens: Array
-    histogram: Histogram | None = None
+    Attributes:
+        axes: the axes that hold its channels; all others hold tokens.
+        batch: how many of `axes`, the first ones, hold a matrix each (experts): a histogram is kept
+            for each of these.
+        histogram: whether one is wanted.
+    """
+
+    axes: tuple[int, ...]
+    batch: int = 0
+    histogram: bool = False
 
 
-class Seen(NamedTuple):
-    """What was seen of one activation: an `Observation` of some of its axes, and raw counts in the bins of |x|."""
+class Measurement(NamedTuple):
+    """What was measured of an activation.
+
+    Of one in the body of a scan or a shard_map, every array has one more leading axis for each scan
+    and mesh axis around it.
+
+    Attributes:
+        absmax: max |x| over the tokens, float32, the shape of the probe's axes.
+        abs_sum: sum |x| over the tokens, the same shape.
+        tokens: how many tokens there were, int32.
+        counts: how many |x| lie in each bin of a `Histogram`, uint32, (*batch, BINS); None unless
+            asked for.
+    """
 
     absmax: Array
     abs_sum: Array
@@ -36,212 +54,179 @@ class Seen(NamedTuple):
     counts: Array | None = None
 
 
-class Look(NamedTuple):
-    """What to see of an activation: its channels are along `axes`; the first `batch` of them hold a matrix each."""
+class Observation(NamedTuple):
+    """What one site saw: a measurement in the shape of its channels."""
 
-    axes: tuple[int, ...]
-    batch: int = 0
-    histogram: bool = False
-
-
-class Watch(NamedTuple):
-    """A program with what is to be observed in it: its sites, and the keys of attention where these are wanted."""
-
-    program: Program
-    places: list[Place]
-    keys: list[Keys]
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        """What is observed."""
-        return frozenset([*(p.site for p in self.places), *(k.site for k in self.keys)])
+    absmax: Array
+    abs_sum: Array
+    tokens: Array
+    histogram: Histogram | None = None
 
 
-def watch(program: Program, shared: Mapping[str, str], attention: bool) -> Watch:
-    """A program's sites, and its keys if `attention`."""
-    survey = Survey.of(program, shared)
-    return Watch(program, list(survey.places), find_keys(survey) if attention else [])
+def combine(a: Observation, b: Observation) -> Observation:
+    """The observation of both: maxima by max, the rest by +."""
+    histogram = None
+    if a.histogram is not None and b.histogram is not None:
+        histogram = a.histogram + b.histogram
+    absmax = jnp.maximum(a.absmax, b.absmax)
+    return Observation(absmax, a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram)
 
 
 def observe(
-    watched: Watch,
+    analysis: Analysis,
     leaves: Iterable[Any],
     inputs: Iterable[Any],
     mask: Array | None = None,
     histogram: bool = False,
 ) -> tuple[list[Any], dict[Site, Observation]]:
-    """Runs a program; returns its outputs and an observation of every site, with a histogram if asked."""
-    program, places, keys = watched
-    looks: dict[Var, set[Look]] = {}
-    for place in places:
-        looks.setdefault(place.activation, set()).add(_look(program, place, histogram))
-    for key in keys:
-        looks.setdefault(key.activation, set()).add(Look(key.axes))
+    """Runs a program on its leaves and inputs.
 
-    def probe(var: Var) -> Callable[[Array], dict[Look, Seen]]:
-        return lambda x: {look: observe_activation(x, look, mask) for look in sorted(looks[var])}
+    Args:
+        analysis: the program, and what is to be observed in it.
+        leaves, inputs: the values of its leaves, and of its other inputs.
+        mask: booleans of shape (batch, tokens): False for tokens that do not count.
+        histogram: whether to make a histogram of |x| at every site too.
 
+    Returns:
+        The outputs of the program (flat), and an observation of every site and of the keys.
+    """
+    program, places = analysis.program, analysis.places
     differing = varying(program)
     if mask is not None:
         _check_mask(program, places, differing, mask)
-    outputs, seen = evaluate(program, leaves, inputs, {v: probe(v) for v in looks})
-    of_parts: dict[str, tuple[Site, Observation]] = {}
+
+    probes = _probes(analysis, histogram)
+    measures = {
+        var: partial(_measure_all, probes=sorted(wanted), mask=mask)
+        for var, wanted in probes.items()
+    }
+    outputs, measured = evaluate(program, leaves, inputs, measures)
+
+    seen_at: list[tuple[Place, Observation]] = []
     for place in places:
-        own = seen[place.activation][_look(program, place, histogram)]
-        observation = _at_site(program, place, own, differing.get(place.activation, frozenset()))
-        _, old = of_parts.get(place.name, (None, None))
-        of_parts[place.name] = place.site, observation if old is None else combine(old, observation)
-    observations: dict[Site, Observation] = {}
-    for (
-        site,
-        observation,
-    ) in of_parts.values():  # the matrices of a stack, each with tokens of its own
-        tokens = jnp.maximum(
-            observation.tokens, observations[site].tokens if site in observations else 0
-        )
-        whole = combine(observations[site], observation) if site in observations else observation
-        observations[site] = whole._replace(tokens=tokens)
-    for key in keys:
-        absmax, abs_sum, tokens, _ = seen[key.activation][Look(key.axes)]
+        measurement = measured[place.activation][_probe(program, place, histogram)]
+        along = differing.get(place.activation, frozenset())
+        seen_at.append((place, _as_channels(program, place, measurement, along)))
+    observations = _by_site(seen_at)
+    for key in analysis.keys:
+        measurement = measured[key.activation][Probe(key.axes)]
+        absmax, abs_sum, tokens, _ = measurement
         observations[key.site] = Observation(absmax, abs_sum, jnp.max(tokens))
     return outputs, observations
 
 
-def _look(program: Program, place: Place, histogram: bool) -> Look:
-    return Look(place.axes, len(sides_of(program, place.equation)[0].batch), histogram)
+def _probes(analysis: Analysis, histogram: bool) -> dict[Var, set[Probe]]:
+    """{activation: what to measure of it}: sites that share one mostly share the probe too."""
+    probes: dict[Var, set[Probe]] = {}
+    for place in analysis.places:
+        probe = _probe(analysis.program, place, histogram)
+        probes.setdefault(place.activation, set()).add(probe)
+    for key in analysis.keys:
+        probes.setdefault(key.activation, set()).add(Probe(key.axes))
+    return probes
 
 
-def observe_activation(x: Array, look: Look, mask: Array | None = None) -> Seen:
+def _probe(program: Program, place: Place, histogram: bool) -> Probe:
+    activation, _ = sides_of(program, place.equation)
+    return Probe(place.axes, len(activation.batch), histogram)
+
+
+def _measure_all(x: Array, probes: Sequence[Probe], mask: Array | None) -> dict[Probe, Measurement]:
+    return {probe: measure(x, probe, mask) for probe in probes}
+
+
+def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
     """Statistics of the channels of an activation, over all its other axes.
 
-    A mask of shape (batch, tokens) picks the tokens that count, of an activation whose other axes begin with
-    (batch, tokens) or are (batch * tokens,); an activation without these axes counts whole.
+    A mask of shape (batch, tokens) picks the tokens that count of an activation whose other axes
+    begin with (batch, tokens), or are (batch * tokens,); an activation without these axes counts
+    whole.
+
+    Example: x of shape (batch 2, tokens 7, channels 16) with Probe(axes=(2,)) gives an absmax of
+    shape (16,), and tokens = 14. With a mask of shape (2, 7) tokens is the number of True in it.
     """
-    axes = look.axes
-    magnitude = jnp.abs(jnp.moveaxis(x, axes, range(-len(axes), 0))).astype(jnp.float32)
-    tokens = magnitude.shape[: magnitude.ndim - len(axes)]
-    reduced = tuple(range(len(tokens)))
-    number = jnp.int32(np.prod(tokens, dtype=int))
-    if mask is not None and tokens[:1] == (mask.size,):
+    axes = probe.axes
+    channels_last = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    magnitude = jnp.abs(channels_last).astype(jnp.float32)
+    token_axes = tuple(range(magnitude.ndim - len(axes)))
+    token_shape = magnitude.shape[: len(token_axes)]
+    tokens = jnp.int32(np.prod(token_shape, dtype=int))
+
+    if mask is not None and token_shape[:1] == (mask.size,):
         mask = mask.reshape(mask.size)
-    if mask is not None and tokens[: mask.ndim] == mask.shape:
-        magnitude = jnp.where(
-            mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim)), magnitude, 0
-        )
-        number = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(np.prod(tokens[mask.ndim :], dtype=int))
+    if mask is not None and token_shape[: mask.ndim] == mask.shape:
+        counts_here = mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim))
+        magnitude = jnp.where(counts_here, magnitude, 0)
+        each = np.prod(token_shape[mask.ndim :], dtype=int)  # heads or beams of one masked token
+        tokens = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(each)
+
     counts = None
-    if look.histogram:  # what the mask has zeroed is in no bin
-        stacked = range(len(tokens), len(tokens) + look.batch)
-        counts = count(jnp.moveaxis(magnitude, stacked, range(look.batch)), look.batch)
-    return Seen(magnitude.max(reduced, initial=0), magnitude.sum(reduced), number, counts)
-
-
-class Layout(NamedTuple):
-    """Where the entries of an activation's statistics go in those of the first channel axes of a site.
-
-    Attributes:
-        sizes: of the parts of these channel axes: scans and mesh axes by number, the rest of every axis by name.
-        has: the parts that the activation's statistics have, as their axes are once the others are reduced.
-        reduced: the axes of the scans and mesh axes that are no parts.
-        once: those of `reduced` along which every device has seen the same.
-        channels: the sizes of the channel axes.
-        entry: which of the channels these are.
-    """
-
-    sizes: dict[Any, int]
-    has: list[Any]
-    reduced: tuple[int, ...]
-    once: tuple[int, ...]
-    channels: tuple[int, ...]
-    entry: tuple[Any, ...]
-
-    def total(self, x: Array) -> Array:
-        """The sum over what is reduced."""
-        return (
-            jnp.max(x, axis=self.once, keepdims=True).sum(self.reduced)
-            if self.once
-            else x.sum(self.reduced)
-        )
-
-    def shaped(self, x: Array) -> Array:
-        """Reduced statistics as the site's channels; zeros for other matrices of its stack."""
-        own = [
-            self.sizes[p] for p in self.has if isinstance(p, str)
-        ]  # where a reshape has split or merged leaf axes
-        x = x.reshape(*x.shape[: len(self.has) - len(own)], *own)
-        x = x.transpose([self.has.index(part) for part in self.sizes if part in self.has])
-        x = x.reshape([size if part in self.has else 1 for part, size in self.sizes.items()])
-        whole = jnp.broadcast_to(x, list(self.sizes.values())).reshape(self.channels)
-        if not any(isinstance(at, int) for at in self.entry):
-            return whole
-        return jnp.zeros(self.channels, x.dtype).at[self.entry].set(whole[self.entry])
-
-
-def _layout(
-    program: Program, place: Place, differing: frozenset[int], kept: int, *tail: int
-) -> Layout:
-    """The layout of the first `kept` channel axes, and then of one more axis of each size in `tail`.
-
-    Scans that do not run over the leaf are reduced; those that do, but not around the activation, see the same. So are
-    mesh axes that do not cut the leaf along its channels; where all devices along one hold the same activation (it is
-    not in `differing`), that counts once.
-    """
-    around, view = program.scopes[place.activation], place.view
-    sizes: dict[Any, int] = {}
-    for i, axis in enumerate(place.site.channel_axes[:kept]):
-        sizes |= {scope: program.lengths[scope] for scope in view.strides(axis)}
-        sizes |= {f"axis {i}": view.shape[axis]} if axis not in view.stacked.values() else {}
-    sizes |= {f"tail {i}": size for i, size in enumerate(tail)}
-    fixed = [f"axis {i}" for i, taken in enumerate(view.taken) if taken.scan is None]
-    reduced = tuple(i for i, scope in enumerate(around) if scope not in sizes)
-    once = tuple(
-        i for i in reduced if around[i] in program.mesh_axes and around[i] not in differing
+    if probe.histogram:  # the zeros that the mask has written are in no bin
+        matrices = range(len(token_axes), len(token_axes) + probe.batch)
+        matrices_first = jnp.moveaxis(magnitude, matrices, range(probe.batch))
+        counts = count(matrices_first, probe.batch)
+    return Measurement(
+        magnitude.max(token_axes, initial=0), magnitude.sum(token_axes), tokens, counts
     )
-    has = [
-        *(s for s in around if s in sizes),
-        *(p for p in sizes if isinstance(p, str) and p not in fixed),
-    ]
-    return Layout(sizes, has, reduced, once, (*place.site.channels[:kept], *tail), place.entry)
 
 
-def _at_site(program: Program, place: Place, seen: Seen, differing: frozenset[int]) -> Observation:
-    """What was seen of an activation, one entry for each of the scans and mesh axes around it, as the site's channels.
-
-    A histogram is one for each matrix of the site's stack.
-    """
+def _as_channels(
+    program: Program, place: Place, measurement: Measurement, differing: Scopes
+) -> Observation:
+    """A measurement of an activation as the observation of the site that one matmul reads."""
     site = place.site
-    channels = _layout(program, place, differing, len(site.channels))
-    absmax = channels.shaped(seen.absmax.max(channels.reduced, initial=0))
-    abs_sum, tokens = (
-        channels.shaped(channels.total(seen.abs_sum)),
-        channels.total(seen.tokens).max(initial=0),
-    )
-    if seen.counts is None:
+    layout = SiteLayout.of(program, place, differing, len(site.channels))
+    absmax = layout.arranged(layout.largest(measurement.absmax))
+    abs_sum = layout.arranged(layout.total(measurement.abs_sum))
+    tokens = layout.total(measurement.tokens).max(initial=0)
+    if measurement.counts is None:
         return Observation(absmax, abs_sum, tokens)
-    stack = _layout(program, place, differing, len(site.batch), BINS)
-    counts = stack.shaped(stack.total(seen.counts))
+
+    # A histogram is one for each matrix of the site's stack, so its channel axes are the batch axes
+    # alone.
+    stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
+    counts = stack.arranged(stack.total(measurement.counts))
     largest = jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
     return Observation(absmax, abs_sum, tokens, Histogram.counted(counts, largest))
 
 
+def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observation]:
+    """One observation for every site, of the matmuls that read it.
+
+    Tokens add up over matmuls that read one matrix, because each reads tokens of its own. They do
+    not over the matrices of a stack: all layers see the same tokens, and of experts that see
+    different ones the largest number stands.
+    """
+    by_matrix: dict[str, tuple[Site, Observation]] = {}
+    for place, observation in seen_at:
+        if place.name in by_matrix:
+            _, before = by_matrix[place.name]
+            observation = combine(before, observation)
+        by_matrix[place.name] = place.site, observation
+
+    by_site: dict[Site, Observation] = {}
+    for site, observation in by_matrix.values():
+        if site in by_site:
+            before = by_site[site]
+            tokens = jnp.maximum(observation.tokens, before.tokens)
+            observation = combine(before, observation)._replace(tokens=tokens)
+        by_site[site] = observation
+    return by_site
+
+
 def _check_mask(
-    program: Program, places: Iterable[Place], differing: Mapping[Var, frozenset[int]], mask: Array
+    program: Program, places: Iterable[Place], differing: Mapping[Var, Scopes], mask: Array
 ) -> None:
-    """Raises ValueError if a mask would have to be cut as a shard_map cuts the tokens."""
+    """Raises ValueError if a shard_map has split the tokens: a mask is not split likewise."""
     for place in places:
+        if not differing.get(place.activation):
+            continue
         shape = program.shape(place.activation)
-        tokens = tuple(n for a, n in enumerate(shape) if a not in place.axes)
-        whole = tokens[: mask.ndim] == mask.shape or tokens[:1] == (mask.size,)
-        if differing.get(place.activation) and not whole:
+        tokens = tuple(n for axis, n in enumerate(shape) if axis not in place.axes)
+        fits = tokens[: mask.ndim] == mask.shape or tokens[:1] == (mask.size,)
+        if not fits:
             raise ValueError(
-                f"calibrate: the mask of shape {mask.shape} does not fit the activation {shape} that one device of a "
-                f"shard_map has at {place.name}; calibrate without a mask, on batches without padding"
+                f"calibrate: the mask of shape {mask.shape} does not fit the activation {shape} "
+                f"that one device of a shard_map has at {place.name}; "
+                "calibrate without a mask, on batches without padding"
             )
-
-
-def combine(a: Observation, b: Observation) -> Observation:
-    """Observations merge by max and +."""
-    histogram = None if a.histogram is None or b.histogram is None else a.histogram + b.histogram
-    return Observation(
-        jnp.maximum(a.absmax, b.absmax), a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram
-    )

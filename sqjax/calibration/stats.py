@@ -1,4 +1,4 @@
-"""`Stats`: what each matmul saw during calibration, raw and mergeable, and the graph of what can be folded."""
+"""`Stats`: what each matmul saw in calibration, and the graph of what can be folded."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,17 +19,30 @@ from sqjax.numerics.ranges import Histogram, Range, find_range
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Stats:
-    """A pytree of calibration statistics; every mapping is keyed by the site's path (the leaf's name).
+    """Calibration statistics: for each site what the channels of its activation X were like.
+
+    A site is a matmul of an activation with a parameter leaf W, and is named by that leaf's path.
+    Its channels are the input features that are summed over: X_j is the j-th of every token, W_j
+    the weights that it meets. The shape of the channels is (features,) for a plain matmul,
+    (layers, features) for a stack of layers. `scales` makes smoothing scales of these numbers,
+    `quantize` makes static quantizer scales of them.
+
+    The statistics are raw sums and maxima, so those of two halves of the data merge exactly. A
+    `Stats` is a pytree: it can be an argument of a jitted function, or saved.
 
     Attributes:
-        absmax: float32, the channels' shape: max |X_j| over all tokens.
-        abs_sum: float32, the channels' shape: sum |X_j| over all tokens (abs_sum / count is the mean).
-        count: int32 scalar: the number of tokens.
-        weight_absmax: float32, the channels' shape: max over outputs of |W_j|, of the parameters that were calibrated.
-        folded: {group: s} that `fold_stats` has divided out since; ones at first.
-        graph: the sites and groups (static, hashable).
-        histogram: {site: `Histogram` of |X|, one for each matrix of a stack}, where `calibrate(..., histogram=True)`
-            asked for it; else empty. Of the parameters that were calibrated: `fold_stats` leaves them as they are.
+        absmax: {site: max |X_j| over all tokens}, float32, the channels' shape.
+        abs_sum: {site: sum |X_j| over all tokens}, float32, the channels' shape; the mean of |X_j|
+            is abs_sum / count.
+        count: {site: the number of tokens}, int32 scalars.
+        weight_absmax: {site: max |W_j| over all outputs}, float32, the channels' shape; of the
+            parameters that were calibrated.
+        folded: {group: s}, the smoothing scales that `fold_stats` has divided out since; ones at
+            first.
+        graph: the sites, the groups, and why the other sites are in none (static, hashable).
+        histogram: {site: `Histogram` of |X|, one for each matrix of a stack} if
+            `calibrate(..., histogram=True)` asked for it, else empty. `fold_stats` leaves them as
+            they are, because the histogram of X says nothing about that of X / s.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -56,32 +69,39 @@ class Stats:
 
     @property
     def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """{site: its batch entries, (layer, expert, ...), that saw nothing but zeros}; their scales stay 1."""
+        """{site: the layers and experts of its stack that saw nothing but zeros}.
+
+        Their smoothing scales stay 1. Example: {"experts/up": ((0, 3), (5, 1))} says that no token
+        reached expert 3 of layer 0, nor expert 1 of layer 5.
+        """
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
-        for site in self.graph.sites:
-            if site.batch:
-                seen = np.asarray(self.absmax[site.path])
-                dead = ~seen.any(axis=tuple(range(len(site.batch), seen.ndim)))
-                if dead.any():
-                    found[site.path] = tuple(
-                        tuple(int(i) for i in entry) for entry in np.argwhere(dead)
-                    )
+        stacks = [site for site in self.graph.sites if site.batch]
+        for site in stacks:
+            seen = np.asarray(self.absmax[site.path])
+            features = tuple(range(len(site.batch), seen.ndim))
+            unseen = np.argwhere(~seen.any(axis=features))
+            if len(unseen):
+                found[site.path] = tuple(tuple(int(i) for i in entry) for entry in unseen)
         return found
 
     def merge(self, other: "Stats") -> "Stats":
-        """The statistics of both calibrations of one model: maxima by max, sums, counts and histograms by +.
+        """The statistics of both calibrations of one model.
+
+        Maxima merge by max; sums, counts and histograms by +.
 
         Raises:
-            ValueError: the two describe different programs, or other parameters (smoothed ones; this can not be
-                checked under jit), or only one has histograms.
+            ValueError: the two are of different programs, or of different parameters (one was
+                smoothed, say; values can not be checked under jit); or only one has histograms.
         """
         if self.graph != other.graph:
             raise ValueError(
-                "merge: the two Stats have different graphs; merge calibrations of one fn and one tree"
+                "merge: the two Stats have different graphs; "
+                "merge calibrations of one fn and one tree"
             )
         if self.histogram.keys() != other.histogram.keys():
             raise ValueError(
-                "merge: one of the two Stats has no histograms; call calibrate(..., histogram=True) twice"
+                "merge: one of the two Stats has no histograms; "
+                "call calibrate(..., histogram=True) twice"
             )
         self._check_same_parameters(other)
         return Stats(
@@ -91,71 +111,82 @@ class Stats:
             self.weight_absmax,
             self.folded,
             self.graph,
-            {path: histogram + other.histogram[path] for path, histogram in self.histogram.items()},
+            {path: mine + other.histogram[path] for path, mine in self.histogram.items()},
         )
 
     def _check_same_parameters(self, other: "Stats") -> None:
-        mine, its = ({"weight_absmax": s.weight_absmax, "folded": s.folded} for s in (self, other))
-        if not all(is_concrete(x) for x in jax.tree.leaves((mine, its))):
+        mine = {"weight_absmax": self.weight_absmax, "folded": self.folded}
+        theirs = {"weight_absmax": other.weight_absmax, "folded": other.folded}
+        if not all(is_concrete(x) for x in jax.tree.leaves((mine, theirs))):
             return
-        for (path, x), y in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(its), strict=True):
+        named = jax.tree.leaves_with_path(mine)
+        for (path, x), y in zip(named, jax.tree.leaves(theirs), strict=True):
             if not np.array_equal(x, y):
-                name = path[-1].key
                 raise ValueError(
-                    f"merge: the two Stats are of other parameters at {name} (was one smoothed?); merge calibrations "
-                    "of one tree, and fold_stats what comes out"
+                    f"merge: the two Stats are of other parameters at {path[-1].key} "
+                    "(was one smoothed?); merge calibrations of one tree, and fold_stats the result"
                 )
 
     def input_range(self, path: str, how: Range = "absmax", fmt: Format = INT8) -> Array:
-        """The range of |X| that a static scale shall cover at a site: float32, the shape of the site's batch axes.
+        """The range of |X| that a site's static quantizer scale shall cover.
 
         Args:
             path: the site.
-            how: "absmax"; "mse" (`sqjax.numerics.ranges.mse_range`); a percentile as a fraction (`percentile_range`).
+            how: "absmax" covers all that calibration saw; "mse" the range whose rounding and
+                clipping errors are least together (`sqjax.numerics.ranges.mse_range`); a fraction
+                p covers that part of the values (`sqjax.numerics.ranges.percentile_range`).
             fmt: the format that X is rounded to.
 
+        Returns:
+            float32, one for each matrix of the site's stack: the shape of its batch axes, () for a
+            plain matmul.
+
         Raises:
-            ValueError: there are no histograms, or X has been divided by s since. (Under jit values can not be
-                checked: the range is NaN then.)
+            ValueError: "mse" or a percentile, but there are no histograms, or `fold_stats` has
+                divided X by s since. (Under jit values can not be checked: the range is NaN then.)
         """
         if how == "absmax":
-            absmax, site = (
-                self.absmax[path],
-                next(site for site in self.graph.sites if site.path == path),
-            )
+            site = next(site for site in self.graph.sites if site.path == path)
+            absmax = self.absmax[path]
             return jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
         if path not in self.histogram:
             raise ValueError(
-                f"{path}: the range {how!r} needs a histogram of its activation, and these statistics have none; call "
-                "calibrate(..., histogram=True), or use the range 'absmax'"
+                f"{path}: the range {how!r} needs a histogram of its activation, and these "
+                "statistics have none; call calibrate(..., histogram=True), or use the range "
+                "'absmax'"
             )
-        unscaled = self._unscaled(path)
-        if is_concrete(unscaled) and not unscaled:
+        unfolded = self._is_unfolded(path)
+        if is_concrete(unfolded) and not unfolded:
             raise ValueError(
-                f"{path}: the range {how!r} needs a histogram of its activation X / s, but these statistics, which "
-                "fold_stats derived, have that of X; calibrate the smoothed parameters: calibrate(fn, smoothed, "
-                "batches, histogram=True), as smoothquant does"
+                f"{path}: the range {how!r} needs a histogram of its activation X / s, but these "
+                "statistics, which fold_stats derived, have that of X; calibrate the smoothed "
+                "parameters: calibrate(fn, smoothed, batches, histogram=True), as smoothquant does"
             )
-        return jnp.where(unscaled, find_range(self.histogram[path], how, fmt), jnp.float32(jnp.nan))
+        return jnp.where(unfolded, find_range(self.histogram[path], how, fmt), jnp.float32(jnp.nan))
 
-    def _unscaled(self, path: str) -> Any:
-        """Whether `fold_stats` has left a site's activation as it was."""
-        s = [
-            self.folded[g.name]
-            for g in self.graph.groups
-            if any(path == site for site, _ in g.sites)
-        ]
-        if all(is_concrete(x) for x in s):
-            return all((np.asarray(x) == 1).all() for x in s)
-        return jnp.all(jnp.concatenate(s) == 1)
+    def _is_unfolded(self, path: str) -> Any:
+        """Whether `fold_stats` has left a site's activation as it was: every s is 1 there."""
+        folded = []
+        for group in self.graph.groups:
+            if path in dict(group.sites):
+                folded.append(self.folded[group.name])
+        if all(is_concrete(s) for s in folded):
+            return all((np.asarray(s) == 1).all() for s in folded)
+        return jnp.all(jnp.concatenate(folded) == 1)
 
 
 def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
-    """max over outputs of |W| for every channel of the site: float32, the channels' shape."""
-    return _absmax(leaf, (*site.batch, *site.axes))
+    """max |W_j| over all outputs, for every channel j of a site: float32, the channels' shape.
+
+    Example: a leaf of shape (3 layers, 8 inputs, 5 outputs) that is contracted along its axis 1
+    gives (3, 8).
+    """
+    return _absmax_along(leaf, site.channel_axes)
 
 
 @partial(jax.jit, static_argnums=1)
-def _absmax(x: ArrayLike, kept: tuple[int, ...]) -> Array:
-    first = jnp.moveaxis(jnp.abs(x).astype(jnp.float32), kept, range(len(kept)))
-    return jnp.max(first, axis=tuple(range(len(kept), jnp.ndim(x))))
+def _absmax_along(x: ArrayLike, kept: tuple[int, ...]) -> Array:
+    """max |x| over all axes but `kept`, which come in that order."""
+    magnitude = jnp.abs(x).astype(jnp.float32)
+    kept_first = jnp.moveaxis(magnitude, kept, range(len(kept)))
+    return jnp.max(kept_first, axis=tuple(range(len(kept), jnp.ndim(x))))

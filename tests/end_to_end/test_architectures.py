@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import sqjax as sq
 from sqjax._trees import map_named, named_leaves
-from sqjax.calibration.calibrate import shared_arrays
+from sqjax.calibration.analysis import shared_arrays
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program

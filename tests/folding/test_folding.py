@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import sqjax as sq
 from sqjax._trees import named_leaves
-from sqjax.calibration.calibrate import shared_arrays
+from sqjax.calibration.analysis import shared_arrays
 from sqjax.folding import labels as lab
 from sqjax.folding import search as closure
 from sqjax.folding.certificate import certify

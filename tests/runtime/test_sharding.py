@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sqjax as sq
-from sqjax.calibration.calibrate import shared_arrays
+from sqjax.calibration.analysis import shared_arrays
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
 from sqjax.folding.sites import find_heads, find_sites

@@ -1,0 +1,187 @@
+"""`Analysis`: what calibration finds in a program, found once for each function and set of shapes.
+
+Tracing a large model takes seconds, and finding the keys of its attention longer still. So the
+proof, the recording and the comparison of batches of other shapes all read the same `Analysis`, and
+`Analyses` makes no second one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sqjax._trees import PyTree, named_leaves
+from sqjax.folding.attention_keys import Keys, find_keys
+from sqjax.folding.find_graph import find_graph
+from sqjax.folding.graph import Graph, Group, Site
+from sqjax.folding.groups import Survey
+from sqjax.folding.sites import Place
+from sqjax.program.facts import Program
+from sqjax.program.trace import is_array, trace
+
+Fn = Callable[..., Any]
+#: The arguments of a function after params.
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A function as a program, and what calibration observes in it.
+
+    Attributes:
+        survey: the program and its sites.
+        keys: where scales can move between keys and queries; empty where nobody asked for them.
+        stated: {site: leaves that shall absorb its scale}: the groups that the user states by hand.
+    """
+
+    survey: Survey
+    keys: Sequence[Keys]
+    stated: Mapping[str, Sequence[str]]
+
+    @property
+    def program(self) -> Program:
+        """The traced function."""
+        return self.survey.program
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """The matmuls of an activation with a leaf. Several of them may read one site."""
+        return self.survey.places
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Everything that is observed: the sites, and the keys."""
+        of_places = [place.site for place in self.places]
+        of_keys = [key.site for key in self.keys]
+        return frozenset([*of_places, *of_keys])
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What can be folded: searched for when first asked for, because recording needs none."""
+        return find_graph(self.survey, self.keys, self.stated)
+
+
+class Analyses:
+    """Makes the analyses of functions that share parameters: each alone, and all together.
+
+    A function alone is what runs on one of its batches. Only the analysis of all together tells
+    what may be folded, because a leaf that one function could absorb a scale into may be read by
+    another one. For a single function the two are the same, and it is traced once.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[Fn],
+        params: PyTree,
+        first_batches: Sequence[Arguments],
+        stated: Mapping[str, Sequence[str]],
+        attention: bool,
+    ):
+        self.functions, self.params, self.first_batches = functions, params, first_batches
+        self.stated, self.attention = stated, attention
+        self._shared = shared_arrays(params)
+        self._alone: dict[tuple[int, str], Analysis] = {}
+
+    def alone(self, which: int, args: Arguments, number: int) -> Analysis:
+        """The analysis of one function on batch `number`: made once for batches of its shapes."""
+        key = which, shapes_of(args)
+        if key not in self._alone:
+            self._alone[key] = self._analysis(self.functions[which], args, number)
+        return self._alone[key]
+
+    def together(self, which: int, args: Arguments, number: int) -> Analysis:
+        """The analysis of all functions: `which` on batch `number`, the others on their first."""
+        if len(self.functions) == 1:
+            return self.alone(0, args, number)
+        batches = [*self.first_batches]
+        batches[which] = args
+
+        def every(params: PyTree, *batches: Arguments) -> list[Any]:
+            return [fn(params, *args) for fn, args in zip(self.functions, batches, strict=True)]
+
+        return self._analysis(every, tuple(batches), number)
+
+    def _analysis(self, fn: Fn, args: Arguments, number: int) -> Analysis:
+        survey = Survey.of(traced_program(fn, self.params, args, number), self._shared)
+        keys = find_keys(survey) if self.attention else []
+        return Analysis(survey, keys, self.stated)
+
+
+def shapes_of(args: Arguments) -> str:
+    """The shapes, dtypes and static values of arguments, as a text that can be a key.
+
+    Two batches with the same text have the same program. Example: a batch of 2 x 5 float32 numbers
+    and a flag gives "(ShapedArray(float32[2,5]), True)".
+    """
+    return str(jax.tree.map(lambda x: jax.typeof(x) if is_array(x) else x, args))
+
+
+def traced_program(fn: Fn, params: PyTree, args: Arguments, number: int) -> Program:
+    """The program of fn(params, *args).
+
+    Raises:
+        ValueError: fn fails on these arguments; it names the batch and its shapes.
+    """
+    try:
+        traced, _ = trace(fn, params, args, {})
+    except Exception as error:
+        shapes = jax.tree.map(lambda x: jnp.shape(x) if is_array(x) else x, args)
+        raise ValueError(
+            f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; "
+            "a batch is one argument, or a tuple of fn's arguments after params. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return Program(traced)
+
+
+def shared_arrays(params: PyTree) -> dict[str, str]:
+    """{path: another path} of leaves that are one and the same array.
+
+    Example: {"embed": table, "head": table, "norm": gain} gives {"embed": "head", "head": "embed"}.
+    Such leaves can not be scaled apart from each other, because the user's function may rely on
+    their being one.
+    """
+    paths, leaves, _ = named_leaves(params)
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        other = first.setdefault(id(leaf), path)
+        if other != path:
+            shared[path] = other
+            shared[other] = path
+    return shared
+
+
+def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
+    """The graph without the groups that are not in `other`, the graph of batch `number`.
+
+    The sites of a lost group are refused. Two groups are the same one if folding them does the same
+    to the parameters and to the statistics.
+    """
+    there = {_effect(group, other) for group in other.groups}
+    kept: list[Group] = []
+    lost: list[Group] = []
+    for group in graph.groups:
+        same = _effect(group, graph) in there
+        (kept if same else lost).append(group)
+
+    reasons = dict(other.refused)
+    refused = [*graph.refused]
+    for group in lost:
+        for path, _ in group.sites:
+            reason = reasons.get(path, "its group is another there")
+            refused.append((path, f"it does not fold in the program of batch {number}: {reason}"))
+
+    names = {group.name for group in kept}
+    keys = tuple(key for key in graph.keys if key.path in names)
+    return graph._replace(groups=tuple(kept), refused=tuple(refused), keys=keys)
+
+
+def _effect(group: Group, graph: Graph) -> tuple[Any, ...]:
+    """What folding a group does: how channels and elements scale, and the c of c + leaf."""
+    offset_of = dict(graph.offsets)
+    offsets = tuple(offset_of.get(path) for path, _ in group.leaves)
+    return group.sites, group.leaves, offsets

@@ -1,0 +1,121 @@
+"""`Recorder`: running totals of what the sites see, batch after batch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sqjax._trees import check_finite
+from sqjax.calibration.analysis import Analyses, Analysis, Arguments, common_groups, shapes_of
+from sqjax.calibration.observe import Observation, combine, observe
+from sqjax.calibration.stats import Stats, weight_absmax
+from sqjax.folding.apply import leaves_by_path
+from sqjax.folding.graph import Graph, Site
+from sqjax.numerics.ranges import Histogram
+from sqjax.program.trace import array_leaves
+
+#: {site: what it saw}.
+Totals = dict[str, Observation]
+
+
+class Recorder:
+    """A calibration under way.
+
+    Attributes:
+        graph: what can be folded in the programs of all batches so far.
+        totals: {path: what that site, or these keys, saw in all batches so far}.
+    """
+
+    def __init__(
+        self,
+        analyses: Analyses,
+        graph: Graph,
+        mask: Callable[..., Any] | None,
+        histogram: bool,
+    ):
+        self.graph = graph
+        self._analyses, self._mask, self._histogram = analyses, mask, histogram
+        self._recorded = frozenset((*graph.sites, *graph.keys))
+        self._expected: dict[int, frozenset[Site]] = {}
+        self._steps: dict[tuple[int, str], Callable[..., Totals]] = {}
+        self.totals = self._nothing_seen()
+
+    def _nothing_seen(self) -> Totals:
+        histograms = {}
+        if self._histogram:
+            for site in self.graph.sites:
+                stack = site.channels[: len(site.batch)]
+                histograms[site.path] = Histogram.empty(stack)
+        totals = {}
+        for site in sorted(self._recorded):
+            zeros = jnp.zeros(site.channels, jnp.float32)
+            histogram = histograms.get(site.path)
+            totals[site.path] = Observation(zeros, zeros, jnp.int32(0), histogram)
+        return totals
+
+    def record(self, which: int, args: Arguments, number: int) -> None:
+        """Adds what the sites see in batch `number` of function `which`."""
+        key = which, shapes_of(args)
+        if key not in self._steps:
+            self._steps[key] = self._compile(which, args, number)
+        mask = None if self._mask is None else jnp.asarray(self._mask(*args), bool)
+        leaves = jax.tree.leaves(self._analyses.params)
+        self.totals = self._steps[key](self.totals, leaves, array_leaves(args), mask)
+
+    def _compile(self, which: int, args: Arguments, number: int) -> Callable[..., Totals]:
+        """The step for batches of these shapes.
+
+        What does not fold in their program is not folded at all.
+        """
+        analysis = self._analyses.alone(which, args, number)
+        recorded = analysis.sites & self._recorded
+        expected = self._expected.setdefault(which, recorded)
+        missing = sorted(site.path for site in expected - recorded)
+        if missing:
+            raise ValueError(
+                f"calibration batch {number}: {missing[0]} was in the first batch's program, "
+                "not in this one's; fn must use the same weights on every batch"
+            )
+        if number > 0:  # the graph was found in the programs of the first batches
+            there = self._analyses.together(which, args, number).graph
+            self.graph = common_groups(self.graph, there, number)
+        return jax.jit(partial(self._add, analysis))
+
+    def _add(
+        self, analysis: Analysis, totals: Totals, leaves: Any, inputs: Any, mask: Any
+    ) -> Totals:
+        """The totals after one more batch. Sites of other functions stay as they are."""
+        _, observations = observe(analysis, leaves, inputs, mask, self._histogram)
+        added = dict(totals)
+        for site, observation in observations.items():
+            if site in self._recorded:
+                added[site.path] = combine(totals[site.path], observation)
+        return added
+
+    def stats(self) -> Stats:
+        """The totals as `Stats`.
+
+        Raises:
+            ValueError: an activation was NaN or infinite; it names the site.
+        """
+        totals = self.totals
+        absmax = {path: seen.absmax for path, seen in totals.items()}
+        check_finite(absmax, "activation at")
+        leaves = leaves_by_path(self._analyses.params, self.graph)
+        histograms = {}
+        for path, seen in totals.items():
+            if seen.histogram is not None:
+                histograms[path] = seen.histogram
+        return Stats(
+            absmax=absmax,
+            abs_sum={path: seen.abs_sum for path, seen in totals.items()},
+            count={path: seen.tokens for path, seen in totals.items()},
+            weight_absmax={
+                site.path: weight_absmax(site, leaves[site.path]) for site in self.graph.sites
+            },
+            folded={g.name: jnp.ones(g.size, jnp.float32) for g in self.graph.groups},
+            graph=self.graph,
+            histogram=histograms,
+        )
