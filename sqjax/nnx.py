@@ -1,4 +1,7 @@
-"""`sqjax.nnx`: NNX modules as functions, and quantized ones. A face: the code is in `sqjax.layers.nnx`."""
+"""`sqjax.nnx`: NNX modules as functions, and quantized ones.
+
+A face: the code is in `sqjax.layers.nnx` and `sqjax.layers.nnx_functional`.
+"""
 
 from sqjax.layers.nnx import QuantLinear as QuantLinear
 from sqjax.layers.nnx import QuantModule as QuantModule

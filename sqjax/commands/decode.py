@@ -11,11 +11,12 @@ from jaxtyping import Array, Int
 from sqjax.commands.demo import shipped
 from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import smoothquant
-from sqjax.models.cache import CACHE_FORMATS, KVCache
+from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.loading import load
 from sqjax.models.decoding.sampling import likeliest
 from sqjax.models.evaluation.perplexity import perplexity, windows
 from sqjax.models.model import Model, Params
+from sqjax.models.slots import CACHE_FORMATS
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8
 

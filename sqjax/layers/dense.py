@@ -22,30 +22,39 @@ def dense(
     axes: Sequence[int] = (-1,),
     batch: int = 0,
 ) -> Float[Array, "..."]:
-    """x W + b, on the operands that the kernel asks for. `dtype` None: that of x, kernel and bias, promoted.
+    """x W + b, on the operands that the kernel asks for.
+
+    For x (2, 5, 4, 64), axes (2, 3) and a kernel (4, 64, 8) the result is (2, 5, 8). With batch=1
+    and a kernel (2, 4, 64, 8), x[0] meets kernel[0] and x[1] meets kernel[1].
 
     Args:
         x: (*batch, ...).
         kernel: (*batch, *contracted, *features).
         bias: (*batch, *features), or None.
-        dtype: of the product and the sum.
+        dtype: of the product and the sum; None: that of x, kernel and bias, promoted.
         where: the kernel's name in errors.
         axes: the axes of x that are contracted, ascending.
-        batch: how many leading axes of x and of the kernel run in step: one matrix for each of their indices.
+        batch: how many leading axes of x and of the kernel run in step: one matrix for each of
+            their indices.
 
     Returns:
         (*batch, the other axes of x, *features).
     """
     if dtype is None:
         dtype = jnp.promote_types(x.dtype, kernel.dtype)
-        dtype = dtype if bias is None else jnp.promote_types(dtype, bias.dtype)
-    lead, contracted = tuple(range(batch)), tuple(range(batch, batch + len(axes)))
-    dimensions = (tuple(a % x.ndim for a in axes), contracted), (lead, lead)
+        if bias is not None:
+            dtype = jnp.promote_types(dtype, bias.dtype)
+    lead = tuple(range(batch))
+    of_x = tuple(a % x.ndim for a in axes)
+    of_kernel = tuple(range(batch, batch + len(axes)))
+    dimensions = (of_x, of_kernel), (lead, lead)
     y = quantized_dot_general(x.astype(dtype), kernel, dimensions, where).astype(dtype)
     if bias is None:
         return y
-    free = (1,) * (x.ndim - batch - len(axes))
-    return y + bias.astype(dtype).reshape(*bias.shape[:batch], *free, *bias.shape[batch:])
+    # The bias has no axes for the axes of x that are kept: it broadcasts over them.
+    kept = (1,) * (x.ndim - batch - len(axes))
+    wide = bias.astype(dtype)
+    return y + wide.reshape(*bias.shape[:batch], *kept, *bias.shape[batch:])
 
 
 def check_kernel(kernel: Any, shape: tuple[int, ...], where: str, remedy: str) -> QuantWeight:
@@ -56,7 +65,8 @@ def check_kernel(kernel: Any, shape: tuple[int, ...], where: str, remedy: str) -
     """
     if not isinstance(kernel, QuantWeight):
         raise ValueError(
-            f"{where}: expected a QuantWeight, got {type(kernel).__name__} of shape {jnp.shape(kernel)}; {remedy}"
+            f"{where}: expected a QuantWeight, got {type(kernel).__name__} of shape "
+            f"{jnp.shape(kernel)}; {remedy}"
         )
     if kernel.shape != shape:
         raise ValueError(f"{where}: expected shape {shape}, got {kernel.shape}; {remedy}")
@@ -74,37 +84,28 @@ def quantize_kernel(
 ) -> QuantWeight:
     """A kernel (*batch, *contracted, *features), quantized for `dense`; see `quantize_weight`.
 
-    `absmax` and `smoothing` are of shape (*batch, *contracted). Where the scheme has a `smoothing`, s comes from absmax
-    and the kernel; outlier channels are those whose absmax, divided by s, exceeds the scheme's threshold.
+    `absmax` and `smoothing` are of shape (*batch, *contracted). Where the scheme has a
+    `smoothing`, s comes from absmax and the kernel; outlier channels are those whose absmax,
+    divided by s, exceeds the scheme's threshold.
 
     Raises:
-        ValueError: the kernel has no features, a vector is misshapen, the scheme is one for embeddings, or needs an
-            absmax that is missing; names `where`.
+        ValueError: the kernel has no features, a vector is misshapen, the scheme is one for
+            embeddings, or needs an absmax that is missing; names `where`.
     """
     inputs = kernel.shape[: batch + contracted]
-    if kernel.ndim <= len(inputs):
-        expected = [
-            *(f"batch{i}" for i in range(batch)),
-            *(f"inputs{i}" for i in range(contracted)),
-            "features",
-        ]
-        raise ValueError(
-            f"{where}: expected a kernel of shape ({', '.join(expected)}), got {kernel.shape}"
-        )
-    for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
-        if vector is not None and vector.shape != inputs:
-            raise ValueError(f"{where}: expected {name} of shape {inputs}, got {vector.shape}")
+    _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
     scheme.check(where)
     if problem := _problem(scheme, absmax, smoothing):
         raise ValueError(f"{where}: {problem}")
-    absmax = None if absmax is None else absmax.astype(jnp.float32)
+    if absmax is not None:
+        absmax = absmax.astype(jnp.float32)
     if scheme.smoothing is not None and absmax is not None:
-        largest = jnp.max(
-            jnp.abs(kernel.astype(jnp.float32)), axis=tuple(range(len(inputs), kernel.ndim))
-        )
+        features = tuple(range(len(inputs), kernel.ndim))
+        largest = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=features)
         smoothing = smoothing_scales(absmax, largest, scheme.smoothing)
     channels = None
     if scheme.outliers is not None and absmax is not None:
+        # The matmul meets X / s, so that is what must not be too large for int8.
         seen = absmax if smoothing is None else absmax / smoothing
         channels = outlier_channels(where, seen, scheme.outliers, batch)
     lead, sums = tuple(range(batch)), tuple(range(batch, len(inputs)))
@@ -112,16 +113,37 @@ def quantize_kernel(
         return quantize_weight(kernel, sums, scheme, absmax, smoothing, lead, channels)
 
 
+def _check_shapes(
+    kernel: Array,
+    absmax: Array | None,
+    smoothing: Array | None,
+    where: str,
+    contracted: int,
+    batch: int,
+) -> None:
+    """Raises ValueError if the kernel has no features, or a vector has not one entry a channel."""
+    inputs = kernel.shape[: batch + contracted]
+    if kernel.ndim <= len(inputs):
+        names = [f"batch{i}" for i in range(batch)]
+        names += [f"inputs{i}" for i in range(contracted)]
+        expected = ", ".join([*names, "features"])
+        raise ValueError(f"{where}: expected a kernel of shape ({expected}), got {kernel.shape}")
+    for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
+        if vector is not None and vector.shape != inputs:
+            raise ValueError(f"{where}: expected {name} of shape {inputs}, got {vector.shape}")
+
+
 def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> str | None:
+    """Why a single layer can not be quantized so, and what to do instead; None if it can."""
     if scheme.activations == "indices":
         return (
-            "a scheme for embeddings, which meet indices; choose one for matmuls, such as sqjax.W8A8 or sqjax.W8A16 "
-            "(embeddings are quantized by sqjax.quantize)"
+            "a scheme for embeddings, which meet indices; choose one for matmuls, such as "
+            "sqjax.W8A8 or sqjax.W8A16 (embeddings are quantized by sqjax.quantize)"
         )
     if scheme.range != "absmax":
         return (
-            f"a range of {scheme.range!r} comes from histograms, which only sqjax.quantize has; pass the range that x "
-            "is clipped to as absmax, with range='absmax'"
+            f"a range of {scheme.range!r} comes from histograms, which only sqjax.quantize has; "
+            "pass the range that x is clipped to as absmax, with range='absmax'"
         )
     if scheme.smoothing is not None and smoothing is not None:
         return "two smoothings, the scheme's alpha and the given s; leave one out"
@@ -132,7 +154,7 @@ def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> s
             else "a scheme with outliers or smoothing"
         )
         return (
-            f"{kind} needs the activation's absmax from calibration; pass absmax=max |X_j| over data, or choose a "
-            "scheme that measures at run time, such as sqjax.W8A8"
+            f"{kind} needs the activation's absmax from calibration; pass absmax=max |X_j| over "
+            "data, or choose a scheme that measures at run time, such as sqjax.W8A8"
         )
     return None

@@ -4,28 +4,30 @@
     qparams = sqjax.smoothquant(fn, params, [ids])
     logits = jax.jit(sqjax.quantized(fn))(qparams, ids).logits
 
-Some of these classes leave fields of their configuration unread, and would compute something else than the checkpoint
-was trained for without a word. `ASSUMPTIONS` lists those fields, and `from_flax` refuses such a model.
+Some of these classes leave fields of their configuration unread, and would compute something else
+than the checkpoint was trained for without a word. `ASSUMPTIONS` lists those fields, and
+`from_flax` refuses such a model.
 """
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 PyTree = Any
 
-#: Arguments of the classes' __call__ that training needs (without them they run for inference), and one that fn sets.
+#: Arguments of the classes' __call__ that only training needs, and return_dict, which fn sets.
 _NOT_HERE = ("train", "deterministic", "dropout_rng", "return_dict")
 
 
 @dataclass(frozen=True)
 class FlaxFunction:
-    """One of Hugging Face's Flax models without its parameters: a pure function that jit, `calibrate` and others take.
+    """One of Hugging Face's Flax models without its parameters: a pure function.
 
-    Its outputs are the model's own; a cache is among them only if `past_key_values` came in. It runs for inference:
-    no dropout. Equal and of equal hash only with itself, so that jit and `quantized` keep what they compiled.
+    `jax.jit`, `calibrate` and `quantized` take it as it is. Its outputs are the model's own; a
+    cache is among them only if `past_key_values` came in. It runs for inference: no dropout.
+    Equal and of equal hash only with itself, so that jit and `quantized` keep what they compiled.
 
     Attributes:
         model: the model, holding shapes in place of parameters, so that it keeps no memory alive.
@@ -39,35 +41,44 @@ class FlaxFunction:
         """model(*args, params=params, **kwargs): the whole output, or those named in `outputs`.
 
         Raises:
-            ValueError: an argument of training or return_dict is given, or the model has no output of that name.
+            ValueError: an argument of training or return_dict is given, or the model has no
+                output of that name.
         """
-        if given := [name for name in _NOT_HERE if name in kwargs]:
-            raise ValueError(
-                f"{given[0]}: fn runs for inference and returns named outputs; leave this argument out"
-            )
+        for name in _NOT_HERE:
+            if name in kwargs:
+                raise ValueError(
+                    f"{name}: fn runs for inference and returns named outputs; "
+                    "leave this argument out"
+                )
         result = self.model(*args, params=params, return_dict=True, **kwargs)
         if self.outputs is None:
             return result
-        names = (self.outputs,) if isinstance(self.outputs, str) else self.outputs
-        if missing := [name for name in names if result.get(name) is None]:
+        if isinstance(self.outputs, str):
+            self._check_outputs(result, [self.outputs])
+            return result[self.outputs]
+        self._check_outputs(result, self.outputs)
+        return {name: result[name] for name in self.outputs}
+
+    def _check_outputs(self, result: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Raises ValueError if the model's output lacks one of these names."""
+        missing = [name for name in names if result.get(name) is None]
+        if missing:
             raise ValueError(
                 f"{type(self.model).__name__}: outputs {missing}: expected some of {list(result)}"
             )
-        return (
-            result[self.outputs]
-            if isinstance(self.outputs, str)
-            else {name: result[name] for name in names}
-        )
 
     def generate(self, params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        """model.generate(*args, params=params, **kwargs): its loop is one `lax.while_loop`, so it can be jitted.
+        """model.generate(*args, params=params, **kwargs).
 
-        jax.jit(sqjax.quantized(fn.generate), static_argnames="max_new_tokens")(qparams, ids, max_new_tokens=8)
+        Its loop is one `lax.while_loop`, so it can be jitted:
+
+        jax.jit(sqjax.quantized(fn.generate), static_argnames="max_new_tokens")(qparams, ids,
+        max_new_tokens=8)
         """
         settings = kwargs.pop("generation_config", None) or self.model.generation_config
-        return self.model.generate(
-            *args, params=params, generation_config=copy.deepcopy(settings), **kwargs
-        )
+        # The class writes into the settings that it is given, and the model keeps its own.
+        settings = copy.deepcopy(settings)
+        return self.model.generate(*args, params=params, generation_config=settings, **kwargs)
 
 
 def from_flax(
@@ -78,34 +89,40 @@ def from_flax(
     Args:
         model: a `FlaxPreTrainedModel`, such as FlaxOPTForCausalLM.from_pretrained(...).
         params: its parameters, if the model was made with _do_init=False and holds none.
-        outputs: what fn returns: None for the model's whole output, a name such as "logits" for that array, several
-            names for a dict. What is returned can not be scaled: a Whisper that returns `encoder_last_hidden_state`
-            keeps the encoder's last norm from being folded, one that returns its logits does not.
+        outputs: what fn returns: None for the model's whole output, a name such as "logits" for
+            that array, several names for a dict. What is returned can not be scaled: a Whisper
+            that returns `encoder_last_hidden_state` keeps the encoder's last norm from being
+            folded, one that returns its logits does not.
 
     Returns:
         (fn, params), params a nested dict.
 
     Raises:
-        ValueError: model is no `FlaxPreTrainedModel`, or has no parameters; its class ignores a field of its
-            configuration (a `rope_theta`, tied embeddings, ...) and would compute something else than it says.
+        ValueError: model is no `FlaxPreTrainedModel`, or has no parameters; its class ignores a
+            field of its configuration (a `rope_theta`, tied embeddings, ...) and would compute
+            something else than it says.
 
     Example:
         >>> import jax, numpy as np, sqjax as sq
         >>> from transformers import FlaxOPTForCausalLM, OPTConfig
-        >>> sizes = {"hidden_size": 8, "ffn_dim": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
-        >>> model = FlaxOPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=31), _do_init=False)
+        >>> sizes = {"hidden_size": 8, "ffn_dim": 12, "num_attention_heads": 2}
+        >>> lengths = {"num_hidden_layers": 1, "vocab_size": 31, "max_position_embeddings": 16}
+        >>> model = FlaxOPTForCausalLM(OPTConfig(**sizes, **lengths), _do_init=False)
         >>> params = jax.jit(model.init_weights, static_argnums=1)(jax.random.key(0), (1, 1))
         >>> fn, params = sq.models.from_flax(model, params, outputs="logits")
         >>> fn(params, np.array([[1, 2, 3]])).shape
         (1, 3, 31)
     """
     name = type(model).__name__
-    if not any(c.__name__ == "FlaxPreTrainedModel" for c in type(model).__mro__):
+    # By name, because transformers is not imported unless a user has imported it.
+    bases = [base.__name__ for base in type(model).__mro__]
+    if "FlaxPreTrainedModel" not in bases:
         raise ValueError(
-            f"from_flax: expected one of Hugging Face's Flax models (FlaxOPTForCausalLM, ...), got {name}; other "
-            "functions of (params, *inputs) need no conversion"
+            "from_flax: expected one of Hugging Face's Flax models (FlaxOPTForCausalLM, ...), got "
+            f"{name}; other functions of (params, *inputs) need no conversion"
         )
-    if problems := ignored_fields(model):
+    problems = ignored_fields(model)
+    if problems:
         raise ValueError(
             f"{name} would compute something else than its configuration says:\n"
             + "\n".join(problems)
@@ -115,18 +132,20 @@ def from_flax(
         raise ValueError(
             f"{name}: holds no parameters (_do_init=False); pass them: from_flax(model, params)"
         )
-    params = model.params if params is None else params
+    if params is None:
+        params = model.params
     bare = copy.copy(model)
     if initialized:
-        bare.params = (
-            model.params_shape_tree
-        )  # a use of other parameters than those passed in must fail
+        # Shapes can not be computed with, so a use of other parameters than those passed in fails.
+        bare.params = model.params_shape_tree
     return FlaxFunction(bare, outputs), _plain(params)
 
 
 def _plain(tree: PyTree) -> PyTree:
     """Nested dicts in place of other mappings (FrozenDict)."""
-    return {key: _plain(value) for key, value in tree.items()} if hasattr(tree, "items") else tree
+    if not hasattr(tree, "items"):
+        return tree
+    return {key: _plain(value) for key, value in tree.items()}
 
 
 class Assumption(NamedTuple):
@@ -149,19 +168,24 @@ class Assumption(NamedTuple):
 
 def ignored_fields(model: Any) -> list[str]:
     """One line for each field of the model's configuration that its class does not honour."""
-    name, lines = type(model).__name__, []
-    for classes, key, holds, computes, fix in ASSUMPTIONS:
-        value = getattr(model.config, key, None)
-        if (
-            re.match(classes, name)
-            and hasattr(model.config, key)
-            and not holds(value, model.config)
-        ):
-            lines.append(f"  config.{key} = {value!r}: {name} {computes}; {fix}")
+    name, config = type(model).__name__, model.config
+    lines = []
+    for assumption in ASSUMPTIONS:
+        key = assumption.field
+        if not re.match(assumption.classes, name) or not hasattr(config, key):
+            continue
+        value = getattr(config, key)
+        if not assumption.holds(value, config):
+            problem = f"{name} {assumption.computes}; {assumption.fix}"
+            lines.append(f"  config.{key} = {value!r}: {problem}")
     return lines
 
 
+# What a class may take for granted: the `holds` of the table below.
+
+
 def _is(*expected: Any) -> Callable[[Any, Any], bool]:
+    """That the value is one of those expected."""
     return lambda value, config: value in expected
 
 
@@ -177,13 +201,19 @@ def _window_is_never_reached(value: Any, config: Any) -> bool:
     return value is not None and value >= config.max_position_embeddings
 
 
-_LOAD = "read the checkpoint with sqjax.models.load(directory), which honours it or says that it can not"
+# What to do instead: the `fix` of the table.
+_LOAD = (
+    "read the checkpoint with sqjax.models.load(directory), which honours it or says that it can "
+    "not"
+)
 _OWN = "write the model as a function of (params, *inputs) that honours it: sqjax takes any"
+# Names of classes that share their assumptions.
 _ROTARY = "Flax(Llama|Mistral)"
 _ABSOLUTE = "Flax(Bert|Roberta|RobertaPreLayerNorm|XLMRoberta|Electra|Albert)"
 
-#: Read from the classes of transformers 4.57. Fields that only training reads (dropout, layerdrop, initializers) and
-#: fields that change rounding alone (reorder_and_upcast_attn, slow_but_exact, pretraining_tp) are not among them.
+#: Read from the classes of transformers 4.57. Fields that only training reads (dropout, layerdrop,
+#: initializers) and fields that change rounding alone (reorder_and_upcast_attn, slow_but_exact,
+#: pretraining_tp) are not among them.
 ASSUMPTIONS = (
     Assumption(_ROTARY, "rope_theta", _is(None, 10000), "rotates with base 10000", _LOAD),
     Assumption(_ROTARY, "rope_scaling", _is(None), "does not scale its rotary angles", _LOAD),
@@ -211,8 +241,8 @@ ASSUMPTIONS = (
         "sliding_window",
         _window_is_never_reached,
         "masks one token too few when a window is set, and all tokens but the last when none is",
-        "set max_position_embeddings and sliding_window to the longest sequence that is used, if the window is no "
-        "shorter, else " + _LOAD,
+        "set max_position_embeddings and sliding_window to the longest sequence that is used, if "
+        "the window is no shorter, else " + _LOAD,
     ),
     Assumption("FlaxGemma", "rope_theta", _is(None, 10000), "rotates with base 10000", _OWN),
     Assumption("FlaxGemma", "rope_scaling", _is(None), "does not scale its rotary angles", _OWN),

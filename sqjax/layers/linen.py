@@ -14,20 +14,24 @@ from sqjax.weights.schemes import W8A8, Scheme
 
 Initializer = Callable[..., Any]
 
+# The two modules repeat their common fields, because the order of a module's fields is that of
+# its positional arguments: a shared base class would put `axis` and `batch_dims` last.
+
 
 class QuantDense(nn.Module):
     """`nn.Dense` on narrow numbers: y = x W + b, by default with int8 x int8 -> int32 inside.
 
-    A drop-in for `nn.Dense`: the same fields, the same parameter names. Its parameters come from a float layer's by
-    `quantize_dense`; `init` makes random ones. Under `sqjax.quantized` plain `nn.Dense` layers need no replacement.
-    Jittable; differentiable straight through with respect to x and the bias. The kernel is no float array: to train
-    what is around it, take gradients with respect to the float leaves of the tree alone.
+    A drop-in for `nn.Dense`: the same fields, the same parameter names. Its parameters come from
+    a float layer's by `quantize_dense`; `init` makes random ones. Under `sqjax.quantized` plain
+    `nn.Dense` layers need no replacement. Jittable; differentiable straight through with respect
+    to x and the bias. The kernel is no float array: to train what is around it, take gradients
+    with respect to the float leaves of the tree alone.
 
     Attributes:
         features: the number of outputs.
         use_bias: whether there is a bias; it stays float.
-        scheme: how `init` quantizes, with what a static scheme or outliers need to know taken from init's x;
-            parameters that are given carry their own scheme.
+        scheme: how `init` quantizes, with what a static scheme or outliers need to know taken
+            from init's x; parameters that are given carry their own scheme.
         dtype: of the result; by default that of the input and the parameters, promoted.
         param_dtype: of the bias and of the float kernel that `init` draws.
 
@@ -51,26 +55,27 @@ class QuantDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
-        """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (inputs, features)."""
-        kernel = _kernel(self, x, (x.ndim - 1,), 0, (self.features,), "quantize_dense")
-        bias = (
-            self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-            if self.use_bias
-            else None
-        )
+        """Raises ValueError if the kernel is not a `QuantWeight` of shape (inputs, features)."""
+        last = (x.ndim - 1,)
+        kernel = _kernel(self, x, last, 0, (self.features,), "quantize_dense")
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return dense(x, kernel, bias, self.dtype, _name(self))
 
 
 class QuantDenseGeneral(nn.Module):
-    """`nn.DenseGeneral` on narrow numbers: a product over any axes of x, as in the projections of attention.
+    """`nn.DenseGeneral` on narrow numbers: a product over any axes of x, as in attention.
 
-    A drop-in for `nn.DenseGeneral`: the same fields, the same parameter names and shapes. Its parameters come from a
-    float layer's by `quantize_dense_general`; `init` makes random ones. Everything else is as in `QuantDense`.
+    A drop-in for `nn.DenseGeneral`: the same fields, the same parameter names and shapes. Its
+    parameters come from a float layer's by `quantize_dense_general`; `init` makes random ones.
+    Everything else is as in `QuantDense`.
 
     Attributes:
         features: the number of outputs, or one for each of the axes that come out.
         axis: the axis of x that is contracted, or several of them.
-        batch_dims: leading axes of x that have a matrix (with scales of its own) for each of their indices.
+        batch_dims: leading axes of x that have a matrix (with scales of its own) for each of
+            their indices.
         use_bias: whether there is a bias; it stays float.
         scheme: how `init` quantizes; see `QuantDense`.
         dtype: of the result; by default that of the input and the parameters, promoted.
@@ -98,42 +103,52 @@ class QuantDenseGeneral(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Raises ValueError if the axes do not fit x, or the kernel is no `QuantWeight` of the layer's shape."""
+        """Raises ValueError if the axes do not fit x, or the kernel is not one for this layer."""
         features, batch = _several(self.features), len(_several(self.batch_dims))
         axes = _axes(self.axis, self.batch_dims, x.shape, _name(self))
         kernel = _kernel(self, x, axes, batch, features, "quantize_dense_general")
-        lead = x.shape[:batch]
+        shape = (*x.shape[:batch], *features)
 
-        def init(key: Array) -> Array:
-            return self.bias_init(key, (math.prod((*lead, *features)),), self.param_dtype).reshape(
-                *lead, *features
-            )
+        def init_bias(key: Array) -> Array:
+            # nn.DenseGeneral draws a flat bias and reshapes it; the same draw needs the same shape.
+            flat = self.bias_init(key, (math.prod(shape),), self.param_dtype)
+            return flat.reshape(shape)
 
-        bias = self.param("bias", init) if self.use_bias else None
+        bias = self.param("bias", init_bias) if self.use_bias else None
         return dense(x, kernel, bias, self.dtype, _name(self), axes, batch)
 
 
 def _name(module: nn.Module) -> str:
+    """The path of a module's kernel, for errors: "layers/0/query/kernel"."""
     return "/".join((*module.path, "kernel"))
 
 
 def _several(numbers: int | Sequence[int]) -> tuple[int, ...]:
+    """A field that may be one number or several, as a tuple: 8 is (8,)."""
     return tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
 
 
 def _axes(
     axis: int | Sequence[int], batch_dims: int | Sequence[int], shape: tuple[int, ...], where: str
 ) -> tuple[int, ...]:
-    """The contracted axes, ascending: the order in which a kernel has them, whatever the order they are given in."""
+    """The contracted axes, ascending.
+
+    A kernel has them in this order, whatever order they are given in: for x of (3, 4, 5, 64) and
+    axis = (-1, 1) they are (1, 3), and the kernel is (4, 64, *features).
+    """
     asked, batch = _several(axis), sorted(_several(batch_dims))
-    axes = sorted(a % len(shape) for a in asked if -len(shape) <= a < len(shape))
     if batch != list(range(len(batch))):
         raise ValueError(
             f"{where}: expected batch_dims that are the leading axes, 0, 1, ..., got {batch_dims}"
         )
-    if len(set(axes)) < len(asked) or not asked or axes[0] < len(batch):
+    rank = len(shape)
+    in_range = [a % rank for a in asked if -rank <= a < rank]
+    axes = sorted(set(in_range))
+    # An axis that is out of range or named twice is missing here.
+    if len(axes) < len(asked) or not axes or axes[0] < len(batch):
         raise ValueError(
-            f"{where}: expected axis to name axes of x {shape}, each once, no batch axis, got {axis}"
+            f"{where}: expected axis to name axes of x {shape}, each once, no batch axis, "
+            f"got {axis}"
         )
     return tuple(axes)
 
@@ -146,19 +161,24 @@ def _kernel(
     features: tuple[int, ...],
     maker: str,
 ) -> QuantWeight:
-    """The kernel among a module's parameters, (*batch, *contracted, *features): drawn by `init`, or checked."""
+    """The kernel of a module, (*batch, *contracted, *features): drawn by `init`, or checked.
+
+    For heads (3, 5, 4, 64), axes (2, 3) and features (8,) it is (4, 64, 8). `batch` is the number
+    of batch axes, `maker` the function that makes such parameters, for errors.
+    """
     lead, inputs = x.shape[:batch], tuple(x.shape[a] for a in axes)
     shape = (*lead, *inputs, *features)
 
-    def init(key: Array) -> QuantWeight:
-        flat = math.prod((*lead, *inputs)), math.prod(features)
-        kernel = module.kernel_init(key, flat, module.param_dtype).reshape(shape)
-        others = tuple(a for a in range(batch, x.ndim) if a not in axes)
-        absmax = jnp.max(jnp.abs(x), axis=others, initial=0.0)
+    def init_kernel(key: Array) -> QuantWeight:
+        # Flax draws the kernel as one matrix (inputs, outputs); the same draw needs the same shape.
+        matrix = math.prod((*lead, *inputs)), math.prod(features)
+        kernel = module.kernel_init(key, matrix, module.param_dtype).reshape(shape)
+        tokens = tuple(a for a in range(batch, x.ndim) if a not in axes)
+        absmax = jnp.max(jnp.abs(x), axis=tokens, initial=0.0)
         return quantize_kernel(kernel, module.scheme, absmax, None, _name(module), len(axes), batch)
 
     if not module.has_variable("params", "kernel"):
-        return module.param("kernel", init)
+        return module.param("kernel", init_kernel)
     remedy = f"make the parameters with sqjax.linen.{maker}(params)"
     return check_kernel(module.get_variable("params", "kernel"), shape, _name(module), remedy)
 
@@ -177,14 +197,16 @@ def quantize_dense(
     Args:
         params: {"kernel": (inputs, features)} and, if there is one, {"bias": (features,)}.
         scheme: how to quantize.
-        absmax: max |X_j| over calibration data: for static schemes, for outliers and for a scheme with smoothing.
-        smoothing: s_j, for example `sqjax.numerics.smoothing.smoothing_scales(absmax, max|W_j|, alpha)`: the layer computes
-            (X / s) (s W), with s W quantized and the division by s part of the activation's quantizer. A scheme with
-            a smoothing of its own, an alpha, needs none.
+        absmax: max |X_j| over calibration data: for static schemes, for outliers and for a scheme
+            with smoothing.
+        smoothing: s_j, for example `sqjax.numerics.smoothing.smoothing_scales(absmax, max|W_j|,
+            alpha)`: the layer computes (X / s) (s W), with s W quantized and the division by s
+            part of the activation's quantizer. A scheme with a smoothing of its own, an alpha,
+            needs none.
 
     Raises:
-        ValueError: no kernel of rank 2, a misshapen vector, an absmax that the scheme needs and does not get, or a
-            scheme for embeddings.
+        ValueError: no kernel of rank 2, a misshapen vector, an absmax that the scheme needs and
+            does not get, or a scheme for embeddings.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -195,13 +217,12 @@ def quantize_dense(
     kernel = params.get("kernel")
     if kernel is None or kernel.ndim != 2:
         raise ValueError(
-            f"quantize_dense: expected a 'kernel' of shape (inputs, features), got {_shapes(params)}; for a kernel of "
-            "nn.DenseGeneral call quantize_dense_general, for stacked layers jax.vmap(quantize_dense)"
+            "quantize_dense: expected a 'kernel' of shape (inputs, features), got "
+            f"{_shapes(params)}; for a kernel of nn.DenseGeneral call quantize_dense_general, "
+            "for stacked layers jax.vmap(quantize_dense)"
         )
-    return {
-        **params,
-        "kernel": quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense: kernel"),
-    }
+    quantized = quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense: kernel")
+    return {**params, "kernel": quantized}
 
 
 def quantize_dense_general(
@@ -218,7 +239,8 @@ def quantize_dense_general(
     Layers stacked for `nn.scan` or `nn.vmap`: jax.vmap(quantize_dense_general)(params).
 
     Args:
-        params: {"kernel": (*batch, *contracted, *features)} and, if there is one, {"bias": (*batch, *features)}.
+        params: {"kernel": (*batch, *contracted, *features)} and, if there is one, {"bias":
+            (*batch, *features)}.
         scheme: how to quantize. Groups are of consecutive channels of the last contracted axis.
         axis: the layer's field; only how many axes it names counts here: these share the scales.
         batch_dims: the layer's field; each index along these axes has scales of its own.
@@ -226,22 +248,28 @@ def quantize_dense_general(
         smoothing: s_j, (*batch, *contracted); see `quantize_dense`.
 
     Raises:
-        ValueError: as `quantize_dense`; or groups that do not divide the last of several contracted axes.
+        ValueError: as `quantize_dense`; or groups that do not divide the last of several
+            contracted axes.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> params = {"kernel": jnp.ones((4, 8, 16)), "bias": jnp.zeros(16)}
-        >>> sq.linen.quantize_dense_general(params, sq.W8A8, axis=(-2, -1))["kernel"].tensor.values.shape
+        >>> qparams = sq.linen.quantize_dense_general(params, sq.W8A8, axis=(-2, -1))
+        >>> qparams["kernel"].tensor.values.shape
         (16, 4, 8)
     """
     if "kernel" not in params:
         raise ValueError(f"quantize_dense_general: expected a 'kernel', got {_shapes(params)}")
-    counts = len(_several(axis)), len(_several(batch_dims))
-    where = "quantize_dense_general: kernel"
-    return {
-        **params,
-        "kernel": quantize_kernel(params["kernel"], scheme, absmax, smoothing, where, *counts),
-    }
+    kernel = quantize_kernel(
+        params["kernel"],
+        scheme,
+        absmax,
+        smoothing,
+        "quantize_dense_general: kernel",
+        contracted=len(_several(axis)),
+        batch=len(_several(batch_dims)),
+    )
+    return {**params, "kernel": kernel}
 
 
 def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

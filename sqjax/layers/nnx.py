@@ -22,8 +22,9 @@ from sqjax.weights.schemes import W8A8, Scheme
 class QuantModule(nnx.Module):
     """An NNX module that runs another one on quantized parameters; `rebuild` makes it.
 
-    `nnx.state` and `nnx.split` see its parameters below "params": float ones as `nnx.Param`, quantized ones as
-    `QuantParam`. It works under `nnx.jit` and `jax.jit`; its other state is constant.
+    `nnx.state` and `nnx.split` see its parameters below "params": float ones as `nnx.Param`,
+    quantized ones as `QuantParam`. It works under `nnx.jit` and `jax.jit`; its other state is
+    constant.
     """
 
     def __init__(self, fn: Functional, params: PyTree):
@@ -32,13 +33,16 @@ class QuantModule(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """quantized(fn)(params, *args, **kwargs)."""
-        values = jax.tree.map(
-            lambda v: v.get_value(), self.params, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
+        values = jax.tree.map(nnx.Variable.get_value, self.params, is_leaf=_is_variable)
         return quantized(self.fn)(values, *args, **kwargs)
 
 
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
 def _variable(leaf: Any) -> nnx.Variable:
+    """The variable that holds a leaf, of the type by which NNX tells what may be trained."""
     return QuantParam(leaf) if is_quantized(leaf) else nnx.Param(leaf)
 
 
@@ -50,8 +54,8 @@ def rebuild(fn: Callable[..., Any], params: PyTree) -> Any:
         params: its parameters, smoothed or quantized or as they were.
 
     Returns:
-        With float parameters a module of the original class; a Param that was held twice is again. With quantized
-        ones a `QuantModule`, whose call runs `quantized(fn)` on them.
+        With float parameters a module of the original class; a Param that was held twice is
+        again. With quantized ones a `QuantModule`, whose call runs `quantized(fn)` on them.
 
     Raises:
         ValueError: fn is no `functional`, or params are not its module's.
@@ -72,23 +76,27 @@ def rebuild(fn: Callable[..., Any], params: PyTree) -> Any:
             f"rebuild: expected the fn that sqjax.nnx.functional returned, got {type(fn).__name__}"
         )
     module = fn.module(params)
-    held = [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))]
-    return QuantModule(fn, params) if any(map(is_quantized, held)) else module
+    for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        # The original class can not compute with a quantized weight where it expects an array. (A
+        # layer of its own that can, such as QuantLinear, holds it in a QuantParam.)
+        if is_quantized(variable.get_value()):
+            return QuantModule(fn, params)
+    return module
 
 
-_KERNEL_INIT, _BIAS_INIT = (
-    nnx.initializers.lecun_normal(),
-    nnx.initializers.zeros_init(),
-)  # those of nnx.Linear
+# Those of nnx.Linear, so that the same key draws the same layer.
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
 
 
 class QuantLinear(nnx.Module):
     """`nnx.Linear` on narrow numbers: y = x W + b, by default with int8 x int8 -> int32 inside.
 
-    A drop-in for `nnx.Linear`. `from_linear` quantizes a float layer; the constructor draws one, for which it has no
-    data: a static scheme then clips at 1, and nothing is an outlier. Jittable; differentiable straight through. The
-    kernel is a `QuantParam`, which is no `nnx.Param`, the bias an `nnx.Param`: nnx.grad and nnx.Optimizer(...,
-    wrt=nnx.Param) train the bias, and what is around the layer, and leave the kernel. `rebuild` needs no such layer.
+    A drop-in for `nnx.Linear`. `from_linear` quantizes a float layer; the constructor draws one,
+    for which it has no data: a static scheme then clips at 1, and nothing is an outlier.
+    Jittable; differentiable straight through. The kernel is a `QuantParam`, which is no
+    `nnx.Param`, the bias an `nnx.Param`: nnx.grad and nnx.Optimizer(..., wrt=nnx.Param) train the
+    bias, and what is around the layer, and leave the kernel. `rebuild` needs no such layer.
 
     Attributes:
         in_features: the number of inputs.
@@ -119,14 +127,18 @@ class QuantLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        # There are no data: no channel is an outlier, and a static scale covers [-1, 1].
         known = scheme._replace(outliers=None), jnp.ones(in_features), None
         self.kernel = QuantParam(quantize_kernel(kernel, *known, "QuantLinear: kernel"))
-        bias = (
-            nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
-        )
+        bias = None
+        if use_bias:
+            bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         self.bias: nnx.Variable | None = nnx.data(bias)
-        self.in_features, self.out_features, self.use_bias = in_features, out_features, use_bias
-        self.scheme, self.dtype = scheme, dtype
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+        self.scheme = scheme
+        self.dtype = dtype
 
     @classmethod
     def from_linear(
@@ -141,46 +153,56 @@ class QuantLinear(nnx.Module):
         Args:
             linear: the float layer; it is not touched.
             scheme: how to quantize.
-            absmax: max |X_j| over calibration data: for static schemes, for outliers and for a scheme with smoothing.
-            smoothing: s_j, for example `sqjax.numerics.smoothing.smoothing_scales(absmax, max|W_j|, alpha)`: the layer computes
-                (X / s) (s W), with s W quantized and the division by s part of the activation's quantizer. A scheme
-                with a smoothing of its own, an alpha, needs none.
+            absmax: max |X_j| over calibration data: for static schemes, for outliers and for a
+                scheme with smoothing.
+            smoothing: s_j, for example `sqjax.numerics.smoothing.smoothing_scales(absmax,
+                max|W_j|, alpha)`: the layer computes (X / s) (s W), with s W quantized and the
+                division by s part of the activation's quantizer. A scheme with a smoothing of its
+                own, an alpha, needs none.
 
         Raises:
-            ValueError: a kernel of another rank than 2 (map over stacked layers: nnx.vmap(lambda layer: ...)), a
-                misshapen vector, an absmax that the scheme needs and does not get, a scheme for embeddings, or a layer
-                with a `dot_general`, a `promote_dtype` or a `preferred_element_type` of its own.
+            ValueError: a kernel of another rank than 2 (map over stacked layers: nnx.vmap(lambda
+                layer: ...)), a misshapen vector, an absmax that the scheme needs and does not
+                get, a scheme for embeddings, or a layer with a `dot_general`, a `promote_dtype`
+                or a `preferred_element_type` of its own.
         """
         _check_plain(linear)
         given = linear.kernel.get_value()
         if given.ndim != 2:
             raise ValueError(
-                f"from_linear: expected a kernel of shape (inputs, features), got {given.shape}; map over stacked "
-                "layers with nnx.vmap(lambda layer: QuantLinear.from_linear(layer))"
+                "from_linear: expected a kernel of shape (inputs, features), got "
+                f"{given.shape}; map over stacked layers with "
+                "nnx.vmap(lambda layer: QuantLinear.from_linear(layer))"
             )
         kernel = quantize_kernel(given, scheme, absmax, smoothing, "from_linear: kernel")
 
-        def empty() -> QuantLinear:
-            sizes, bias = (linear.in_features, linear.out_features), linear.use_bias
-            return cls(*sizes, use_bias=bias, scheme=scheme, dtype=linear.dtype, rngs=nnx.Rngs(0))
+        def random_layer() -> QuantLinear:
+            return cls(
+                linear.in_features,
+                linear.out_features,
+                use_bias=linear.use_bias,
+                scheme=scheme,
+                dtype=linear.dtype,
+                rngs=nnx.Rngs(0),
+            )
 
-        layer = nnx.eval_shape(empty)
+        # eval_shape draws nothing: the random values would be thrown away.
+        layer = nnx.eval_shape(random_layer)
         layer.kernel = QuantParam(kernel)
         layer.bias = nnx.data(None if linear.bias is None else linear.bias.copy())
         return layer
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
-        """Raises ValueError if the kernel is not a `QuantWeight` of logical shape (in_features, out_features)."""
+        """Raises ValueError if the kernel is no `QuantWeight` of (in_features, out_features)."""
         remedy = "make the layer with sqjax.nnx.QuantLinear.from_linear(linear)"
-        kernel = check_kernel(
-            self.kernel.get_value(), (x.shape[-1], self.out_features), "kernel", remedy
-        )
-        return dense(
-            x, kernel, None if self.bias is None else self.bias.get_value(), self.dtype, "kernel"
-        )
+        expected = (x.shape[-1], self.out_features)
+        kernel = check_kernel(self.kernel.get_value(), expected, "kernel", remedy)
+        bias = None if self.bias is None else self.bias.get_value()
+        return dense(x, kernel, bias, self.dtype, "kernel")
 
 
 def _check_plain(linear: nnx.Linear) -> None:
+    """Raises ValueError if a layer computes its product in a way of its own."""
     plain = {
         "dot_general": jax.lax.dot_general,
         "promote_dtype": promote_dtype,
@@ -189,5 +211,6 @@ def _check_plain(linear: nnx.Linear) -> None:
     for name, default in plain.items():
         if getattr(linear, name) is not default:
             raise ValueError(
-                f"from_linear: the layer has a {name} of its own, which int8 would drop; keep it in float"
+                f"from_linear: the layer has a {name} of its own, which int8 would drop; "
+                "keep it in float"
             )

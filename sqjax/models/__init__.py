@@ -1,19 +1,19 @@
-"""Decoder language models that read real checkpoints: the Llama family, generation, a key/value cache, evaluation.
+"""Decoder language models that read real checkpoints: the Llama family, and what runs it.
 
     model, params = sqjax.models.load("smollm2-135m")
-    logits = model.apply(params, ids)                              # (batch, tokens, vocab)
-    answer = sqjax.models.generate(model, params, "The capital of France is", 32, cache="int8").texts[0]
+    logits = model.apply(params, ids)  # (batch, tokens, vocab)
+    prompt = "The capital of France is"
+    answer = sqjax.models.generate(model, params, prompt, 32, cache="int8").texts[0]
 
-    fn, params = sqjax.models.from_flax(hugging_face_flax_model)   # any of its classes, run as it is
+    fn, params = sqjax.models.from_flax(hugging_face_flax_model)  # any of its classes
 
 `model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
 
-May import `weights`, `runtime`, `layers`, `numerics`, `files`, and the small helpers `sqjax._*`; never `folding`,
-`calibration` or `methods`: a model is quantized like any other function.
+May import `weights`, `runtime`, `layers`, `numerics`, `files`, and the small helpers `sqjax._*`;
+never `folding`, `calibration` or `methods`: a model is quantized like any other function.
 """
 
 from sqjax.layers.hf_flax import from_flax as from_flax
-from sqjax.models.cache import CacheFormat as CacheFormat
 from sqjax.models.checkpoints.loading import load as load
 from sqjax.models.decoding.generation import Generated as Generated
 from sqjax.models.decoding.generation import generate as generate
@@ -26,5 +26,6 @@ from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
 from sqjax.models.llama import LlamaConfig as LlamaConfig
 from sqjax.models.model import Model as Model
+from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers

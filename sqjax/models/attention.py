@@ -1,40 +1,75 @@
-"""Causal attention with grouped queries and rotary positions, over float vectors or over a quantized cache."""
+"""Causal attention with grouped queries and rotary positions, over a float or a quantized cache.
+
+Grouped queries: consecutive query heads share one key head and one value head, so that the cache
+is small. With 6 query heads and 2 key heads, query heads 0, 1 and 2 read key head 0, and query
+heads 3, 4 and 5 read key head 1.
+
+A quantized cache is read as it is stored, because a float copy of it would take four times its
+memory traffic on every step. See `_product` for how int8 codes are multiplied.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
-from sqjax.models.cache import Slots, changed_queries, integers
+from sqjax.models.slots import Slots, changed_queries, integers
 from sqjax.numerics.formats import scale_from_absmax, to_format
 
-#: Queries that are read at once: each block of them looks at no slot beyond its own last token.
+#: How many queries are read at once. See `attend` for why queries are read in blocks.
 BLOCK = 128
 
-Table = tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]]
+#: What one unit of a high digit is worth in units of the low one. A rounding to a high digit
+#: leaves at most half a unit of it, which is 127 units of the low digit: all that int8 holds.
+LOW = 254.0
+
+
+class RotaryTable(NamedTuple):
+    """Cosine and sine of the angle by which each pair of channels turns, for some positions."""
+
+    cos: Float[Array, "rows tokens half"]
+    sin: Float[Array, "rows tokens half"]
 
 
 def rotary_table(
     positions: Int[Array, "rows tokens"], head_dim: int, theta: float, dtype: DTypeLike
-) -> Table:
-    """Cosine and sine of position * theta^(-2i / head_dim), the angle by which pair i of a head turns.
+) -> RotaryTable:
+    """Cosine and sine of position * theta^(-2i / head_dim).
 
-    Computed in float32. The barrier keeps the compiler from computing them again for every head of every layer.
+    That is the angle by which pair i of a head turns; see `rotate` for the pairs. With head_dim =
+    4 and theta = 10000 there are two pairs. At position 3 pair 0 turns by 3 and pair 1 by 3 /
+    100, in radians. The angles are computed in float32.
     """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions.astype(jnp.float32)[:, :, None] * (theta**-exponents)[None, None, :]
-    return jax.lax.optimization_barrier(
-        (jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype))
-    )
+    wide = positions.astype(jnp.float32)[:, :, None]
+    frequencies = theta**-exponents
+    angles = wide * frequencies[None, None, :]
+    cos = jnp.cos(angles).astype(dtype)
+    sin = jnp.sin(angles).astype(dtype)
+    table = RotaryTable(cos, sin)
+    # Without the barrier the compiler computes the table again for every head of every layer,
+    # because it fuses the cosines into the products that read them.
+    return jax.lax.optimization_barrier(table)
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], table: Table
+    x: Float[Array, "batch tokens heads head_dim"], table: RotaryTable
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns each pair (x_i, x_{i + head_dim/2}) by its angle: the rotary embedding in halves."""
-    cos, sin = (half[:, :, None, :] for half in table)
+    """Turns each pair (x_i, x_{i + head_dim/2}) by its angle: the rotary embedding in halves.
+
+    A head (a, b, c, d) has the pairs (a, c) and (b, d). With the angles s and t it becomes
+    (a cos s - c sin s, b cos t - d sin t, c cos s + a sin s, d cos t + b sin t). Then the product
+    of a query and a key depends on their positions by the difference alone. RoFormer (Su et al.
+    2021, arXiv 2104.09864) pairs neighbours; Llama checkpoints are stored for halves.
+    """
+    # One angle serves all heads of a token.
+    cos = table.cos[:, :, None, :]
+    sin = table.sin[:, :, None, :]
     left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    return jnp.concatenate(turned, axis=-1)
 
 
 def visible(
@@ -46,7 +81,13 @@ def visible(
 ) -> Bool[Array, "rows tokens slots"]:
     """Whether each of the tokens that were just written may look at each slot.
 
-    A token looks at itself and at what came before it, but for padding, and for what lies outside its window.
+    A token looks at itself and at the tokens before it, except padding and what lies outside its
+    window.
+
+    Without a window, token n is in slot n. With one, the slots are a ring: token n is in slot
+    n modulo `slots`, so of all tokens that were ever written to a slot it holds the latest. For
+    window 3 and 4 slots, after 4 tokens (0 to 3) and now 2 more (4 and 5), the slots hold tokens
+    4, 5, 2, 3. Token 4 looks at 2, 3, 4: slots 2, 3, 0. Token 5 looks at 3, 4, 5: slots 3, 0, 1.
 
     Args:
         length: how many tokens had been written before these.
@@ -57,8 +98,10 @@ def visible(
     """
     own = (length + jnp.arange(tokens, dtype=jnp.int32))[:, None]
     held = jnp.arange(slots, dtype=jnp.int32)
-    if window is not None:  # of all tokens that ever went into a slot it holds the latest
+    if window is not None:
         last = length + jnp.int32(tokens - 1)
+        # The latest token up to `last` whose number is this slot's, modulo the number of slots.
+        # It is negative where no token was written yet.
         held = last - (last - held) % jnp.int32(slots)
     held = held[None, :]
     seen = (held >= 0) & (held <= own)
@@ -74,53 +117,85 @@ def attend(
     mask: Bool[Array, "rows tokens slots"],
     in_order: bool,
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v, where ``heads / kv_heads`` consecutive query heads share a key head.
+    """softmax(q k^T / sqrt(head_dim)) v.
 
-    The query heads of a group are further rows of one matrix, so keys and values are never repeated in memory. The
-    softmax is computed in float32. Queries are taken in blocks: if slots lie `in_order`, the last token being at most
-    in the last slot, no block computes what all of its queries are forbidden to see at the end.
+    ``heads / kv_heads`` consecutive query heads share a key head. The softmax is computed in
+    float32. Queries are read in blocks of `BLOCK`, because a causal mask forbids about half of
+    all scores: with `in_order` slots a block reads the slots up to its own last token only. For 6
+    tokens, 6 slots and blocks of 2, the three blocks read the first 2, 4 and 6 slots.
+
+    Args:
+        queries: rotated already.
+        keys: rotated already.
+        values: as many slots as keys.
+        mask: what each token may look at, as `visible` gives it; one row may serve the batch.
+        in_order: whether later tokens are in later slots, so that the last token is at most in
+            the last slot. False for a ring, of which every block must read all slots.
     """
     tokens, slots = mask.shape[1:]
-    mixed = []
+    blocks = []
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
         end = slots - tokens + last if in_order else slots
         seen = mask[:, first:last, :end]
-        mixed.append(
-            _attend_block(queries[:, first:last], keys.first(end), values.first(end), seen)
-        )
-    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
+        block = queries[:, first:last]
+        blocks.append(_attend_block(block, keys.first(end), values.first(end), seen))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _attend_block(queries: Array, keys: Slots, values: Slots, mask: Array) -> Array:
+    """Attention of one block of queries.
+
+    The query heads that share a key head become further rows of one matrix, so that keys and
+    values are never repeated in memory. For 5 tokens with 6 query heads of 8 channels, over 2 key
+    heads and 21 slots:
+
+        queries (batch, 5, 6, 8)     rows (batch, 2, 3 * 5, 8): 3 query heads share a key head
+        scores  (batch, 2, 15, 21)   (batch, 2, 3, 5, 21), to which the mask (rows, 5, 21) applies
+        mixed   (batch, 2, 15, 8)    (batch, 5, 6, 8)
+    """
     batch, tokens, heads, head_dim = queries.shape
-    kv_heads, (rows, _, slots) = keys.codes.shape[1], mask.shape
-    grouped = (queries * head_dim**-0.5).reshape(
-        batch, tokens, kv_heads, heads // kv_heads, head_dim
-    )
-    grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    by_token = (batch, kv_heads, heads // kv_heads, tokens)
-    scores = _scores(grouped, keys).reshape(*by_token, slots)
-    scores = jnp.where(mask.reshape(rows, 1, 1, tokens, slots), scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    kv_heads, slots = keys.codes.shape[1], mask.shape[2]
+    sharing = heads // kv_heads
+    row_count = sharing * tokens
+
+    scaled = queries * head_dim**-0.5
+    by_key_head = scaled.reshape(batch, tokens, kv_heads, sharing, head_dim)
+    by_key_head = by_key_head.transpose(0, 2, 3, 1, 4)
+    rows = by_key_head.reshape(batch, kv_heads, row_count, head_dim)
+
+    by_token = (batch, kv_heads, sharing, tokens)
+    scores = _scores(rows, keys).reshape(*by_token, slots)
+    allowed = mask.reshape(mask.shape[0], 1, 1, tokens, slots)
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+
+    # The largest score is subtracted because exp would overflow without. The softmax does not
+    # depend on it, so no gradient goes through it.
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1)[..., None]
-    mixed = (
-        _mix(weights.reshape(batch, kv_heads, -1, slots), values).reshape(*by_token, head_dim)
-        / total
-    )
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(queries.shape).astype(queries.dtype)
+    mixed = _mix(weights.reshape(batch, kv_heads, row_count, slots), values)
+    # Divided after the product, which takes head_dim divisions for each query and not one a slot.
+    mixed = mixed.reshape(*by_token, head_dim) / total
+    tokens_first = mixed.transpose(0, 3, 1, 2, 4)
+    return tokens_first.reshape(queries.shape).astype(queries.dtype)
 
 
 def _scores(
     rows: Float[Array, "batch kv_heads rows head_dim"], keys: Slots
 ) -> Float[Array, "batch kv_heads rows slots"]:
-    """rows k^T in float32, but for a constant of each row. The scales of slots go to the products."""
+    """rows k^T in float32, up to a constant of each row, which changes no softmax.
+
+    A slot's key is codes * scale. The product is taken with the codes and multiplied by the
+    scale, because a scale belongs to a column of the product.
+    """
     rows = changed_queries(keys, rows)
     if keys.scale is None:
         rows = rows.astype(keys.codes.dtype)
         return jnp.einsum("bkrd,bksd->bkrs", rows, keys.codes, preferred_element_type=jnp.float32)
     codes = integers(keys)
-    rows = rows.astype(jnp.float32).reshape(*rows.shape[:3], *codes.shape[3:])
+    groups = codes.shape[3:]
+    rows = rows.astype(jnp.float32).reshape(*rows.shape[:3], *groups)
     products = _product("bkrd,bksd->bkrs", rows.transpose(0, 1, 3, 2, 4), codes)
     return jnp.sum(products * _by_group(keys.scale), axis=2)
 
@@ -128,7 +203,11 @@ def _scores(
 def _mix(
     weights: Float[Array, "batch kv_heads rows slots"], values: Slots
 ) -> Float[Array, "batch kv_heads rows head_dim"]:
-    """weights v in float32. The scales of slots go to the weights."""
+    """weights v in float32.
+
+    A slot's value is codes * scale. Here the sum runs over slots, so the scales can not wait for
+    the product: they multiply the weights.
+    """
     if values.scale is None:
         weights = weights.astype(values.codes.dtype)
         return jnp.einsum(
@@ -136,14 +215,17 @@ def _mix(
         )
     weights = weights[:, :, None] * _by_group(values.scale)
     products = _product("bkrs,bksd->bkrd", weights, integers(values))
-    return products.transpose(0, 1, 3, 2, 4).reshape(*products.shape[:2], products.shape[3], -1)
+    batch, kv_heads, _, rows, _ = products.shape
+    groups_last = products.transpose(0, 1, 3, 2, 4)
+    return groups_last.reshape(batch, kv_heads, rows, -1)
 
 
 def _by_group(
     scale: Float[Array, "batch kv_heads slots groups"],
 ) -> Float[Array, "batch kv_heads groups 1 slots"]:
-    """The scales of slots as factors of products, or of rows, group by group."""
-    return scale.astype(jnp.float32).transpose(0, 1, 3, 2)[:, :, :, None, :]
+    """The scales of slots, in the layout of products: an axis of groups, one row for all rows."""
+    groups_first = scale.astype(jnp.float32).transpose(0, 1, 3, 2)
+    return groups_first[:, :, :, None, :]
 
 
 def _product(
@@ -153,36 +235,45 @@ def _product(
 ) -> Float[Array, "batch kv_heads groups rows m"]:
     """rows times codes in float32, group by group: int8 x int8 -> int32 where codes are integers.
 
-    Each row is then two digits of int8, so that nearly all of the error is the cache's: rows that are probabilities
-    often have one large entry (the first token's) and many small ones, which one digit would round to zero.
+    Float rows can not meet int8 codes in an integer product, so each row is written in two int8
+    digits (`two_digits`). One digit would not do: attention's weights often have one large entry
+    (the first token's) and many small ones, all of which one digit would round to zero. With two
+    digits nearly all of the error is the cache's own. The high digits and the low digits are
+    rows of one product, because the codes, which are large, are then read once.
     """
     batch, kv_heads, slots, groups, group = codes.shape
-    if groups == 1:  # no axis of size 1, for which the compiler would transpose the codes
+    if groups == 1:
+        # For an axis of size 1 the compiler would transpose the codes, so it is dropped.
         codes = codes.reshape(batch, kv_heads, slots, group)
     else:
-        codes = codes.transpose(0, 1, 3, 2, 4).reshape(batch, kv_heads * groups, slots, group)
+        # Groups become a batch axis of the product, because each has scales of its own.
+        codes = codes.transpose(0, 1, 3, 2, 4)
+        codes = codes.reshape(batch, kv_heads * groups, slots, group)
     flat = rows.reshape(batch, kv_heads * groups, *rows.shape[3:])
     if not jnp.issubdtype(codes.dtype, jnp.integer):
+        # float8 has no integer product: the codes are widened to float32, which is exact.
         out = jnp.einsum(equation, flat, codes.astype(jnp.float32))
     else:
         digits, scale = two_digits(flat)
-        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32).astype(
-            jnp.float32
-        )
-        high, low = jnp.split(sums, 2, axis=2)
+        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32)
+        high, low = jnp.split(sums.astype(jnp.float32), 2, axis=2)
         out = (high + low / LOW) * scale
     return out.reshape(batch, kv_heads, groups, *out.shape[2:])
-
-
-#: A low digit counts so many times less than a high one: the rest of a rounding is at most 127 of them.
-LOW = 254.0
 
 
 def two_digits(
     rows: Float[Array, "*lead rows n"],
 ) -> tuple[Int8[Array, "*lead rows2 n"], Float[Array, "*lead rows 1"]]:
-    """Rows as scale * (high + low / 254), off by at most scale / 508: all high digits, then all low ones."""
+    """Rows as scale * (high + low / 254), off by at most scale / 508.
+
+    The row (1, 0.003) has the scale 1/127, the high digits (127, 0) and the low digits (0, 97):
+    97 / 254 / 127 = 0.003007. By the high digits alone 0.003 would be 0.
+
+    Returns:
+        (digits, scale): all rows of high digits, then all rows of low ones; a scale for each row.
+    """
     scale = scale_from_absmax(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
     high = to_format(rows, scale)
-    low = to_format(rows / scale - high.astype(jnp.float32), jnp.float32(1 / LOW))
+    remainder = rows / scale - high.astype(jnp.float32)
+    low = to_format(remainder, jnp.float32(1 / LOW))
     return jnp.concatenate([high, low], axis=-2), scale

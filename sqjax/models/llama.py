@@ -1,4 +1,4 @@
-"""The Llama family of decoder language models in Flax linen, with Hugging Face's parameter names."""
+"""The Llama family of decoder models in Flax linen, with Hugging Face's parameter names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,39 +12,45 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sqjax.models.attention import Table, attend, rotary_table, rotate, visible
-from sqjax.models.cache import KVCache, Slots, write
+from sqjax.models.attention import RotaryTable, attend, rotary_table, rotate, visible
+from sqjax.models.cache import KVCache, write
 from sqjax.models.fusing import fused_name
+from sqjax.models.slots import Slots
 from sqjax.models.stacking import check_layers, layer_of
 
 LayerCache = tuple[Slots, Slots]
 
 
-class Place(NamedTuple):
+class Positions(NamedTuple):
     """Where the tokens that are read stand, the same for every layer.
 
+    For a row of 5 slots that begins with 2 tokens of padding, of which 3 tokens are in the cache
+    and 1 is read now: start = 3, in_row = 1 (padding does not count), and the mask lets the token
+    look at the slots 2 and 3.
+
     Attributes:
-        table: cosines and sines of their positions.
+        rotary: cosines and sines of their positions.
         mask: (rows, tokens, slots), what each may look at.
         start: how many tokens the cache held before.
-        positions: (rows, tokens), of the tokens in their rows; negative for padding.
+        in_row: (rows, tokens), the tokens' positions in their rows; negative for padding.
     """
 
-    table: Table
+    rotary: RotaryTable
     mask: Array
     start: Array
-    positions: Array
+    in_row: Array
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The sizes of a Llama model. Hashable, so that it may be a static argument of `jax.jit`.
 
-    A token looks at the ``sliding_window`` latest tokens, itself included; at all of them where that is None.
+    A token looks at the ``sliding_window`` latest tokens, itself included; at all of them where
+    that is None.
 
     Raises:
-        ValueError: if a size is not positive, the query heads are not a multiple of the key/value heads, or
-            ``head_dim`` is odd (the rotary embedding pairs its two halves).
+        ValueError: if a size is not positive, the query heads are not a multiple of the key/value
+            heads, or ``head_dim`` is odd (the rotary embedding pairs its two halves).
     """
 
     vocab_size: int
@@ -63,34 +69,40 @@ class LlamaConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        sizes = (
+        positive = (
             "vocab_size",
             "hidden_size",
             "intermediate_size",
             "num_layers",
             "num_heads",
             "num_kv_heads",
+            "head_dim",
+            "max_length",
+            "rope_theta",
         )
-        for name in (*sizes, "head_dim", "max_length", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"LlamaConfig.{name}: expected a positive number, got {getattr(self, name)}"
-                )
+        for name in positive:
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"LlamaConfig.{name}: expected a positive number, got {value}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(
-                f"LlamaConfig.sliding_window: expected at least 1 or None, got {self.sliding_window}"
+                "LlamaConfig.sliding_window: expected at least 1 or None, "
+                f"got {self.sliding_window}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"LlamaConfig.num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, "
-                f"got {self.num_heads}"
+                "LlamaConfig.num_heads: expected a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}, got {self.num_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig.head_dim: expected an even number, got {self.head_dim}")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32, returned in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    Computed in float32, returned in x's dtype.
+    """
 
     eps: float
 
@@ -102,20 +114,26 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        return (normed * weight.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+        gain = weight.astype(jnp.float32)[None, None, :]
+        return (normed * gain).astype(x.dtype)
 
 
 def _projections(
     module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool
 ) -> list[Array]:
-    """The outputs of several Dense layers of x, by name: in one matmul, if the parameters hold them as one (`fuse`)."""
-    together = fused_name(tuple(sizes))
-    if not module.has_variable("params", together):
-        return [nn.Dense(size, use_bias=use_bias, name=name)(x) for name, size in sizes.items()]
+    """The outputs of several Dense layers that read the same x, in the order of `sizes`.
+
+    `sizes` is {name: number of outputs}. If `sqjax.models.fuse` has stored the layers as one, one
+    matmul computes all outputs, side by side. With sizes 48, 16 and 16 they are split at 48 and
+    64.
+    """
+    fused = fused_name(tuple(sizes))
+    dense = partial(nn.Dense, use_bias=use_bias)
+    if not module.has_variable("params", fused):
+        return [dense(size, name=name)(x) for name, size in sizes.items()]
     ends = np.cumsum(list(sizes.values()))
-    return jnp.split(
-        nn.Dense(int(ends[-1]), use_bias=use_bias, name=together)(x), ends[:-1], axis=-1
-    )
+    outputs = dense(int(ends[-1]), name=fused)(x)
+    return jnp.split(outputs, ends[:-1], axis=-1)
 
 
 class Attention(nn.Module):
@@ -125,35 +143,39 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens hidden"], place: Place, cache: LayerCache | None
+        self, x: Float[Array, "batch tokens hidden"], positions: Positions, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
         """Returns the output, and the updated cache if there was one."""
         config = self.config
-
-        counts = {
-            "q_proj": config.num_heads,
-            "k_proj": config.num_kv_heads,
-            "v_proj": config.num_kv_heads,
+        batch, tokens, _ = x.shape
+        sizes = {
+            "q_proj": config.num_heads * config.head_dim,
+            "k_proj": config.num_kv_heads * config.head_dim,
+            "v_proj": config.num_kv_heads * config.head_dim,
         }
-        sizes = {name: count * config.head_dim for name, count in counts.items()}
         flat = _projections(self, x, sizes, config.attention_bias)
-        queries, keys, values = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in flat)
-        queries, keys = rotate(queries, place.table), rotate(keys, place.table).swapaxes(1, 2)
+        heads = (batch, tokens, -1, config.head_dim)
+        queries, keys, values = (outputs.reshape(heads) for outputs in flat)
+        queries = rotate(queries, positions.rotary)
+        # From here on keys and values are (batch, kv_heads, tokens, head_dim), as a cache has them.
+        keys = rotate(keys, positions.rotary).swapaxes(1, 2)
         values = values.swapaxes(1, 2)
+
         in_order = cache is None or config.sliding_window is None
-        looked_at = Slots(keys), Slots(values)
-        if cache is not None:
-            # Behind the barrier it is read as it is stored: XLA:CPU would write it again for each matmul that reads it.
-            looked_at = cache = jax.lax.optimization_barrier(
-                (
-                    write(cache[0], keys, place.start, place.positions, not in_order),
-                    write(cache[1], values, place.start, place.positions, not in_order),
-                )
+        if cache is None:
+            read = Slots(keys), Slots(values)
+        else:
+            ring = not in_order
+            written = (
+                write(cache[0], keys, positions.start, positions.in_row, ring),
+                write(cache[1], values, positions.start, positions.in_row, ring),
             )
-        mixed = attend(queries, *looked_at, place.mask, in_order).reshape(*x.shape[:2], -1)
-        return nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")(
-            mixed
-        ), cache
+            # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
+            # again for each matmul that reads it.
+            read = cache = jax.lax.optimization_barrier(written)
+        mixed = attend(queries, *read, positions.mask, in_order).reshape(batch, tokens, -1)
+        output = nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")
+        return output(mixed), cache
 
 
 class MLP(nn.Module):
@@ -166,11 +188,10 @@ class MLP(nn.Module):
         self, x: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch tokens hidden"]:
         config = self.config
-        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         gate, up = _projections(self, x, sizes, config.mlp_bias)
-        return nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")(
-            nn.silu(gate) * up
-        )
+        down = nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")
+        return down(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -179,43 +200,48 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, place: Place, cache: LayerCache | None):
+    def __call__(self, x, positions: Positions, cache: LayerCache | None):
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, name="self_attn")
-        mixed, cache = attention(RMSNorm(eps, name="input_layernorm")(x), place, cache)
+        normed = RMSNorm(eps, name="input_layernorm")(x)
+        mixed, cache = attention(normed, positions, cache)
         x = x + mixed
-        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
+        normed = RMSNorm(eps, name="post_attention_layernorm")(x)
+        x = x + MLP(self.config, name="mlp")(normed)
         return x, cache
 
 
 class Layers(nn.Module):
     """All blocks, unrolled, under the names "0", "1", ...
 
-    They also run from one stack (`sqjax.models.stack_layers`): in a scan, or with a cache one after the other.
+    They also run from one stack (`sqjax.models.stack_layers`). Without a cache the stack is
+    scanned. With one its layers run one after the other, because a cache has arrays of its own for
+    each layer, which a scan can not read.
     """
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, place: Place, cache: KVCache | None):
-        config, held = self.config, self.variables.get("params", {})
+    def __call__(self, x, positions: Positions, cache: KVCache | None):
+        config = self.config
+        held = self.variables.get("params", {})
         stacked = not self.is_initializing() and check_layers(held, config.num_layers)
-        of_stack = Block(config, parent=None).apply
+        # A block that is no submodule of this one: it runs on the parameters that it is given.
+        run_layer = Block(config, parent=None).apply
         if stacked and cache is None:
             return jax.lax.scan(
-                lambda x, layer: of_stack({"params": layer}, x, place, None), x, held
+                lambda x, layer: run_layer({"params": layer}, x, positions, None), x, held
             )
+
         grown = []
         for i in range(config.num_layers):
-            block = (
-                partial(of_stack, {"params": layer_of(held, i)})
-                if stacked
-                else Block(config, name=str(i))
-            )
-            x, layer_cache = block(
-                x, place, None if cache is None else (cache.keys[i], cache.values[i])
-            )
-            grown.append(layer_cache)
+            of_layer = None if cache is None else (cache.keys[i], cache.values[i])
+            if stacked:
+                layer = {"params": layer_of(held, i)}
+                x, new = run_layer(layer, x, positions, of_layer)
+            else:
+                x, new = Block(config, name=str(i))(x, positions, of_layer)
+            grown.append(new)
         if cache is None:
             return x, None
         keys, values = zip(*grown, strict=True)
@@ -223,46 +249,55 @@ class Layers(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm; also gives the embedding matrix's logits for a tied output."""
+    """Embedding, blocks and final norm; and the embedding matrix's logits, for a tied output."""
 
     config: LlamaConfig
 
     def setup(self):
+        """Names the parts as Hugging Face does."""
         config = self.config
         self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
         self.layers = Layers(config)
         self.norm = RMSNorm(config.rms_norm_eps)
 
     def __call__(self, ids: Int[Array, "batch tokens"], cache: KVCache | None):
+        """Each token's hidden state after the final norm; and the cache grown, if there was one."""
         x = self.embed_tokens(ids)
-        x, cache = self.layers(x, _place(self.config, ids.shape[1], cache, x.dtype), cache)
+        positions = _next_positions(self.config, ids.shape[1], cache, x.dtype)
+        x, cache = self.layers(x, positions, cache)
         return self.norm(x), cache
 
     def attend(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens vocab"]:
+        """Logits by the embedding matrix: x E^T."""
         return self.embed_tokens.attend(x)
 
 
-def _place(config: LlamaConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike) -> Place:
+def _next_positions(
+    config: LlamaConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
+) -> Positions:
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
-    start, padding = (
-        (jnp.int32(0), jnp.zeros((1,), jnp.int32))
-        if cache is None
-        else (cache.length, cache.padding)
-    )
-    positions = (start + jnp.arange(tokens, dtype=jnp.int32))[None, :] - padding[:, None]
-    table = rotary_table(jnp.maximum(positions, 0), config.head_dim, config.rope_theta, dtype)
-    slots = tokens if cache is None else cache.capacity
+    if cache is None:
+        start, slots = jnp.int32(0), tokens
+        padding = jnp.zeros((1,), jnp.int32)  # one row, which serves the whole batch
+    else:
+        start, slots = cache.length, cache.capacity
+        padding = cache.padding
+    written_at = start + jnp.arange(tokens, dtype=jnp.int32)
+    in_row = written_at[None, :] - padding[:, None]
+    # Padding has no position. It takes that of the first token; the mask hides it from all others.
+    rotary = rotary_table(jnp.maximum(in_row, 0), config.head_dim, config.rope_theta, dtype)
     mask = visible(start, tokens, slots, padding, config.sliding_window)
-    return Place(table, mask, start, positions)
+    return Positions(rotary, mask, start, in_row)
 
 
 class Llama(nn.Module):
     """A Llama decoder: token ids to the logits of the next token.
 
-    The parameter tree has Hugging Face's names: ``model/layers/0/self_attn/q_proj/kernel`` and so on, kernels
-    in (in, out); ``lm_head/kernel`` only when the embeddings are not tied. Layers may also be one stack, as
-    `sqjax.models.stack_layers` makes it: ``model/layers/self_attn/q_proj/kernel``, (layers, in, out). Everything is
-    computed in the parameters' dtype but norms and softmax, which are computed in float32.
+    The parameter tree has Hugging Face's names: ``model/layers/0/self_attn/q_proj/kernel`` and so
+    on, kernels in (in, out); ``lm_head/kernel`` only when the embeddings are not tied. Layers may
+    also be one stack, as `sqjax.models.stack_layers` makes it:
+    ``model/layers/self_attn/q_proj/kernel``, (layers, in, out). Everything is computed in the
+    parameters' dtype but norms and softmax, which are computed in float32.
     """
 
     config: LlamaConfig
@@ -271,11 +306,12 @@ class Llama(nn.Module):
     def __call__(
         self, ids: Int[Array, "batch tokens"], cache: KVCache | None = None, last: bool = False
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
-        """The logits of every position, or of the last only; and the cache grown, if there was one."""
+        """Logits of every position, or of the last only; and the cache grown, if there was one."""
         decoder = Decoder(self.config, name="model")
         x, cache = decoder(ids, cache)
         if last:
             x = x[:, -1:]
         if self.config.tie_embeddings:
             return decoder.attend(x), cache
-        return nn.Dense(self.config.vocab_size, use_bias=False, name="lm_head")(x), cache
+        head = nn.Dense(self.config.vocab_size, use_bias=False, name="lm_head")
+        return head(x), cache

@@ -1,4 +1,7 @@
-"""A decoder's layers in two forms: apart, named "0", "1", ...; or one stack, every array with an axis of layers."""
+"""A decoder's layers in two forms: apart, named "0", "1", ...; or in one stack.
+
+In a stack every array has a leading axis of layers: two kernels (8, 16) become one (2, 8, 16).
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,25 +15,29 @@ from sqjax._trees import named_leaves
 from sqjax.weights.quant_weight import Outliers, is_quantized
 
 #: What one layer holds: the names by which a stack is known.
-PARTS = {"input_layernorm", "mlp", "post_attention_layernorm", "self_attn"}
+LAYER_PARTS = {"input_layernorm", "mlp", "post_attention_layernorm", "self_attn"}
 
 
 def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters of a `Model` with all layers in one stack: ``model/layers/mlp/up_proj/kernel``, (layers, in, out).
+    """The parameters of a `Model` with all layers in one stack.
 
-    A `Model` runs either form as it is. It scans a stack without a cache, so that the program and the time to compile
-    it do not grow with the number of layers; `sqjax.calibrate` and what follows see one site of so many matrices, and
-    give every layer scales of its own. For decoding layers are faster apart: see `unstack_layers`. Parameters may be
-    float or quantized, or stored by `fuse`; a stack is returned as it is.
+    ``model/layers/mlp/up_proj/kernel`` is then (layers, in, out). A `Model` runs either form as
+    it is. It scans a stack without a cache, so that the program and the time to compile it do not
+    grow with the number of layers; `sqjax.calibrate` and what follows see one site of so many
+    matrices, and give every layer scales of its own. For decoding layers are faster apart: see
+    `unstack_layers`. Parameters may be float or quantized, or stored by `fuse`; a stack is
+    returned as it is.
 
     Raises:
-        ValueError: the layers have other names, or are not all alike in dtypes, shapes and quantization.
+        ValueError: the layers have other names, or are not all alike in dtypes, shapes and
+            quantization.
 
     Example:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, stack_layers
         >>> model = Model(LlamaConfig(32, 8, 16, 3, 2, 1, 4))
-        >>> stack_layers(model.init(jax.random.key(0)))["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
+        >>> params = stack_layers(model.init(jax.random.key(0)))
+        >>> params["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape
         (3, 8, 16)
     """
     layers = _layers_of(params)
@@ -39,16 +46,17 @@ def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
     rows = [layers[str(i)] for i in range(len(layers))]
     for i, row in enumerate(rows):
         _check_alike(rows[0], row, i)
-    return _with_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return _with_layers(params, stack)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The parameters of a `Model` with its layers apart, as `load` gives them: what `stack_layers` undoes.
+    """The parameters of a `Model` with its layers apart, as `load` gives them.
 
-    A matmul can not read its weight out of a stack: on every step the layer's slice would be copied. So `generate`
-    takes a stack apart on every call, and holds a second copy of the layers while it runs. To decode often, or where
-    memory is short, do it once and drop the stack: ``params = unstack_layers(params)``. Layers that are apart are
-    returned as they are.
+    A matmul can not read its weight out of a stack: on every step the layer's slice would be
+    copied. So `generate` takes a stack apart on every call, and holds a second copy of the layers
+    while it runs. To decode often, or where memory is short, do it once and drop the stack:
+    ``params = unstack_layers(params)``. Layers that are apart are returned as they are.
 
     Raises:
         ValueError: the layers have other names, or their arrays are not one stack.
@@ -62,9 +70,9 @@ def unstack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
         ['0', '1', '2']
     """
     layers = _layers_of(params)
-    return (
-        _with_layers(params, _apart(layers, stack_size(layers))) if is_stacked(layers) else params
-    )
+    if not is_stacked(layers):
+        return params
+    return _with_layers(params, _apart(layers, stack_size(layers)))
 
 
 def is_stacked(layers: Mapping[str, Any]) -> bool:
@@ -74,13 +82,14 @@ def is_stacked(layers: Mapping[str, Any]) -> bool:
         ValueError: it is neither that nor layers apart.
     """
     names = set(layers)
-    if names == PARTS:
+    if names == LAYER_PARTS:
         return True
-    if names and names == {str(i) for i in range(len(names))}:
+    numbers = {str(i) for i in range(len(names))}
+    if names and names == numbers:
         return False
     raise ValueError(
-        f"model/layers: expected layers apart, named '0', '1', ... without a gap, or one stack of {sorted(PARTS)}, "
-        f"got {sorted(names)}"
+        "model/layers: expected layers apart, named '0', '1', ... without a gap, or one stack of "
+        f"{sorted(LAYER_PARTS)}, got {sorted(names)}"
     )
 
 
@@ -93,9 +102,10 @@ def check_layers(layers: Mapping[str, Any], count: int) -> bool:
     stacked = is_stacked(layers)
     got = stack_size(layers) if stacked else len(layers)
     if got != count:
+        form = " in a stack" if stacked else ""
         raise ValueError(
-            f"model/layers: expected {count} layers (config.num_layers), got {got}"
-            f"{' in a stack' if stacked else ''}; are they another model's?"
+            f"model/layers: expected {count} layers (config.num_layers), got {got}{form}; "
+            "are they another model's?"
         )
     return stacked
 
@@ -104,65 +114,79 @@ def stack_size(layers: Mapping[str, Any]) -> int:
     """The number of layers in a stack.
 
     Raises:
-        ValueError: an array has another rank or another number of layers than it should; names the leaf.
+        ValueError: an array has another rank or another number of layers than it should; names
+            the leaf.
     """
     paths, leaves, _ = named_leaves(layers, is_leaf=is_quantized)
+    first = leaves[0]
+    size = first.shape[0] if first.ndim else 0
     for path, leaf in zip(paths, leaves, strict=True):
         axes = ("layers", "in", "out") if path.endswith("kernel") else ("layers", "channels")
-        size = leaves[0].shape[0] if leaves[0].ndim else 0
-        first = not is_quantized(leaf) or leaf.tensor.axes[0] == 0
-        if leaf.ndim != len(axes) or leaf.shape[0] != size or not first:
+        # A quantized weight may store its axes in another order, of which layers must be first.
+        layers_first = not is_quantized(leaf) or leaf.tensor.axes[0] == 0
+        if leaf.ndim != len(axes) or leaf.shape[0] != size or not layers_first:
             raise ValueError(
-                f"model/layers/{path}: expected shape ({', '.join(axes)}), stored layers first and as many of them as "
-                f"in model/layers/{paths[0]} {leaves[0].shape}, got {leaf.shape}; make stacks with stack_layers(params)"
+                f"model/layers/{path}: expected shape ({', '.join(axes)}), stored layers first and "
+                f"as many of them as in model/layers/{paths[0]} {first.shape}, got {leaf.shape}; "
+                "make stacks with stack_layers(params)"
             )
     return size
 
 
 def layer_of(layers: Any, i: int) -> Any:
     """Layer i of a stack, every array of it a slice."""
-    return jax.tree.map(partial(_of_leaf, i), layers, is_leaf=is_quantized)
+    return jax.tree.map(partial(_layer_of_leaf, i), layers, is_leaf=is_quantized)
 
 
+# Jitted, because a slice by itself is a compiled program, and a model has hundreds of them.
 @partial(jax.jit, static_argnames="count")
 def _apart(layers: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {str(i): layer_of(layers, i) for i in range(count)}
 
 
-def _of_leaf(i: int, leaf: Any) -> Any:
-    def own(x: Any, rank: int) -> Any:
-        """Its part of an array with `rank` axes after that of layers, which may be missing, or of one entry for all."""
-        if x is None or x.ndim == rank:
-            return x
-        return jax.lax.index_in_dim(x, i if x.shape[0] > 1 else 0, 0, keepdims=False)
-
-    rank = leaf.ndim - 1
+def _layer_of_leaf(i: int, leaf: Any) -> Any:
+    """Layer i of one leaf, a float array or a quantized weight."""
+    rank = leaf.ndim - 1  # of the leaf in one layer
     if not is_quantized(leaf):
-        return own(leaf, rank)
-    parts = {
-        name: own(getattr(leaf.tensor, name), rank)
-        for name in ("values", "scale", "zero", "group_scale")
-    }
+        return _slice(i, rank, leaf)
     outliers = leaf.outliers
+    if outliers is not None:
+        channels = _slice(i, 1, outliers.channels)
+        outliers = Outliers(channels, _slice(i, rank, outliers.weight))
     return replace(
         leaf,
-        tensor=replace(leaf.tensor, **parts),
-        input_scale=own(leaf.input_scale, 0),
-        smoothing=own(leaf.smoothing, leaf.contracted),
-        outliers=None
-        if outliers is None
-        else Outliers(own(outliers.channels, 1), own(outliers.weight, rank)),
+        tensor=jax.tree.map(partial(_slice, i, rank), leaf.tensor),
+        input_scale=_slice(i, 0, leaf.input_scale),
+        smoothing=_slice(i, leaf.contracted, leaf.smoothing),
+        outliers=outliers,
     )
 
 
+def _slice(i: int, rank: int, x: Any) -> Any:
+    """What layer i has of an array that has `rank` axes in one layer.
+
+    With rank 2, (3, 8, 4) gives the entry i, (8, 4). What all layers share is either stored once,
+    (1, 8, 4), which gives that entry, or has no axis of layers, (8, 4), and is returned as it is.
+    """
+    if x is None or x.ndim == rank:
+        return x
+    entry = i if x.shape[0] > 1 else 0
+    return jax.lax.index_in_dim(x, entry, axis=0, keepdims=False)
+
+
 def _layers_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(params.get("model"), Mapping) or not isinstance(
-        params["model"].get("layers"), Mapping
-    ):
+    """What stands under ``model/layers``.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    model = params.get("model")
+    layers = model.get("layers") if isinstance(model, Mapping) else None
+    if not isinstance(layers, Mapping):
         raise ValueError(
             f"params: expected a Model's tree, with model/layers in it, got one of {sorted(params)}"
         )
-    return params["model"]["layers"]
+    return layers
 
 
 def _with_layers(params: Mapping[str, Any], layers: Any) -> dict[str, Any]:
@@ -170,20 +194,26 @@ def _with_layers(params: Mapping[str, Any], layers: Any) -> dict[str, Any]:
 
 
 def _check_alike(first: Any, row: Any, i: int) -> None:
-    """Raises ValueError naming the first leaf that can not be stacked on that of layer 0."""
-    expected, got = (
-        dict(zip(*named_leaves(x, is_leaf=is_quantized)[:2], strict=True)) for x in (first, row)
-    )
-    for path in [*expected, *(got.keys() - expected.keys())]:
-        texts = [_text(leaves[path]) if path in leaves else "nothing" for leaves in (expected, got)]
-        if texts[0] != texts[1]:
+    """Raises ValueError naming the first leaf of layer i that differs in kind from layer 0's."""
+    expected, got = _described(first), _described(row)
+    only_in_row = got.keys() - expected.keys()
+    for path in [*expected, *only_in_row]:
+        want, have = expected.get(path, "nothing"), got.get(path, "nothing")
+        if want != have:
             raise ValueError(
-                f"model/layers/{i}/{path}: expected what layer 0 has, {texts[0]}, got {texts[1]}; only layers that are "
-                "alike make a stack: stack the float parameters, then calibrate and quantize the stack"
+                f"model/layers/{i}/{path}: expected what layer 0 has, {want}, got {have}; only "
+                "layers that are alike make a stack: stack the float parameters, then calibrate "
+                "and quantize the stack"
             )
 
 
-def _text(leaf: Any) -> str:
-    """All that must be alike in a stack."""
-    arrays = ", ".join(f"{x.dtype.name}{list(x.shape)}" for x in jax.tree.leaves(leaf))
-    return f"{arrays} in {jax.tree.structure(leaf)}" if is_quantized(leaf) else arrays
+def _described(layer: Any) -> dict[str, str]:
+    """{path of a leaf: all that must be alike in a stack, such as "float32[8, 4]"}."""
+    texts = {}
+    paths, leaves, _ = named_leaves(layer, is_leaf=is_quantized)
+    for path, leaf in zip(paths, leaves, strict=True):
+        arrays = [f"{x.dtype.name}{list(x.shape)}" for x in jax.tree.leaves(leaf)]
+        text = ", ".join(arrays)
+        # A quantized weight's tree structure tells its format, its group size and its axes.
+        texts[path] = f"{text} in {jax.tree.structure(leaf)}" if is_quantized(leaf) else text
+    return texts

@@ -11,7 +11,7 @@ CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A `tokenizers.Tokenizer` and the id that ends a text (None where the checkpoint names none)."""
+    """A `tokenizers.Tokenizer`, and the id that ends a text (None if the checkpoint has none)."""
 
     backend: Any
     eos_id: int | None
@@ -32,36 +32,39 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         metadata: the GGUF file's fields, ``tokenizer.ggml.*`` among them.
 
     Raises:
-        ValueError: if the file describes another tokenizer (how another one splits text is not written in the
-            file, so it cannot be rebuilt from there).
+        ValueError: if the file describes another tokenizer (how another one splits text is not
+            written in the file, so it cannot be rebuilt from there).
         ImportError: if `tokenizers` is not installed.
     """
     _check_smollm(metadata)
     tokenizers = _import_tokenizers()
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata["tokenizer.ggml.token_type"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    # A merge is written as its two parts with a space between: "ab c" merges "ab" and "c".
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+
     split = tokenizers.pre_tokenizers
-    backend.pre_tokenizer = split.Sequence(
-        [
-            split.Digits(individual_digits=True),
-            split.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = split.Digits(individual_digits=True)
+    byte_level = split.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = split.Sequence([digits, byte_level])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    named = list(zip(tokens, kinds, strict=True))
-    backend.add_special_tokens(
-        [_added(tokenizers, t, special=True) for t, kind in named if kind == CONTROL]
-    )
-    backend.add_tokens(
-        [_added(tokenizers, t, special=False) for t, kind in named if kind == USER_DEFINED]
-    )
+
+    # Both kinds are never split or merged. Only control tokens are left out of decoded text.
+    control, user_defined = [], []
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind == CONTROL:
+            control.append(_added(tokenizers, token, special=True))
+        elif kind == USER_DEFINED:
+            user_defined.append(_added(tokenizers, token, special=False))
+    backend.add_special_tokens(control)
+    backend.add_tokens(user_defined)
     return Tokenizer(backend, metadata.get("tokenizer.ggml.eos_token_id"))
 
 
 def from_directory(directory: Path) -> Tokenizer | None:
-    """Reads ``tokenizer.json`` (None where there is none); the configuration files beside it name the end.
+    """Reads ``tokenizer.json``, None where there is none; the files beside it name the end.
 
     Raises:
         ValueError: if ``tokenizer.json`` cannot be read.
@@ -81,12 +84,18 @@ def from_directory(directory: Path) -> Tokenizer | None:
 
 
 def _check_smollm(metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError if the fields of a GGUF file describe another tokenizer than SmolLM's."""
+    got = {
+        "tokenizer.ggml.model": metadata.get("tokenizer.ggml.model"),
+        "tokenizer.ggml.pre": metadata.get("tokenizer.ggml.pre"),
+        # Files may leave this field out, which says that no token is put before a text.
+        "tokenizer.ggml.add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", False),
+    }
     expected = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.add_bos_token": False,
     }
-    got = {name: metadata.get(name, False if "bos" in name else None) for name in expected}
     if got != expected:
         raise ValueError(
             f"tokenizer in the GGUF file: expected {expected}, got {got}; "
@@ -99,6 +108,11 @@ def _added(tokenizers, token: str, special: bool):
 
 
 def _end_of_text(directory: Path, backend) -> int | None:
+    """The id of the token that ends a text, from the files beside ``tokenizer.json``.
+
+    ``tokenizer_config.json`` names the token; older ones describe it by a dict. Where it does not,
+    ``config.json`` has the id, or a list of ids of which the first is meant.
+    """
     token = _read_json(directory / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
@@ -113,6 +127,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _import_tokenizers():
+    """The `tokenizers` package, imported only where a tokenizer is read because it is optional."""
     try:
         import tokenizers
         import tokenizers.decoders

@@ -284,7 +284,7 @@ def test_errors_say_what_is_wrong():
         ValueError, match=r"expected the fn that sqjax.nnx.functional returned, got function"
     ):
         rebuild(lambda params, x: x, params)
-    with pytest.raises(ValueError, match=r"^pair: a Param of one array is expected, got dict"):
+    with pytest.raises(ValueError, match=r"^pair: expected a Param of one array, got one of dict"):
         functional(Odd())
 
 

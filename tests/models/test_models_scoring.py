@@ -19,11 +19,11 @@ from sqjax.models import (
     loglikelihoods,
     multiple_choice,
 )
-from sqjax.models.cache import CACHE_FORMATS, cache_format
 from sqjax.models.decoding.prompts import stop_ids
 from sqjax.models.evaluation import perplexity
 from sqjax.models.evaluation.harness import cut, rolling_pairs
 from sqjax.models.evaluation.scoring import encode_pair, next_logprobs
+from sqjax.models.slots import CACHE_FORMATS, cache_format
 
 CONFIG = replace(GROUPED, num_layers=1, tie_embeddings=False)
 MODEL = Model(CONFIG, Letters(None, eos_id=60))

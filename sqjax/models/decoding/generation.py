@@ -11,10 +11,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sqjax.models.cache import CacheFormat, KVCache, cache_format
+from sqjax.models.cache import KVCache
 from sqjax.models.decoding.prompts import Prompts, pad_left, prompt_rows, stop_ids
 from sqjax.models.decoding.sampling import Sampling, likeliest, sample
 from sqjax.models.model import Model, Params, TokenIds, cache_for
+from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
 

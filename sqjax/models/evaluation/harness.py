@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqjax.models.cache import CacheFormat
 from sqjax.models.decoding.generation import generate
 from sqjax.models.evaluation.scoring import Pair, encode_pair, loglikelihoods
 from sqjax.models.model import Model, Params
+from sqjax.models.slots import CacheFormat
 
 #: New tokens of a request that does not say how many.
 NEW_TOKENS = 256

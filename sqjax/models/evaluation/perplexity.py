@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
-from sqjax.models.cache import CacheFormat, cache_format
 from sqjax.models.decoding.prompts import check_tokens
 from sqjax.models.evaluation.scoring import next_logprobs
 from sqjax.models.model import Model, Params
+from sqjax.models.slots import CacheFormat, cache_format
 
 
 def windows(

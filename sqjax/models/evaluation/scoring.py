@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sqjax.models.cache import CacheFormat, cache_format
 from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.decoding.prompts import check_tokens, encode_alone
 from sqjax.models.model import Model, Params
+from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
 
