@@ -1,4 +1,8 @@
-"""Quantized trees as arguments of functions that jax.export writes to files: how their structure is written."""
+"""Quantized trees as arguments of functions that `jax.export` writes to files.
+
+jax writes the arrays of a pytree itself. The structure (the static fields of our classes) it asks
+for as bytes, and importing this module tells it how these are written.
+"""
 
 import json
 from dataclasses import fields
@@ -12,34 +16,34 @@ from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
 
-def _static(cls: type) -> list[str]:
-    """The fields that a pytree's structure holds, in the order in which jax has them."""
-    return [f.name for f in fields(cls) if f.metadata.get("static")]
+def _static_fields(cls: type) -> list[str]:
+    """The fields that a pytree's structure holds, in the order in which jax gives their values."""
+    return [field.name for field in fields(cls) if field.metadata.get("static")]
 
 
 def _write_tensor(values: tuple[Any, ...]) -> bytes:
-    named = dict(zip(_static(QTensor), values, strict=True))
-    plain = {**named, "dtype": np.dtype(named["dtype"]).name, "fmt": named["fmt"].name}
-    return json.dumps(plain).encode()
+    named = dict(zip(_static_fields(QTensor), values, strict=True))
+    named["dtype"] = np.dtype(named["dtype"]).name
+    named["fmt"] = named["fmt"].name
+    return json.dumps(named).encode()
 
 
 def _read_tensor(text: bytes) -> tuple[Any, ...]:
-    plain = json.loads(text)
-    named = {
-        "order": tuple(plain["order"]),
-        "dtype": np.dtype(plain["dtype"]),
-        "fmt": FORMATS[plain["fmt"]],
-    }
-    return tuple({**plain, **named}[name] for name in _static(QTensor))
+    named = json.loads(text)
+    named["order"] = tuple(named["order"])
+    named["dtype"] = np.dtype(named["dtype"])
+    named["fmt"] = FORMATS[named["fmt"]]
+    return tuple(named[name] for name in _static_fields(QTensor))
 
 
 def _write_weight(values: tuple[Any, ...]) -> bytes:
-    return json.dumps(dict(zip(_static(QuantWeight), values, strict=True))).encode()
+    named = dict(zip(_static_fields(QuantWeight), values, strict=True))
+    return json.dumps(named).encode()
 
 
 def _read_weight(text: bytes) -> tuple[Any, ...]:
-    plain = json.loads(text)
-    return tuple(plain[name] for name in _static(QuantWeight))
+    named = json.loads(text)
+    return tuple(named[name] for name in _static_fields(QuantWeight))
 
 
 export.register_pytree_node_serialization(

@@ -1,311 +1,367 @@
-"""A parameter tree as JSON and named arrays, and back: the layout of the files of `sqjax.files`.
+"""A parameter tree as JSON and named arrays, and back: the layout of the files of `save`.
 
 A node of the JSON is null (None) or {kind: content}, where the kinds are
 
 - "dict": [[key, node], ...]; "list" and "tuple": [node, ...];
 - "array": [dtype, shape], the array itself being stored under its path in the tree;
-- "QTensor", "QuantWeight", "Outliers": {field: a node, or for the fields that are no arrays the value itself}.
+- "QTensor", "QuantWeight", "Outliers": {field: content}, where the content of a field that holds
+  arrays is a node, and that of any other is the plain value.
+
+For example {"w": [x]} with a float32 x of shape (2, 3), which is stored as "w/0", is
+
+    {"dict": [["w", {"list": [{"array": ["float32", [2, 3]]}]}]]}
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax._trees import is_concrete
-from sqjax.numerics.formats import FORMATS, INT4, Format, container, pack_int4, unpack_int4
+from sqjax.files.arrays import DTYPES, DeclaredArray, as_stored, check_savable, shown
+from sqjax.numerics.formats import FORMATS, INT4, Format, container
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
-#: safetensors' names of the dtypes that its files can hold.
-STORED: dict[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in (
-        *(
-            ("BOOL", np.bool_),
-            ("I8", np.int8),
-            ("I16", np.int16),
-            ("I32", np.int32),
-            ("I64", np.int64),
-        ),
-        *(("U8", np.uint8), ("U16", np.uint16), ("U32", np.uint32), ("U64", np.uint64)),
-        *(("F16", np.float16), ("BF16", jnp.bfloat16), ("F32", np.float32), ("F64", np.float64)),
-        *(("F8_E4M3", jnp.float8_e4m3fn), ("F8_E5M2", jnp.float8_e5m2)),
-    )
-}
-#: The dtypes a tree may have, by their own names; int4 is stored as U8.
-DTYPES: dict[str, np.dtype] = {dtype.name: dtype for dtype in (*STORED.values(), INT4.dtype)}
+# The fields of our classes ------------------------------------------------------------------------
 
 
-class Node(NamedTuple):
-    """The fields of one of sqjax's classes: those that hold arrays or other nodes, and those that are plain values."""
+class Fields(NamedTuple):
+    """The names of a class's fields.
 
-    kind: Any
+    Attributes:
+        nodes: those that hold arrays or other nodes.
+        values: those that hold plain values, which a pytree keeps in its structure.
+    """
+
     nodes: tuple[str, ...]
     values: tuple[str, ...]
 
 
-NODES: dict[str, Node] = {
-    node.kind.__name__: node
-    for node in (
-        Node(
-            QTensor, ("values", "scale", "zero", "group_scale"), ("order", "dtype", "group", "fmt")
-        ),
-        Node(
-            QuantWeight,
-            ("tensor", "input_scale", "smoothing", "outliers"),
-            ("activations", "contracted", "activation_format"),
-        ),
-        Node(Outliers, ("channels", "weight"), ()),
-    )
-}
-
-
-def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-#: The plain values of nodes: whether a JSON is one, and what it becomes.
-VALUES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
-    "order": (lambda v: type(v) is list and all(type(axis) is int for axis in v), tuple),
-    "dtype": (DTYPES.__contains__, DTYPES.__getitem__),
-    "group": (lambda v: v is None or _positive(v), lambda v: v),
-    "fmt": (FORMATS.__contains__, FORMATS.__getitem__),
-    "activations": ((None, *get_args(Activations)).__contains__, lambda v: v),
-    "contracted": (_positive, lambda v: v),
-    "activation_format": (FORMATS.__contains__, lambda v: v),
-}
-#: What to do about nodes that are not kept, by the names of their classes.
-REMEDIES = {
-    "FrozenDict": "save flax.core.unfreeze(tree)",
-    "State": "save flax.nnx.to_pure_dict(state), or the params of sqjax.nnx.functional(module)",
-    **dict.fromkeys(
-        ("bool", "int", "float"), "make it an array that has a dtype: jnp.asarray(x, jnp.float32)"
+FIELDS: dict[type, Fields] = {
+    QTensor: Fields(
+        nodes=("values", "scale", "zero", "group_scale"),
+        values=("order", "dtype", "group", "fmt"),
     ),
+    QuantWeight: Fields(
+        nodes=("tensor", "input_scale", "smoothing", "outliers"),
+        values=("activations", "contracted", "activation_format"),
+    ),
+    Outliers: Fields(nodes=("channels", "weight"), values=()),
 }
 
 
-class Stated(NamedTuple):
-    """What the tree says of one array: its dtype and shape."""
+class PlainValue(NamedTuple):
+    """How a plain value is read from JSON: whether the JSON is one, and what it becomes."""
 
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def stored(self) -> "Stated":
-        """The dtype and shape that it has in the file."""
-        if self.dtype != INT4.dtype:
-            return self
-        *rows, last = self.shape or (1,)
-        return Stated(np.dtype(np.uint8), (*rows, (last + 1) // 2))
-
-    def read(self, opened: BinaryIO, offset: int) -> np.ndarray:
-        """The array, whose bytes begin at an offset."""
-        dtype, shape = self.stored
-        opened.seek(offset)
-        x = (
-            np.fromfile(opened, np.uint8, math.prod(shape) * dtype.itemsize)
-            .view(dtype)
-            .reshape(shape)
-        )
-        if self.dtype == dtype:
-            return x
-        return (
-            unpack_int4(x, (self.shape or (1,))[-1]).reshape(self.shape)
-            if x.size
-            else np.empty(self.shape, dtype)
-        )
+    is_valid: Callable[[Any], bool]
+    decode: Callable[[Any], Any]
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-def described(where: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The JSON of a node; its arrays are put among `tensors` as the file has them."""
-    if node is None:
-        return None
-    kind = type(node).__name__
-    if type(node) is dict:
-        if {type(key) for key in node} not in (set(), {str}, {int}):
-            raise ValueError(
-                f"{named(where)}: expected keys all str or all int, got {list(node)[:5]}; rename them"
-            )
-        return {kind: [[key, described(_below(where, key), x, tensors)] for key, x in node.items()]}
-    if type(node) in (list, tuple):
-        return {kind: [described(_below(where, i), x, tensors) for i, x in enumerate(node)]}
-    if kind in NODES and type(node) is NODES[kind].kind:
-        values = {name: _json(where, name, getattr(node, name)) for name in NODES[kind].values}
-        node = _checked_tensor(where, node, concrete=True) if isinstance(node, QTensor) else node
-        children = {
-            name: described(_below(where, name), getattr(node, name), tensors)
-            for name in NODES[kind].nodes
-        }
-        _check_weight(where, node)
-        return {kind: children | values}
-    if problem := _array_problem(node):
-        raise ValueError(f"{named(where)}: {problem}")
-    if where in tensors or where == "__metadata__":
-        raise ValueError(
-            f"{named(where)}: two leaves have this path, or safetensors keeps it to itself; rename a key"
-        )
-    x = np.asarray(node, order="C")
-    tensors[where] = pack_int4(x.reshape(x.shape or (1,))) if x.dtype == INT4.dtype else x
-    return {"array": [x.dtype.name, list(x.shape)]}
-
-
-def _array_problem(x: Any) -> str | None:
-    """Why a leaf can not be written, and what to do about it."""
-    if not is_concrete(x):
-        return (
-            f"expected an array of numbers, got {type(x).__name__}; save outside jit and eval_shape"
-        )
-    if not isinstance(x, jax.Array | np.ndarray | np.generic):
-        kind = type(x).__name__
-        remedy = "save x._asdict()" if hasattr(x, "_asdict") else "keep what is no array elsewhere"
-        remedy = "save dict(tree)" if isinstance(x, dict) else remedy
-        return (
-            "expected an array, dict, list, tuple, None, QuantWeight or QTensor, "
-            f"got {kind}; {REMEDIES.get(kind, remedy)}"
-        )
-    if isinstance(x, jax.Array) and x.is_deleted():
-        return "the array is deleted (was it donated?); save before that"
-    if x.dtype.name not in DTYPES:
-        return f"expected a dtype among {', '.join(DTYPES)}, got {x.dtype.name}; cast it, or take it out of the tree"
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return "parts of it are on other hosts; gather it first (jax.experimental.multihost_utils.process_allgather)"
-    if getattr(x, "weak_type", False):
-        return f"its {x.dtype.name} is weak, which a file can not say; save x.astype(jnp.{x.dtype.name})"
-    return None
-
-
-def _json(where: str, name: str, value: Any) -> Any:
-    """A plain value as JSON, if `load` will know it."""
-    if isinstance(value, np.dtype | Format):
-        value = value.name if value in (*DTYPES.values(), *FORMATS.values()) else repr(value)
-    value = list(value) if isinstance(value, tuple) else value
-    _value(where, name, value)
+def _as_it_is(value: Any) -> Any:
     return value
 
 
-def named(where: str) -> str:
-    """A path, for errors."""
-    return where or "(the tree itself)"
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0  # `isinstance` would take True for 1
 
 
-def _below(where: str, key: Any) -> str:
+def _is_size_or_none(value: Any) -> bool:
+    return value is None or _is_positive(value)
+
+
+def _is_list_of_axes(value: Any) -> bool:
+    return type(value) is list and all(type(axis) is int for axis in value)
+
+
+_ACTIVATIONS = (None, *get_args(Activations))
+
+#: {name of a field: its plain value}.
+VALUES: dict[str, PlainValue] = {
+    "order": PlainValue(_is_list_of_axes, tuple),
+    "dtype": PlainValue(DTYPES.__contains__, DTYPES.__getitem__),
+    "group": PlainValue(_is_size_or_none, _as_it_is),
+    "fmt": PlainValue(FORMATS.__contains__, FORMATS.__getitem__),
+    "activations": PlainValue(_ACTIVATIONS.__contains__, _as_it_is),
+    "contracted": PlainValue(_is_positive, _as_it_is),
+    "activation_format": PlainValue(FORMATS.__contains__, _as_it_is),
+}
+
+
+def _decoded(path: str, field: str, value: Any) -> Any:
+    """A plain value, from JSON."""
+    plain = VALUES[field]
+    if not plain.is_valid(value):
+        raise ValueError(
+            f"{shown(path)}: expected a known {field}, got {value!r}; quantize the float leaf again"
+        )
+    return plain.decode(value)
+
+
+def _below(path: str, key: Any) -> str:
     """The path of a child, as `sqjax._trees.named_leaves` has it."""
-    return f"{where}/{key}" if where else str(key)
+    return f"{path}/{key}" if path else str(key)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Writing ------------------------------------------------------------------------------------------
 
 
-def built(where: str, node: Any, stated: dict[str, Stated]) -> Any:
-    """The tree of a JSON, with ShapeDtypeStructs of what memory will hold; `stated` gets what the JSON says of each."""
+def to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """The JSON of the node at `path`; every array below it is added to `tensors`, as stored.
+
+    Raises:
+        ValueError: the file can not keep a node, or a quantized weight is not valid; names its
+            path.
+    """
+    if node is None:
+        return None
+    # By the exact type, because a subclass may hold more than its items, which would be lost.
+    kind = _KIND_OF.get(type(node), "array")
+    return {kind: KINDS[kind].to_json(path, node, tensors)}
+
+
+def _dict_to_json(path: str, node: dict[Any, Any], tensors: dict[str, np.ndarray]) -> Any:
+    types = {type(key) for key in node}
+    if types not in (set(), {str}, {int}):
+        raise ValueError(
+            f"{shown(path)}: expected keys all str or all int, got {list(node)[:5]}; rename them"
+        )
+    # Pairs, because the keys of a JSON object are text: integers would not come back.
+    return [[key, to_json(_below(path, key), x, tensors)] for key, x in node.items()]
+
+
+def _items_to_json(path: str, node: Sequence[Any], tensors: dict[str, np.ndarray]) -> Any:
+    return [to_json(_below(path, i), x, tensors) for i, x in enumerate(node)]
+
+
+def _array_to_json(path: str, x: Any, tensors: dict[str, np.ndarray]) -> Any:
+    check_savable(path, x)
+    if path in tensors or path == "__metadata__":
+        raise ValueError(
+            f"{shown(path)}: two leaves have this path, or safetensors keeps it to itself; "
+            "rename a key"
+        )
+    array = np.asarray(x, order="C")
+    tensors[path] = as_stored(array)
+    return [array.dtype.name, list(array.shape)]
+
+
+def _tensor_to_json(path: str, tensor: QTensor, tensors: dict[str, np.ndarray]) -> Any:
+    values = _values_to_json(path, tensor)
+    nodes = _nodes_to_json(path, _tensor_to_save(path, tensor), tensors)
+    return {**nodes, **values}
+
+
+def _weight_to_json(path: str, weight: QuantWeight, tensors: dict[str, np.ndarray]) -> Any:
+    values = _values_to_json(path, weight)
+    nodes = _nodes_to_json(path, weight, tensors)
+    _check_weight(path, weight)
+    return {**nodes, **values}
+
+
+def _nodes_to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """{field: JSON} of the fields that hold arrays or other nodes."""
+    found = {}
+    for name in FIELDS[type(node)].nodes:
+        found[name] = to_json(_below(path, name), getattr(node, name), tensors)
+    return found
+
+
+def _values_to_json(path: str, node: Any) -> dict[str, Any]:
+    """{field: JSON} of the fields that hold plain values, if `load` will know them."""
+    found = {}
+    for name in FIELDS[type(node)].values:
+        found[name] = _plain(getattr(node, name))
+        _decoded(path, name, found[name])  # raises if the value would not come back
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A plain value as JSON has it: dtypes and formats by name, tuples as lists."""
+    if isinstance(value, np.dtype | Format):
+        known = value in DTYPES.values() or value in FORMATS.values()
+        return value.name if known else repr(value)  # an unknown one is shown by the error
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def _tensor_to_save(path: str, tensor: QTensor) -> QTensor:
+    """The tensor, checked, and int4 values as jnp.int4, also where they were stored as int8."""
+    optional = [x for x in (tensor.zero, tensor.group_scale) if x is not None]
+    for x in (tensor.values, tensor.scale, *optional):
+        check_savable(path, x)
+    tensor.check(shown(path))
+    if tensor.fmt != INT4:
+        return tensor
+    values = np.asarray(tensor.values).astype(np.int8)
+    # int8 can hold what a nibble can not, and packing would drop the upper bits silently.
+    if np.any((values < -8) | (values > 7)):
+        found = f"[{values.min()}, {values.max()}]"
+        raise ValueError(
+            f"{shown(path)}: int4 values must be in [-8, 7], got {found}; "
+            "quantize the float leaf again"
+        )
+    return replace(tensor, values=values.astype(INT4.dtype))
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def from_json(path: str, node: Any, declared: dict[str, DeclaredArray]) -> Any:
+    """The tree that a JSON describes, with a ShapeDtypeStruct for each array.
+
+    Args:
+        path: of the node in the tree.
+        node: the JSON.
+        declared: gets {path: what the JSON says} of every array. The ShapeDtypeStruct says what
+            memory will hold, which may be int8 where the JSON says int4.
+
+    Raises:
+        ValueError: the JSON is not one that `to_json` writes, or a weight is not valid; names the
+            path.
+    """
     if node is None:
         return None
     if not isinstance(node, dict) or len(node) != 1:
         raise ValueError(
-            f"{named(where)}: expected a node as {{kind: content}}, got {node!r}; save it again"
+            f"{shown(path)}: expected a node as {{kind: content}}, got {node!r}; save it again"
         )
     [(kind, content)] = node.items()
+    # The content may be any JSON at all: where it is not what the kind asks for, taking it apart
+    # fails with one of these errors.
     try:
-        if kind == "dict":
-            return {key: built(_below(where, key), x, stated) for key, x in content}
-        if kind in ("list", "tuple"):
-            found = [built(_below(where, i), x, stated) for i, x in enumerate(content)]
-            return found if kind == "list" else tuple(found)
-        if kind == "array":
-            dtype, shape = content
-            return _built_array(where, DTYPES[dtype], tuple(shape), stated)
-        return _built_node(where, NODES[kind], content, stated)
+        return KINDS[kind].from_json(path, content, declared)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{named(where)}: the header does not describe a {kind} ({error!r}); save it again"
+            f"{shown(path)}: the header does not describe a {kind} ({error!r}); save it again"
         ) from error
 
 
-def _built_node(where: str, node: Node, content: Any, stated: dict[str, Stated]) -> Any:
-    if unknown := sorted(set(content).difference(node.nodes, node.values)):
-        raise ValueError(
-            f"{named(where)}: expected {(*node.nodes, *node.values)}, got also {unknown}; update sqjax"
-        )
-    children = {name: built(_below(where, name), content[name], stated) for name in node.nodes}
-    values = {name: _value(where, name, content[name]) for name in node.values}
-    made = node.kind(**children, **values)
-    _check_weight(where, made)
-    return _checked_tensor(where, made, concrete=False) if isinstance(made, QTensor) else made
+def _dict_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Any:
+    return {key: from_json(_below(path, key), x, declared) for key, x in content}
 
 
-def _built_array(
-    where: str, dtype: np.dtype, shape: tuple[int, ...], stated: dict[str, Stated]
+def _list_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> list[Any]:
+    return [from_json(_below(path, i), x, declared) for i, x in enumerate(content)]
+
+
+def _tuple_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Any:
+    return tuple(_list_from_json(path, content, declared))
+
+
+def _array_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
 ) -> jax.ShapeDtypeStruct:
-    if where in stated:
-        raise ValueError(f"{named(where)}: two leaves have this path; save it again")
-    stated[where] = Stated(dtype, shape)
-    return jax.ShapeDtypeStruct(shape, dtype)
+    dtype_name, sizes = content
+    array = DeclaredArray(DTYPES[dtype_name], tuple(sizes))
+    if path in declared:
+        raise ValueError(f"{shown(path)}: two leaves have this path; save it again")
+    declared[path] = array
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _value(where: str, name: str, value: Any) -> Any:
-    """A plain value, from JSON."""
-    known, decode = VALUES[name]
-    if not known(value):
-        raise ValueError(
-            f"{named(where)}: expected a known {name}, got {value!r}; quantize the float leaf again"
-        )
-    return decode(value)
+def _tensor_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> QTensor:
+    """The tensor, checked, with the dtype in which this backend holds its values.
+
+    For example int8 for int4 on a CPU: see `sqjax.numerics.formats.container`.
+    """
+    tensor = QTensor(**_fields_from_json(path, QTensor, content, declared))
+    values = tensor.values
+    if values.dtype == tensor.fmt.dtype:
+        held = jax.ShapeDtypeStruct(values.shape, container(tensor.fmt))
+        tensor = replace(tensor, values=held)
+    tensor.check(shown(path))
+    return tensor
 
 
-# Both ----------------------------------------------------------------------------------------------------------------
+def _weight_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> QuantWeight:
+    weight = QuantWeight(**_fields_from_json(path, QuantWeight, content, declared))
+    _check_weight(path, weight)
+    return weight
 
 
-def _checked_tensor(where: str, q: QTensor, concrete: bool) -> QTensor:
-    """A tensor whose invariants hold, int4 values as the file (concrete) or this backend's memory has them."""
-    arrays = [q.values, q.scale, *(x for x in (q.zero, q.group_scale) if x is not None)]
-    if concrete and (problems := [problem for x in arrays if (problem := _array_problem(x))]):
-        raise ValueError(f"{named(where)}: {problems[0]}")
-    if not concrete and q.values.dtype == q.fmt.dtype:
-        q = replace(q, values=jax.ShapeDtypeStruct(q.values.shape, container(q.fmt)))
-    q.check(named(where))
-    return _in_nibbles(where, q) if concrete and q.fmt == INT4 else q
+def _outliers_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Outliers:
+    return Outliers(**_fields_from_json(path, Outliers, content, declared))
 
 
-def _in_nibbles(where: str, q: QTensor) -> QTensor:
-    """int4 values as int4, wherever they were stored."""
-    values = np.asarray(q.values).astype(np.int8)
-    if values.size and not -8 <= values.min() <= values.max() <= 7:
-        found = f"[{values.min()}, {values.max()}]"
-        raise ValueError(
-            f"{named(where)}: int4 values must be in [-8, 7], got {found}; quantize the float leaf again"
-        )
-    return replace(q, values=values.astype(INT4.dtype))
+def _fields_from_json(
+    path: str, cls: type, content: Any, declared: dict[str, DeclaredArray]
+) -> dict[str, Any]:
+    """{field: what it holds} of all fields of a class."""
+    known = (*FIELDS[cls].nodes, *FIELDS[cls].values)
+    unknown = sorted(set(content).difference(known))
+    if unknown:
+        raise ValueError(f"{shown(path)}: expected {known}, got also {unknown}; update sqjax")
+    found = {}
+    for name in FIELDS[cls].nodes:
+        found[name] = from_json(_below(path, name), content[name], declared)
+    for name in FIELDS[cls].values:
+        found[name] = _decoded(path, name, content[name])
+    return found
 
 
-def _check_weight(where: str, node: Any) -> None:
-    """Raises ValueError if a `QuantWeight` is not a valid one beside its tensor."""
-    if isinstance(node, QuantWeight) and (problem := _weight_problem(node)):
-        raise ValueError(
-            f"{named(where)}: not a valid QuantWeight: {problem}; quantize the float leaf again"
-        )
+# Both ---------------------------------------------------------------------------------------------
 
 
-def _weight_problem(weight: QuantWeight) -> str | None:
-    """What is wrong with the parts of a weight beside its tensor."""
-    if not isinstance(weight.tensor, QTensor) or not isinstance(weight.outliers, Outliers | None):
-        return f"expected a QTensor and Outliers or None, got {weight.tensor!r} and {weight.outliers!r}"
+def _check_weight(path: str, weight: QuantWeight) -> None:
+    """Raises ValueError, naming the path, if a weight's parts beside its tensor are not valid."""
+    for find_problem in (_wrong_parts, _wrong_activations, _wrong_dtypes):
+        problem = find_problem(weight)
+        if problem is not None:
+            raise ValueError(
+                f"{shown(path)}: not a valid QuantWeight: {problem}; quantize the float leaf again"
+            )
+
+
+def _wrong_parts(weight: QuantWeight) -> str | None:
+    tensor, outliers = weight.tensor, weight.outliers
+    if not isinstance(tensor, QTensor) or not isinstance(outliers, Outliers | None):
+        return f"expected a QTensor and Outliers or None, got {tensor!r} and {outliers!r}"
     if weight.contracted > weight.ndim:
         return f"expected at most {weight.ndim} contracted axes, got {weight.contracted}"
+    return None
+
+
+def _wrong_activations(weight: QuantWeight) -> str | None:
     if weight.activations == "static" and weight.input_scale is None:
         return "static activations need an input_scale, got none"
-    outliers = weight.outliers or Outliers(None, None)
-    parts = {"input_scale": jnp.float32, "smoothing": jnp.float32}
-    found = [(name, getattr(weight, name), dtype) for name, dtype in parts.items()]
-    for name, x, dtype in (*found, ("channels", outliers.channels, jnp.int32)):
+    return None
+
+
+def _wrong_dtypes(weight: QuantWeight) -> str | None:
+    parts = [
+        ("input_scale", weight.input_scale, jnp.float32),
+        ("smoothing", weight.smoothing, jnp.float32),
+    ]
+    if weight.outliers is not None:
+        parts.append(("channels", weight.outliers.channels, jnp.int32))
+    for name, x, dtype in parts:
         if x is not None and getattr(x, "dtype", None) != dtype:
             return f"{name} must be {jnp.dtype(dtype).name}, got {x!r}"
     return None
+
+
+class Kind(NamedTuple):
+    """A kind of node: the class of its values, and how they are written and read."""
+
+    cls: type | None
+    to_json: Callable[[str, Any, dict[str, np.ndarray]], Any]
+    from_json: Callable[[str, Any, dict[str, DeclaredArray]], Any]
+
+
+#: {kind, as the JSON names it: how it is written and read}.
+KINDS: dict[str, Kind] = {
+    "dict": Kind(dict, _dict_to_json, _dict_from_json),
+    "list": Kind(list, _items_to_json, _list_from_json),
+    "tuple": Kind(tuple, _items_to_json, _tuple_from_json),
+    # What is of no other kind is an array, or refused as one.
+    "array": Kind(None, _array_to_json, _array_from_json),
+    "QTensor": Kind(QTensor, _tensor_to_json, _tensor_from_json),
+    "QuantWeight": Kind(QuantWeight, _weight_to_json, _weight_from_json),
+    "Outliers": Kind(Outliers, _nodes_to_json, _outliers_from_json),
+}
+_KIND_OF = {kind.cls: name for name, kind in KINDS.items()}
