@@ -1,7 +1,13 @@
-"""Quantized arrays among a function's arguments (a key/value cache): how they pass through a program."""
+"""What each primitive does to a quantized cache; a primitive without a rule is refused.
+
+A cache is a quantized array among a function's arguments: int8 values, and scales that have size 1
+along the axes that share one. In the program it is a `Leaf` that holds a `QTensor` stored as it is
+seen (`order` is empty), so the axes of its arrays are those of the equations. A rule is called as
+rule(equation, *operands), and returns an array, or a leaf where the result is quantized still.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,26 +15,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, map_named, named_leaves
+from sqjax.numerics.dots import LONGEST_CONTRACTION
 from sqjax.numerics.formats import INT8, scale_from_absmax, to_format
 from sqjax.program.primitives import COPIES
-from sqjax.program.subprograms import source_of
-from sqjax.program.walk import Leaf
-from sqjax.weights.qtensor import QTensor
+from sqjax.program.registry import Leaf
+from sqjax.runtime.kinds import CACHES, RULES, is_cache, refuse_cache
+from sqjax.runtime.shared_rules import (
+    DimensionNumbers,
+    aligned,
+    barrier,
+    copy,
+    on_either_side,
+    sharded_as_the_result,
+    slices_of,
+)
+from sqjax.weights.qtensor import QTensor, is_tensor
 
 
 def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
-    """A function's key/value cache with int8 arrays: an argument of `quantized(fn)`, which returns it updated.
+    """A function's key/value cache with int8 arrays: an argument of `quantized(fn)`, which returns
+    it updated.
 
-    Every float array of rank 2 or more becomes a `QTensor` with a scale for each index of all axes but the last: for
-    keys and values of shape (batch, slots, heads, head_dim) one for every token and head. Anything else stays.
+    Every float array of rank 2 or more becomes a `QTensor` with a scale for each index of all axes
+    but the last: for keys and values of shape (batch, slots, heads, head_dim) that is one for every
+    token and head. Anything else stays.
 
     Args:
-        cache: the tree that `fn` takes and returns, for example what a Hugging Face Flax model's `init_cache` gives.
+        cache: the tree that `fn` takes and returns, for example what `init_cache` of a Hugging Face
+            Flax model gives.
         pattern: a regular expression searched in the names of the arrays: which to quantize.
 
     Raises:
@@ -41,252 +60,290 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
         ('int8', (1, 8, 2, 1))
     """
     paths, leaves, _ = named_leaves(cache)
-    able = [
-        p
-        for p, x in zip(paths, leaves, strict=True)
-        if jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
-    ]
+    able = [path for path, x in zip(paths, leaves, strict=True) if _can_be_quantized(x)]
     found = first_matches([pattern], able, "quantize_cache pattern")
-    chosen = {path for path, which in found.items() if which is not None}
+    chosen = {path for path, match in found.items() if match is not None}
     if not chosen:
-        raise ValueError(f"quantize_cache: expected float arrays of rank 2 or more, got {paths}")
-    return map_named(
-        lambda path, x: QTensor.quantize(jnp.asarray(x), (-1,)) if path in chosen else x, cache
-    )
+        raise ValueError(
+            f"quantize_cache: expected float arrays of rank 2 or more, got {paths}; give it the "
+            "tree that holds the keys and values"
+        )
+
+    def quantized(path: str, x: Any) -> Any:
+        return QTensor.quantize(jnp.asarray(x), (-1,)) if path in chosen else x
+
+    return map_named(quantized, cache)
 
 
-def is_cache(x: Any) -> bool:
-    """Whether this is a leaf that stands for a quantized argument."""
-    return isinstance(x, Leaf) and isinstance(x.value, QTensor)
+def _can_be_quantized(x: Any) -> bool:
+    return jnp.ndim(x) > 1 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def cache_leaf(name: str, x: QTensor) -> Leaf:
-    """A quantized argument on its way through the program, stored as it is seen.
+def cache_leaves(
+    names: Sequence[str], arguments: Sequence[Any], inputs: Sequence[Any]
+) -> list[Any]:
+    """The program's inputs as the rules take them: quantized arrays as leaves with their names.
+
+    The inputs are those of the arguments that are arrays or stand for one, in the same order, so
+    their quantized arrays are the same ones.
+    """
+    named = zip(names, arguments, strict=True)
+    leaves = iter([_cache_leaf(name, x) for name, x in named if is_tensor(x)])
+    return [next(leaves) if is_tensor(x) else x for x in inputs]
+
+
+def _cache_leaf(name: str, x: QTensor) -> Leaf:
+    """A quantized argument as the rules take it: stored as it is seen.
 
     Raises:
         ValueError: it is no int8 array with plain scales.
     """
     x.check(name)
-    if x.fmt != INT8 or x.group is not None or x.zero is not None or x.group_scale is not None:
+    plain = x.group is None and x.zero is None and x.group_scale is None
+    if x.fmt != INT8 or not plain:
         raise ValueError(
-            f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, got {x}"
+            f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, "
+            f"got {x}"
         )
-    return _of(Leaf(name, x), x.values.transpose(x.axes), x.scale.transpose(x.axes))
+    return _changed(Leaf(name, x), x.values.transpose(x.axes), x.scale.transpose(x.axes))
 
 
-def refuse(equation: JaxprEqn, *operands: Any) -> Any:
-    """Raises ValueError: the primitive has no rule for a quantized argument."""
-    leaf = next(x for x in operands if is_cache(x))
-    raise ValueError(
-        f"{leaf.path}: a quantized argument, but `{equation.primitive.name}` at {source_of(equation)} has no rule for "
-        "quantized values; keep this array in float"
-    )
+def _changed(leaf: Leaf, values: Array, scale: Array) -> Leaf:
+    """The leaf with other arrays."""
+    return Leaf(leaf.path, replace(leaf.value, values=values, scale=scale, order=()))
 
 
-def _of(leaf: Leaf, values: Array, scale: Array, **changes: Any) -> Leaf:
-    return Leaf(leaf.path, replace(leaf.value, values=values, scale=scale, order=(), **changes))
+# Movements ----------------------------------------------------------------------------------------
 
 
-def _both(change: Callable[[JaxprEqn, Array], Array]) -> Callable[..., Any]:
-    """A rule that does the same to values and scales, whose axes of size 1 stay so."""
-
-    def rule(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-        return _of(leaf, *(change(equation, x) for x in (leaf.value.values, leaf.value.scale)))
-
-    return rule
+@RULES.register(("transpose",), CACHES)
+def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    permutation = equation.params["permutation"]
+    values, scale = leaf.value.values, leaf.value.scale
+    return _changed(leaf, values.transpose(permutation), scale.transpose(permutation))
 
 
-def _transpose(equation: JaxprEqn, x: Array) -> Array:
-    return x.transpose(equation.params["permutation"])
+@RULES.register(("squeeze",), CACHES)
+def _squeeze(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    axes = equation.params["dimensions"]
+    values, scale = leaf.value.values, leaf.value.scale
+    return _changed(leaf, lax.squeeze(values, axes), lax.squeeze(scale, axes))
 
 
-def _squeeze(equation: JaxprEqn, x: Array) -> Array:
-    return lax.squeeze(x, equation.params["dimensions"])
-
-
-def _copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-    return leaf
-
-
-def barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
-    """optimization_barrier of several values: it stands before the arrays of the quantized ones too."""
-    return list(lax.optimization_barrier(operands))
-
-
+@RULES.register(("convert_element_type",), CACHES)
 def _convert(equation: JaxprEqn, leaf: Leaf) -> Any:
+    """A cast to another float dtype changes what the cache stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return refuse(equation, leaf)
+        return refuse_cache(equation, leaf)
     return Leaf(leaf.path, replace(leaf.value, dtype=jnp.dtype(dtype)))
 
 
+@RULES.register(("broadcast_in_dim",), CACHES)
 def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-    """Also the repetition of key/value heads over their queries."""
+    """Values and scales are repeated alike, but a scale stays of size 1 where one is shared.
+
+    This is also how key/value heads are repeated for their queries: values (batch, slots, 2, 16)
+    with scales (batch, slots, 2, 1), broadcast to (batch, slots, 2, 4, 16), get scales (batch,
+    slots, 2, 4, 1).
+    """
     shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
-    scale = leaf.value.scale
-    of_scale = [
-        n if a not in axes else (1 if scale.shape[axes.index(a)] == 1 else n)
-        for a, n in enumerate(shape)
-    ]
-    return _of(
+    values, scale = leaf.value.values, leaf.value.scale
+    scale_shape = list(shape)
+    for size, axis in zip(scale.shape, axes, strict=True):
+        if size == 1:
+            scale_shape[axis] = 1
+    return _changed(
         leaf,
-        lax.broadcast_in_dim(leaf.value.values, shape, axes),
-        lax.broadcast_in_dim(scale, of_scale, axes),
+        lax.broadcast_in_dim(values, shape, axes),
+        lax.broadcast_in_dim(scale, scale_shape, axes),
     )
 
 
+@RULES.register(("reshape",), CACHES)
 def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
+    """Where no axes are mixed that share their scales and that do not: see `QTensor.reshape`."""
     result: Any = equation.outvars[0].aval
-    found = None if equation.params["dimensions"] is not None else leaf.value.reshape(result.shape)
+    permuted = equation.params["dimensions"] is not None
+    found = None if permuted else leaf.value.reshape(result.shape)
     if found is None:
-        return refuse(equation, leaf)
-    moved = [x.transpose(found.axes) for x in (found.values, found.scale)]
-    return _of(leaf, *moved)
+        return refuse_cache(equation, leaf)
+    # `QTensor.reshape` may store axes of size 1 first; a cache is stored as it is seen.
+    return _changed(leaf, found.values.transpose(found.axes), found.scale.transpose(found.axes))
 
 
-def _slice(equation: JaxprEqn, leaf: Leaf) -> Any:
-    params = equation.params
-    strides = params["strides"] or (1,) * leaf.value.ndim
-    cuts = [
-        slice(*cut)
-        for cut in zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    ]
-    return Leaf(leaf.path, leaf.value.slice(cuts))
+# Parts of a cache, and what is written to it ------------------------------------------------------
 
 
+@RULES.register(("slice",), CACHES)
+def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    # Never None, as a slice of groups would be, because a cache has none.
+    return Leaf(leaf.path, leaf.value.slice(slices_of(equation)))
+
+
+@RULES.register(("dynamic_slice",), CACHES)
 def _dynamic_slice(equation: JaxprEqn, leaf: Any, *starts: Any) -> Any:
+    """The same slice of values and scales, but all of a scale that an axis shares."""
     if not is_cache(leaf) or any(isinstance(x, Leaf) for x in starts):
-        return refuse(equation, leaf, *starts)
-    sizes, scale = equation.params["slice_sizes"], leaf.value.scale
-    of_scale = [min(n, m) for n, m in zip(sizes, scale.shape, strict=True)]
-    return _of(
+        return refuse_cache(equation, leaf, *starts)
+    values, scale = leaf.value.values, leaf.value.scale
+    sizes = equation.params["slice_sizes"]
+    return _changed(
         leaf,
-        lax.dynamic_slice(leaf.value.values, starts, sizes),
-        lax.dynamic_slice(scale, _at(starts, scale), of_scale),
+        lax.dynamic_slice(values, starts, sizes),
+        lax.dynamic_slice(scale, _scale_starts(starts, scale), _scale_sizes(sizes, scale)),
     )
 
 
-def _at(starts: Any, scale: Array) -> list[Any]:
-    """Where to begin along the axes of a scale: those of size 1 have one place only."""
+def _scale_starts(starts: Any, scale: Array) -> list[Any]:
+    """Where a slice begins in a scale: at 0 along the axes that share one entry."""
     return [x if n > 1 else jnp.zeros_like(x) for x, n in zip(starts, scale.shape, strict=True)]
 
 
+def _scale_sizes(sizes: Any, scale: Array) -> list[int]:
+    """The shape of the scales of values of these sizes: 1 along the axes that share one entry."""
+    return [min(n, m) for n, m in zip(sizes, scale.shape, strict=True)]
+
+
+@RULES.register(("dynamic_update_slice",), CACHES)
 def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
-    """New tokens are quantized as they are written: a scale for every index of the axes that have them."""
+    """New tokens are quantized as they are written, with scales along the axes that have them.
+
+    For example a cache (batch, slots, heads, 16) with scales (batch, slots, heads, 1) gets one
+    token (batch, 1, heads, 16): its absmax over the last axis gives scales (batch, 1, heads, 1).
+    """
     if not is_cache(leaf) or any(isinstance(x, Leaf) for x in starts):
-        return refuse(equation, leaf, new, *starts)
+        return refuse_cache(equation, leaf, new, *starts)
     values, scale = leaf.value.values, leaf.value.scale
-    shared = [
-        a for a, (n, m) in enumerate(zip(values.shape, scale.shape, strict=True)) if n > 1 == m
-    ]
     if not is_cache(new):
+        shared = _shared_axes(leaf.value)
+        # A scale shared along an axis could not be another for a part of that axis.
         if any(new.shape[a] != values.shape[a] for a in shared):
-            return refuse(equation, leaf)
-        fresh = scale_from_absmax(jnp.max(jnp.abs(new), axis=tuple(shared), keepdims=True))
-        new = Leaf(leaf.path, QTensor(to_format(new, fresh), fresh, (), leaf.value.dtype))
-    if new.value.scale.shape != tuple(
-        min(n, m) for n, m in zip(new.value.values.shape, scale.shape, strict=True)
-    ):
-        return refuse(equation, leaf)
-    return _of(
+            return refuse_cache(equation, leaf)
+        new = _quantized_along(leaf, new, shared)
+    expected = _scale_sizes(new.value.values.shape, scale)
+    if list(new.value.scale.shape) != expected:
+        return refuse_cache(equation, leaf)
+    return _changed(
         leaf,
         lax.dynamic_update_slice(values, new.value.values, starts),
-        lax.dynamic_update_slice(scale, new.value.scale, _at(starts, scale)),
+        lax.dynamic_update_slice(scale, new.value.scale, _scale_starts(starts, scale)),
     )
 
 
-def _select(equation: JaxprEqn, which: Any, *cases: Any) -> Any:
-    """A mask: quantized arrays with scales of one shape, and zeros."""
-    leaf = next(x for x in cases if is_cache(x))
-    arrays: list[tuple[Array, Array]] = []
-    for atom, x in zip(equation.invars[1:], cases, strict=True):
-        if is_cache(x):
-            arrays.append((x.value.values, x.value.scale))
-        elif _is_zero(atom, x):
-            arrays.append((jnp.zeros_like(leaf.value.values), jnp.ones_like(leaf.value.scale)))
-        else:
-            return refuse(equation, leaf)
-    if isinstance(which, Leaf) or len({scale.shape for _, scale in arrays}) > 1:
-        return refuse(equation, leaf)
-    codes = lax.select_n(which, *(values for values, _ in arrays))
-    if jnp.ndim(which) == 0:
-        return _of(leaf, codes, lax.select_n(which, *(scale for _, scale in arrays)))
-    if (
-        sum(map(is_cache, cases)) > 1
-    ):  # which of the scales would differ along the axes that share one
-        return refuse(equation, leaf)
-    return _of(leaf, codes, leaf.value.scale)
+def _shared_axes(cache: QTensor) -> tuple[int, ...]:
+    """The axes along which all values share a scale."""
+    sizes = zip(cache.values.shape, cache.scale.shape, strict=True)
+    return tuple(a for a, (size, scales) in enumerate(sizes) if size > 1 and scales == 1)
 
 
-def _is_zero(atom: Any, x: Any) -> bool:
-    """Whether an operand is known to be zeros."""
-    value = atom.val if isinstance(atom, Literal) else x
-    return not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
+def _quantized_along(leaf: Leaf, x: Array, axes: tuple[int, ...]) -> Leaf:
+    """An array as a cache like the leaf's, with scales that are shared along `axes`."""
+    scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    return Leaf(leaf.path, QTensor(to_format(x, scale), scale, (), leaf.value.dtype))
 
 
-def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
-    """int8 x int8 -> int32 of an activation, quantized here, with a quantized array on either side."""
-    (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
-    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
-        return refuse(equation, lhs, rhs)
-    result: Any = equation.outvars[0].aval
-    if is_cache(rhs):
-        return cached_dot(equation, lhs, rhs, (l_axes, r_axes), (l_batch, r_batch)).astype(
-            result.dtype
-        )
-    out = cached_dot(equation, rhs, lhs, (r_axes, l_axes), (r_batch, l_batch))
-    batch, own = len(l_batch), lhs.value.ndim - len(l_axes) - len(l_batch)
-    return jnp.moveaxis(out, range(-own, 0), range(batch, batch + own)).astype(result.dtype)
+@RULES.register(("select_n",), CACHES, fills=True)
+def _select(equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]) -> Any:
+    """A mask, or a choice, among quantized arrays with scales of one shape, and zeros.
 
-
-def cached_dot(equation: JaxprEqn, x: Array, leaf: Leaf, contracted: Any, batch: Any) -> Array:
-    """lax.dot_general(x, leaf) in float32.
-
-    Scales that vary along contracted axes (the values' tokens) go to x, the others (the keys' tokens) to the sums;
-    then x is quantized, a scale for everything that is not summed over.
+    A zero is the code 0 with any scale. So where an array is masked by zeros, its scales stay. Of
+    two arrays one can be chosen as a whole, and its scales with it; an element of each can not,
+    because elements that share a scale would need two.
     """
-    (x_axes, axes), (x_batch, own_batch) = contracted, batch
-    values, scale = leaf.value.values, leaf.value.scale
-    free = [a for a in range(values.ndim) if a not in (*axes, *own_batch)]
+    leaf = next(x for x in cases if is_cache(x))
+    pairs = zip(cases, fills[1:], strict=True)
+    parts = [_values_and_scale(case, fill, leaf.value) for case, fill in pairs]
+    if isinstance(which, Leaf) or any(part is None for part in parts):
+        return refuse_cache(equation, leaf)
+    values, scales = zip(*parts, strict=True)
+    if len({scale.shape for scale in scales}) > 1:
+        return refuse_cache(equation, leaf)
+    chosen = lax.select_n(which, *values)
+    if jnp.ndim(which) == 0:
+        return _changed(leaf, chosen, lax.select_n(which, *scales))
+    several = sum(map(is_cache, cases)) > 1
+    return refuse_cache(equation, leaf) if several else _changed(leaf, chosen, leaf.value.scale)
+
+
+def _values_and_scale(x: Any, fill: Any, like: QTensor) -> tuple[Array, Array] | None:
+    """An operand as quantized arrays; None if it is neither a cache nor zeros."""
+    if is_cache(x):
+        return x.value.values, x.value.scale
+    if _is_zero(x if fill is None else fill):
+        return jnp.zeros_like(like.values), jnp.ones_like(like.scale)
+    return None
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether numbers are known to be zeros while the program is traced."""
+    return not isinstance(x, jax.core.Tracer) and not np.any(np.asarray(x))
+
+
+# Matmuls ------------------------------------------------------------------------------------------
+
+
+@RULES.register(("dot_general",), CACHES)
+@sharded_as_the_result
+def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
+    """int8 x int8 -> int32 of an activation, quantized here, with a cache on either side."""
+    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
+        return refuse_cache(equation, lhs, rhs)
+
+    def product(x, leaf, dimensions):
+        out = _dot_of_cache(x, leaf.value, dimensions)
+        return refuse_cache(equation, leaf) if out is None else out
+
+    return on_either_side(equation, lhs, rhs, product)
+
+
+def _dot_of_cache(x: Array, cache: QTensor, dimensions: DimensionNumbers) -> Array | None:
+    """lax.dot_general(x, cache, dimensions) in float32; None if scales or int32 do not allow it.
+
+    Scales that vary along the contracted axes (a scale for each token of the values, where
+    attention sums over tokens) can not be taken out of the sum, so x is multiplied by them. Scales
+    that vary along other axes (the keys' tokens) multiply the sums. Then x is quantized, with a
+    scale for everything that is not summed over.
+    """
+    (x_axes, axes), (_, batch) = dimensions
+    scale = cache.scale
+    free = [a for a in range(cache.ndim) if a not in (*axes, *batch)]
     x = x.astype(jnp.float32)
     if any(scale.shape[a] > 1 for a in axes):
         if any(scale.shape[a] > 1 for a in free):
-            return refuse(equation, leaf)
-        to = {**dict(zip(axes, x_axes, strict=True)), **dict(zip(own_batch, x_batch, strict=True))}
-        kept = sorted(to, key=lambda a: to[a])
-        moved = scale.transpose(*kept, *free).reshape([scale.shape[a] for a in kept])
-        x = x * jnp.expand_dims(moved, [a for a in range(x.ndim) if a not in to.values()])
-        scale = jnp.ones((1,) * values.ndim, jnp.float32)
-    if math.prod(x.shape[a] for a in x_axes) > (2**31 - 1) // 127**2:
-        return refuse(equation, leaf)
-    x_scale = scale_from_absmax(jnp.max(jnp.abs(x), axis=tuple(x_axes), keepdims=True, initial=0.0))
-    numbers = ((tuple(x_axes), tuple(axes)), (tuple(x_batch), tuple(own_batch)))
-    sums = lax.dot_general(to_format(x, x_scale), values, numbers, preferred_element_type=jnp.int32)
-    x_free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
-    of_x = x_scale.transpose(*x_batch, *x_free, *x_axes).reshape(
-        [x_scale.shape[a] for a in (*x_batch, *x_free)]
-    )
-    of_leaf = scale.transpose(*own_batch, *free, *axes).reshape(
-        [scale.shape[a] for a in (*own_batch, *free)]
-    )
-    lead = len(own_batch)
-    of_x = of_x.reshape(*of_x.shape, *(1,) * len(free))
-    of_leaf = of_leaf.reshape(*of_leaf.shape[:lead], *(1,) * len(x_free), *of_leaf.shape[lead:])
-    return sums.astype(jnp.float32) * of_x * of_leaf
+            return None  # a scale for each token and output has no place on either side
+        x = x * _as_x(scale, x.ndim, free, dimensions)
+        scale = jnp.ones((1,) * cache.ndim, jnp.float32)
+    if math.prod(x.shape[a] for a in x_axes) > LONGEST_CONTRACTION:
+        return None
+    absmax = jnp.max(jnp.abs(x), axis=tuple(x_axes), keepdims=True, initial=0.0)
+    x_scale = scale_from_absmax(absmax)
+    codes = to_format(x, x_scale)
+    sums = lax.dot_general(codes, cache.values, dimensions, preferred_element_type=jnp.int32)
+    of_x, of_cache = aligned(x_scale, scale, dimensions)
+    return sums.astype(jnp.float32) * of_x * of_cache
 
 
-#: What quantized arguments may meet; anything else is refused.
-CACHE_RULES: dict[str, Callable[..., Any]] = {
-    "dot_general": _dot,
-    "dynamic_update_slice": _update,
-    "dynamic_slice": _dynamic_slice,
-    "slice": _slice,
-    "transpose": _both(_transpose),
-    "squeeze": _both(_squeeze),
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "convert_element_type": _convert,
-    "select_n": _select,
-    **dict.fromkeys((*COPIES, "sharding_constraint"), _copy),
-    "optimization_barrier": barrier,
-}
+def _as_x(scale: Array, rank: int, free: list[int], dimensions: DimensionNumbers) -> Array:
+    """The cache's scales in a shape that broadcasts against x, each axis where x has its partner.
+
+    For values v: (batch, slots, heads, 16) with scales (batch, slots, heads, 1), and x the weights
+    (batch, heads, queries, slots) of "bhqk,bkhd->bhqd", the scales become (batch, heads, 1, slots).
+
+    Args:
+        scale: of size 1 along the free axes.
+        rank: of x.
+        free: the cache's axes that are neither contracted nor batch axes.
+        dimensions: of the product of x and the cache.
+    """
+    (x_axes, axes), (x_batch, batch) = dimensions
+    pairs = zip((*x_axes, *x_batch), (*axes, *batch), strict=True)
+    partner = {axis: x_axis for x_axis, axis in pairs}
+    in_order_of_x = sorted(partner, key=lambda axis: partner[axis])
+    moved = scale.transpose(*in_order_of_x, *free)
+    moved = moved.reshape([scale.shape[a] for a in in_order_of_x])
+    return jnp.expand_dims(moved, [a for a in range(rank) if a not in partner.values()])
+
+
+RULES.register((*COPIES, "sharding_constraint"), CACHES)(copy)
+RULES.register(("optimization_barrier",), CACHES)(barrier)

@@ -1,0 +1,130 @@
+"""The two kinds of quantized values that a program may meet, and the registry of their rules.
+
+A quantized weight is a parameter: a `Leaf` that holds a `QuantWeight`. A quantized cache is an
+array among the other arguments: a `Leaf` that holds a `QTensor`. Here stands what becomes of both
+where they enter or leave a program, a loop or a shard_map. What each primitive does to them is in
+`weight_rules` and `cache_rules`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec
+
+from sqjax.program.registry import Kind, Leaf, Registry
+from sqjax.program.subprograms import shard_map_in, source_of
+from sqjax.weights.qtensor import QTensor
+from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.sharding import check_groups, weight_specs
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def refuse_weight(equation: JaxprEqn, *operands: Any) -> Any:
+    """Raises ValueError: there is no rule for a quantized weight here."""
+    leaf = next(x for x in operands if isinstance(x, Leaf))
+    raise ValueError(
+        f"{leaf.path}: quantized, but `{equation.primitive.name}` at {source_of(equation)} has no "
+        "rule for quantized values; keep this leaf in float with a rule of None: "
+        f"quantize(params, stats, {{{leaf.path!r}: None, ...}})"
+    )
+
+
+def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
+    """A stack of matrices, over which a scan runs, with an entry for each step in every array.
+
+    For example a stack (3, 16, 8) may have one scale for all its layers, stored as (1, 1, 1). A
+    scan can not slice that, so it becomes (3, 1, 1).
+    """
+    tensor = leaf.value.tensor
+    if tensor.axes[0] != 0 or tensor.scale.shape[0] == 0:
+        return refuse_weight(equation, leaf)
+
+    def for_each_step(part: Any) -> Any:
+        return None if part is None else jnp.broadcast_to(part, (length, *part.shape[1:]))
+
+    tensor = replace(
+        tensor,
+        scale=for_each_step(tensor.scale),
+        zero=for_each_step(tensor.zero),
+        group_scale=for_each_step(tensor.group_scale),
+    )
+    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+
+
+def _weight_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
+    """The PartitionSpecs of a weight's arrays in a shard_map, given that of the float leaf."""
+    # Outlier channels are counted from the first channel of the whole leaf, not of a block.
+    if leaf.value.outliers is not None:
+        return refuse_weight(equation, leaf)
+    specs = weight_specs(leaf.value, spec, leaf.path)
+    shards = shard_map_in(equation)
+    sizes = {} if shards is None else shards.sizes
+    check_groups(leaf.value, specs, sizes, leaf.path)
+    return Leaf(leaf.path, specs)
+
+
+def _refuse_returned_weight(leaf: Leaf) -> Any:
+    raise ValueError(
+        f"{leaf.path}: fn returns this quantized leaf; keep it in float with a rule of None"
+    )
+
+
+WEIGHTS = Kind(
+    QuantWeight,
+    otherwise=refuse_weight,
+    slices=_weight_slices,
+    specs=_weight_specs,
+    carry=refuse_weight,
+    leave=_refuse_returned_weight,
+)
+
+# Caches -------------------------------------------------------------------------------------------
+
+
+def is_cache(x: Any) -> bool:
+    """Whether this is a leaf that stands for a quantized argument."""
+    return isinstance(x, Leaf) and isinstance(x.value, QTensor)
+
+
+def refuse_cache(equation: JaxprEqn, *operands: Any) -> Any:
+    """Raises ValueError: there is no rule for a quantized argument here."""
+    leaf = next(x for x in operands if is_cache(x))
+    raise ValueError(
+        f"{leaf.path}: a quantized argument, but `{equation.primitive.name}` at "
+        f"{source_of(equation)} has no rule for quantized values; keep this array in float"
+    )
+
+
+def _cache_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
+    """A stack of caches, over which a scan runs, with a scale for each step."""
+    scale = leaf.value.scale
+    scale = jnp.broadcast_to(scale, (length, *scale.shape[1:]))
+    return Leaf(leaf.path, replace(leaf.value, scale=scale))
+
+
+def _refuse_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Any:
+    return refuse_cache(equation, leaf)
+
+
+def _stay_in_loop(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    return leaf
+
+
+def _stay(leaf: Leaf) -> Leaf:
+    return leaf
+
+
+CACHES = Kind(
+    QTensor,
+    otherwise=refuse_cache,
+    slices=_cache_slices,
+    specs=_refuse_specs,
+    carry=_stay_in_loop,
+    leave=_stay,
+)
+
+#: The rules of `quantized`. An equation that meets a cache and a weight belongs to the cache.
+RULES = Registry(CACHES, WEIGHTS)

@@ -1,0 +1,110 @@
+"""Rules that quantized weights and quantized caches share, and steps of their matmuls."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jax.sharding import AxisType
+from jaxtyping import Array
+
+from sqjax.program.registry import Leaf
+from sqjax.program.subprograms import emit
+
+#: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as `lax.dot_general` takes them.
+DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
+
+
+def copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """The leaf itself: the equation changes no number, shape or dtype."""
+    return leaf
+
+
+def barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """An optimization_barrier: it stands before the arrays of quantized values too."""
+    return list(lax.optimization_barrier(operands))
+
+
+def slices_of(equation: JaxprEqn) -> list[slice]:
+    """What a `slice` equation takes of each axis."""
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(starts)
+    return [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
+
+
+def pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """The same values on every device of a shard_map, whose type now says that they may differ."""
+    return jax.tree.map(lambda x: emit(equation, x), leaf)
+
+
+def sharded_as_the_result(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, run where the compiler shards arrays as it likes; its result as the equation says.
+
+    This is for meshes with explicit axes. There every step of the rule would have to say how its
+    result is sharded, because the types of arrays say so, and an int8 matmul has many steps.
+    """
+
+    @functools.wraps(rule)
+    def run(equation, *operands):
+        result: Any = equation.outvars[0].aval
+        if AxisType.Explicit not in result.sharding.mesh.axis_types:
+            return rule(equation, *operands)
+        of_arrays = functools.partial(rule, equation)
+        return jax.sharding.auto_axes(of_arrays, out_sharding=result.sharding)(*operands)
+
+    return run
+
+
+def on_either_side(
+    equation: JaxprEqn,
+    lhs: Any,
+    rhs: Any,
+    product: Callable[[Array, Leaf, DimensionNumbers], Array],
+) -> Array:
+    """A `dot_general` of an array and a leaf, whichever side the leaf is on.
+
+    `product(array, leaf, dimension_numbers)` is asked for the product with the leaf on the right.
+    Where the equation has the leaf on the left, the axes of that product are put in its order: the
+    result of a `dot_general` has the batch axes, then the free axes of its left operand, then those
+    of its right one. So for w @ x with w: (out, in) and x: (in, tokens) the product is (tokens,
+    out) and the result (out, tokens).
+    """
+    (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
+    if isinstance(rhs, Leaf):
+        out = product(lhs, rhs, ((l_axes, r_axes), (l_batch, r_batch)))
+    else:
+        out = product(rhs, lhs, ((r_axes, l_axes), (r_batch, l_batch)))
+        batch = len(l_batch)
+        free = lhs.value.ndim - len(l_axes) - batch
+        out = jnp.moveaxis(out, range(-free, 0), range(batch, batch + free))
+    result: Any = equation.outvars[0].aval
+    return out.astype(result.dtype)
+
+
+def aligned(lhs_scale: Array, rhs_scale: Array, dimensions: DimensionNumbers) -> list[Array]:
+    """Scales of two operands in shapes that broadcast against the result of their `dot_general`.
+
+    A scale has the rank of its operand, and size 1 along the contracted axes. For q k^T, "bqd,bkd->
+    bqk", scales of shapes (b, q, 1) and (b, k, 1) become (b, q, 1) and (b, 1, k).
+    """
+    (l_contracted, r_contracted), (l_batch, r_batch) = dimensions
+    of_lhs = _batch_first(lhs_scale, l_batch, l_contracted)
+    of_rhs = _batch_first(rhs_scale, r_batch, r_contracted)
+    batch = len(l_batch)
+    l_ones = (1,) * (of_lhs.ndim - batch)
+    r_ones = (1,) * (of_rhs.ndim - batch)
+    return [
+        of_lhs.reshape(*of_lhs.shape, *r_ones),
+        of_rhs.reshape(*of_rhs.shape[:batch], *l_ones, *of_rhs.shape[batch:]),
+    ]
+
+
+def _batch_first(scale: Array, batch: Any, contracted: Any) -> Array:
+    """A scale with the batch axes first, then the free ones, without the contracted ones."""
+    free = [a for a in range(scale.ndim) if a not in (*batch, *contracted)]
+    kept = [*batch, *free]
+    moved = scale.transpose(*kept, *contracted)
+    return moved.reshape([scale.shape[a] for a in kept])
