@@ -21,14 +21,14 @@ from sqjax.runtime.int8_attention import int8_attention
 from sqjax.weights import schemes
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
-from sqjax.weights.schemes import Scheme
+from sqjax.weights.schemes import Scheme, Static
 
 SCHEMES: dict[str, Scheme] = {
     "W8A8 O1 per-token": schemes.W8A8_O1,
     "W8A8 O2 per-tensor": schemes.W8A8_O2,
     "W8A8 O3 static": schemes.W8A8_O3,
-    "W8A8 O3 static, range mse": schemes.W8A8_O3._replace(range="mse"),
-    "W8A8 O3 static, range 0.9999": schemes.W8A8_O3._replace(range=0.9999),
+    "W8A8 O3 static, range mse": Scheme(activation=Static(range="mse")),
+    "W8A8 O3 static, range 0.9999": Scheme(activation=Static(range=0.9999)),
     "W8A8 O1, outliers > 6 in float": schemes.W8A8_OUTLIERS,
     "FP8 e4m3": schemes.FP8,
     "FP8 e5m2": schemes.FP8_E5M2,

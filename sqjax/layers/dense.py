@@ -10,7 +10,7 @@ from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import named, outlier_channels, quantize_weight
-from sqjax.weights.schemes import Scheme
+from sqjax.weights.schemes import Indices, Scheme, Static
 
 
 def dense(
@@ -94,7 +94,6 @@ def quantize_kernel(
     """
     inputs = kernel.shape[: batch + contracted]
     _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
-    scheme.check(where)
     if problem := _problem(scheme, absmax, smoothing):
         raise ValueError(f"{where}: {problem}")
     if absmax is not None:
@@ -135,14 +134,14 @@ def _check_shapes(
 
 def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> str | None:
     """Why a single layer can not be quantized so, and what to do instead; None if it can."""
-    if scheme.activations == "indices":
+    if isinstance(scheme.activation, Indices):
         return (
             "a scheme for embeddings, which meet indices; choose one for matmuls, such as "
             "sqjax.W8A8 or sqjax.W8A16 (embeddings are quantized by sqjax.quantize)"
         )
-    if scheme.range != "absmax":
+    if scheme.needs_histogram:
         return (
-            f"a range of {scheme.range!r} comes from histograms, which only sqjax.quantize has; "
+            f"the range of {scheme.activation!r} comes from histograms, which only sqjax.quantize has; "
             "pass the range that x is clipped to as absmax, with range='absmax'"
         )
     if scheme.smoothing is not None and smoothing is not None:
@@ -150,7 +149,7 @@ def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> s
     if scheme.measured and absmax is None:
         kind = (
             "a static scheme"
-            if scheme.activations == "static"
+            if isinstance(scheme.activation, Static)
             else "a scheme with outliers or smoothing"
         )
         return (

@@ -128,7 +128,7 @@ class QuantLinear(nnx.Module):
     ):
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         # There are no data: no channel is an outlier, and a static scale covers [-1, 1].
-        known = scheme._replace(outliers=None), jnp.ones(in_features), None
+        known = scheme.replace(outliers=None), jnp.ones(in_features), None
         self.kernel = QuantParam(quantize_kernel(kernel, *known, "QuantLinear: kernel"))
         bias = None
         if use_bias:

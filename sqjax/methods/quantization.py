@@ -15,10 +15,9 @@ from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import fold, leaves_by_path, unfold
 from sqjax.folding.graph import Site
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
-from sqjax.numerics.formats import FORMATS
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.quantize import named, outlier_channels, quantize_weight
-from sqjax.weights.schemes import W8A8, Scheme
+from sqjax.weights.schemes import W8A8, Indices, Scheme, Static
 
 Rules = Scheme | Mapping[str, Scheme | None]
 
@@ -36,7 +35,7 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
             first pattern found in a site's path wins; a site that none matches stays float. A scheme with `smoothing`
             (an alpha) smooths its sites at run time, with s from these statistics and params. A scheme for embeddings
-            (activations="indices") is sought among these only, other schemes among the sites only, None among both.
+            (activation=sq.Indices()) is sought among these only, other schemes among the sites only, None among both.
 
     Raises:
         ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
@@ -59,15 +58,14 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
     """{leaf: its scheme} for the sites and the tables that are quantized.
 
-    Schemes for embeddings ("indices") look for tables only, the others for sites, None for both.
+    Schemes for embeddings (`Indices`) look for tables only, the others for sites, None for both.
     """
     rules = rules if isinstance(rules, Mapping) else {"": rules}
-    for pattern, scheme in rules.items():
-        if scheme is not None:
-            scheme.check(f"quantize rule {pattern!r}")
     nothing = [pattern for pattern, scheme in rules.items() if scheme is None]
     of_tables = [
-        p for p, scheme in rules.items() if scheme is not None and scheme.activations == "indices"
+        pattern
+        for pattern, scheme in rules.items()
+        if scheme is not None and isinstance(scheme.activation, Indices)
     ]
     sites, tables = (
         [site.path for site in found] for found in (stats.graph.sites, stats.graph.tables)
@@ -106,8 +104,8 @@ def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> P
             channels = outlier_channels(
                 path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch)
             )
-        if absmax is not None and scheme.range != "absmax":
-            absmax = stats.input_range(path, scheme.range, FORMATS[scheme.activation_format])
+        if isinstance(scheme.activation, Static) and scheme.needs_histogram:
+            absmax = stats.input_range(path, scheme.activation.range, scheme.activation.fmt)
         with named(path):
             return quantize_weight(
                 jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels
@@ -163,7 +161,7 @@ def smoothquant(
         [[17.0, 17.0, 17.0]]
     """
     wanted = scheme.values() if isinstance(scheme, Mapping) else [scheme]
-    twice = any(one is not None and one.range != "absmax" for one in wanted)
+    twice = any(isinstance(one, Scheme) and one.needs_histogram for one in wanted)
     batches = list(batches) if twice else batches
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
@@ -173,9 +171,9 @@ def smoothquant(
             path for group in stats.graph.groups if group.name in s for path, _ in group.sites
         }
         smoothed |= {table.path for table in stats.graph.tables}
-        schemes = {
-            p: x if p in smoothed else x._replace(smoothing=runtime) for p, x in schemes.items()
-        }
+        for path in [path for path in schemes if path not in smoothed]:
+            with named(path):
+                schemes[path] = schemes[path].replace(smoothing=runtime)
     folded = fold(params, stats.graph, s)
     if twice:
         return _quantized(

@@ -97,7 +97,7 @@ def check_contraction(
     if inner > LONGEST_CONTRACTION and not tensor.fmt.floating:
         raise ValueError(
             f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: "
-            "split the contraction, or give this site weights in groups, as Scheme(weights=128)"
+            "split the contraction, or give this site weights in groups, as sqjax.Int8(group_size=128)"
         )
 
 

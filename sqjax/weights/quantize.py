@@ -12,10 +12,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sqjax._trees import is_concrete
-from sqjax.numerics.formats import FORMATS, scale_from_absmax
+from sqjax.numerics.formats import scale_from_absmax
+from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
-from sqjax.weights.schemes import Scheme
+from sqjax.weights.schemes import Int4, PerTensor, PerToken, Scheme, Static
+
+#: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float, and for indices.
+ACTIVATIONS: dict[type, Activations] = {
+    PerToken: "per_token",
+    PerTensor: "per_tensor",
+    Static: "static",
+}
 
 
 @contextlib.contextmanager
@@ -70,7 +78,6 @@ def quantize_weight(
         batch: axes that hold one matrix each (stacked layers, experts): each is quantized on its own.
         outliers: (batch, n) channels that are multiplied in float: positions along the flattened contracted axes.
     """
-    scheme.check("quantize_weight")
     dtype, contracting = weight.dtype, tuple(sorted(a % weight.ndim for a in contracting))
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
@@ -80,7 +87,7 @@ def quantize_weight(
         apart, weight, normal = _split(weight, contracting, batch, outliers, dtype)
         absmax = None if absmax is None else absmax * normal.reshape(absmax.shape)
     input_scale = None
-    if scheme.activations == "static":
+    if isinstance(scheme.activation, Static):
         if absmax is None:
             raise ValueError(
                 "a static scheme needs the activation's absmax from calibration; dynamic ones do not"
@@ -89,25 +96,29 @@ def quantize_weight(
         largest = jnp.max(absmax, axis=tuple(range(len(batch), absmax.ndim)))
         # An expert that calibration never reached takes the largest range of the others.
         largest = jnp.where(largest > 0, largest, jnp.max(largest))
-        input_scale = scale_from_absmax(largest, FORMATS[scheme.activation_format])
-    if scheme.two_level:
-        assert isinstance(scheme.weights, int)
-        tensor = QTensor.quantize_twice(weight, contracting, scheme.weights, batch)
-    else:
-        fmt = FORMATS[scheme.weight_format]
-        tensor = QTensor.quantize(
-            weight, contracting, scheme.weights, fmt, batch, scheme.zero_point
-        )
-    activations = None if scheme.activations == "indices" else scheme.activations
+        input_scale = scale_from_absmax(largest, scheme.activation.fmt)
+    activation = scheme.activation
     return QuantWeight(
-        replace(tensor, dtype=dtype),
+        replace(_tensor(weight, contracting, scheme, batch), dtype=dtype),
         input_scale,
         smoothing,
-        activations,
+        ACTIVATIONS.get(type(activation)),
         len(contracting),
-        scheme.activation_format,
+        activation.format if isinstance(activation, PerToken | PerTensor | Static) else "int8",
         apart,
     )
+
+
+def _tensor(
+    weight: Array, contracting: tuple[int, ...], scheme: Scheme, batch: tuple[int, ...]
+) -> QTensor:
+    """The weight in the format and with the scales that the scheme's `weight` says."""
+    how = scheme.weight
+    if isinstance(how, Int4) and how.two_level:
+        assert how.group_size is not None  # `Int4` has checked it
+        return QTensor.quantize_twice(weight, contracting, how.group_size, batch)
+    zero_point = isinstance(how, Int4) and how.zero_point
+    return QTensor.quantize(weight, contracting, how.granularity, how.fmt, batch, zero_point)
 
 
 def _split(

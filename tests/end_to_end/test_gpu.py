@@ -89,7 +89,7 @@ def test_a_single_row_copies_no_weight(scheme, target):
 
 # Other formats -----------------------------------------------------------------------------------------------------
 
-WEIGHT_ONLY = {"int8": sq.W8A16, "int4": sq.Scheme(None, weight_format="int4")}
+WEIGHT_ONLY = {"int8": sq.W8A16, "int4": sq.Scheme(weight=sq.Int4(), activation=None)}
 
 
 @pytest.mark.parametrize("target", TARGETS)

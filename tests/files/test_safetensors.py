@@ -113,24 +113,45 @@ def test_numpy_arrays_of_any_layout_come_back(tmp_path):
     assert_same(there_and_back(tmp_path, tree), tree)
 
 
-STACK = sq.W8A8_O3._replace(smoothing=0.5)
+STACK = sq.W8A8_O3.replace(smoothing=0.5)
 WEIGHTS = {  # scheme, shape, contracted axes, batch, smoothing's shape, outliers
     "W8A8": (sq.W8A8, (6, 4), (0,), (), None, None),
-    "per tensor": (sq.W8A8_O2._replace(weights="per_tensor"), (6, 4), (0,), (), None, None),
+    "per tensor": (
+        sq.W8A8_O2.replace(weight=sq.Int8(per_tensor=True)),
+        (6, 4),
+        (0,),
+        (),
+        None,
+        None,
+    ),
     "static": (sq.W8A8_O3, (6, 4), (0,), (), None, None),
     "smoothed at run time": (STACK, (2, 6, 4), (1,), (0,), (2, 6), None),
     "outliers": (sq.W8A8_OUTLIERS, (6, 4), (0,), (), None, [1, 4]),
     "several axes": (sq.W8A8, (6, 4, 3), (0, 2), (), None, None),
-    "W4A16": (sq.W4A16._replace(weights=4), (10, 3), (0,), (), None, None),
+    "W4A16": (
+        sq.W4A16.replace(weight=sq.Int4(group_size=4, zero_point=True)),
+        (10, 3),
+        (0,),
+        (),
+        None,
+        None,
+    ),
     "W4A16 symmetric": (
-        sq.W4A16._replace(weights="per_channel", zero_point=False),
+        sq.W4A16.replace(weight=sq.Int4()),
         (7, 3),
         (0,),
         (),
         None,
         None,
     ),
-    "W4A8": (sq.W4A8._replace(weights=4), (2, 8, 3), (1,), (0,), None, None),
+    "W4A8": (
+        sq.W4A8.replace(weight=sq.Int4(group_size=4, zero_point=True, two_level=True)),
+        (2, 8, 3),
+        (1,),
+        (0,),
+        None,
+        None,
+    ),
     "FP8": (sq.FP8, (6, 4), (0,), (), None, None),
     "FP8_E5M2": (sq.FP8_E5M2, (6, 4), (0,), (), None, None),
     "embedding": (sq.EMBEDDING_INT4, (5, 6), (1,), (), None, None),
@@ -211,9 +232,9 @@ def test_a_loaded_tree_runs_what_was_compiled(tmp_path):
     params = {"gain": normal(16)}
     schemes = {
         "static": sq.W8A8_O3,
-        "outliers": sq.W8A8_OUTLIERS._replace(outliers=2.0),
-        "groups": sq.W4A16._replace(weights=8),
-        "levels": sq.W4A8._replace(weights=8),
+        "outliers": sq.W8A8_OUTLIERS.replace(outliers=2.0),
+        "groups": sq.W4A16.replace(weight=sq.Int4(group_size=8, zero_point=True)),
+        "levels": sq.W4A8.replace(weight=sq.Int4(group_size=8, zero_point=True, two_level=True)),
     }
     params |= {name: normal(16, 16, seed=i) for i, name in enumerate(schemes)}
     x = normal(5, 16, seed=9)

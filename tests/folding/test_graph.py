@@ -276,7 +276,7 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
         return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
     for scheme in (sq.W8A8_O1, sq.W8A8_O2, sq.W8A8_O3):
-        assert error(scheme._replace(smoothing=0.5)) < 0.5 * error(scheme)
+        assert error(scheme.replace(smoothing=0.5)) < 0.5 * error(scheme)
 
 
 @pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O3])
@@ -304,7 +304,7 @@ def test_run_time_smoothing_asks_for_statistics_of_these_parameters():
     with pytest.raises(
         ValueError, match=r"statistics are of other parameters.*smoothing at run time"
     ):
-        sq.quantize(smoothed, stats, sq.W8A8._replace(smoothing=0.5))
+        sq.quantize(smoothed, stats, sq.W8A8.replace(smoothing=0.5))
 
 
 # What a reviewer broke: statistics must stay those of the folded parameters ---------------------------------------

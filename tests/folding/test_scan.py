@@ -25,7 +25,7 @@ SCHEMES = {
     "O1": sq.W8A8_O1,
     "O2": sq.W8A8_O2,
     "O3": sq.W8A8_O3,
-    "per_tensor": sq.Scheme("static", "per_tensor"),
+    "per_tensor": sq.Scheme(weight=sq.Int8(per_tensor=True), activation=sq.Static()),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+import sqjax as sq
+
 BOUNDS = {"int8": 127.0, "int4": 7.0, "e4m3": 448.0, "e5m2": 57344.0}
 FLOAT8: dict[str, Any] = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 #: (bits of mantissa, smallest exponent of a normal number).
@@ -99,26 +101,51 @@ def _half_up(r):
     return np.floor(r + 0.5).astype(np.int64)
 
 
+def activation_of(name, format="int8"):
+    """The activation's class for "per_token", "per_tensor", "static" or None."""
+    kinds = {"per_token": sq.PerToken, "per_tensor": sq.PerTensor, "static": sq.Static}
+    return None if name is None else kinds[name](format=format)
+
+
+def with_granularity(weight, granularity):
+    """A scheme's weight with the scales of "per_channel", "per_tensor" or a group size."""
+    if granularity == "per_tensor":
+        return weight.replace(per_tensor=True, group_size=None)
+    size = None if granularity == "per_channel" else granularity
+    return weight.replace(per_tensor=False, group_size=size)
+
+
+def has_two_levels(scheme):
+    return isinstance(scheme.weight, sq.Int4) and scheme.weight.two_level
+
+
+def has_zero_point(scheme):
+    return isinstance(scheme.weight, sq.Int4) and scheme.weight.zero_point
+
+
 def quantize(w, scheme):
     """The weight (outputs, inner) by a `Scheme`."""
-    if scheme.two_level:
-        return two_level(w, scheme.weights)
-    if scheme.zero_point:
-        return with_zero_point(w, scheme.weights)
-    return symmetric(w, scheme.weights, scheme.weight_format)
+    granularity = scheme.weight.granularity
+    if has_two_levels(scheme):
+        return two_level(w, granularity)
+    if has_zero_point(scheme):
+        return with_zero_point(w, granularity)
+    return symmetric(w, granularity, scheme.weight.fmt.name)
 
 
 def quantize_activations(x, scheme, absmax=None):
     """The activation (rows, inner): a scale a row, or one; `absmax` gives the static one."""
     x = np.asarray(x, np.float64)
     largest = (
-        np.abs(x).max(1, keepdims=True) if scheme.activations == "per_token" else np.abs(x).max()
+        np.abs(x).max(1, keepdims=True)
+        if isinstance(scheme.activation, sq.PerToken)
+        else np.abs(x).max()
     )
-    if scheme.activations == "static" and absmax is not None:
+    if isinstance(scheme.activation, sq.Static) and absmax is not None:
         largest = np.asarray(absmax, np.float64)
-    scale = np.broadcast_to(largest / BOUNDS[scheme.activation_format], (*x.shape[:1], 1))
+    scale = np.broadcast_to(largest / BOUNDS[scheme.activation.fmt.name], (*x.shape[:1], 1))
     scale = np.where(scale == 0, 1.0, scale)
-    return rounded(x / scale, scheme.activation_format), scale
+    return rounded(x / scale, scheme.activation.fmt.name), scale
 
 
 class Result(NamedTuple):
@@ -131,14 +158,14 @@ class Result(NamedTuple):
 def matmul(x, w, scheme, absmax=None):
     """x (rows, inner) times w (outputs, inner) transposed, on the scheme's operands."""
     weight = quantize(w, scheme)
-    if scheme.activations is None:
+    if scheme.activation is None:
         x, w = np.asarray(x, np.float64), weight.floats
         reach = np.abs(x) + np.abs(x).max(
             1, keepdims=True
         )  # digits leave out parts of the row's absmax
         return Result(x @ w.T, reach @ np.abs(w).T)
     q, scale = quantize_activations(x, scheme, absmax)
-    if scheme.two_level:  # one float scale for every output
+    if has_two_levels(scheme):  # one float scale for every output
         return Result(*[sums * scale * weight.scale[:, 0] for sums in _sums(q, weight.codes)])
     terms = [_sums(q[:, own], weight.codes[:, own]) for own in _each(weight.group)]
     scales = [scale * weight.scale[:, own][:, 0] for own in _each(weight.group)]
@@ -171,16 +198,18 @@ def _sums(q, codes):
 def weight_error(w, scheme):
     """How far each element of the dequantized weight may be from w."""
     narrow = quantize(w, scheme)
-    if scheme.two_level:
+    if has_two_levels(scheme):
         return narrow.scale * (narrow.step + 1) / 2
-    return _rounding_error(w, narrow.scale, scheme.weight_format)
+    return _rounding_error(w, narrow.scale, scheme.weight.fmt.name)
 
 
 def activation_error(x, scheme, absmax=None):
     """How far each element of the dequantized activation may be from x (none is beyond the range)."""
-    if scheme.activations is None:
+    if scheme.activation is None:
         return np.abs(x).max(1, keepdims=True) * 2.0**-23 + np.zeros(x.shape)
-    return _rounding_error(x, quantize_activations(x, scheme, absmax)[1], scheme.activation_format)
+    return _rounding_error(
+        x, quantize_activations(x, scheme, absmax)[1], scheme.activation.fmt.name
+    )
 
 
 def error_bound(x, w, scheme, absmax=None):
@@ -220,16 +249,16 @@ def _near(r, fmt):
 
 
 def _near_in_x(x, scheme):
-    return _near(x / quantize_activations(x, scheme)[1], scheme.activation_format)
+    return _near(x / quantize_activations(x, scheme)[1], scheme.activation.fmt.name)
 
 
 def _near_in_w(w, scheme):
-    if scheme.two_level:
-        return _near(w / two_level(w, scheme.weights).scale, "int8")
+    if has_two_levels(scheme):
+        return _near(w / two_level(w, scheme.weight.granularity).scale, "int8")
     ties = _near(
-        w / quantize(w, scheme).scale, "int8" if scheme.zero_point else scheme.weight_format
+        w / quantize(w, scheme).scale, "int8" if has_zero_point(scheme) else scheme.weight.fmt.name
     )
-    if scheme.zero_point:
-        low, _ = extremes(w, scheme.weights)
+    if has_zero_point(scheme):
+        low, _ = extremes(w, scheme.weight.granularity)
         ties |= (w == low) & _near(np.minimum(low, 0) / quantize(w, scheme).scale, "int8")
     return ties

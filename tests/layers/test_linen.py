@@ -19,8 +19,9 @@ SCHEMES = {
     "O1": sq.W8A8_O1,
     "O2": sq.W8A8_O2,
     "O3": sq.W8A8_O3,
-    "per_tensor": sq.Scheme(weights="per_tensor"),
+    "per_tensor": sq.Scheme(weight=sq.Int8(per_tensor=True)),
 }
+NAMES = {sq.PerToken: "per_token", sq.PerTensor: "per_tensor", sq.Static: "static"}
 #: Every preset for matmuls, with what relative error its rounding may leave in a product of 128 random channels.
 PRESETS = {
     "W8A8_O1": (sq.W8A8_O1, 0.03),
@@ -33,10 +34,10 @@ PRESETS = {
     "W4A16": (sq.W4A16, 0.15),
     "W4A16_G64": (sq.W4A16_G64, 0.15),
     "W4A8": (sq.W4A8, 0.15),
-    "smoothing": (sq.W8A8_O2._replace(smoothing=0.5), 0.03),
-    "outliers and smoothing": (sq.W8A8_OUTLIERS._replace(outliers=2.0, smoothing=0.5), 0.02),
-    "static outliers": (sq.W8A8_O3._replace(outliers=6.0), 0.05),
-    "grouped": (sq.W8A8._replace(weights=32), 0.03),
+    "smoothing": (sq.W8A8_O2.replace(smoothing=0.5), 0.03),
+    "outliers and smoothing": (sq.W8A8_OUTLIERS.replace(smoothing=0.5, outliers=2.0), 0.02),
+    "static outliers": (sq.W8A8_O3.replace(outliers=6.0), 0.05),
+    "grouped": (sq.W8A8.replace(weight=sq.Int8(group_size=32)), 0.03),
 }
 each_preset = pytest.mark.parametrize(("scheme", "error"), PRESETS.values(), ids=PRESETS)
 
@@ -99,8 +100,12 @@ def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
         np.asarray(x / s[None, :], np.float64),
         np.asarray(params["kernel"] * s[:, None], np.float64),
     )
-    sx = numpy_int8.scale_of(x, 1 if scheme.activations == "per_token" else None).astype(np.float64)
-    sw = numpy_int8.scale_of(w, 0 if scheme.weights == "per_channel" else None).astype(np.float64)
+    sx = numpy_int8.scale_of(x, 1 if isinstance(scheme.activation, sq.PerToken) else None).astype(
+        np.float64
+    )
+    sw = numpy_int8.scale_of(w, 0 if scheme.weight.granularity == "per_channel" else None).astype(
+        np.float64
+    )
     bound = (
         np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
     )
@@ -193,7 +198,10 @@ def test_init_makes_parameters_that_run(scheme):
     variables = QuantDense(8, scheme=scheme).init(jax.random.key(0), x)
     params = variables["params"]
     assert isinstance(params["kernel"], QuantWeight)
-    assert (params["kernel"].shape, params["kernel"].activations) == ((16, 8), scheme.activations)
+    assert (params["kernel"].shape, params["kernel"].activations) == (
+        (16, 8),
+        NAMES[type(scheme.activation)],
+    )
     chex.assert_shape(params["bias"], (8,))
     expected = x @ sq.dequantize(params["kernel"].tensor)
     error = jnp.abs(QuantDense(8, scheme=scheme).apply(variables, x) - expected).max()
@@ -312,12 +320,14 @@ def test_every_scheme_runs_and_is_trained_around(scheme, error):
     run = lambda x: QuantDense(16).apply({"params": qparams}, x)
     expected, got = nn.Dense(16).apply({"params": params}, x), jax.jit(run)(x)
     assert 1e-4 < total_error((got, expected)) / float(jnp.linalg.norm(expected)) < error
-    rows = jax.vmap(run)(x) if scheme.activations != "per_tensor" else run(x)  # else a scale a row
+    rows = (
+        jax.vmap(run)(x) if not isinstance(scheme.activation, sq.PerTensor) else run(x)
+    )  # else a scale a row
     chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
     g = normal(6, 16, seed=4)
     dx = jax.grad(lambda x: jnp.sum(run(x) * g))(x)
     assert (
-        0.98 if "4" in scheme.weight_format or scheme.weight_format == "e5m2" else 0.99
+        0.98 if "4" in scheme.weight.fmt.name or scheme.weight.fmt.name == "e5m2" else 0.99
     ) < cosine(dx, g @ params["kernel"].T)
 
 
@@ -511,7 +521,11 @@ def test_dense_general_is_the_float_layer_on_the_dequantized_kernel(name):
 @each_preset
 @pytest.mark.parametrize("name", ["merge heads", "batches"])
 def test_dense_general_runs_every_scheme(name, scheme, error):
-    scheme = scheme if isinstance(scheme.weights, str) else scheme._replace(weights=32)
+    scheme = (
+        scheme
+        if scheme.weight.group_size is None
+        else scheme.replace(weight=scheme.weight.replace(group_size=32))
+    )
     fields, params, x, _ = general(name)
     expected = nn.DenseGeneral(**fields).apply({"params": params}, x)
     qparams = quantized_general(name, scheme)
@@ -634,24 +648,20 @@ def test_a_kernel_of_another_shape_is_refused():
             r"^quantize_dense: kernel: a scheme with outliers .* pass absmax=max",
         ),
         (
-            {"scheme": sq.W8A8._replace(smoothing=0.5)},
+            {"scheme": sq.W8A8.replace(smoothing=0.5)},
             r"with outliers or smoothing needs the activation's absmax",
         ),
         (
             {
-                "scheme": sq.W8A8._replace(smoothing=0.5),
+                "scheme": sq.W8A8.replace(smoothing=0.5),
                 "absmax": jnp.ones(32),
                 "smoothing": jnp.ones(32),
             },
             "two smoothings, the scheme's alpha and the given s; leave one out",
         ),
         (
-            {"scheme": sq.W8A8_O3._replace(range="mse")},
-            r"a range of 'mse' .* as absmax, with range='absmax'",
-        ),
-        (
-            {"scheme": sq.W8A8._replace(weight_format="e4m3")},
-            "int8 activations go with int8 or int4 weights",
+            {"scheme": sq.W8A8_O3.replace(activation=sq.Static(range="mse"))},
+            r"the range of Static\(range='mse'\) .* as absmax, with range='absmax'",
         ),
         ({"scheme": sq.W8A8_O3}, "a static scheme needs the activation's absmax"),
     ],
@@ -675,7 +685,7 @@ def test_quantize_dense_says_what_it_expected(change, message):
             r"expected smoothing of shape \(4, 8\), got \(8,",
         ),
         (
-            {"scheme": sq.W4A16._replace(weights=5)},
+            {"scheme": sq.W4A16.replace(weight=sq.Int4(group_size=5, zero_point=True))},
             r"^quantize_dense_general: kernel: .*groups of 5 do not .*do: 8$",
         ),
         ({"scheme": sq.EMBEDDING_INT4}, "a scheme for embeddings, which meet indices"),

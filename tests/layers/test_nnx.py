@@ -23,8 +23,9 @@ SCHEMES = {
     "O1": sq.W8A8_O1,
     "O2": sq.W8A8_O2,
     "O3": sq.W8A8_O3,
-    "per_tensor": sq.Scheme(weights="per_tensor"),
+    "per_tensor": sq.Scheme(weight=sq.Int8(per_tensor=True)),
 }
+NAMES = {sq.PerToken: "per_token", sq.PerTensor: "per_tensor", sq.Static: "static"}
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -538,8 +539,12 @@ def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
         np.asarray(x / s[None, :], np.float64),
         np.asarray(linear.kernel[...] * s[:, None], np.float64),
     )
-    sx = numpy_int8.scale_of(x, 1 if scheme.activations == "per_token" else None).astype(np.float64)
-    sw = numpy_int8.scale_of(w, 0 if scheme.weights == "per_channel" else None).astype(np.float64)
+    sx = numpy_int8.scale_of(x, 1 if isinstance(scheme.activation, sq.PerToken) else None).astype(
+        np.float64
+    )
+    sw = numpy_int8.scale_of(w, 0 if scheme.weight.granularity == "per_channel" else None).astype(
+        np.float64
+    )
     bound = (
         np.abs(x).sum(1, keepdims=True) * sw / 2 + sx / 2 * np.abs(w).sum(0) + len(w) * sx * sw / 4
     )
@@ -648,12 +653,12 @@ def test_the_constructor_draws_what_nnx_linear_draws(scheme):
         nnx.Linear(16, 8, rngs=nnx.Rngs(7)),
     )
     kernel = module.kernel.get_value()
-    assert (kernel.shape, kernel.activations) == ((16, 8), scheme.activations)
+    assert (kernel.shape, kernel.activations) == ((16, 8), NAMES[type(scheme.activation)])
     error = jnp.abs(sq.dequantize(kernel.tensor) - linear.kernel[...]).max()
     assert 0 < float(error) < 0.01
     chex.assert_shape(module.bias[...], (8,))
     reach, x = (
-        1.0 if scheme.activations == "static" else jnp.inf,
+        1.0 if isinstance(scheme.activation, sq.Static) else jnp.inf,
         normal(5, 16),
     )  # without statistics, it clips at 1
     assert 1e-4 < distance(module(x), jnp.clip(x, -reach, reach) @ linear.kernel[...]) < 0.02
@@ -765,7 +770,7 @@ PRESETS = {
     "W4A16": (sq.W4A16, 0.15),
     "W4A16_G64": (sq.W4A16_G64, 0.15),
     "W4A8": (sq.W4A8, 0.15),
-    "smoothing": (sq.W8A8_O2._replace(smoothing=0.5), 0.03),
+    "smoothing": (sq.W8A8_O2.replace(smoothing=0.5), 0.03),
 }
 each_preset = pytest.mark.parametrize(("scheme", "error"), PRESETS.values(), ids=PRESETS)
 
@@ -777,18 +782,18 @@ def test_every_scheme_runs_under_nnx_jit_vmap_and_grad(scheme, error):
     assert (module.scheme, module.in_features) == (scheme, 128)
     got, expected = nnx.jit(lambda m, x: m(x))(module, x), linear(x)
     assert 1e-4 < distance(got, expected) < error
-    if scheme.activations != "per_tensor":  # whose scale is that of a row under vmap
+    if not isinstance(scheme.activation, sq.PerTensor):  # whose scale is that of a row under vmap
         rows = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(module, x)
         chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
     g = normal(6, 16, seed=4)
     grads, dx = nnx.grad(lambda m, x: jnp.sum(m(x) * g), argnums=(0, 1))(module, x)
     assert set(grads) == {"bias"}
     fx = g @ linear.kernel[...].T
-    coarse = scheme.weight_format in ("int4", "e5m2")
+    coarse = scheme.weight.fmt.name in ("int4", "e5m2")
     assert jnp.sum(dx * fx) / jnp.linalg.norm(dx) / jnp.linalg.norm(fx) > (0.98 if coarse else 0.99)
     drawn = QuantLinear(128, 16, scheme=scheme, rngs=nnx.Rngs(0))
     assert jnp.isfinite(drawn(x)).all()
-    assert drawn.kernel.get_value().tensor.fmt.name == scheme.weight_format
+    assert drawn.kernel.get_value().tensor.fmt.name == scheme.weight.fmt.name
     assert drawn.kernel.get_value().outliers is None  # there are no data yet
 
 

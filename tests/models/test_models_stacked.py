@@ -36,13 +36,13 @@ SCHEMES = {
     "O1": sq.W8A8_O1,
     "O3": sq.W8A8_O3,
     "one of each": {
-        "q_proj": sq.W8A8_O2._replace(weights="per_tensor"),
-        "k_proj": sq.W8A8_O3._replace(weights="per_tensor"),
+        "q_proj": sq.W8A8_O2.replace(weight=sq.Int8(per_tensor=True)),
+        "k_proj": sq.W8A8_O3.replace(weight=sq.Int8(per_tensor=True)),
         "v_proj": sq.W8A16,
-        "o_proj": sq.W4A16._replace(weights=8),
-        "gate_proj": sq.W4A8._replace(weights=8),
+        "o_proj": sq.W4A16.replace(weight=sq.Int4(group_size=8, zero_point=True)),
+        "gate_proj": sq.W4A8.replace(weight=sq.Int4(group_size=8, zero_point=True, two_level=True)),
         "up_proj": sq.FP8,
-        ".*": sq.W8A8._replace(smoothing=0.5),
+        ".*": sq.W8A8.replace(smoothing=0.5),
     },
 }
 
@@ -178,7 +178,7 @@ def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
 def test_outliers_of_a_stack_come_apart():
     """Every layer of a stack has as many as the one that has most; apart they are fewer, and no stack."""
     (apart, of_apart, _), (stacked, of_stacked, _) = calibrated()
-    scheme = sq.W8A8_OUTLIERS._replace(outliers=3.0)
+    scheme = sq.W8A8_OUTLIERS.replace(outliers=3.0)
     qparams = sq.quantize(stacked, of_stacked, scheme)
     np.testing.assert_allclose(logits(unstack_layers(qparams)), logits(qparams), atol=1e-5)
     assert_same(stack_layers(unstack_layers(qparams)), qparams)

@@ -24,7 +24,7 @@ from sqjax.numerics.ranges import (
 )
 
 WIDE = 17 / 16  # the widest bin: upper edge over lower edge
-MSE = sq.W8A8_O3._replace(range="mse")
+MSE = sq.W8A8_O3.replace(activation=sq.Static(range="mse"))
 
 
 def rng(*seed):
@@ -314,7 +314,9 @@ def test_every_layer_of_a_scan_has_its_own():
         x = jnp.tanh((h @ stack["a"][layer]) @ shared["out"])
     assert stats.histogram["out"].low.shape == (BINS,)  # read by both layers: one histogram of both
     assert np.abs(np.cumsum(stats.histogram["out"].counts) - np.cumsum(of_shared.counts)).max() <= 2
-    ranges = sq.quantize(shared, stats, sq.W8A8_O3._replace(range=0.5))["stack"]["a"].input_scale
+    ranges = sq.quantize(shared, stats, sq.W8A8_O3.replace(activation=sq.Static(range=0.5)))[
+        "stack"
+    ]["a"].input_scale
     np.testing.assert_allclose(
         ranges * 127, percentile_range(stats.histogram["stack/a"], 0.5), rtol=1e-6
     )
@@ -329,7 +331,9 @@ def test_every_expert_has_its_own_and_one_without_tokens_takes_the_largest():
     apply = lambda p, x: jnp.einsum("etd,edf->etf", sent[:, :, None] * x[None], p["up"])
     with pytest.warns(UserWarning, match="no token reached"):
         stats = sq.calibrate(apply, {"up": up}, [x], histogram=True)
-    scale = sq.quantize({"up": up}, stats, sq.W8A8_O3._replace(range=0.75))["up"].input_scale
+    scale = sq.quantize({"up": up}, stats, sq.W8A8_O3.replace(activation=sq.Static(range=0.75)))[
+        "up"
+    ].input_scale
     for e in range(2):
         own = Histogram.of(x[expert == e])
         same(jax.tree.map(lambda a, e=e: a[e], stats.histogram["up"]), own)
@@ -371,7 +375,7 @@ def test_a_shard_map_counts_as_one_device():
 def test_static_scales_cover_the_range():
     stats = of_all_batches(True)
     for how, expected in (("mse", mse_range), (0.9, lambda h: percentile_range(h, 0.9))):
-        scheme = sq.W8A8_O3._replace(range=how)
+        scheme = sq.W8A8_O3.replace(activation=sq.Static(range=how))
         eager, jitted = (
             run(PARAMS, stats) for run in (_quantize(scheme), jax.jit(_quantize(scheme)))
         )
@@ -382,7 +386,7 @@ def test_static_scales_cover_the_range():
             np.testing.assert_allclose(jitted[path].input_scale, t / 127, rtol=1e-6)
             np.testing.assert_allclose(stats.input_range(path, how), t, rtol=1e-6)
     same(
-        _quantize(sq.W8A8_O3._replace(range=1.0))(PARAMS, stats),
+        _quantize(sq.W8A8_O3.replace(activation=sq.Static(range=1.0)))(PARAMS, stats),
         _quantize(sq.W8A8_O3)(PARAMS, stats),
     )
     assert float(stats.input_range("a")) == float(stats.absmax["a"].max())
@@ -402,7 +406,7 @@ def test_clipping_a_planted_outlier_beats_absmax():
     exact = x.astype(np.float64) @ np.asarray(params["w"], np.float64)
 
     def error(how):
-        qparams = sq.quantize(params, stats, sq.W8A8_O3._replace(range=how))
+        qparams = sq.quantize(params, stats, sq.W8A8_O3.replace(activation=sq.Static(range=how)))
         got = np.asarray(jax.jit(sq.quantized(apply))(qparams, jnp.asarray(x)), np.float64)
         return np.mean((got - exact)[np.arange(4096) != 7] ** 2) / np.mean(
             exact[np.arange(4096) != 7] ** 2
@@ -423,7 +427,7 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
     exact = x.astype(np.float64) @ np.asarray(params["w"], np.float64)
     errors = {}
     for how in ("absmax", "mse", 0.9999):
-        qparams = sq.quantize(params, stats, sq.W8A8_O3._replace(range=how))
+        qparams = sq.quantize(params, stats, sq.W8A8_O3.replace(activation=sq.Static(range=how)))
         errors[how] = np.mean(
             (np.asarray(jax.jit(sq.quantized(apply))(qparams, jnp.asarray(x))) - exact) ** 2
         )
@@ -432,30 +436,24 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
 
 
 def test_refusals_of_schemes():
-    plain, stats = of_all_batches(False), of_all_batches(True)
+    plain = of_all_batches(False)
     for how in ("mse", 0.999):
         with pytest.raises(
             ValueError, match=r"^a: the range .* call calibrate\(\.\.\., histogram=True\)"
         ):
-            sq.quantize(PARAMS, plain, sq.W8A8_O3._replace(range=how))
-    with pytest.raises(ValueError, match="a range comes from the histogram of X, not of X / s"):
-        sq.quantize(PARAMS, stats, MSE._replace(smoothing=0.5))
-    with pytest.raises(
-        ValueError, match=r"^b: .*a range comes from the histogram of X, not of X / s"
-    ):
+            sq.quantize(PARAMS, plain, sq.W8A8_O3.replace(activation=sq.Static(range=how)))
+    of_x = "any other range comes from the histogram of X, not of X / s"
+    with pytest.raises(ValueError, match=f"^Scheme.activation: expected range='absmax' .*{of_x}"):
+        MSE.replace(smoothing=0.5)
+    with pytest.raises(ValueError, match=rf"^b: Scheme.activation: .*{of_x}"):
         sq.smoothquant(fn, PARAMS, BATCHES, scheme=MSE, groups="^a$", runtime=0.5)
-    with pytest.raises(ValueError, match=r"a range comes from .* or of X without outliers"):
-        sq.quantize(PARAMS, stats, MSE._replace(outliers=6.0))
-    with pytest.raises(ValueError, match="a range is for static activations"):
-        sq.quantize(PARAMS, stats, sq.W8A8._replace(range="mse"))
-    for wrong in (0.0, 99.9, True, "max", None):
-        with pytest.raises(ValueError, match="expected a range 'absmax', 'mse', or a percentile"):
-            sq.quantize(PARAMS, stats, sq.Scheme("static")._replace(range=wrong))
+    with pytest.raises(ValueError, match=r"range comes from .* or of X without outliers"):
+        MSE.replace(outliers=6.0)
 
 
 def test_the_range_is_that_of_the_activations_format():
     stats = of_all_batches(True)
-    fp8 = sq.FP8._replace(activations="static", range="mse")
+    fp8 = sq.FP8.replace(activation=sq.Static(range="mse", format="e4m3"))
     scale = sq.quantize(PARAMS, stats, fp8)["a"].input_scale
     np.testing.assert_allclose(scale * E4M3.bound, mse_range(stats.histogram["a"], E4M3), rtol=1e-6)
 
@@ -504,7 +502,9 @@ def test_a_histogram_serves_only_where_nothing_was_smoothed():
 
 
 @pytest.mark.parametrize(
-    "scheme", [MSE, {"a": sq.W8A8_O3._replace(range=0.9), "": sq.W8A8}], ids=["mse", "rules"]
+    "scheme",
+    [MSE, {"a": sq.W8A8_O3.replace(activation=sq.Static(range=0.9)), "": sq.W8A8}],
+    ids=["mse", "rules"],
 )
 def test_smoothquant_calibrates_the_smoothed_parameters(scheme):
     """From an iterator of batches; the same as by hand, step by step."""

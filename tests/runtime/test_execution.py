@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+import schemes_in_numpy as oracle
 from flax import linen as nn
 from flax import nnx
 
@@ -68,7 +69,7 @@ ONE_MATMUL = {
 }
 
 
-ALL_SCHEMES = {**SCHEMES, "per_tensor": sq.Scheme(weights="per_tensor")}
+ALL_SCHEMES = {**SCHEMES, "per_tensor": sq.Scheme(weight=sq.Int8(per_tensor=True))}
 
 
 @pytest.mark.parametrize(
@@ -77,17 +78,19 @@ ALL_SCHEMES = {**SCHEMES, "per_tensor": sq.Scheme(weights="per_tensor")}
 )
 def test_a_matmul_is_the_integer_product_of_numpy(case, scheme):
     (fn, shape), scheme = ONE_MATMUL[case], ALL_SCHEMES[scheme]
-    x = numpy_int8.away_from_ties(normal(5, 16), 1 if scheme.activations == "per_token" else None)
+    x = numpy_int8.away_from_ties(
+        normal(5, 16), 1 if isinstance(scheme.activation, sq.PerToken) else None
+    )
     contracted = shape.index(16)
     w = numpy_int8.away_from_ties(
-        normal(*shape, seed=1), contracted if scheme.weights == "per_channel" else None
+        normal(*shape, seed=1), contracted if scheme.weight.granularity == "per_channel" else None
     )
     qparams = quantize(fn, {"w": jnp.asarray(w)}, jnp.asarray(x), scheme=scheme)
     expected = numpy_int8.matmul(
         x,
         w if contracted == 0 else w.T,
-        1 if scheme.activations == "per_token" else None,
-        0 if scheme.weights == "per_channel" else None,
+        1 if isinstance(scheme.activation, sq.PerToken) else None,
+        0 if scheme.weight.granularity == "per_channel" else None,
     )
     got = jax.jit(sq.quantized(fn))(qparams, jnp.asarray(x))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
@@ -136,7 +139,13 @@ def test_tied_embeddings_are_gathered_and_multiplied_as_int8(weights):
     ids = jnp.asarray([[0, 5, 22], [7, 7, 1]])
     params = Tied().init(jax.random.key(0), ids)["params"]
     fn = lambda params, ids: Tied().apply({"params": params}, ids)
-    qparams = check(fn, params, ids, scheme=sq.Scheme(weights=weights), sites=1)
+    qparams = check(
+        fn,
+        params,
+        ids,
+        scheme=sq.Scheme(weight=oracle.with_granularity(sq.Int8(), weights)),
+        sites=1,
+    )
     program = jaxprs.of(sq.quantized(fn), qparams, ids)
     assert jaxprs.largest_float(program) < 23 * 16
     gathered = [e for e in jaxprs.equations(program) if e.primitive.name == "gather"]
@@ -380,7 +389,10 @@ def test_rows_are_those_of_the_dequantized_table_out_of_range_too(take, weights,
     head = lambda p, x: jnp.tensordot(x, p["table"], (axes, axes))
     fn = lambda p, ids: TAKES[take](p["table"], ids)
     qparams = quantize(
-        head, {"table": normal(*shape)}, normal(5, *shape[1:]), scheme=sq.Scheme(weights=weights)
+        head,
+        {"table": normal(*shape)},
+        normal(5, *shape[1:]),
+        scheme=sq.Scheme(weight=oracle.with_granularity(sq.Int8(), weights)),
     )
     ids = jnp.asarray([[0, 5, 3], [-1, 6, -100], [1000, -6, -7]])
     expected = fn({"table": sq.dequantize(qparams["table"].tensor)}, ids)

@@ -10,7 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 import sqjax as sq
 
-G64 = {"float x": sq.Scheme(None, 64), "int8 x": sq.Scheme("per_token", 64), "W4A16": sq.W4A16_G64}
+G64 = {
+    "float x": sq.Scheme(weight=sq.Int8(group_size=64), activation=None),
+    "int8 x": sq.Scheme(weight=sq.Int8(group_size=64)),
+    "W4A16": sq.W4A16_G64,
+}
 
 
 def normal(*shape, seed=0):
@@ -55,7 +59,12 @@ def test_groups_run_in_a_shard_map(scheme):
 def test_a_shard_map_that_would_begin_inside_a_group_is_refused():
     """200 channels in groups of 64 have 4 scales, two for each device, but the second block begins in the second."""
     params, x = {"w": normal(200, 8)}, normal(5, 200, seed=1)
-    qparams = quantize(rows_on_devices, params, x, scheme=sq.W4A8._replace(weights=64))
+    qparams = quantize(
+        rows_on_devices,
+        params,
+        x,
+        scheme=sq.W4A8.replace(weight=sq.Int4(group_size=64, zero_point=True, two_level=True)),
+    )
     with pytest.raises(
         ValueError, match=r"^w: its 200 contracted channels can not be cut into 2 blocks of whole"
     ):
@@ -72,7 +81,7 @@ def test_one_group_may_be_cut():
 def test_a_group_too_long_for_int32_is_refused():
     params, x = {"w": jnp.ones((300_000, 1))}, jnp.ones((2, 300_000))
     fn = lambda p, x: x @ p["w"]
-    qparams = quantize(fn, params, x, scheme=sq.Scheme("per_token", 150_000))
+    qparams = quantize(fn, params, x, scheme=sq.Scheme(weight=sq.Int8(group_size=150_000)))
     with pytest.raises(
         ValueError, match="w: contracts 150000 channels; int32 sums are exact up to 133144"
     ):
@@ -99,10 +108,10 @@ def test_smoothing_at_run_time_leaves_tables_alone():
 
 OUTLIERS = {
     "outliers": sq.W8A8_OUTLIERS,
-    "and smoothing": sq.W8A8_OUTLIERS._replace(smoothing=0.5),
-    "and static": sq.W8A8_O3._replace(outliers=6.0, smoothing=0.5),
+    "and smoothing": sq.W8A8_OUTLIERS.replace(smoothing=0.5),
+    "and static": sq.W8A8_O3.replace(smoothing=0.5, outliers=6.0),
     "static": sq.W8A8_O3,
-    "smoothing": sq.W8A8._replace(smoothing=0.5),
+    "smoothing": sq.W8A8.replace(smoothing=0.5),
 }
 
 
@@ -156,7 +165,7 @@ def test_what_fills_rows_out_of_range_is_not_divided_by_a_smoothing():
     fn = lambda p, ids: jnp.tanh(p["embed"][ids]) @ p["embed"].T
     look = lambda p, ids: jnp.take(p["embed"], ids, axis=0, mode="fill", fill_value=3.0)
     params, ids = {"embed": normal(20, 12)}, jnp.array([[0, 1, 3]])
-    qparams = quantize(fn, params, ids, scheme=sq.W8A8._replace(smoothing=0.5))
+    qparams = quantize(fn, params, ids, scheme=sq.W8A8.replace(smoothing=0.5))
     with pytest.raises(ValueError, match="embed: quantized, but `gather`"):
         sq.quantized(look)(qparams, jnp.array([25]))
     filled = sq.quantized(look)(quantize(fn, params, ids, scheme=sq.W8A8), jnp.array([25]))

@@ -265,7 +265,7 @@ def test_statistics_and_quantized_products_are_those_of_one_device(make):
         mean = np.asarray(plain.abs_sum[path]) / int(plain.count[path])
         close(np.asarray(stats.abs_sum[path]) / int(stats.count[path]), mean)
         assert int(stats.count[path]) == int(plain.count[path])
-    qparams = sq.quantize(case.params, stats, sq.W8A8_O3._replace(smoothing=0.5))
+    qparams = sq.quantize(case.params, stats, sq.W8A8_O3.replace(smoothing=0.5))
     run = jax.jit(quantized(case.fn))
     assert {dot.dtypes for dot in jaxprs.dots(run.trace(qparams, case.x).jaxpr)} == {
         jaxprs.INT8_DOT
@@ -466,7 +466,7 @@ def test_shardings_of_a_stack_with_smoothing_and_static_scales():
         return jnp.einsum("eti,eio->eto", x, p["w"])
 
     params, x = {"w": normal(4, 6, 8), "other": normal(3)}, normal(4, 5, 6)
-    qparams = sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W8A8_O3._replace(smoothing=0.5))
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W8A8_O3.replace(smoothing=0.5))
     found = sq.shardings(qparams, {"w": P("data", "model"), "other": None})
     assert found["other"] is None
     assert found["w"].tensor.values == P("data", None, "model")

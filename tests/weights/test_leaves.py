@@ -17,12 +17,12 @@ import sqjax as sq
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
-INT4 = sq.W4A16._replace(weights=32)
-TWO_LEVEL = sq.W4A8._replace(weights=32)
+INT4 = sq.W4A16.replace(weight=sq.Int4(group_size=32, zero_point=True))
+TWO_LEVEL = sq.W4A8.replace(weight=sq.Int4(group_size=32, zero_point=True, two_level=True))
 FORMATS = {
     "int8": sq.W8A8,
     "static": sq.W8A8_O3,
-    "smoothing": sq.W8A8_O2._replace(smoothing=0.5),
+    "smoothing": sq.W8A8_O2.replace(smoothing=0.5),
     "outliers": sq.W8A8_OUTLIERS,
     "int8_alone": sq.W8A16,
     "int4": INT4,
@@ -119,7 +119,7 @@ def other_model():
 def test_vmap_over_inputs_and_over_weights(name):
     qparams, run, params, x = quantized_model(name)
     rows = jax.jit(jax.vmap(lambda row: run(qparams, row[None, :])[0]))(x)
-    if FORMATS[name].activations != "per_tensor":  # whose scale is that of a row here
+    if not isinstance(FORMATS[name].activation, sq.PerTensor):  # whose scale is that of a row here
         same(rows, run(qparams, x), 1e-2)
     assert distance(rows, relu_mlp(params, x)) < ERRORS.get(name, 0.05)
     if name == "outliers":  # their positions differ from matrix to matrix, their number must not
@@ -348,7 +348,7 @@ def test_one_scale_for_all_and_stacks_print_so():
     params, x = {"w": normal(4, 16, 8)}, normal(4, 5, 16)
     stats = sq.calibrate(fn, params, [x])
     printed = {
-        g: repr(sq.quantize(params, stats, sq.W8A8._replace(weights=g)))
+        g: repr(sq.quantize(params, stats, sq.W8A8.replace(weight=sq.Int8(group_size=g))))
         for g in ("per_tensor", "per_channel")
     }
     for granularity, text in printed.items():
@@ -451,7 +451,15 @@ def test_cut_over_devices_as_the_float_leaf(name, cuts):
 def grouped(length, group, scheme=INT4):
     fn = lambda p, x: x @ p["w"]
     params, x = {"w": normal(length, 8)}, normal(4, length)
-    return fn, sq.quantize(params, sq.calibrate(fn, params, [x]), scheme._replace(weights=group)), x
+    return (
+        fn,
+        sq.quantize(
+            params,
+            sq.calibrate(fn, params, [x]),
+            scheme.replace(weight=scheme.weight.replace(group_size=group)),
+        ),
+        x,
+    )
 
 
 @pytest.mark.parametrize("scheme", [INT4, TWO_LEVEL, sq.W8A8], ids=["int4", "two_level", "int8"])
@@ -487,7 +495,7 @@ def test_a_shard_map_that_cuts_groups_is_refused_and_one_that_does_not_is_right(
     fn, qparams, x = grouped(128, 32, scheme)
     got, expected = jax.jit(sq.quantized(over_devices))(qparams, x), sq.quantized(fn)(qparams, x)
     assert distance(got, expected) < (
-        1e-5 if scheme.activations is None else 0.02
+        1e-5 if scheme.activation is None else 0.02
     )  # per token and device
 
 
@@ -498,7 +506,7 @@ def test_a_stack_over_devices():
         normal(4, 5, 64) * jnp.where(jnp.arange(64) == 5, 9.0, 1.0)[None, None, :],
     )
     stats = sq.calibrate(fn, params, [x])
-    for scheme in (*FORMATS.values(), sq.W8A8_O3._replace(smoothing=0.5, outliers=3.0)):
+    for scheme in (*FORMATS.values(), sq.W8A8_O3.replace(smoothing=0.5, outliers=3.0)):
         qparams = sq.quantize(params, stats, scheme)
         found = sq.shardings(qparams, {"w": NamedSharding(mesh(), P("data", "model"))})
         moved = jax.device_put(qparams, found)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+import schemes_in_numpy as oracle
 from jax import lax
 
 from sqjax.numerics.dots import LONGEST_CONTRACTION, narrow_dot
@@ -15,7 +16,7 @@ from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.qtensor import QTensor, dequantize
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import quantize_weight
-from sqjax.weights.schemes import Scheme
+from sqjax.weights.schemes import Int8, Scheme
 
 DENSE = (((1,), (0,)), ((), ()))
 ACTIVATIONS = ["per_token", "per_tensor", "static"]
@@ -24,6 +25,13 @@ WEIGHTS = ["per_channel", "per_tensor"]
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def scheme_of(activations="per_token", weights="per_channel"):
+    return Scheme(
+        weight=Int8(per_tensor=weights == "per_tensor"),
+        activation=oracle.activation_of(activations),
+    )
 
 
 def matrices(activations="per_token", weights="per_channel", rows=5, inner=48, outputs=7, seed=0):
@@ -39,7 +47,7 @@ def matrices(activations="per_token", weights="per_channel", rows=5, inner=48, o
 def dense(x, w, activations="per_token", weights="per_channel"):
     """(fn, weight): fn(x, weight) is the quantized x @ w, static scales taken from x itself."""
     weight = quantize_weight(
-        w, (0,), Scheme(activations, weights), absmax=jnp.max(jnp.abs(x), axis=0)
+        w, (0,), scheme_of(activations, weights), absmax=jnp.max(jnp.abs(x), axis=0)
     )
     return (lambda x, weight: quantized_dot_general(x, weight, DENSE, "kernel")), weight
 
@@ -114,7 +122,7 @@ def test_is_the_scaled_integer_product(activations, weights, wrap):
 
 def test_a_static_scale_clips_what_calibration_did_not_see():
     x, w = matrices("static")
-    weight = quantize_weight(w, (0,), Scheme("static"), absmax=jnp.max(jnp.abs(x)) / 4)
+    weight = quantize_weight(w, (0,), scheme_of("static"), absmax=jnp.max(jnp.abs(x)) / 4)
     scale = numpy_int8.scale_of(x)[0, 0] / 4
     x = jnp.asarray(numpy_int8.away_from_ties(x, scale=scale))
     expected = numpy_int8.matmul(x, w, x_scale=scale)
@@ -125,7 +133,7 @@ def test_a_static_scale_clips_what_calibration_did_not_see():
 def test_a_static_scheme_without_a_scale_is_refused():
     x, w = matrices()
     with pytest.raises(ValueError, match="static scheme needs the activation's absmax"):
-        quantize_weight(w, (0,), Scheme("static"))
+        quantize_weight(w, (0,), scheme_of("static"))
     _, weight = dense(x, w)
     with pytest.raises(ValueError, match="need an input_scale"):
         quantized_dot_general(x, replace(weight, activations="static"), DENSE, "w")
@@ -249,7 +257,7 @@ def test_contracts_any_axes(case, weights):
     w = numpy_int8.away_from_ties(
         normal(*w_shape, seed=1), w_axes if weights == "per_channel" else None
     )
-    weight = quantize_weight(jnp.asarray(w), w_axes, Scheme("per_token", weights))
+    weight = quantize_weight(jnp.asarray(w), w_axes, scheme_of("per_token", weights))
     got = quantized_dot_general(jnp.asarray(x), weight, ((x_axes, w_axes), ((), ())), "w")
     x_rows = x.transpose(*x_free, *x_axes).reshape(-1, np.prod([x_shape[a] for a in x_axes]))
     w_columns = w.transpose(*w_axes, *w_free).reshape(x_rows.shape[1], -1)
@@ -329,7 +337,7 @@ def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
     # `batch` in the order of w's axes; its absmax likewise.
     batch = tuple(sorted(w_batch))
     absmax = np.abs(first.reshape(*sizes, -1)).max(-1).transpose([w_batch.index(a) for a in batch])
-    weight = quantize_weight(w, w_axes, Scheme(activations), jnp.asarray(absmax), batch=batch)
+    weight = quantize_weight(w, w_axes, scheme_of(activations), jnp.asarray(absmax), batch=batch)
     got = jax.jit(
         lambda x: quantized_dot_general(x, weight, ((x_axes, w_axes), (x_batch, w_batch)), "w")
     )(x)
@@ -366,7 +374,7 @@ def test_smoothing_at_run_time_divides_x_and_multiplies_w(activations):
     x, w = normal(6, 32) * jnp.where(jnp.arange(32) == 3, 64.0, 1.0)[None, :], normal(32, 8, seed=1)
     absmax = jnp.max(jnp.abs(x), axis=0)
     s = jnp.exp2(jnp.round(jnp.log2(absmax) / 2))
-    smoothed = quantize_weight(w, (0,), Scheme(activations), absmax, s)
+    smoothed = quantize_weight(w, (0,), scheme_of(activations), absmax, s)
     np.testing.assert_array_equal(
         smoothed.tensor.values, QTensor.quantize(w * s[:, None], (0,)).values
     )
@@ -374,7 +382,7 @@ def test_smoothing_at_run_time_divides_x_and_multiplies_w(activations):
     _, plain = dense(x / s[None, :], w * s[:, None], activations)
     np.testing.assert_array_equal(got, quantized_dot_general(x / s[None, :], plain, DENSE, "w"))
     unsmoothed = quantized_dot_general(
-        x, quantize_weight(w, (0,), Scheme(activations), absmax), DENSE, "w"
+        x, quantize_weight(w, (0,), scheme_of(activations), absmax), DENSE, "w"
     )
     assert relative_error(got, x @ w) < relative_error(unsmoothed, x @ w) / 2
     assert relative_error(got, x @ w) < 0.02
@@ -404,7 +412,7 @@ def test_smoothing_follows_the_order_of_the_weight_axes(case):
 def test_the_gradient_is_that_of_the_dequantized_weight(activations, smoothing):
     x, w, g = normal(6, 32), normal(32, 8, seed=1), normal(6, 8, seed=2)
     s = jnp.exp2(jnp.arange(32.0) % 3) if smoothing else None
-    weight = quantize_weight(w, (0,), Scheme(activations), jnp.max(jnp.abs(x), axis=0), s)
+    weight = quantize_weight(w, (0,), scheme_of(activations), jnp.max(jnp.abs(x), axis=0), s)
     grad = jax.jit(jax.grad(lambda x: jnp.sum(quantized_dot_general(x, weight, DENSE, "w") * g)))(x)
     effective = dequantize(weight.tensor) / (1.0 if s is None else s[:, None])
     np.testing.assert_allclose(grad, g @ effective.T, rtol=1e-5, atol=1e-5)

@@ -232,10 +232,12 @@ def test_layers_of_a_stack_are_those_of_a_loop(how):
 def test_a_quantized_function_sees_views_of_grouped_weights(how):
     """Slices, transposes and splits of outputs inside fn."""
     scheme = {
-        "symmetric": sq.Scheme(weight_format="int4", weights=8),
-        "zero point": sq.W4A16._replace(weights=8),
-        "two levels": sq.W4A8._replace(weights=8),
-        "e4m3": sq.FP8._replace(weights=8),
+        "symmetric": sq.Scheme(weight=sq.Int4(group_size=8)),
+        "zero point": sq.W4A16.replace(weight=sq.Int4(group_size=8, zero_point=True)),
+        "two levels": sq.W4A8.replace(
+            weight=sq.Int4(group_size=8, zero_point=True, two_level=True)
+        ),
+        "e4m3": sq.FP8.replace(weight=sq.Float8(group_size=8)),
     }[how]
     whole = lambda p, x: x @ p["w"]
     views = {

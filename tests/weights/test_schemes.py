@@ -24,26 +24,28 @@ EPS = 2.0**-23
 
 GRANULARITIES = ("per_channel", "per_tensor", 32, 64, 128)
 KINDS = {
-    "int8": sq.Scheme(weight_format="int8"),
-    "int4": sq.Scheme(weight_format="int4"),
-    "int4 zero": sq.Scheme(weight_format="int4", zero_point=True),
-    "int4 two-level": sq.Scheme(weight_format="int4", zero_point=True, two_level=True),
-    "e4m3": sq.Scheme(weight_format="e4m3", activation_format="e4m3"),
-    "e5m2": sq.Scheme(weight_format="e5m2", activation_format="e5m2"),
-    "e4m3 x e5m2": sq.Scheme(weight_format="e4m3", activation_format="e5m2"),
+    "int8": (sq.Int8(), "int8"),
+    "int4": (sq.Int4(), "int8"),
+    "int4 zero": (sq.Int4(zero_point=True), "int8"),
+    "int4 two-level": (sq.Int4(group_size=32, zero_point=True, two_level=True), "int8"),
+    "e4m3": (sq.Float8(format="e4m3"), "e4m3"),
+    "e5m2": (sq.Float8(format="e5m2"), "e5m2"),
+    "e4m3 x e5m2": (sq.Float8(format="e4m3"), "e5m2"),
 }
 #: {name: scheme with activations "per_token"} for every format and granularity.
 WEIGHTS = {
-    f"{kind} {granularity}": scheme._replace(weights=granularity)
-    for (kind, scheme), granularity in itertools.product(KINDS.items(), GRANULARITIES)
-    if not (scheme.two_level and isinstance(granularity, str))
+    f"{kind} {granularity}": sq.Scheme(
+        weight=oracle.with_granularity(weight, granularity), activation=sq.PerToken(format=format)
+    )
+    for (kind, (weight, format)), granularity in itertools.product(KINDS.items(), GRANULARITIES)
+    if not (kind == "int4 two-level" and isinstance(granularity, str))
     and (kind != "e4m3 x e5m2" or granularity in ("per_channel", 64))
 }
 ACTIVATIONS = ("per_token", "per_tensor", "static", None)
 CASES = [
     (weights, activations)
     for weights, activations in itertools.product(WEIGHTS, ACTIVATIONS)
-    if activations or not WEIGHTS[weights].two_level
+    if activations or not oracle.has_two_levels(WEIGHTS[weights])
 ]
 cases = pytest.mark.parametrize(("weights", "activations"), CASES, ids=str)
 #: jax.jit that takes less time: the same program for XLA, less done for speed in LLVM.
@@ -59,7 +61,8 @@ def dtypes(weights):
 
 
 def of(weights, activations):
-    return WEIGHTS[weights]._replace(activations=activations)
+    scheme = WEIGHTS[weights]
+    return scheme.replace(activation=oracle.activation_of(activations, scheme.activation.format))
 
 
 def fn(p, x):
@@ -169,7 +172,8 @@ def test_the_integer_sums_are_those_of_the_oracle_bit_for_bit(weights):
 @pytest.mark.parametrize("fmt", ["int8", "e4m3", "e5m2"])
 @pytest.mark.parametrize("activations", ACTIVATIONS[:3])
 def test_activations_are_rounded_as_the_oracle_does_bit_for_bit(activations, fmt):
-    scheme = sq.Scheme(activations, weight_format=fmt, activation_format=fmt)
+    weight = sq.Int8() if fmt == "int8" else sq.Float8(format=fmt)
+    scheme = sq.Scheme(weight=weight, activation=oracle.activation_of(activations, fmt))
     for dtype in ("float32", "bfloat16"):
         (x, params, stats), (x64, _) = data(dtype), operands(dtype)
         given = sq.quantize(params, stats, scheme)["layer"]["w"].input_scale
@@ -196,7 +200,11 @@ def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
     tolerance = float32_error(scheme) * expected.magnitude
     if dtype == "bfloat16":
         tolerance = tolerance + 2.0**-8 * np.abs(expected.out)
-        if activations is None and scheme.weight_format in oracle.FLOAT8 and scheme.weights == 64:
+        if (
+            activations is None
+            and scheme.weight.fmt.name in oracle.FLOAT8
+            and scheme.weight.group_size == 64
+        ):
             tolerance = (
                 tolerance + 2.0**-9 * expected.magnitude
             )  # the weight is dequantized to x's dtype
@@ -205,8 +213,8 @@ def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
 
 def float32_error(scheme):
     """Relative to the sum of the absolute values: a few roundings, and those of a float sum where the terms are."""
-    groups = -(-INNER // scheme.weights) if isinstance(scheme.weights, int) else 1
-    floats = scheme.weight_format in oracle.FLOAT8
+    groups = -(-INNER // scheme.weight.group_size) if scheme.weight.group_size else 1
+    floats = scheme.weight.fmt.name in oracle.FLOAT8
     return (6 + groups + (INNER / 2 if floats else 0)) * EPS
 
 
@@ -239,11 +247,12 @@ def test_jit_equals_eager(weights, activations):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_quantizer_gives_the_same_codes_eager_and_compiled(weights):
     scheme, w = WEIGHTS[weights], data("float32")[1]["layer"]["w"]
-    if scheme.two_level:
-        eager = QTensor.quantize_twice(w, (0,), scheme.weights)
+    how = scheme.weight
+    if oracle.has_two_levels(scheme):
+        eager = QTensor.quantize_twice(w, (0,), how.group_size)
     else:
         eager = QTensor.quantize(
-            w, (0,), scheme.weights, FORMATS[scheme.weight_format], (), scheme.zero_point
+            w, (0,), how.granularity, how.fmt, (), oracle.has_zero_point(scheme)
         )
     inside_jit = run(weights, "float32")["per_token"][0]["layer"]["w"].tensor
     assert jax.tree.structure(eager) == jax.tree.structure(inside_jit)
@@ -351,7 +360,11 @@ def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_resul
 def test_whole_groups_of_weight_only_are_multiplied_group_by_group_for_gpus():
     x, params = normal(ROWS, 128), {"layer": {"w": normal(128, OUTPUTS)}}
     qparams = for_gpu(
-        sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W4A16._replace(weights=32))
+        sq.quantize(
+            params,
+            sq.calibrate(fn, params, [x]),
+            sq.W4A16.replace(weight=sq.Int4(group_size=32, zero_point=True)),
+        )
     )
     products, _ = products_for("cuda", qparams, x)
     assert [tuple(t.split("x")[-1] for t in product) for product in products] == [
