@@ -16,7 +16,7 @@ from sqjax.numerics.ranges import BINS, Histogram, count
 from sqjax.program.build import Var
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
-from sqjax.program.replication import Scopes, varying
+from sqjax.program.replication import MeshAxes, varying
 
 
 class Probe(NamedTuple):
@@ -171,7 +171,7 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
 
 
 def _as_channels(
-    program: Program, place: Place, measurement: Measurement, differing: Scopes
+    program: Program, place: Place, measurement: Measurement, differing: MeshAxes
 ) -> Observation:
     """A measurement of an activation as the observation of the site that one matmul reads."""
     site = place.site
@@ -215,7 +215,7 @@ def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observa
 
 
 def _check_mask(
-    program: Program, places: Iterable[Place], differing: Mapping[Var, Scopes], mask: Array
+    program: Program, places: Iterable[Place], differing: Mapping[Var, MeshAxes], mask: Array
 ) -> None:
     """Raises ValueError if a shard_map has split the tokens: a mask is not split likewise."""
     for place in places:

@@ -60,7 +60,7 @@ class Stack(NamedTuple):
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
-        places = [(i, axis) for i, axis in enumerate(view.places or ()) if axis is not None]
+        places = [(i, axis) for i, axis in enumerate(view.leaf_axes or ()) if axis is not None]
         own = lab.take_axes(labels, [i for i, _ in places])
         spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
         where = {

@@ -39,7 +39,7 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         """The site's path, with the indices of a matrix in a stack: layers/kernel[3]."""
-        return self.site.path + "".join(f"[{taken.at}]" for taken in self.view.part)
+        return self.site.path + "".join(f"[{taken.at}]" for taken in self.view.fixed)
 
 
 class Side(NamedTuple):
@@ -149,13 +149,13 @@ def _place(
             else (f"{equation} multiplies it in {program.avals[leaf].dtype}")
         )
     pairs = [
-        sorted(zip(mine, its, strict=True), key=lambda pair: view.place_of(pair[0]))
+        sorted(zip(mine, its, strict=True), key=lambda pair: view.position_of(pair[0]))
         for mine, its in ((me.batch, other.batch), (me.contracted, other.contracted))
     ]
     (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
     if batch is None or not axes:
         return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
-    if any(taken.axis == a for taken in view.part for _, _, a in view.blocks):
+    if any(taken.axis == a for taken in view.fixed for _, _, a in view.blocks):
         return f"{equation} multiplies another one of its matrices on every device"
     batch = (*(taken.axis for taken in view.taken), *batch)
     site = Site(view.path, axes, tuple(view.full_shape[a] for a in (*batch, *axes)), batch)

@@ -1,4 +1,9 @@
-"""`Flat`: a traced function as one list of equations, without its dead code."""
+"""`build`: a traced function as one list of equations, without its dead code.
+
+A jaxpr is a tree of programs: calls hold programs, scans and shard_maps hold programs. Here calls (jit, remat, custom
+gradients) are written out in place, and variables are numbers that are never used twice, because then a fact about a
+variable can be kept in a plain table. Bodies of scans and shard_maps stay where they are, as part of their equation.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,11 +48,18 @@ class Known:
 #: What an equation reads. `isinstance(atom, Var)` tells the two apart.
 Atom = Var | Known
 
+#: The scans and mesh axes around a variable, by number, outermost first.
+Scopes = tuple[int, ...]
+
 
 class Equation(NamedTuple):
-    """One primitive applied to variables (numbers) or literals.
+    """One primitive applied to variables or literals.
 
     Attributes:
+        name: the primitive's.
+        inputs, outputs: its operands and results.
+        origin: the equation of the jaxpr, which knows how to run and which line of the user's program made it.
+        params: the primitive's parameters, with Python's integers in place of numpy's.
         body: what a scan runs at every step, a shard_map on every device; None for everything else.
     """
 
@@ -61,17 +73,17 @@ class Equation(NamedTuple):
     @property
     def variables(self) -> list[Var]:
         """The variables among its inputs."""
-        return [v for v in self.inputs if isinstance(v, Var)]
+        return variables_in(self.inputs)
 
     @property
     def read(self) -> list[Var]:
-        """The variables it reads itself; what a scan's body reads is read there."""
-        consts = (
-            self.body.call.consts
-            if self.body is not None and isinstance(self.body.call, Scan)
-            else 0
-        )
-        return [v for v in self.inputs[consts:] if isinstance(v, Var)]
+        """The variables it reads itself.
+
+        Not a scan's constants: its body reads the outer variables, so equations of the body are the readers.
+        """
+        if self.body is not None and isinstance(self.body.call, Scan):
+            return variables_in(self.inputs[self.body.call.consts :])
+        return self.variables
 
     def behind(self, result: Var) -> list[Var]:
         """The variables that one of its results is made of.
@@ -81,10 +93,11 @@ class Equation(NamedTuple):
         if self.name not in IDENTITIES:
             return self.variables
         operand = self.inputs[self.outputs.index(result)]
-        return [operand] if isinstance(operand, Var) else []
+        return variables_in([operand])
 
     @property
     def runs_a_program(self) -> bool:
+        """Whether there is a program in its parameters: a scan, a loop, a branch, a custom kernel."""
         return any(True for _ in jaxprs_in_params(self.params))
 
     def __str__(self) -> str:
@@ -94,8 +107,8 @@ class Equation(NamedTuple):
 class Body(NamedTuple):
     """One step of a scan, or what one device does in a shard_map.
 
-    A scan's constants are the outer variables themselves; carry and xs, and all operands of a shard_map, are variables
-    of its own.
+    A scan's constants are the outer variables themselves. Its carry and the slices of what it runs over, and all
+    operands of a shard_map, are variables of the body's own.
 
     Attributes:
         scopes: of a scan the number of its family, of a shard_map one number for each of its mesh axes.
@@ -105,7 +118,7 @@ class Body(NamedTuple):
         equations: in order.
     """
 
-    scopes: tuple[int, ...]
+    scopes: Scopes
     call: Scan | ShardMap
     inputs: tuple[Var, ...]
     outputs: tuple[Atom, ...]
@@ -114,77 +127,127 @@ class Body(NamedTuple):
     @property
     def everything(self) -> Iterator[Equation]:
         """The equations of this body and of those within."""
-        return _all(self.equations)
+        return all_equations(self.equations)
 
 
-class Flat:
-    """The equations of `traced`; calls (jit, remat, custom gradients) and bodies (scan, shard_map) are written out.
+class FlatProgram(NamedTuple):
+    """A function as equations, and where its variables live.
 
-    Scans of one length at one place are a family, and share the slices of a leaf that several of them run over (a
-    prefill and a step over the same layers).
+    Scans of one length in one scope are a family. They share the slices of a leaf that several of them run over (a
+    prefill and a step over the same layers), because a scale of such a slice is a scale for both.
 
     Attributes:
         main: the equations that some output depends on, in order; those of scans and shard_maps hold their bodies.
+        inputs: the variables of fn's inputs, the leaves first.
+        results: what the function returns.
         avals: the shape and dtype of every variable.
-        scopes: for every variable the families of scans and the mesh axes, outermost first, in whose bodies it lives.
+        scopes: for every variable the families of scans and the mesh axes in whose bodies it lives.
         lengths: {family of scans, or mesh axis: the number of steps, or devices}.
         mesh_axes: {mesh axis: its name} of those of shard_maps.
-        inputs: the variables of fn's inputs, the leaves first.
         leaves: {variable: path} of the parameter leaves.
         roots: {variable: what it is} of the other variables that no equation makes: inputs, constants, carries.
-        results: what the function returns.
         outputs: {variable: what reads it} of results and of what leaves a body.
         constants: {variable: value} of the arrays that fn has captured.
+        slices: {(variable, scopes): the variable of its slice or block in these scopes, once for each body given one}.
     """
 
+    main: tuple[Equation, ...]
+    inputs: tuple[Var, ...]
+    results: tuple[Atom, ...]
+    avals: list[Any]
+    scopes: list[Scopes]
+    lengths: dict[int, int]
+    mesh_axes: dict[int, str]
+    leaves: dict[Var, str]
+    roots: dict[Var, str]
+    outputs: dict[Var, str]
+    constants: dict[Var, Any]
+    slices: dict[tuple[Var, Scopes], list[Var]]
+
+
+def build(traced: Traced) -> FlatProgram:
+    """The program of a traced function."""
+    return _Builder(traced).build()
+
+
+def variables_in(atoms: Sequence[Atom]) -> list[Var]:
+    """The variables among operands or results."""
+    return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def all_equations(equations: Sequence[Equation]) -> Iterator[Equation]:
+    """These equations and those of their bodies, the ones of a body before the equation that runs it."""
+    for equation in equations:
+        if equation.body is not None:
+            yield from all_equations(equation.body.equations)
+        yield equation
+
+
+class _Builder:
+    """A `FlatProgram` under construction; `scope` is where the equations being written out live."""
+
     def __init__(self, traced: Traced):
+        self.traced = traced
         self.avals: list[Any] = []
-        self.scopes: list[tuple[int, ...]] = []
+        self.scopes: list[Scopes] = []
         self.lengths: dict[int, int] = {}
         self.mesh_axes: dict[int, str] = {}
         self.leaves: dict[Var, str] = {}
         self.roots: dict[Var, str] = {}
         self.outputs: dict[Var, str] = {}
         self.constants: dict[Var, Any] = {}
-        self._scope: tuple[int, ...] = ()
-        self._families: dict[tuple[tuple[int, ...], Any], int] = {}
-        self._slices_of: dict[tuple[Var, tuple[int, ...]], list[Var]] = {}
+        self.slices: dict[tuple[Var, Scopes], list[Var]] = {}
+        self.scope: Scopes = ()
+        self._numbers: dict[tuple[Scopes, Any], int] = {}
+        self._leafy: set[Var] = set()
         self._leafy_views: dict[tuple[str, Any, str], Var] = {}
-        jaxpr = traced.jaxpr.jaxpr
-        captured = self._capture(jaxpr, traced.jaxpr.consts)
-        self.inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
-        self.leaves.update(zip(self.inputs, traced.paths, strict=False))
-        self._leafy: set[Any] = set(self.leaves)
-        for number, v in enumerate(self.inputs[len(traced.paths) :]):
-            self.roots[v] = f"input {number} of fn"
-        equations, self.results = self._flatten(jaxpr, captured, self.inputs)
-        self._leaves_out(self.results, "an output of fn")
-        self.main = self._alive(equations, {v for v in self.results if isinstance(v, Var)})
 
-    @property
-    def equations(self) -> Iterator[Equation]:
-        """All equations, those of a body before the one that runs it."""
-        return _all(self.main)
+    def build(self) -> FlatProgram:
+        """Writes out the whole program."""
+        jaxpr = self.traced.jaxpr.jaxpr
+        captured = self._capture(jaxpr, self.traced.jaxpr.consts)
+        inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
+        self.leaves.update(zip(inputs, self.traced.paths, strict=False))
+        self._leafy.update(self.leaves)
+        for number, v in enumerate(inputs[len(self.traced.paths) :]):
+            self.roots[v] = f"input {number} of fn"
+        equations, results = self._write_out(jaxpr, captured, inputs)
+        self._note_outputs(results, "an output of fn")
+        return FlatProgram(
+            main=_alive(equations, set(variables_in(results))),
+            inputs=inputs,
+            results=tuple(results),
+            avals=self.avals,
+            scopes=self.scopes,
+            lengths=self.lengths,
+            mesh_axes=self.mesh_axes,
+            leaves=self.leaves,
+            roots=self.roots,
+            outputs=self.outputs,
+            constants=self.constants,
+            slices=self.slices,
+        )
 
     def _new(self, aval: Any) -> Var:
         self.avals.append(aval)
-        self.scopes.append(self._scope)
+        self.scopes.append(self.scope)
         return Var(len(self.avals) - 1)
 
     def _capture(self, jaxpr: Jaxpr, values: Sequence[Any]) -> list[Var]:
+        """Variables for the arrays that a program has captured."""
         captured = [self._new(v.aval) for v in jaxpr.constvars]
         self.roots.update(dict.fromkeys(captured, "a constant captured by fn"))
         self.constants.update(zip(captured, values, strict=True))
         return captured
 
-    def _leaves_out(self, atoms: Sequence[Any], what: str) -> None:
-        self.outputs.update(
-            {v: what for v in atoms if isinstance(v, Var) and v not in self.outputs}
-        )
+    def _note_outputs(self, atoms: Sequence[Atom], what: str) -> None:
+        for v in variables_in(atoms):
+            self.outputs.setdefault(v, what)
 
-    def _flatten(
+    def _write_out(
         self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]
     ) -> tuple[list[Equation], list[Any]]:
+        """(the equations of a program, what it returns), given what its constants and inputs are out here."""
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
         equations: list[Equation] = []
 
@@ -194,116 +257,121 @@ class Flat:
         for eqn in jaxpr.eqns:
             operands = tuple(read(v) for v in eqn.invars)
             if (inner := inner_program(eqn)) is not None:
-                written, results = self._flatten(
-                    inner.jaxpr, self._capture(inner.jaxpr, inner.consts), operands
-                )
-                equations += written
+                captured = self._capture(inner.jaxpr, inner.consts)
+                written, results = self._write_out(inner.jaxpr, captured, operands)
             else:
-                results = [self._new(v.aval) for v in eqn.outvars]
-                params = {name: plain(value) for name, value in eqn.params.items()}
-                equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
-                if (same := self._view_once(equation)) is not None:
-                    results = [same]
-                else:
-                    equations.append(self._with_body(equation))
+                written, results = self._write_one(eqn, operands)
+            equations += written
             env.update(zip(eqn.outvars, results, strict=True))
         return equations, [read(v) for v in jaxpr.outvars]
 
-    def _with_body(self, equation: Equation) -> Equation:
-        outer = self._scope
-        if (scan := scan_in(equation.origin)) is not None:
-            body = self._step(equation, scan)
-        elif (shards := shard_map_in(equation.origin)) is not None:
-            body = self._block(equation, shards)
-        else:
-            return equation
-        self._scope = outer
-        return equation._replace(body=body)
+    def _write_one(
+        self, eqn: JaxprEqn, operands: tuple[Any, ...]
+    ) -> tuple[list[Equation], list[Any]]:
+        """An equation that calls no program, and its results; none where a variable holds its result already."""
+        results = [self._new(v.aval) for v in eqn.outvars]
+        params = {name: plain(value) for name, value in eqn.params.items()}
+        equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
+        if (same := self._same_view(equation)) is not None:
+            return [], [same]
+        return [self._with_body(equation)], results
 
-    def _into(self, key: Any, length: int) -> int:
-        """Goes into a body that runs so often; returns its number, which it shares with others of the same key."""
-        number = self._families.setdefault((self._scope, key), len(self._families))
+    def _same_view(self, equation: Equation) -> Var | None:
+        """The variable that is this very view of a leaf already, or None.
+
+        Two functions that share parameters (a prefill and a step) cast and transpose the same leaves. They share the
+        results too, because a leaf that two scans read through one variable is read once for both.
+        """
+        if equation.name not in VIEWS or len(equation.inputs) != 1 or self.scope:
+            return None
+        [x], [y] = equation.inputs, equation.outputs
+        if not isinstance(x, Var) or x not in self._leafy:
+            return None
+        known = self._leafy_views.setdefault((equation.name, x, str(equation.params)), y)
+        self._leafy.add(known)
+        return None if known is y else known
+
+    def _with_body(self, equation: Equation) -> Equation:
+        """The equation with the body that it runs, written out in a scope of its own."""
+        call = scan_in(equation.origin) or shard_map_in(equation.origin)
+        if call is None:
+            return equation
+        outside = self.scope
+        scopes = self._enter_scan(call) if isinstance(call, Scan) else self._enter_shard_map(call)
+        program = call.program
+        captured = self._capture(program.jaxpr, program.consts)
+        if isinstance(call, Scan):
+            constants, _, xs = call.sort(equation.inputs)
+            inputs = self._inputs_of_step(equation, call, xs)
+        else:
+            constants = []
+            inputs = self._inputs_of_block(equation, call)
+        equations, outputs = self._write_out(program.jaxpr, captured, [*constants, *inputs])
+        step = "a step of " if isinstance(call, Scan) else ""
+        self._note_outputs(outputs, f"what leaves {step}{equation}")
+        self.scope = outside
+        return equation._replace(body=Body(scopes, call, inputs, tuple(outputs), tuple(equations)))
+
+    def _enter_scan(self, scan: Scan) -> Scopes:
+        """Goes into a scan's body. Scans of one length in one scope share a number: they are a family."""
+        return (self._enter(scan.length, scan.length),)
+
+    def _enter_shard_map(self, shards: ShardMap) -> Scopes:
+        """Goes into a shard_map's body. Its mesh axes share their numbers with no other shard_map's."""
+        own = len(self._numbers)
+        names = {self._enter((own, name), size): name for name, size in shards.sizes.items()}
+        self.mesh_axes.update(names)
+        return tuple(names)
+
+    def _enter(self, key: Any, length: int) -> int:
+        number = self._numbers.setdefault((self.scope, key), len(self._numbers))
         self.lengths[number] = length
-        self._scope = (*self._scope, number)
+        self.scope = (*self.scope, number)
         return number
 
-    def _step(self, equation: Equation, scan: Scan) -> Body:
-        (consts, carry, xs), step = scan.sort(equation.inputs), scan.step.jaxpr
-        number = self._into(scan.length, scan.length)
-        captured = self._capture(step, scan.step.consts)
-        carried = [self._new(v.aval) for v in step.invars[len(consts) :][: len(carry)]]
-        slices = [
-            self._slice(x, v.aval)
-            for x, v in zip(xs, step.invars[len(consts) + len(carry) :], strict=True)
-        ]
-        inputs = (*carried, *slices)
-        self.roots.update({v: f"the carry of {equation}" for v in inputs[: scan.carry]})
-        self.roots.update({v: f"what {equation} runs over" for v in inputs[scan.carry :]})
-        equations, outputs = self._flatten(step, captured, [*consts, *inputs])
-        self._leaves_out(outputs, f"what leaves a step of {equation}")
-        return Body((number,), scan, inputs, tuple(outputs), tuple(equations))
+    def _inputs_of_step(
+        self, equation: Equation, scan: Scan, xs: Sequence[Atom]
+    ) -> tuple[Var, ...]:
+        """The variables of a scan's carry, and of one step's slices of what it runs over."""
+        _, carry, slices = scan.sort(scan.program.jaxpr.invars)
+        carried = [self._new(v.aval) for v in carry]
+        sliced = [self._slice(x, v.aval) for x, v in zip(xs, slices, strict=True)]
+        self.roots.update(dict.fromkeys(carried, f"the carry of {equation}"))
+        self.roots.update(dict.fromkeys(sliced, f"what {equation} runs over"))
+        return (*carried, *sliced)
 
-    def _block(self, equation: Equation, shards: ShardMap) -> Body:
-        one = len(self._families)  # every shard_map is a family of its own
-        names = {self._into((one, name), size): name for name, size in shards.sizes.items()}
-        self.mesh_axes.update(names)
-        captured = self._capture(shards.block.jaxpr, shards.block.consts)
-        inputs = tuple(self._new(v.aval) for v in shards.block.jaxpr.invars)
-        for x, v in zip(equation.inputs, inputs, strict=True):
-            if isinstance(x, Var):
-                self._slices_of.setdefault((x, self._scope), [v])
-        self.roots.update({v: f"what {equation} is given" for v in inputs})
-        equations, outputs = self._flatten(shards.block.jaxpr, captured, inputs)
-        self._leaves_out(outputs, f"what leaves {equation}")
-        return Body(tuple(names), shards, inputs, tuple(outputs), tuple(equations))
-
-    def _slice(self, outer: Any, aval: Any) -> Var:
+    def _slice(self, outer: Atom, aval: Any) -> Var:
         """The variable of one step's slice: one and the same in all scans of a family that run over it."""
         if not isinstance(outer, Var):
             return self._new(aval)
-        known = self._slices_of.setdefault((outer, self._scope), [])
+        known = self.slices.setdefault((outer, self.scope), [])
         known.append(known[0] if known else self._new(aval))
         return known[0]
 
-    def _view_once(self, equation: Equation) -> Var | None:
-        """The variable that is this very view of a leaf already, or None; so two functions share what they cast."""
-        x = equation.inputs[0] if len(equation.inputs) == 1 else None
-        if (
-            equation.name not in VIEWS
-            or not isinstance(x, Var)
-            or x not in self._leafy
-            or self._scope
-        ):
-            return None
-        key = (equation.name, x, str(equation.params))
-        if key not in self._leafy_views:
-            self._leafy_views[key] = equation.outputs[0]
-            self._leafy.add(equation.outputs[0])
-            return None
-        return self._leafy_views[key]
+    def _inputs_of_block(self, equation: Equation, shards: ShardMap) -> tuple[Var, ...]:
+        """The variables of one device's blocks of a shard_map's operands."""
+        inputs = tuple(self._new(v.aval) for v in shards.program.jaxpr.invars)
+        for x, v in zip(equation.inputs, inputs, strict=True):
+            if isinstance(x, Var):
+                self.slices.setdefault((x, self.scope), [v])
+        self.roots.update(dict.fromkeys(inputs, f"what {equation} is given"))
+        return inputs
 
-    def _alive(self, equations: Sequence[Equation], alive: set[Var]) -> tuple[Equation, ...]:
-        """The equations without dead code; what they read is added to `alive`."""
-        kept = []
-        for equation in reversed(equations):
-            if alive.intersection(equation.outputs) or equation.origin.effects:
-                if equation.body is not None:
-                    alive.update(v for v in equation.body.outputs if isinstance(v, Var))
-                    body = equation.body._replace(
-                        equations=self._alive(equation.body.equations, alive)
-                    )
-                    equation = equation._replace(body=body)
-                kept.append(equation)
-                alive.update(equation.variables)
-        return tuple(kept[::-1])
+
+def _alive(equations: Sequence[Equation], needed: set[Var]) -> tuple[Equation, ...]:
+    """The equations without dead code; what they read is added to `needed`."""
+    kept = []
+    for equation in reversed(equations):
+        if not needed.intersection(equation.outputs) and not equation.origin.effects:
+            continue
+        if (body := equation.body) is not None:
+            needed.update(variables_in(body.outputs))
+            inside = _alive(body.equations, needed)
+            equation = equation._replace(body=body._replace(equations=inside))
+        needed.update(equation.variables)
+        kept.append(equation)
+    return tuple(reversed(kept))
 
 
 def _literal(atom: Any) -> Known:
     return Known(np.asarray(atom.val, atom.aval.dtype))
-
-
-def _all(equations: Sequence[Equation]) -> Iterator[Equation]:
-    for equation in equations:
-        if equation.body is not None:
-            yield from _all(equation.body.equations)
-        yield equation

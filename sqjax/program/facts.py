@@ -1,185 +1,198 @@
-"""`Program`: a traced function as one list of equations, with its leaves named."""
+"""`Program`: what is known of the variables of a traced function."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from sqjax.program.build import Atom as Atom
-from sqjax.program.build import Body as Body
-from sqjax.program.build import Equation as Equation
-from sqjax.program.build import Flat
-from sqjax.program.build import Var as Var
-from sqjax.program.primitives import KEEP_A_FILL
-from sqjax.program.subprograms import Scan
+from sqjax.program.build import Atom, Equation, Var, all_equations, build
+from sqjax.program.entries import Entry, entries
+from sqjax.program.primitives import KEEP_A_FILL, PICKS
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS, View
 
 
-class Program(Flat):
+class Program:
     """What is known of the variables of a traced function: which are leaves, seen how, read where.
 
     A body is a world of its own: what flows in and out of it, at every step or on every device, carries no scale. Only
     the slices or blocks of leaves are leaves inside too, with one scale vector a step, or for each device along a mesh
-    axis that cuts them all.
+    axis that shards them all.
 
-    Attributes (besides those of `Flat`):
+    Attributes:
+        main, inputs, results, avals, scopes, lengths, mesh_axes, outputs, constants: see `FlatProgram`.
         leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and of `offsets`.
+        roots: {variable: what it is} of the other variables that no equation makes.
         offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
         barred: {variable: why it can carry no scale}.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
         picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of a stack.
+        scanned: {variable of a body: the variable computed from leaves of which it is a slice or block}.
         zeros: variables known to hold only zeros.
-        views: {variable: View} of the variables that are a leaf, seen through `sqjax.views`.
+        views: {variable: View} of the variables that are a leaf, seen through `sqjax.program.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
     def __init__(self, traced: Traced):
-        super().__init__(traced)
+        flat = build(traced)
+        self.main, self.inputs, self.results = flat.main, flat.inputs, flat.results
+        self.avals, self.scopes, self.lengths = flat.avals, flat.scopes, flat.lengths
+        self.mesh_axes, self.outputs, self.constants = flat.mesh_axes, flat.outputs, flat.constants
+        self.leaves = dict(flat.leaves)
+        self.roots = dict(flat.roots)
         self.offsets: dict[Var, float] = {}
         self.barred: dict[Var, str] = {}
-        self._index()
-
-    def _index(self) -> None:
         self.maker: dict[Var, Equation] = {}
         self.readers: dict[Var, list[Equation]] = {}
         self.from_leaves: set[Var] = set(self.leaves)
-        self.zeros: set[Var] = set()
         self.picked: dict[Var, Equation] = {}
+        self.scanned: dict[Var, Var] = {}
+        self.zeros: set[Var] = set()
         self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
         self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
-        self._values: dict[Var, np.ndarray] = {}
-        self._slices: dict[Var, Var] = {}
-        self.scanned: dict[Var, Var] = {}
+        self._fills: dict[Var, np.ndarray] = {}
+        self._whole: dict[
+            Var, Var
+        ] = {}  # {slice or block of a leaf: what it is a slice or block of}
         self._visit(self.main)
         for equation in self.equations:
             for v in set(equation.read):
                 self.readers.setdefault(v, []).append(equation)
-        for var, outer in self._slices.items():
-            slices = self._slices_of[outer, self.scopes[var]]
-            if not self._read_once(self._chain(outer)[:-1]) or self._reads(outer) != len(slices):
-                body = "shard_map" if self.scopes[var][-1] in self.mesh_axes else "scan"
-                self.barred[var] = f"{self.leaves[var]} is read outside this {body} too"
+        for part, whole in self._whole.items():
+            self._bar_unless_read_there(part, whole, flat.slices[whole, self.scopes[part]])
         for equation in [e for e in self.equations if e.name == "add"]:
             self._note_offset(equation)
 
+    @property
+    def equations(self) -> Iterator[Equation]:
+        """All equations, those of a body before the one that runs it."""
+        return all_equations(self.main)
+
+    # In order of execution, because what is known of a result follows from what is known of the operands.
+
     def _visit(self, equations: Sequence[Equation]) -> None:
-        """Passes on, in order of execution, what is known of variables: makers, leaves, zeros, views."""
         for equation in equations:
             if equation.body is not None:
-                self._enter(equation, equation.body)
+                for entry in entries(equation):
+                    self._enter(entry)
                 self._visit(equation.body.equations)
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if equation.name in ("dynamic_slice", "gather"):
-                self._pick(equation)
+            if equation.name in PICKS and equation.inputs[0] in self.from_leaves:
+                self.picked[equation.outputs[0]] = equation
             if equation.body is None:
                 for y in equation.outputs:
                     self._pass_on(equation, y)
 
+    def _enter(self, entry: Entry) -> None:
+        """Slices and blocks of leaves are leaves in a body."""
+        outer, inner = entry.outer, entry.inner
+        if not isinstance(outer, Var) or outer not in self.from_leaves:
+            return
+        self.from_leaves.add(inner)
+        self.scanned[inner] = outer
+        view = entry.view(self.views[outer]) if outer in self.views else None
+        if view is None:
+            return
+        self.views[inner] = view
+        if view.leaf_axes is not None:
+            self._whole[inner] = outer
+            self._stands_for_leaf(inner, view)
+            self.roots.pop(inner, None)
+
+    def _stands_for_leaf(self, var: Var, view: View) -> None:
+        self.leaves[var], self.leaf_views[var] = view.path, view
+
     def _pass_on(self, equation: Equation, y: Var) -> None:
-        """What is known of one result of an equation that runs no body, given its operands."""
+        """What is known of one result of an equation without a body."""
         sources = equation.behind(y)
-        if sources and all(v in self.from_leaves for v in sources):
+        if sources and self.from_leaves.issuperset(sources):
             self.from_leaves.add(y)
         if equation.name in KEEP_A_FILL:
-            position = equation.outputs.index(y)
-            self._pass_constant(equation.inputs[position], y)
-        if equation.name in VIEWS and len(sources) == 1:
-            [x] = sources
-            if x in self.picked:
-                self.picked[y] = self.picked[x]
-            if x in self.views:
-                self._pass_view(equation, x, y)
+            self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
+        if equation.name not in VIEWS or len(sources) != 1:
+            return
+        [x] = sources
+        if x in self.picked:
+            self.picked[y] = self.picked[x]
+        if x in self.views and self.is_float(y):
+            rule = VIEWS[equation.name]
+            view = rule(self.views[x], equation.params, self.shape(x), self.shape(y))
+            if view is not None:
+                self.views[y] = view
 
-    def _pick(self, equation: Equation) -> None:
-        """Notes what an index picks from a leaf."""
-        operand = equation.inputs[0]
-        if operand in self.from_leaves:
-            self.picked[equation.outputs[0]] = equation
-
-    def _pass_constant(self, x: Atom, y: Var) -> None:
-        """Copies of one literal are that literal; copies of zeros are zeros."""
-        value = self._values.get(x) if isinstance(x, Var) else x.value
-        if (
-            value is not None
-            and value.size == 1
-            and jax.numpy.issubdtype(self.avals[y].dtype, np.number)
-        ):
-            self._values[y] = value.astype(self.avals[y].dtype)
+    def _pass_fill(self, x: Atom, y: Var) -> None:
+        """Copies of one number are that number; copies of zeros are zeros."""
+        number = self._number(x)
+        dtype = self.avals[y].dtype
+        if number is not None and jax.numpy.issubdtype(dtype, np.number):
+            self._fills[y] = number.astype(dtype)
         if self.is_zero(x):
             self.zeros.add(y)
 
-    def _pass_view(self, equation: Equation, x: Var, y: Var) -> None:
-        view = VIEWS[equation.name](self.views[x], equation.params, self.shape(x), self.shape(y))
-        if view is not None and self.is_float(y):
-            self.views[y] = view
+    def _number(self, atom: Atom) -> np.ndarray | None:
+        """The number that fills an operand, as an array of one element; None where none is known."""
+        number = self._fills.get(atom) if isinstance(atom, Var) else atom.value
+        return number if number is not None and number.size == 1 else None
 
-    def _enter(self, equation: Equation, body: Body) -> None:
-        """Slices and blocks of leaves are leaves in a body."""
-        for outer, inner, part in _parts(equation, body):
-            if not isinstance(outer, Var) or outer not in self.from_leaves:
-                continue
-            self.from_leaves.add(inner)
-            self.scanned[inner] = outer
-            if outer in self.views and (view := part(self.views[outer])) is not None:
-                self.views[inner] = view
-                if view.places is not None:
-                    self._slices[inner] = outer
-                    self._is_leaf(inner, view)
-                    self.roots.pop(inner, None)
+    # Once all equations are known, because these facts depend on every reader of a variable.
 
-    def _is_leaf(self, var: Var, view: View) -> None:
-        self.leaves[var], self.leaf_views[var] = view.path, view
+    def _bar_unless_read_there(self, part: Var, whole: Var, parts: Sequence[Var]) -> None:
+        """Bars a slice or block of a leaf that is read outside its bodies too, where it has another scale a step.
+
+        `parts` has an entry for each body of the family that is given it.
+        """
+        *before, last = self.chain(whole)
+        if not self.read_once(before) or self._reads(last) != len(parts):
+            body = "shard_map" if self.scopes[part][-1] in self.mesh_axes else "scan"
+            self.barred[part] = f"{self.leaves[part]} is read outside this {body} too"
 
     def _note_offset(self, equation: Equation) -> None:
         """c + w stands for the leaf w where w has no other reader: w' = (c + w) / s - c rescales it."""
-        y = equation.outputs[0]
+        [y] = equation.outputs
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
-            if not isinstance(leaf, Var):
+            if not isinstance(leaf, Var) or not self._is_leaf_read_once(leaf):
                 continue
-            view = self.views.get(leaf)
-            constant = self._values.get(other) if isinstance(other, Var) else other.value
-            if view is None or view.places is None or constant is None or constant.size != 1:
+            number = self._number(other)
+            if number is None or not number.any() or self.shape(leaf) != self.shape(y):
                 continue
-            if (
-                self.shape(leaf) != self.shape(y)
-                or not constant.any()
-                or not self._read_once(self._chain(leaf))
-            ):
-                continue
-            self._is_leaf(y, view)
-            self.offsets[y] = c = float(constant.item())
+            view = self.views[leaf]
+            offset = float(number.item())
+            self._stands_for_leaf(y, view)
+            self.offsets[y] = offset
             del self.maker[y]
-            narrow = min(
-                (self.avals[v].dtype for v in (*self._chain(leaf), y)),
-                key=lambda dtype: dtype.itemsize,
-            )
-            if narrow.itemsize < 4:
-                self.barred[y] = (
-                    f"{equation} computes {c:g} + {view.path}, in {narrow} too coarse to rescale: keep this leaf, and "
-                    "that sum, in float32"
-                )
-            elif abs(c) > 256 or not (c * 256).is_integer():
-                self.barred[y] = (
-                    f"{equation} adds {c:g}, with which a sum can not be rescaled exactly"
-                )
+            dtypes = [self.avals[v].dtype for v in (*self.chain(leaf), y)]
+            problem = _why_too_coarse(equation, view.path, offset, dtypes)
+            if problem is not None:
+                self.barred[y] = problem
 
-    def _chain(self, var: Var) -> list[Var]:
+    # Questions that rules ask.
+
+    def _is_leaf_read_once(self, var: Var) -> bool:
+        """Whether a variable is a whole leaf which nothing else reads, nor another view of it."""
+        view = self.views.get(var)
+        return view is not None and view.leaf_axes is not None and self.read_once(self.chain(var))
+
+    def chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
         chain = [var]
-        while (v := chain[0]) in self.maker or v in self._slices:
-            chain.insert(0, self.maker[v].behind(v)[0] if v in self.maker else self._slices[v])
-        return chain
+        while True:
+            first = chain[0]
+            if first in self.maker:
+                chain.insert(0, self.maker[first].behind(first)[0])
+            elif first in self._whole:
+                chain.insert(0, self._whole[first])
+            else:
+                return chain
 
-    def _read_once(self, variables: Sequence[Var]) -> bool:
+    def read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
         return all(self._reads(v) <= 1 for v in variables)
 
     def _reads(self, var: Var) -> int:
-        return sum(e.read.count(var) for e in self.readers.get(var, ())) + (var in self.outputs)
+        """How many operands, and results of fn or of bodies, a variable is."""
+        by_equations = sum(e.read.count(var) for e in self.readers.get(var, ()))
+        return by_equations + (var in self.outputs)
 
     def is_zero(self, atom: Atom) -> bool:
         """Whether an operand is known to hold only zeros."""
@@ -187,48 +200,52 @@ class Program(Flat):
 
     def touching(self, var: Var) -> list[Equation]:
         """The equations a variable stands in: its maker, then its readers."""
-        return [*([self.maker[var]] if var in self.maker else []), *self.readers.get(var, [])]
+        made = [self.maker[var]] if var in self.maker else []
+        return [*made, *self.readers.get(var, [])]
 
     def leaves_behind(self, var: Var) -> set[str]:
         """The paths of the leaves that a variable is computed from."""
-        paths, seen, stack = set(), set(), [var]
-        while stack:
-            if (v := stack.pop()) in seen:
+        paths: set[str] = set()
+        seen: set[Var] = set()
+        waiting = [var]
+        while waiting:
+            v = waiting.pop()
+            if v in seen:
                 continue
             seen.add(v)
             if v in self.leaves:
                 paths.add(self.leaves[v])
             elif v in self.scanned:
-                stack.append(self.scanned[v])
+                waiting.append(self.scanned[v])
             elif v in self.maker:
-                stack += self.maker[v].behind(v)
+                waiting += self.maker[v].behind(v)
         return paths
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
+        """The shape of an operand or result."""
         return tuple(self.avals[atom].shape if isinstance(atom, Var) else atom.value.shape)
 
     def is_float(self, atom: Atom) -> bool:
-        """Whether an operand may carry a scale: float8 has too few exponents for that."""
+        """Whether an operand may carry a scale: float8 may not, because it has too few exponents."""
         dtype = self.avals[atom].dtype if isinstance(atom, Var) else atom.value.dtype
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
-def _parts(
-    equation: Equation, body: Body
-) -> Iterator[tuple[Any, Var, Callable[[View], View | None]]]:
-    """(an operand, the variable that holds its slice or block in the body, the view of that given the operand's)."""
-    if isinstance(body.call, Scan):
-        [scan] = body.scopes
-        _, _, xs = body.call.sort(equation.inputs)
-        for outer, inner in zip(xs, body.inputs[body.call.carry :], strict=True):
-            yield outer, inner, partial(View.slice_of_scan, scan=scan)
-        return
-    devices = {
-        name: (scope, body.call.sizes[name])
-        for name, scope in zip(body.call.sizes, body.scopes, strict=True)
-    }
-    for outer, inner, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
-        cuts = {
-            axis: [devices[name] for name in names] for axis, names in body.call.cuts(spec).items()
-        }
-        yield outer, inner, partial(View.block, cuts=cuts)
+def _why_too_coarse(
+    equation: Equation, path: str, offset: float, dtypes: Sequence[np.dtype]
+) -> str | None:
+    """Why c + w of these dtypes can not be rescaled without loss; None if it can.
+
+    w' = (c + w) / s - c must hold the bits of (c + w) / s. The proof rounds c + w to multiples of 2^-8, so that the
+    subtraction is exact in float32; c must be such a multiple too. Example: 1 + w in float32 passes, 1 + w in bfloat16
+    and 0.1 + w do not.
+    """
+    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
+    if narrow.itemsize < 4:
+        return (
+            f"{equation} computes {offset:g} + {path}, in {narrow} too coarse to rescale: keep this leaf, and that "
+            "sum, in float32"
+        )
+    if abs(offset) > 256 or not (offset * 256).is_integer():
+        return f"{equation} adds {offset:g}, with which a sum can not be rescaled exactly"
+    return None

@@ -28,7 +28,7 @@ CALLS = {
 class Scan(NamedTuple):
     """A scan: step(consts, carry, slices of xs) -> (carry, slices of ys), run `length` times."""
 
-    step: ClosedJaxpr
+    program: ClosedJaxpr
     consts: int
     carry: int
     length: int
@@ -60,7 +60,7 @@ class ShardMap(NamedTuple):
         options: the other arguments of `jax.shard_map`.
     """
 
-    block: ClosedJaxpr
+    program: ClosedJaxpr
     sizes: dict[str, int]
     in_specs: tuple[PartitionSpec, ...]
     out_specs: tuple[PartitionSpec, ...]
@@ -74,8 +74,8 @@ class ShardMap(NamedTuple):
             *operands
         )
 
-    def cuts(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
-        """{axis of an array: the mesh axes that cut it, major first}."""
+    def sharded_axes(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
+        """{axis of an array: the mesh axes that shard it, major first}. P(None, "model") gives {1: ("model",)}."""
         return {axis: tuple(names) for axis, names in enumerate(map(mesh_axes, spec)) if names}
 
 

@@ -1,6 +1,7 @@
 """`View`: a parameter leaf seen through transposes, slices, scans, shard_maps ...: which of its axes is where."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,9 +13,16 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """`size` places along an axis of a leaf, `stride` apart: all of it, or one factor of what a reshape has split.
+    """Evenly spaced indices along one axis of a leaf: all of them, or one factor of what a reshape has split.
 
-    `start` is the first of them, where a slice has cut others off.
+    Example: reshape((768, 512) -> (768, 8, 64)) splits axis 1 into heads and their channels. The heads are
+    Piece(axis=1, stride=64, size=8), the channels Piece(axis=1, stride=1, size=64).
+
+    Attributes:
+        axis: the leaf's axis.
+        stride: from one index to the next.
+        size: how many indices.
+        start: the first of them, where a slice has left others out.
     """
 
     axis: int
@@ -24,109 +32,152 @@ class Piece(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """An axis of a leaf at one index: the steps of a scan one after the other, or a fixed one (scan is None)."""
+    """An axis of a leaf seen at one index: the steps of a scan one after the other, or a fixed one (scan is None)."""
 
     axis: int
     scan: int | None
     at: int = 0
 
 
+class Block(NamedTuple):
+    """A mesh axis that shards an axis of a leaf, one block for each of its devices."""
+
+    mesh_axis: int
+    devices: int
+    axis: int
+
+
 @dataclass(frozen=True)
 class View:
     """Where the axes of a leaf have gone.
+
+    Example: the leaf (32, 768, 512), a stack of 32 matrices, inside a scan over it and after `.T`: the view has two
+    axes, `axes == ((Piece(2, 1, 512),), (Piece(1, 1, 768),))`, and `taken == (Taken(0, scan),)`.
 
     Attributes:
         path: the leaf's name.
         shape: the leaf's shape; in a shard_map that of the block of it that one device has.
         axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an axis of size 1).
-        cut: the leaf's axes that are not seen whole.
+        sliced: the leaf's axes that are not seen whole.
         taken: the leaf's axes that are seen at one index only, in the order in which they went.
-        blocks: (mesh axis, its number of devices, axis of the leaf) for every mesh axis of a shard_map that cuts that
-            axis into one block for each device; where several cut one axis, the major one first.
+        blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the major one first.
     """
 
     path: str
     shape: Shape
     axes: tuple[tuple[Piece, ...], ...]
-    cut: frozenset[int] = frozenset()
+    sliced: frozenset[int] = frozenset()
     taken: tuple[Taken, ...] = ()
-    blocks: tuple[tuple[int, int, int], ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
+        """A leaf as it is."""
         return cls(path, shape, tuple((Piece(a, 1, n),) for a, n in enumerate(shape)))
 
     @property
     def full_shape(self) -> Shape:
-        """The leaf's shape, all devices' blocks together."""
-        return tuple(
-            n * math.prod(m for _, m, a in self.blocks if a == axis)
-            for axis, n in enumerate(self.shape)
-        )
+        """The leaf's shape, all devices' blocks together.
+
+        Example: blocks of (2, 8) along a mesh axis of 4 devices that shards axis 0 are a leaf of (8, 8).
+        """
+        sizes = list(self.shape)
+        for block in self.blocks:
+            sizes[block.axis] *= block.devices
+        return tuple(sizes)
 
     def strides(self, axis: int) -> dict[int, int]:
-        """{scope: its stride} along an axis of the leaf of which scans and mesh axes hand out parts, major first."""
-        found, stride = (
-            [(scan, 1) for scan, a in self.stacked.items() if a == axis],
-            self.shape[axis],
-        )
-        for scope, size, a in reversed(self.blocks):
-            if a == axis:
-                found.append((scope, stride))
-                stride *= size
-        return dict(found[::-1])
+        """{scan or mesh axis: its stride} of those that divide an axis of the leaf, the major one first.
+
+        Example: an axis of 12, sharded over 2 devices of mesh axis 1 and then over 3 of mesh axis 2, has blocks of 2.
+        From one device to the next these are 6 and 2 apart: {1: 6, 2: 2}.
+        """
+        found = [(scan, 1) for scan, taken in self.stacked.items() if taken == axis]
+        stride = self.shape[axis]
+        for block in reversed(
+            self.blocks
+        ):  # neighbouring blocks are on neighbours of the minor axis
+            if block.axis == axis:
+                found.append((block.mesh_axis, stride))
+                stride *= block.devices
+        return dict(reversed(found))
 
     def whole_axes(self, axes: Iterable[int]) -> tuple[int, ...] | None:
-        """The leaf's axes that these axes of the view run over, whole and in order; None if that is not so."""
-        pieces = [piece for a in axes for piece in self.axes[a]]
-        found = tuple(dict.fromkeys(p.axis for p in pieces))
-        for axis in found:
-            inside = 1
-            for piece in reversed([p for p in pieces if p.axis == axis]):
-                if piece.stride != inside:
-                    return None
-                inside *= piece.size
-            if inside != self.shape[axis] or axis in self.cut:
-                return None
-        in_order = [p.axis for p in pieces] == sorted(p.axis for p in pieces)
-        return found if in_order else None
+        """The leaf's axes that these axes of the view run over, whole and in order; None if that is not so.
 
-    def place_of(self, axis: int) -> tuple[int, int]:
+        Example: for (768, 512) reshaped to (768, 8, 64), axes [1, 2] are the leaf's axis (1,). Axis [1] alone is none,
+        because it is only a part of it, and neither are [2, 1], because they mix its channels.
+        """
+        pieces = [piece for a in axes for piece in self.axes[a]]
+        leaf_axes = [piece.axis for piece in pieces]
+        if leaf_axes != sorted(leaf_axes):
+            return None
+        found = tuple(dict.fromkeys(leaf_axes))
+        for axis in found:
+            if not self._is_whole(axis, [piece for piece in pieces if piece.axis == axis]):
+                return None
+        return found
+
+    def _is_whole(self, axis: int, pieces: Sequence[Piece]) -> bool:
+        """Whether these pieces, major first, are all of an axis of the leaf in its own order."""
+        inside = 1  # the indices that the minor pieces run over: the stride of the next one
+        for piece in reversed(pieces):
+            if piece.stride != inside:
+                return False
+            inside *= piece.size
+        return inside == self.shape[axis] and axis not in self.sliced
+
+    def position_of(self, axis: int) -> tuple[int, int]:
         """Where an axis of the view begins in the leaf: what sorts the view's axes into the leaf's order."""
         return min(((p.axis, -p.stride) for p in self.axes[axis]), default=(-1, 0))
 
     @property
-    def places(self) -> tuple[int | None, ...] | None:
+    def leaf_axes(self) -> tuple[int | None, ...] | None:
         """The leaf's axis behind every axis of the view (None: an axis of size 1 that is none of the leaf's).
 
-        None where an axis of the leaf is not seen whole, or where several are seen as one.
-        """
-        found = [self.whole_axes([a]) for a in range(len(self.axes))]
-        whole = not self.cut and not self.part and all(f is not None and len(f) <= 1 for f in found)
-        return tuple(f[0] if f else None for f in found) if whole else None
+        None for the whole where an axis of the leaf is not seen whole, or where several are seen as one.
 
-    def block(self, cuts: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
-        """One device's block of a view: {axis of the view: the (mesh axis, number of devices) that cut it}."""
-        blocks: list[tuple[int, int, int]] = []
-        for axis, found in cuts.items():
+        Example: (1, 0) for a transposed matrix, (None, 0, 1) for `w[None]`.
+        """
+        if self.sliced or self.fixed:
+            return None
+        found: list[int | None] = []
+        for a in range(len(self.axes)):
+            whole = self.whole_axes([a])
+            if whole is None or len(whole) > 1:
+                return None
+            found.append(whole[0] if whole else None)
+        return tuple(found)
+
+    def block(self, shards: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
+        """One device's block of a view; None where what is sharded is no whole axis of the leaf.
+
+        Example: the view of a whole leaf (12, 8) with {0: [(1, 2), (2, 3)]} is that of a block (2, 8).
+
+        Args:
+            shards: {axis of the view: the (mesh axis, number of devices) that shard it, major first}.
+        """
+        new: list[Block] = []
+        for axis, mesh_axes in shards.items():
             whole = self.whole_axes([axis])
             if whole is None or len(whole) != 1 or len(self.axes[axis]) != 1:
                 return None
-            blocks += [(scope, size, whole[0]) for scope, size in found]
-        parts = {
-            a: math.prod(size for _, size, b in blocks if b == a) for a in range(len(self.shape))
-        }
-        axes = tuple(
-            tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces) for pieces in self.axes
-        )
-        shape = tuple(n // parts[a] for a, n in enumerate(self.shape))
-        return replace(self, axes=axes, shape=shape, blocks=(*self.blocks, *blocks))
+            new += [Block(mesh_axis, devices, whole[0]) for mesh_axis, devices in mesh_axes]
+        parts = [1] * len(self.shape)
+        for block in new:
+            parts[block.axis] *= block.devices
+        axes = []
+        for pieces in self.axes:
+            axes.append(tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces))
+        shape = tuple(n // m for n, m in zip(self.shape, parts, strict=True))
+        return replace(self, axes=tuple(axes), shape=shape, blocks=(*self.blocks, *new))
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
-        if (places := self.places) is None or (axis := places[0]) is None:
+        leaf_axes = self.leaf_axes
+        if not leaf_axes or leaf_axes[0] is None:
             return None
-        return replace(self, axes=self.axes[1:], taken=(*self.taken, Taken(axis, scan)))
+        return replace(self, axes=self.axes[1:], taken=(*self.taken, Taken(leaf_axes[0], scan)))
 
     @property
     def stacked(self) -> dict[int, int]:
@@ -134,7 +185,7 @@ class View:
         return {taken.scan: taken.axis for taken in self.taken if taken.scan is not None}
 
     @property
-    def part(self) -> tuple[Taken, ...]:
+    def fixed(self) -> tuple[Taken, ...]:
         """The axes that are seen at a fixed index: which of a stack of matrices this is."""
         return tuple(taken for taken in self.taken if taken.scan is None)
 
@@ -148,13 +199,17 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
 
 
 def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
+    """Axes of size 1 go. One that a slice has left of an axis is an index: w[3] is squeeze(w[3:4]).
+
+    A slice of one entry has the stride 1 (see `_slice`), so pieces of another stride were split off by a reshape.
+    """
     gone = [a % len(old) for a in params["dimensions"]]
-    picked = [p for a in gone for p in view.axes[a] if p.axis in view.cut and p.stride == 1]
+    indexed = [p for a in gone for p in view.axes[a] if p.axis in view.sliced and p.stride == 1]
     return replace(
         view,
         axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone),
-        cut=view.cut.difference(p.axis for p in picked),
-        taken=(*view.taken, *(Taken(p.axis, None, p.start) for p in picked)),
+        sliced=view.sliced.difference(p.axis for p in indexed),
+        taken=(*view.taken, *(Taken(p.axis, None, p.start) for p in indexed)),
     )
 
 
@@ -169,65 +224,81 @@ def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
 
 
 def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
-    """Part of whole axes: a slice through what a reshape has split or merged is no view."""
-    shorter = [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
+    """Part of whole axes: a slice through what a reshape has split or merged is no view.
+
+    Example: w[2:8:3] of a leaf (9, 4) has the piece (axis 0, stride 3, size 2, start 2) as its first axis.
+    """
     axes = list(view.axes)
-    for a in shorter:
-        if len(axes[a]) != 1 or (
-            axes[a][0].axis not in view.cut and axes[a][0].size != view.shape[axes[a][0].axis]
-        ):
+    sliced = set(view.sliced)
+    strides = params["strides"] or (1,) * len(old)
+    for a, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before == after:
+            continue
+        if len(axes[a]) != 1:
             return None
-        piece, step = axes[a][0], (params["strides"] or (1,) * len(old))[a]
+        [piece] = axes[a]
+        if piece.size != view.shape[piece.axis] and piece.axis not in view.sliced:
+            return None
         start = piece.start + piece.stride * params["start_indices"][a]
-        axes[a] = (Piece(piece.axis, piece.stride * step if new[a] > 1 else 1, new[a], start),)
-    return replace(view, axes=tuple(axes), cut=view.cut.union(axes[a][0].axis for a in shorter))
+        stride = piece.stride * strides[a] if after > 1 else 1  # one entry alone has no stride
+        axes[a] = (Piece(piece.axis, stride, after, start),)
+        sliced.add(piece.axis)
+    return replace(view, axes=tuple(axes), sliced=frozenset(sliced))
 
 
 def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
-    """Runs of axes with equal products: their pieces are dealt out to the new axes, split where they are too long."""
+    """Axes are split and merged; pieces that are too long for the new axes are split.
+
+    Example: (768, 512) -> (768, 8, 64) has two runs of axes with equal products, 768 = 768 and 512 = 8 * 64. The first
+    stays; in the second the piece of 512 becomes two.
+    """
     if params.get("dimensions") is not None or 0 in old:
         return None
     axes: list[tuple[Piece, ...]] = []
     for sources, targets in runs(old, new):
-        if [old[a] for a in sources] == [new[a] for a in targets]:
+        sizes = [new[a] for a in targets]
+        if [old[a] for a in sources] == sizes:
             axes += [view.axes[a] for a in sources]
             continue
         pieces = [piece for a in sources for piece in view.axes[a]]
-        dealt = (
-            None
-            if view.cut.intersection(p.axis for p in pieces)
-            else _deal(pieces, [new[a] for a in targets])
-        )
-        if dealt is None:
+        if view.sliced.intersection(piece.axis for piece in pieces):
             return None
-        axes += dealt
+        regrouped = _regroup(pieces, sizes)
+        if regrouped is None:
+            return None
+        axes += regrouped
     return replace(view, axes=tuple(axes))
 
 
-def _deal(pieces: list[Piece], sizes: Sequence[int]) -> list[tuple[Piece, ...]] | None:
-    """The pieces for axes of these sizes, in order; None if they do not fit."""
-    waiting = [p for p in pieces if p.size > 1]
-    dealt: list[tuple[Piece, ...]] = []
+def _regroup(pieces: Sequence[Piece], sizes: Sequence[int]) -> list[tuple[Piece, ...]] | None:
+    """The pieces as axes of these sizes, in order; None if they do not fit.
+
+    Examples, a piece by its size: [512] for the sizes (8, 64) is split in two. [6, 4] for (24,) becomes one axis of
+    both. [6, 4] for (3, 8) splits the 6, whose rest of 2 goes with the 4. [4, 9] does not fit (6, 6).
+    """
+    waiting = deque(piece for piece in pieces if piece.size > 1)
+    axes: list[tuple[Piece, ...]] = []
     for size in sizes:
-        mine: list[Piece] = []
-        while size > 1:
-            piece = waiting.pop(0)
-            if size % piece.size == 0:
-                mine.append(piece)
-                size //= piece.size
-            elif piece.size % size == 0:
-                rest = piece.size // size
-                mine.append(Piece(piece.axis, piece.stride * rest, size))
-                waiting.insert(0, piece._replace(size=rest))
-                size = 1
+        own: list[Piece] = []
+        missing = size
+        while missing > 1:
+            piece = waiting.popleft()
+            if missing % piece.size == 0:
+                own.append(piece)
+                missing //= piece.size
+            elif piece.size % missing == 0:
+                rest = piece.size // missing
+                own.append(Piece(piece.axis, piece.stride * rest, missing))
+                waiting.appendleft(piece._replace(size=rest))
+                missing = 1
             else:
                 return None
-        dealt.append(tuple(mine))
-    return dealt
+        axes.append(tuple(own))
+    return axes
 
 
 #: The primitives that keep a leaf a leaf: (view, the equation's parameters, old shape, new shape) -> view, or None
-#: where the result is no view of the leaf any more.
+#: where the result is no view of the leaf any more. An identity of several operands is one for each of them.
 VIEWS: dict[str, Callable[[View, dict[str, Any], Shape, Shape], View | None]] = {
     **dict.fromkeys(IDENTITIES, _keep),
     "transpose": _transpose,

@@ -1,7 +1,7 @@
-"""The walk: runs a traced program in which some values are special, and hands those to a table of rules."""
+"""The walk: runs a traced program in which some values are special, and asks a registry for rules about those."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,29 +10,24 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from sqjax.program.primitives import KEEP_A_FILL
-from sqjax.program.registry import Leaf as Leaf
-from sqjax.program.registry import Registry
+from sqjax.program.registry import Leaf, Registry
 from sqjax.program.subprograms import emit, inner_program, program_in, scan_in, shard_map_in
 
 
-class Rules(NamedTuple):
-    """What to do where a `Leaf` meets a primitive: a rule by the primitive's name, else `otherwise`.
+def run(program: ClosedJaxpr, operands: Sequence[Any], rules: Registry) -> list[Any]:
+    """What a program, or a body, returns on these operands, special values among them.
 
-    A rule is called as rule(equation, *operands) and returns the result (a list of them, if the primitive has
-    several). Where `concerns(equation)`, the same happens though no leaf is there.
+    Equations that meet no special value are emitted again as they were, custom gradients included.
     """
-
-    table: Mapping[str, Callable[..., Any]]
-    otherwise: Callable[..., Any]
-    concerns: Callable[[JaxprEqn], bool] = lambda equation: False
+    return rules.leave(_walk(program.jaxpr, program.consts, operands, rules))
 
 
-def walk(
-    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], rules: Rules | Registry
+def _walk(
+    jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any], rules: Registry
 ) -> list[Any]:
-    """Runs `jaxpr`. Equations that meet no `Leaf` are emitted again as they were, custom gradients included."""
+    """The results of a program; unlike those of `run`, special values among them are as they are."""
     env: dict[Any, Any] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True)
     )
     fills: dict[Any, Any] = {}
 
@@ -40,62 +35,68 @@ def walk(
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in jaxpr.eqns:
-        operands = [read(v) for v in equation.invars]
-        if equation.primitive.name in KEEP_A_FILL:
-            _note_fills(fills, equation, operands)
+        values = [read(v) for v in equation.invars]
+        _note_fills(fills, equation, values)
         with source_info_util.user_context(equation.source_info.traceback):
-            if isinstance(rules, Registry):
-                numbers = [
-                    v.val if isinstance(v, Literal) else fills.get(v) for v in equation.invars
-                ]
-                results = _apply(equation, operands, numbers, rules)
-            else:
-                if equation.primitive.name == "select_n" and any(
-                    isinstance(x, Leaf) for x in operands
-                ):
-                    equation = equation.replace(invars=[_filled(fills, v) for v in equation.invars])
-                results = _step(equation, operands, rules)
+            results = _apply(equation, values, fills, rules)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
 def _apply(
-    equation: JaxprEqn, operands: list[Any], fills: Sequence[Any], rules: Registry
+    equation: JaxprEqn, operands: list[Any], fills: Mapping[Any, Any], rules: Registry
 ) -> list[Any]:
     """The results of one equation."""
     special = any(isinstance(x, Leaf) for x in operands)
-    name = equation.primitive.name
     if not special and not rules.concerns(equation):
-        results = emit(equation, *operands)
-    elif (inner := inner_program(equation)) is not None:
-        return walk(inner.jaxpr, inner.consts, operands, rules)
-    elif name in _BODIES:
-        return _BODIES[name](equation, operands, rules)
-    else:
-        rule = rules.rule(equation, operands)
-        asked = {"fills": list(fills)} if rule.fills else {}
-        results = rule.run(equation, *operands, **asked)
+        return _listed(equation, emit(equation, *operands))
+    if (inner := inner_program(equation)) is not None:
+        return _walk(inner.jaxpr, inner.consts, operands, rules)
+    if (through := _BODIES.get(equation.primitive.name)) is not None:
+        return through(equation, operands, rules)
+    rule = rules.rule(equation, operands)
+    if not rule.fills:
+        return _listed(equation, rule.run(equation, *operands))
+    numbers = [v.val if isinstance(v, Literal) else fills.get(v) for v in equation.invars]
+    return _listed(equation, rule.run(equation, *operands, fills=numbers))
+
+
+def _listed(equation: JaxprEqn, results: Any) -> list[Any]:
+    """Primitives with one result return it bare."""
     return results if equation.primitive.multiple_results else [results]
 
 
-def run(program: ClosedJaxpr, operands: Sequence[Any], rules: Registry) -> list[Any]:
-    """What a program, or a body, returns on these operands, special values among them."""
-    return rules.leave(walk(program.jaxpr, program.consts, operands, rules))
+def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]) -> None:
+    """Notes which number fills the results of an equation, if that is known while tracing.
+
+    Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of the literal 0.0; 0.0 fills its result, and a reshape of it.
+    Only rules that ask for it are told, because everything else needs the array itself.
+    """
+    if equation.primitive.name not in KEEP_A_FILL:
+        return
+    for source, operand, result in zip(equation.invars, operands, equation.outvars, strict=False):
+        number = operand if isinstance(source, Literal) else fills.get(source, operand)
+        if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
+            fills[result] = number
+
+
+# Bodies: each runs the same loop, branch or map with a body that walks. Leaves that the body only reads are seen from
+# outside; what a scan runs over, or what is given to devices, must be arrays, so the leaf's kind says which.
 
 
 def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
-    """A scan gives one layer's arrays of a stacked leaf to each step; constants are the leaves themselves."""
+    """A scan gives one layer's arrays of a stacked leaf to each step."""
     scan: Any = scan_in(equation)
-    consts, carry, xs = scan.sort(operands)
+    consts, first, xs = scan.sort(operands)
 
     def step(carry, slices):
-        outputs = run(scan.step, [*consts, *carry, *slices], rules)
+        outputs = run(scan.program, [*consts, *carry, *slices], rules)
         return outputs[: scan.carry], outputs[scan.carry :]
 
     sliced = [
         rules.kind_of(x).slices(equation, x, scan.length) if isinstance(x, Leaf) else x for x in xs
     ]
-    carry, ys = scan.run(step, rules.carry(equation, carry), sliced)
+    carry, ys = scan.run(step, rules.carry(equation, first), sliced)
     return [*carry, *ys]
 
 
@@ -108,7 +109,7 @@ def _shard_map(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list
     )
 
     def block(*blocks):
-        return run(shards.block, blocks, rules)
+        return run(shards.program, blocks, rules)
 
     return shards.run(block, specs, list(shards.out_specs), operands)
 
@@ -117,12 +118,14 @@ def _while(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any
     """Leaves are constants of the loop, of its test or of its body."""
     params = equation.params
     test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    of_body = params["cond_nconsts"]
-    first = of_body + params["body_nconsts"]
+    # The operands are the test's constants, the body's constants, and what is carried.
+    after_test = params["cond_nconsts"]
+    after_body = after_test + params["body_nconsts"]
+    of_test, of_body = operands[:after_test], operands[after_test:after_body]
     return lax.while_loop(
-        lambda carry: run(test, [*operands[:of_body], *carry], rules)[0],
-        lambda carry: run(body, [*operands[of_body:first], *carry], rules),
-        rules.carry(equation, operands[first:]),
+        lambda carry: run(test, [*of_test, *carry], rules)[0],
+        lambda carry: run(body, [*of_body, *carry], rules),
+        rules.carry(equation, operands[after_body:]),
     )
 
 
@@ -135,28 +138,3 @@ def _cond(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]
 
 
 _BODIES = {"scan": _scan, "shard_map": _shard_map, "while": _while, "cond": _cond}
-
-
-def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]) -> None:
-    """Notes what number is everywhere in the results of an equation, if that is known while tracing."""
-    for source, operand, result in zip(equation.invars, operands, equation.outvars, strict=False):
-        number = operand if isinstance(source, Literal) else fills.get(source, operand)
-        if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
-            fills[result] = number
-
-
-def _filled(fills: Mapping[Any, Any], atom: Any) -> Any:
-    """A variable that one number fills as that number, by which rules know a mask; anything else as it is."""
-    return (
-        atom if isinstance(atom, Literal) or atom not in fills else Literal(fills[atom], atom.aval)
-    )
-
-
-def _step(equation: JaxprEqn, operands: list[Any], rules: Rules) -> list[Any]:
-    if not any(isinstance(x, Leaf) for x in operands) and not rules.concerns(equation):
-        results = emit(equation, *operands)
-    elif (inner := inner_program(equation)) is not None:
-        return walk(inner.jaxpr, inner.consts, operands, rules)
-    else:
-        results = rules.table.get(equation.primitive.name, rules.otherwise)(equation, *operands)
-    return results if equation.primitive.multiple_results else [results]

@@ -104,7 +104,7 @@ def test_a_barrier_passes_on_one_operand_each():
     [barrier] = [e for e in program.equations if e.name == "optimization_barrier"]
     w, v, y, _ = barrier.outputs
     assert (program.views[w].path, program.views[v].path) == ("w", "v")
-    assert program.views[v].places == (1, 0)
+    assert program.views[v].leaf_axes == (1, 0)
     assert program.from_leaves.intersection(barrier.outputs) == {w, v}
     assert y not in program.views
     assert [program.is_zero(result) for result in barrier.outputs] == [False, False, False, True]

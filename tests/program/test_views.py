@@ -53,10 +53,12 @@ def check(view, moved):
             )
             said[piece.axis] = said[piece.axis] + along
             reached[piece.axis].add(axis)
-    for taken in view.part:
+    for taken in view.fixed:
         said[taken.axis] = said[taken.axis] + taken.at
     for a in range(len(view.shape)):
-        if a in view.cut:  # what is left of it is not known, but that it lies along no other axis
+        if (
+            a in view.sliced
+        ):  # what is left of it is not known, but that it lies along no other axis
             others = tuple(axis for axis in range(moved.ndim) if axis not in reached[a])
             assert (np.ptp(place[a], axis=others) == 0).all()
         else:
@@ -131,8 +133,8 @@ def test_a_view_says_where_every_element_comes_from(data, shape):
     found = view.whole_axes(axes)
     if found is not None:
         assert [a for a in found if shape[a] > 1] == whole(view, moved, axes)
-    if view.places is not None:
-        permutation = [a for a in view.places if a is not None]
+    if view.leaf_axes is not None:
+        permutation = [a for a in view.leaf_axes if a is not None]
         squeezed = [a for a in range(len(shape)) if a not in permutation]  # of size 1
         np.testing.assert_array_equal(
             moved, places(shape).transpose(*permutation, *squeezed).reshape(moved.shape)
@@ -236,7 +238,7 @@ def test_slices_of_scans_are_the_leaf_at_each_step(reverse):
         0.0,
     )
     program = Program(trace(fn, params, (jnp.float32(x),), {})[0])
-    views = {v: view for v, view in program.views.items() if view.places is not None}
+    views = {v: view for v, view in program.views.items() if view.leaf_axes is not None}
     _, seen = evaluate(
         program, jax.tree.leaves(params), [jnp.float32(x)], dict.fromkeys(views, lambda x: x)
     )
@@ -244,7 +246,9 @@ def test_slices_of_scans_are_the_leaf_at_each_step(reverse):
     assert {len(s) for s in stacked} == {0, 1, 2}
     for v, view in views.items():
         if v in seen:
-            expected = np.asarray(params[view.path]).transpose(*view.stacked.values(), *view.places)
+            expected = np.asarray(params[view.path]).transpose(
+                *view.stacked.values(), *view.leaf_axes
+            )
             np.testing.assert_array_equal(
                 seen[v], expected
             )  # step i is entry i, whatever the order

@@ -1,0 +1,82 @@
+"""How operands enter the bodies of scans and shard_maps: the one place that knows which body variable is which slice."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.subprograms import Scan
+from sqjax.program.views import View
+
+
+class Entry(NamedTuple):
+    """What a body gets of one operand: the slice of a step, or the block of a device.
+
+    Example: a scan over a stack (32, 64, 64) gives its body slices of (64, 64), one for each step. A shard_map with the
+    spec P(None, "model") on 4 devices gives its body blocks of (64, 16) of an operand of (64, 64).
+
+    Attributes:
+        outer: the operand of the scan or shard_map.
+        inner: the body's variable.
+        scan: the scan that takes another index of the operand's first axis at every step; None in a shard_map.
+        shards: {axis of the operand: the (mesh axis, number of devices) that shard it, major first} in a shard_map.
+    """
+
+    outer: Atom
+    inner: Var
+    scan: int | None
+    shards: Mapping[int, Sequence[tuple[int, int]]]
+
+    @property
+    def mesh_axes(self) -> frozenset[int]:
+        """The mesh axes along which every device has another block."""
+        return frozenset(number for axes in self.shards.values() for number, _ in axes)
+
+    def view(self, outer: View) -> View | None:
+        """The slice or block of a view of a leaf, as a view of that leaf; None if it is none."""
+        return outer.block(self.shards) if self.scan is None else outer.slice_of_scan(self.scan)
+
+
+class Carried(NamedTuple):
+    """A value that a scan carries from step to step.
+
+    Attributes:
+        first: what it is before the first step.
+        inner: the body's variable.
+        following: what it is for the next step.
+    """
+
+    first: Atom
+    inner: Var
+    following: Atom
+
+
+def entries(equation: Equation) -> list[Entry]:
+    """The slices that a scan runs over, or the blocks of a shard_map's operands; [] for an equation without a body."""
+    body = equation.body
+    if body is None:
+        return []
+    if isinstance(body.call, Scan):
+        [scan] = body.scopes
+        _, _, xs = body.call.sort(equation.inputs)
+        slices = body.inputs[body.call.carry :]
+        return [Entry(x, v, scan, {}) for x, v in zip(xs, slices, strict=True)]
+    numbers = dict(zip(body.call.sizes, body.scopes, strict=True))
+    found = []
+    for x, v, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
+        shards = {
+            axis: [(numbers[name], body.call.sizes[name]) for name in names]
+            for axis, names in body.call.sharded_axes(spec).items()
+        }
+        found.append(Entry(x, v, None, shards))
+    return found
+
+
+def carried(equation: Equation) -> list[Carried]:
+    """What a scan carries; [] for everything else."""
+    body = equation.body
+    if body is None or not isinstance(body.call, Scan):
+        return []
+    _, first, _ = body.call.sort(equation.inputs)
+    following = body.outputs[: body.call.carry]
+    inner = body.inputs[: body.call.carry]
+    return [Carried(*values) for values in zip(first, inner, following, strict=True)]
