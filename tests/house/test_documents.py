@@ -1,0 +1,57 @@
+"""README and docs: their Python runs, in order, page by page; their links and pictures are there."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+#: A block of Python; a comment in the line before it says that it is slow (a real model is fetched).
+BLOCK = re.compile(r"(<!-- slow -->\n)?```python\n(.*?)```", re.S)
+#: [text](target), without targets on the internet and places in the same page.
+LINK = re.compile(r"\]\((?!http|#)([^)#\s]+)")
+
+
+def blocks(page, slow):
+    """The Python blocks of a page that are run; slow ones are left out unless asked for."""
+    found = BLOCK.findall(page.read_text())
+    return [code for marked, code in found if slow or not marked]
+
+
+def run(page, slow):
+    """Runs the blocks of a page one after another, in one namespace, as a reader would."""
+    names = {"__name__": "__main__"}
+    for number, code in enumerate(blocks(page, slow), 1):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page, capsys):
+    run(page, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/pages/index.md"])
+def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
+    assert len(blocks(ROOT / name, slow=True)) > len(blocks(ROOT / name, slow=False))
+    run(ROOT / name, slow=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_public_name_is_in_the_reference():
+    import sqjax
+
+    presets = {n for n in sqjax.__all__ if isinstance(getattr(sqjax, n), sqjax.Scheme)}
+    text = (ROOT / "docs" / "pages" / "reference.md").read_text()
+    missing = [n for n in sqjax.__all__ if n not in presets and f"::: sqjax.{n}\n" not in text]
+    assert not missing
+    schemes = (ROOT / "docs" / "pages" / "choosing-a-scheme.md").read_text()
+    assert not [name for name in presets if f"`{name}`" not in schemes]
