@@ -7,7 +7,11 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs" / "pages").glob("*.md")),
+]
 #: A block of Python; a comment in the line before it says that it is slow (a real model is fetched).
 BLOCK = re.compile(r"(<!-- slow -->\n)?```python\n(.*?)```", re.S)
 #: [text](target), without targets on the internet and places in the same page.
