@@ -82,7 +82,7 @@ def check_matmul(name):
     q = sq.quantize(p, sq.calibrate(fn, p, [x]), scheme)
     run = jax.jit(sq.quantized(fn))
     here = run(q, x)
-    cpu = (
+    (
         jax.devices("cpu")[0]
         if "cpu" in {d.platform for d in jax.devices()} or jax.default_backend() != "cpu"
         else None
