@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sqjax._trees import is_concrete
-from sqjax.numerics.formats import INT4, pack_int4, unpack_int4
+from sqjax.numerics.formats import INT4
+from sqjax.numerics.int4 import pack_int4, unpack_int4
 
 #: safetensors' names of the dtypes that its files can hold.
 STORED: dict[str, np.dtype] = {

@@ -13,17 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.models.slots import Slots, changed_queries, integers
-from sqjax.numerics.formats import scale_from_absmax, to_format
+from sqjax.numerics.digits import BASE, two_digits
 
 #: How many queries are read at once. See `attend` for why queries are read in blocks.
 BLOCK = 128
-
-#: What one unit of a high digit is worth in units of the low one. A rounding to a high digit
-#: leaves at most half a unit of it, which is 127 units of the low digit: all that int8 holds.
-LOW = 254.0
 
 
 class RotaryTable(NamedTuple):
@@ -257,23 +253,5 @@ def _product(
         digits, scale = two_digits(flat)
         sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32)
         high, low = jnp.split(sums.astype(jnp.float32), 2, axis=2)
-        out = (high + low / LOW) * scale
+        out = (high + low / BASE) * scale
     return out.reshape(batch, kv_heads, groups, *out.shape[2:])
-
-
-def two_digits(
-    rows: Float[Array, "*lead rows n"],
-) -> tuple[Int8[Array, "*lead rows2 n"], Float[Array, "*lead rows 1"]]:
-    """Rows as scale * (high + low / 254), off by at most scale / 508.
-
-    The row (1, 0.003) has the scale 1/127, the high digits (127, 0) and the low digits (0, 97):
-    97 / 254 / 127 = 0.003007. By the high digits alone 0.003 would be 0.
-
-    Returns:
-        (digits, scale): all rows of high digits, then all rows of low ones; a scale for each row.
-    """
-    scale = scale_from_absmax(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
-    high = to_format(rows, scale)
-    remainder = rows / scale - high.astype(jnp.float32)
-    low = to_format(remainder, jnp.float32(1 / LOW))
-    return jnp.concatenate([high, low], axis=-2), scale

@@ -27,6 +27,7 @@ from sqjax.numerics.formats import (
     to_format,
     zero_point_range,
 )
+from sqjax.numerics.int4 import pack_halves, unpack_halves
 
 #: What may be done to keys before they are encoded; see `CacheFormat`.
 KEYS = ("plain", "channels", "rotated")
@@ -218,7 +219,7 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
         step = stored_scale.astype(jnp.float32)[..., None]
         codes = to_format(wide, step, fmt)
     codes = codes.reshape(vectors.shape)
-    return Slots(_pack(codes) if kind.packed else codes, stored_scale, zero, None, kind)
+    return Slots(pack_halves(codes) if kind.packed else codes, stored_scale, zero, None, kind)
 
 
 def _stored_scale(scale: Float[Array, "*s"], kind: CacheFormat) -> Float[Array, "*s"]:
@@ -237,7 +238,7 @@ def integers(slots: Slots) -> Shaped[Array, "batch kv_heads slots groups group"]
 
     int8 for integers; float8 codes come as they are.
     """
-    codes = _unpack(slots.codes) if slots.format.packed else slots.codes
+    codes = unpack_halves(slots.codes) if slots.format.packed else slots.codes
     codes = _groups(codes, slots.format)
     return codes if slots.zero is None else codes - slots.zero[..., None]
 
@@ -261,21 +262,6 @@ def _groups(x: Array, kind: CacheFormat) -> Array:
     """Channels in groups that share a scale: (..., 32) becomes (..., 2, 16) in groups of 16."""
     group = kind.group or x.shape[-1]
     return x.reshape(*x.shape[:-1], -1, group)
-
-
-def _pack(codes: Shaped[Array, "*lead head_dim"]) -> Array:
-    """Two int4 in a byte: channel i in the low nibble, channel i + head_dim / 2 in the high one.
-
-    Halves and not neighbours, because the two halves of `_unpack` then need no interleaving.
-    """
-    low, high = jnp.split(codes.astype(jnp.int8), 2, axis=-1)
-    return (low & 15) | (high << 4)
-
-
-def _unpack(packed: Shaped[Array, "*lead half"]) -> Array:
-    """The codes of `_pack`, in int8: a right shift of int8 copies the sign bit."""
-    low, high = (packed << 4) >> 4, packed >> 4
-    return jnp.concatenate([low, high], axis=-1)
 
 
 # Changes of keys -----------------------------------------------------------------------------

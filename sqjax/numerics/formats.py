@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Shaped, UInt8
+from jaxtyping import Array, Float, Int8, Shaped
 
 #: How many elements share a scale: an output's, all, or so many consecutive channels of an output (a group size).
 Granularity = Literal["per_channel", "per_tensor"] | int
@@ -91,39 +91,3 @@ def to_codes(
     """q = clip(round(x / scale) + zero, -8, 7), so that (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
     return jnp.clip(q, _LOWEST, _HIGHEST).astype(container(INT4))
-
-
-def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*lead packed"]:
-    """int4 as files hold it, two to a byte: element 2i in the low nibble, 2i + 1 in the high one.
-
-    The last axis of odd length ends in a nibble of zero.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from sqjax.formats import pack_int4, unpack_int4
-        >>> packed = pack_int4(jnp.array([1, -1, 7], jnp.int4))
-        >>> packed.tolist(), unpack_int4(packed, 3).tolist()
-        ([241, 7], [1, -1, 7])
-    """
-    nibbles = np.asarray(x).astype(np.int8).view(np.uint8) & 15
-    if nibbles.shape[-1] % 2:
-        nibbles = np.concatenate([nibbles, np.zeros((*nibbles.shape[:-1], 1), np.uint8)], axis=-1)
-    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-
-
-def unpack_int4(
-    packed: UInt8[np.ndarray, "*lead packed"], length: int
-) -> Shaped[np.ndarray, "*lead n"]:
-    """The int4 elements of `pack_int4`; `length` is that of the last axis.
-
-    Raises:
-        ValueError: `length` elements do not take so many bytes.
-    """
-    if packed.shape[-1] != (length + 1) // 2:
-        raise ValueError(
-            f"unpack_int4: {length} elements take {(length + 1) // 2} bytes, got {packed.shape[-1]}"
-        )
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(
-        *packed.shape[:-1], 2 * packed.shape[-1]
-    )[..., :length]
-    return (((nibbles ^ 8).astype(np.int8)) - 8).astype(INT4.dtype)

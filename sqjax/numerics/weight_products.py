@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, narrow_dot
 from sqjax.numerics.formats import FORMATS, Format, FormatName, scale_from_absmax, to_format
 
@@ -203,21 +204,12 @@ def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
     What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32 rounds. XLA:CPU would
     write a float copy of the whole weight for a float product.
     """
-    scale = scale_from_absmax(
-        jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0).astype(jnp.float32)
-    )
-    rest, digits, scales = x.astype(jnp.float32), [], []
-    for _ in range(3):
-        digits.append(to_format(rest, scale))
-        rest = rest - digits[-1].astype(jnp.float32) * scale
-        scales.append(scale)
-        scale = scale / 254
-    q = jnp.concatenate(digits)
+    q, scales = three_digits(x)
     if group is not None and matrix.scale.shape[1] > 1:
         sums = _in_groups(q, matrix, group)
     else:
         sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
-    return jnp.sum((sums * jnp.concatenate(scales)).reshape(3, x.shape[0], sums.shape[1]), axis=0)
+    return jnp.sum((sums * scales).reshape(3, x.shape[0], sums.shape[1]), axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

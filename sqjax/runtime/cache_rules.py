@@ -20,14 +20,12 @@ from jaxtyping import Array
 
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, map_named, named_leaves
-from sqjax.numerics.dots import LONGEST_CONTRACTION
+from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, aligned
 from sqjax.numerics.formats import INT8, scale_from_absmax, to_format
 from sqjax.program.primitives import COPIES
 from sqjax.program.registry import Leaf
 from sqjax.runtime.kinds import CACHES, RULES, is_cache, refuse_cache
 from sqjax.runtime.shared_rules import (
-    DimensionNumbers,
-    aligned,
     barrier,
     copy,
     on_either_side,

@@ -12,19 +12,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sqjax._trees import named_leaves
-from sqjax.numerics.dots import LONGEST_CONTRACTION
-from sqjax.numerics.formats import scale_from_absmax, to_format
+from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, int8_dot
 from sqjax.program.registry import Kind, Leaf, Registry
 from sqjax.program.subprograms import emit
 from sqjax.program.trace import trace
 from sqjax.program.walk import run
-from sqjax.runtime.shared_rules import DimensionNumbers, aligned, barrier
+from sqjax.runtime.shared_rules import barrier
 from sqjax.weights.qtensor import tensor_type
 
 
@@ -155,40 +153,3 @@ def _programs_among(values: list[Any]) -> list[Jaxpr]:
         elif isinstance(value, Jaxpr):
             programs.append(value)
     return programs
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def int8_dot(
-    dimensions: Any, granularity: str, lhs: Float[Array, "..."], rhs: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """`lax.dot_general` of two float arrays, both quantized here; the result is float32.
-
-    out = (q_l . q_r) * scale_l * scale_r, the sum in int32.
-    """
-    (l_axes, r_axes), _ = dimensions
-    l_codes, l_scale = _quantized(lhs, l_axes, granularity)
-    r_codes, r_scale = _quantized(rhs, r_axes, granularity)
-    sums = lax.dot_general(l_codes, r_codes, dimensions, preferred_element_type=jnp.int32)
-    sums = sums.astype(jnp.float32)
-    of_lhs, of_rhs = aligned(l_scale, r_scale, dimensions)
-    return sums * of_lhs * of_rhs
-
-
-def _quantized(x: Array, contracted: Any, granularity: str) -> tuple[Array, Array]:
-    """(int8 codes, scales of size 1 along the contracted axes)."""
-    shared = tuple(contracted) if granularity == "per_token" else None
-    absmax = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
-    scale = scale_from_absmax(absmax)
-    kept = [1 if axis in contracted else size for axis, size in enumerate(x.shape)]
-    return to_format(x, scale), jnp.broadcast_to(scale, kept)
-
-
-@int8_dot.defjvp
-def _straight_through(dimensions, granularity, primals, tangents):
-    """The derivative of the float product, because that of rounding is 0 almost everywhere."""
-
-    def dot(x, y):
-        return lax.dot_general(x.astype(jnp.float32), y.astype(jnp.float32), dimensions)
-
-    (lhs, rhs), (dl, dr) = primals, tangents
-    return int8_dot(dimensions, granularity, lhs, rhs), dot(dl, rhs) + dot(lhs, dr)

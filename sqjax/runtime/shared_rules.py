@@ -11,11 +11,9 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType
 from jaxtyping import Array
 
+from sqjax.numerics.dots import DimensionNumbers
 from sqjax.program.registry import Leaf
 from sqjax.program.subprograms import emit
-
-#: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as `lax.dot_general` takes them.
-DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 
 def copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -82,29 +80,3 @@ def on_either_side(
         out = jnp.moveaxis(out, range(-free, 0), range(batch, batch + free))
     result: Any = equation.outvars[0].aval
     return out.astype(result.dtype)
-
-
-def aligned(lhs_scale: Array, rhs_scale: Array, dimensions: DimensionNumbers) -> list[Array]:
-    """Scales of two operands in shapes that broadcast against the result of their `dot_general`.
-
-    A scale has the rank of its operand, and size 1 along the contracted axes. For q k^T, "bqd,bkd->
-    bqk", scales of shapes (b, q, 1) and (b, k, 1) become (b, q, 1) and (b, 1, k).
-    """
-    (l_contracted, r_contracted), (l_batch, r_batch) = dimensions
-    of_lhs = _batch_first(lhs_scale, l_batch, l_contracted)
-    of_rhs = _batch_first(rhs_scale, r_batch, r_contracted)
-    batch = len(l_batch)
-    l_ones = (1,) * (of_lhs.ndim - batch)
-    r_ones = (1,) * (of_rhs.ndim - batch)
-    return [
-        of_lhs.reshape(*of_lhs.shape, *r_ones),
-        of_rhs.reshape(*of_rhs.shape[:batch], *l_ones, *of_rhs.shape[batch:]),
-    ]
-
-
-def _batch_first(scale: Array, batch: Any, contracted: Any) -> Array:
-    """A scale with the batch axes first, then the free ones, without the contracted ones."""
-    free = [a for a in range(scale.ndim) if a not in (*batch, *contracted)]
-    kept = [*batch, *free]
-    moved = scale.transpose(*kept, *contracted)
-    return moved.reshape([scale.shape[a] for a in kept])

@@ -11,13 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax.numerics.dots import LONGEST_CONTRACTION
+from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import Matrix, Recipe, product, ragged_product
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
-
-#: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as `lax.dot_general` takes them.
-DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 
 def quantized_dot_general(

@@ -14,9 +14,10 @@ from tiny_llama import GROUPED, random_ids, random_params
 
 from sqjax.models import CacheFormat, Model
 from sqjax.models import attention as attention_module
-from sqjax.models.attention import attend, two_digits, visible
+from sqjax.models.attention import attend, visible
 from sqjax.models.cache import empty_cache, write
 from sqjax.models.slots import CACHE_FORMATS, Slots, decoded, encode, integers, rotation
+from sqjax.numerics.digits import two_digits
 
 WIDE = replace(GROUPED, head_dim=32, hidden_size=48)
 KINDS = {

@@ -8,8 +8,7 @@ import pytest
 from jax import lax
 
 import sqjax as sq
-from sqjax.numerics.dots import LONGEST_CONTRACTION
-from sqjax.runtime.int8_attention import int8_dot
+from sqjax.numerics.dots import LONGEST_CONTRACTION, int8_dot
 
 GRANULARITIES = ["per_token", "per_tensor"]
 granularities = pytest.mark.parametrize("granularity", GRANULARITIES)

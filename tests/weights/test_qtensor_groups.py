@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sqjax as sq
-from sqjax.numerics.formats import E4M3, INT4, pack_int4, unpack_int4
+from sqjax.numerics.formats import E4M3, INT4
+from sqjax.numerics.int4 import pack_int4, unpack_int4
 from sqjax.weights.qtensor import QTensor
 
 
