@@ -88,6 +88,7 @@ class Analyses:
     def alone(self, which: int, args: Arguments, number: int) -> Analysis:
         """The analysis of one function on batch `number`: made once for batches of its shapes."""
         key = which, shapes_of(args)
+        # Not by `fn` and the arrays: tracing sees shapes only, and batches of one shape are many.
         if key not in self._alone:
             self._alone[key] = self._analysis(self.functions[which], args, number)
         return self._alone[key]
@@ -96,11 +97,13 @@ class Analyses:
         """The analysis of all functions: `which` on batch `number`, the others on their first."""
         if len(self.functions) == 1:
             return self.alone(0, args, number)
+        # One program of all functions: a leaf that two of them read has two readers there.
         batches = [*self.first_batches]
         batches[which] = args
 
         def every(params: PyTree, *batches: Arguments) -> list[Any]:
-            return [fn(params, *args) for fn, args in zip(self.functions, batches, strict=True)]
+            pairs = zip(self.functions, batches, strict=True)
+            return [fn(params, *args) for fn, args in pairs]
 
         return self._analysis(every, tuple(batches), number)
 
@@ -116,7 +119,12 @@ def shapes_of(args: Arguments) -> str:
     Two batches with the same text have the same program. Example: a batch of 2 x 5 float32 numbers
     and a flag gives "(ShapedArray(float32[2,5]), True)".
     """
-    return str(jax.tree.map(lambda x: jax.typeof(x) if is_array(x) else x, args))
+    return str(_arrays_to(jax.typeof, args))
+
+
+def _arrays_to(describe: Callable[[Any], Any], args: Arguments) -> PyTree:
+    """The arguments with describe(x) for every array x; what is no array stays as it is."""
+    return jax.tree.map(lambda x: describe(x) if is_array(x) else x, args)
 
 
 def traced_program(fn: Fn, params: PyTree, args: Arguments, number: int) -> Program:
@@ -127,8 +135,9 @@ def traced_program(fn: Fn, params: PyTree, args: Arguments, number: int) -> Prog
     """
     try:
         traced, _ = trace(fn, params, args, {})
+    # Whatever fn raises: a TypeError of two arguments for one, a shape that does not fit, ...
     except Exception as error:
-        shapes = jax.tree.map(lambda x: jnp.shape(x) if is_array(x) else x, args)
+        shapes = _arrays_to(jnp.shape, args)
         raise ValueError(
             f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; "
             "a batch is one argument, or a tuple of fn's arguments after params. "
@@ -168,6 +177,7 @@ def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
         same = _effect(group, graph) in there
         (kept if same else lost).append(group)
 
+    # The other program may say what stands in the way; or there is a group, but another one.
     reasons = dict(other.refused)
     refused = [*graph.refused]
     for group in lost:

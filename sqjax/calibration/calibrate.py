@@ -96,17 +96,22 @@ def calibrate(
         first_batches.append(first_batch)
         streams.append(stream)
 
+    # Analyse: what folds is decided by all functions together, on their first batches.
     analyses = Analyses(functions, params, first_batches, groups or {}, attention)
     first = analyses.together(0, first_batches[0], 0)
     _check_has_something_to_do(first.graph)
+
+    # Prove, on the same batches and before anything is recorded.
     graph = prove(first, params, array_leaves(first_batches), first.graph)
 
+    # Record: one function and one batch at a time, so that only one batch is in memory.
     recorder = Recorder(analyses, graph, mask, histogram)
     for which, stream in enumerate(streams):
         shown = tqdm(stream, desc="calibrating", unit="batch", disable=not progress)
         for number, batch in enumerate(shown):
             recorder.record(which, _arguments(batch, number), number)
 
+    # Warn.
     stats = recorder.stats()
     _warn_of_unreached(stats)
     return stats

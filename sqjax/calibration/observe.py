@@ -102,12 +102,15 @@ def observe(
     }
     outputs, measured = evaluate(program, leaves, inputs, measures)
 
+    # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
     for place in places:
         measurement = measured[place.activation][_probe(program, place, histogram)]
         along = differing.get(place.activation, frozenset())
         seen_at.append((place, _as_channels(program, place, measurement, along)))
     observations = _by_site(seen_at)
+
+    # Keys are found with the channels of their site, so nothing is to be rearranged.
     for key in analysis.keys:
         measurement = measured[key.activation][Probe(key.axes)]
         absmax, abs_sum, tokens, _ = measurement
@@ -152,22 +155,34 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
     token_shape = magnitude.shape[: len(token_axes)]
     tokens = jnp.int32(np.prod(token_shape, dtype=int))
 
-    if mask is not None and token_shape[:1] == (mask.size,):
-        mask = mask.reshape(mask.size)
-    if mask is not None and token_shape[: mask.ndim] == mask.shape:
-        counts_here = mask.reshape(mask.shape + (1,) * (magnitude.ndim - mask.ndim))
-        magnitude = jnp.where(counts_here, magnitude, 0)
-        each = np.prod(token_shape[mask.ndim :], dtype=int)  # heads or beams of one masked token
-        tokens = jnp.sum(mask, dtype=jnp.int32) * jnp.int32(each)
+    fitted = None if mask is None else _fitted(mask, token_shape)
+    if fitted is not None:
+        with_channels = fitted.reshape(fitted.shape + (1,) * (magnitude.ndim - fitted.ndim))
+        magnitude = jnp.where(with_channels, magnitude, 0)
+        # One entry of the mask may stand for several rows: the heads of a token, say.
+        rows = np.prod(token_shape[fitted.ndim :], dtype=int)
+        tokens = jnp.sum(fitted, dtype=jnp.int32) * jnp.int32(rows)
 
     counts = None
-    if probe.histogram:  # the zeros that the mask has written are in no bin
+    if probe.histogram:
+        # The zeros that the mask has written are in no bin, so they need no care here.
         matrices = range(len(token_axes), len(token_axes) + probe.batch)
         matrices_first = jnp.moveaxis(magnitude, matrices, range(probe.batch))
         counts = count(matrices_first, probe.batch)
     return Measurement(
         magnitude.max(token_axes, initial=0), magnitude.sum(token_axes), tokens, counts
     )
+
+
+def _fitted(mask: Array, token_shape: tuple[int, ...]) -> Array | None:
+    """The mask in the shape of the first token axes; None where the activation has no such axes.
+
+    Example: a mask of shape (2, 7) fits tokens of shape (2, 7), of (2, 7, 4 heads), and, as a mask
+    of shape (14,), of (14,). It does not fit a pooled activation, whose tokens are (2,).
+    """
+    if token_shape[:1] == (mask.size,):
+        mask = mask.reshape(mask.size)
+    return mask if token_shape[: mask.ndim] == mask.shape else None
 
 
 def _as_channels(
@@ -186,7 +201,7 @@ def _as_channels(
     # alone.
     stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
     counts = stack.arranged(stack.total(measurement.counts))
-    largest = jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
+    largest = jnp.max(absmax, axis=site.feature_axes)
     return Observation(absmax, abs_sum, tokens, Histogram.counted(counts, largest))
 
 
@@ -199,6 +214,7 @@ def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observa
     """
     by_matrix: dict[str, tuple[Site, Observation]] = {}
     for place, observation in seen_at:
+        # A name tells the matrices of one stack apart: "layers/kernel[3]".
         if place.name in by_matrix:
             _, before = by_matrix[place.name]
             observation = combine(before, observation)
@@ -208,8 +224,9 @@ def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observa
     for site, observation in by_matrix.values():
         if site in by_site:
             before = by_site[site]
-            tokens = jnp.maximum(observation.tokens, before.tokens)
-            observation = combine(before, observation)._replace(tokens=tokens)
+            # Each is zero in the other's entries, so max and + only fill in the stack.
+            both = combine(before, observation)
+            observation = both._replace(tokens=jnp.maximum(observation.tokens, before.tokens))
         by_site[site] = observation
     return by_site
 
@@ -219,12 +236,12 @@ def _check_mask(
 ) -> None:
     """Raises ValueError if a shard_map has split the tokens: a mask is not split likewise."""
     for place in places:
+        # Where every device holds all tokens, the mask masks them all.
         if not differing.get(place.activation):
             continue
         shape = program.shape(place.activation)
-        tokens = tuple(n for axis, n in enumerate(shape) if axis not in place.axes)
-        fits = tokens[: mask.ndim] == mask.shape or tokens[:1] == (mask.size,)
-        if not fits:
+        token_shape = tuple(np.delete(shape, place.axes).tolist())
+        if _fitted(mask, token_shape) is None:
             raise ValueError(
                 f"calibrate: the mask of shape {mask.shape} does not fit the activation {shape} "
                 f"that one device of a shard_map has at {place.name}; "

@@ -43,24 +43,25 @@ class Recorder:
         self.totals = self._nothing_seen()
 
     def _nothing_seen(self) -> Totals:
-        histograms = {}
-        if self._histogram:
-            for site in self.graph.sites:
-                stack = site.channels[: len(site.batch)]
-                histograms[site.path] = Histogram.empty(stack)
-        totals = {}
+        totals: Totals = {}
         for site in sorted(self._recorded):
             zeros = jnp.zeros(site.channels, jnp.float32)
-            histogram = histograms.get(site.path)
+            # Keys are no sites: they have no weight to quantize, so nobody asks for their range.
+            histogram = None
+            if self._histogram and site in self.graph.sites:
+                histogram = Histogram.empty(site.channels[: len(site.batch)])
             totals[site.path] = Observation(zeros, zeros, jnp.int32(0), histogram)
         return totals
 
     def record(self, which: int, args: Arguments, number: int) -> None:
         """Adds what the sites see in batch `number` of function `which`."""
         key = which, shapes_of(args)
+        # One compiled step for batches of one shape, whichever of them comes first.
         if key not in self._steps:
             self._steps[key] = self._compile(which, args, number)
-        mask = None if self._mask is None else jnp.asarray(self._mask(*args), bool)
+        mask = None
+        if self._mask is not None:
+            mask = jnp.asarray(self._mask(*args), bool)
         leaves = jax.tree.leaves(self._analyses.params)
         self.totals = self._steps[key](self.totals, leaves, array_leaves(args), mask)
 
@@ -70,6 +71,7 @@ class Recorder:
         What does not fold in their program is not folded at all.
         """
         analysis = self._analyses.alone(which, args, number)
+        # Other sites than the first batch's are not recorded: nothing was proved of these.
         recorded = analysis.sites & self._recorded
         expected = self._expected.setdefault(which, recorded)
         missing = sorted(site.path for site in expected - recorded)
@@ -78,7 +80,8 @@ class Recorder:
                 f"calibration batch {number}: {missing[0]} was in the first batch's program, "
                 "not in this one's; fn must use the same weights on every batch"
             )
-        if number > 0:  # the graph was found in the programs of the first batches
+        # The graph was found in the programs of the first batches, and of no other shapes.
+        if number > 0:
             there = self._analyses.together(which, args, number).graph
             self.graph = common_groups(self.graph, there, number)
         return jax.jit(partial(self._add, analysis))
@@ -100,22 +103,20 @@ class Recorder:
         Raises:
             ValueError: an activation was NaN or infinite; it names the site.
         """
-        totals = self.totals
-        absmax = {path: seen.absmax for path, seen in totals.items()}
-        check_finite(absmax, "activation at")
-        leaves = leaves_by_path(self._analyses.params, self.graph)
-        histograms = {}
-        for path, seen in totals.items():
+        absmax, abs_sum, count, histograms = {}, {}, {}, {}  # of every path
+        for path, seen in self.totals.items():
+            absmax[path] = seen.absmax
+            abs_sum[path] = seen.abs_sum
+            count[path] = seen.tokens
             if seen.histogram is not None:
                 histograms[path] = seen.histogram
-        return Stats(
-            absmax=absmax,
-            abs_sum={path: seen.abs_sum for path, seen in totals.items()},
-            count={path: seen.tokens for path, seen in totals.items()},
-            weight_absmax={
-                site.path: weight_absmax(site, leaves[site.path]) for site in self.graph.sites
-            },
-            folded={g.name: jnp.ones(g.size, jnp.float32) for g in self.graph.groups},
-            graph=self.graph,
-            histogram=histograms,
-        )
+        # Not batch by batch: a check waits for the device, and maxima keep a NaN or an infinity.
+        check_finite(absmax, "activation at")
+
+        leaves = leaves_by_path(self._analyses.params, self.graph)
+        weights, folded = {}, {}
+        for site in self.graph.sites:
+            weights[site.path] = weight_absmax(site, leaves[site.path])
+        for group in self.graph.groups:
+            folded[group.name] = jnp.ones(group.size, jnp.float32)
+        return Stats(absmax, abs_sum, count, weights, folded, self.graph, histograms)

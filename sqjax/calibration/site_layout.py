@@ -5,35 +5,22 @@ then its contracted axes. What is measured of the activation has other axes. Bec
 at every step of a scan, and on every device of a shard_map, it has one axis for each scan and mesh
 axis around the activation, outermost first; after these come the activation's own channel axes.
 
-The plain case. A leaf w of shape (3, 8, 5) stacks the weights of 3 layers. A scan runs over the
-layers; in its body a shard_map splits the 8 input channels over 2 devices:
+Example. A leaf w of shape (3, 8, 5) stacks the weights of 3 layers. A scan runs over the layers; in
+its body a shard_map splits the 8 input channels over 2 devices:
 
     Site.channels   (3, 8)      layer, input channel
     measured        (3, 2, 4)   step of the scan, device, channel within the device's block
 
 Channel axis 0 consists of one part, the steps. Channel axis 1 consists of two parts, the devices
 and, within, the channels of a block. The parts of all channel axes, in order, are (3, 2, 4), so a
-reshape from (3, 2, 4) to (3, 8) is all there is to do.
-
-What else can happen, each with an example:
-
-- Another order. The shard_map is around the scan: measured is (2, 3, 4). A transpose mends that.
-- An axis too many. The shard_map splits tokens instead of channels: measured is (3, 2, 8), and the
-  devices are part of no channel axis. That axis is reduced: by max, or by sum, because each device
-  has seen tokens of its own. So has each step of a scan that uses the same weights at every step.
-  But where both devices hold the same tokens, a sum would count these twice: it takes one of them.
-- An axis too few. The activation is made outside the scan, and all layers read it (the output of an
-  encoder, in the layers of a decoder): measured is (8,). It is broadcast to the shape (3, 8).
-- One matrix of a stack. `x @ w[1]` without a scan: measured is (8,). It goes to entry 1 of the
-  shape (3, 8); the other entries are zero here, and other matmuls fill them in.
-- Channels in another shape. A reshape has split the leaf's 8 channels into 2 heads of 4: measured
-  is (3, 2, 4). The numbers are in the same order, so a reshape mends that, too.
+reshape from (3, 2, 4) to (3, 8) is all there is to do. The comments below vary this example.
 """
 
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sqjax.folding.sites import Place
@@ -47,13 +34,14 @@ class Part(NamedTuple):
         axis: which channel axis.
         size: its length.
         scope: the scan over whose steps, or the mesh axis over whose devices, it runs; None for
-            what remains: the channels within one step and one device's block, which the activation
-            has as an axis of its own.
+            what remains: the channels within one step and one device's block.
+        own: whether the activation has it as an axis of its own.
     """
 
     axis: int
     size: int
     scope: int | None = None
+    own: bool = False
 
 
 class SiteLayout(NamedTuple):
@@ -97,15 +85,23 @@ class SiteLayout(NamedTuple):
             tail: the sizes of further axes of the statistic: the bins of a histogram.
         """
         parts = tuple(_parts(program, place, kept, tail))
-        of_scope = {part.scope: part for part in parts if part.scope is not None}
-        around = program.scopes[place.activation]
-        reduced = [i for i, scope in enumerate(around) if scope not in of_scope]
-        mesh = [i for i in reduced if around[i] in program.mesh_axes]
-        same = [i for i in mesh if around[i] not in differing]
+        part_of = {part.scope: part for part in parts}
+        outer: list[Part] = []
+        reduced: list[int] = []
+        same: list[int] = []
+        for axis, scope in enumerate(program.scopes[place.activation]):
+            if scope in part_of:
+                outer.append(part_of[scope])
+                continue
+            # The shard_map splits the tokens instead: measured is (3, 2, 8), and the devices are
+            # part of no channel axis. That axis is reduced, because a channel's statistics are
+            # those of all tokens. So is the axis of a scan that uses one weight at every step.
+            reduced.append(axis)
+            # Where both devices hold the same tokens, a sum over devices would count these twice.
+            if scope in program.mesh_axes and scope not in differing:
+                same.append(axis)
 
-        fixed = [i for i, taken in enumerate(place.view.taken) if taken.scan is None]
-        outer = [of_scope[scope] for scope in around if scope in of_scope]
-        own = [part for part in parts if part.scope is None and part.axis not in fixed]
+        own = [part for part in parts if part.own]
         return cls(
             channels=(*place.site.channels[:kept], *tail),
             parts=parts,
@@ -116,7 +112,7 @@ class SiteLayout(NamedTuple):
         )
 
     def largest(self, x: Array) -> Array:
-        """The maximum over the steps and devices that are no part of a channel axis."""
+        """The maximum over the steps and devices that are part of no channel axis."""
         return x.max(self.reduced, initial=0)
 
     def total(self, x: Array) -> Array:
@@ -127,29 +123,40 @@ class SiteLayout(NamedTuple):
 
     def arranged(self, x: Array) -> Array:
         """A reduced statistic as the site's channels; zeros for other matrices of its stack."""
-        own = [part.size for part in self.measured if part.scope is None]
-        outer = x.shape[: len(self.measured) - len(own)]
-        x = x.reshape(*outer, *own)
+        sizes = [part.size for part in self.parts]
+        where = [self.parts.index(part) for part in self.measured]
 
-        present = [part for part in self.parts if part in self.measured]
-        x = x.transpose([self.measured.index(part) for part in present])
-        x = x.reshape([part.size if part in present else 1 for part in self.parts])
-        x = jnp.broadcast_to(x, [part.size for part in self.parts])
-        whole = x.reshape(self.channels)
+        # A reshape before the matmul has split the leaf's channels into 2 heads of 4: measured is
+        # (3, 2, 4) where there is no shard_map. The numbers are in order: it becomes (3, 8).
+        x = x.reshape([sizes[i] for i in where])
 
+        # The shard_map is around the scan: measured is (2, 3, 4). It becomes (3, 2, 4).
+        x = x.transpose(np.argsort(where))
+
+        # The activation is made outside the scan and all layers read it (an encoder's output, in
+        # the layers of a decoder): measured is (8,). It becomes (1, 8), then (3, 8).
+        missing = set(range(len(sizes))).difference(where)
+        x = jnp.expand_dims(x, tuple(missing))
+        whole = jnp.broadcast_to(x, sizes).reshape(self.channels)
+
+        # `x @ w[1]`, without a scan, reads one matrix of the stack: measured is (8,). Only entry 1
+        # of (3, 8) has seen it. The matmuls that read the other matrices fill in theirs.
         picked = any(isinstance(index, int) for index in self.entry)
         if not picked:
             return whole
-        return jnp.zeros(self.channels, x.dtype).at[self.entry].set(whole[self.entry])
+        zeros = jnp.zeros(self.channels, x.dtype)
+        return zeros.at[self.entry].set(whole[self.entry])
 
 
 def _parts(program: Program, place: Place, kept: int, tail: tuple[int, ...]) -> Iterator[Part]:
     """The factors of the first `kept` channel axes, and of the axes in `tail`, in order."""
     view = place.view
+    scanned = set(view.stacked.values())
+    picked = {taken.axis for taken in view.part}
     for i, axis in enumerate(place.site.channel_axes[:kept]):
         for scope in view.strides(axis):  # the outermost first
             yield Part(i, program.lengths[scope], scope)
-        if axis not in view.stacked.values():  # a scan takes single indices: nothing remains
-            yield Part(i, view.shape[axis])
+        if axis not in scanned:  # a scan takes one index at a time: within a step nothing remains
+            yield Part(i, view.shape[axis], own=axis not in picked)
     for i, size in enumerate(tail, start=kept):
-        yield Part(i, size)
+        yield Part(i, size, own=True)

@@ -78,10 +78,9 @@ class Stats:
         stacks = [site for site in self.graph.sites if site.batch]
         for site in stacks:
             seen = np.asarray(self.absmax[site.path])
-            features = tuple(range(len(site.batch), seen.ndim))
-            unseen = np.argwhere(~seen.any(axis=features))
-            if len(unseen):
-                found[site.path] = tuple(tuple(int(i) for i in entry) for entry in unseen)
+            unseen = np.argwhere(~seen.any(axis=site.feature_axes)).tolist()
+            if unseen:
+                found[site.path] = tuple(map(tuple, unseen))
         return found
 
     def merge(self, other: "Stats") -> "Stats":
@@ -104,6 +103,9 @@ class Stats:
                 "call calibrate(..., histogram=True) twice"
             )
         self._check_same_parameters(other)
+        histogram = {}
+        for path, mine in self.histogram.items():
+            histogram[path] = mine + other.histogram[path]
         return Stats(
             jax.tree.map(jnp.maximum, self.absmax, other.absmax),
             jax.tree.map(jnp.add, self.abs_sum, other.abs_sum),
@@ -111,16 +113,17 @@ class Stats:
             self.weight_absmax,
             self.folded,
             self.graph,
-            {path: mine + other.histogram[path] for path, mine in self.histogram.items()},
+            histogram,
         )
 
     def _check_same_parameters(self, other: "Stats") -> None:
         mine = {"weight_absmax": self.weight_absmax, "folded": self.folded}
         theirs = {"weight_absmax": other.weight_absmax, "folded": other.folded}
-        if not all(is_concrete(x) for x in jax.tree.leaves((mine, theirs))):
+        # Under jit there are no values to compare.
+        if not all(map(is_concrete, jax.tree.leaves((mine, theirs)))):
             return
-        named = jax.tree.leaves_with_path(mine)
-        for (path, x), y in zip(named, jax.tree.leaves(theirs), strict=True):
+        named, others = jax.tree.leaves_with_path(mine), jax.tree.leaves(theirs)
+        for (path, x), y in zip(named, others, strict=True):
             if not np.array_equal(x, y):
                 raise ValueError(
                     f"merge: the two Stats are of other parameters at {path[-1].key} "
@@ -145,10 +148,10 @@ class Stats:
             ValueError: "mse" or a percentile, but there are no histograms, or `fold_stats` has
                 divided X by s since. (Under jit values can not be checked: the range is NaN then.)
         """
+        # An absmax needs no histogram, and `fold_stats` has divided it by s: it is always right.
         if how == "absmax":
             site = next(site for site in self.graph.sites if site.path == path)
-            absmax = self.absmax[path]
-            return jnp.max(absmax, axis=tuple(range(len(site.batch), absmax.ndim)))
+            return jnp.max(self.absmax[path], axis=site.feature_axes)
         if path not in self.histogram:
             raise ValueError(
                 f"{path}: the range {how!r} needs a histogram of its activation, and these "
@@ -162,16 +165,16 @@ class Stats:
                 "statistics, which fold_stats derived, have that of X; calibrate the smoothed "
                 "parameters: calibrate(fn, smoothed, batches, histogram=True), as smoothquant does"
             )
-        return jnp.where(unfolded, find_range(self.histogram[path], how, fmt), jnp.float32(jnp.nan))
+        covered = find_range(self.histogram[path], how, fmt)
+        return jnp.where(unfolded, covered, jnp.float32(jnp.nan))
 
     def _is_unfolded(self, path: str) -> Any:
         """Whether `fold_stats` has left a site's activation as it was: every s is 1 there."""
-        folded = []
-        for group in self.graph.groups:
-            if path in dict(group.sites):
-                folded.append(self.folded[group.name])
-        if all(is_concrete(s) for s in folded):
-            return all((np.asarray(s) == 1).all() for s in folded)
+        groups = [group.name for group in self.graph.groups if path in dict(group.sites)]
+        folded = [self.folded[name] for name in groups]
+        if all(map(is_concrete, folded)):
+            return all(np.all(np.asarray(s) == 1) for s in folded)
+        # Under jit nobody knows yet, so the answer is an array, too.
         return jnp.all(jnp.concatenate(folded) == 1)
 
 
@@ -189,4 +192,5 @@ def _absmax_along(x: ArrayLike, kept: tuple[int, ...]) -> Array:
     """max |x| over all axes but `kept`, which come in that order."""
     magnitude = jnp.abs(x).astype(jnp.float32)
     kept_first = jnp.moveaxis(magnitude, kept, range(len(kept)))
-    return jnp.max(kept_first, axis=tuple(range(len(kept), jnp.ndim(x))))
+    others = tuple(range(len(kept), kept_first.ndim))
+    return jnp.max(kept_first, axis=others)

@@ -44,6 +44,11 @@ class Site(NamedTuple):
         """The leaf's axes that the axes of `channels` are."""
         return (*self.batch, *self.axes)
 
+    @property
+    def feature_axes(self) -> tuple[int, ...]:
+        """The axes of `channels` within one matrix: those after the batch axes."""
+        return tuple(range(len(self.batch), len(self.channels)))
+
 
 class Group(NamedTuple):
     """Sites that share an activation, and the leaves that can absorb its scale.

@@ -1,14 +1,18 @@
-"""SmoothQuant: per-channel scales from statistics, and their exact fold into the parameters.
+"""SmoothQuant: smoothing scales from statistics, and their exact fold into the parameters.
 
-(X / s)(s W) = X W for every positive s: dividing the leaves that produce X by s and multiplying the rows of W by s
-leaves the function as it was, while outliers move from activations, which are hard to quantize, to weights, which
-are easy. Xiao et al. 2022, arXiv 2211.10438.
+(X / s)(s W) = X W for every positive s. Dividing the leaves that produce X by s, and multiplying
+the rows of W by s, leaves the function as it was. But it moves outliers from activations, which are
+hard to quantize because all channels of a token share one quantizer scale, to weights, which are
+easy. Xiao et al. 2022, arXiv 2211.10438.
+
+Here `s` always means smoothing scales: one number a channel, folded away before anything is
+quantized. They are none of the quantizer's scales, which `sqjax.methods.quantization` makes.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,29 +37,56 @@ def scales(
     attention: float | None = None,
     round_scales: Literal["pow2"] | None = None,
 ) -> dict[str, Array]:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for every group (Xiao et al. 2022, equation 4).
+    """The smoothing scales of every group: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
-    max|W_j| runs over every output of every site in the group; max|W_j| and s have a floor of 1e-5, as in the
-    authors' code. Tied channels share one s, from the largest of their statistics. Where we deviate: a channel that
-    calibration never saw alive gets s = 1 (the authors' code gives 1e-5 there and multiplies the norm by 100,000).
+    That is equation 4 of Xiao et al. 2022. X_j is channel j of the activation that a group's sites
+    share; max|X_j| comes from calibration. W_j is what multiplies it; max|W_j| runs over every
+    output of every site in the group. max|W_j| and s have a floor of 1e-5, as in the authors' code.
+    Channels that are tied (those of the query heads that share one key head) have one s, from the
+    largest of their statistics.
+
+    Which alpha: it says how much of the difficulty moves from the activations into the weights.
+    With 1 every channel of X / s has the absmax 1, and the weights take all of the outliers; with 0
+    every row of s W has it, and the activations stay hard; with 0.5 the two absmaxes of a channel
+    become equal. 0.5 is right where the outliers are mild (OPT, BLOOM). Models with stronger ones
+    want more: the authors take 0.75 for GLM-130B and 0.8 to 0.9 for Llama and Mistral. What tells
+    is the error of the quantized model, so try 0.5, 0.7 and 0.85.
+
+    Where we deviate: a channel that calibration never saw alive gets s = 1. The authors' code gives
+    it 1e-5, which multiplies the norm by 100,000.
 
     Args:
-        params: the calibrated parameters. All groups' scales come from these, so their order does not matter.
+        params: the calibrated parameters. All groups' scales come from these, so their order does
+            not matter.
         stats: what `calibrate` returned.
-        alpha: from 0 (s depends on the weights only) to 1 (on the activations only: all difficulty moves into the
-            weights); or a mapping from name patterns to numbers, the first pattern that matches a group's site wins.
-        groups: "all"; "norm" (what the authors' code smooths: groups that a norm absorbs, the head left out); or name
-            patterns, searched in the sites' paths.
-        attention: where calibration was asked for it, s_j = max|K_j|^attention between keys and queries too, K / s and
-            s Q (SmoothAttention, Lin et al. 2024, arXiv 2405.04532, with 0.5); None: not.
-        round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and bfloat16.
+        alpha: a number from 0 to 1; or a mapping from name patterns to numbers, in which the first
+            pattern that is found in a site's path wins. A group takes the number of its first site
+            that has one.
+        groups: "all"; "norm" (what the authors' code smooths: groups that a norm absorbs, the head
+            left out); or name patterns, searched in the sites' paths.
+        attention: where calibration was asked for it, s_j = max|K_j|^attention between keys and
+            queries too, K / s and s Q (SmoothAttention, Lin et al. 2024, arXiv 2405.04532, with
+            0.5); None: not.
+        round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and
+            bfloat16.
 
     Returns:
-        {group name: float32 s, shape (the group's number of scales,)}.
+        {group name: float32 s, shape (the group's number of scales,)}, for `fold` and `fold_stats`.
 
     Raises:
-        ValueError: params are not the calibrated tree, or hold NaN or infinity; alpha is outside [0, 1]; a pattern
-            matches nothing, or a group has no pattern. (Values can not be checked under jit.)
+        ValueError: what went wrong, and what to do:
+
+            - params are not the calibrated tree (a leaf is missing, is new, has another shape):
+              pass those, or calibrate these.
+            - params hold NaN or infinity.
+            - alpha, or a number of the mapping, is outside [0, 1].
+            - a pattern is no regular expression, or is found in no site's path: near misses are
+              listed.
+            - no pattern of alpha is found in any site of a group: end the mapping with ".*".
+            - attention was asked for, and calibration has found no keys: calibrate(...,
+              attention=True) looks for them.
+
+            Values can not be checked under jit.
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -69,83 +100,123 @@ def scales(
     check_finite(params, "parameter")
     chosen = stats.graph.select(groups)
     alphas = _alphas(alpha, chosen)
-    s = {g.name: _group_scales(g, leaves, stats, alphas[g.name], round_scales) for g in chosen}
-    return s if attention is None else s | _keys_scales(stats, attention, round_scales)
+    s = {}
+    for group in chosen:
+        maxima = _maxima_of_sites(group, leaves, stats)
+        s[group.name] = _group_scales(maxima, alphas[group.name], group.size, round_scales)
+    if attention is not None:
+        s |= _key_scales(stats, attention, round_scales)
+    return s
 
 
-def _keys_scales(stats: Stats, exponent: float, round_scales: str | None) -> dict[str, Array]:
-    """max|K_j|^exponent: the formula with no weight."""
-    groups = [g for g in stats.graph.groups if g.keys]
+class Maxima(NamedTuple):
+    """The channels of one site, flat.
+
+    Attributes:
+        scale_of: which of the group's scales each channel has, counted from 1; 0 for those that
+            have none.
+        x_absmax: max |X_j|.
+        w_absmax: max |W_j|.
+    """
+
+    scale_of: Any
+    x_absmax: Array
+    w_absmax: Array
+
+
+def _maxima_of_sites(group: Group, leaves: Mapping[str, Any], stats: Stats) -> list[Maxima]:
+    sites = {site.path: site for site in stats.graph.sites}
+    found = []
+    for path, labels in group.sites:
+        w_absmax = weight_absmax(sites[path], leaves[path])
+        x_absmax = stats.absmax[path]
+        found.append(Maxima(labels.array.ravel(), x_absmax.ravel(), w_absmax.ravel()))
+    return found
+
+
+def _key_scales(stats: Stats, exponent: float, round_scales: str | None) -> dict[str, Array]:
+    """s_j = max|K_j|^exponent for the keys of attention: the formula with weights of 1."""
+    groups = [group for group in stats.graph.groups if group.keys]
     if not groups:
         raise ValueError(
             "scales: attention was asked for, but no scale can move between keys and queries: "
             "calibrate(..., attention=True) looks for them, and found none or was not called so"
         )
-    seen = {
-        g.name: [(labels.array.ravel(), stats.absmax[path].ravel()) for path, labels in g.sites[:1]]
-        for g in groups
-    }
-    ones = {
-        name: [(scale_of, x, jnp.ones_like(x)) for scale_of, x in found]
-        for name, found in seen.items()
-    }
-    return {g.name: _scales_of(ones[g.name], exponent, g.size, round_scales) for g in groups}
-
-
-def _group_scales(
-    group: Group, leaves: Mapping[str, Any], stats: Stats, alpha: Any, round_scales: str | None
-) -> Array:
-    sites = {site.path: site for site in stats.graph.sites}
-    seen = [
-        (
-            labels.array.ravel(),
-            stats.absmax[path].ravel(),
-            weight_absmax(sites[path], leaves[path]).ravel(),
-        )
-        for path, labels in group.sites
-    ]
-    return _scales_of(seen, alpha, group.size, round_scales)
+    s = {}
+    for group in groups:
+        # The first site is the keys themselves; the others are matmuls that the scale passes on its
+        # way to a leaf.
+        path, labels = group.sites[0]
+        absmax = stats.absmax[path].ravel()
+        maxima = Maxima(labels.array.ravel(), absmax, jnp.ones_like(absmax))
+        s[group.name] = _group_scales([maxima], exponent, group.size, round_scales)
+    return s
 
 
 @partial(jax.jit, static_argnames=("size", "round_scales"))
-def _scales_of(
-    seen: list[tuple[Array, Array, Array]], alpha: Any, size: int, round_scales: str | None
-) -> Array:
-    """s of a group, from (which scale, absmax, weight absmax) of the channels of each of its sites."""
-    x_max = w_max = jnp.zeros(size + 1, jnp.float32)  # entry 0 takes the channels without a scale
-    for scale_of, x, w in seen:
-        x_max, w_max = x_max.at[scale_of].max(replicated(x)), w_max.at[scale_of].max(replicated(w))
-    s = smoothing_scales(x_max[1:], w_max[1:], alpha)
-    return jnp.exp2(jnp.round(jnp.log2(s))) if round_scales == "pow2" else s
+def _group_scales(sites: list[Maxima], alpha: Any, size: int, round_scales: str | None) -> Array:
+    """s of a group of `size` scales, from the maxima of its sites.
+
+    Example: a site of 4 channels in two tied pairs has scale_of [1, 1, 2, 2]. With x_absmax [1, 4,
+    2, 2] the two scales are made of the maxima [4, 2].
+    """
+    # Entry 0 takes the channels without a scale, and is dropped.
+    x_absmax = w_absmax = jnp.zeros(size + 1, jnp.float32)
+    for site in sites:
+        x_absmax = x_absmax.at[site.scale_of].max(replicated(site.x_absmax))
+        w_absmax = w_absmax.at[site.scale_of].max(replicated(site.w_absmax))
+    s = smoothing_scales(x_absmax[1:], w_absmax[1:], alpha)
+    if round_scales == "pow2":
+        return jnp.exp2(jnp.round(jnp.log2(s)))
+    return s
 
 
 def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
+    """{group: its alpha}.
+
+    Example: alpha = {"layers/1": 0.9, "down": 0.7, ".*": 0.5} gives layers/1/down 0.9, because the
+    first pattern that is found wins. A group of q, k and v takes 0.7 of {"k_proj": 0.7, ".*": 0.5}
+    only if k is its first site.
+    """
+    by_pattern = alpha if isinstance(alpha, Mapping) else {"": alpha}
+    for pattern, value in by_pattern.items():
+        _check_in_unit_interval(pattern, value)
+
     groups = list(groups)
-    if not isinstance(alpha, Mapping):
-        alpha = {"": alpha}
-    for pattern, value in alpha.items():
-        if is_concrete(value) and not 0 <= float(value) <= 1:
-            raise ValueError(
-                f"alpha{f' for {pattern!r}' if pattern else ''}: expected a number in [0, 1], got {value}"
-            )
-    paths = [path for g in groups for path, _ in g.sites]
-    found = first_matches(alpha, paths, "alpha pattern") if paths else {}
-    chosen = {
-        g.name: next((found[p] for p, _ in g.sites if found[p] is not None), None) for g in groups
-    }
-    if missing := [name for name, pattern in chosen.items() if pattern is None]:
+    paths = [path for group in groups for path, _ in group.sites]
+    if not paths:  # nothing to smooth; no pattern can be found
+        return {}
+    pattern_of = first_matches(by_pattern, paths, "alpha pattern")
+
+    alphas, missing = {}, []
+    for group in groups:
+        patterns = [pattern_of[path] for path, _ in group.sites]
+        found = [pattern for pattern in patterns if pattern is not None]
+        if found:
+            alphas[group.name] = by_pattern[found[0]]
+        else:
+            missing.append(group.name)
+    if missing:
         raise ValueError(
             f"alpha: no pattern matches {missing[:5]}; end the mapping with '.*' for the rest"
         )
-    return {name: alpha[pattern] for name, pattern in chosen.items()}
+    return alphas
+
+
+def _check_in_unit_interval(pattern: str, alpha: Any) -> None:
+    # Not "alpha < 0 or alpha > 1": NaN is outside, too.
+    if is_concrete(alpha) and not 0 <= float(alpha) <= 1:
+        named = f" for {pattern!r}" if pattern else ""
+        raise ValueError(f"alpha{named}: expected a number in [0, 1], got {alpha}")
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     """The statistics of the folded model: absmax and abs_sum of every site divided by s.
 
-    Equal to calibrating again up to rounding. Static activation scales must come from these. A histogram of X says
-    nothing about X / s: histograms stay those of X, and serve only at sites whose s is all ones (`quantize` holds
-    that); for the others, calibrate the folded parameters.
+    Equal to calibrating the folded parameters, up to rounding, without running the model. Static
+    quantizer scales must come from these, because a folded model's activations are X / s. A
+    histogram of X says nothing about X / s: histograms stay those of X, and serve only at sites
+    whose s is all ones (`quantize` holds that); for the others, calibrate the folded parameters.
 
     Args:
         stats: what `calibrate` returned.
@@ -163,17 +234,15 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
         [1.0, 4.0]
     """
     check_scales(stats.graph, s)
-    divisors = expand(s, stats.graph)
-
-    def divided(statistic):
-        return {
-            path: x / divisors[path] if path in divisors else x for path, x in statistic.items()
-        }
-
-    folded = {name: x * s[name] if name in s else x for name, x in stats.folded.items()}
-    return replace(
-        stats, absmax=divided(stats.absmax), abs_sum=divided(stats.abs_sum), folded=folded
-    )
+    s_of_site = expand(s, stats.graph)
+    absmax, abs_sum, folded = dict(stats.absmax), dict(stats.abs_sum), dict(stats.folded)
+    for path, divisor in s_of_site.items():
+        absmax[path] = absmax[path] / divisor
+        abs_sum[path] = abs_sum[path] / divisor
+    # What is folded twice is divided by both.
+    for name, scale in s.items():
+        folded[name] = folded[name] * scale
+    return replace(stats, absmax=absmax, abs_sum=abs_sum, folded=folded)
 
 
 def smooth(
@@ -185,11 +254,18 @@ def smooth(
     attention: float | None = None,
     round_scales: Literal["pow2"] | None = None,
 ) -> PyTree:
-    """SmoothQuant: the same function with its activation outliers moved into the weights; `fold` of `scales`.
+    """SmoothQuant: the same function with its activation outliers moved into the weights.
 
-    Pure; works under jit, and is differentiable with respect to alpha and params. Arguments and errors are those of
-    `scales`. Static activation scales then need `fold_stats(stats, scales(params, stats, alpha))`; `smoothquant`
-    does the whole sequence.
+    It is `fold` of `scales`.
+
+    Pure; works under jit, and is differentiable with respect to alpha and params. `scales` says
+    which alpha to take, what the arguments mean and what is refused. A static scheme then needs the
+    statistics of what comes out: `fold_stats(stats, scales(params, stats, alpha))`, with the params
+    from before; `smoothquant` does the whole sequence.
+
+    Returns:
+        The tree of params, with the same shapes and dtypes: the sites' weights multiplied by s, the
+        leaves before them (a norm's gain, say) divided by it.
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
