@@ -15,7 +15,7 @@ from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize, smoothquant
 from sqjax.methods.smoothing import fold_stats, scales, smooth
 from sqjax.methods.verification import verify
-from sqjax.runtime.cache_rules import quantize_cache
+from sqjax.runtime.caches import quantize_cache
 from sqjax.runtime.int8_attention import int8_attention
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.qtensor import QTensor, dequantize

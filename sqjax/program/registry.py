@@ -84,6 +84,14 @@ class Registry:
         self.kinds, self.concerns = kinds, concerns
         self._rules: dict[tuple[str, type], Rule] = {}
 
+    @classmethod
+    def joined(cls, *registries: "Registry") -> "Registry":
+        """The rules of several registries. An equation that meets the kinds of several belongs to the first."""
+        made = cls(*(kind for registry in registries for kind in registry.kinds))
+        for registry in registries:
+            made._rules.update(registry._rules)
+        return made
+
     def register(
         self, primitives: Iterable[str], kind: Kind, *, fills: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

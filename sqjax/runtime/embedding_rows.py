@@ -71,8 +71,9 @@ def _rows(
     """
     if x is None:
         return None
-    x = jnp.broadcast_to(x, (*weight.shape[:1], *x.shape[1:]))
-    params = {**equation.params, "slice_sizes": (1, *x.shape[1:])}
+    table_rows, row = weight.shape[0], x.shape[1:]
+    x = jnp.broadcast_to(x, (table_rows, *row))
+    params = {**equation.params, "slice_sizes": (1, *row)}
     if fill is not None:
         params["fill_value"] = fill
     return equation.primitive.bind(x, indices, **params)
@@ -80,6 +81,8 @@ def _rows(
 
 def _with_outliers(x: Array, outliers: Outliers, row_rank: int) -> Array:
     """Rows with their outlier channels, whose quantized weights are 0, set to the float weights."""
-    flat = x.reshape(*x.shape[: x.ndim - row_rank], -1)
+    # Outliers are counted along the flattened row.
+    lead = x.shape[: x.ndim - row_rank]
+    flat = x.reshape(*lead, -1)
     flat = flat.at[..., outliers.channels].set(outliers.weight.astype(jnp.float32))
     return flat.reshape(x.shape)

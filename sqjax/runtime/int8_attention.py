@@ -6,8 +6,7 @@ leaf again. So a batched matmul in which no operand is a leaf is one of two acti
 
 import functools
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -60,7 +59,8 @@ def int8_attention(
 
     @functools.wraps(fn)
     def wrapper(params, *args, **kwargs):
-        # The arrays of quantized weights are leaves of their own: the tree is taken apart whole.
+        # Taken apart whole, so that the arrays of a quantized weight are leaves of their own: `fn`
+        # may be `quantized(...)`, whose program computes with them.
         paths, leaves, treedef = named_leaves(params)
 
         def of_leaves(leaves, *args, **kwargs):
@@ -78,14 +78,16 @@ def _rules(granularity: str) -> Registry:
     """The rules of a walk in which parameters, and what is computed from them alone, are leaves."""
 
     def dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Any:
-        of_activations = not isinstance(lhs, Leaf) and not isinstance(rhs, Leaf)
-        if not of_activations or not _is_batched(equation):
+        of_parameters = isinstance(lhs, Leaf) or isinstance(rhs, Leaf)
+        if of_parameters or not _is_batched(equation):
             return _as_it_was(equation, lhs, rhs)
         dimensions = equation.params["dimension_numbers"]
         _check_length(lhs, dimensions)
         result: Any = equation.outvars[0].aval
         return int8_dot(dimensions, granularity, lhs, rhs).astype(result.dtype)
 
+    # A scan may slice a leaf, and a shard_map shard it, as any array. What a loop carries becomes
+    # an activation, because its later steps may put anything in the place of a parameter.
     parameters = Kind(
         object,  # an array of any class
         otherwise=_as_it_was,
@@ -116,22 +118,35 @@ def _values(operands: Any) -> list[Any]:
 
 
 def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
-    """The equation again. Its results are leaves if its operands are leaves, or literal numbers."""
+    """The equation again. What it computes from parameters alone is a leaf."""
     results = emit(equation, *_values(operands))
-    paths = [x.path for x in operands if isinstance(x, Leaf)]
-    numbers = [v for v in equation.invars if isinstance(v, core.Literal)]
-    if not paths or len(paths) + len(numbers) < len(operands):
+    path = _path_of_parameters(equation, operands)
+    if path is None:
         return results
-    leaf = partial(Leaf, paths[0])
-    return list(map(leaf, results)) if equation.primitive.multiple_results else leaf(results)
+    if equation.primitive.multiple_results:
+        return [Leaf(path, x) for x in results]
+    return Leaf(path, results)
+
+
+def _path_of_parameters(equation: JaxprEqn, operands: Sequence[Any]) -> str | None:
+    """The path of the first leaf, if all operands are leaves or literal numbers; else None."""
+    path = None
+    for atom, operand in zip(equation.invars, operands, strict=True):
+        if isinstance(operand, Leaf):
+            path = path or operand.path
+        elif not isinstance(atom, core.Literal):
+            return None
+    return path
 
 
 def _is_batched(equation: JaxprEqn) -> bool:
     """Whether this is a batched matmul of floats."""
-    if equation.primitive.name != "dot_general" or not equation.params["dimension_numbers"][1][0]:
+    if equation.primitive.name != "dot_general":
         return False
+    _, (batch, _) = equation.params["dimension_numbers"]
     operands: Any = [v.aval for v in equation.invars]
-    return all(jnp.issubdtype(x.dtype, jnp.floating) for x in operands)
+    floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands]
+    return bool(batch) and all(floats)
 
 
 def _has_batched(equation: JaxprEqn) -> bool:

@@ -1,4 +1,4 @@
-"""The two kinds of quantized values that a program may meet, and the registry of their rules.
+"""The two kinds of quantized values that a program may meet.
 
 A quantized weight is a parameter: a `Leaf` that holds a `QuantWeight`. A quantized cache is an
 array among the other arguments: a `Leaf` that holds a `QTensor`. Here stands what becomes of both
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
-from sqjax.program.registry import Kind, Leaf, Registry
+from sqjax.program.registry import Kind, Leaf
 from sqjax.program.subprograms import shard_map_in, source_of
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
@@ -125,6 +125,3 @@ CACHES = Kind(
     carry=_stay_in_loop,
     leave=_stay,
 )
-
-#: The rules of `quantized`. An equation that meets a cache and a weight belongs to the cache.
-RULES = Registry(CACHES, WEIGHTS)

@@ -7,13 +7,18 @@ from typing import Any
 import jax
 
 from sqjax._trees import named_leaves
+from sqjax.program.registry import Registry
 from sqjax.program.trace import trace
 from sqjax.program.walk import run
-from sqjax.runtime.cache_rules import cache_leaves
-from sqjax.runtime.kinds import RULES, is_cache
-from sqjax.runtime.weight_rules import weight_leaves
+from sqjax.runtime.cache_rules import CACHE_RULES
+from sqjax.runtime.caches import cache_leaves
+from sqjax.runtime.kinds import is_cache
+from sqjax.runtime.weight_rules import WEIGHT_RULES, weight_leaves
 from sqjax.weights.qtensor import is_tensor, tensor_type
 from sqjax.weights.quant_weight import is_quantized, weight_type
+
+#: What primitives do to quantized values. An equation that meets both kinds belongs to the cache.
+RULES = Registry.joined(CACHE_RULES, WEIGHT_RULES)
 
 
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +63,7 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(params, *args, **kwargs)
         traced, inputs = trace(fn, params, args, kwargs, weight_type, tensor_type)
         operands = [*weight_leaves(paths, leaves), *cache_leaves(names, arguments, inputs)]
+        # jit compiles what this emits, so the walk itself costs nothing at run time.
         results = run(traced.jaxpr, operands, RULES)
         outputs = [x.value if is_cache(x) else x for x in results]
         return jax.tree_util.tree_unflatten(traced.treedef, outputs)
@@ -65,4 +71,5 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# The same wrapper for the same function, because jit's own cache goes by the function's identity.
 _cached = functools.lru_cache(maxsize=256)(_wrap)

@@ -1,4 +1,4 @@
-"""Rules that quantized weights and quantized caches share, and steps of their matmuls."""
+"""Rules that quantized weights and quantized caches share, and steps of their rules."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
 
 
 def slices_of(equation: JaxprEqn) -> list[slice]:
-    """What a `slice` equation takes of each axis."""
+    """What a `slice` equation takes of each axis: [slice(1, 2, 1), slice(0, 8, 1)] of w[1:2]."""
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
     return [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
@@ -75,6 +75,7 @@ def on_either_side(
         out = product(lhs, rhs, ((l_axes, r_axes), (l_batch, r_batch)))
     else:
         out = product(rhs, lhs, ((r_axes, l_axes), (r_batch, l_batch)))
+        # From (batch, free of rhs, free of lhs) to (batch, free of lhs, free of rhs).
         batch = len(l_batch)
         free = lhs.value.ndim - len(l_axes) - batch
         out = jnp.moveaxis(out, range(-free, 0), range(batch, batch + free))

@@ -14,9 +14,9 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax.program.primitives import COPIES, RESHARDINGS
-from sqjax.program.registry import Leaf
+from sqjax.program.registry import Leaf, Registry
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
-from sqjax.runtime.kinds import RULES, WEIGHTS, refuse_weight
+from sqjax.runtime.kinds import WEIGHTS, refuse_weight
 from sqjax.runtime.shared_rules import (
     barrier,
     copy,
@@ -29,6 +29,8 @@ from sqjax.runtime.weight_shapes import reshaped, sliced
 from sqjax.weights.dot_general import quantized_dot_general, quantized_ragged_dot
 from sqjax.weights.quant_weight import is_quantized
 
+WEIGHT_RULES = Registry(WEIGHTS)
+
 
 def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
     """The parameters as the rules take them: quantized weights as leaves with their paths."""
@@ -39,7 +41,7 @@ def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
 # Matmuls ------------------------------------------------------------------------------------------
 
 
-@RULES.register(("dot_general",), WEIGHTS)
+@WEIGHT_RULES.register(("dot_general",), WEIGHTS)
 @sharded_as_the_result
 def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
     """int8 x int8 -> int32 (or as the weight's scheme has it), with the weight on either side."""
@@ -52,42 +54,43 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
     return on_either_side(equation, lhs, rhs, product)
 
 
-@RULES.register(("ragged_dot_general",), WEIGHTS)
+@WEIGHT_RULES.register(("ragged_dot_general",), WEIGHTS)
 @sharded_as_the_result
 def _ragged_dot(equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any) -> Array:
     """Rows that meet one matrix of a stack each, int8 x int8 -> int32."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
-    last_with_second = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
-    ragged_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
-    if isinstance(lhs, Leaf) or not last_with_second or not ragged_rows:
+    # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
+    sums_over_inner = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+    split_by_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
+    if isinstance(lhs, Leaf) or not (sums_over_inner and split_by_rows):
         return refuse_weight(equation, lhs, rhs, group_sizes)
     result: Any = equation.outvars[0].aval
     out = quantized_ragged_dot(lhs, rhs.value, group_sizes, rhs.path)
     return out.astype(result.dtype)
 
 
-@RULES.register(("gather",), WEIGHTS)
+@WEIGHT_RULES.register(("gather",), WEIGHTS)
 @sharded_as_the_result
-def _gather(equation: JaxprEqn, leaf: Any, indices: Any) -> Array:
-    """Rows of an embedding."""
-    if not isinstance(leaf, Leaf) or isinstance(indices, Leaf):
-        return refuse_weight(equation, leaf, indices)
+def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array:
+    """Rows of an embedding, by integer indices: these are never quantized."""
+    # A matmul would check the weight; nothing else here does.
     leaf.value.tensor.check(leaf.path)
     if not gathers_rows(equation, leaf.value, indices):
-        return refuse_weight(equation, leaf, indices)
+        return refuse_weight(equation, leaf)
     return gathered(equation, leaf.value, indices)
 
 
 # Movements ----------------------------------------------------------------------------------------
 
 
-@RULES.register(("transpose",), WEIGHTS)
+@WEIGHT_RULES.register(("transpose",), WEIGHTS)
 def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    # Only the order of the logical axes changes: the values stay as matrix units read them.
     tensor = leaf.value.tensor.transpose(equation.params["permutation"])
     return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
 
 
-@RULES.register(("convert_element_type",), WEIGHTS)
+@WEIGHT_RULES.register(("convert_element_type",), WEIGHTS)
 def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """A cast to another float dtype changes what the weight stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
@@ -97,20 +100,21 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
 
 
-@RULES.register(("slice",), WEIGHTS)
+@WEIGHT_RULES.register(("slice",), WEIGHTS)
 def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
     weight = sliced(leaf.value, slices_of(equation))
     return refuse_weight(equation, leaf) if weight is None else Leaf(leaf.path, weight)
 
 
-@RULES.register(("reshape", "squeeze", "broadcast_in_dim"), WEIGHTS)
+@WEIGHT_RULES.register(("reshape", "squeeze", "broadcast_in_dim"), WEIGHTS)
 def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """reshape, squeeze, and the broadcast_in_dim that only adds axes of size 1."""
     result: Any = equation.outvars[0].aval
-    weight = None
-    if _keeps_order(equation) and math.prod(result.shape) == math.prod(leaf.value.shape):
-        weight = reshaped(leaf.value, result.shape)
+    repeats = math.prod(result.shape) != math.prod(leaf.value.shape)
+    if repeats or not _keeps_order(equation):
+        return refuse_weight(equation, leaf)
+    weight = reshaped(leaf.value, result.shape)
     return refuse_weight(equation, leaf) if weight is None else Leaf(leaf.path, weight)
 
 
@@ -122,6 +126,9 @@ def _keeps_order(equation: JaxprEqn) -> bool:
     return axes == sorted(axes)
 
 
-RULES.register((*COPIES, *RESHARDINGS), WEIGHTS)(copy)
-RULES.register(("optimization_barrier",), WEIGHTS)(barrier)
-RULES.register(("pvary",), WEIGHTS)(pvary)
+# The rest -----------------------------------------------------------------------------------------
+# Barriers take several values at once, some of them no leaves, so they are no copies of one.
+
+WEIGHT_RULES.register((*COPIES, *RESHARDINGS), WEIGHTS)(copy)
+WEIGHT_RULES.register(("optimization_barrier",), WEIGHTS)(barrier)
+WEIGHT_RULES.register(("pvary",), WEIGHTS)(pvary)

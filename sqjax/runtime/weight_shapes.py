@@ -32,6 +32,7 @@ def sliced(weight: QuantWeight, slices: Sequence[slice]) -> QuantWeight | None:
         slices: one for each logical axis.
     """
     tensor = weight.tensor.slice(slices)
+    # In the order of the stored axes, which the other arrays' axes follow.
     stored = [slices[weight.tensor.axes.index(a)] for a in range(weight.ndim)]
     if tensor is None or not _whole_channels(weight, stored):
         return None
@@ -56,9 +57,10 @@ def sliced(weight: QuantWeight, slices: Sequence[slice]) -> QuantWeight | None:
 
 def _whole_channels(weight: QuantWeight, stored: Sequence[slice]) -> bool:
     """Whether slices of the stored axes take all of the contracted channels."""
-    first = weight.ndim - weight.contracted
-    for size, part in zip(weight.tensor.values.shape[first:], stored[first:], strict=True):
-        if len(range(size)[part]) != size:
+    sizes = weight.tensor.values.shape
+    for axis in range(weight.ndim - weight.contracted, weight.ndim):
+        every_index = range(sizes[axis])
+        if len(every_index[stored[axis]]) < sizes[axis]:
             return False
     return True
 
