@@ -16,49 +16,57 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
     """{path: leaf}, checked against the tree that was calibrated.
 
     Raises:
-        ValueError: a leaf is missing, is new, or has another shape.
+        ValueError: a leaf is missing, is new, or has another shape; the first ten such leaves are
+            listed.
     """
     paths, leaves, _ = named_leaves(params)
     got, expected = dict(zip(paths, leaves, strict=True)), dict(graph.leaves)
-    problems = [f"{p}: expected {expected[p]}, missing" for p in expected if p not in got]
-    problems += [f"{p}: not in the calibrated tree" for p in got if p not in expected]
-    problems += [
-        f"{p}: expected shape {expected[p]}, got {tuple(jnp.shape(x))}"
-        for p, x in got.items()
-        if p in expected and tuple(jnp.shape(x)) != expected[p]
-    ]
+    missing = [path for path in expected if path not in got]
+    new = [path for path in got if path not in expected]
+    problems = [f"{path}: expected {expected[path]}, missing" for path in missing]
+    problems += [f"{path}: not in the calibrated tree" for path in new]
+    for path, leaf in got.items():
+        shape = tuple(jnp.shape(leaf))
+        if path in expected and shape != expected[path]:
+            problems.append(f"{path}: expected shape {expected[path]}, got {shape}")
     if problems:
         listed = "\n  ".join(problems[:10])
         raise ValueError(
-            f"the parameters are not the tree that was calibrated ({len(problems)} leaves differ); calibrate this "
-            f"model, or pass its own Stats:\n  {listed}"
+            f"the parameters are not the tree that was calibrated ({len(problems)} leaves differ); "
+            f"calibrate this model, or pass its own Stats:\n  {listed}"
         )
     return got
 
 
 def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
-    """{site: s of each of its channels} for the groups in `s`; 1 for channels that no group scales."""
+    """{site: s of each of its channels} for the groups in `s`; 1 for channels that no group scales.
+
+    Example: a group "w" with the scales [3, 5] whose site w has the labels [0, 1, 2] gives {"w":
+    [1, 3, 5]}.
+    """
     factors: dict[str, Array] = {}
     for group in graph.groups:
-        if group.name in s:
-            with_one = jnp.concatenate(
-                [jnp.ones(1, jnp.float32), s[group.name].astype(jnp.float32)]
-            )
-            for path, labels in group.sites:
-                factor = with_one[labels.array]
-                factors[path] = factors[path] * factor if path in factors else factor
+        if group.name not in s:
+            continue
+        with_one = _with_one(s[group.name])
+        for path, labels in group.sites:
+            factor = with_one[labels.array]
+            factors[path] = factors[path] * factor if path in factors else factor
     return factors
 
 
 def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
-    """Moves the scales into the parameters: site weights are multiplied by s, absorbing leaves divided by it.
+    """Moves the scales into the parameters: site weights are multiplied by s, absorbing leaves
+    divided by it.
 
-    The result has the same tree, shapes and dtypes and is the same function. Computed in float32, cast back once.
+    (X / s)(s W) = X W: the result has the same tree, shapes and dtypes, and is the same function.
+    Computed in float32, cast back once.
 
     Args:
         params: the calibrated tree.
         graph: `stats.graph`.
-        s: {group name: s}, as `scales` returns it; groups that are left out stay as they are.
+        s: {group name: s}, as `scales` returns it, every s of shape (group.size,); groups that are
+            left out stay as they are.
 
     Raises:
         ValueError: params are not the calibrated tree, or a group is unknown or of another size.
@@ -83,42 +91,57 @@ def unfold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
 
 
 def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> PyTree:
+    """The parameters with s folded in (sign 1) or taken out again (sign -1, which exchanges times
+    and divided by).
+    """
     factors: dict[str, list[tuple[Array, Any]]] = {}
-    offsets = dict(graph.offsets)
     for group in graph.groups:
         if group.name in s:
             for path, labels in group.leaves:
-                factors.setdefault(path, []).append((s[group.name], sign * labels.array))
+                factor = s[group.name], sign * labels.array
+                factors.setdefault(path, []).append(factor)
+    offsets = dict(graph.offsets)
 
     def scaled(path: str, leaf: Any) -> Any:
-        return _scale_leaf(leaf, factors[path], offsets.get(path, 0.0)) if path in factors else leaf
+        if path not in factors:
+            return leaf
+        return _scale_leaf(leaf, factors[path], offsets.get(path, 0.0))
 
     return map_named(scaled, params)
 
 
 @partial(jax.jit, static_argnames="offset")
 def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]], offset: float) -> Array:
-    """The leaf times s where its label is positive, divided by s where it is negative, for every (s, labels).
+    """The leaf times s where its label is positive, divided by s where it is negative, for every
+    (s, labels).
 
-    With an offset c it is c + leaf that is scaled: (c + leaf) / s - c.
+    With an offset c it is c + leaf that is scaled: the function reads that sum, so (c + leaf) / s -
+    c is stored.
     """
     value = leaf.astype(leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32)
     value = value + offset if offset else value
     for scale, labels in factors:
-        with_one = jnp.concatenate([jnp.ones(1, jnp.float32), scale.astype(jnp.float32)]).astype(
-            value.dtype
-        )
-        value = value * with_one[labels.clip(min=0)] / with_one[(-labels).clip(min=0)]
+        with_one = _with_one(scale).astype(value.dtype)
+        # A label of the other sign is clipped to 0, whose scale is 1.
+        times, divided = labels.clip(min=0), (-labels).clip(min=0)
+        value = value * with_one[times] / with_one[divided]
     return (value - offset if offset else value).astype(leaf.dtype)
 
 
+def _with_one(scale: Array) -> Array:
+    """[1, s[0], s[1], ...]: what a label multiplies by, found at the label itself."""
+    one = jnp.ones(1, jnp.float32)
+    return jnp.concatenate([one, scale.astype(jnp.float32)])
+
+
 def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
-    """Raises ValueError naming a group that the graph does not have, or whose s has another size."""
+    """Raises ValueError naming a group that the graph does not have, or whose s has another
+    size.
+    """
     sizes = {g.name: g.size for g in graph.groups}
     for name, scale in s.items():
         if name not in sizes:
             raise ValueError(f"no group is named {name!r}; the groups are {list(sizes)[:5]} ...")
-        if jnp.shape(scale) != (sizes[name],):
-            raise ValueError(
-                f"{name}: expected s of shape {(sizes[name],)}, got {jnp.shape(scale)}"
-            )
+        expected, shape = (sizes[name],), jnp.shape(scale)
+        if shape != expected:
+            raise ValueError(f"{name}: expected s of shape {expected}, got {shape}")

@@ -1,4 +1,8 @@
-"""Keys and queries of attention, between which a scale can move (SmoothAttention)."""
+"""Keys and queries of attention, between which a scale can move (SmoothAttention).
+
+A score is q . k, so keys K and queries Q can become K / s and s Q, with one scale for each channel
+of a head. That makes the keys flatter, which is good for a quantized cache.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -9,13 +13,20 @@ from sqjax.folding.graph import Group, LabelMap, Site
 from sqjax.folding.groups import Survey, close_labels, group_of
 from sqjax.folding.labels import Labels
 from sqjax.folding.per_step import Stack
-from sqjax.folding.search import Closure, Refused
-from sqjax.folding.sites import normalised_over, sides_of
+from sqjax.folding.search import Refused
+from sqjax.folding.sites import Side, normalised_over, sides_of
 from sqjax.program.build import Var
 
 
 class Keys(NamedTuple):
-    """Where keys meet queries: the keys, the axes along which their scales differ, and the group of those scales."""
+    """Where keys meet queries.
+
+    Attributes:
+        site: stands for the keys in the graph and the statistics; it is no leaf, so it has no axes.
+        activation: the keys.
+        axes: the axes of the keys along which their scales differ.
+        group: the group of these scales.
+    """
 
     site: Site
     activation: Var
@@ -24,63 +35,89 @@ class Keys(NamedTuple):
 
 
 def find_keys(survey: Survey) -> list[Keys]:
-    """The products of keys with queries between which a scale can move: K / s and s Q (SmoothAttention).
+    """The products of keys with queries between which a scale can move: K / s and s Q.
 
-    Lin et al. 2024, arXiv 2405.04532. The keys are the operand over whose tokens the softmax runs. Where no leaf
-    absorbs the scale on both sides, nothing is found.
+    Lin et al. 2024, arXiv 2405.04532. The keys are the operand over whose tokens the softmax runs.
+    Where no leaf absorbs the scale on both sides, nothing is found.
     """
     program = survey.program
     found: list[Keys] = []
-    met: set[Var] = set()
+    met: set[Var] = set()  # what the groups found so far have labelled: the keys themselves, too
     for equation in program.equations:
-        if equation.name != "dot_general" or program.from_leaves.intersection(equation.variables):
+        of_leaves = not program.from_leaves.isdisjoint(equation.variables)
+        if equation.name != "dot_general" or of_leaves:
             continue
         for side in sides_of(program, equation):
-            if (
-                isinstance(side.var, Var)
-                and side.var not in met
-                and normalised_over(program, equation, side.out)
-            ):
-                try:
-                    labels, closure = close_labels(
-                        survey, side.var, (*side.batch, *side.contracted), crossing=True
-                    )
-                    keys = _keys(survey, side.var, labels, closure, {k.site.path for k in found})
-                except Refused:
-                    continue
-                met.update(labels)
-                found.append(keys)
+            if not isinstance(side.var, Var) or side.var in met:
+                continue
+            if not normalised_over(program, equation, side.out):
+                continue
+            names = {keys.site.path for keys in found}
+            try:
+                keys, labels = _keys(survey, side.var, side, names)
+            except Refused:
+                continue
+            met.update(labels)
+            found.append(keys)
     return found
 
 
 def _keys(
-    survey: Survey,
-    activation: Var,
-    found: Mapping[Var, Labels],
-    closure: Closure,
-    taken: Collection[str],
-) -> Keys:
-    program, labels = survey.program, found[activation]
+    survey: Survey, activation: Var, side: Side, names: Collection[str]
+) -> tuple[Keys, Mapping[Var, Labels]]:
+    """The keys that are one operand of a product, and the labels of their group.
+
+    Args:
+        survey: the program and its sites.
+        activation: the operand's variable.
+        side: the operand.
+        names: of the keys found before.
+
+    Raises:
+        Refused: no scale can move between them and the queries.
+    """
+    axes = (*side.batch, *side.contracted)
+    found, closure = close_labels(survey, activation, axes, crossing=True)
     group = group_of(survey, "", found, closure)
-    axes = tuple(a for a, size in enumerate(labels.shape) if size > 1)
-    stack = Stack.of(program, found, survey.places)
-    steps = program.scopes[activation]
-    channels = (*(program.lengths[scan] for scan in steps), *(labels.shape[a] for a in axes))
-    own = -labels.reshape((1,) * len(steps) + tuple(labels.shape[a] for a in axes))
-    spread = np.broadcast_to(
-        stack.along(own, {scope: (i, 1) for i, scope in enumerate(steps)}, channels), channels
-    )
+    channels = _channels(survey, activation, found)
     if not group.absorbers:
         raise Refused("no leaf absorbs its scale")
-    names = [
-        f"{group.absorbers[0]} (keys{f', {n}' if n > 1 else ''})" for n in range(1, len(taken) + 2)
-    ]
-    name = next(
-        name for name in names if name not in taken
-    )  # layers of one stack have keys of their own
-    site = Site(name, (), channels)
-    sites = (
-        (name, LabelMap.of(spread)),
-        *group.sites,
-    )  # and those that the scale passes on its way
-    return Keys(site, activation, axes, group._replace(name=name, sites=sites, keys=True))
+    name = _name(group.absorbers[0], names)
+    # The keys first, then the sites that the scale passes on its way.
+    sites = ((name, LabelMap.of(channels)), *group.sites)
+    keys = Keys(
+        site=Site(name, (), channels.shape),
+        activation=activation,
+        axes=tuple(a for a, size in enumerate(found[activation].shape) if size > 1),
+        group=group._replace(name=name, sites=sites, keys=True),
+    )
+    return keys, found
+
+
+def _channels(survey: Survey, activation: Var, found: Mapping[Var, Labels]) -> Labels:
+    """The labels of the keys' channels, with an axis for every scan or mesh axis around them.
+
+    Example: keys of 2 heads with 4 channels, tied over rotary pairs, in a scan over 3 layers: an
+    array of shape (3, 2, 4), in the first layer [[1, 2, 1, 2], [3, 4, 3, 4]].
+    """
+    program, labels = survey.program, found[activation]
+    around = program.scopes[activation]
+    steps = tuple(program.lengths[scope] for scope in around)
+    varying = tuple(size for size in labels.shape if size > 1)
+    one_step = -labels.reshape((1,) * len(steps) + varying)
+    where = {scope: (i, 1) for i, scope in enumerate(around)}
+    stack = Stack.of(program, found, survey.places)
+    shape = (*steps, *varying)
+    return np.broadcast_to(stack.along(one_step, where, shape), shape)
+
+
+def _name(absorber: str, taken: Collection[str]) -> str:
+    """A name for keys that none have yet: "k_proj/kernel (keys)", or "k_proj/kernel (keys, 2)" ...
+
+    Layers of one stack need the number, because the same leaf absorbs the scales of each.
+    """
+    name, number = f"{absorber} (keys)", 1
+    while name in taken:
+        number += 1
+        name = f"{absorber} (keys, {number})"
+    return name

@@ -8,29 +8,40 @@ from sqjax.program.views import View
 
 
 def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
-    """The leaves, no path of `matmuls` among them, of which nothing but whole rows are read, as given by indices.
+    """The leaves, no path of `matmuls` among them, of which nothing but whole rows are read, as
+    given by indices.
 
-    As sites: `axes` are those of a row, whose elements share a scale.
+    As sites: `axes` are those of a row, whose elements share a scale. Example: an embedding of
+    shape (vocabulary, 64) that `fn` reads as `table[ids]` only is the site with `axes` (1,) and
+    `channels` (64,).
     """
-    seen: dict[str, list[Var]] = {}
+    variables_of: dict[str, list[Var]] = {}
     for var, view in program.views.items():
-        seen.setdefault(view.path, []).append(var)
+        variables_of.setdefault(view.path, []).append(var)
     found = []
-    for path, variables in seen.items():
-        shape = program.views[variables[0]].full_shape
-        readers = [(v, e) for v in variables for e in program.readers.get(v, ())]
-        looked_up = [_is_lookup(program, v, e) for v, e in readers]
-        passed_on = [_is_passed_on(program, v, e) for v, e in readers]
-        only = all(a or b for a, b in zip(looked_up, passed_on, strict=True))
-        if (
-            path not in matmuls
-            and any(looked_up)
-            and only
-            and not set(variables).intersection(program.outputs)
-        ):
-            axes = tuple(range(1, len(shape)))
-            found.append(Site(path, axes, tuple(shape[a] for a in axes)))
+    for path, variables in variables_of.items():
+        if path not in matmuls and _is_table(program, variables):
+            shape = program.views[variables[0]].full_shape
+            row_axes = tuple(range(1, len(shape)))
+            found.append(Site(path, row_axes, shape[1:]))
     return tuple(found)
+
+
+def _is_table(program: Program, variables: list[Var]) -> bool:
+    """Whether a leaf is looked up in and otherwise only passed on, given all variables that are
+    views of it.
+    """
+    if not set(variables).isdisjoint(program.outputs):
+        return False  # the function returns it
+    looked_up = False
+    for var in variables:
+        for equation in program.readers.get(var, ()):
+            if _is_lookup(program, var, equation):
+                looked_up = True
+                continue
+            if not _is_passed_on(program, var, equation):
+                return False
+    return looked_up
 
 
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
@@ -42,16 +53,12 @@ def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
 def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     """Whether an equation takes whole rows of a leaf that is seen as it is."""
     view = program.views[var]
-    if (
-        equation.name != "gather"
-        or view != View.of(view.path, view.shape)
-        or equation.inputs[0] != var
-    ):
+    if equation.name != "gather" or equation.inputs[0] != var:
+        return False
+    if len(view.shape) < 2 or view != View.of(view.path, view.shape):
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    of_rows = (
-        tuple(numbers.start_index_map) == (0,)
-        and tuple(sizes) == (1, *view.shape[1:])
-        and len(view.shape) > 1
-    )
-    return of_rows and rows_last(numbers, len(program.shape(equation.inputs[1])))
+    one_row = (1, *view.shape[1:])
+    if tuple(numbers.start_index_map) != (0,) or tuple(sizes) != one_row:
+        return False
+    return rows_last(numbers, len(program.shape(equation.inputs[1])))

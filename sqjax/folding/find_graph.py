@@ -1,10 +1,10 @@
-"""The graph of a program: its sites, its groups, and why the other sites are in none."""
+"""The graph of a program: its sites, its fold groups, and why the other sites are in none."""
 
 from collections.abc import Mapping, Sequence
 
 from sqjax.folding.attention_keys import Keys
 from sqjax.folding.embeddings import find_tables
-from sqjax.folding.graph import Graph
+from sqjax.folding.graph import Graph, Group
 from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Place
@@ -21,51 +21,82 @@ def find_graph(
     Args:
         survey: the program and its sites.
         keys: what `find_keys(survey)` found, if scales between keys and queries are wanted.
-        stated: {site: the leaves that shall absorb its scale} of groups that are stated by hand; they come first.
+        stated: {site: the leaves that shall absorb its scale} of groups that are stated by hand;
+            they come first.
 
     Raises:
         ValueError: a stated group is not lawful, or is not as stated.
     """
-    program, places, refused = survey.program, survey.places, dict(survey.refused)
-    groups = [stated_group(survey, site, absorbers) for site, absorbers in (stated or {}).items()]
-    grouped = {p.name for p in places if any(covers(group, p) for group in groups)}
+    program = survey.program
+    groups: list[Group] = []
+    for site, absorbers in (stated or {}).items():
+        groups.append(stated_group(survey, site, absorbers))
+    refused, ways = _group_the_rest(survey, groups)
+    leaves = {}
+    for var in program.inputs:  # the leaves, then the other inputs
+        if var in program.leaves:
+            leaves[program.leaves[var]] = program.shape(var)
+    offsets = {program.leaves[var]: constant for var, constant in program.offsets.items()}
+    return Graph(
+        leaves=tuple(leaves.items()),
+        sites=tuple(dict.fromkeys(place.site for place in survey.places)),
+        groups=(*groups, *(k.group for k in keys)),
+        refused=tuple(refused.items()),
+        offsets=tuple(offsets.items()),
+        ways=tuple(ways.items()),
+        keys=tuple(k.site for k in keys),
+        tables=find_tables(program, frozenset(place.site.path for place in survey.places)),
+    )
+
+
+def _group_the_rest(
+    survey: Survey, groups: list[Group]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Adds to `groups` those of all sites that are in none yet.
+
+    Returns:
+        {site, or other leaf that a matmul may meet: why it is in no group}, and {site: the
+        equations from its activation to what stands in the way}.
+    """
+    refused: dict[str, str] = dict(survey.refused)
     ways: dict[str, tuple[str, ...]] = {}
-    for place in places:
+    grouped: set[str] = set()
+    for group in groups:
+        grouped |= _covered(survey, group)
+    for place in survey.places:
         if place.name in grouped:
             continue
         try:
             group = find_group(survey, place)
         except Refused as reason:
-            refused[place.name], ways[place.name] = (
-                str(reason) + _looked_up(program, place),
-                reason.way,
-            )
-        else:
-            groups.append(group)
-            paths = dict(group.sites)
-            grouped.update(p.name for p in places if p.site.path in paths and covers(group, p))
-    refused = {name: reason for name, reason in refused.items() if name not in grouped}
-    return Graph(
-        leaves=tuple(
-            (program.leaves[var], program.shape(var))
-            for var in program.inputs
-            if var in program.leaves
-        ),
-        sites=tuple(dict.fromkeys(p.site for p in places)),
-        groups=(*groups, *(k.group for k in keys)),
-        refused=tuple(refused.items()),
-        offsets=tuple({program.leaves[var]: c for var, c in program.offsets.items()}.items()),
-        ways=tuple((path, way) for path, way in ways.items() if path in refused),
-        keys=tuple(k.site for k in keys),
-        tables=find_tables(program, frozenset(p.site.path for p in places)),
-    )
+            refused[place.name] = f"{reason}{_also_an_embedding(survey.program, place)}"
+            ways[place.name] = reason.way
+            continue
+        groups.append(group)
+        grouped |= _covered(survey, group)
+    # A site that was refused may be in the group of another one after all.
+    for name in grouped.intersection(refused):
+        del refused[name]
+        ways.pop(name, None)
+    return refused, ways
 
 
-def _looked_up(program: Program, place: Place) -> str:
-    """What more to say of a tied head: its leaf is an embedding too."""
-    lookups = [e for e in program.equations if e.name == "gather"]
-    views = [(e, program.views.get(v)) for e in lookups for v in e.variables[:1]]
-    found = next(
-        (e for e, view in views if view is not None and view.path == place.site.path), None
-    )
-    return "" if found is None else f"; the same leaf is an embedding, looked up by {found}"
+def _covered(survey: Survey, group: Group) -> set[str]:
+    """The names of the places that are in a group."""
+    paths = dict(group.sites)
+    found = set()
+    for place in survey.places:
+        if place.site.path in paths and covers(group, place):
+            found.add(place.name)
+    return found
+
+
+def _also_an_embedding(program: Program, place: Place) -> str:
+    """What more to say of a tied head: its leaf is an embedding too, which shares its scale."""
+    for equation in program.equations:
+        if equation.name != "gather" or not equation.variables:
+            continue
+        view = program.views.get(equation.variables[0])
+        if view is not None and view.path == place.site.path:
+            return f"; the same leaf is an embedding, looked up by {equation}"
+    return ""

@@ -10,17 +10,27 @@ from sqjax._names import braced, first_matches, near_misses
 
 
 class LabelMap(NamedTuple):
-    """A label array (see `sqjax.labels`) that can be hashed: +(c + 1) multiplies by scale c, -(c + 1) divides."""
+    """A label array (see `sqjax.folding.labels`) that can be hashed: +(c + 1) multiplies by scale
+    c, -(c + 1) divides.
+
+    Example:
+        >>> import numpy as np
+        >>> from sqjax.folding.graph import LabelMap
+        >>> LabelMap.of(np.array([[1], [2]])).array.tolist()
+        [[1], [2]]
+    """
 
     shape: tuple[int, ...]
     data: bytes
 
     @classmethod
     def of(cls, labels: np.ndarray) -> "LabelMap":
+        """The label array as a `LabelMap`."""
         return cls(labels.shape, np.ascontiguousarray(labels, np.int32).tobytes())
 
     @property
     def array(self) -> np.ndarray:
+        """The label array."""
         return np.frombuffer(self.data, np.int32).reshape(self.shape)
 
 
@@ -32,6 +42,9 @@ class Site(NamedTuple):
         axes: its contracted axes.
         channels: the sizes of `batch`, then of `axes`: the shape of the site's statistics.
         batch: its axes that hold one matrix each: layers that a scan runs over, experts.
+
+    Example: a stack of weights of shape (layers, experts, inputs, outputs) = (2, 3, 4, 5), each
+    multiplied as x @ w, is the site with `axes` (2,), `channels` (2, 3, 4) and `batch` (0, 1).
     """
 
     path: str
@@ -51,19 +64,25 @@ class Site(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sites that share an activation, and the leaves that can absorb its scale.
+    """A fold group: sites that share an activation, and the leaves that can absorb its scale.
 
     Attributes:
-        name: the first site's path, with its index if it is one of a stack of matrices: layers/kernel[3].
+        name: the first site's path, with its index if it is one of a stack of matrices:
+            layers/kernel[3].
         size: the number of scales: channels that are tied share one.
         sites: (path, which scale each of the site's channels has).
         leaves: (path, how each element of the leaf scales); the sites' own leaves are among them.
-        norm: whether only norms (leaves that are no matmul's weight) absorb, and the sites are not the model's head:
-            the groups that the authors' code smooths.
+        norm: whether only norms (leaves that are no matmul's weight) absorb, and the sites are not
+            the model's head: the groups that the authors' code smooths.
         ways: (leaf, the equations from the sites' activation to it).
-        steps: the lengths of the scans, and of the mesh axes of shard_maps, over which the scales are stacked: one
-            scale vector for each step, or device.
-        keys: whether the scale moves from keys to queries, and `sites` names the keys first: SmoothAttention.
+        steps: the lengths of the scans, and of the mesh axes of shard_maps, over which the scales
+            are stacked: one scale vector for each step, or device.
+        keys: whether the scale moves from keys to queries, and `sites` names the keys first:
+            SmoothAttention.
+
+    Example: for y = (x * norm) @ w with two channels, `size` is 2, `sites` is w: [1, 2], and
+    `leaves` are
+    norm: [-1, -2] and w: [[1], [2]].
     """
 
     name: str
@@ -82,41 +101,35 @@ class Group(NamedTuple):
 
     def account(self, path: str) -> list[str]:
         """Lines that tell which part a leaf has in the group; none if it has none."""
+        ways = dict(self.ways)
         lines: list[str] = []
         if path in dict(self.sites):
-            lines += [
-                f"{path} is a site of the group {self.name}: {self.row()[0]} scales, absorbed by"
-            ]
+            scales, _, _ = self.row()
+            lines.append(f"{path} is a site of the group {self.name}: {scales} scales, absorbed by")
             for absorber in self.absorbers:
-                lines += [
-                    f"  {absorber}",
-                    *(f"    {step}" for step in dict(self.ways).get(absorber, ())),
-                ]
+                lines.append(f"  {absorber}")
+                lines += [f"    {step}" for step in ways.get(absorber, ())]
         if path in self.absorbers:
-            lines += [f"{path} absorbs the scales of the group {self.name}"]
-            lines += _steps("the sites' activation", dict(self.ways).get(path, ()))
+            lines.append(f"{path} absorbs the scales of the group {self.name}")
+            lines += _steps("the sites' activation", ways.get(path, ()))
         return lines
 
     def row(self) -> tuple[str, str, str]:
-        """(number of scales, absorbers, sites), as texts."""
+        """(number of scales, absorbers, sites), as texts: ("2 x 4", "norm", "{q, k}/kernel") for 2
+        steps of a scan.
+        """
         steps = math.prod(self.steps)
+        scales = f"{self.size}"
+        if self.steps:
+            scales = f"{'x'.join(map(str, self.steps))} x {self.size // steps}"
         channels = max(np.count_nonzero(labels.array) for _, labels in self.sites)
-        scales = (
-            f"{'x'.join(map(str, self.steps))} x {self.size // steps}"
-            if self.steps
-            else f"{self.size}"
-        )
-        tied = "" if channels == self.size else f" of {channels // steps} channels"
-        matrix = (
-            self.name[len(self.sites[0][0]) :]
-            if self.name.startswith(f"{self.sites[0][0]}[")
-            else ""
-        )
-        return (
-            scales + tied,
-            braced(self.absorbers),
-            braced([path for path, _ in self.sites]) + matrix,
-        )
+        if channels != self.size:  # some are tied
+            scales += f" of {channels // steps} channels"
+        paths = [path for path, _ in self.sites]
+        matrix = ""  # the index of one of a stack of matrices: the [3] of layers/kernel[3]
+        if self.name.startswith(f"{paths[0]}["):
+            matrix = self.name.removeprefix(paths[0])
+        return scales, braced(self.absorbers), braced(paths) + matrix
 
 
 class Graph(NamedTuple):
@@ -127,10 +140,13 @@ class Graph(NamedTuple):
         sites: every matmul of an activation with a leaf.
         groups: what can be folded. Every group has passed the certificate.
         refused: (site, or leaf that a matmul may meet, reason).
-        offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is rescaled.
+        offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is
+            rescaled.
         ways: (refused site, the equations from its activation to what stands in the way).
-        keys: the keys of attention between which and queries a scale can move; no sites, their weight is the query.
-        tables: leaves that only rows are looked up in, with the axes of a row: embeddings that are no head.
+        keys: the keys of attention between which and queries a scale can move; no sites, their
+            weight is the query.
+        tables: leaves that only rows are looked up in, with the axes of a row: embeddings that are
+            no head.
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -143,23 +159,28 @@ class Graph(NamedTuple):
     tables: tuple[Site, ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
-        """The groups meant by "all", "norm", one name pattern or several (searched in the sites' paths), without keys.
+        """The groups meant by "all", "norm", one name pattern or several (searched in the sites'
+        paths), without keys.
 
         Raises:
             ValueError: a pattern that matches no site of any group.
         """
-        of_sites = tuple(g for g in self.groups if not g.keys)
+        of_sites = tuple(group for group in self.groups if not group.keys)
         if groups == "all":
             return of_sites
         if groups == "norm":
-            return tuple(g for g in of_sites if g.norm)
+            return tuple(group for group in of_sites if group.norm)
         patterns = [groups] if isinstance(groups, str) else list(groups)
-        paths = [path for g in of_sites for path, _ in g.sites]
+        paths: list[str] = []
+        for group in of_sites:
+            paths += dict(group.sites)
         found = first_matches(patterns, paths, "groups pattern")
-        return tuple(g for g in of_sites if any(found[path] is not None for path, _ in g.sites))
+        chosen = {path for path, pattern in found.items() if pattern is not None}
+        return tuple(group for group in of_sites if not chosen.isdisjoint(dict(group.sites)))
 
     def explain(self, path: str) -> str:
-        """Why a leaf is in a group, in which part, or in none: the equations of the program, with their lines.
+        """Why a leaf is in a group, in which part, or in none: the equations of the program, with
+        their lines.
 
         Raises:
             ValueError: there is no such leaf; names near misses.
@@ -169,30 +190,33 @@ class Graph(NamedTuple):
             raise ValueError(
                 f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}"
             )
-        lines = [line for group in self.groups for line in group.account(path)]
+        lines: list[str] = []
+        for group in self.groups:
+            lines += group.account(path)
+        ways = dict(self.ways)
         for leaf, reason in self.refused:
             if leaf == path or leaf.startswith(f"{path}["):  # one of a stack of matrices
-                lines += [
-                    f"{leaf} is in no group: {reason}",
-                    *_steps("its activation", dict(self.ways).get(leaf, ())),
-                ]
-        return "\n".join(
-            lines or [f"{path}: no matmul of an activation meets it, and no group needs it"]
-        )
+                lines.append(f"{leaf} is in no group: {reason}")
+                lines += _steps("its activation", ways.get(leaf, ()))
+        if not lines:
+            return f"{path}: no matmul of an activation meets it, and no group needs it"
+        return "\n".join(lines)
 
     def __str__(self) -> str:
-        title = f"{len(self.groups)} groups, {len(self.sites)} sites"
-        rows = [("scales", "absorbed by", "sites"), *(group.row() for group in self.groups)]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        table = (
-            [f"  {a:>{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
-            if self.groups
-            else []
-        )
-        return "\n".join(
-            [title, *table, *(f"  refused {path}: {reason}" for path, reason in self.refused)]
-        )
+        """A table with a row for every group, and the refused leaves with their reasons."""
+        lines = [f"{len(self.groups)} groups, {len(self.sites)} sites"]
+        if self.groups:
+            rows = [("scales", "absorbed by", "sites"), *(group.row() for group in self.groups)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for scales, absorbers, sites in rows:
+                scales, absorbers = scales.rjust(widths[0]), absorbers.ljust(widths[1])
+                lines.append(f"  {scales}  {absorbers}  {sites}")
+        lines += [f"  refused {path}: {reason}" for path, reason in self.refused]
+        return "\n".join(lines)
 
 
 def _steps(start: str, way: tuple[str, ...]) -> list[str]:
-    return [f"  from {start}, through", *(f"    {step}" for step in way)] if way else []
+    """Lines for the equations on the way from `start`; none if there is no way."""
+    if not way:
+        return []
+    return [f"  from {start}, through", *(f"    {step}" for step in way)]

@@ -1,8 +1,9 @@
-"""Grouping: the sites of a program, and for each the leaves that can absorb its activation's scale.
+"""Fold groups: the sites of a program, and for each the leaves that can absorb its activation's
+scale.
 
-Ask of a site's input x: could x be x / s? Labels (see `sqjax.folding.labels`) start at x and go wherever the rules of
-`sqjax.folding.rules` carry them, until all of them end in leaves, or something refuses. What is found is believed only after
-`sqjax.folding.certificate` has checked it.
+Ask of a site's input x: could x be x / s? Labels (see `sqjax.folding.labels`) start at x and go
+wherever the rules of `sqjax.folding.rules` carry them, until all of them end in leaves, or
+something refuses. What is found is believed only after `sqjax.folding.certificate` has checked it.
 """
 
 import math
@@ -11,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sqjax.folding import labels as lab
 from sqjax.folding.certificate import certify
 from sqjax.folding.graph import Group, LabelMap
-from sqjax.folding.labels import Labels
+from sqjax.folding.labels import Labels, other_axes, put_axes, sizes_along, varies
 from sqjax.folding.per_step import Stack
 from sqjax.folding.rules import RULES
-from sqjax.folding.search import Closure, Refused
+from sqjax.folding.search import Closure, Question, Refused
 from sqjax.folding.sites import Place, find_heads, find_sites
+from sqjax.folding.ties import Ties
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
 
@@ -26,7 +27,8 @@ from sqjax.program.facts import Program
 class Survey(NamedTuple):
     """What the search for groups needs to know of a program.
 
-    Made once, because finding the sites takes time, and handed on to whoever looks for groups or keys, or observes.
+    Made once, because finding the sites takes time, and handed on to whoever looks for groups or
+    keys, or observes.
 
     Attributes:
         program: the traced function.
@@ -50,7 +52,12 @@ class Survey(NamedTuple):
 
 
 def find_group(survey: Survey, place: Place, absorbers: frozenset[str] | None = None) -> Group:
-    """The group of one site's activation, certified; `absorbers` are the only leaves that may absorb (None: any).
+    """The group of one site's activation, certified.
+
+    Args:
+        survey: the program and its sites.
+        place: the site.
+        absorbers: the only leaves that may absorb; None: any.
 
     Raises:
         Refused: with the reason.
@@ -75,24 +82,35 @@ def close_labels(
     absorbers: frozenset[str] | None = None,
     crossing: bool = False,
 ) -> tuple[dict[Var, Labels], Closure]:
-    """Lawful labels for an activation that is divided by a scale of its own for every index of these axes."""
+    """Lawful labels for an activation divided by a scale of its own for every index of these axes.
+
+    Example: an activation of shape (tokens, 3) and the axis 1 start the search with [[-1, -2, -3]].
+
+    Raises:
+        Refused: the search found none, or the certificate does not pass them.
+    """
     program = survey.program
-    sizes = [program.shape(activation)[a] for a in axes]
-    size = int(np.prod(sizes))
-    closure = Closure(program, RULES, survey.shared, size, absorbers, crossing)
-    seed = -1 - np.arange(size).reshape(sizes)
-    closure.put(activation, lab.put_axes(seed, axes, len(program.shape(activation))))
+    sizes = sizes_along(program.shape(activation), axes)
+    channels = int(np.prod(sizes))
+    question = Question(program, RULES, survey.shared, absorbers, crossing)
+    closure = Closure(question, Ties(np.arange(channels)))
+    divided = -1 - np.arange(channels).reshape(sizes)
+    closure.put(activation, put_axes(divided, axes, len(program.shape(activation))))
     closure = closure.close()
     found = closure.numbered()
     if activation not in found:
-        raise Refused("it holds only zeros" if size else "it has no channels")
+        raise Refused("it holds only zeros" if channels else "it has no channels")
     if problem := certify(program, found):
         raise Refused(problem)
     return found, closure
 
 
 def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
-    """A group stated by hand: the one that the search finds with these absorbers, if it is what was stated."""
+    """A group stated by hand: the one that the search finds with these absorbers.
+
+    Raises:
+        ValueError: there is no such site, the search finds none, or it does not need all of them.
+    """
     place = next((p for p in survey.places if p.name == site), None)
     if place is None:
         known = sorted({p.name for p in survey.places})
@@ -100,58 +118,92 @@ def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
     try:
         group = find_group(survey, place, frozenset(absorbers))
     except Refused as reason:
+        stated = list(absorbers)
+        raise ValueError(f"groups: {site}: {stated} can not absorb its scale: {reason}") from None
+    idle = sorted(set(absorbers).difference(group.absorbers))
+    if idle:
         raise ValueError(
-            f"groups: {site}: {list(absorbers)} can not absorb its scale: {reason}"
-        ) from None
-    if idle := set(absorbers).difference(group.absorbers):
-        raise ValueError(
-            f"groups: {site}: {sorted(idle)} absorb nothing of its scale; {group.absorbers} do"
+            f"groups: {site}: {idle} absorb nothing of its scale; {group.absorbers} do; leave out "
+            "the others"
         )
     return group
 
 
 def group_of(survey: Survey, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
-    """Labels as a group: those of variables become those of leaves and sites, one scale vector a step of a scan."""
+    """Labels of variables as a group: as labels of leaves and of the channels of sites.
+
+    Where the group lives in a scan or shard_map it has one scale vector for each step or device.
+
+    Raises:
+        Refused: a site can not tell these scales by its channels.
+    """
     program = survey.program
     stack = Stack.of(program, found, survey.places)
     variables = {program.leaves[v]: v for v in found if v in program.leaves}
-    leaves = {path: stack.of_leaf(v, found[v]) for path, v in variables.items()}
+    leaves, ways = {}, {}
+    for path, var in variables.items():
+        leaves[path] = stack.of_leaf(var, found[var])
+        ways[path] = closure.way_to(closure.causes[var])
     sites = _scaled_sites(survey, stack, found)
-    absorbers = {path for path, labels in leaves.items() if (labels < 0).any()}
-    return Group(
+    group = Group(
         name=name,
         size=stack.size * math.prod(stack.steps),
-        sites=tuple((path, LabelMap.of(labels)) for path, labels in sites.items()),
-        leaves=tuple((path, LabelMap.of(labels)) for path, labels in leaves.items()),
-        norm=not absorbers.intersection(p.site.path for p in survey.places)
-        and not survey.heads.intersection(sites),
-        ways=tuple((path, closure.way_to(closure.causes[v])) for path, v in variables.items()),
+        sites=_label_maps(sites),
+        leaves=_label_maps(leaves),
+        norm=False,
+        ways=tuple(ways.items()),
         steps=stack.steps,
     )
+    # What the authors' code smooths: norms absorb, no matmul does, and the head is left out.
+    weights = {p.site.path for p in survey.places}
+    norm = weights.isdisjoint(group.absorbers) and survey.heads.isdisjoint(sites)
+    return group._replace(norm=norm)
+
+
+def _label_maps(labels: Mapping[str, Labels]) -> tuple[tuple[str, LabelMap], ...]:
+    return tuple((path, LabelMap.of(array)) for path, array in labels.items())
 
 
 def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
-    """{site: the labels of its channels} for the sites whose activation carries labels."""
+    """{site: the labels of its channels} for the sites whose activation carries labels.
+
+    A leaf may be read at several places: as a whole, or one matrix of a stack here and another
+    there. Each place knows the labels of the channels that it reads; where two know the same
+    channel they must agree, because a channel of a site has one scale.
+    """
     sites: dict[str, Labels] = {}
-    known: dict[str, np.ndarray] = {}  # which channels of a site have been seen
+    known: dict[str, np.ndarray] = {}  # which channels of a site some place has read
     labelled = {place.site.path for place in survey.places if place.activation in found}
     for place in survey.places:
-        if place.site.path not in labelled:
+        path = place.site.path
+        if path not in labelled:
             continue
-        activation = found.get(place.activation)
-        if activation is not None and lab.varies(
-            activation, [a for a in range(activation.ndim) if a not in place.axes]
-        ):
-            raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
-        labels = stack.of_site(place, activation)
-        if (labels < 0).any():
-            raise Refused(f"its scale would multiply what {place.name} reads at {place.equation}")
-        path, own = place.site.path, np.zeros(place.site.channels, bool)
-        own[place.entry] = True
-        before = sites.get(path, labels)
-        if (own & known.get(path, own) & (before != labels)).any():
-            raise Refused(
-                f"{place.equation} multiplies another part of {place.name} with something else"
-            )
-        sites[path], known[path] = np.where(own, labels, before), own | known.get(path, own)
+        labels = _at_place(stack, place, found.get(place.activation))
+        reads = np.zeros(place.site.channels, bool)
+        reads[place.entry] = True
+        if path in sites:
+            twice = reads & known[path]
+            if (twice & (sites[path] != labels)).any():
+                raise Refused(
+                    f"{place.equation} multiplies another part of {place.name} with something else"
+                )
+            labels = np.where(reads, labels, sites[path])
+            reads = reads | known[path]
+        sites[path], known[path] = labels, reads
     return {path: labels for path, labels in sites.items() if labels.any()}
+
+
+def _at_place(stack: Stack, place: Place, activation: Labels | None) -> Labels:
+    """The labels of a site's channels that one place reads, given its activation's (None: none).
+
+    Raises:
+        Refused: the activation's scales differ along other axes than the site's channels, or it
+            would be multiplied, where it must be divided.
+    """
+    others = other_axes(len(stack.program.shape(place.activation)), place.axes)
+    if activation is not None and varies(activation, others):
+        raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
+    labels = stack.of_site(place, activation)
+    if (labels < 0).any():
+        raise Refused(f"its scale would multiply what {place.name} reads at {place.equation}")
+    return labels

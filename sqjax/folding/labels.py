@@ -1,23 +1,43 @@
 """Label arrays: which channel's scale each element of an array would carry.
 
-A label array belongs to a variable and has its rank. Element 0 means "no scale"; +(c + 1) means "multiplied by the
-scale of channel c", -(c + 1) "divided by it". An axis along which labels do not vary has size 1, so that label arrays
-stay tiny however large the arrays they describe.
+The search asks whether an activation x could be x / s, with one scale s[c] for each channel c. It
+writes the answer as one integer for each element of every variable that is concerned, the element's
+*label*:
+
+    0         the element stays as it is,
+    +(c + 1)  the element is multiplied by s[c],
+    -(c + 1)  the element is divided by s[c].
+
+(c + 1 because 0 is taken, and because 0 has no sign.) A *label array* holds the labels of one
+variable and has the variable's rank. Along an axis on which the labels do not vary it has size 1,
+because then its size does not depend on the number of tokens or layers.
+
+Example: `y = (x * norm) @ w` with two channels. What the matmul reads, h = x * norm, of shape
+(tokens, 2), shall be divided by s. The labels that make this lawful are
+
+    h     [[-1, -2]]      divided by s[0], s[1] in every row: size 1 along the tokens
+    norm  [-1, -2]        so the norm absorbs the scale
+    w     [[+1], [+2]]    row c is multiplied by s[c]: size 1 along the output features
+    x, y                  no labels: the function's input and output are what they were
+
+This file holds the arithmetic of such arrays. Which primitive does what with them is said in
+`moves` and `rules`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from sqjax._shapes import runs
-from sqjax.program.primitives import IDENTITIES, RUNNING
 
 Labels = np.ndarray
 Shape = tuple[int, ...]
 
 
 def compress(labels: Labels) -> Labels:
-    """Gives every axis along which the labels are constant the size 1."""
+    """Gives every axis along which the labels are constant the size 1: [[1, 2], [1, 2]] becomes
+    [[1, 2]].
+    """
     for axis, size in enumerate(labels.shape):
         if size > 1:
             first = labels[(slice(None),) * axis + (slice(0, 1),)]
@@ -26,170 +46,128 @@ def compress(labels: Labels) -> Labels:
     return labels
 
 
+def other_axes(ndim: int, axes: Sequence[int]) -> list[int]:
+    """The axes of an array of this rank that are not among `axes`: of rank 3 and [1] these are [0, 2]."""
+    return [a for a in range(ndim) if a not in axes]
+
+
+def sizes_along(shape: Sequence[int], axes: Sequence[int]) -> Shape:
+    """The sizes along these axes, in their order: of (2, 3, 4) and [2, 0] these are (4, 2)."""
+    return tuple(shape[a] for a in axes)
+
+
 def varies(labels: Labels, axes: Sequence[int]) -> bool:
     """Whether labels differ along any of `axes` (of a compressed array)."""
     return any(labels.shape[a] > 1 for a in axes)
 
 
 def take_axes(labels: Labels, axes: Sequence[int]) -> Labels:
-    """The labels as an array of just `axes`, in that order; along the others they must not vary."""
-    others = [a for a in range(labels.ndim) if a not in axes]
-    return labels.transpose(*axes, *others).reshape([labels.shape[a] for a in axes])
+    """The labels as an array of just `axes`, in that order; along the others they must not vary.
+
+    Example: [[1], [2]] (shape (2, 1)) has the axis 0 only, so `take_axes(labels, [0])` is [1, 2].
+    """
+    others = other_axes(labels.ndim, axes)  # all of size 1
+    first = labels.transpose(*axes, *others)
+    return first.reshape(sizes_along(labels.shape, axes))
 
 
 def put_axes(labels: Labels, axes: Sequence[int], ndim: int) -> Labels:
-    """An array of rank `ndim` with the labels' axis i at `axes[i]`, constant along the others."""
-    spread = labels.reshape(labels.shape + (1,) * (ndim - labels.ndim))
-    return np.moveaxis(spread, range(labels.ndim), axes) if labels.ndim else spread
+    """An array of rank `ndim` with the labels' axis i at `axes[i]`, constant along the others.
+
+    Example: `put_axes([1, 2], [0], 2)` is [[1], [2]], and `put_axes([1, 2], [1], 2)` is [[1, 2]].
+    """
+    new_axes = (1,) * (ndim - labels.ndim)
+    spread = labels.reshape(labels.shape + new_axes)
+    if not labels.ndim:
+        return spread
+    return np.moveaxis(spread, range(labels.ndim), axes)
 
 
 def reshape(labels: Labels, old: Shape, new: Shape) -> Labels:
-    """Labels of an array of shape `old` after a reshape to `new`; only axes along which labels vary are written out."""
+    """Labels of an array of shape `old` after a reshape to `new`.
+
+    The two shapes are taken apart into runs of axes with equal products. A run along which the
+    labels are constant keeps the size 1; only the others are written out, because a reshape mixes
+    their elements.
+
+    Example: (5 tokens, 2 heads, 2) to (5, 4) has the runs 5 -> 5 and (2, 2) -> 4. Labels [[[1],
+    [2]]], one a head, are constant along the tokens but not along the heads, and become [[1, 1, 2,
+    2]].
+    """
     if 0 in old:
-        return np.zeros((1,) * len(new), int)  # nothing to label
-    full, target = list(old), list(new)
+        return np.zeros((1,) * len(new), int)  # there is no element to label
+    written_out, target = list(old), list(new)
     for sources, targets in runs(old, new):
-        if all(labels.shape[a] == 1 for a in sources):
-            for a in sources:
-                full[a] = 1
-            for a in targets:
-                target[a] = 1
-    return compress(np.broadcast_to(labels, full).reshape(target))
-
-
-def _keep(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    return labels
-
-
-def _transpose(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    return labels.transpose(params["permutation"])
-
-
-def _reshape(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    if (order := params.get("dimensions")) is not None:
-        labels, old = labels.transpose(order), tuple(old[a] for a in order)
-    return reshape(labels, old, new)
-
-
-def _squeeze(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    return labels.squeeze(tuple(params["dimensions"]))
-
-
-def _broadcast(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    return put_axes(labels, params["broadcast_dimensions"], len(new))
-
-
-def _slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    strides = params["strides"] or (1,) * len(old)
-    cuts = zip(params["start_indices"], params["limit_indices"], strides, labels.shape, strict=True)
-    return compress(
-        labels[tuple(slice(a, b, c) if size > 1 else slice(None) for a, b, c, size in cuts)]
-    )
-
-
-def _reverse(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    return np.flip(labels, params["dimensions"])
-
-
-def _running(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
-    """Running sums and maxima, along an axis on which labels do not vary."""
-    return None if varies(labels, [params["axis"]]) else labels
-
-
-def _dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
-    """A slice that starts who knows where, along axes on which labels do not vary."""
-    return None if varies(labels, changed_axes(old, new)) else labels
+        if varies(labels, sources):
+            continue
+        for a in sources:
+            written_out[a] = 1
+        for a in targets:
+            target[a] = 1
+    return compress(np.broadcast_to(labels, written_out).reshape(target))
 
 
 def changed_axes(old: Shape, new: Shape) -> list[int]:
-    """The axes along which two shapes differ."""
-    return [a for a, (m, n) in enumerate(zip(old, new, strict=True)) if m != n]
-
-
-def gathered_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
-    """(axis of the operand, axis of the result) for the axes that a gather takes whole."""
-    numbers = params["dimension_numbers"]
-    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    windows = zip([a for a in range(len(old)) if a not in gone], numbers.offset_dims, strict=True)
-    return [
-        (a, b)
-        for a, b in windows
-        if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map
-    ]
-
-
-def _gather(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
-    """Rows chosen by indices: labels along the axes that are taken whole. Out of range is 0 or NaN at any scale."""
-    whole = gathered_axes(params, old)
-    if params["fill_value"] not in (None, 0) and not np.isnan(params["fill_value"]):
-        return None
-    if varies(labels, [a for a in range(len(old)) if a not in [x for x, _ in whole]]):
-        return None
-    moved = take_axes(labels, [a for a, _ in whole])
-    return put_axes(moved, [b for _, b in whole], len(new))
-
-
-#: Primitives that move the data of their first operand: what they do to its label array, given (labels, the
-#: equation's parameters, the operand's shape, the result's shape). None: not with labels like these.
-MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "rev": _reverse,
-    "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
-    **dict.fromkeys(RUNNING, _running),
-    **dict.fromkeys((*IDENTITIES, "neg", "abs", "convert_element_type", "reduce_precision"), _keep),
-}
+    """The axes along which two shapes of one rank differ."""
+    return np.flatnonzero(np.not_equal(old, new)).tolist()
 
 
 def pad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
-    """The labels after padding by (before, after, between) along every axis: none where there is padding."""
+    """The labels after padding by (before, after, between) along every axis: none where there is
+    padding.
+
+    Example: [1, 2] padded by (1, 0, 1) gives [0, 1, 0, 2].
+    """
     padded = [a for a, widths in enumerate(padding) if any(widths)]
-    full = np.broadcast_to(
-        labels, [n if a in padded else labels.shape[a] for a, n in enumerate(old)]
-    )
-    shape = [_padded(n, padding[a]) if a in padded else n for a, n in enumerate(full.shape)]
+    full_shape = [n if a in padded else labels.shape[a] for a, n in enumerate(old)]
+    shape = list(full_shape)
+    for a in padded:
+        before, after, between = padding[a]
+        gaps = max(old[a] - 1, 0)
+        shape[a] = before + old[a] + gaps * between + after
     result = np.zeros(shape, int)
-    result[_kept(padding, padded, full.shape)] = full
+    result[_inside(padding, padded, old)] = np.broadcast_to(labels, full_shape)
     return result
 
 
 def unpad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
-    """The labels of what was padded to give something with these labels."""
+    """The labels of what was padded, of shape `old`, to give something with these labels."""
     varying = [a for a, n in enumerate(labels.shape) if n > 1]
-    return compress(labels[_kept(padding, varying, old)])
+    return compress(labels[_inside(padding, varying, old)])
 
 
-def _padded(size: int, widths: tuple[int, int, int]) -> int:
-    before, after, between = widths
-    return before + size + max(size - 1, 0) * between + after
-
-
-def _kept(
+def _inside(
     padding: Sequence[tuple[int, int, int]], axes: Sequence[int], old: Shape
 ) -> tuple[slice, ...]:
-    def along(axis: int) -> slice:
-        before, _, between = padding[axis]
-        return slice(before, before + (old[axis] - 1) * (between + 1) + 1, between + 1)
-
-    return tuple(along(a) if a in axes else slice(None) for a in range(len(old)))
+    """Where in a padded array the elements of the array of shape `old` stand, along `axes`."""
+    index = [slice(None)] * len(old)
+    for a in axes:
+        before, _, between = padding[a]
+        step = between + 1
+        last = before + (old[a] - 1) * step
+        index[a] = slice(before, last + 1, step)
+    return tuple(index)
 
 
 def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
-    """The labels of the pieces of a split."""
+    """The labels of the pieces of a split: [1, 2, 3] split into sizes 1 and 2 gives [1] and [2,
+    3].
+    """
     if labels.shape[axis] == 1:
         return [labels] * len(sizes)
-    return [compress(piece) for piece in np.split(labels, np.cumsum(sizes)[:-1], axis)]
+    ends = np.cumsum(sizes)[:-1]
+    return [compress(piece) for piece in np.split(labels, ends, axis)]
 
 
 def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int]) -> Labels:
-    """The labels of a concatenation of pieces that have `sizes` along `axis`."""
-    shape = list(np.broadcast_shapes(*([*p.shape[:axis], 1, *p.shape[axis + 1 :]] for p in pieces)))
-    full = [
-        np.broadcast_to(p, [*shape[:axis], n, *shape[axis + 1 :]])
-        for p, n in zip(pieces, sizes, strict=True)
-    ]
+    """The labels of a concatenation of pieces that have `sizes` along `axis`: [1] and [0] of sizes
+    1, 2: [1, 0, 0].
+    """
+    # Along the other axes a piece may have size 1 where another one has not.
+    firsts = [piece.take([0], axis).shape for piece in pieces]
+    shape = np.broadcast_shapes(*firsts)
+    full = []
+    for piece, size in zip(pieces, sizes, strict=True):
+        piece_shape = (*shape[:axis], size, *shape[axis + 1 :])
+        full.append(np.broadcast_to(piece, piece_shape))
     return compress(np.concatenate(full, axis))

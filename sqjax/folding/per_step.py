@@ -1,8 +1,20 @@
-"""`Stack`: one scale vector a step or a device, where a group lives in the body of a scan or of a shard_map.
+"""`Stack`: one scale vector for each step or device, where a group lives in a scan or a shard_map.
 
-What is lawful at every step of a scan for one s is lawful for another s at each step, if all that the group labels
-lives in the body, and every leaf of it is a slice of its own. The same holds of the devices along a mesh axis, if every
-labelled leaf is cut along it, and no collective along it reads what is labelled.
+The body of a scan is searched once, and the labels found there hold at every step: what is lawful
+for one s is lawful for another s at each step. So there may be as many scale vectors as steps, if
+
+- every labelled variable lives in the body, because a value that two steps see has one scale; and
+- every labelled leaf is another slice at each step, because an array can be scaled only once.
+
+The same holds of the devices along a mesh axis of a shard_map, if every labelled leaf is sharded
+along it, and no collective along it reads what is labelled (because it adds up or compares elements
+of several devices, which then must have one scale).
+
+Example: a scan over 3 layers computes (x @ a[i]) @ b[i] with 4 channels in between. In the body the
+slice of a, of shape (inputs, 4), has the labels [[-1, -2, -3, -4]]. The stack has the size 4 and
+3 steps, so the labels of a itself, of shape (3, inputs, 4), are
+
+    [[[-1, -2, -3, -4]], [[-5, -6, -7, -8]], [[-9, -10, -11, -12]]]
 """
 
 import math
@@ -11,16 +23,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sqjax.folding import labels as lab
-from sqjax.folding.labels import Labels
+from sqjax.folding.labels import Labels, put_axes, sizes_along, take_axes
 from sqjax.folding.sites import Place
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
 from sqjax.program.replication import REDUCING, reduced_axes
+from sqjax.program.views import View
 
 
 class Stack(NamedTuple):
-    """The scans and mesh axes along which a group's scales are stacked, outermost first, and the scales a step."""
+    """How the scales of a group are stacked.
+
+    Attributes:
+        program: the program that the group was found in.
+        scopes: the scans and mesh axes along which there is one scale vector each, outermost first.
+        size: the number of scales in one such vector.
+    """
 
     program: Program
     scopes: tuple[int, ...]
@@ -28,29 +46,19 @@ class Stack(NamedTuple):
 
     @classmethod
     def of(cls, program: Program, found: Mapping[Var, Labels], places: Sequence[Place]) -> "Stack":
-        """Those around every labelled variable that hand out parts of every labelled leaf.
+        """The stack of a group, given the labels that were found and the program's sites.
 
-        But not the mesh axes that a collective on a labelled variable reduces over, nor the scans and mesh axes that
-        do not hand out the channels of a labelled site: a channel has one scale.
+        A labelled site must be another slice or shard at each step too: a channel has one scale.
         """
-        shared = [set(program.scopes[v]) for v in found]
-        shared += [_handed_out(program, v) for v in found if v in program.leaves]
-        scopes = set.intersection(*shared)
-        for equation in {
-            id(e): e for v in found for e in program.touching(v) if e.name in REDUCING
-        }.values():
-            scopes -= reduced_axes(program, equation) or set()
+        scopes = _scopes_of_all(program, found) - _reduced_over(program, found)
         for place in places:
             if place.activation in found:
-                scopes &= {*place.view.stacked, *(scope for scope, _, _ in place.view.blocks)}
-                scopes -= {
-                    scope for scope, _, a in place.view.blocks if a not in place.site.channel_axes
+                sharded_channels = {
+                    scope for scope, _, axis in place.view.blocks if axis in place.site.channel_axes
                 }
-        return cls(
-            program,
-            tuple(sorted(scopes)),
-            max(int(np.abs(labels).max()) for labels in found.values()),
-        )
+                scopes &= {*place.view.stacked, *sharded_channels}
+        largest = [np.abs(labels).max() for labels in found.values()]
+        return cls(program, tuple(sorted(scopes)), int(max(largest)))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -60,61 +68,98 @@ class Stack(NamedTuple):
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
         view = self.program.leaf_views[var]
-        places = [(i, axis) for i, axis in enumerate(view.leaf_axes or ()) if axis is not None]
-        own = lab.take_axes(labels, [i for i, _ in places])
-        spread = lab.put_axes(own, [axis for _, axis in places], len(view.shape))
-        where = {
-            scope: (a, n) for a in range(len(view.shape)) for scope, n in view.strides(a).items()
-        }
-        return self.along(_repeated(spread, view.shape, view.full_shape), where, view.full_shape)
+        ndim = len(view.shape)
+        places = enumerate(view.leaf_axes or ())
+        axes = {i: axis for i, axis in places if axis is not None}
+        own = take_axes(labels, list(axes))
+        spread = put_axes(own, list(axes.values()), ndim)
+        whole = _repeated(spread, view.shape, view.full_shape)
+        return self.along(whole, _strides(view, range(ndim)), view.full_shape)
 
     def of_site(self, place: Place, activation: Labels | None) -> Labels:
-        """The labels of a site's channels, in the order of `Site.channels`."""
-        view, axes, channels = place.view, place.site.channel_axes, place.site.channels
+        """The labels of a site's channels, in the order of `Site.channels`.
+
+        They are the opposite of the activation's: what the activation is divided by is what the
+        site's weights are multiplied by. Without labels on the activation all are 0.
+        """
+        channels = place.site.channels
         labels = np.zeros(channels, int)
-        if activation is not None:
-            shape = [self.program.shape(place.activation)[a] for a in place.axes]
-            own, block = (
-                np.broadcast_to(-lab.take_axes(activation, place.axes), shape),
-                [view.shape[a] for a in axes],
-            )
-            own = own.reshape((1,) * len(view.taken) + tuple(block[len(view.taken) :]))
-            where = {
-                scope: (i, n) for i, a in enumerate(axes) for scope, n in view.strides(a).items()
-            }
-            spread = self.along(_repeated(own, block, channels), where, channels)
-            labels[place.entry] = np.broadcast_to(spread, channels)[place.entry]
+        if activation is None:
+            return labels
+        view, axes = place.view, place.site.channel_axes
+        read_shape = sizes_along(self.program.shape(place.activation), place.axes)
+        read = np.broadcast_to(-take_axes(activation, place.axes), read_shape)
+        # Axes of the leaf that are seen at one index (a layer of a stack) come first, with size 1.
+        block = sizes_along(view.shape, axes)
+        taken = len(view.taken)
+        read = read.reshape((1,) * taken + block[taken:])
+        own = _repeated(read, block, channels)
+        stacked = self.along(own, _strides(view, axes), channels)
+        labels[place.entry] = np.broadcast_to(stacked, channels)[place.entry]
         return labels
 
     def along(
         self, labels: Labels, where: Mapping[int, tuple[int, int]], shape: Sequence[int]
     ) -> Labels:
-        """Other labels at every step and on every device.
+        """Other labels at every step and on every device: a label c at step i becomes c + i * size.
 
         Args:
             labels: of an array of this shape.
-            where: {scan or mesh axis: (axis of the array, stride along it from one step or device to the next)}.
+            where: {scan or mesh axis: (axis of the array, stride along it from one step or device
+                to the next)}.
             shape: the array's.
         """
         step = np.zeros((1,) * labels.ndim, int)
         for scope, length in zip(self.scopes, self.steps, strict=True):
             axis, stride = where[scope]
-            step = step * length + lab.put_axes(
-                np.arange(shape[axis]) // stride % length, [axis], labels.ndim
-            )
-        return np.where(labels == 0, 0, labels + np.sign(labels) * self.size * step)
+            of_this_scope = np.arange(shape[axis]) // stride % length
+            step = step * length + put_axes(of_this_scope, [axis], labels.ndim)
+        before = np.sign(labels) * self.size * step  # the scales of the steps before this one
+        return np.where(labels == 0, 0, labels + before)
 
 
-def _handed_out(program: Program, leaf: Var) -> set[int]:
-    """The scans and mesh axes that hand out parts of a leaf."""
-    view = program.leaf_views[leaf]
-    return {*view.stacked, *(scope for scope, _, _ in view.blocks)}
+def _scopes_of_all(program: Program, found: Mapping[Var, Labels]) -> set[int]:
+    """The scans and mesh axes around all labelled variables that slice or shard all labelled
+    leaves.
+    """
+    scopes = [set(program.scopes[var]) for var in found]
+    for var in found:
+        if var in program.leaves:
+            view = program.leaf_views[var]
+            sharding = {scope for scope, _, _ in view.blocks}
+            scopes.append(sharding.union(view.stacked))
+    return set.intersection(*scopes)
+
+
+def _reduced_over(program: Program, found: Mapping[Var, Labels]) -> set[int]:
+    """The mesh axes along which a collective adds up or compares what is labelled."""
+    scopes: set[int] = set()
+    for var in found:
+        for equation in program.touching(var):
+            if equation.name in REDUCING:
+                scopes |= reduced_axes(program, equation) or set()
+    return scopes
+
+
+def _strides(view: View, axes: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """{scan or mesh axis: (i, stride)}: it goes through the leaf's axis `axes[i]` in such
+    strides.
+    """
+    where = {}
+    for i, axis in enumerate(axes):
+        for scope, stride in view.strides(axis).items():
+            where[scope] = i, stride
+    return where
 
 
 def _repeated(labels: Labels, block: Sequence[int], whole: Sequence[int]) -> Labels:
-    """The labels of an array of which every block carries these."""
-    times = [
-        n // m if size > 1 and size == m else 1
-        for size, m, n in zip(labels.shape, block, whole, strict=True)
-    ]
+    """The labels of an array of which every block carries these.
+
+    Example: [1, 2], of blocks of 2, in an array of 6 give [1, 2, 1, 2, 1, 2]; but [1], which holds
+    all along the block, stays [1].
+    """
+    times = []
+    for size, of_block, of_whole in zip(labels.shape, block, whole, strict=True):
+        varies = size > 1 and size == of_block
+        times.append(of_whole // of_block if varies else 1)
     return np.tile(labels, times) if math.prod(times) > 1 else labels

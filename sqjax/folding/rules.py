@@ -1,9 +1,16 @@
-"""Folding: how a channel scale passes through the equations of a program, one rule for every primitive.
+"""Rules: how a channel scale passes through the equations of a program, one rule for every
+primitive.
 
-Ask of a site's input x: could x be x / s? Labels (see `sqjax.labels`) start at x and go wherever equations carry them,
-to the operands and to every reader, until all of them end in leaves, or something refuses. One rule for every
-primitive: given the labels of some of an equation's variables, it puts labels on the others. What is found here is
-believed only after `sqjax.certificate` has checked it.
+A rule is asked about one equation. Given the labels (see `sqjax.folding.labels`) of some of its
+variables, it puts labels on the others: on the results given those of the operands (forwards), and
+on the operands given those of the results (backwards). It must do both, because a scale that
+reaches any variable of an equation concerns all of them. Where no labels would do it refuses.
+
+Example: y = x * gain, where y carries [[-1, -2]], is divided by s. One factor must be divided by s
+and the other must stay, so `_multiply` goes backwards and offers a choice, x: [[-1, -2]] or gain:
+[[-1, -2]]. If x is an input of the function it can not be changed: the gain absorbs the scale.
+
+What is found by these rules is believed only after `sqjax.folding.certificate` has checked it.
 """
 
 from collections.abc import Sequence
@@ -12,123 +19,97 @@ import numpy as np
 
 from sqjax.folding import labels as lab
 from sqjax.folding.labels import Labels
+from sqjax.folding.moves import MOVES, UNDO
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
 from sqjax.program.build import Atom, Equation, Var
-from sqjax.program.primitives import COMPARISONS, IDENTITIES, REDUCTIONS, RUNNING, SUMS_AND_MAXIMA
+from sqjax.program.primitives import COMPARISONS, IDENTITIES, REDUCTIONS, SUMS_AND_MAXIMA
 from sqjax.program.replication import REDUCING, reduced_axes
+
+# Data that moves ----------------------------------------------------------------------------------
 
 
 def _move(c: Closure, e: Equation) -> None:
     """Data movement: labels move with the data, both ways."""
     x, y = e.inputs[0], e.outputs[0]
     old, new = c.program.shape(x), c.program.shape(y)
-    if (labels := c[x]) is not None:
-        moved = lab.MOVES[e.name](labels, e.params, old, new)
+
+    def forwards(labels: Labels) -> Labels:
+        moved = MOVES[e.name](labels, e.params, old, new)
         if moved is None:
             raise Refused(f"{e} does not take its channels whole")
-        c.put(y, moved)
-    if (labels := c[y]) is not None:
-        c.put(x, _UNDO.get(e.name, _same)(c, labels, e.params, old, new))
+        return moved
 
+    def backwards(labels: Labels) -> Labels:
+        undo = UNDO[e.name]
+        return undo(labels, e.params, old, new, c.tie_along)
 
-def _same(c, labels, params, old, new):
-    return labels
-
-
-def _undo_transpose(c, labels, params, old, new):
-    return labels.transpose(np.argsort(params["permutation"]))
-
-
-def _undo_reshape(c, labels, params, old, new):
-    if (order := params.get("dimensions")) is None:
-        return lab.reshape(labels, new, old)
-    return lab.reshape(labels, new, tuple(old[a] for a in order)).transpose(np.argsort(order))
-
-
-def _undo_squeeze(c, labels, params, old, new):
-    return np.expand_dims(labels, tuple(params["dimensions"]))
-
-
-def _undo_broadcast(c, labels, params, old, new):
-    axes = params["broadcast_dimensions"]
-    repeated = [a for a in range(len(new)) if a not in axes or old[axes.index(a)] != new[a]]
-    return lab.take_axes(c.tie_along(labels, repeated), axes)
-
-
-def _undo_slice(c, labels, params, old, new):
-    strides = params["strides"] or (1,) * len(old)
-    cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
-    partial = [(b - a) // s != n for (a, b, s), n in zip(cuts, old, strict=True)]
-    full = np.zeros(
-        [n if p or size > 1 else 1 for n, p, size in zip(old, partial, labels.shape, strict=True)],
-        int,
-    )
-    full[tuple(slice(*cut) if p else slice(None) for cut, p in zip(cuts, partial, strict=True))] = (
-        labels
-    )
-    return full
-
-
-def _undo_running(c, labels, params, old, new):
-    return c.tie_along(labels, [params["axis"]])
-
-
-def _undo_dynamic_slice(c, labels, params, old, new):
-    return c.tie_along(labels, lab.changed_axes(old, new))
-
-
-def _undo_gather(c, labels, params, old, new):
-    whole = lab.gathered_axes(params, old)
-    tied = c.tie_along(labels, [a for a in range(len(new)) if a not in [b for _, b in whole]])
-    return lab.put_axes(lab.take_axes(tied, [b for _, b in whole]), [a for a, _ in whole], len(old))
-
-
-_UNDO = {
-    **dict.fromkeys(RUNNING, _undo_running),
-    "rev": lambda c, labels, params, old, new: np.flip(labels, params["dimensions"]),
-    "dynamic_slice": _undo_dynamic_slice,
-    "gather": _undo_gather,
-    "transpose": _undo_transpose,
-    "reshape": _undo_reshape,
-    "squeeze": _undo_squeeze,
-    "broadcast_in_dim": _undo_broadcast,
-    "slice": _undo_slice,
-}
+    c.carry(x, y, forwards)
+    c.carry(y, x, backwards)
 
 
 def _split(c: Closure, e: Equation) -> None:
-    axis, sizes = e.params["axis"], [int(n) for n in e.params["sizes"]]
-    if (labels := c[e.inputs[0]]) is not None:
-        for y, piece in zip(e.outputs, lab.split(labels, axis, sizes), strict=True):
-            c.put(y, piece)
-    _join(c, e.inputs[0], e.outputs, axis, sizes)
+    """Every piece carries its part of the operand's labels."""
+    x, axis = e.inputs[0], e.params["axis"]
+    sizes = [int(n) for n in e.params["sizes"]]
+    _take_apart(c, x, e.outputs, axis, sizes)
+    _put_together(c, x, e.outputs, axis, sizes)
 
 
 def _concatenate(c: Closure, e: Equation) -> None:
-    axis = e.params["dimension"]
+    """Every piece carries its part of the result's labels."""
+    y, axis = e.outputs[0], e.params["dimension"]
     sizes = [c.program.shape(x)[axis] for x in e.inputs]
-    if (labels := c[e.outputs[0]]) is not None:
-        for x, piece in zip(e.inputs, lab.split(labels, axis, sizes), strict=True):
-            c.put(x, piece)
-    _join(c, e.outputs[0], e.inputs, axis, sizes)
+    _take_apart(c, y, e.inputs, axis, sizes)
+    _put_together(c, y, e.inputs, axis, sizes)
 
 
-def _join(c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes) -> None:
-    found = [c[p] for p in parts]
-    if any(p is not None for p in found):
-        blank = np.zeros((1,) * len(c.program.shape(whole)), int)
-        c.put(whole, lab.concatenate([blank if p is None else p for p in found], axis, sizes))
+def _take_apart(
+    c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes: Sequence[int]
+) -> None:
+    """Puts the labels of the whole on its parts: [1, 2, 3] on parts of sizes 1, 2: [1] and [2,
+    3].
+    """
+    labels = c[whole]
+    if labels is None:
+        return
+    for part, piece in zip(parts, lab.split(labels, axis, sizes), strict=True):
+        c.put(part, piece)
 
 
-def _alike(c: Closure, e: Equation) -> None:
-    """Sums, maxima: every term and the result carry the same labels."""
-    terms = [*(e.inputs[1:] if e.name == "select_n" else e.inputs), e.outputs[0]]
-    for labels in [c[v] for v in terms]:
-        for v in terms:
-            c.put(v, labels)
-    if e.name == "select_n" and c[e.inputs[0]] is not None:
-        raise Refused(f"{e} chooses by it")
+def _put_together(
+    c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes: Sequence[int]
+) -> None:
+    """Puts the labels of the parts on the whole, 0 where a part has none (yet)."""
+    found = [c[part] for part in parts]
+    if all(labels is None for labels in found):
+        return
+    blank = np.zeros((1,) * c.rank(whole), int)
+    pieces = [blank if labels is None else labels for labels in found]
+    c.put(whole, lab.concatenate(pieces, axis, sizes))
+
+
+def _pad(c: Closure, e: Equation) -> None:
+    """Zeros all round carry any label, because 0 times any scale is 0."""
+    x, value = e.inputs
+    y, padding = e.outputs[0], e.params["padding_config"]
+    narrowest = np.min(padding, initial=0)  # a negative width takes elements off
+    if narrowest < 0 or not c.program.is_zero(value):
+        raise Refused(f"{e} pads it with something else than zeros")
+    shape = c.program.shape(x)
+    c.carry(x, y, lambda labels: lab.pad(labels, padding, shape))
+    c.carry(y, x, lambda labels: lab.unpad(labels, padding, shape))
+
+
+def _update(c: Closure, e: Equation) -> None:
+    """A slice is overwritten: both arrays carry the result's labels.
+
+    These must not vary along the axes that are written to in part, because nobody knows where the
+    slice begins: they are tied.
+    """
+    operand, update = e.inputs[:2]
+    written = lab.changed_axes(c.program.shape(operand), c.program.shape(update))
+    _share(c, [operand, update, e.outputs[0]], tied_along=written)
 
 
 def _pairwise(c: Closure, e: Equation) -> None:
@@ -139,111 +120,164 @@ def _pairwise(c: Closure, e: Equation) -> None:
 
 
 def _collective(c: Closure, e: Equation) -> None:
-    """Sums and maxima over devices: each element meets its like, which carries the same scale (see `sqjax.stacks`)."""
+    """Sums and maxima over devices: each element meets its like on other devices.
+
+    These carry the same scale, because `sqjax.folding.per_step` gives all devices along such a mesh
+    axis one scale vector.
+    """
     if reduced_axes(c.program, e) is None:
         raise Refused(f"{e} reduces over axes that are none of a known shard_map")
     _pairwise(c, e)
 
 
-def _pad(c: Closure, e: Equation) -> None:
-    """Zeros all round carry any label."""
-    (x, value), y, padding = e.inputs, e.outputs[0], e.params["padding_config"]
-    if not c.program.is_zero(value) or any(n < 0 for widths in padding for n in widths):
-        raise Refused(f"{e} pads it with something else than zeros")
-    if (labels := c[x]) is not None:
-        c.put(y, lab.pad(labels, padding, c.program.shape(x)))
-    if (labels := c[y]) is not None:
-        c.put(x, lab.unpad(labels, padding, c.program.shape(x)))
+# Sums, comparisons, products ----------------------------------------------------------------------
 
 
-def _update(c: Closure, e: Equation) -> None:
-    """Both carry the result's labels, which do not vary along the axes that are written to."""
-    terms = [*e.inputs[:2], e.outputs[0]]
-    written = lab.changed_axes(c.program.shape(terms[0]), c.program.shape(terms[1]))
+def _alike(c: Closure, e: Equation) -> None:
+    """Sums, maxima: every term and the result carry the same labels, as s a + s b = s (a + b)."""
+    _share(c, [*e.inputs, e.outputs[0]])
+
+
+def _select(c: Closure, e: Equation) -> None:
+    """Every case and the result carry the same labels; what chooses among them carries none."""
+    condition, *cases = e.inputs
+    _share(c, [*cases, e.outputs[0]])
+    if c[condition] is not None:
+        raise Refused(f"{e} chooses by it")
+
+
+def _share(c: Closure, terms: Sequence[Atom], tied_along: Sequence[int] = ()) -> None:
+    """Puts the labels of each term on all of them, tied along some axes."""
     for labels in [c[v] for v in terms]:
         if labels is not None:
-            tied = c.tie_along(labels, written)
+            tied = c.tie_along(labels, tied_along)
             for v in terms:
                 c.put(v, tied)
 
 
 def _sign(c: Closure, e: Equation) -> None:
-    """A sign does not change when x is divided by s > 0."""
+    """A sign does not change when x is divided by s > 0: no label passes."""
 
 
 def _compare(c: Closure, e: Equation) -> None:
-    """x > 0 does not change when x is divided by s > 0."""
+    """x > 0 does not change when x is divided by s > 0: no label passes."""
     if not any(c.program.is_zero(x) for x in e.inputs):
         raise Refused(f"{e} compares it")
 
 
 def _multiply(c: Closure, e: Equation) -> None:
-    """The result carries the labels of one factor."""
+    """The result carries the labels of one factor; which one, the result's own labels do not
+    say.
+    """
     y = e.outputs[0]
-    factors = [(x, labels) for x in e.inputs if (labels := c[x]) is not None]
-    if len(factors) == 2:
+    scaled = [x for x in e.inputs if c[x] is not None]
+    if len(scaled) == 2:
         raise Refused(f"{e} multiplies two values of that scale")
-    if factors:
-        [(x, labels)] = factors
-        c.put(y, _spread(labels, c.program.shape(y)))
+    for x in scaled:
+        c.carry(x, y, lambda labels: _as_rank(labels, c.rank(y)))
         c.put(x, c[y])
-    elif (labels := c[y]) is not None:
+    labels = c[y]
+    if not scaled and labels is not None:
         c.choose(e, [(x, labels) for x in e.inputs])
 
 
 def _divide(c: Closure, e: Equation) -> None:
     """The result carries the labels of the numerator."""
-    (x, divisor), y = e.inputs, e.outputs[0]
+    x, divisor = e.inputs
+    y = e.outputs[0]
     if c[divisor] is not None:
         raise Refused(f"{e} divides by it")
-    if (labels := c[x]) is not None:
-        c.put(y, _spread(labels, c.program.shape(y)))
+    c.carry(x, y, lambda labels: _as_rank(labels, c.rank(y)))
     c.put(x, c[y])
 
 
-def _spread(labels: Labels, shape: tuple[int, ...]) -> Labels:
-    return labels if labels.ndim == len(shape) else labels.reshape((1,) * len(shape))
+def _as_rank(labels: Labels, ndim: int) -> Labels:
+    """The labels of a scalar that stands beside an array, as those of an array of that rank."""
+    return labels if labels.ndim == ndim else labels.reshape((1,) * ndim)
 
 
 def _reduce(c: Closure, e: Equation) -> None:
     """Sums and maxima along axes on which labels do not vary."""
-    x, y, axes = e.inputs[0], e.outputs[0], tuple(e.params["axes"])
-    if (labels := c[x]) is not None:
+    x, y = e.inputs[0], e.outputs[0]
+    axes = tuple(e.params["axes"])
+
+    def forwards(labels: Labels) -> Labels:
         if lab.varies(labels, axes):
-            raise Refused(
-                f"{e} adds up its channels"
-                if e.name == "reduce_sum"
-                else f"{e} compares its channels"
-            )
-        c.put(y, labels.squeeze(axes))
-    if (labels := c[y]) is not None:
-        c.put(x, np.expand_dims(labels, axes))
+            does = "adds up" if e.name == "reduce_sum" else "compares"
+            raise Refused(f"{e} {does} its channels")
+        return labels.squeeze(axes)
+
+    c.carry(x, y, forwards)
+    c.carry(y, x, lambda labels: np.expand_dims(labels, axes))
+
+
+# Matmuls ------------------------------------------------------------------------------------------
 
 
 def _dot(c: Closure, e: Equation) -> None:
-    """Labels along contracted axes must meet their opposites in a leaf; labels along the others pass through."""
-    sides, y = sides_of(c.program, e), e.outputs[0]
-    ndim = len(c.program.shape(y))
-    carriers: list[Side] = []
+    """Labels along contracted axes must meet their opposites; labels along the others pass through.
+
+    Example: y = h @ w of shapes (tokens, 2) and (2, 3).
+
+        h [[-1, -2]] varies along the contracted axis, so w gets [[1], [2]] and y no label (`_meet`)
+        w [[-1, -2, -3]] varies along a free axis, so y gets [[-1, -2, -3]] (`_carry`)
+        y [[-1, -2, -3]] must come from h or from w; its axis 1 is w's, so w [[-1, -2, -3]], or h
+        with all three channels tied, [[-1]] (`_carry_back`)
+    """
+    sides = sides_of(c.program, e)
+    carriers: list[Side] = []  # the operands whose labels pass on to the product
     for me, other in (sides, sides[::-1]):
-        if (labels := c[me.var]) is None or _cancelled(labels, c[other.var]):
+        labels = c[me.var]
+        if labels is None or _cancelled(labels, c[other.var]):
             continue
-        if _cancels(c, labels, me, other):
+        if _must_cancel(c, labels, me, other):
             _meet(c, e, labels, me, other)
         else:
             carriers.append(me)
-            labels = c.tie_along(labels, me.stack)
-            c.put(
-                y,
-                lab.put_axes(
-                    lab.take_axes(labels, me.batch + me.free),
-                    (*range(len(me.batch)), *me.out),
-                    ndim,
-                ),
-            )
-    if (labels := c[y]) is None:
-        return
-    _carry_back(c, e, labels, carriers)
+            _carry(c, e, labels, me)
+    if (labels := c[e.outputs[0]]) is not None:
+        _carry_back(c, e, labels, carriers)
+
+
+def _cancelled(labels: Labels, other: Labels | None) -> bool:
+    """Whether one channel's scale meets its inverse: all channels are tied, or there is one
+    only.
+    """
+    if other is None:
+        return False
+    return labels.size == other.size == 1 and labels.item() == -other.item()
+
+
+def _must_cancel(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
+    """Whether one operand's labels must meet their opposites in the other operand.
+
+    They must if they vary along the contracted axes, because the sum would mix channels. A single
+    label could as well pass through; it ends here if the other operand is made of leaves.
+    """
+    leaves = c.program.from_leaves
+    meets_leaf = other.var in leaves and me.var not in leaves
+    return lab.varies(labels, me.contracted) or (labels.size == 1 and meets_leaf)
+
+
+def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
+    """Puts the opposite labels on the other operand: [[-1, -2]] of h becomes [[1], [2]] of w."""
+    if lab.varies(labels, me.free + me.stack):
+        raise Refused(f"{e} adds up its channels")
+    operands = [v for v in (me.var, other.var) if isinstance(v, Var)]
+    if not c.crossing and c.program.from_leaves.isdisjoint(operands):
+        raise Refused(f"{e} multiplies it with another activation")
+    met = lab.take_axes(labels, me.batch + me.contracted)
+    opposite = -lab.put_axes(met, other.batch + other.contracted, c.rank(other.var))
+    c.put(other.var, opposite)
+
+
+def _carry(c: Closure, e: Equation, labels: Labels, me: Side) -> None:
+    """Puts an operand's labels on the product."""
+    y = e.outputs[0]
+    labels = c.tie_along(labels, me.stack)
+    passing = lab.take_axes(labels, me.batch + me.free)
+    axes = (*range(len(me.batch)), *me.out)
+    c.put(y, lab.put_axes(passing, axes, c.rank(y)))
 
 
 def _carry_back(c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side]) -> None:
@@ -252,54 +286,37 @@ def _carry_back(c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side
         raise Refused(f"{e} multiplies two values of that scale")
     if carriers:
         c.put(carriers[0].var, _into(c, labels, carriers[0]))
-    else:
-        c.choose(e, [(s.var, _into(c.copy(), labels, s)) for s in sides_of(c.program, e)])
-
-
-def _cancelled(labels: Labels, other: Labels | None) -> bool:
-    """Whether one channel's scale meets its inverse: all channels are tied, or there is one only."""
-    return other is not None and labels.size == other.size == 1 and labels.item() == -other.item()
-
-
-def _cancels(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
-    meets_leaf = other.var in c.program.from_leaves and me.var not in c.program.from_leaves
-    return lab.varies(labels, me.contracted) or (labels.size == 1 and meets_leaf)
-
-
-def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
-    if lab.varies(labels, me.free + me.stack):
-        raise Refused(f"{e} adds up its channels")
-    if not c.crossing and not c.program.from_leaves.intersection(
-        v for v in (me.var, other.var) if isinstance(v, Var)
-    ):
-        raise Refused(f"{e} multiplies it with another activation")
-    met = lab.take_axes(labels, me.batch + me.contracted)
-    ndim = len(c.program.shape(other.var))
-    c.put(other.var, -lab.put_axes(met, other.batch + other.contracted, ndim))
+        return
+    # Each option ties channels in a copy, because only the one that is taken may tie them here.
+    first, second = sides_of(c.program, e)
+    of_first = _into(c.copy(), labels, first)
+    of_second = _into(c.copy(), labels, second)
+    c.choose(e, [(first.var, of_first), (second.var, of_second)])
 
 
 def _into(c: Closure, labels: Labels, side: Side) -> Labels:
-    """The result's labels as labels of one operand: tied along the other operand's free axes."""
+    """The product's labels as labels of one operand: tied along the other operand's free axes."""
     mine = (*range(len(side.batch)), *side.out)
-    tied = c.tie_along(labels, [a for a in range(labels.ndim) if a not in mine])
-    ndim = len(c.program.shape(side.var))
-    return lab.put_axes(lab.take_axes(tied, mine), side.batch + side.free, ndim)
+    tied = c.tie_along(labels, lab.other_axes(labels.ndim, mine))
+    passing = lab.take_axes(tied, mine)
+    return lab.put_axes(passing, side.batch + side.free, c.rank(side.var))
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(lab.MOVES, _move),
+    **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(IDENTITIES, _pairwise),
-    **dict.fromkeys((*SUMS_AND_MAXIMA, "select_n"), _alike),
-    **dict.fromkeys(COMPARISONS, _compare),
-    **dict.fromkeys(REDUCTIONS, _reduce),
-    "sign": _sign,
-    **dict.fromkeys(REDUCING, _collective),
+    "split": _split,
+    "concatenate": _concatenate,
     "pad": _pad,
     "dynamic_update_slice": _update,
+    **dict.fromkeys(REDUCING, _collective),
+    **dict.fromkeys(SUMS_AND_MAXIMA, _alike),
+    **dict.fromkeys(COMPARISONS, _compare),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    "select_n": _select,
+    "sign": _sign,
     "mul": _multiply,
     "div": _divide,
     "dot_general": _dot,
     "ragged_dot_general": _dot,
-    "split": _split,
-    "concatenate": _concatenate,
 }

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sqjax.folding import labels as lab
 from sqjax.folding.graph import Site
-from sqjax.program.build import Atom, Equation, Var
+from sqjax.folding.labels import Labels, other_axes, put_axes, sizes_along, varies
+from sqjax.folding.moves import MOVES
+from sqjax.program.build import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.primitives import ELEMENTWISE
 from sqjax.program.subprograms import ShardMap
@@ -18,9 +19,19 @@ MATMULS = ("dot_general", "ragged_dot_general")
 
 
 class Place(NamedTuple):
-    """A site in the program: the matmul's activation, and its batch and contracted axes in the order of the leaf's.
+    """A place in the program where a site's leaf is multiplied with an activation.
 
-    Along `axes` the activation has the site's channels, but for the steps of scans around it.
+    Attributes:
+        site: the leaf with its channels.
+        equation: the matmul.
+        activation: the variable that the leaf is multiplied with.
+        axes: the activation's batch and contracted axes, in the order of the leaf's. Along these it
+            has the site's channels, but for the steps of scans around it.
+        view: how the matmul sees the leaf.
+
+    Example: scores = einsum("tec,ecf->tef", x, w) of 8 tokens and 3 experts with 4 channels is a
+    place of the site w with `batch` (0,), `axes` (1,) and `channels` (3, 4); its activation is x,
+    which has these channels along `axes` (1, 2).
     """
 
     site: Site
@@ -31,7 +42,9 @@ class Place(NamedTuple):
 
     @property
     def entry(self) -> tuple[Any, ...]:
-        """Which of the site's channels this matmul reads: all, or those of one of a stack of matrices."""
+        """Which of the site's channels this matmul reads: all, or those of one of a stack of
+        matrices.
+        """
         return tuple(
             slice(None) if taken.scan is not None else taken.at for taken in self.view.taken
         )
@@ -43,9 +56,17 @@ class Place(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One operand of a matmul: its axes, and where its free axes stand in the result.
+    """One operand of a matmul.
 
-    `stack` is the axis along which a ragged dot chooses one matrix for every row; it is not in the result.
+    Attributes:
+        var: the operand.
+        contracted, batch, free: its axes of these kinds.
+        out: where its free axes stand in the result. (The batch axes come first there.)
+        stack: the axis along which a ragged dot chooses one matrix for every row; it is not in the
+            result.
+
+    Example: y = x @ w of (tokens, 2) and (2, 3) has the sides x with `contracted` (1,), `free`
+    (0,), `out` (0,), and w with `contracted` (0,), `free` (1,), `out` (1,).
     """
 
     var: Atom
@@ -58,56 +79,127 @@ class Side(NamedTuple):
 
 def sides_of(program: Program, e: Equation) -> tuple[Side, Side]:
     """The two operands of a matmul."""
+    stacks: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     if e.name == "ragged_dot_general":
         numbers = e.params["ragged_dot_dimension_numbers"]
-        contracting, batch = numbers.dot_dimension_numbers
-        stacks = ((), tuple(numbers.rhs_group_dimensions))
+        contracted, batch = numbers.dot_dimension_numbers
+        stacks = (), tuple(numbers.rhs_group_dimensions)
     else:
-        (contracting, batch), stacks = e.params["dimension_numbers"], ((), ())
-    sides, start = [], len(batch[0])
-    for var, c, b, stack in zip(e.inputs[:2], contracting, batch, stacks, strict=True):
-        free = tuple(a for a in range(len(program.shape(var))) if a not in (*c, *b, *stack))
-        sides.append(
-            Side(var, tuple(c), tuple(b), free, tuple(range(start, start + len(free))), stack)
-        )
-        start += len(free)
+        contracted, batch = e.params["dimension_numbers"]
+    sides = []
+    begin = len(batch[0])  # of this operand's free axes in the result
+    for i, var in enumerate(e.inputs[:2]):
+        gone = (*contracted[i], *batch[i], *stacks[i])
+        free = tuple(other_axes(len(program.shape(var)), gone))
+        out = tuple(range(begin, begin + len(free)))
+        side = Side(var, tuple(contracted[i]), tuple(batch[i]), free, out)
+        sides.append(side._replace(stack=stacks[i]))
+        begin += len(free)
     return sides[0], sides[1]
 
 
+# Sites --------------------------------------------------------------------------------------------
+
+
 def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
-    """(the matmuls of an activation with a leaf, {leaf: why it is none} of other leaves that a matmul may meet)."""
+    """The matmuls of an activation with a leaf.
+
+    Returns:
+        The places, and {leaf: why it is no site} of other leaves that a matmul may meet.
+    """
     places: list[Place] = []
-    others: dict[str, str] = {}
-    loops: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    in_loops: dict[str, str] = {}
     for equation in program.equations:
-        if equation.name not in MATMULS:
-            unseen = loops if equation.name in ("while", "cond") else others
-            unseen.update(_not_looked_into(program, equation))
-            continue
-        sides = sides_of(program, equation)
-        for me, other in (sides, sides[::-1]):
-            if not isinstance(me.var, Var) or me.var not in program.from_leaves:
-                others.update(_picked(program, equation, me.var, other.var))
-                continue
-            if not isinstance(other.var, Var) or other.var in program.from_leaves:
-                continue
+        if equation.name in MATMULS:
+            found, reasons = _of_matmul(program, equation)
+            places += found
+            refused.update(reasons)
+        elif equation.name in ("while", "cond"):
+            in_loops.update(_not_looked_into(program, equation))
+        else:
+            refused.update(_not_looked_into(program, equation))
+    refused.update(_read_in_two_ways(places))
+    places = [p for p in places if p.site.path not in refused]
+    # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
+    # quantized weights may enter loops.
+    sites = {p.site.path for p in places}
+    loops_only = {path: why for path, why in in_loops.items() if path not in sites}
+    return places, loops_only | refused
+
+
+def _of_matmul(program: Program, equation: Equation) -> tuple[list[Place], dict[str, str]]:
+    """The places of one matmul (none, or one), and {leaf: why it is no site here}."""
+    places: list[Place] = []
+    refused: dict[str, str] = {}
+    sides = sides_of(program, equation)
+    for me, other in (sides, sides[::-1]):
+        if not isinstance(me.var, Var) or me.var not in program.from_leaves:
+            refused.update(_picked(program, equation, me.var, other.var))
+        elif isinstance(other.var, Var) and other.var not in program.from_leaves:
             place = _place(program, equation, me, other, me.var, other.var)
             if isinstance(place, Place):
                 places.append(place)
             else:
-                others.update(dict.fromkeys(program.leaves_behind(me.var), place))
-    seen: dict[str, Place] = {}
+                refused.update(dict.fromkeys(program.leaves_behind(me.var), place))
+    return places, refused
+
+
+def _place(
+    program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var
+) -> Place | str:
+    """A leaf's matmul as a `Place`, or why it is none."""
+    if leaf in program.offsets:
+        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
+    view = program.views.get(leaf)
+    if view is None:
+        maker = program.maker.get(program.scanned.get(leaf, leaf))
+        if maker is None:
+            return f"{equation} multiplies it in {program.avals[leaf].dtype}"
+        return f"{equation} multiplies what {maker} makes of it"
+
+    # The leaf's axes, and the activation's that meet them, in the order of the leaf.
+    own_batch, its_batch = _in_order(view, me.batch, other.batch)
+    own_contracted, its_contracted = _in_order(view, me.contracted, other.contracted)
+    batch, axes = view.whole_axes(own_batch), view.whole_axes(own_contracted)
+    if batch is None or not axes:
+        maker = program.maker.get(leaf)
+        return f"{equation} contracts parts or mixtures of its axes (through {maker})"
+    sharded = {axis for _, _, axis in view.blocks}
+    if any(taken.axis in sharded for taken in view.fixed):
+        return f"{equation} multiplies another one of its matrices on every device"
+
+    batch = (*(taken.axis for taken in view.taken), *batch)
+    channels = sizes_along(view.full_shape, (*batch, *axes))
+    site = Site(view.path, axes, channels, batch)
+    return Place(site, equation, activation, its_batch + its_contracted, view)
+
+
+def _in_order(
+    view: View, mine: Sequence[int], its: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of a view of a leaf, and the axes that they meet, both in the order of the leaf's axes."""
+    order = sorted(range(len(mine)), key=lambda i: view.position_of(mine[i]))
+    return sizes_along(mine, order), sizes_along(its, order)
+
+
+# Leaves that a matmul meets, but not as a site ----------------------------------------------------
+
+
+def _read_in_two_ways(places: Sequence[Place]) -> dict[str, str]:
+    """{leaf: why it is no site} of leaves whose places do not agree on what its channels are."""
+    refused: dict[str, str] = {}
+    first_place: dict[str, Place] = {}
     for place in places:
-        first = seen.setdefault(place.site.path, place)
+        path = place.site.path
+        first = first_place.setdefault(path, place)
         if first.site != place.site:
-            others[place.site.path] = (
+            refused[path] = (
                 f"it is contracted along different axes; {place.equation} is the second use"
             )
         elif first.view.stacked != place.view.stacked:
-            others[place.site.path] = f"{place.equation} reads its layers in another way"
-    places = [p for p in places if p.site.path not in others]
-    sites = {p.site.path for p in places}  # quantized weights may enter loops
-    return places, {path: why for path, why in loops.items() if path not in sites} | others
+            refused[path] = f"{place.equation} reads its layers in another way"
+    return refused
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
@@ -119,62 +211,49 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
         why = f"{equation} is a convolution: it stays float"
     else:
         return {}
-    read = [program.leaves_behind(v) for v in equation.variables if v in program.from_leaves]
-    return dict.fromkeys(sorted(set().union(*read)), why)
+    read: set[str] = set()
+    for var in equation.variables:
+        if var in program.from_leaves:
+            read |= program.leaves_behind(var)
+    return dict.fromkeys(sorted(read), why)
 
 
-def _picked(program: Program, equation: Equation, me: Any, other: Any) -> Mapping[str, str]:
-    """{leaf: why it is no site} where an activation is multiplied with what an index has picked of a leaf."""
-    if me not in program.picked or not isinstance(other, Var) or other in program.from_leaves:
+def _picked(program: Program, equation: Equation, me: Atom, other: Atom) -> Mapping[str, str]:
+    """{leaf: why it is no site} where an activation meets what an index has picked of a leaf."""
+    if not isinstance(me, Var) or me not in program.picked:
         return {}
+    if not isinstance(other, Var) or other in program.from_leaves:
+        return {}  # no activation
     source = program.picked[me]
     if other in program.picked and source.name == "gather":
-        return {}  # rows of an embedding: the activation
+        return {}  # rows of an embedding: they are the activation
     why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
     return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
 
 
-def _place(
-    program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var
-) -> Place | str:
-    """A leaf's matmul as a `Place`, or why it is none."""
-    view = program.views.get(leaf)
-    if leaf in program.offsets:
-        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
-    if view is None:
-        maker = program.maker.get(program.scanned.get(leaf, leaf))
-        return (
-            f"{equation} multiplies what {maker} makes of it"
-            if maker
-            else (f"{equation} multiplies it in {program.avals[leaf].dtype}")
-        )
-    pairs = [
-        sorted(zip(mine, its, strict=True), key=lambda pair: view.position_of(pair[0]))
-        for mine, its in ((me.batch, other.batch), (me.contracted, other.contracted))
-    ]
-    (batch, axes) = (view.whole_axes([a for a, _ in found]) for found in pairs)
-    if batch is None or not axes:
-        return f"{equation} contracts parts or mixtures of its axes (through {program.maker.get(leaf)})"
-    if any(taken.axis == a for taken in view.fixed for _, _, a in view.blocks):
-        return f"{equation} multiplies another one of its matrices on every device"
-    batch = (*(taken.axis for taken in view.taken), *batch)
-    site = Site(view.path, axes, tuple(view.full_shape[a] for a in (*batch, *axes)), batch)
-    return Place(site, equation, activation, tuple(a for found in pairs for _, a in found), view)
+# What is behind a product -------------------------------------------------------------------------
 
 
 def normalised_over(program: Program, product: Equation, axes: Sequence[int]) -> bool:
-    """Whether a softmax runs over one of these axes of a product: the first maximum after it is taken there."""
+    """Whether a softmax runs over one of these axes of a product.
+
+    It does if the first maximum after the product is taken along one of them. The axes are followed
+    through transposes, reshapes ... by marks on the product's elements, which differ along these
+    axes only, and are moved as labels are.
+
+    Example: scores of shape (queries, keys) and the axis 1 get the marks [[0, 1, 2, ...]]; after a
+    transpose they are [[0], [1], [2], ...], so a maximum along axis 0 is one over the keys.
+    """
     y = product.outputs[0]
-    sizes = [program.shape(y)[a] for a in axes]
-    marks = {
-        y: lab.put_axes(np.arange(int(np.prod(sizes))).reshape(sizes), axes, len(program.shape(y)))
-    }
+    sizes = sizes_along(program.shape(y), axes)
+    numbers = np.arange(int(np.prod(sizes))).reshape(sizes)
+    marks = {y: put_axes(numbers, axes, len(program.shape(y)))}
     waiting = [y]
     while waiting:
         x = waiting.pop(0)
         for equation in program.readers.get(x, []):
             if equation.name == "reduce_max":
-                return lab.varies(marks[x], equation.params["axes"])
+                return varies(marks[x], equation.params["axes"])
             for result in equation.outputs:
                 if x not in equation.behind(result) or result in marks:
                     continue
@@ -186,13 +265,13 @@ def normalised_over(program: Program, product: Equation, axes: Sequence[int]) ->
 
 
 def _moved(
-    program: Program, equation: Equation, marks: lab.Labels, x: Var, result: Var
-) -> lab.Labels | None:
-    """The marks of an operand on a result that holds its elements; None where a primitive does something else."""
+    program: Program, equation: Equation, marks: Labels, x: Var, result: Var
+) -> Labels | None:
+    """The marks of an operand on a result that holds its elements; None where it holds others."""
     old, new = program.shape(x), program.shape(result)
     if equation.name in ELEMENTWISE and old == new:
         return marks
-    move = lab.MOVES.get(equation.name)
+    move = MOVES.get(equation.name)
     return None if move is None else move(marks, equation.params, old, new)
 
 
@@ -200,27 +279,56 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
     heads: set[str] = set()
-    _reach(program.main, {v for v in program.results if isinstance(v, Var)}, weights, heads)
+    results = {v for v in program.results if isinstance(v, Var)}
+    _reach(program.main, results, weights, heads)
     return frozenset(heads)
 
 
 def _reach(
     equations: Sequence[Equation], reaching: set[Var], weights: Mapping[Var, str], heads: set[str]
 ) -> None:
-    """Adds to `reaching` the variables that reach those in it through no site, and to `heads` the sites met."""
+    """Walks equations backwards from what they return, up to the sites.
+
+    Args:
+        equations: in order.
+        reaching: the variables that reach an output through no site; those found are added.
+        weights: {variable: the site whose product it is}.
+        heads: the sites met, which are added.
+    """
     for equation in reversed(equations):
-        if not reaching.intersection(equation.outputs):
+        if reaching.isdisjoint(equation.outputs):
             continue
+        path = weights.get(equation.outputs[0])
         body = equation.body
-        if (path := weights.get(equation.outputs[0])) is not None:
+        if path is not None:
             heads.add(path)
-        elif body is not None and isinstance(body.call, ShardMap):
-            results = zip(equation.outputs, body.outputs, strict=True)
-            inner = {v for outer, v in results if outer in reaching and isinstance(v, Var)}
-            _reach(body.equations, inner, weights, heads)
-            operands = zip(equation.inputs, body.inputs, strict=True)
-            reaching.update(outer for outer, v in operands if v in inner and isinstance(outer, Var))
-        elif body is None or not any(
-            e.outputs and e.outputs[0] in weights for e in body.everything
-        ):
+        elif body is None:
             reaching.update(equation.variables)
+        elif isinstance(body.call, ShardMap):
+            _reach_into(equation, body, reaching, weights, heads)
+        elif not _holds_a_site(body, weights):
+            # A scan with a site in it is taken to lead through that site.
+            reaching.update(equation.variables)
+
+
+def _reach_into(
+    equation: Equation,
+    body: Body,
+    reaching: set[Var],
+    weights: Mapping[Var, str],
+    heads: set[str],
+) -> None:
+    """The same through a shard_map, which runs once, so its body is walked like the rest."""
+    inner: set[Var] = set()
+    for outer, v in zip(equation.outputs, body.outputs, strict=True):
+        if outer in reaching and isinstance(v, Var):
+            inner.add(v)
+    _reach(body.equations, inner, weights, heads)
+    for operand, v in zip(equation.inputs, body.inputs, strict=True):
+        if v in inner and isinstance(operand, Var):
+            reaching.add(operand)
+
+
+def _holds_a_site(body: Body, weights: Mapping[Var, str]) -> bool:
+    """Whether a product with a site's leaf is made somewhere in a body."""
+    return any(e.outputs and e.outputs[0] in weights for e in body.everything)

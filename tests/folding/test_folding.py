@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 import sqjax as sq
 from sqjax._trees import named_leaves
 from sqjax.calibration.analysis import shared_arrays
-from sqjax.folding import labels as lab
+from sqjax.folding import moves
 from sqjax.folding import search as closure
 from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
@@ -783,8 +783,8 @@ def carelessly(program, labels):
             continue
         x, y = operands[0], equation.outputs[0]
         old, new = program.shape(x), program.shape(y)
-        if equation.name in lab.MOVES:
-            carried[y] = lab.MOVES[equation.name](carried[x], equation.params, old, new)
+        if equation.name in moves.MOVES:
+            carried[y] = moves.MOVES[equation.name](carried[x], equation.params, old, new)
         elif equation.name == "dot_general":
             columns = carried.get(equation.inputs[1], np.zeros((2, 1)))
             if columns.shape[0] == 1:  # else they are a site's rows, where the scale ends

@@ -1,0 +1,457 @@
+"""Laws: what a primitive's operands and results must carry for a change of variables to be lawful.
+
+The certificate (`sqjax.folding.certificate`) asks the law of every equation that it checks. A law
+is given the labels of all operands and results of one equation, the *claim*, and says whether the
+results really change like that when the operands do. It finds nothing, so it is simpler than a rule
+of the search, and it knows nothing of these: where both are wrong, they must be wrong in two ways
+that agree.
+
+Example: for y = x * gain with the labels x: 0, gain: [-1, -2], y: [[-1, -2]] the law of `mul` adds
+the labels of the factors and compares. With y: [[-1, -1]] it does not hold, because the second
+column is divided by s[1] in fact.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sqjax._shapes import runs
+from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.facts import Program
+from sqjax.program.replication import REDUCING, reduced_axes
+
+#: Of size 1 along an axis on which the labels do not vary, or of the variable's own size there.
+Labels = np.ndarray
+
+
+class Claim(NamedTuple):
+    """What the labels claim of one equation: operands with the labels `xs` make results with the
+    labels `ys`.
+    """
+
+    program: Program
+    equation: Equation
+    xs: list[Labels]
+    ys: list[Labels]
+
+    @classmethod
+    def of(cls, program: Program, equation: Equation, labels: Mapping[Var, Labels]) -> "Claim":
+        """The claim of these labels; a variable without labels, or a literal, has the label 0."""
+
+        def labels_of(atom: Atom) -> Labels:
+            if isinstance(atom, Var) and atom in labels:
+                return labels[atom]
+            ndim = len(program.shape(atom))
+            return np.zeros((1,) * ndim, int)
+
+        xs = [labels_of(v) for v in equation.inputs]
+        return cls(program, equation, xs, [labels_of(v) for v in equation.outputs])
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The equation's parameters."""
+        return self.equation.params
+
+    def whole_xs(self) -> list[Labels]:
+        """The operands' labels, written out at the operands' shapes."""
+        shapes = map(self.program.shape, self.equation.inputs)
+        return list(map(np.broadcast_to, self.xs, shapes))
+
+    def whole_ys(self) -> list[Labels]:
+        """The results' labels, written out at the results' shapes."""
+        shapes = map(self.program.shape, self.equation.outputs)
+        return list(map(np.broadcast_to, self.ys, shapes))
+
+    def terms(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Labels]]:
+        """(number, labels) of the operands that are not known to be zero: 0 times any scale is
+        0.
+        """
+        for i in range(len(self.xs))[start:stop]:
+            if not self.program.is_zero(self.equation.inputs[i]):
+                yield i, self.xs[i]
+
+
+Law = Callable[[Claim], bool]
+
+
+# Label arrays, compared
+# ---------------------------------------------------------------------------------------------
+# `np.broadcast_to` writes a label array out at its variable's shape, but stores nothing more: along
+# an axis where the labels are repeated its stride is 0. NumPy's transposes, slices and flips keep
+# such strides. So the laws of movements can be stated on whole arrays, as plain NumPy, and cost
+# what the small ones cost.
+
+
+def _small(labels: Labels) -> Labels:
+    """The labels with size 1 along every axis of stride 0, along which they are repeated."""
+    return _first(labels, np.flatnonzero(np.equal(labels.strides, 0)).tolist())
+
+
+def _first(labels: Labels, axes: Iterable[int]) -> Labels:
+    """The labels at the first index of each of these axes, which keep size 1."""
+    index: list[Any] = [slice(None)] * labels.ndim
+    for a in axes:
+        index[a] = slice(0, 1)
+    index.append(...)  # so that the result is an array even where there is no axis
+    return labels[tuple(index)]
+
+
+def _equal(a: Labels, b: Labels) -> bool:
+    """Equal element by element; a scalar stands beside any rank."""
+    if a.ndim != b.ndim and 0 not in (a.ndim, b.ndim):
+        return False
+    return bool((_small(a) == _small(b)).all())
+
+
+def _constant(labels: Labels, axes: Iterable[int]) -> bool:
+    """Whether the labels are the same all along each of these axes."""
+    return _equal(labels, _first(labels, axes))
+
+
+def _all_equal(a: Iterable[Labels], b: Iterable[Labels]) -> bool:
+    """Whether the arrays are equal one by one."""
+    return all(map(_equal, a, b))
+
+
+def _all_carry(terms: Iterable[tuple[int, Labels]], labels: Labels) -> bool:
+    """Whether each of the (numbered) terms carries these labels."""
+    return all(_equal(term, labels) for _, term in terms)
+
+
+def _other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
+    """The axes of an array of this rank that are not among `axes`."""
+    return tuple(a for a in range(ndim) if a not in tuple(axes))
+
+
+def _beside(labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
+    """The labels, axis i at `axes[i]` (which ascend), repeated along all other axes of an array of
+    this shape.
+    """
+    others = _other_axes(len(shape), axes)
+    return np.broadcast_to(np.expand_dims(labels, others), shape)
+
+
+# Movements ----------------------------------------------------------------------------------------
+# Each element of the result is one of the operand's, or made of several with one label. The
+# statements below take an equation's parameters and the whole label arrays of its first operand and
+# its result: they say that the primitive, run on the operand's labels, gives the result's.
+
+
+def _kept(params: dict, x: Labels, y: Labels) -> bool:
+    return _equal(x, y)
+
+
+def _transposed(params: dict, x: Labels, y: Labels) -> bool:
+    return _equal(x.transpose(params["permutation"]), y)
+
+
+def _reshaped(params: dict, x: Labels, y: Labels) -> bool:
+    """A reshape keeps the elements' row-major order.
+
+    Runs of axes with equal products are independent of each other; along those where neither array
+    varies one index stands for all, so that they need not be written out.
+    """
+    if params.get("dimensions") is not None:
+        x = x.transpose(params["dimensions"])
+    if x.size == 0:
+        return True
+    for sources, targets in runs(x.shape, y.shape):
+        if _constant(x, sources) and _constant(y, targets):
+            x, y = _first(x, sources), _first(y, targets)
+    return bool((x.ravel() == y.ravel()).all())
+
+
+def _squeezed(params: dict, x: Labels, y: Labels) -> bool:
+    return _equal(x.squeeze(tuple(params["dimensions"])), y)
+
+
+def _broadcast(params: dict, x: Labels, y: Labels) -> bool:
+    return _equal(_beside(x, params["broadcast_dimensions"], y.shape), y)
+
+
+def _sliced(params: dict, x: Labels, y: Labels) -> bool:
+    strides = params["strides"] or (1,) * x.ndim
+    index = tuple(map(slice, params["start_indices"], params["limit_indices"], strides))
+    return _equal(x[index], y)
+
+
+def _reversed(params: dict, x: Labels, y: Labels) -> bool:
+    return _equal(np.flip(x, params["dimensions"]), y)
+
+
+def _accumulated(params: dict, x: Labels, y: Labels) -> bool:
+    """A running sum or maximum is made of elements along one axis, which must carry one label."""
+    return _constant(x, [params["axis"]]) and _equal(x, y)
+
+
+def _sliced_anywhere(params: dict, x: Labels, y: Labels) -> bool:
+    """Wherever the slice starts its labels must be the same; then those of the first slice are
+    they.
+    """
+    partly = np.flatnonzero(np.not_equal(x.shape, y.shape)).tolist()
+    at_the_start = x[tuple(map(slice, y.shape))]
+    return _constant(x, partly) and _equal(at_the_start, y)
+
+
+def _gathered(params: dict, x: Labels, y: Labels) -> bool:
+    """Whatever the indices, the labels must be the same: x does not vary along the axes that are
+    not taken whole.
+
+    Out of range an index gives the fill value, which must be 0 or NaN: these are the same at any
+    scale.
+
+    Example: y = x[:, ids] of x of shape (2, 3, 4), with the indices' axis last: y is (2, 4, n). The
+    axes 0 and 2 are taken whole and become 0 and 1; along axis 1 the labels of x, and along axis 2
+    those of y, must not vary.
+    """
+    fill = params["fill_value"]
+    if fill not in (None, 0) and not np.isnan(fill):
+        return False
+    if x.size == 0:
+        return not y.any()
+    whole = _taken_whole(params, x.shape)
+    picked = _other_axes(x.ndim, whole)
+    if not _constant(x, picked):
+        return False
+    row = _first(x, picked).squeeze(picked)
+    return _equal(_beside(row, list(whole.values()), y.shape), y)
+
+
+def _taken_whole(params: dict, shape: Sequence[int]) -> dict[int, int]:
+    """{axis of the operand: axis of the result} of the axes that a gather takes whole."""
+    numbers = params["dimension_numbers"]
+    # The windows' axes are the operand's, without those that are dropped, in their order.
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    windows = _other_axes(len(shape), dropped)
+    whole: dict[int, int] = {}
+    for a, b in zip(windows, numbers.offset_dims, strict=True):
+        is_whole = params["slice_sizes"][a] == shape[a]
+        if is_whole and a not in numbers.start_index_map:
+            whole[a] = b
+    return whole
+
+
+def _movement(statement: Callable[[dict, Labels, Labels], bool]) -> Law:
+    """The law of a primitive that moves the data of its first operand; the others are indices,
+    without labels.
+    """
+
+    def law(claim: Claim) -> bool:
+        program, equation = claim.program, claim.equation
+        floats = map(program.is_float, (equation.inputs[0], equation.outputs[0]))
+        if not all(floats) or any(map(np.any, claim.xs[1:])):
+            return False
+        [x, *_], [y] = claim.whole_xs(), claim.whole_ys()
+        return statement(claim.params, x, y)
+
+    return law
+
+
+def _split(claim: Claim) -> bool:
+    """Every result is its part of the operand."""
+    [x] = claim.whole_xs()
+    parts = _parts(x, claim.params["axis"], claim.params["sizes"])
+    return _all_equal(parts, claim.whole_ys())
+
+
+def _concatenate(claim: Claim) -> bool:
+    """Every piece that is not zero carries its part of the result's labels."""
+    axis, pieces = claim.params["dimension"], claim.whole_xs()
+    [y] = claim.whole_ys()
+    parts = _parts(y, axis, [piece.shape[axis] for piece in pieces])
+    return all(_equal(parts[i], pieces[i]) for i, _ in claim.terms())
+
+
+def _parts(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
+    """An array taken apart along an axis into parts of these sizes."""
+    return np.split(labels, np.cumsum(sizes)[:-1], axis)
+
+
+def _pad(claim: Claim) -> bool:
+    """What is padded carries its part of the result's labels; the padding is zeros, which may carry
+    any.
+    """
+    padding = claim.params["padding_config"]
+    _, value = claim.equation.inputs
+    narrowest = np.min(padding, initial=0)  # a negative width takes elements off
+    if narrowest < 0 or not claim.program.is_zero(value):
+        return False
+    [x, _], [y] = claim.whole_xs(), claim.whole_ys()
+    after_the_padding = tuple(slice(before, None, 1 + between) for before, _, between in padding)
+    inside = y[after_the_padding][tuple(map(slice, x.shape))]
+    return _equal(inside, x)
+
+
+def _update(claim: Claim) -> bool:
+    """An update is written somewhere into the operand, and both, where not zero, carry the result's
+    labels.
+
+    Along the axes on which the update is the smaller one, the labels must be the same wherever it
+    is written.
+    """
+    operand, update = map(claim.program.shape, claim.equation.inputs[:2])
+    written = np.flatnonzero(np.not_equal(operand, update)).tolist()
+    [y] = claim.ys
+    return _constant(y, written) and _all_carry(claim.terms(stop=2), _first(y, written))
+
+
+# Arithmetic ---------------------------------------------------------------------------------------
+
+
+def _unlabelled_result(claim: Claim) -> bool:
+    """A sign is the same after division by s > 0."""
+    return not claim.ys[0].any()
+
+
+def _compare(claim: Claim) -> bool:
+    """A comparison with zero is one of signs, which are the same after division by s > 0."""
+    with_zero = any(map(claim.program.is_zero, claim.equation.inputs))
+    return with_zero and _unlabelled_result(claim)
+
+
+def _pairwise(claim: Claim) -> bool:
+    """Every result is one operand."""
+    return _all_equal(claim.xs, claim.ys)
+
+
+def _collective(claim: Claim) -> bool:
+    """Every result is one operand, summed or compared over devices which `Stack` gives one scale
+    vector.
+    """
+    return reduced_axes(claim.program, claim.equation) is not None and _pairwise(claim)
+
+
+def _alike(claim: Claim) -> bool:
+    """Sum, maximum: every term that is not zero carries the result's labels."""
+    return _all_carry(claim.terms(), claim.ys[0])
+
+
+def _select(claim: Claim) -> bool:
+    """The choice does not depend on s, and every case that is not zero carries the result's
+    labels.
+    """
+    condition = claim.xs[0]
+    return not condition.any() and _all_carry(claim.terms(start=1), claim.ys[0])
+
+
+def _product(a: Labels, b: Labels) -> Labels | None:
+    """The labels of a product: at most one factor's scale stays, or two opposite ones cancel.
+
+    Example: 0 and -2 give -2; 2 and -2 give 0; 1 and -2 are s[0] / s[1], for which there is no
+    label: None.
+    """
+    a, b = np.broadcast_arrays(a, b)
+    lawful = (a == 0) | (b == 0) | (a == -b)
+    return np.asarray(a + b) if lawful.all() else None
+
+
+def _multiply(claim: Claim) -> bool:
+    """Exponents add."""
+    product = _product(*claim.xs)
+    return product is not None and _equal(product, claim.ys[0])
+
+
+def _divide(claim: Claim) -> bool:
+    """Exponents subtract."""
+    dividend, divisor = claim.xs
+    quotient = _product(dividend, np.asarray(-divisor))
+    return quotient is not None and _equal(quotient, claim.ys[0])
+
+
+def _reduce(claim: Claim) -> bool:
+    """All that is added up or compared carries one label: the result's."""
+    axes = tuple(claim.params["axes"])
+    return _one_label(claim.xs[0], axes, claim.ys[0])
+
+
+def _one_label(labels: Labels, axes: tuple[int, ...], result: Labels) -> bool:
+    """Whether labels are the same all along some axes, and without these axes are the result's."""
+    return _constant(labels, axes) and _equal(_first(labels, axes).squeeze(axes), result)
+
+
+def _dot(claim: Claim) -> bool:
+    """All products that are added up carry one label: the result's."""
+    lhs, rhs = claim.xs
+    return _products(claim.params["dimension_numbers"], lhs, rhs, claim.ys[0])
+
+
+def _products(numbers: Any, lhs: Labels, rhs: Labels, result: Labels) -> bool:
+    """The law of a dot_general with these dimension numbers.
+
+    Both operands are laid out along the same axes, (batch, free of lhs, free of rhs, contracted),
+    and multiplied element by element; what is left is a sum along the contracted axes.
+
+    Example: lhs [[-1, -2]] of (tokens, 2), rhs [[1], [2]] of (2, outputs) are laid out as [[[-1,
+    -2]]], [[[1, 2]]]; the product is [[[0, 0]]], one label along the contracted axis, and the
+    result carries 0.
+    """
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = numbers
+    lhs_free = _other_axes(lhs.ndim, (*lhs_contracted, *lhs_batch))
+    rhs_free = _other_axes(rhs.ndim, (*rhs_contracted, *rhs_batch))
+    lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contracted)
+    rhs = rhs.transpose(*rhs_batch, *rhs_free, *rhs_contracted)
+
+    begin_lhs = len(lhs_batch)
+    begin_rhs = begin_lhs + len(lhs_free)
+    begin_contracted = begin_rhs + len(rhs_free)
+    lhs = np.expand_dims(lhs, tuple(range(begin_rhs, begin_contracted)))
+    rhs = np.expand_dims(rhs, tuple(range(begin_lhs, begin_rhs)))
+    product = _product(lhs, rhs)
+    if product is None:
+        return False
+    return _one_label(product, tuple(range(begin_contracted, product.ndim)), result)
+
+
+def _ragged_dot(claim: Claim) -> bool:
+    """Each row meets one matrix of a stack: as a dot where labels are the same for all of them."""
+    numbers = claim.params["ragged_dot_dimension_numbers"]
+    (lhs_contracted, rhs_contracted), batch = numbers.dot_dimension_numbers
+    stack = tuple(numbers.rhs_group_dimensions)
+    lhs, rhs = claim.xs[:2]
+    if any(batch) or not stack or not _constant(rhs, stack):
+        return False
+    one_matrix = _first(rhs, stack).squeeze(stack)
+    kept = _other_axes(rhs.ndim, stack)
+    contracted = lhs_contracted, tuple(map(kept.index, rhs_contracted))
+    no_batch = (), ()
+    return _products((contracted, no_batch), lhs, one_matrix, claim.ys[0])
+
+
+# The names stand here once more, apart from the tables that the search reads: a primitive that gets
+# into one of those by mistake has no law here.
+LAWS: dict[str, Law] = {
+    "transpose": _movement(_transposed),
+    "reshape": _movement(_reshaped),
+    "squeeze": _movement(_squeezed),
+    "broadcast_in_dim": _movement(_broadcast),
+    "slice": _movement(_sliced),
+    "rev": _movement(_reversed),
+    "dynamic_slice": _movement(_sliced_anywhere),
+    "gather": _movement(_gathered),
+    **dict.fromkeys(("cumsum", "cummax", "cummin"), _movement(_accumulated)),
+    # s > 0 comes out of a sign or a magnitude: |s x| = s |x|.
+    **dict.fromkeys(("neg", "abs"), _movement(_kept)),
+    **dict.fromkeys(
+        ("convert_element_type", "reduce_precision", "copy", "copy_p"), _movement(_kept)
+    ),
+    **dict.fromkeys(
+        ("sharding_constraint", "reshard", "mesh_cast", "pvary", "name", "stop_gradient"),
+        _movement(_kept),
+    ),
+    "split": _split,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    "dynamic_update_slice": _update,
+    **dict.fromkeys(("add", "add_any", "sub", "max", "min"), _alike),
+    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne"), _compare),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
+    **dict.fromkeys(REDUCING, _collective),
+    "select_n": _select,
+    "mul": _multiply,
+    "div": _divide,
+    "sign": _unlabelled_result,
+    "optimization_barrier": _pairwise,
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
+}

@@ -1,0 +1,223 @@
+"""Primitives that move data: what they do to the label array of their operand, and how that is
+undone.
+
+Such a primitive makes every element of its result from elements of its first operand that all carry
+one label, and the element of the result carries that label too. So the labels of the operand give
+those of the result (`MOVES`, forwards), and the labels of the result give those of the operand
+(`UNDO`, backwards). Backwards may have to *tie* channels: where one element of the operand is read
+at several places of the result, the labels there must be one.
+
+Example: y = broadcast_in_dim(x) from shape (2, 1) to (2, 3), along axis 1.
+
+    forwards   x [[1], [2]]                  gives y [[1], [2]], of size 1 along axis 1
+    backwards  y [[1, 2, 3]]                 gives x [[1]], with channels 0, 1 and 2 tied: they
+    share one scale
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sqjax.folding.labels import (
+    Labels,
+    Shape,
+    changed_axes,
+    compress,
+    other_axes,
+    put_axes,
+    reshape,
+    sizes_along,
+    take_axes,
+    varies,
+)
+from sqjax.program.primitives import IDENTITIES, RUNNING
+
+#: Ties all labels along some axes of a label array, which get size 1.
+Tie = Callable[[Labels, Sequence[int]], Labels]
+
+# Forwards: the operand's labels to the result's
+# ---------------------------------------------------------------------
+
+
+def _same(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return labels
+
+
+def _transpose(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return labels.transpose(params["permutation"])
+
+
+def _reshape(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    order = params.get("dimensions")
+    if order is None:
+        return reshape(labels, old, new)
+    return reshape(labels.transpose(order), sizes_along(old, order), new)
+
+
+def _squeeze(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return labels.squeeze(tuple(params["dimensions"]))
+
+
+def _broadcast(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return put_axes(labels, params["broadcast_dimensions"], len(new))
+
+
+def _slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    index = [slice(None)] * len(old)
+    for a, kept in enumerate(_slices(params)):
+        if labels.shape[a] > 1:  # the others have size 1 before and after
+            index[a] = kept
+    return compress(labels[tuple(index)])
+
+
+def _reverse(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    return np.flip(labels, params["dimensions"])
+
+
+def _running(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """Running sums and maxima: they combine elements along one axis, which must carry one label."""
+    return None if varies(labels, [params["axis"]]) else labels
+
+
+def _dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """A slice that starts who knows where: lawful where the labels are the same wherever it
+    starts.
+    """
+    return None if varies(labels, changed_axes(old, new)) else labels
+
+
+def _gather(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+    """Rows chosen by indices: labels along the axes that are taken whole.
+
+    An index out of range gives `fill_value`, which no scale reaches. So only 0 and NaN will do,
+    because they are the same at any scale.
+    """
+    fill = params["fill_value"]
+    if fill not in (None, 0) and not np.isnan(fill):
+        return None
+    whole = _whole_axes(params, old)
+    if varies(labels, other_axes(len(old), [a for a, _ in whole])):
+        return None
+    moved = take_axes(labels, [a for a, _ in whole])
+    return put_axes(moved, [b for _, b in whole], len(new))
+
+
+#: Every movement by its primitive's name: (the operand's labels, the equation's parameters, the
+#: operand's shape, the result's shape) -> the result's labels. None: not with labels like these.
+MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "rev": _reverse,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    **dict.fromkeys(RUNNING, _running),
+    **dict.fromkeys(IDENTITIES, _same),
+    # A result in another dtype, or of another sign, is divided by s > 0 where the operand is.
+    **dict.fromkeys(("convert_element_type", "reduce_precision", "neg", "abs"), _same),
+}
+
+
+# Backwards: the result's labels to the operand's
+# --------------------------------------------------------------------
+
+
+def _undo_same(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return labels
+
+
+def _undo_transpose(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return labels.transpose(np.argsort(params["permutation"]))
+
+
+def _undo_reshape(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    order = params.get("dimensions")
+    if order is None:
+        return reshape(labels, new, old)
+    transposed = reshape(labels, new, sizes_along(old, order))
+    return transposed.transpose(np.argsort(order))
+
+
+def _undo_squeeze(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return np.expand_dims(labels, tuple(params["dimensions"]))
+
+
+def _undo_broadcast(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    axes = params["broadcast_dimensions"]
+    copied = [b for a, b in enumerate(axes) if old[a] == new[b]]
+    return take_axes(tie(labels, other_axes(len(new), copied)), axes)
+
+
+def _undo_slice(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    """What was sliced off carries no labels."""
+    shape, index = list(labels.shape), [slice(None)] * len(old)
+    for a, kept in enumerate(_slices(params)):
+        if len(range(old[a])[kept]) != old[a]:
+            shape[a], index[a] = old[a], kept
+    full = np.zeros(shape, int)
+    full[tuple(index)] = labels
+    return full
+
+
+def _undo_reverse(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return np.flip(labels, params["dimensions"])
+
+
+def _undo_running(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return tie(labels, [params["axis"]])
+
+
+def _undo_dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    return tie(labels, changed_axes(old, new))
+
+
+def _undo_gather(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+    whole = _whole_axes(params, old)
+    result_axes = [b for _, b in whole]
+    tied = tie(labels, other_axes(len(new), result_axes))
+    return put_axes(take_axes(tied, result_axes), [a for a, _ in whole], len(old))
+
+
+#: The inverse of every entry of `MOVES`: (the result's labels, the equation's parameters, the
+#: operand's shape, the result's shape, what ties labels along axes) -> the operand's labels.
+UNDO: dict[str, Callable[[Labels, dict, Shape, Shape, Tie], Labels]] = {
+    **dict.fromkeys(MOVES, _undo_same),
+    "transpose": _undo_transpose,
+    "reshape": _undo_reshape,
+    "squeeze": _undo_squeeze,
+    "broadcast_in_dim": _undo_broadcast,
+    "slice": _undo_slice,
+    "rev": _undo_reverse,
+    "dynamic_slice": _undo_dynamic_slice,
+    "gather": _undo_gather,
+    **dict.fromkeys(RUNNING, _undo_running),
+}
+
+
+# What the parameters of an equation say
+# -----------------------------------------------------------------------------
+
+
+def _slices(params: dict) -> list[slice]:
+    """What a `slice` keeps of every axis."""
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
+    return list(map(slice, starts, limits, strides))
+
+
+def _whole_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
+    """(axis of the operand, axis of the result) for the axes that a gather takes whole.
+
+    Example: x[:, ids] of x with shape (2, 3, 4) and one index takes axes 0 and 2 whole, and reads
+    axis 1 at the index.
+    """
+    numbers = params["dimension_numbers"]
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    windows = [a for a in range(len(old)) if a not in gone]
+    whole = []
+    for a, b in zip(windows, numbers.offset_dims, strict=True):
+        if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map:
+            whole.append((a, b))
+    return whole
