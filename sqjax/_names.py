@@ -10,50 +10,84 @@ def first_matches(
 ) -> dict[str, str | None]:
     """For every name the first pattern that `re.search` finds in it, or None.
 
+    Example: the patterns ["head", "k"] on "head/kernel" and "norm" are {"head/kernel": "head",
+    "norm": None}.
+
+    Args:
+        patterns: regular expressions, the first of which wins.
+        names: paths of leaves, or other names.
+        what: what a pattern is called in errors.
+
     Raises:
-        ValueError: a pattern that is not a regular expression, or that matches no name (near misses are listed).
-            A pattern whose every match is taken by an earlier one passes.
+        ValueError: a pattern that is not a regular expression, or that matches no name (near misses
+            are listed). A pattern whose every match is taken by an earlier one passes.
     """
-    patterns, names = list(patterns), list(names)
+    names = list(names)
     found: dict[str, str | None] = dict.fromkeys(names)
     for pattern in patterns:
-        try:
-            matches = [n for n in names if re.search(pattern, n)]
-        except re.error as error:
-            raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+        matches = _matches(pattern, names, what)
         if not matches:
             raise ValueError(
                 f"{what} {pattern!r} matches nothing. Near misses: {near_misses(pattern, names)}"
             )
         for name in matches:
-            found[name] = pattern if found[name] is None else found[name]
+            if found[name] is None:
+                found[name] = pattern
     return found
+
+
+def _matches(pattern: str, names: Sequence[str], what: str) -> list[str]:
+    """The names in which a pattern is found."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+    return list(filter(expression.search, names))
 
 
 def near_misses(pattern: str, names: list[str]) -> str:
     """The names that are most like a pattern, as a text for errors."""
+    if not names:
+        return "there are no names at all"
 
     def likeness(name: str) -> float:
-        parts = [name, *name.split("/")]
-        return max(difflib.SequenceMatcher(None, pattern.lower(), p.lower()).ratio() for p in parts)
+        # A pattern may name a whole path, or one key of it.
+        texts = [name, *name.split("/")]
+        return max(_ratio(pattern, text) for text in texts)
 
     near = sorted(names, key=likeness, reverse=True)[:5]
-    return ", ".join(repr(n) for n in near) if near else "there are no names at all"
+    return ", ".join(map(repr, near))
+
+
+def _ratio(pattern: str, text: str) -> float:
+    """How alike two texts are, from 0 to 1, whatever their case."""
+    return difflib.SequenceMatcher(None, pattern.lower(), text.lower()).ratio()
 
 
 def braced(paths: Sequence[str]) -> str:
-    """Paths in one text, what they share said once: layers/0/{q_proj, k_proj}/kernel."""
+    """Paths in one text, what they share said once.
+
+    Example: layers/0/q_proj/kernel and layers/0/k_proj/kernel are layers/0/{q_proj, k_proj}/kernel.
+    """
+    plain = ", ".join(paths)
     parts = [path.split("/") for path in paths]
     shortest = min(map(len, parts), default=0)
     if len(paths) < 2 or shortest < 2:
-        return ", ".join(paths)
-    head = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
-    tail = next(
-        (i for i in range(shortest - head) if len({p[-1 - i] for p in parts}) > 1), shortest - head
-    )
-    middles = ["/".join(p[head : len(p) - tail]) for p in parts]
-    if not head + tail or not all(middles):
-        return ", ".join(paths)
-    return "/".join(
-        [*parts[0][:head], "{" + ", ".join(middles) + "}", *parts[0][len(parts[0]) - tail :]]
-    )
+        return plain
+    head = _shared(parts, shortest)
+    backwards = [keys[::-1] for keys in parts]
+    tail = _shared(backwards, shortest - head)  # a key is not shared twice
+    middles = ["/".join(keys[head : len(keys) - tail]) for keys in parts]
+    if head + tail == 0 or not all(middles):
+        return plain
+    first = parts[0]
+    before, after = first[:head], first[len(first) - tail :]
+    return "/".join([*before, "{" + ", ".join(middles) + "}", *after])
+
+
+def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
+    """How many of their first keys all paths share, at most `most`."""
+    count = 0
+    while count < most and len({keys[count] for keys in parts}) == 1:
+        count += 1
+    return count

@@ -1,4 +1,5 @@
-"""Helpers for shapes: axes that a reshape keeps together, the mesh axes of a spec, how an array is sharded."""
+"""Helpers for shapes: runs of axes that a reshape keeps together, mesh axes of a spec, how an array
+is sharded."""
 
 import math
 from collections.abc import Sequence
@@ -9,23 +10,41 @@ from jax.sharding import PartitionSpec
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that one entry of a PartitionSpec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    """The mesh axes that one entry of a PartitionSpec names: None names none, ("a", "b") two."""
+    if entry is None:
+        return ()
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry)
 
 
 def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of axes of two shapes that have equal products: [(axes of old, axes of new), ...]."""
+    """The shortest runs of axes of two shapes that have equal products: [(axes of old, axes of
+    new), ...].
+
+    A reshape mixes the axes of one run, and leaves the runs apart.
+
+    Example: (2, 6, 4) -> (2, 3, 2, 4) has the runs ([0], [0]), ([1], [1, 2]) and ([2], [3]),
+    because 6 = 3 * 2."""
     found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while (a := math.prod(old[i0:i])) != (b := math.prod(new[j0:j])):
-            if a < b:
-                i += 1
+    old_end = new_end = 0
+    while old_end < len(old) or new_end < len(new):
+        old_start, new_start = old_end, new_end
+        # One side may have run out of axes: what is left on the other side is of size 1.
+        old_end = min(old_end + 1, len(old))
+        new_end = min(new_end + 1, len(new))
+        while True:
+            of_old = math.prod(old[old_start:old_end])
+            of_new = math.prod(new[new_start:new_end])
+            if of_old == of_new:
+                break
+            if of_old < of_new:
+                old_end += 1
             else:
-                j += 1
-        found.append((list(range(i0, i)), list(range(j0, j))))
+                new_end += 1
+        axes_of_old = list(range(old_start, old_end))
+        axes_of_new = list(range(new_start, new_end))
+        found.append((axes_of_old, axes_of_new))
     return found
 
 
@@ -34,8 +53,11 @@ def sharded_as(
 ) -> jax.ShapeDtypeStruct:
     """The type `plain`, sharded as the array `stored` is: axis i as its axis `axes[i]`.
 
-    Only meshes with explicit axes say in an array's type how it is sharded; elsewhere the type stays as it is.
-    """
+    Only meshes with explicit axes say in an array's type how it is sharded; elsewhere the type
+    stays as it is.
+
+    Example: a transposed view of a stored array with the spec P("model", None) has axes (1, 0) and
+    P(None, "model")."""
     if not isinstance(stored, jax.Array):
         return plain
     sharding = jax.typeof(stored).sharding

@@ -1,4 +1,4 @@
-"""A traced function: its equations, its leaves, walking and evaluating it. Knows nothing of quantization.
+"""A traced function: its equations and leaves, walking and evaluating it. Knows no quantization.
 
 May import nothing of ours; and the small helpers `sqjax._*`.
 """

@@ -1,8 +1,9 @@
 """`build`: a traced function as one list of equations, without its dead code.
 
-A jaxpr is a tree of programs: calls hold programs, scans and shard_maps hold programs. Here calls (jit, remat, custom
-gradients) are written out in place, and variables are numbers that are never used twice, because then a fact about a
-variable can be kept in a plain table. Bodies of scans and shard_maps stay where they are, as part of their equation.
+A jaxpr is a tree of programs: calls hold programs, scans and shard_maps hold programs. Here calls
+(jit, remat, custom gradients) are written out in place, and variables are numbers that are never
+used twice, because then a fact about a variable can be kept in a plain table. Bodies of scans and
+shard_maps stay where they are, as part of their equation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ from sqjax.program.views import VIEWS
 class Var(int):
     """A variable of a program: its number, in the order in which the variables were made.
 
-    An int, because variables are keys of almost every table here: they hash, compare and sort as fast as numbers do.
+    An int, because variables are keys of almost every table here: they hash, compare and sort as
+    fast as numbers do.
     """
 
     __slots__ = ()
@@ -37,7 +39,7 @@ class Var(int):
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A number that stands in the program itself, such as the 2.0 of `2.0 * x`; two are never the same one."""
+    """A number that stands in the program itself, such as the 2.0 of `2.0 * x`."""
 
     value: np.ndarray
 
@@ -58,7 +60,8 @@ class Equation(NamedTuple):
     Attributes:
         name: the primitive's.
         inputs, outputs: its operands and results.
-        origin: the equation of the jaxpr, which knows how to run and which line of the user's program made it.
+        origin: the equation of the jaxpr, which knows how to run and which line of the user's
+            program made it.
         params: the primitive's parameters, with Python's integers in place of numpy's.
         body: what a scan runs at every step, a shard_map on every device; None for everything else.
     """
@@ -79,7 +82,8 @@ class Equation(NamedTuple):
     def read(self) -> list[Var]:
         """The variables it reads itself.
 
-        Not a scan's constants: its body reads the outer variables, so equations of the body are the readers.
+        Not a scan's constants: its body reads the outer variables, so equations of the body are the
+        readers.
         """
         if self.body is not None and isinstance(self.body.call, Scan):
             return variables_in(self.inputs[self.body.call.consts :])
@@ -88,7 +92,8 @@ class Equation(NamedTuple):
     def behind(self, result: Var) -> list[Var]:
         """The variables that one of its results is made of.
 
-        All that it reads; but an identity of several operands (`optimization_barrier`) passes on one of them each.
+        All that it reads; but an identity of several operands (`optimization_barrier`) passes on
+        one of them each.
         """
         if self.name not in IDENTITIES:
             return self.variables
@@ -97,7 +102,7 @@ class Equation(NamedTuple):
 
     @property
     def runs_a_program(self) -> bool:
-        """Whether there is a program in its parameters: a scan, a loop, a branch, a custom kernel."""
+        """Whether a program is among its parameters: it is a scan, a loop, a custom kernel ..."""
         return any(True for _ in jaxprs_in_params(self.params))
 
     def __str__(self) -> str:
@@ -107,11 +112,12 @@ class Equation(NamedTuple):
 class Body(NamedTuple):
     """One step of a scan, or what one device does in a shard_map.
 
-    A scan's constants are the outer variables themselves. Its carry and the slices of what it runs over, and all
-    operands of a shard_map, are variables of the body's own.
+    A scan's constants are the outer variables themselves. Its carry and the slices of what it runs
+    over, and all operands of a shard_map, are variables of the body's own.
 
     Attributes:
-        scopes: of a scan the number of its family, of a shard_map one number for each of its mesh axes.
+        scopes: of a scan the number of its family, of a shard_map one number for each of its mesh
+            axes.
         call: how often and in what order it runs, or on which devices.
         inputs: the carry, then a slice of each of the xs; one device's block of every operand.
         outputs: the next carry, then a slice of each of the ys; one device's block of every result.
@@ -133,11 +139,13 @@ class Body(NamedTuple):
 class FlatProgram(NamedTuple):
     """A function as equations, and where its variables live.
 
-    Scans of one length in one scope are a family. They share the slices of a leaf that several of them run over (a
-    prefill and a step over the same layers), because a scale of such a slice is a scale for both.
+    Scans of one length in one scope are a family. They share the slices of a leaf that several of
+    them run over (a prefill and a step over the same layers), because a scale of such a slice is a
+    scale for both.
 
     Attributes:
-        main: the equations that some output depends on, in order; those of scans and shard_maps hold their bodies.
+        main: the equations that some output depends on, in order; those of scans and shard_maps
+            hold their bodies.
         inputs: the variables of fn's inputs, the leaves first.
         results: what the function returns.
         avals: the shape and dtype of every variable.
@@ -145,10 +153,12 @@ class FlatProgram(NamedTuple):
         lengths: {family of scans, or mesh axis: the number of steps, or devices}.
         mesh_axes: {mesh axis: its name} of those of shard_maps.
         leaves: {variable: path} of the parameter leaves.
-        roots: {variable: what it is} of the other variables that no equation makes: inputs, constants, carries.
+        roots: {variable: what it is} of the other variables that no equation makes: inputs,
+            constants, carries.
         outputs: {variable: what reads it} of results and of what leaves a body.
         constants: {variable: value} of the arrays that fn has captured.
-        slices: {(variable, scopes): the variable of its slice or block in these scopes, once for each body given one}.
+        slices: {(variable, scopes): the variable of its slice or block in these scopes, once for
+            each body given one}.
     """
 
     main: tuple[Equation, ...]
@@ -176,7 +186,7 @@ def variables_in(atoms: Sequence[Atom]) -> list[Var]:
 
 
 def all_equations(equations: Sequence[Equation]) -> Iterator[Equation]:
-    """These equations and those of their bodies, the ones of a body before the equation that runs it."""
+    """These equations and those of their bodies, which come before the equation that runs them."""
     for equation in equations:
         if equation.body is not None:
             yield from all_equations(equation.body.equations)
@@ -247,8 +257,9 @@ class _Builder:
     def _write_out(
         self, jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[Any]
     ) -> tuple[list[Equation], list[Any]]:
-        """(the equations of a program, what it returns), given what its constants and inputs are out here."""
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+        """(the equations of a program, what it returns), given its constants and inputs."""
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
         equations: list[Equation] = []
 
         def read(atom: Any) -> Any:
@@ -256,6 +267,7 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             operands = tuple(read(v) for v in eqn.invars)
+            # A call's variables become those of its operands, so that no equation says "call".
             if (inner := inner_program(eqn)) is not None:
                 captured = self._capture(inner.jaxpr, inner.consts)
                 written, results = self._write_out(inner.jaxpr, captured, operands)
@@ -268,7 +280,7 @@ class _Builder:
     def _write_one(
         self, eqn: JaxprEqn, operands: tuple[Any, ...]
     ) -> tuple[list[Equation], list[Any]]:
-        """An equation that calls no program, and its results; none where a variable holds its result already."""
+        """(an equation, its results); no equation if some variable holds the result already."""
         results = [self._new(v.aval) for v in eqn.outvars]
         params = {name: plain(value) for name, value in eqn.params.items()}
         equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
@@ -279,8 +291,9 @@ class _Builder:
     def _same_view(self, equation: Equation) -> Var | None:
         """The variable that is this very view of a leaf already, or None.
 
-        Two functions that share parameters (a prefill and a step) cast and transpose the same leaves. They share the
-        results too, because a leaf that two scans read through one variable is read once for both.
+        Two functions that share parameters (a prefill and a step) cast and transpose the same
+        leaves. They share the results too, because a leaf that two scans read through one variable
+        is read once for both.
         """
         if equation.name not in VIEWS or len(equation.inputs) != 1 or self.scope:
             return None
@@ -297,31 +310,38 @@ class _Builder:
         if call is None:
             return equation
         outside = self.scope
-        scopes = self._enter_scan(call) if isinstance(call, Scan) else self._enter_shard_map(call)
-        program = call.program
-        captured = self._capture(program.jaxpr, program.consts)
+        jaxpr = call.program.jaxpr
+        constants: list[Atom] = []
         if isinstance(call, Scan):
+            scopes = self._enter_scan(call)
+            captured = self._capture(jaxpr, call.program.consts)
             constants, _, xs = call.sort(equation.inputs)
             inputs = self._inputs_of_step(equation, call, xs)
+            leaving = f"what leaves a step of {equation}"
         else:
-            constants = []
+            scopes = self._enter_shard_map(call)
+            captured = self._capture(jaxpr, call.program.consts)
             inputs = self._inputs_of_block(equation, call)
-        equations, outputs = self._write_out(program.jaxpr, captured, [*constants, *inputs])
-        step = "a step of " if isinstance(call, Scan) else ""
-        self._note_outputs(outputs, f"what leaves {step}{equation}")
+            leaving = f"what leaves {equation}"
+        equations, outputs = self._write_out(jaxpr, captured, [*constants, *inputs])
+        self._note_outputs(outputs, leaving)
         self.scope = outside
-        return equation._replace(body=Body(scopes, call, inputs, tuple(outputs), tuple(equations)))
+        body = Body(scopes, call, inputs, tuple(outputs), tuple(equations))
+        return equation._replace(body=body)
 
     def _enter_scan(self, scan: Scan) -> Scopes:
-        """Goes into a scan's body. Scans of one length in one scope share a number: they are a family."""
+        """Goes into a scan's body; scans of one length in one scope share a number."""
         return (self._enter(scan.length, scan.length),)
 
     def _enter_shard_map(self, shards: ShardMap) -> Scopes:
-        """Goes into a shard_map's body. Its mesh axes share their numbers with no other shard_map's."""
-        own = len(self._numbers)
-        names = {self._enter((own, name), size): name for name, size in shards.sizes.items()}
-        self.mesh_axes.update(names)
-        return tuple(names)
+        """Goes into a shard_map's body; its mesh axes have numbers of their own."""
+        own = len(self._numbers)  # part of the key, because no other shard_map has this number
+        numbers = []
+        for name, size in shards.sizes.items():
+            number = self._enter((own, name), size)
+            self.mesh_axes[number] = name
+            numbers.append(number)
+        return tuple(numbers)
 
     def _enter(self, key: Any, length: int) -> int:
         number = self._numbers.setdefault((self.scope, key), len(self._numbers))
@@ -335,17 +355,19 @@ class _Builder:
         """The variables of a scan's carry, and of one step's slices of what it runs over."""
         _, carry, slices = scan.sort(scan.program.jaxpr.invars)
         carried = [self._new(v.aval) for v in carry]
-        sliced = [self._slice(x, v.aval) for x, v in zip(xs, slices, strict=True)]
+        sliced = []
+        for x, v in zip(xs, slices, strict=True):
+            sliced.append(self._slice(x, v.aval))
         self.roots.update(dict.fromkeys(carried, f"the carry of {equation}"))
         self.roots.update(dict.fromkeys(sliced, f"what {equation} runs over"))
         return (*carried, *sliced)
 
     def _slice(self, outer: Atom, aval: Any) -> Var:
-        """The variable of one step's slice: one and the same in all scans of a family that run over it."""
+        """The variable of one step's slice, which all scans of a family share."""
         if not isinstance(outer, Var):
             return self._new(aval)
         known = self.slices.setdefault((outer, self.scope), [])
-        known.append(known[0] if known else self._new(aval))
+        known.append(known[0] if known else self._new(aval))  # one entry for each body
         return known[0]
 
     def _inputs_of_block(self, equation: Equation, shards: ShardMap) -> tuple[Var, ...]:
@@ -362,9 +384,11 @@ def _alive(equations: Sequence[Equation], needed: set[Var]) -> tuple[Equation, .
     """The equations without dead code; what they read is added to `needed`."""
     kept = []
     for equation in reversed(equations):
+        # Prints and other effects count, though nothing reads a result of theirs.
         if not needed.intersection(equation.outputs) and not equation.origin.effects:
             continue
         if (body := equation.body) is not None:
+            # All outputs, also of results that nothing reads: a carry is read by the next step.
             needed.update(variables_in(body.outputs))
             inside = _alive(body.equations, needed)
             equation = equation._replace(body=body._replace(equations=inside))

@@ -1,24 +1,27 @@
-"""How operands enter the bodies of scans and shard_maps: the one place that knows which body variable is which slice."""
+"""How operands enter bodies: which variable of a body is which slice, block or carried value."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqjax.program.build import Atom, Equation, Var
-from sqjax.program.subprograms import Scan
+from sqjax.program.build import Atom, Body, Equation, Var
+from sqjax.program.subprograms import Scan, ShardMap
 from sqjax.program.views import View
 
 
 class Entry(NamedTuple):
     """What a body gets of one operand: the slice of a step, or the block of a device.
 
-    Example: a scan over a stack (32, 64, 64) gives its body slices of (64, 64), one for each step. A shard_map with the
-    spec P(None, "model") on 4 devices gives its body blocks of (64, 16) of an operand of (64, 64).
+    Example: a scan over a stack (32, 64, 64) gives its body slices of (64, 64), one for each step.
+    A shard_map with the spec P(None, "model") on 4 devices gives its body blocks of (64, 16) of an
+    operand of (64, 64).
 
     Attributes:
         outer: the operand of the scan or shard_map.
         inner: the body's variable.
-        scan: the scan that takes another index of the operand's first axis at every step; None in a shard_map.
-        shards: {axis of the operand: the (mesh axis, number of devices) that shard it, major first} in a shard_map.
+        scan: the scan that takes another index of the operand's first axis at every step; None in a
+            shard_map.
+        shards: {axis of the operand: the (mesh axis, number of devices) that shard it, major first}
+            in a shard_map.
     """
 
     outer: Atom
@@ -51,23 +54,29 @@ class Carried(NamedTuple):
 
 
 def entries(equation: Equation) -> list[Entry]:
-    """The slices that a scan runs over, or the blocks of a shard_map's operands; [] for an equation without a body."""
+    """The slices of a scan, or the blocks of a shard_map; [] for an equation without a body."""
     body = equation.body
     if body is None:
         return []
-    if isinstance(body.call, Scan):
-        [scan] = body.scopes
-        _, _, xs = body.call.sort(equation.inputs)
-        slices = body.inputs[body.call.carry :]
-        return [Entry(x, v, scan, {}) for x, v in zip(xs, slices, strict=True)]
-    numbers = dict(zip(body.call.sizes, body.scopes, strict=True))
+    if isinstance(body.call, ShardMap):
+        return _blocks(equation, body, body.call)
+    [scan] = body.scopes
+    _, _, xs = body.call.sort(equation.inputs)
+    slices = body.inputs[body.call.carry :]
+    pairs = zip(xs, slices, strict=True)
+    return [Entry(outer, inner, scan, {}) for outer, inner in pairs]
+
+
+def _blocks(equation: Equation, body: Body, shards: ShardMap) -> list[Entry]:
+    """One device's blocks of a shard_map's operands."""
+    numbers = dict(zip(shards.sizes, body.scopes, strict=True))
     found = []
-    for x, v, spec in zip(equation.inputs, body.inputs, body.call.in_specs, strict=True):
-        shards = {
-            axis: [(numbers[name], body.call.sizes[name]) for name in names]
-            for axis, names in body.call.sharded_axes(spec).items()
-        }
-        found.append(Entry(x, v, None, shards))
+    operands = zip(equation.inputs, body.inputs, shards.in_specs, strict=True)
+    for outer, inner, spec in operands:
+        sharded = {}
+        for axis, names in shards.sharded_axes(spec).items():
+            sharded[axis] = [(numbers[name], shards.sizes[name]) for name in names]
+        found.append(Entry(outer, inner, None, sharded))
     return found
 
 

@@ -25,8 +25,9 @@ def evaluate(
     """Runs a program on its leaves and inputs.
 
     Returns:
-        What the function returns (flat), and {variable: what its probe made of it}; for a variable in bodies that has
-        a leading axis for each of the variable's scopes: one entry a step, one for each device along a mesh axis.
+        What the function returns (flat), and {variable: what its probe made of it}; for a variable
+        in bodies that has a leading axis for each of the variable's scopes: one entry a step, one
+        for each device along a mesh axis.
         Example: the absmax of 64 channels in a scan over 32 layers has the shape (32, 64).
     """
     given = zip(program.inputs, [*leaves, *inputs], strict=True)
@@ -47,7 +48,7 @@ class _Run(NamedTuple):
     probes: Probes
 
     def equations(self, equations: Sequence[Equation], env: Env, scopes: Scopes) -> Seen:
-        """Adds what the equations make to `env`; returns what the probes of these scopes, and of those within, see."""
+        """Adds what the equations make to `env`; returns what probes here and in bodies see."""
         seen: Seen = {}
         for equation in equations:
             operands = _read(env, equation.inputs)
@@ -58,6 +59,7 @@ class _Run(NamedTuple):
                 results, within = self._through_body(equation.body, operands, env, scopes)
                 seen |= within
             env.update(zip(equation.outputs, results, strict=True))
+        # Probes look once all is computed, because a variable may be an input of this scope.
         for v, look in self.probes.items():
             if self.program.scopes[v] == scopes and v in env:
                 seen[v] = look(env[v])
@@ -79,7 +81,8 @@ class _Run(NamedTuple):
 
         def step(carry, slices):
             # A body reads the outer variables too: a scan's constants are those themselves.
-            inner = {**env, **dict(zip(body.inputs, [*carry, *slices], strict=True))}
+            given = zip(body.inputs, [*carry, *slices], strict=True)
+            inner = {**env, **dict(given)}
             seen = self.equations(body.equations, inner, scopes)
             outputs = _read(inner, body.outputs)
             return outputs[: scan.carry], (outputs[scan.carry :], seen)
@@ -90,16 +93,18 @@ class _Run(NamedTuple):
     def _shard_map(
         self, body: Body, shards: ShardMap, operands: Sequence[Any], scopes: Scopes
     ) -> tuple[list[Any], Seen]:
-        # Only the program's constants come from outside, because all else is an operand of the shard_map.
+        # Only the program's constants come from outside, because all else is an operand of the
+        # shard_map.
         constants = self.program.constants
 
         def block(*blocks):
             inner = {**constants, **dict(zip(body.inputs, blocks, strict=True))}
             seen = self.equations(body.equations, inner, scopes)
-            # A leading axis of size 1 for each mesh axis: the devices' parts are put together along it.
+            # A leading axis of size 1 for each mesh axis: the devices' parts are put together along
+            # it.
             lead = (1,) * len(shards.sizes)
-            apart = jax.tree.map(lambda x: x.reshape(*lead, *x.shape), seen)
-            return _read(inner, body.outputs), apart
+            of_device = jax.tree.map(lambda x: x.reshape(lead + x.shape), seen)
+            return _read(inner, body.outputs), of_device
 
         out_specs = [*shards.out_specs], PartitionSpec(*shards.sizes)
         return shards.run(block, shards.in_specs, out_specs, operands)

@@ -1,6 +1,7 @@
 """`Program`: what is known of the variables of a traced function."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,22 +16,28 @@ from sqjax.program.views import VIEWS, View
 class Program:
     """What is known of the variables of a traced function: which are leaves, seen how, read where.
 
-    A body is a world of its own: what flows in and out of it, at every step or on every device, carries no scale. Only
-    the slices or blocks of leaves are leaves inside too, with one scale vector a step, or for each device along a mesh
-    axis that shards them all.
+    A body is a world of its own: what flows in and out of it, at every step or on every device,
+    carries no scale. Only the slices or blocks of leaves are leaves inside too, with one scale
+    vector a step, or for each device along a mesh axis that shards them all.
 
     Attributes:
-        main, inputs, results, avals, scopes, lengths, mesh_axes, outputs, constants: see `FlatProgram`.
-        leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and of `offsets`.
+        main, inputs, results, avals, scopes, lengths, mesh_axes, outputs, constants: see
+            `FlatProgram`.
+        leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and
+            of `offsets`.
         roots: {variable: what it is} of the other variables that no equation makes.
-        offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has no other reader.
+        offsets: {variable: c} of variables c + leaf (Gemma's 1 + w) that stand for the leaf: it has
+            no other reader.
         barred: {variable: why it can carry no scale}.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
-        picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of a stack.
-        scanned: {variable of a body: the variable computed from leaves of which it is a slice or block}.
+        picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of
+            a stack.
+        scanned: {variable of a body: the variable computed from leaves of which it is a slice or
+            block}.
         zeros: variables known to hold only zeros.
-        views: {variable: View} of the variables that are a leaf, seen through `sqjax.program.views`.
+        views: {variable: View} of the variables that are a leaf, seen through
+            `sqjax.program.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
@@ -49,8 +56,12 @@ class Program:
         self.picked: dict[Var, Equation] = {}
         self.scanned: dict[Var, Var] = {}
         self.zeros: set[Var] = set()
-        self.leaf_views = {v: View.of(path, self.shape(v)) for v, path in self.leaves.items()}
-        self.views = {v: view for v, view in self.leaf_views.items() if self.is_float(v)}
+        self.views: dict[Var, View] = {}
+        self.leaf_views: dict[Var, View] = {}
+        for v, path in self.leaves.items():
+            self.leaf_views[v] = View.of(path, self.shape(v))
+            if self.is_float(v):  # tables of integers are leaves, but nothing scales them
+                self.views[v] = self.leaf_views[v]
         self._fills: dict[Var, np.ndarray] = {}
         self._whole: dict[
             Var, Var
@@ -61,15 +72,17 @@ class Program:
                 self.readers.setdefault(v, []).append(equation)
         for part, whole in self._whole.items():
             self._bar_unless_read_there(part, whole, flat.slices[whole, self.scopes[part]])
-        for equation in [e for e in self.equations if e.name == "add"]:
-            self._note_offset(equation)
+        for equation in self.equations:
+            if equation.name == "add":
+                self._note_offset(equation)
 
     @property
     def equations(self) -> Iterator[Equation]:
         """All equations, those of a body before the one that runs it."""
         return all_equations(self.main)
 
-    # In order of execution, because what is known of a result follows from what is known of the operands.
+    # In order of execution, because what is known of a result follows from what is known of the
+    # operands.
 
     def _visit(self, equations: Sequence[Equation]) -> None:
         for equation in equations:
@@ -80,6 +93,7 @@ class Program:
             self.maker.update(dict.fromkeys(equation.outputs, equation))
             if equation.name in PICKS and equation.inputs[0] in self.from_leaves:
                 self.picked[equation.outputs[0]] = equation
+            # What leaves a body is no view and no known number: it differs from step to step.
             if equation.body is None:
                 for y in equation.outputs:
                     self._pass_on(equation, y)
@@ -110,16 +124,20 @@ class Program:
             self.from_leaves.add(y)
         if equation.name in KEEP_A_FILL:
             self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
-        if equation.name not in VIEWS or len(sources) != 1:
-            return
-        [x] = sources
+        if equation.name in VIEWS and len(sources) == 1:
+            self._pass_view(equation, sources[0], y)
+
+    def _pass_view(self, equation: Equation, x: Var, y: Var) -> None:
+        """A view of a leaf is that leaf; a view of what was picked from a leaf is picked too."""
         if x in self.picked:
             self.picked[y] = self.picked[x]
-        if x in self.views and self.is_float(y):
-            rule = VIEWS[equation.name]
-            view = rule(self.views[x], equation.params, self.shape(x), self.shape(y))
-            if view is not None:
-                self.views[y] = view
+        if x not in self.views or not self.is_float(y):
+            return
+        rule = VIEWS[equation.name]
+        old, new = self.shape(x), self.shape(y)
+        view = rule(self.views[x], equation.params, old, new)
+        if view is not None:
+            self.views[y] = view
 
     def _pass_fill(self, x: Atom, y: Var) -> None:
         """Copies of one number are that number; copies of zeros are zeros."""
@@ -131,14 +149,17 @@ class Program:
             self.zeros.add(y)
 
     def _number(self, atom: Atom) -> np.ndarray | None:
-        """The number that fills an operand, as an array of one element; None where none is known."""
+        """The number that fills an operand, as an array of one element; None if not known."""
         number = self._fills.get(atom) if isinstance(atom, Var) else atom.value
         return number if number is not None and number.size == 1 else None
 
     # Once all equations are known, because these facts depend on every reader of a variable.
 
     def _bar_unless_read_there(self, part: Var, whole: Var, parts: Sequence[Var]) -> None:
-        """Bars a slice or block of a leaf that is read outside its bodies too, where it has another scale a step.
+        """Bars a slice or block of a leaf that is read outside its bodies too.
+
+        Outside, the whole leaf would need one scale, in the bodies it has one for each step or
+        device.
 
         `parts` has an entry for each body of the family that is given it.
         """
@@ -148,20 +169,23 @@ class Program:
             self.barred[part] = f"{self.leaves[part]} is read outside this {body} too"
 
     def _note_offset(self, equation: Equation) -> None:
-        """c + w stands for the leaf w where w has no other reader: w' = (c + w) / s - c rescales it."""
+        """c + w stands for the leaf w if w has no other reader: w' = (c + w) / s - c scales it."""
         [y] = equation.outputs
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
             if not isinstance(leaf, Var) or not self._is_leaf_read_once(leaf):
                 continue
             number = self._number(other)
-            if number is None or not number.any() or self.shape(leaf) != self.shape(y):
+            if number is None or not number.any():  # 0 + w is w, with any number of readers
+                continue
+            if self.shape(leaf) != self.shape(y):  # w is broadcast
                 continue
             view = self.views[leaf]
             offset = float(number.item())
             self._stands_for_leaf(y, view)
             self.offsets[y] = offset
             del self.maker[y]
-            dtypes = [self.avals[v].dtype for v in (*self.chain(leaf), y)]
+            passed = [*self.chain(leaf), y]
+            dtypes = [self.avals[v].dtype for v in passed]
             problem = _why_too_coarse(equation, view.path, offset, dtypes)
             if problem is not None:
                 self.barred[y] = problem
@@ -191,7 +215,8 @@ class Program:
 
     def _reads(self, var: Var) -> int:
         """How many operands, and results of fn or of bodies, a variable is."""
-        by_equations = sum(e.read.count(var) for e in self.readers.get(var, ()))
+        readers = self.readers.get(var, [])
+        by_equations = sum(equation.read.count(var) for equation in readers)
         return by_equations + (var in self.outputs)
 
     def is_zero(self, atom: Atom) -> bool:
@@ -221,13 +246,17 @@ class Program:
                 waiting += self.maker[v].behind(v)
         return paths
 
+    def _type(self, atom: Atom) -> Any:
+        """What has the shape and the dtype of an operand or result."""
+        return self.avals[atom] if isinstance(atom, Var) else atom.value
+
     def shape(self, atom: Atom) -> tuple[int, ...]:
         """The shape of an operand or result."""
-        return tuple(self.avals[atom].shape if isinstance(atom, Var) else atom.value.shape)
+        return tuple(self._type(atom).shape)
 
     def is_float(self, atom: Atom) -> bool:
-        """Whether an operand may carry a scale: float8 may not, because it has too few exponents."""
-        dtype = self.avals[atom].dtype if isinstance(atom, Var) else atom.value.dtype
+        """Whether an operand may carry a scale; float8 may not: it has too few exponents."""
+        dtype = self._type(atom).dtype
         return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
 
 
@@ -236,15 +265,15 @@ def _why_too_coarse(
 ) -> str | None:
     """Why c + w of these dtypes can not be rescaled without loss; None if it can.
 
-    w' = (c + w) / s - c must hold the bits of (c + w) / s. The proof rounds c + w to multiples of 2^-8, so that the
-    subtraction is exact in float32; c must be such a multiple too. Example: 1 + w in float32 passes, 1 + w in bfloat16
-    and 0.1 + w do not.
+    w' = (c + w) / s - c must hold the bits of (c + w) / s. The proof rounds c + w to multiples of
+    2^-8, so that the subtraction is exact in float32; c must be such a multiple too. Example: 1 + w
+    in float32 passes, 1 + w in bfloat16 and 0.1 + w do not.
     """
     narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
     if narrow.itemsize < 4:
         return (
-            f"{equation} computes {offset:g} + {path}, in {narrow} too coarse to rescale: keep this leaf, and that "
-            "sum, in float32"
+            f"{equation} computes {offset:g} + {path}, in {narrow} too coarse to rescale: "
+            "keep this leaf, and that sum, in float32"
         )
     if abs(offset) > 256 or not (offset * 256).is_integer():
         return f"{equation} adds {offset:g}, with which a sum can not be rescaled exactly"

@@ -1,22 +1,24 @@
-"""Which primitives only pass arrays on or move their elements: one table, which every walk over a program reads.
+"""Which primitives only pass arrays on or move their elements: one table for all walks.
 
-The walks differ in what they follow (views of leaves, labels, known constants, quantized weights), so each has rules of
-its own. They must not differ in *which* primitives are harmless, because a weight that one of them loses on its way is
-no site, or can not run in int8.
+The walks differ in what they follow (views of leaves, labels, known constants, quantized weights),
+so each has rules of its own. They must not differ in *which* primitives are harmless, because a
+weight that one of them loses on its way is no site, or can not run in int8.
 """
 
-#: Every result is the operand at the same position: the same numbers, shape and dtype. `optimization_barrier` is the
-#: only one with several operands and results, so rules for these pair operands with results.
+#: Every result is the operand at the same position: the same numbers, shape and dtype.
+#: `optimization_barrier` is the only one with several operands and results, so rules for these pair
+#: operands with results.
 COPIES = ("copy", "copy_p", "stop_gradient", "name", "optimization_barrier")
 
-#: The same numbers, laid out in another way over devices, or (`pvary`) only said to differ between them.
+#: The same numbers, laid out in another way over devices, or (`pvary`) only said to differ between
+#: them.
 RESHARDINGS = ("sharding_constraint", "reshard", "mesh_cast", "pvary")
 
 #: The results are the operands.
 IDENTITIES = (*COPIES, *RESHARDINGS)
 
-#: Every element of the result is an element of the one operand; shapes and parameters say which. A number that fills
-#: the operand fills the result too.
+#: Every element of the result is an element of the one operand; shapes and parameters say which. A
+#: number that fills the operand fills the result too.
 MOVEMENTS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev")
 
 #: Elements of the first operand, at indices that are only known when the program runs.

@@ -1,8 +1,9 @@
-"""`Registry`: rules for special values, by primitive and kind of value; and how these values enter bodies.
+"""`Registry`: rules for special values, by primitive and kind; how such values enter bodies.
 
-A program is run equation by equation (`sqjax.program.walk`). Most values are arrays, and most equations are simply
-emitted again. Some values are special: a quantized weight, an int8 cache. They travel as a `Leaf`. What happens where a
-`Leaf` meets a primitive is a rule, registered by the primitive's name and the kind of the value:
+A program is run equation by equation (`sqjax.program.walk`). Most values are arrays, and most
+equations are simply emitted again. Some values are special: a quantized weight, an int8 cache. They
+travel as a `Leaf`. What happens where a `Leaf` meets a primitive is a rule, registered by the
+primitive's name and the kind of the value:
 
     rules = Registry(CACHES, WEIGHTS)
 
@@ -38,16 +39,17 @@ class Leaf:
 class Kind(NamedTuple):
     """One kind of special value, and what becomes of it where it enters or leaves a body.
 
-    A registry refuses nothing by itself, because only whoever made the values can name the remedy: `otherwise` and
-    `carry` may raise.
+    A registry refuses nothing by itself, because only whoever made the values can name the remedy:
+    `otherwise` and `carry` may raise.
 
     Attributes:
         type: the type of the leaves' values.
-        otherwise: otherwise(equation, *operands) stands in for the rule of a primitive that has none.
-        slices: slices(equation, leaf, length): the leaf that a scan runs over, as a tree of arrays whose first axis is
-            that of the steps.
-        specs: specs(equation, leaf, spec): the tree of the PartitionSpecs of its arrays, where a shard_map is given it
-            with this spec.
+        otherwise: otherwise(equation, *operands) stands in for the rule of a primitive that has
+            none.
+        slices: slices(equation, leaf, length): the leaf that a scan runs over, as a tree of arrays
+            whose first axis is that of the steps.
+        specs: specs(equation, leaf, spec): the tree of the PartitionSpecs of its arrays, where a
+            shard_map is given it with this spec.
         carry: carry(equation, leaf): what a loop carries in its place.
         leave: leave(leaf): what a body, or the whole program, returns in its place.
     """
@@ -61,14 +63,18 @@ class Kind(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule: run(equation, *operands) gives the result, or a list of them if the primitive has several.
+    """A rule: run(equation, *operands) gives the result, or a list if the primitive has several.
 
-    `fills` asks for a keyword argument of that name: for every operand the number that fills it, or None where no such
-    number is known. (A mask is `select_n` with an operand that zero fills.)
+    `fills` asks for a keyword argument of that name: for every operand the number that fills it, or
+    None where no such number is known. (A mask is `select_n` with an operand that zero fills.)
     """
 
     run: Callable[..., Any]
     fills: bool = False
+
+
+def _never(equation: JaxprEqn) -> bool:
+    return False
 
 
 class Registry:
@@ -76,11 +82,11 @@ class Registry:
 
     Args:
         kinds: the first kind that an equation meets owns it.
-        concerns: concerns(equation) is true of equations that are handed to the first kind's rules though no operand
-            is special.
+        concerns: concerns(equation) is true of equations that are handed to the first kind's rules
+            though no operand is special.
     """
 
-    def __init__(self, *kinds: Kind, concerns: Callable[[JaxprEqn], bool] = lambda equation: False):
+    def __init__(self, *kinds: Kind, concerns: Callable[[JaxprEqn], bool] = _never):
         self.kinds, self.concerns = kinds, concerns
         self._rules: dict[tuple[str, type], Rule] = {}
 
@@ -95,7 +101,7 @@ class Registry:
     def register(
         self, primitives: Iterable[str], kind: Kind, *, fills: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """A decorator: the function is the rule of these primitives for this kind; see `Rule` for `fills`."""
+        """A decorator: the function is the rule of these primitives for this kind (see `Rule`)."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
             for primitive in primitives:
@@ -106,22 +112,39 @@ class Registry:
 
     def kind_of(self, leaf: Leaf) -> Kind:
         """The kind of one special value."""
-        return next(kind for kind in self.kinds if isinstance(leaf.value, kind.type))
+        for kind in self.kinds:
+            if isinstance(leaf.value, kind.type):
+                return kind
+        raise TypeError(f"{leaf.path}: a {type(leaf.value).__name__} is of no registered kind")
 
     def owner(self, operands: Sequence[Any]) -> Kind:
         """The kind whose rules are asked: the first one among the operands."""
-        met = {self.kind_of(x).type for x in operands if isinstance(x, Leaf)}
-        return next((kind for kind in self.kinds if kind.type in met), self.kinds[0])
+        met = []
+        for x in operands:
+            if isinstance(x, Leaf):
+                met.append(self.kind_of(x))
+        return min(met, key=self.kinds.index, default=self.kinds[0])
 
     def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:
         """The rule for an equation on these operands."""
         kind = self.owner(operands)
-        return self._rules.get((equation.primitive.name, kind.type), Rule(kind.otherwise))
+        without_rule = Rule(kind.otherwise)
+        return self._rules.get((equation.primitive.name, kind.type), without_rule)
 
     def carry(self, equation: JaxprEqn, operands: Iterable[Any]) -> list[Any]:
         """What a loop carries in place of these operands."""
-        return [self.kind_of(x).carry(equation, x) if isinstance(x, Leaf) else x for x in operands]
+        carried = []
+        for x in operands:
+            if isinstance(x, Leaf):
+                x = self.kind_of(x).carry(equation, x)
+            carried.append(x)
+        return carried
 
     def leave(self, results: Iterable[Any]) -> list[Any]:
         """What a body, or the whole program, returns in place of these results."""
-        return [self.kind_of(x).leave(x) if isinstance(x, Leaf) else x for x in results]
+        returned = []
+        for x in results:
+            if isinstance(x, Leaf):
+                x = self.kind_of(x).leave(x)
+            returned.append(x)
+        return returned

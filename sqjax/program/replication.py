@@ -24,9 +24,12 @@ REDUCING = {"psum", "psum_invariant", "pmax", "pmin"}
 
 
 def varying(program: Program) -> dict[Var, MeshAxes]:
-    """{variable: the mesh axes along which devices may hold different values of it}; it may name too many.
+    """{variable: the mesh axes along which it may differ from device to device}.
 
-    Example: under the spec P("data", None) the block of an input differs along "data"; its psum over "data" does not.
+    It may name too many mesh axes, never too few.
+
+    Example: under the spec P("data", None) the block of an input differs along "data"; its psum
+    over "data" does not.
     """
     found: dict[Var, MeshAxes] = {}
     _follow(program, program.main, found)
@@ -34,10 +37,10 @@ def varying(program: Program) -> dict[Var, MeshAxes]:
 
 
 def reduced_axes(program: Program, equation: Equation) -> MeshAxes | None:
-    """The mesh axes that a collective reduces over; None if one of its axes is none of a shard_map that is known."""
+    """The mesh axes that a collective reduces over; None if one is of no known shard_map."""
     numbers = _mesh_axes_around(program, equation.outputs[0])
     names = equation.params["axes"]
-    if not all(name in numbers for name in names):
+    if not numbers.keys() >= set(names):
         return None
     return frozenset(numbers[name] for name in names)
 
@@ -63,10 +66,10 @@ def _of(found: Mapping[Var, MeshAxes], atom: Atom) -> MeshAxes:
 def _through_body(
     program: Program, equation: Equation, found: dict[Var, MeshAxes]
 ) -> list[MeshAxes]:
-    """Through a body, whose inputs differ where the operands do, and along the mesh axes that shard them.
+    """Through a body: inputs differ as operands do, and along the mesh axes that shard them.
 
-    A scan's body is followed again until what it carries differs along no further mesh axes, because a value that
-    differs after the first step differs before the second.
+    A scan's body is followed again until what it carries differs along no further mesh axes,
+    because a value that differs after the first step differs before the second.
     """
     assert equation.body is not None
     for entry in entries(equation):
@@ -87,7 +90,8 @@ def _through_body(
 def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
     """The mesh axes along which an equation's results may differ, given those of its operands.
 
-    Example: `axis_index("data")` differs along "data" though it has no operand; `psum` over "data" no longer does.
+    Example: `axis_index("data")` differs along "data" though it has no operand; `psum` over "data"
+    no longer does.
     """
     if not equation.outputs or equation.name == "pvary":
         return before
@@ -99,7 +103,7 @@ def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
 
 
 def _axes_of(program: Program, equation: Equation) -> MeshAxes:
-    """The mesh axes that an equation names; reductions count array axes in the same parameter, as integers."""
+    """The mesh axes that an equation names; integers among the names are axes of arrays."""
     numbers = _mesh_axes_around(program, equation.outputs[0])
     found = set()
     for parameter in ("axes", "axis_name"):

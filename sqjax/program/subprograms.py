@@ -1,4 +1,4 @@
-"""What an equation of a jaxpr runs: the inner programs of calls, scans, shard_maps ..., alike on every JAX."""
+"""What an equation runs: the programs in calls, scans, shard_maps ..., alike on every JAX."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +75,10 @@ class ShardMap(NamedTuple):
         )
 
     def sharded_axes(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
-        """{axis of an array: the mesh axes that shard it, major first}. P(None, "model") gives {1: ("model",)}."""
+        """{axis of an array: the mesh axes that shard it, major first}.
+
+        Example: {1: ("model",)} for P(None, "model").
+        """
         return {axis: tuple(names) for axis, names in enumerate(map(mesh_axes, spec)) if names}
 
 
@@ -103,13 +106,18 @@ def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
 
 
 def plain(value: Any) -> Any:
-    """An equation's parameter with Python's integers in place of numpy's, which jnp.pad and vmap leave there."""
+    """An equation's parameter with Python's integers in place of numpy's.
+
+    jnp.pad and vmap leave such there, and they print and compare in another way.
+    """
     if isinstance(value, np.integer):
         return int(value)
-    if isinstance(value, tuple):
-        items = [plain(v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
+    if not isinstance(value, tuple):
+        return value
+    items = [plain(v) for v in value]
+    if hasattr(value, "_fields"):  # a NamedTuple, as a gather's dimension numbers
+        return type(value)(*items)
+    return tuple(items)
 
 
 def scan_in(equation: JaxprEqn) -> Scan | None:
@@ -140,14 +148,18 @@ def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
 def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
     """A jaxpr among an equation's parameters.
 
-    jax traces library functions such as jnp.take once, and their equations know no line of the user's program; those
-    get the line of the call.
+    jax traces library functions such as jnp.take once, and their equations know no line of the
+    user's program; those get the line of the call.
     """
-    inner: Jaxpr
-    inner, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
-    equations = [
-        e if source_of(e) else e.replace(source_info=equation.source_info) for e in inner.eqns
-    ]
+    inner: Jaxpr = jaxpr
+    consts: Sequence[Any] = ()
+    if isinstance(jaxpr, ClosedJaxpr):
+        inner, consts = jaxpr.jaxpr, jaxpr.consts
+    equations = []
+    for own in inner.eqns:
+        if not source_of(own):
+            own = own.replace(source_info=equation.source_info)
+        equations.append(own)
     return ClosedJaxpr(inner.replace(eqns=equations), consts)
 
 

@@ -12,15 +12,22 @@ from sqjax._trees import named_leaves
 
 
 class Traced(NamedTuple):
-    """A function as a program: its jaxpr, the paths of its first inputs (the leaves), its output's treedef."""
+    """A function as a program.
+
+    Attributes:
+        jaxpr: its inputs are the leaves, then the arrays among the arguments.
+        paths: the names of the leaves.
+        treedef: of what the function returns.
+    """
 
     jaxpr: ClosedJaxpr
     paths: tuple[str, ...]
     treedef: jax.tree_util.PyTreeDef
 
 
-#: What a value that is no array stands for: the type of an array, or None for "nothing: it is what it is". Quantized
-#: values stand for float arrays; this room knows nothing of them, so whoever traces functions of them says so.
+#: What a value that is no array stands for: the type of an array, or None for "nothing: it is what
+#: it is". Quantized values stand for float arrays; this room knows nothing of them, so whoever
+#: traces functions of them says so.
 StandIn = Callable[[Any], jax.ShapeDtypeStruct | None]
 
 
@@ -30,14 +37,19 @@ def nothing(x: Any) -> None:
 
 
 def is_array(x: Any) -> bool:
-    """Whether an argument is an input of the program; anything else (a bool, a string) is passed as it is."""
+    """Whether an argument is an array, and so an input of the program."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def array_leaves(args: Any, stand_in: StandIn = nothing) -> list[Any]:
     """The program's inputs among the arguments, in the order in which `trace` names them."""
     leaves = jax.tree.leaves(args, is_leaf=lambda x: stand_in(x) is not None)
-    return [x for x in leaves if is_array(x) or stand_in(x) is not None]
+    return [x for x in leaves if _is_input(x, stand_in)]
+
+
+def _is_input(x: Any, stand_in: StandIn) -> bool:
+    """Whether an argument is an input; a bool or a string is not, and is passed to fn as it is."""
+    return is_array(x) or stand_in(x) is not None
 
 
 def trace(
@@ -50,28 +62,33 @@ def trace(
 ) -> tuple[Traced, list[Any]]:
     """Traces fn(params, *args, **kwargs) into (program, its inputs after the leaves).
 
-    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs. What is no array but
-    stands for one becomes a leaf (`of_params` knows it) or an input (`of_args` does).
+    Leaves of params are seen by shape and dtype only. Arrays among the arguments become inputs.
+    What is no array but stands for one becomes a leaf (`of_params` knows it) or an input (`of_args`
+    does).
+
+    Example: fn(params, ids, train=False) with params {"w": ...} gives a program of two inputs, the
+    leaf named "w" and ids. `train` is False in the program, because branches of Python depend on
+    it.
     """
-    paths, leaves, treedef = named_leaves(params, is_leaf=lambda x: of_params(x) is not None)
-    avals = [of_params(x) or _aval(x) for x in leaves]
-    flat, arguments = jax.tree_util.tree_flatten(
-        (args, dict(kwargs)), is_leaf=lambda x: of_args(x) is not None
-    )
+    arguments = (args, dict(kwargs))
+    paths, leaves, params_def = named_leaves(params, is_leaf=lambda x: of_params(x) is not None)
+    flat, arguments_def = jax.tree.flatten(arguments, is_leaf=lambda x: of_args(x) is not None)
 
     def flat_fn(leaves, inputs):
         rest = iter(inputs)
-        filled = [next(rest) if is_array(x) or of_args(x) is not None else x for x in flat]
-        args, kwargs = jax.tree_util.tree_unflatten(arguments, filled)
-        return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+        filled = [next(rest) if _is_input(x, of_args) else x for x in flat]
+        args, kwargs = jax.tree.unflatten(arguments_def, filled)
+        return fn(jax.tree.unflatten(params_def, leaves), *args, **kwargs)
 
-    inputs = array_leaves((args, dict(kwargs)), of_args)
-    seen = [of_args(x) or x for x in inputs]
-    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(avals, seen)
-    return Traced(jaxpr, paths, jax.tree_util.tree_structure(out)), inputs
+    inputs = array_leaves(arguments, of_args)
+    # Traced on what they stand for, so that fn sees floats and is traced as without quantization.
+    leaf_types = [of_params(x) or _type_of_leaf(x) for x in leaves]
+    input_types = [of_args(x) or x for x in inputs]
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(leaf_types, input_types)
+    return Traced(jaxpr, paths, jax.tree.structure(out)), inputs
 
 
-def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
+def _type_of_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     """A leaf's shape and dtype; on a mesh with explicit axes also how it is sharded."""
     plain = jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
     return sharded_as(plain, leaf, range(len(plain.shape)))

@@ -1,9 +1,11 @@
-"""`View`: a parameter leaf seen through transposes, slices, scans, shard_maps ...: which of its axes is where."""
+"""`View`: a leaf seen through transposes, slices, scans ...: which of its axes is where."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqjax._shapes import runs
@@ -13,10 +15,10 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """Evenly spaced indices along one axis of a leaf: all of them, or one factor of what a reshape has split.
+    """Evenly spaced indices along one axis of a leaf: all, or one factor of a split axis.
 
-    Example: reshape((768, 512) -> (768, 8, 64)) splits axis 1 into heads and their channels. The heads are
-    Piece(axis=1, stride=64, size=8), the channels Piece(axis=1, stride=1, size=64).
+    Example: reshape((768, 512) -> (768, 8, 64)) splits axis 1 into heads and their channels. The
+    heads are Piece(axis=1, stride=64, size=8), the channels Piece(axis=1, stride=1, size=64).
 
     Attributes:
         axis: the leaf's axis.
@@ -32,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """An axis of a leaf seen at one index: the steps of a scan one after the other, or a fixed one (scan is None)."""
+    """An axis of a leaf seen at one index: that of a scan's step, or a fixed one (no scan)."""
 
     axis: int
     scan: int | None
@@ -51,16 +53,19 @@ class Block(NamedTuple):
 class View:
     """Where the axes of a leaf have gone.
 
-    Example: the leaf (32, 768, 512), a stack of 32 matrices, inside a scan over it and after `.T`: the view has two
-    axes, `axes == ((Piece(2, 1, 512),), (Piece(1, 1, 768),))`, and `taken == (Taken(0, scan),)`.
+    Example: the leaf (32, 768, 512), a stack of 32 matrices, inside a scan over it and after `.T`:
+    the view has two axes, `axes == ((Piece(2, 1, 512),), (Piece(1, 1, 768),))`, and `taken ==
+    (Taken(0, scan),)`.
 
     Attributes:
         path: the leaf's name.
         shape: the leaf's shape; in a shard_map that of the block of it that one device has.
-        axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an axis of size 1).
+        axes: for every axis of the view the pieces of the leaf's axes that it runs over (none: an
+            axis of size 1).
         sliced: the leaf's axes that are not seen whole.
         taken: the leaf's axes that are seen at one index only, in the order in which they went.
-        blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the major one first.
+        blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the
+            major one first.
     """
 
     path: str
@@ -73,13 +78,15 @@ class View:
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
         """A leaf as it is."""
-        return cls(path, shape, tuple((Piece(a, 1, n),) for a, n in enumerate(shape)))
+        whole = [Piece(axis, 1, size) for axis, size in enumerate(shape)]
+        return cls(path, shape, tuple((piece,) for piece in whole))
 
     @property
     def full_shape(self) -> Shape:
         """The leaf's shape, all devices' blocks together.
 
-        Example: blocks of (2, 8) along a mesh axis of 4 devices that shards axis 0 are a leaf of (8, 8).
+        Example: blocks of (2, 8) along a mesh axis of 4 devices that shards axis 0 are a leaf of
+        (8, 8).
         """
         sizes = list(self.shape)
         for block in self.blocks:
@@ -87,10 +94,10 @@ class View:
         return tuple(sizes)
 
     def strides(self, axis: int) -> dict[int, int]:
-        """{scan or mesh axis: its stride} of those that divide an axis of the leaf, the major one first.
+        """{scan or mesh axis: its stride} of those that divide an axis of the leaf, major first.
 
-        Example: an axis of 12, sharded over 2 devices of mesh axis 1 and then over 3 of mesh axis 2, has blocks of 2.
-        From one device to the next these are 6 and 2 apart: {1: 6, 2: 2}.
+        Example: an axis of 12, sharded over 2 devices of mesh axis 1 and then over 3 of mesh axis
+        2, has blocks of 2. From one device to the next these are 6 and 2 apart: {1: 6, 2: 2}.
         """
         found = [(scan, 1) for scan, taken in self.stacked.items() if taken == axis]
         stride = self.shape[axis]
@@ -103,20 +110,20 @@ class View:
         return dict(reversed(found))
 
     def whole_axes(self, axes: Iterable[int]) -> tuple[int, ...] | None:
-        """The leaf's axes that these axes of the view run over, whole and in order; None if that is not so.
+        """The leaf's axes that these axes of the view run over, whole and in order; else None.
 
-        Example: for (768, 512) reshaped to (768, 8, 64), axes [1, 2] are the leaf's axis (1,). Axis [1] alone is none,
-        because it is only a part of it, and neither are [2, 1], because they mix its channels.
+        Example: for (768, 512) reshaped to (768, 8, 64), axes [1, 2] are the leaf's axis (1,). Axis
+        [1] alone is none, because it is only a part of it, and neither are [2, 1], because they mix
+        its channels.
         """
-        pieces = [piece for a in axes for piece in self.axes[a]]
+        pieces = list(chain.from_iterable(self.axes[a] for a in axes))
         leaf_axes = [piece.axis for piece in pieces]
         if leaf_axes != sorted(leaf_axes):
             return None
-        found = tuple(dict.fromkeys(leaf_axes))
-        for axis in found:
-            if not self._is_whole(axis, [piece for piece in pieces if piece.axis == axis]):
+        for axis, own in groupby(pieces, key=attrgetter("axis")):
+            if not self._is_whole(axis, list(own)):
                 return None
-        return found
+        return tuple(dict.fromkeys(leaf_axes))
 
     def _is_whole(self, axis: int, pieces: Sequence[Piece]) -> bool:
         """Whether these pieces, major first, are all of an axis of the leaf in its own order."""
@@ -128,14 +135,16 @@ class View:
         return inside == self.shape[axis] and axis not in self.sliced
 
     def position_of(self, axis: int) -> tuple[int, int]:
-        """Where an axis of the view begins in the leaf: what sorts the view's axes into the leaf's order."""
-        return min(((p.axis, -p.stride) for p in self.axes[axis]), default=(-1, 0))
+        """Where an axis of the view begins in the leaf: sorts axes into the leaf's order."""
+        starts = [(piece.axis, -piece.stride) for piece in self.axes[axis]]
+        return min(starts, default=(-1, 0))
 
     @property
     def leaf_axes(self) -> tuple[int | None, ...] | None:
-        """The leaf's axis behind every axis of the view (None: an axis of size 1 that is none of the leaf's).
+        """The leaf's axis behind every axis of the view; None for an added axis of size 1.
 
-        None for the whole where an axis of the leaf is not seen whole, or where several are seen as one.
+        None in place of the tuple where an axis of the leaf is not seen whole, or where several are
+        seen as one.
 
         Example: (1, 0) for a transposed matrix, (None, 0, 1) for `w[None]`.
         """
@@ -152,32 +161,36 @@ class View:
     def block(self, shards: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
         """One device's block of a view; None where what is sharded is no whole axis of the leaf.
 
-        Example: the view of a whole leaf (12, 8) with {0: [(1, 2), (2, 3)]} is that of a block (2, 8).
+        Example: the view of a whole leaf (12, 8) with {0: [(1, 2), (2, 3)]} is that of a block (2,
+        8).
 
         Args:
-            shards: {axis of the view: the (mesh axis, number of devices) that shard it, major first}.
+            shards: {axis of the view: the (mesh axis, number of devices) that shard it, major
+                first}.
         """
         new: list[Block] = []
         for axis, mesh_axes in shards.items():
             whole = self.whole_axes([axis])
-            if whole is None or len(whole) != 1 or len(self.axes[axis]) != 1:
+            # Of an axis that a reshape has made, a block would be no block of the leaf.
+            if whole is None or len(self.axes[axis]) != 1:
                 return None
-            new += [Block(mesh_axis, devices, whole[0]) for mesh_axis, devices in mesh_axes]
-        parts = [1] * len(self.shape)
+            [leaf_axis] = whole
+            new += [Block(mesh_axis, devices, leaf_axis) for mesh_axis, devices in mesh_axes]
+        shape = list(self.shape)
+        axes = list(self.axes)
         for block in new:
-            parts[block.axis] *= block.devices
-        axes = []
-        for pieces in self.axes:
-            axes.append(tuple(p._replace(size=p.size // parts[p.axis]) for p in pieces))
-        shape = tuple(n // m for n, m in zip(self.shape, parts, strict=True))
-        return replace(self, axes=tuple(axes), shape=shape, blocks=(*self.blocks, *new))
+            shape[block.axis] //= block.devices
+            axes = [_one_part(pieces, block) for pieces in axes]
+        blocks = (*self.blocks, *new)
+        return replace(self, axes=tuple(axes), shape=tuple(shape), blocks=blocks)
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
         leaf_axes = self.leaf_axes
         if not leaf_axes or leaf_axes[0] is None:
             return None
-        return replace(self, axes=self.axes[1:], taken=(*self.taken, Taken(leaf_axes[0], scan)))
+        step = Taken(leaf_axes[0], scan)
+        return replace(self, axes=self.axes[1:], taken=(*self.taken, step))
 
     @property
     def stacked(self) -> dict[int, int]:
@@ -188,6 +201,14 @@ class View:
     def fixed(self) -> tuple[Taken, ...]:
         """The axes that are seen at a fixed index: which of a stack of matrices this is."""
         return tuple(taken for taken in self.taken if taken.scan is None)
+
+
+def _one_part(pieces: tuple[Piece, ...], block: Block) -> tuple[Piece, ...]:
+    """An axis of a view, after an axis of the leaf has been sharded."""
+    if [piece.axis for piece in pieces] != [block.axis]:
+        return pieces
+    [piece] = pieces
+    return (piece._replace(size=piece.size // block.devices),)
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:
@@ -201,16 +222,21 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
 def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     """Axes of size 1 go. One that a slice has left of an axis is an index: w[3] is squeeze(w[3:4]).
 
-    A slice of one entry has the stride 1 (see `_slice`), so pieces of another stride were split off by a reshape.
+    A slice of one entry has the stride 1 (see `_slice`), so pieces of another stride were split off
+    by a reshape.
     """
+    axes = list(view.axes)
+    taken = list(view.taken)
+    sliced = set(view.sliced)
     gone = [a % len(old) for a in params["dimensions"]]
-    indexed = [p for a in gone for p in view.axes[a] if p.axis in view.sliced and p.stride == 1]
-    return replace(
-        view,
-        axes=tuple(pieces for a, pieces in enumerate(view.axes) if a not in gone),
-        sliced=view.sliced.difference(p.axis for p in indexed),
-        taken=(*view.taken, *(Taken(p.axis, None, p.start) for p in indexed)),
-    )
+    for piece in chain.from_iterable(view.axes[a] for a in gone):
+        if piece.axis in view.sliced and piece.stride == 1:
+            taken.append(Taken(piece.axis, None, piece.start))
+            sliced.discard(piece.axis)
+    for a in sorted(gone, reverse=True):  # the last first, so that the others stay where they are
+        del axes[a]
+    left = frozenset(sliced)
+    return replace(view, axes=tuple(axes), taken=tuple(taken), sliced=left)
 
 
 def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
@@ -226,7 +252,8 @@ def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
 def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     """Part of whole axes: a slice through what a reshape has split or merged is no view.
 
-    Example: w[2:8:3] of a leaf (9, 4) has the piece (axis 0, stride 3, size 2, start 2) as its first axis.
+    Example: w[2:8:3] of a leaf (9, 4) has the piece (axis 0, stride 3, size 2, start 2) as its
+    first axis.
     """
     axes = list(view.axes)
     sliced = set(view.sliced)
@@ -249,8 +276,8 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
 def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     """Axes are split and merged; pieces that are too long for the new axes are split.
 
-    Example: (768, 512) -> (768, 8, 64) has two runs of axes with equal products, 768 = 768 and 512 = 8 * 64. The first
-    stays; in the second the piece of 512 becomes two.
+    Example: (768, 512) -> (768, 8, 64) has two runs of axes with equal products, 768 = 768 and 512
+    = 8 * 64. The first stays; in the second the piece of 512 becomes two.
     """
     if params.get("dimensions") is not None or 0 in old:
         return None
@@ -260,46 +287,52 @@ def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
         if [old[a] for a in sources] == sizes:
             axes += [view.axes[a] for a in sources]
             continue
-        pieces = [piece for a in sources for piece in view.axes[a]]
-        if view.sliced.intersection(piece.axis for piece in pieces):
-            return None
-        regrouped = _regroup(pieces, sizes)
+        regrouped = _regroup(view, sources, sizes)
         if regrouped is None:
             return None
         axes += regrouped
     return replace(view, axes=tuple(axes))
 
 
-def _regroup(pieces: Sequence[Piece], sizes: Sequence[int]) -> list[tuple[Piece, ...]] | None:
-    """The pieces as axes of these sizes, in order; None if they do not fit.
+def _regroup(
+    view: View, axes: Sequence[int], sizes: Sequence[int]
+) -> list[tuple[Piece, ...]] | None:
+    """The pieces of these axes as axes of other sizes, in order; None if they do not fit.
 
-    Examples, a piece by its size: [512] for the sizes (8, 64) is split in two. [6, 4] for (24,) becomes one axis of
-    both. [6, 4] for (3, 8) splits the 6, whose rest of 2 goes with the 4. [4, 9] does not fit (6, 6).
+    Examples, a piece by its size: [512] for the sizes (8, 64) is split in two. [6, 4] for (24,)
+    becomes one axis of both. [6, 4] for (3, 8) splits the 6, whose rest of 2 goes with the 4. [4,
+    9] does not fit (6, 6).
     """
+    pieces = list(chain.from_iterable(view.axes[a] for a in axes))
+    # What a slice has left of an axis is not split further, because a piece has one start only.
+    if view.sliced.intersection(piece.axis for piece in pieces):
+        return None
     waiting = deque(piece for piece in pieces if piece.size > 1)
-    axes: list[tuple[Piece, ...]] = []
+    regrouped: list[tuple[Piece, ...]] = []
     for size in sizes:
         own: list[Piece] = []
         missing = size
         while missing > 1:
             piece = waiting.popleft()
-            if missing % piece.size == 0:
+            if missing % piece.size == 0:  # all of it
                 own.append(piece)
                 missing //= piece.size
-            elif piece.size % missing == 0:
+            elif piece.size % missing == 0:  # its major part; the rest is for the next axis
                 rest = piece.size // missing
                 own.append(Piece(piece.axis, piece.stride * rest, missing))
                 waiting.appendleft(piece._replace(size=rest))
                 missing = 1
             else:
                 return None
-        axes.append(tuple(own))
-    return axes
+        regrouped.append(tuple(own))
+    return regrouped
 
 
-#: The primitives that keep a leaf a leaf: (view, the equation's parameters, old shape, new shape) -> view, or None
-#: where the result is no view of the leaf any more. An identity of several operands is one for each of them.
-VIEWS: dict[str, Callable[[View, dict[str, Any], Shape, Shape], View | None]] = {
+ViewRule = Callable[[View, dict[str, Any], Shape, Shape], View | None]
+#: The primitives that keep a leaf a leaf: (view, the equation's parameters, old shape, new shape)
+#: -> view, or None where the result is no view of the leaf any more. An identity of several
+#: operands is one for each of them.
+VIEWS: dict[str, ViewRule] = {
     **dict.fromkeys(IDENTITIES, _keep),
     "transpose": _transpose,
     "convert_element_type": _keep,

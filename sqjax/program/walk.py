@@ -1,4 +1,4 @@
-"""The walk: runs a traced program in which some values are special, and asks a registry for rules about those."""
+"""The walk: runs a program in which some values are special, by the rules of a registry."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,10 +25,9 @@ def run(program: ClosedJaxpr, operands: Sequence[Any], rules: Registry) -> list[
 def _walk(
     jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any], rules: Registry
 ) -> list[Any]:
-    """The results of a program; unlike those of `run`, special values among them are as they are."""
-    env: dict[Any, Any] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *operands], strict=True)
-    )
+    """The results of a program, special values among them as they are."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, operands, strict=True))
     fills: dict[Any, Any] = {}
 
     def read(atom):
@@ -57,7 +56,9 @@ def _apply(
     rule = rules.rule(equation, operands)
     if not rule.fills:
         return _listed(equation, rule.run(equation, *operands))
-    numbers = [v.val if isinstance(v, Literal) else fills.get(v) for v in equation.invars]
+    numbers = []
+    for v in equation.invars:
+        numbers.append(v.val if isinstance(v, Literal) else fills.get(v))
     return _listed(equation, rule.run(equation, *operands, fills=numbers))
 
 
@@ -69,8 +70,9 @@ def _listed(equation: JaxprEqn, results: Any) -> list[Any]:
 def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]) -> None:
     """Notes which number fills the results of an equation, if that is known while tracing.
 
-    Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of the literal 0.0; 0.0 fills its result, and a reshape of it.
-    Only rules that ask for it are told, because everything else needs the array itself.
+    Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of the literal 0.0; 0.0 fills its result, and
+    a reshape of it. Only rules that ask for it are told, because everything else needs the array
+    itself.
     """
     if equation.primitive.name not in KEEP_A_FILL:
         return
@@ -80,8 +82,9 @@ def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[An
             fills[result] = number
 
 
-# Bodies: each runs the same loop, branch or map with a body that walks. Leaves that the body only reads are seen from
-# outside; what a scan runs over, or what is given to devices, must be arrays, so the leaf's kind says which.
+# Bodies: each runs the same loop, branch or map with a body that walks. Leaves that the body only
+# reads are seen from outside; what a scan runs over, or what is given to devices, must be arrays,
+# so the leaf's kind says which.
 
 
 def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
@@ -93,9 +96,11 @@ def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]
         outputs = run(scan.program, [*consts, *carry, *slices], rules)
         return outputs[: scan.carry], outputs[scan.carry :]
 
-    sliced = [
-        rules.kind_of(x).slices(equation, x, scan.length) if isinstance(x, Leaf) else x for x in xs
-    ]
+    sliced = []
+    for x in xs:
+        if isinstance(x, Leaf):
+            x = rules.kind_of(x).slices(equation, x, scan.length)
+        sliced.append(x)
     carry, ys = scan.run(step, rules.carry(equation, first), sliced)
     return [*carry, *ys]
 
@@ -103,15 +108,16 @@ def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]
 def _shard_map(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
     """Every device has its block of a leaf's arrays."""
     shards: Any = shard_map_in(equation)
-    specs = tuple(
-        rules.kind_of(x).specs(equation, x, spec) if isinstance(x, Leaf) else spec
-        for x, spec in zip(operands, shards.in_specs, strict=True)
-    )
+    specs = []
+    for x, spec in zip(operands, shards.in_specs, strict=True):
+        if isinstance(x, Leaf):
+            spec = rules.kind_of(x).specs(equation, x, spec)
+        specs.append(spec)
 
     def block(*blocks):
         return run(shards.program, blocks, rules)
 
-    return shards.run(block, specs, list(shards.out_specs), operands)
+    return shards.run(block, tuple(specs), list(shards.out_specs), operands)
 
 
 def _while(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
