@@ -1,10 +1,12 @@
 """A tiny Llama with grouped heads, random parameters for it, and a tokenizer of letters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax.models import LlamaConfig
+from sqjax.models import LlamaConfig, Model
 from sqjax.models.tokenizer import Tokenizer
 
 GROUPED = LlamaConfig(
@@ -33,7 +35,14 @@ def random_params(model, seed=0):
 
 
 def random_ids(batch, tokens, seed=1):
+    """Token ids that every tiny model knows."""
     return jnp.asarray(np.random.default_rng(seed).integers(0, GROUPED.vocab_size, (batch, tokens)))
+
+
+@functools.cache
+def compiled(config, method):
+    """A method of a configuration's model, jitted once for all tests: each shape is compiled once."""
+    return jax.jit(getattr(Model(config), method))
 
 
 class Letters(Tokenizer):

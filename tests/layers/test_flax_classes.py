@@ -13,6 +13,7 @@ import jaxprs
 import numpy as np
 import pytest
 import transformers as hf
+from slow import slow_but
 
 import sqjax as sq
 from sqjax._trees import map_named, named_leaves
@@ -363,6 +364,10 @@ CASES = [
 ]
 
 
+#: The quick ones: a fused kernel; grouped heads; gains of 1 + w; a convolution.
+each_class = pytest.mark.parametrize("build", slow_but(CASES, gpt2, llama, gemma, vit))
+
+
 def random_leaf(path, shape):
     """Gains about 1, the rest about 0: zeros and ones would hide what happens to biases and gains."""
     noise = np.random.default_rng([sum(path.encode()), *shape.shape]).normal(size=shape.shape)
@@ -391,14 +396,14 @@ def sorted_groups(groups):
     return sorted((size, sorted(absorbers), sorted(sites)) for size, absorbers, sites in groups)
 
 
-@pytest.mark.parametrize("build", CASES)
+@each_class
 def test_groups_are_those_written_by_hand(build):
     case, _, _, stats = built(build)
     got = [(g.size, g.absorbers, [path for path, _ in g.sites]) for g in stats.graph.groups]
     assert sorted_groups(got) == sorted_groups(case.groups)
 
 
-@pytest.mark.parametrize("build", CASES)
+@each_class
 def test_refused_sites_say_why(build):
     case, _, _, stats = built(build)
     reasons = dict(stats.graph.refused)
@@ -431,7 +436,7 @@ def leaves_of(tree):
     return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
-@pytest.mark.parametrize("build", CASES)
+@each_class
 def test_folds_with_powers_of_two_change_no_bit(build):
     case, _, _, stats = built(build)
     (expected, before), (got, after) = folded(build)
@@ -444,7 +449,7 @@ def test_folds_with_powers_of_two_change_no_bit(build):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("build", CASES)
+@each_class
 def test_every_site_runs_in_int8(build):
     """Outputs near float's: rounding moves each activation by at most 1/254 of its token's largest."""
     case, fn, params, stats = built(build)
@@ -477,6 +482,7 @@ def test_fused_kernels_absorb_in_their_values_only():
     assert kernel.shape == (24, 1)
 
 
+@pytest.mark.slow
 def test_interleaved_heads_absorb_in_their_values_only():
     """BLOOM's columns are (2 heads, q k v, 4 channels)."""
     attention = "transformer/h/0/self_attention"
@@ -487,7 +493,10 @@ def test_interleaved_heads_absorb_in_their_values_only():
     assert len(set(site)) == 8
 
 
-@pytest.mark.parametrize(("build", "heads"), [(llama, 2), (mistral, 2), (gemma, 4)])
+SHARING = {"llama": (llama, 2), "mistral": (mistral, 2), "gemma": (gemma, 4)}
+
+
+@pytest.mark.parametrize(("build", "heads"), slow_but(SHARING, "llama", "gemma"))
 def test_query_heads_that_read_one_value_head_share_its_scales(build, heads):
     attention = "model/layers/0/self_attn"
     site, columns = labels_of(build, f"{attention}/o_proj/kernel", f"{attention}/v_proj/kernel")
@@ -555,6 +564,7 @@ def test_the_function_is_the_model():
     assert not np.array_equal(got.logits, jax.jit(fn)(own, IDS).logits)
 
 
+@pytest.mark.slow
 def test_named_outputs():
     case, fn, params, _ = built(whisper)
     model = getattr(hf, case.model)(case.config, _do_init=False)
@@ -572,6 +582,7 @@ def test_named_outputs():
         jax.eval_shape(wrong, params, *case.args)
 
 
+@pytest.mark.slow
 def test_a_returned_activation_is_not_scaled():
     """A Whisper that returns the encoder's output keeps the encoder's last norm as it is."""
     case, _, params, _ = built(whisper)
@@ -615,13 +626,14 @@ ENDLESS = {"max_new_tokens": 4, "eos_token_id": 99, "pad_token_id": 0}
 STATIC = (*ENDLESS, "num_beams")
 
 
+@pytest.mark.slow
 def test_generate_is_greedy_decoding():
     _, fn, params, _ = built(opt)
     got = jax.jit(fn.generate, static_argnames=STATIC)(params, IDS, **ENDLESS).sequences
     np.testing.assert_array_equal(got, greedy(jax.jit(fn), params, IDS, 4))
 
 
-@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.parametrize("build", slow_but([gpt2, llama], llama))
 def test_quantized_generate_is_greedy_decoding_in_int8(build):
     """With a scale for every token, what a token sees does not depend on the cache: both ways agree."""
     _, fn, params, stats = built(build)
@@ -635,6 +647,7 @@ def test_quantized_generate_is_greedy_decoding_in_int8(build):
     assert len(int8) == 2 * len(stats.graph.sites)  # the prompt, and the body of the loop
 
 
+@pytest.mark.slow
 def test_quantized_beam_search_runs_the_models_own_loop():
     """The score of a sequence that has not ended is the log-probability of its new tokens in the int8 model."""
     _, fn, params, stats = built(gpt2)
@@ -646,6 +659,7 @@ def test_quantized_beam_search_runs_the_models_own_loop():
     np.testing.assert_allclose(got.scores, odds.sum((1, 2)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_speech_is_transcribed_in_int8():
     """The encoder runs once, the decoder from its start token on."""
     case, fn, params, stats = built(whisper)
@@ -779,6 +793,7 @@ def test_fields_that_a_class_ignores(model, config, change, message):
     assert same == ("sliding_window" not in change)
 
 
+@pytest.mark.slow
 def test_mistral_masks_one_token_too_few():
     """A window of w tokens is the token itself and w - 1 before it; the class sees one more, or with no window one."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.linen import QuantDense, QuantDenseGeneral, quantize_dense, quantize_dense_general
@@ -39,7 +40,9 @@ PRESETS = {
     "static outliers": (sq.W8A8_O3.replace(outliers=6.0), 0.05),
     "grouped": (sq.W8A8.replace(weight=sq.Int8(group_size=32)), 0.03),
 }
-each_preset = pytest.mark.parametrize(("scheme", "error"), PRESETS.values(), ids=PRESETS)
+#: Of formats that differ in one number only, one is enough where time is short.
+QUICK = ("W8A8_O3", "FP8", "W4A8", "outliers and smoothing")
+each_preset = pytest.mark.parametrize(("scheme", "error"), slow_but(PRESETS, *QUICK))
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -279,6 +282,7 @@ def test_replaces_dense_in_a_larger_module_under_remat():
     assert np.abs(grad).max() > 0.01
 
 
+@pytest.mark.slow
 def test_lifts_through_vmap_and_scan():
     kernels, x = normal(3, 16, 16) / 4, normal(5, 16, seed=1)
     layers = [quantize_dense({"kernel": kernel}) for kernel in kernels]
@@ -317,18 +321,22 @@ def test_every_scheme_runs_and_is_trained_around(scheme, error):
     """The product, under jit and vmap, and the straight-through gradient: that of the float product with the weight."""
     params, x = layer(128, 16)
     qparams = quantize_dense(params, scheme, absmax=jnp.max(jnp.abs(x), axis=0))
-    run = lambda x: QuantDense(16).apply({"params": qparams}, x)
-    expected, got = nn.Dense(16).apply({"params": params}, x), jax.jit(run)(x)
-    assert 1e-4 < total_error((got, expected)) / float(jnp.linalg.norm(expected)) < error
-    rows = (
-        jax.vmap(run)(x) if not isinstance(scheme.activation, sq.PerTensor) else run(x)
-    )  # else a scale a row
-    chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
     g = normal(6, 16, seed=4)
-    dx = jax.grad(lambda x: jnp.sum(run(x) * g))(x)
-    assert (
-        0.98 if "4" in scheme.weight.fmt.name or scheme.weight.fmt.name == "e5m2" else 0.99
-    ) < cosine(dx, g @ params["kernel"].T)
+
+    @jax.jit
+    def program(qparams, x):
+        run = lambda x: QuantDense(16).apply({"params": qparams}, x)
+        # Under vmap every row has a scale of its own, which per-tensor schemes do not have.
+        per_tensor = isinstance(scheme.activation, sq.PerTensor)
+        rows = run(x) if per_tensor else jax.vmap(run)(x)
+        return run(x), rows, jax.grad(lambda x: jnp.sum(run(x) * g))(x)
+
+    expected = nn.Dense(16).apply({"params": params}, x)
+    got, rows, dx = program(qparams, x)
+    assert 1e-4 < total_error((got, expected)) / float(jnp.linalg.norm(expected)) < error
+    chex.assert_trees_all_close(rows, got, atol=1e-2 * float(jnp.abs(got).max()))
+    coarse = scheme.weight.fmt.name in ("int4", "e5m2")
+    assert (0.98 if coarse else 0.99) < cosine(dx, g @ params["kernel"].T)
 
 
 @each_preset
@@ -409,7 +417,10 @@ def merged(floats, weights):
     return jax.tree.map(lambda a, b: b if a is None else a, floats, weights, is_leaf=is_leaf)
 
 
-@pytest.mark.parametrize("scheme", [sq.W8A8, sq.W4A8, sq.FP8], ids=["W8A8", "W4A8", "FP8"])
+TRAINED = {"W8A8": sq.W8A8, "W4A8": sq.W4A8, "FP8": sq.FP8}
+
+
+@pytest.mark.parametrize("scheme", slow_but(TRAINED, "W8A8"))
 def test_what_is_around_a_quantized_layer_trains(scheme):
     """Gradients are taken with respect to the float leaves; norm, bias and head learn, the quantized kernel stays."""
     x, target = normal(32, 64), normal(32, 4, seed=1)
@@ -486,7 +497,7 @@ def multiply_like_flax():
 
 
 @pytest.mark.usefixtures("multiply_like_flax")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow_but(list(LAYERS), "axes in any order", "batches"))
 def test_dense_general_is_the_float_layer_on_the_dequantized_kernel(name):
     """With weights alone quantized the layer is the float one on the dequantized kernel; with int8 activations close
     to it, and to the float layer. Names and shapes are the float layer's, of init too."""
@@ -519,7 +530,7 @@ def test_dense_general_is_the_float_layer_on_the_dequantized_kernel(name):
 
 @pytest.mark.usefixtures("multiply_like_flax")
 @each_preset
-@pytest.mark.parametrize("name", ["merge heads", "batches"])
+@pytest.mark.parametrize("name", slow_but(["merge heads", "batches"], "batches"))
 def test_dense_general_runs_every_scheme(name, scheme, error):
     scheme = (
         scheme
@@ -568,6 +579,7 @@ class Attention(nn.Module):
         ), None
 
 
+@pytest.mark.slow
 def test_attention_scans_over_stacked_quantized_layers_and_has_gradients():
     x = normal(6, 16)
     draws = jax.vmap(lambda key: Attention(nn.DenseGeneral).init(key, x)["params"])(

@@ -1,5 +1,6 @@
 """The Llama decoder against a float64 model written in numpy, one head at a time; cache; generation."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -7,20 +8,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_llama import GROUPED, random_ids, random_params
+from slow import slow_but
+from tiny_llama import GROUPED, compiled, random_ids, random_params
 
 from sqjax.models import Model, greedy
 
+ONE_LAYER = replace(GROUPED, num_layers=1)
+#: Two layers once; for what a field changes inside a layer one is enough.
 CONFIGS = {
     "grouped": GROUPED,
-    "one head a group": replace(GROUPED, num_kv_heads=6),
-    "one group": replace(GROUPED, num_kv_heads=1),
-    "rope_theta": replace(GROUPED, rope_theta=37.0),
-    "narrow heads": replace(GROUPED, head_dim=2),
-    "large eps": replace(GROUPED, rms_norm_eps=0.3),
-    "untied": replace(GROUPED, tie_embeddings=False),
-    "biases": replace(GROUPED, attention_bias=True, mlp_bias=True),
+    "one head a group": replace(ONE_LAYER, num_kv_heads=6),
+    "one group": replace(ONE_LAYER, num_kv_heads=1),
+    "rope_theta": replace(ONE_LAYER, rope_theta=37.0),
+    "narrow heads": replace(ONE_LAYER, head_dim=2),
+    "large eps": replace(ONE_LAYER, rms_norm_eps=0.3),
+    "untied": replace(ONE_LAYER, tie_embeddings=False),
+    "biases": replace(ONE_LAYER, attention_bias=True, mlp_bias=True),
 }
+each_config = pytest.mark.parametrize(
+    "name", slow_but(list(CONFIGS), "grouped", "one head a group", "narrow heads", "biases")
+)
+IDS = random_ids(2, 11)
+
+
+@functools.cache
+def params_of(config):
+    return random_params(Model(config))
+
+
+@functools.cache
+def logits_of(config):
+    """Of IDS, without a cache. (Every test of `apply` has ids of this shape, which is compiled once.)"""
+    return compiled(config, "apply")(params_of(config), IDS)
 
 
 def oracle(config, params, ids):
@@ -83,24 +102,20 @@ def oracle(config, params, ids):
     return np.stack([row(tokens) for tokens in np.asarray(ids)])
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_logits_equal_the_oracle(config):
-    model = Model(config)
-    params, ids = random_params(model), random_ids(2, 11)
-    expected = oracle(config, params, ids)
-    got = jax.jit(model.apply)(params, ids)
+@each_config
+def test_logits_equal_the_oracle(name):
+    config = CONFIGS[name]
+    expected, got = oracle(config, params_of(config), IDS), logits_of(config)
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 def test_the_oracle_can_tell_the_configurations_apart():
     """So that the test above would fail if, say, rope_theta or the grouping were ignored."""
-    model = Model(GROUPED)
-    params, ids = random_params(model), random_ids(1, 11)
-    base = oracle(GROUPED, params, ids)
+    params, ids = params_of(ONE_LAYER), IDS[:1]
+    base = oracle(ONE_LAYER, params, ids)
     for name in ("rope_theta", "large eps"):
-        assert (
-            np.abs(oracle(CONFIGS[name], params, ids) - base).max() > 1e-3 * np.abs(base).max()
-        ), name
+        other = oracle(CONFIGS[name], params, ids)
+        assert np.abs(other - base).max() > 1e-3 * np.abs(base).max(), name
 
 
 def test_tree_has_hugging_face_names():
@@ -126,72 +141,73 @@ def test_tree_has_hugging_face_names():
 
 def test_bfloat16_stays_bfloat16_and_near_float32():
     model = Model(GROUPED)
-    ids = random_ids(2, 9)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(model))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(GROUPED))
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    apply = jax.jit(model.apply)
-    got, expected = apply(params, ids), apply(wide, ids)
+    apply = compiled(GROUPED, "apply")
+    got, expected = apply(params, IDS), apply(wide, IDS)
     assert got.dtype == jnp.bfloat16
-    cache = model.init_cache(2, 9, jnp.bfloat16)
-    assert jax.eval_shape(model.decode, params, ids, cache)[0].dtype == jnp.bfloat16
+    cache = model.init_cache(2, 11, jnp.bfloat16)
+    assert jax.eval_shape(model.decode, params, IDS, cache)[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(
         got.astype(jnp.float32), expected, atol=0.03 * np.abs(expected).max()
     )
 
 
 def test_the_future_does_not_change_the_past():
-    model = Model(GROUPED)
-    params, ids = random_params(model), random_ids(1, 10)
-    other = ids.at[:, 6:].set(5)
-    apply = jax.jit(model.apply)
-    a, b = apply(params, ids), apply(params, other)
-    np.testing.assert_array_equal(a[:, :6], b[:, :6])
-    assert np.abs(a[:, 6:] - b[:, 6:]).max() > 0.1
+    before = logits_of(GROUPED)
+    after = compiled(GROUPED, "apply")(params_of(GROUPED), IDS.at[:, 6:].set(5))
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("name", "pieces"),
-    [
-        *((name, (7, 1, 1)) for name in CONFIGS),
-        *(("grouped", p) for p in [(9,), (1,) * 9, (3, 4, 2)]),
-    ],
-)
-def test_cached_decode_equals_apply(name, pieces):
-    model = Model(CONFIGS[name])
-    params, ids = random_params(model), random_ids(2, 9)
-    expected = jax.jit(model.apply)(params, ids)
-    decode, cache, read = jax.jit(model.decode), model.init_cache(2, 13), 0
+def read_in_pieces(config, pieces):
+    """Each piece's last logits beside those without a cache; the cache has room to spare."""
+    decode, cache, read = compiled(config, "decode"), Model(config).init_cache(2, 13), 0
+    expected = logits_of(config)
     for piece in pieces:
-        logits, cache = decode(params, ids[:, read : read + piece], cache)
+        logits, cache = decode(params_of(config), IDS[:, read : read + piece], cache)
         read += piece
         tolerance = 3e-6 * np.abs(expected).max()
         np.testing.assert_allclose(logits, expected[:, read - 1], rtol=0, atol=tolerance)
-    assert cache.length == 9
+    assert cache.length == read
+
+
+PIECES = [(11,), (1,) * 11, (4, 4, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("pieces", slow_but(PIECES, PIECES[2]))
+def test_cached_decode_equals_apply(pieces):
+    read_in_pieces(GROUPED, pieces)
+
+
+@pytest.mark.parametrize("name", slow_but(list(CONFIGS), "biases"))
+def test_cached_decode_equals_apply_for_every_configuration(name):
+    read_in_pieces(CONFIGS[name], (4, 4))
 
 
 def test_greedy_equals_recomputing_every_token():
-    model = Model(GROUPED)
-    params, prompt = random_params(model), random_ids(3, 5)
-    apply = jax.jit(model.apply)
-    ids = jnp.pad(
-        prompt, ((0, 0), (0, 12))
-    )  # what stands later does not matter: the model is causal
-    for i in range(5, 17):
+    model, params, prompt = Model(GROUPED), params_of(GROUPED), IDS[:, :5]
+    apply = compiled(GROUPED, "apply")
+    # What stands later does not matter, because the model is causal.
+    ids = jnp.pad(prompt, ((0, 0), (0, 6)))
+    for i in range(5, 11):
         ids = ids.at[:, i].set(apply(params, ids)[:, i - 1].argmax(-1).astype(ids.dtype))
-    got = greedy(model, params, prompt, 12)
+    got = greedy(model, params, prompt, 6)
     np.testing.assert_array_equal(got, ids[:, 5:])
     assert len(np.unique(got)) > 3  # a constant answer would prove little
-    np.testing.assert_array_equal(greedy(model, params, prompt, 1), ids[:, 5:6])
 
-
-def test_greedy_compiles_once_for_equal_models():
-    params, prompt = random_params(Model(GROUPED)), random_ids(2, 4, seed=7)
-    greedy(Model(GROUPED), params, prompt, 3)
     size = greedy._cache_size()
-    greedy(Model(GROUPED), params, prompt + 1, steps=3)
-    greedy(Model(GROUPED, tokenizer=None), random_params(Model(GROUPED), seed=5), prompt, 3)
+    greedy(Model(GROUPED), params, prompt + 1, steps=6)
+    greedy(Model(GROUPED, tokenizer=None), random_params(model, seed=5), prompt, 6)
     # By name and by position are two entries of jax's outer cache; a third would be a recompilation.
     assert greedy._cache_size() <= size + 1
+
+
+@pytest.mark.slow
+def test_greedy_of_one_step():
+    expected = logits_of(GROUPED)[:, 4].argmax(-1)[:, None]
+    got = greedy(Model(GROUPED), params_of(GROUPED), IDS[:, :5], 1)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_models_are_equal_by_configuration():
@@ -201,19 +217,22 @@ def test_models_are_equal_by_configuration():
 
 
 def test_init_dtype_and_keys():
-    model = Model(GROUPED)
-    init = jax.jit(model.init, static_argnums=1)
-    a, b = init(jax.random.key(0), jnp.bfloat16), init(jax.random.key(1), jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(a)} == {jnp.dtype(jnp.bfloat16)}
-    assert not np.array_equal(
-        a["model"]["embed_tokens"]["embedding"], b["model"]["embed_tokens"]["embedding"]
-    )
+    model = Model(ONE_LAYER)
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.bfloat16), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
+    # Of one leaf, so that only its draw is compiled.
+    one_leaf = jax.jit(lambda key: model.init(key)["model"]["embed_tokens"]["embedding"])
+    first, other = one_leaf(jax.random.key(0)), one_leaf(jax.random.key(1))
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(first, one_leaf(jax.random.key(0)))
 
 
 def test_an_unknown_token_is_not_silently_another():
     """jax clamps indices by default; the embedding lookup must not."""
-    model = Model(GROUPED)
-    assert np.isnan(model.apply(random_params(model), jnp.asarray([[GROUPED.vocab_size]]))).all()
+    unknown = IDS.at[0, 0].set(GROUPED.vocab_size)
+    logits = compiled(GROUPED, "apply")(params_of(GROUPED), unknown)
+    assert np.isnan(logits[0]).all()
+    np.testing.assert_array_equal(logits[1], logits_of(GROUPED)[1])
 
 
 @pytest.mark.parametrize(
@@ -246,8 +265,7 @@ def test_too_many_tokens():
 
 
 def test_greedy_refuses_nothing_to_do_and_too_much():
-    model = Model(GROUPED)
-    params = random_params(model)
+    model, params = Model(GROUPED), params_of(GROUPED)
     with pytest.raises(
         ValueError, match="at least one prompt token and one step, got 3 tokens and 0 steps"
     ):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from slow import slow_but
 from tiny_llama import GROUPED, random_ids, random_params
 
 import sqjax as sq
@@ -129,6 +130,7 @@ def test_a_stack_is_one_scan_of_one_layer():
     assert len(jaxprs.dots(jaxprs.of(MODEL.apply, apart, IDS))) == 2 * 9 + 1
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_layers_apart():
     apart, stacked = trees("float")
     loss = jax.jit(jax.grad(lambda params: (MODEL.apply(params, IDS) ** 2).mean()))
@@ -163,7 +165,7 @@ def test_every_layer_has_the_statistics_and_scales_that_it_has_apart():
     ).any()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(list(SCHEMES), "O3"))
 def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
     apart, stacked = trees(scheme)
     assert_alike(stack_layers(apart), stacked)
@@ -175,6 +177,7 @@ def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
     )  # it is quantized; 4 bits of so few are coarse
 
 
+@pytest.mark.slow
 def test_outliers_of_a_stack_come_apart():
     """Every layer of a stack has as many as the one that has most; apart they are fewer, and no stack."""
     (apart, of_apart, _), (stacked, of_stacked, _) = calibrated()
@@ -190,6 +193,7 @@ def test_outliers_of_a_stack_come_apart():
         stack_layers(sq.quantize(apart, of_apart, scheme))
 
 
+@pytest.mark.slow
 def test_smoothquant_of_a_stack():
     params, (_, _, stats) = stack_layers(random_params(MODEL)), calibrated()[1]
     s = sq.scales(params, stats, 0.5)
@@ -200,7 +204,7 @@ def test_smoothquant_of_a_stack():
     assert not np.allclose(logits(got), logits(params), atol=1e-2)
 
 
-@pytest.mark.parametrize("scheme", ["float", "O3"])
+@pytest.mark.parametrize("scheme", slow_but(["float", "O3"], "O3"))
 def test_kernels_of_a_stack_are_fused(scheme):
     apart, stacked = trees(scheme)
     assert_alike(unstack_layers(fuse(stacked)), fuse(apart))
@@ -221,7 +225,7 @@ def test_files_keep_a_stack(tmp_path):
 # Decoding ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["float", "one of each"])
+@pytest.mark.parametrize("scheme", slow_but(["float", "one of each"], "float"))
 def test_decode_reads_a_stack_as_it_is(scheme):
     """A prefill and a step; in float the whole text without a cache is a reference too."""
     run, found = jax.jit(sq.quantized(MODEL.decode)), []
@@ -238,6 +242,7 @@ def test_decode_reads_a_stack_as_it_is(scheme):
         )
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_stack():
     """Without a cache in a scan; through a cache apart."""
     (apart, stacked), exact = trees("O1"), trees("float")[0]
@@ -288,6 +293,7 @@ def weight_copies(compiled: str) -> Counter:
     )
 
 
+@pytest.mark.slow
 def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
     """What `generate` and `greedy` must not do: a slice of each of seven weights and two layers."""
 
@@ -304,6 +310,7 @@ def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
     assert made["slice"] == 7 * 2
 
 
+@pytest.mark.slow
 def test_greedy():
     apart, stacked = trees("O1")
     prompt = jnp.asarray(PROMPTS[:1])
@@ -315,11 +322,13 @@ def test_greedy():
     )
 
 
-@pytest.mark.parametrize(
-    ("scheme", "kind"), [("float", "e4m3"), ("O1", "int8"), ("one of each", "int4")]
-)
-def test_generate(scheme, kind, monkeypatch):
+GENERATED = [("O1", "int8"), ("float", "e4m3"), ("one of each", "int4")]
+
+
+@pytest.mark.parametrize("case", slow_but(GENERATED, GENERATED[0]))
+def test_generate(case, monkeypatch):
     """The program that both forms run is one: it is compiled for the stack."""
+    scheme, kind = case
     (apart, stacked), compiled, advance = trees(scheme), [], generation._advance
 
     def compiled_once(model, *args):
@@ -336,6 +345,7 @@ def test_generate(scheme, kind, monkeypatch):
     assert len({token for row in got.tokens for token in row}) > 4
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing():
     apart, stacked = trees("float")
     assert (
