@@ -94,7 +94,8 @@ def quantize_kernel(
     """
     inputs = kernel.shape[: batch + contracted]
     _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
-    if problem := _problem(scheme, absmax, smoothing):
+    problem = _problem(scheme, absmax, smoothing)
+    if problem:
         raise ValueError(f"{where}: {problem}")
     if absmax is not None:
         absmax = absmax.astype(jnp.float32)
@@ -141,17 +142,15 @@ def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> s
         )
     if scheme.needs_histogram:
         return (
-            f"the range of {scheme.activation!r} comes from histograms, which only sqjax.quantize has; "
-            "pass the range that x is clipped to as absmax, with range='absmax'"
+            f"the range of {scheme.activation!r} comes from histograms, which only sqjax.quantize "
+            "has; pass the range that x is clipped to as absmax, with range='absmax'"
         )
     if scheme.smoothing is not None and smoothing is not None:
         return "two smoothings, the scheme's alpha and the given s; leave one out"
     if scheme.measured and absmax is None:
-        kind = (
-            "a static scheme"
-            if isinstance(scheme.activation, Static)
-            else "a scheme with outliers or smoothing"
-        )
+        kind = "a scheme with outliers or smoothing"
+        if isinstance(scheme.activation, Static):
+            kind = "a static scheme"
         return (
             f"{kind} needs the activation's absmax from calibration; pass absmax=max |X_j| over "
             "data, or choose a scheme that measures at run time, such as sqjax.W8A8"
