@@ -40,10 +40,12 @@ def dense(
     Returns:
         (*batch, the other axes of x, *features).
     """
+    # As Flax does: with no dtype of its own a layer promotes its operands.
     if dtype is None:
         dtype = jnp.promote_types(x.dtype, kernel.dtype)
         if bias is not None:
             dtype = jnp.promote_types(dtype, bias.dtype)
+    # A kernel is (*batch, *contracted, *features), and x has its batch axes first too.
     lead = tuple(range(batch))
     of_x = tuple(a % x.ndim for a in axes)
     of_kernel = tuple(range(batch, batch + len(axes)))
@@ -99,6 +101,7 @@ def quantize_kernel(
         raise ValueError(f"{where}: {problem}")
     if absmax is not None:
         absmax = absmax.astype(jnp.float32)
+    # The layer is alone: no norm before it can take the division by s, so the quantizer does.
     if scheme.smoothing is not None and absmax is not None:
         features = tuple(range(len(inputs), kernel.ndim))
         largest = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=features)

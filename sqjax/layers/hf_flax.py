@@ -121,6 +121,7 @@ def from_flax(
             "from_flax: expected one of Hugging Face's Flax models (FlaxOPTForCausalLM, ...), got "
             f"{name}; other functions of (params, *inputs) need no conversion"
         )
+    # Refused here, because later nothing would show that the outputs are another model's.
     problems = ignored_fields(model)
     if problems:
         raise ValueError(
@@ -134,6 +135,7 @@ def from_flax(
         )
     if params is None:
         params = model.params
+    # A shallow copy: the caller's own model keeps its parameters.
     bare = copy.copy(model)
     if initialized:
         # Shapes can not be computed with, so a use of other parameters than those passed in fails.
@@ -215,6 +217,7 @@ _ABSOLUTE = "Flax(Bert|Roberta|RobertaPreLayerNorm|XLMRoberta|Electra|Albert)"
 #: initializers) and fields that change rounding alone (reorder_and_upcast_attn, slow_but_exact,
 #: pretraining_tp) are not among them.
 ASSUMPTIONS = (
+    # Llama and Mistral.
     Assumption(_ROTARY, "rope_theta", _is(None, 10000), "rotates with base 10000", _LOAD),
     Assumption(_ROTARY, "rope_scaling", _is(None), "does not scale its rotary angles", _LOAD),
     Assumption(_ROTARY, "partial_rotary_factor", _is(None, 1), "rotates whole heads", _OWN),
@@ -233,6 +236,7 @@ ASSUMPTIONS = (
         _LOAD,
     ),
     Assumption(_ROTARY, "mlp_bias", _is(None, False), "has no biases in its MLP", _LOAD),
+    # Mistral alone.
     Assumption(
         "FlaxMistral", "attention_bias", _is(None, False), "has no biases in its attention", _LOAD
     ),
@@ -244,8 +248,10 @@ ASSUMPTIONS = (
         "set max_position_embeddings and sliding_window to the longest sequence that is used, if "
         "the window is no shorter, else " + _LOAD,
     ),
+    # Gemma, whose checkpoints `load` does not read.
     Assumption("FlaxGemma", "rope_theta", _is(None, 10000), "rotates with base 10000", _OWN),
     Assumption("FlaxGemma", "rope_scaling", _is(None), "does not scale its rotary angles", _OWN),
+    # Decoders with learned positions.
     Assumption(
         "FlaxGPT2", "scale_attn_weights", _is(True), "divides by the square root of head_dim", _OWN
     ),
@@ -264,6 +270,7 @@ ASSUMPTIONS = (
         "has norms with gains and biases",
         _OWN,
     ),
+    # Translation, encoders, images and speech: one field each.
     Assumption(
         "FlaxMarian",
         "share_encoder_decoder_embeddings",

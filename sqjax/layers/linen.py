@@ -56,7 +56,7 @@ class QuantDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of shape (inputs, features)."""
-        last = (x.ndim - 1,)
+        last = (x.ndim - 1,)  # the contracted axis
         kernel = _kernel(self, x, last, 0, (self.features,), "quantize_dense")
         bias = None
         if self.use_bias:
@@ -105,6 +105,7 @@ class QuantDenseGeneral(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Raises ValueError if the axes do not fit x, or the kernel is not one for this layer."""
         features, batch = _several(self.features), len(_several(self.batch_dims))
+        # From here on axes count from the front and ascend, whatever order the fields have.
         axes = _axes(self.axis, self.batch_dims, x.shape, _name(self))
         kernel = _kernel(self, x, axes, batch, features, "quantize_dense_general")
         shape = (*x.shape[:batch], *features)
@@ -177,6 +178,7 @@ def _kernel(
         absmax = jnp.max(jnp.abs(x), axis=tokens, initial=0.0)
         return quantize_kernel(kernel, module.scheme, absmax, None, _name(module), len(axes), batch)
 
+    # `init` has no parameters yet; every other call must find a quantized kernel.
     if not module.has_variable("params", "kernel"):
         return module.param("kernel", init_kernel)
     remedy = f"make the parameters with sqjax.linen.{maker}(params)"

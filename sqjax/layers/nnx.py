@@ -28,6 +28,7 @@ class QuantModule(nnx.Module):
     """
 
     def __init__(self, fn: Functional, params: PyTree):
+        # A static attribute must be hashable: nnx.jit compiles once for equal functions.
         self.fn = nnx.static(fn)
         self.params = nnx.data(jax.tree.map(_variable, params, is_leaf=is_quantized))
 
@@ -203,6 +204,7 @@ class QuantLinear(nnx.Module):
 
 def _check_plain(linear: nnx.Linear) -> None:
     """Raises ValueError if a layer computes its product in a way of its own."""
+    # What nnx.Linear has where nobody has changed it.
     plain = {
         "dot_general": jax.lax.dot_general,
         "promote_dtype": promote_dtype,

@@ -74,6 +74,7 @@ class Functional:
                 f"unknown {unknown[:5]}; pass the tree that sqjax.nnx.functional returned, or "
                 "what sqjax made of it"
             )
+        # By NNX's own keys, because a path says "0" both for an index of a list and for a name.
         state = {keys[path]: leaf for path, leaf in zip(paths, leaves, strict=True)}
         return nnx.merge(self.graphdef, nnx.from_flat_state(state), _copied(self.constants))
 
@@ -92,6 +93,7 @@ class Functional:
             getattr(module, self.method)(*args, **kwargs)
             return before, _values(module)
 
+        # All that the module holds is an input here, so that each variable has a source.
         inputs = (params, self.constants, args, kwargs)
         traced, _ = trace(states_around_call, {}, inputs, {}, of_args=tensor_type)
         program = traced.jaxpr.jaxpr
@@ -166,6 +168,7 @@ def functional(
         >>> fn(params, jnp.ones((1, 3))).shape
         (1, 2)
     """
+    # `...` is the rest: whatever is no parameter is a constant of the function.
     graphdef, *states = nnx.split(module, _is_parameter, ...)
     parameters, constants = states
     names = []
@@ -237,6 +240,7 @@ def _sources(jaxpr: Any, inputs: list[Any]) -> list[Any]:
 
     for equation in jaxpr.eqns:
         inner = inner_program(equation)
+        # Only a call runs its inner program once; of loops and branches outputs count as new.
         if inner is None:
             results = [object() for _ in equation.outvars]
         else:
@@ -252,6 +256,7 @@ def _identical(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return False  # a tracer has no bits to compare
+    # Bits and not values: NaN is equal to itself, and 0.0 and -0.0 are two constants.
     if isinstance(a, jax.Array) and isinstance(b, jax.Array):
         return jax.typeof(a) == jax.typeof(b) and _bits(a) == _bits(b)
     return type(a) is type(b) and bool(a == b)

@@ -40,7 +40,7 @@ class KVCache(NamedTuple):
     @property
     def bytes_per_token(self) -> float:
         """Bytes that one token of one row takes in all layers: codes, scales and zero points."""
-        total = 0
+        total = 0  # of all rows and slots
         for slots in (*self.keys, *self.values):
             total += sum(array.nbytes for array in slots.token_arrays())
         rows = self.padding.shape[0]
@@ -102,6 +102,7 @@ def write(
             channels.
         ring: whether slots are reused once all are full.
     """
+    # Only keys of a format that changes them have `channel`.
     if slots.channel is not None:
         new = new.astype(jnp.float32)
         slots = replace(slots, channel=first_channels(slots, new, positions))

@@ -37,6 +37,7 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
         >>> {name: x["kernel"].shape for name, x in params["model"]["layers"]["0"]["mlp"].items()}
         {'down_proj': (16, 8), 'gate_proj+up_proj': (8, 32)}
     """
+    # From the leaves up: a module's children are done before its own layers are looked at.
     fused = {}
     for name, value in params.items():
         fused[name] = fuse(value) if isinstance(value, Mapping) else value

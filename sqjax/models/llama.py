@@ -89,6 +89,7 @@ class LlamaConfig:
                 "LlamaConfig.sliding_window: expected at least 1 or None, "
                 f"got {self.sliding_window}"
             )
+        # Each key head serves as many query heads.
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "LlamaConfig.num_heads: expected a multiple of num_kv_heads = "
@@ -111,6 +112,7 @@ class RMSNorm(nn.Module):
         self, x: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch tokens hidden"]:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        # In bfloat16 the mean of many squares would keep 8 bits.
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
@@ -163,6 +165,7 @@ class Attention(nn.Module):
 
         in_order = cache is None or config.sliding_window is None
         if cache is None:
+            # The tokens look at each other: a cache of floats that lasts for this call.
             read = Slots(keys), Slots(values)
         else:
             ring = not in_order
@@ -309,8 +312,10 @@ class Llama(nn.Module):
         """Logits of every position, or of the last only; and the cache grown, if there was one."""
         decoder = Decoder(self.config, name="model")
         x, cache = decoder(ids, cache)
+        # A prefill needs one position's logits, and the head is the largest matmul.
         if last:
             x = x[:, -1:]
+        # A tied model has no lm_head: the embedding matrix, transposed, is its head.
         if self.config.tie_embeddings:
             return decoder.attend(x), cache
         head = nn.Dense(self.config.vocab_size, use_bias=False, name="lm_head")

@@ -163,6 +163,7 @@ def cache_for(
     window - 1 tokens before it, while the whole chunk is written. With a window of 4 and chunks
     of 3 these are 3 old tokens and 3 new ones: 6 slots.
     """
+    # Never more slots than tokens: a text shorter than the window fills no ring.
     if config.sliding_window is not None and chunk is not None:
         length = min(length, config.sliding_window + chunk - 1)
     return empty_cache(

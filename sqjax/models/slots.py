@@ -169,6 +169,7 @@ class Slots:
 
     def map_tokens(self, change: Callable[..., Any], *others: "Slots") -> "Slots":
         """change(array, *arrays of others) for the arrays that grow with the number of slots."""
+        # `channel` has no axis of slots: it stays as it is.
         alone = [replace(slots, channel=None) for slots in (self, *others)]
         return replace(jax.tree.map(change, *alone), channel=self.channel)
 
@@ -205,6 +206,7 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
     if kind.codes == "float":
         return Slots(vectors)
     wide = _groups(vectors.astype(jnp.float32), kind)
+    # Codes are made with the scale as it is stored, because that is the one that decodes them.
     zero = None
     if kind.zero_point:
         low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
@@ -218,6 +220,7 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
         stored_scale = _stored_scale(scale, kind)
         step = stored_scale.astype(jnp.float32)[..., None]
         codes = to_format(wide, step, fmt)
+    # Groups are a view of the channels; they are not stored apart.
     codes = codes.reshape(vectors.shape)
     return Slots(pack_halves(codes) if kind.packed else codes, stored_scale, zero, None, kind)
 

@@ -44,8 +44,10 @@ def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
     if is_stacked(layers):
         return params
     rows = [layers[str(i)] for i in range(len(layers))]
+    # Checked here, because an error of jnp.stack would name no leaf.
     for i, row in enumerate(rows):
         _check_alike(rows[0], row, i)
+    # Quantized weights too: codes, scales and all other arrays get the axis of layers in front.
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     return _with_layers(params, stack)
 

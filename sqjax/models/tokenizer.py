@@ -114,6 +114,7 @@ def _end_of_text(directory: Path, backend) -> int | None:
     ``config.json`` has the id, or a list of ids of which the first is meant.
     """
     token = _read_json(directory / "tokenizer_config.json").get("eos_token")
+    # An AddedToken, written as {"content": "<|im_end|>", ...}.
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None:

@@ -332,6 +332,7 @@ def test_functions_with_other_constants_are_other_functions():
     assert functional(jittered(Stateful(nnx.Rngs(1))))[0] != fn  # another key
 
 
+@pytest.mark.slow
 def test_a_quantized_function_does_not_trace_twice():
     calls = []
 
@@ -432,7 +433,7 @@ def quantized_module(scheme=sq.W8A8):
     return module, fn, qparams, rebuild(fn, qparams), x
 
 
-@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O1"))
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES))
 def test_a_quant_module_is_the_quantized_function_under_both_jits(scheme):
     module, fn, qparams, quantized, x = quantized_module(scheme)
     expected = sq.quantized(fn)(qparams, x)
@@ -464,6 +465,7 @@ def test_a_quant_module_shows_its_parameters():
     assert "QuantModule" in repr(quantized)
 
 
+@pytest.mark.slow
 def test_nnx_grad_of_a_quant_module_reaches_the_float_parameters():
     module, _, _, quantized, x = quantized_module()
     target = normal(16, 5, seed=9)
@@ -536,7 +538,7 @@ def test_the_smoothed_layer_is_the_layer(alpha):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O1", "O3"))
 def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
     """|err_tj| <= sum_k |x_tk| sw_j / 2 + |w_kj| sx_t / 2 + sx_t sw_j / 4: both operands are off by half a step."""
     linear, x = layer()
@@ -574,7 +576,7 @@ def test_is_the_integer_product_of_numpy(bias):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O1", "O3"))
 def test_the_only_matmul_is_int8_and_accumulates_in_int32(scheme, smooth):
     linear, x = layer()
     program = jaxprs.of(lambda module, x: module(x), quantized_layer(linear, x, scheme, smooth), x)
@@ -655,7 +657,7 @@ def _linear(kernel):
     return linear
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O3"))
 def test_the_constructor_draws_what_nnx_linear_draws(scheme):
     module, linear = (
         QuantLinear(16, 8, scheme=scheme, rngs=nnx.Rngs(7)),
@@ -702,6 +704,7 @@ def test_dtypes_are_those_of_nnx_linear(x, param, dtype, expected):
     assert 1e-3 < error < 0.05
 
 
+@pytest.mark.slow
 def test_quant_linear_inside_a_model_goes_through_functional():
     model, x = jittered(Perceptron(nnx.Rngs(0))), normal(16, 6)
     expected = model(x)
@@ -814,7 +817,7 @@ def test_every_scheme_runs_under_nnx_jit_vmap_and_grad(scheme, error):
     assert drawn.kernel.get_value().outliers is None  # there are no data yet
 
 
-@pytest.mark.parametrize(("scheme", "error"), slow_but(PRESETS, "W8A8_O1"))
+@pytest.mark.parametrize(("scheme", "error"), slow_but(PRESETS))
 def test_stacked_layers_of_every_scheme_scan_as_a_loop(scheme, error):
     kernels, x = normal(3, 64, 64) / 8, normal(5, 64, seed=1)
     absmax = jnp.maximum(jnp.max(jnp.abs(x), axis=0), 3)
@@ -832,6 +835,7 @@ def test_stacked_layers_of_every_scheme_scan_as_a_loop(scheme, error):
     assert 1e-4 < distance(expected, of_float) < 3 * error
 
 
+@pytest.mark.slow
 def test_smoothing_by_powers_of_two_moves_the_steps_and_nothing_else():
     """(X / s)(s W) = X W without a lost bit: float products are equal, and so are the layers smoothed at run time and
     by folding."""
@@ -863,7 +867,7 @@ class Around(nnx.Module):
 TRAINED = {"W8A8": sq.W8A8, "W4A8": sq.W4A8, "FP8": sq.FP8}
 
 
-@pytest.mark.parametrize("scheme", slow_but(TRAINED, "W8A8"))
+@pytest.mark.parametrize("scheme", slow_but(TRAINED))
 def test_what_is_around_a_quantized_layer_trains(scheme):
     """nnx.grad and nnx.Optimizer see every nnx.Param: the norm, the biases, the head; a QuantParam is none."""
     model, x, target = Around(nnx.Rngs(0)), normal(32, 64), normal(32, 4, seed=1)
