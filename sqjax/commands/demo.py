@@ -1,7 +1,6 @@
 """`sqjax demo`: a real language model from float to int8, with its accuracy and speed side by side."""
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -11,23 +10,35 @@ from jaxtyping import Array
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
+from sqjax.commands import layouts
+from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
+from sqjax.commands.shared import text_windows, weight_bytes, where
 from sqjax.commands.timing import interleaved
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import fold_stats, scales
 from sqjax.models import Model, greedy, load
-from sqjax.models.evaluation.perplexity import perplexity, windows
+from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8_O1, W8A8_O3, Scheme
 
 PROMPT = "The capital of France is"
-#: The tokens of a window of text.
-LENGTH = 512
+#: The tokens of the prompt whose reading is timed.
+PREFILL = 256
 SCHEMES = {"O1 per-token": W8A8_O1, "O3 static": W8A8_O3}
+#: What is smoothed: {name: the argument `groups` of `scales`, or None for nothing}.
+SMOOTHINGS = {"unsmoothed": None, "norms only": "norm", "all groups": "all"}
 
 
 class Size(NamedTuple):
-    """How much the demo does: windows of calibration and of evaluation text, tokens to generate, timing repeats."""
+    """How much the demo does.
+
+    Attributes:
+        calibration: windows of calibration text.
+        evaluation: windows of evaluation text.
+        generated: tokens to generate.
+        repeats: timings of each variant, of which the median is taken.
+    """
 
     calibration: int
     evaluation: int
@@ -40,82 +51,76 @@ QUICK = Size(4, 3, 16, 3)
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """One line of the table, and one row of the record: names end in their unit."""
 
     name: str
     perplexity: float
-    nbytes: int
-    prefill: float
-    decode: float
+    weight_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
 
 
 def demo(
     size: Size = FULL,
-    alpha: float = 0.85,
-    model_name: str = "smollm2-135m",
+    alpha: float = ALPHA,
+    model_name: str = MODEL,
     float_head: bool = False,
 ) -> list[Row]:
-    """Calibrates, smooths and quantizes a model, prints what that costs and gains, and returns the table's rows."""
+    """Calibrates, smooths and quantizes a model, and prints what that costs and gains.
+
+    Args:
+        size: how much is done.
+        alpha: the smoothing strength, from 0 to 1.
+        model_name: what `sqjax.models.load` takes.
+        float_head: whether lm_head stays float, as in the authors' code.
+
+    Returns:
+        The table's rows, float32 first.
+
+    Raises:
+        ValueError: there is no such model, or it has no tokenizer.
+    """
     model, params = load(model_name)
-    if model.tokenizer is None:
-        raise ValueError(f"{model_name}: the demo needs a model with a tokenizer")
-    print(f"{model_name} on {jax.devices()[0].platform}, jax {jax.__version__}", flush=True)
-    text = {name: model.tokenizer.encode(shipped(name)) for name in ("calibration", "evaluation")}
-    calibration = windows(text["calibration"], LENGTH, size.calibration)
-    evaluation = windows(text["evaluation"], LENGTH, size.evaluation)
-
+    calibration = text_windows(model, "calibration", LENGTH, size.calibration)
+    evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
+    print(where(model_name), flush=True)
     stats = calibrate(model.apply, params, [row[None] for row in calibration], progress=True)
-    norms = sum(g.norm for g in stats.graph.groups)
-    print(
-        f"{len(stats.graph.sites)} matmuls; {len(stats.graph.groups)} groups fold ({norms} into norms), bit for bit"
-    )
+    print(_what_folds(stats))
 
-    prompt = jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
-    best = {
-        name: _variant(params, stats, alpha, "all", scheme, float_head)
-        for name, scheme in SCHEMES.items()
-    }
-    speeds = measure_speed(model, {"float32": params, **best}, prompt, size)
-    rows = [
-        Row(
-            "float32",
-            _perplexity(model, params, evaluation, "float32"),
-            _nbytes(params),
-            *speeds["float32"],
-        )
-    ]
+    def variant(scheme: Scheme, groups: str | None) -> Any:
+        return quantized_variant(params, stats, alpha, groups, scheme, float_head)
+
+    def row(name: str, tree: Any, speed: tuple[float, float]) -> Row:
+        value = perplexity(model, tree, evaluation, progress=True, description=name)
+        return Row(name, value, weight_bytes(tree), *speed)
+
+    # Speed does not depend on the smoothing, so it is measured once for each scheme.
+    smoothed = {name: variant(scheme, "all") for name, scheme in SCHEMES.items()}
+    speeds = measure_speed(model, {"float32": params, **smoothed}, size)
+
+    rows = [row("float32", params, speeds["float32"])]
     for scheme_name, scheme in SCHEMES.items():
-        for smoothing, groups in (
-            ("unsmoothed", None),
-            ("norms only", "norm"),
-            ("all groups", "all"),
-        ):
+        for smoothing, groups in SMOOTHINGS.items():
             name = f"W8A8 {scheme_name}, {smoothing}"
-            variant = _variant(params, stats, alpha, groups, scheme, float_head)
-            rows.append(
-                Row(
-                    name,
-                    _perplexity(model, variant, evaluation, name),
-                    _nbytes(variant),
-                    *speeds[scheme_name],
-                )
-            )
-    print_table(rows, size, alpha, float_head)
-    for name, tree in {
-        "float32": params,
-        "W8A8 " + next(iter(best)): next(iter(best.values())),
-    }.items():
-        ids = np.asarray(greedy(model, tree, prompt, size.generated))[0]
-        print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
+            rows.append(row(name, variant(scheme, groups), speeds[scheme_name]))
+
+    print(_table(rows, size, alpha, float_head))
+    print_continuation("float32", model, params, size.generated)
+    print_continuation("W8A8 O1 per-token", model, smoothed["O1 per-token"], size.generated)
     return rows
 
 
-def shipped(name: str) -> str:
-    """A text that comes with the package."""
-    return (resources.files("sqjax.commands") / "text" / f"{name}.txt").read_text(encoding="utf-8")
+def _what_folds(stats: Stats) -> str:
+    """How many matmuls there are, and how many fold groups."""
+    graph = stats.graph
+    norms = sum(group.norm for group in graph.groups)
+    return (
+        f"{len(graph.sites)} matmuls; {len(graph.groups)} groups fold ({norms} into norms), "
+        "bit for bit"
+    )
 
 
-def _variant(
+def quantized_variant(
     params: Any,
     stats: Stats,
     alpha: float,
@@ -123,57 +128,57 @@ def _variant(
     scheme: Scheme,
     float_head: bool = False,
 ) -> Any:
-    s = {} if groups is None else scales(params, stats, alpha, groups=groups)
-    return quantize(
-        fold(params, stats.graph, s),
-        fold_stats(stats, s),
-        {"lm_head|embed": None, ".*": scheme} if float_head else scheme,
-    )
-
-
-def _perplexity(model: Model, params: Any, tokens: np.ndarray, name: str) -> float:
-    return perplexity(model, params, tokens, progress=True, description=name)
-
-
-def _nbytes(params: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(params))
+    """The parameters with some fold groups smoothed (none of them for None), then quantized."""
+    smoothing_scales = {} if groups is None else scales(params, stats, alpha, groups=groups)
+    smoothed = fold(params, stats.graph, smoothing_scales)
+    # Static schemes need statistics of the parameters that are quantized: the smoothed ones.
+    smoothed_stats = fold_stats(stats, smoothing_scales)
+    rules = {"lm_head|embed": None, ".*": scheme} if float_head else scheme
+    return quantize(smoothed, smoothed_stats, rules)
 
 
 def measure_speed(
-    model: Model, variants: Mapping[str, Any], prompt: Array, size: Size
+    model: Model, variants: Mapping[str, Any], size: Size
 ) -> dict[str, tuple[float, float]]:
-    """{variant: (prefill, decode) tokens/s}, medians of interleaved runs.
+    """{variant: (prefill, decode) tokens a second}, medians of runs that take turns.
 
-    Prefill reads 256 tokens into a cache; decode is greedy generation after the demo's prompt, batch 1.
+    Prefill reads 256 tokens into a cache; decode is greedy generation after the demo's prompt,
+    batch 1.
     """
-    tokens = 256
-    ids = jnp.asarray(np.arange(tokens)[None] + 1000, jnp.int32)
-    cache = model.init_cache(1, tokens)
+    ids = jnp.asarray(np.arange(PREFILL)[None] + 1000, jnp.int32)
+    prompt = _prompt_ids(model)
+    cache = model.init_cache(1, PREFILL)
     read = jax.jit(quantized(model.decode))
-    prefill = {name: (lambda tree=tree: read(tree, ids, cache)) for name, tree in variants.items()}
-    decode = {
-        name: (lambda tree=tree: greedy(model, tree, prompt, size.generated))
-        for name, tree in variants.items()
-    }
-    prefill_seconds = interleaved(prefill, size.repeats, "prefill speed")
-    decode_seconds = interleaved(decode, size.repeats, "decode speed")
-    return {
-        name: (tokens / prefill_seconds[name], size.generated / decode_seconds[name])
-        for name in variants
-    }
+    prefill_runs = {}
+    decode_runs = {}
+    for name, tree in variants.items():
+        prefill_runs[name] = lambda tree=tree: read(tree, ids, cache)
+        decode_runs[name] = lambda tree=tree: greedy(model, tree, prompt, size.generated)
+    prefill_seconds = interleaved(prefill_runs, size.repeats, "prefill speed")
+    decode_seconds = interleaved(decode_runs, size.repeats, "decode speed")
+    speeds = {}
+    for name in variants:
+        prefill_speed = PREFILL / prefill_seconds[name]
+        speeds[name] = (prefill_speed, size.generated / decode_seconds[name])
+    return speeds
 
 
-def print_table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> None:
-    """Prints the rows, speeds also as ratios to the first."""
-    base = rows[0]
+def _prompt_ids(model: Model) -> Array:
+    """The ids of the demo's prompt, (1, tokens)."""
+    assert model.tokenizer is not None  # `text_windows` has refused a model without one
+    return jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
+
+
+def print_continuation(name: str, model: Model, params: Any, tokens: int) -> None:
+    """Prints how a variant continues the prompt, so that a reader sees that it still writes."""
+    assert model.tokenizer is not None
+    ids = np.asarray(greedy(model, params, _prompt_ids(model), tokens))[0]
+    print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
+
+
+def _table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> str:
+    """The table and a line that says what was done to get it."""
     what = "the head in float, every other matmul in int8" if float_head else "every matmul in int8"
-    print(
-        f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothing with alpha {alpha}; {what}"
-    )
-    print(f"{'':32}{'perplexity':>12}{'MB':>8}{'prefill tok/s':>20}{'decode tok/s':>20}")
-    for row in rows:
-        prefill = f"{row.prefill:.0f} ({row.prefill / base.prefill:.2f}x)"
-        decode = f"{row.decode:.1f} ({row.decode / base.decode:.2f}x)"
-        print(
-            f"{row.name:32}{row.perplexity:12.2f}{row.nbytes / 1e6:8.0f}{prefill:>20}{decode:>20}"
-        )
+    tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
+    table = layouts.demo([row._asdict() for row in rows])
+    return f"\n{tokens}; smoothing with alpha {alpha}; {what}\n{layouts.text(table)}"

@@ -1,26 +1,25 @@
-"""`sqjax schemes`: what every scheme does to a real language model's perplexity, with and without smoothing."""
+"""`sqjax schemes`: a real language model's perplexity in every scheme, with and without smoothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from jaxtyping import Array, Float
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
-from sqjax.commands.demo import LENGTH, Size, shipped
+from sqjax.commands import layouts
+from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
+from sqjax.commands.demo import Size
+from sqjax.commands.shared import text_windows, weight_bytes, where
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import smooth
 from sqjax.models import Model, load
-from sqjax.models.evaluation.perplexity import perplexity, windows
+from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Params, TokenIds
 from sqjax.runtime.int8_attention import int8_attention
 from sqjax.weights import schemes
-from sqjax.weights.qtensor import QTensor
-from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.schemes import Scheme, Static
 
 SCHEMES: dict[str, Scheme] = {
@@ -38,14 +37,17 @@ SCHEMES: dict[str, Scheme] = {
     "W4A8 g128, two levels": schemes.W4A8,
 }
 
+#: Makes the parameters of a variant from parameters and their own statistics.
+Make = Callable[[Any, Stats], Any]
+
 
 class Row(NamedTuple):
-    """One line of the table: perplexities of the unsmoothed and the smoothed model, and the bytes of its weights."""
+    """One line of the table, and one row of the record: names end in their unit."""
 
     name: str
-    unsmoothed: float
-    smoothed: float
-    nbytes: int
+    unsmoothed_perplexity: float
+    smoothed_perplexity: float
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,59 +55,53 @@ class Int8Attention(Model):
     """The same model with both batched matmuls of its attention on int8."""
 
     def apply(self, params: Params, ids: TokenIds) -> Float[Array, "batch tokens vocab"]:
+        """As `Model.apply`."""
         return int8_attention(super().apply)(params, ids)
 
 
-def compare(size: Size, alpha: float = 0.85, model_name: str = "smollm2-135m") -> list[Row]:
-    """Evaluates every scheme, prints the table and returns its rows."""
-    model, params = load(model_name)
-    if model.tokenizer is None:
-        raise ValueError(f"{model_name}: a comparison needs a model with a tokenizer")
-    print(f"{model_name} on {jax.devices()[0].platform}, jax {jax.__version__}", flush=True)
-    text = {name: model.tokenizer.encode(shipped(name)) for name in ("calibration", "evaluation")}
-    batches = [row[None] for row in windows(text["calibration"], LENGTH, size.calibration)]
-    evaluation = windows(text["evaluation"], LENGTH, size.evaluation)
+def compare(size: Size, alpha: float = ALPHA, model_name: str = MODEL) -> list[Row]:
+    """Evaluates every scheme, prints each as it is measured, then the table; returns its rows.
 
-    def measure(name: str, model: Model, make: Callable[[Any, Stats], Any]) -> Row:
-        trees = [make(*variant) for variant in variants]
-        plain, smoothed = (
-            perplexity(model, tree, evaluation, progress=True, description=name) for tree in trees
-        )
-        row = Row(name, plain, smoothed, weight_bytes(trees[0]))
-        print(
-            f"{row.name:34}{row.unsmoothed:12.2f}{row.smoothed:12.2f}{row.nbytes / 1e6:8.0f}",
-            flush=True,
-        )
-        return row
+    Args:
+        size: how much text; its other fields are not used.
+        alpha: the smoothing strength, from 0 to 1.
+        model_name: what `sqjax.models.load` takes.
+
+    Raises:
+        ValueError: there is no such model, or it has no tokenizer.
+    """
+    model, params = load(model_name)
+    batches = [row[None] for row in text_windows(model, "calibration", LENGTH, size.calibration)]
+    evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
+    print(where(model_name), flush=True)
 
     stats = calibrate(model.apply, params, batches, histogram=True, progress=True)
     smoothed = smooth(params, stats, alpha)
-    variants = [
-        (params, stats),
-        (smoothed, calibrate(model.apply, smoothed, batches, histogram=True, progress=True)),
-    ]
-    print(
-        f"\nperplexity on {size.evaluation} x {LENGTH} tokens; smoothed: all groups, alpha {alpha}"
-    )
-    print(f"{'every matmul with a weight':34}{'unsmoothed':>12}{'smoothed':>12}{'MB':>8}")
-    rows = [measure("float32", model, lambda tree, stats: tree)]
+    # Measured anew, because the ranges "mse" and 0.9999 need histograms, and a histogram of X says
+    # nothing about X / s.
+    smoothed_stats = calibrate(model.apply, smoothed, batches, histogram=True, progress=True)
+
+    def measure(name: str, model: Model, make: Make) -> Row:
+        unsmoothed_tree = make(params, stats)
+        smoothed_tree = make(smoothed, smoothed_stats)
+        unsmoothed_value = perplexity(
+            model, unsmoothed_tree, evaluation, progress=True, description=name
+        )
+        smoothed_value = perplexity(
+            model, smoothed_tree, evaluation, progress=True, description=name
+        )
+        row = Row(name, unsmoothed_value, smoothed_value, weight_bytes(unsmoothed_tree))
+        print(f"{name}: {unsmoothed_value:.2f}, smoothed {smoothed_value:.2f}", flush=True)
+        return row
+
+    rows = [measure("float32", model, lambda tree, _: tree)]
     for name, scheme in SCHEMES.items():
         rows.append(measure(name, model, partial(quantize, scheme=scheme)))
     of_attention = Int8Attention(model.config, model.tokenizer)
-    name = "W8A8 O1, int8 attention"
-    rows.append(measure(name, of_attention, partial(quantize, scheme=schemes.W8A8_O1)))
+    in_w8a8 = partial(quantize, scheme=schemes.W8A8_O1)
+    rows.append(measure("W8A8 O1, int8 attention", of_attention, in_w8a8))
+
+    tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
+    table = layouts.schemes([row._asdict() for row in rows])
+    print(f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{layouts.text(table)}")
     return rows
-
-
-def weight_bytes(tree: Any) -> int:
-    """Bytes of a tree as a file or a GPU holds it, int4 two to a byte."""
-
-    def of(leaf: Any) -> int:
-        if not isinstance(leaf, QuantWeight):
-            return int(np.asarray(leaf).nbytes)
-        others = (leaf.input_scale, leaf.smoothing, leaf.outliers)
-        return leaf.tensor.nbytes + sum(x.nbytes for x in jax.tree.leaves(others))
-
-    return sum(
-        map(of, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantWeight | QTensor)))
-    )

@@ -12,12 +12,17 @@ from tqdm.auto import tqdm
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
 ) -> dict[str, float]:
-    """{name: median seconds} of functions that are called in turn, after a first call each that compiles."""
+    """{name: median seconds of a call}, from `repeats` rounds in which every function is called once.
+
+    One more round goes before them and is not counted, because first calls compile.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(repeats + 1), desc=description, unit="round", leave=False):
+    rounds = range(repeats + 1)
+    for number in tqdm(rounds, desc=description, unit="round", leave=False):
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+            jax.block_until_ready(run())  # because jax returns before the result is there
+            elapsed = time.perf_counter() - start
+            if number > 0:
+                seconds[name].append(elapsed)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,216 @@
+"""What each table looks like: its columns, and how a record's rows become its cells.
+
+The commands print these tables when they end, and `python -m sqjax.commands.tables` puts the same
+ones into Markdown. Each function here takes rows as a record holds them (`sqjax.commands.records`)
+and returns a `Table`, which has two forms, `text` and `markdown`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sqjax.commands.records import Row
+
+#: Keys of measured times end so; what stands before is the column's title.
+SECONDS = " seconds"
+#: The row of qwix's int8, and the rows that quantize what it quantizes.
+QWIX = "qwix int8"
+LIKE_QWIX = ("W8A8_O1", "W8A8_O1 fused", "W8A8_O3", "W8A8_O3 fused")
+
+
+class Table(NamedTuple):
+    """The titles of the columns, and the cells of each line; every line has a cell for each title."""
+
+    titles: tuple[str, ...]
+    lines: Sequence[tuple[str, ...]]
+
+
+def text(table: Table) -> str:
+    """The table for a terminal: the first column on the left, the others aligned on the right."""
+    rows = [table.titles, *table.lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        aligned = [first.ljust(widths[0])]
+        for cell, width in zip(others, widths[1:], strict=True):
+            aligned.append(cell.rjust(width))
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown."""
+    rows = [table.titles, ("---",) * len(table.titles), *table.lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# The demo and the schemes ---------------------------------------------------------------------
+
+
+def demo(rows: Sequence[Row]) -> Table:
+    """A line for each variant; speeds also as ratios to the first line's, float32."""
+    titles = ("", "perplexity", "MB", "prefill tok/s", "decode tok/s")
+    prefill, decode = "prefill_tokens_per_second", "decode_tokens_per_second"
+    lines = []
+    for row in rows:
+        prefill_ratio = times(row[prefill] / rows[0][prefill])
+        decode_ratio = times(row[decode] / rows[0][decode])
+        lines.append(
+            (
+                row["name"],
+                f"{row['perplexity']:.2f}",
+                megabytes(row["weight_bytes"]),
+                f"{row[prefill]:.0f} ({prefill_ratio})",
+                f"{row[decode]:.1f} ({decode_ratio})",
+            )
+        )
+    return Table(titles, lines)
+
+
+def schemes(rows: Sequence[Row]) -> Table:
+    """A line for each scheme: perplexity without smoothing and with all fold groups smoothed."""
+    titles = ("every matmul, the tied head too", "unsmoothed", "smoothed", "MB")
+    lines = []
+    for row in rows:
+        lines.append(
+            (
+                row["name"],
+                f"{row['unsmoothed_perplexity']:.2f}",
+                f"{row['smoothed_perplexity']:.2f}",
+                megabytes(row["weight_bytes"]),
+            )
+        )
+    return Table(titles, lines)
+
+
+# The benchmark --------------------------------------------------------------------------------
+
+
+def models(rows: Sequence[Row]) -> Table:
+    """Prefill and decode of the first model that was measured, as ratios to float32."""
+    of_models = [row for row in rows if row["table"] == "model"]
+    return speeds([row for row in of_models if row["model"] == of_models[0]["model"]])
+
+
+def matvecs(rows: Sequence[Row]) -> Table:
+    """One row of activations times a large weight, as ratios to float32."""
+    return speeds([row for row in rows if row["table"] == "matvec"])
+
+
+def matmuls(rows: Sequence[Row]) -> Table:
+    """A square W8A8 matmul, as ratios to the int8 `dot_general` alone."""
+    return speeds([row for row in rows if row["table"] == "matmul"])
+
+
+def speeds(rows: Sequence[Row]) -> Table:
+    """Times in milliseconds and how many times as fast as the first line; then ratios to qwix.
+
+    A row that could not be measured holds a "note" that says why. It fills the first cell.
+    For example {"name": "float32", "decode seconds": 0.04} and {"name": "W8A8_O1",
+    "decode seconds": 0.02} become "1.00x (40.00)" and "2.00x (20.00)" under "decode".
+    """
+    keys = [key for key in rows[0] if key.endswith(SECONDS)]
+    titles = ("", *(key.removesuffix(SECONDS) for key in keys))
+    lines = []
+    for row in rows:
+        if "note" in row:
+            cells = [row["note"], *[""] * (len(keys) - 1)]
+        else:
+            cells = []
+            for key in keys:
+                ratio = times(rows[0][key] / row[key])
+                cells.append(f"{ratio} ({1e3 * row[key]:.2f})")
+        lines.append((row["name"], *cells))
+    return Table(titles, [*lines, *_ratios_to_qwix(rows, keys)])
+
+
+def _ratios_to_qwix(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """A line for each row that quantizes as qwix does; none where qwix was not measured."""
+    measured = {row["name"]: row for row in rows if "note" not in row}
+    if QWIX not in measured:
+        return []
+    lines = []
+    for name in LIKE_QWIX:
+        if name in measured:
+            ratios = [times(measured[QWIX][key] / measured[name][key]) for key in keys]
+            lines.append((f"{name} to qwix", *ratios))
+    return lines
+
+
+# Decoding -------------------------------------------------------------------------------------
+
+
+def caches(rows: Sequence[Row]) -> Table:
+    """Perplexity through each format of the cache, beside that of the same weights without one.
+
+    The line without a cache shows perplexities, the others by how much they change it.
+    """
+    titles = ("cache", "bytes a token", "float32 weights", "W8A8 weights")
+    perplexities: dict[str, dict[str, float]] = {}
+    bytes_per_token: dict[str, float] = {}
+    for row in rows:
+        if row["table"] == "caches":
+            of_cache = perplexities.setdefault(row["cache"], {})
+            of_cache[row["weights"]] = row["perplexity"]
+            bytes_per_token[row["cache"]] = row["bytes_per_token"]
+    plain = perplexities.pop("none")
+    lines: list[tuple[str, ...]] = []
+    lines.append(("none", "", f"{plain['float32']:.2f}", f"{plain['W8A8']:.2f}"))
+    for cache, through_cache in perplexities.items():
+        changes = []
+        for weights in ("float32", "W8A8"):
+            change = through_cache[weights] / plain[weights] - 1
+            changes.append(f"{100 * change:+.2f}%")
+        lines.append((cache, f"{bytes_per_token[cache]:.0f}", *changes))
+    return Table(titles, lines)
+
+
+def steps(rows: Sequence[Row]) -> Table:
+    """One decode step of W8A8 with an int8 cache beside one of float32, at each batch and context.
+
+    The floor is what reading the W8A8 weights and the cache takes at the speed of a copy.
+    """
+    titles = ("batch", "tokens in the cache", "float32", "W8A8, int8 cache", "ratio", "floor")
+    cases: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["table"] == "steps":
+            case = row["batch"], row["context_tokens"]
+            cases.setdefault(case, {})[row["weights"]] = row
+    lines = []
+    for batch, context in sorted(cases):
+        by_weights = cases[batch, context]
+        float32 = by_weights["float32"]["seconds_per_step"]
+        int8 = by_weights["W8A8"]["seconds_per_step"]
+        floor = by_weights["W8A8"]["floor_seconds_per_step"]
+        figures = (milliseconds(float32), milliseconds(int8), times(float32 / int8))
+        lines.append((str(batch), str(context), *figures, milliseconds(floor)))
+    return Table(titles, lines)
+
+
+# Cells ----------------------------------------------------------------------------------------
+
+
+def times(ratio: float) -> str:
+    """A ratio of speeds: "1.25x"."""
+    return f"{ratio:.2f}x"
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes, in millions."""
+    return f"{count / 1e6:.0f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time: "12.3 ms"."""
+    return f"{1e3 * seconds:.1f} ms"
+
+
+#: The tables by the names that marks in Markdown give them.
+LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "demo": demo,
+    "schemes": schemes,
+    "benchmark": models,
+    "benchmark rows": matvecs,
+    "benchmark matmul": matmuls,
+    "decode caches": caches,
+    "decode steps": steps,
+}

@@ -1,0 +1,208 @@
+"""Records: what a run of a command measured, with where, when and from which commit.
+
+`sqjax demo --record benchmarks/records/demo.json` writes one. `python -m sqjax.commands.tables`
+fills tables in Markdown from them, so that no figure in a text is ever typed by hand.
+
+A record is a JSON object with the fields of `Record`:
+
+    {
+      "command": ["demo", "--quick", "--record", "benchmarks/records/demo.json"],
+      "machine": {"cpu": "AMD EPYC", "features": ["avx512_vnni"], "cores": 2},
+      "commit": "3119ada...",
+      "jax": "0.10.2",
+      "python": "3.11.9",
+      "date": "2026-11-27",
+      "seconds": 61.5,
+      "rows": [{"name": "float32", "perplexity": 36.48, "weight_bytes": 538090752}, ...]
+    }
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+#: One row of a table: plain numbers and texts, with the unit in the key ("seconds", "weight_bytes").
+Row = Mapping[str, Any]
+
+#: The units of a processor that decide how fast int8 and bfloat16 matmuls are, as Linux names them.
+FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
+
+CPUINFO = Path("/proc/cpuinfo")
+ROOT = Path(__file__).parents[2]
+
+
+class Machine(NamedTuple):
+    """The machine that figures come from.
+
+    Attributes:
+        cpu: the processor's name, with family and model numbers because cloud machines often
+            give no more than "AMD EPYC" as the name.
+        features: those of `FEATURES` that it has; empty where the system does not list them.
+        cores: how many cores this process may use.
+    """
+
+    cpu: str
+    features: list[str]
+    cores: int
+
+    def __str__(self) -> str:
+        units = f" ({', '.join(self.features)})" if self.features else ""
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        return f"{cores} of {self.cpu}{units}"
+
+
+class Record(NamedTuple):
+    """One run of a command.
+
+    Attributes:
+        command: the command line's arguments, without "sqjax".
+        machine: where it ran.
+        commit: the git hash of the code, followed by "-dirty" if files of the package differ from
+            that commit; None where the code is not a git checkout.
+        jax: the version of jax.
+        python: the version of Python.
+        date: the day, as 2026-11-27.
+        seconds: how long the whole run took.
+        rows: what was measured, one mapping for each row of the tables.
+    """
+
+    command: list[str]
+    machine: Machine
+    commit: str | None
+    jax: str
+    python: str
+    date: str
+    seconds: float
+    rows: list[Row]
+
+    @property
+    def pedigree(self) -> str:
+        """One line on where the figures come from, for a reader of the table."""
+        commit = f"commit {_short(self.commit)}" if self.commit else "no commit"
+        versions = f"jax {self.jax}, Python {self.python}"
+        run = f"`sqjax {_without_record(self.command)}`"
+        return f"{run} on {self.machine}, {versions}, {commit}, {self.date}"
+
+
+def _short(commit: str) -> str:
+    """The first ten digits of a hash, and whether files had been changed."""
+    digits, *dirty = commit.split("-")
+    return "-".join([digits[:10], *dirty])
+
+
+def _without_record(command: Sequence[str]) -> str:
+    """The arguments as a command line; where the record went says nothing about the figures."""
+    shown = []
+    skip_next = False
+    for argument in command:
+        if skip_next:
+            skip_next = False
+        elif argument == "--record":
+            skip_next = True
+        elif not argument.startswith("--record="):
+            shown.append(argument)
+    return " ".join(shown)
+
+
+def make_record(command: Sequence[str], rows: Sequence[Row], seconds: float) -> Record:
+    """A record of a run on this machine that ends now."""
+    return Record(
+        command=list(command),
+        machine=this_machine(),
+        commit=current_commit(),
+        jax=jax.__version__,
+        python=platform.python_version(),
+        date=datetime.date.today().isoformat(),
+        seconds=round(seconds, 1),
+        rows=[dict(row) for row in rows],
+    )
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Writes a record as JSON, indented so that two of them can be compared line by line."""
+    fields = record._asdict() | {"machine": record.machine._asdict()}
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> Record:
+    """Reads what `write_record` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it is not a record.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected a record, got no such file; write it with `sqjax COMMAND --record {path}`"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        machine = Machine(**fields.pop("machine"))
+        return Record(machine=machine, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object with the fields {Record._fields}, got {error!r}; "
+            f"write it anew with `sqjax COMMAND --record {path}`"
+        ) from error
+
+
+def this_machine() -> Machine:
+    """The machine that runs this process."""
+    cpu = platform.processor() or platform.machine()
+    features: list[str] = []
+    if CPUINFO.exists():
+        fields = _cpuinfo_fields(CPUINFO.read_text())
+        cpu = fields.get("model name", cpu)
+        for key in ("cpu family", "model"):
+            if key in fields:
+                cpu += f", {key} {fields[key]}"
+        flags = fields.get("flags", "").split()
+        features = [name for name in FEATURES if name in flags]
+    return Machine(cpu, features, usable_cores())
+
+
+def _cpuinfo_fields(text: str) -> dict[str, str]:
+    """{field: value} of /proc/cpuinfo, whose lines are "model name : AMD EPYC"; the last core's."""
+    fields = {}
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            fields[key.strip()] = value.strip()
+    return fields
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which in a container can be fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def current_commit(root: Path = ROOT) -> str | None:
+    """The git hash of the checkout at `root`, as in `Record.commit`."""
+    head = _git(root, "rev-parse", "HEAD", "--show-prefix")
+    if head is None:
+        return None
+    commit, *prefix = head.split()
+    if prefix:
+        # `root` is a folder inside another repository, for example an environment's
+        # site-packages: that repository's commit says nothing about this code.
+        return None
+    changed = _git(root, "status", "--porcelain", "--", "sqjax")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints, or None if there is no git or it refuses."""
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

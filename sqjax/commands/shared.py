@@ -1,0 +1,53 @@
+"""What several commands use: the texts that come with the package, the bytes of a tree."""
+
+from importlib import resources
+from typing import Any
+
+import jax
+import numpy as np
+
+from sqjax.models import Model
+from sqjax.models.evaluation.perplexity import windows
+from sqjax.weights.qtensor import QTensor
+from sqjax.weights.quant_weight import QuantWeight
+
+
+def shipped(name: str) -> str:
+    """A text that comes with the package: "calibration" or "evaluation"."""
+    return (resources.files("sqjax.commands") / "text" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def text_windows(model: Model, name: str, length: int, count: int) -> np.ndarray:
+    """The first `count` windows of `length` tokens of a shipped text, (count, length).
+
+    Raises:
+        ValueError: the model has no tokenizer, or the text is too short.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            "this command measures texts: expected a model with a tokenizer, got one without; "
+            "name a checkpoint that has one"
+        )
+    return windows(model.tokenizer.encode(shipped(name)), length, count)
+
+
+def where(model_name: str) -> str:
+    """The model, the device and the version of jax: the first line that a command prints."""
+    return f"{model_name} on {jax.devices()[0].platform}, jax {jax.__version__}"
+
+
+def weight_bytes(tree: Any) -> int:
+    """Bytes of a tree as a file or a GPU holds them, where int4 takes half a byte."""
+
+    def is_quantized_leaf(leaf: Any) -> bool:
+        return isinstance(leaf, QuantWeight | QTensor)
+
+    total = 0
+    for leaf in jax.tree.leaves(tree, is_leaf=is_quantized_leaf):
+        if isinstance(leaf, QuantWeight):
+            beside = (leaf.input_scale, leaf.smoothing, leaf.outliers)
+            total += leaf.tensor.nbytes
+            total += sum(array.nbytes for array in jax.tree.leaves(beside))
+        else:
+            total += int(leaf.nbytes)
+    return total

@@ -1,0 +1,79 @@
+"""The command line: which function runs with which arguments, records, errors."""
+
+import pytest
+
+from sqjax.commands import benchmark, cli, decode, demo, schemes
+from sqjax.commands.records import read_record
+
+DEMO = demo.Row("float32", 36.5, 538, 1000.0, 50.0)
+SCHEME = schemes.Row("float32", 36.5, 36.5, 538)
+SPEED = {"table": "matvec", "name": "float32", "2048 to 8192 seconds": 0.002}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every command that runs; none of them measures anything."""
+    calls = []
+
+    def stand_in(rows):
+        def run(*arguments):
+            calls.append(arguments)
+            return rows
+
+        return run
+
+    monkeypatch.setattr(demo, "demo", stand_in([DEMO]))
+    monkeypatch.setattr(schemes, "compare", stand_in([SCHEME]))
+    monkeypatch.setattr(benchmark, "benchmark", stand_in([SPEED]))
+    monkeypatch.setattr(decode, "run", stand_in([SPEED]))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["demo"], (demo.FULL, 0.85, "smollm2-135m", False)),
+        (
+            ["demo", "--quick", "--alpha", "0.5", "--model", "a.gguf", "--float-head"],
+            (demo.QUICK, 0.5, "a.gguf", True),
+        ),
+        (["schemes"], (demo.FULL, 0.85, "smollm2-135m")),
+        (["schemes", "--quick", "--model", "dir"], (demo.QUICK, 0.85, "dir")),
+        (["benchmark"], ()),
+        (["benchmark", "--quick"], (benchmark.QUICK, ("llama-shaped",))),
+        (["decode"], ("smollm2-135m", False, None)),
+        (["decode", "--quick", "--only", "speed"], ("smollm2-135m", True, "speed")),
+    ],
+)
+def test_a_command_runs_with_its_options(calls, arguments, call):
+    assert cli.main(arguments) == 0
+    assert calls == [call]
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        ("demo", [DEMO._asdict()]),
+        ("schemes", [SCHEME._asdict()]),
+        ("benchmark", [SPEED]),
+        ("decode", [SPEED]),
+    ],
+)
+def test_a_record_holds_the_rows(calls, tmp_path, command, rows):
+    path = tmp_path / "records" / "one.json"
+    arguments = [command, "--quick", "--record", str(path)]
+    assert cli.main(arguments) == 0
+    record = read_record(path)
+    assert record.command == arguments
+    assert record.rows == rows
+    assert record.seconds >= 0
+
+
+def test_errors_are_one_line(calls, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--record", str(tmp_path / "file" / "demo.json")]) == 1
+    assert capsys.readouterr().err.startswith("sqjax: ")
+    assert calls == []  # refused before anything is measured
+    monkeypatch.undo()
+    assert cli.main(["demo", "--model", "no/such/model"]) == 1
+    assert "no/such/model" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Quantizing the real model of `sqjax demo`: what folds, what runs in int8, what smoothing gains."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxprs import INT8_DOT, dots, widened
+
+import sqjax as sq
+from sqjax.commands.shared import text_windows
+from sqjax.models.evaluation.perplexity import perplexity
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(model, params, windows of the evaluation text, statistics of the calibration text)."""
+    model, params = sq.models.load("smollm2-135m")
+    batches = [row[None] for row in text_windows(model, "calibration", 256, 4)]
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        stats = sq.calibrate(model.apply, params, batches)
+    return model, params, text_windows(model, "evaluation", 256, 2), stats
+
+
+def test_every_group_of_smollm2_folds_and_only_the_tied_head_is_refused(smollm2):
+    *_, stats = smollm2
+    assert len(stats.graph.sites) == 30 * 7 + 1
+    assert len(stats.graph.groups) == 30 * 4
+    assert sum(g.norm for g in stats.graph.groups) == 30 * 2
+    [(path, reason)] = stats.graph.refused
+    assert path == "model/embed_tokens/embedding"
+    assert "gather" in reason
+
+
+def test_every_matmul_with_a_weight_is_int8(smollm2):
+    model, params, tokens, stats = smollm2
+    qparams = sq.quantize(params, stats, sq.W8A8)
+    jaxpr = jax.make_jaxpr(sq.quantized(model.apply))(qparams, jnp.asarray(tokens[:1, :8]))
+    found = [dot.dtypes for dot in dots(jaxpr) if "int8" in dot.dtypes]
+    assert found == [INT8_DOT] * (30 * 7 + 1)
+    assert widened(jaxpr, larger_than=8 * 1536) == []
+
+
+def test_smoothing_rescues_static_int8_on_the_real_model(smollm2):
+    model, params, tokens, stats = smollm2
+    s = sq.scales(params, stats, 0.85)
+    smoothed = sq.quantize(sq.fold(params, stats.graph, s), sq.fold_stats(stats, s), sq.W8A8_O3)
+    plain = perplexity(model, params, tokens)
+    unsmoothed = perplexity(model, sq.quantize(params, stats, sq.W8A8_O3), tokens)
+    assert 20 < plain < 60
+    assert unsmoothed > 1.5 * plain
+    assert plain < perplexity(model, smoothed, tokens) < 1.15 * plain
