@@ -20,8 +20,8 @@ from sqjax.models import (
     multiple_choice,
 )
 from sqjax.models.decoding.prompts import stop_ids
-from sqjax.models.evaluation import perplexity
 from sqjax.models.evaluation.harness import cut, rolling_pairs
+from sqjax.models.evaluation.perplexity import perplexity, windows
 from sqjax.models.evaluation.scoring import encode_pair, next_logprobs
 from sqjax.models.slots import CACHE_FORMATS, cache_format
 
@@ -147,6 +147,21 @@ def test_perplexity_of_a_text_and_of_its_windows(params):
     assert perplexity(MODEL, params, ids, 6, cache="int8", chunk=2) == pytest.approx(
         perplexity(MODEL, params, ids, 6, cache="int8"), rel=1e-3
     )
+
+
+def test_windows():
+    assert windows(list(range(10)), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows(list(range(10)), 4, 1).tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="expected 1 to 2 windows of 4 tokens"):
+        windows(list(range(10)), 4, 3)
+
+
+def test_perplexity_refuses_what_it_can_not_judge(params):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        perplexity(MODEL, params, np.zeros((1, 1), np.int32))
+    broken = jax.tree.map(lambda x: x * jnp.nan, params)
+    with pytest.raises(ValueError, match="NaN"):
+        perplexity(MODEL, broken, np.zeros((1, 4), np.int32))
 
 
 @pytest.mark.parametrize(

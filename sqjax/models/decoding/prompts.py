@@ -15,41 +15,52 @@ Prompts = Any
 def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
     """The token ids of each prompt; one text, or one flat sequence of ids, is one prompt.
 
+    For example [1, 2, 3] is one prompt of three tokens, [[1, 2, 3], [4]] are two prompts.
+
     Raises:
-        ValueError: no prompt at all, an empty one, ids that are not in the vocabulary, texts without a tokenizer.
+        ValueError: no prompt at all, an empty one, ids that are not in the vocabulary, or texts for
+            a model without a tokenizer.
     """
-    single = isinstance(prompts, str) or (
-        len(prompts) > 0 and np.ndim(prompts[0]) == 0 and not _is_text(prompts[0])
-    )
-    rows = [_ids(model, prompt) for prompt in ([prompts] if single else prompts)]
+    several = [prompts] if _is_single(prompts) else prompts
+    rows = [_ids(model, prompt) for prompt in several]
     if not rows:
         raise ValueError("prompts: expected at least one, got none")
     for number, row in enumerate(rows):
         if row.ndim != 1 or row.size == 0:
             raise ValueError(
-                f"prompts[{number}]: expected at least one token in a flat sequence, got {row.shape}"
+                f"prompts[{number}]: expected at least one token in a flat sequence, "
+                f"got ids of shape {row.shape}"
             )
         check_tokens(model, row, f"prompts[{number}]")
     return [row.astype(np.int32) for row in rows]
 
 
+def _is_single(prompts: Prompts) -> bool:
+    """Whether this is one text or one flat sequence of ids, rather than several of either."""
+    if isinstance(prompts, str):
+        return True
+    if len(prompts) == 0 or isinstance(prompts[0], str):
+        return False
+    return np.ndim(prompts[0]) == 0
+
+
 def check_tokens(model: Model, ids: Any, where: str) -> None:
     """Raises ValueError, naming `where`, if ids are not integers in the model's vocabulary."""
-    ids, size = np.asarray(ids), model.config.vocab_size
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+    ids = np.asarray(ids)
+    size = model.config.vocab_size
+    if ids.size > 0 and not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"{where}: expected integer token ids, got {ids.dtype}")
-    if wrong := [int(i) for i in ids.ravel() if not 0 <= i < size]:
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.size > 0:
         raise ValueError(
-            f"{where}: expected token ids from 0 to {size - 1}, got {wrong[0]}; another tokenizer's?"
+            f"{where}: expected token ids from 0 to {size - 1}, got {int(outside[0])}; "
+            "encode the text with this model's own tokenizer"
         )
 
 
-def _is_text(prompt: Any) -> bool:
-    return isinstance(prompt, str)
-
-
 def _ids(model: Model, prompt: Any) -> np.ndarray:
-    if not _is_text(prompt):
+    """The ids of one prompt, which is a text or ids already."""
+    if not isinstance(prompt, str):
         return np.asarray(prompt)
     if model.tokenizer is None:
         raise ValueError("prompts: the model has no tokenizer; give token ids in place of texts")
@@ -58,18 +69,24 @@ def _ids(model: Model, prompt: Any) -> np.ndarray:
 
 def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that begins nothing: without the tokens that a tokenizer puts before every text."""
-    begin, ids = tokenizer.encode(""), tokenizer.encode(text)
-    return ids[len(begin) :] if ids[: len(begin)] == begin else ids
+    begin = tokenizer.encode("")
+    ids = tokenizer.encode(text)
+    if ids[: len(begin)] == begin:
+        return ids[len(begin) :]
+    return ids
 
 
 def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one array (batch, tokens), zeros before the shorter ones, and how many; tokens divide by `multiple`."""
+    """Rows as one array (batch, tokens), with zeros before the shorter ones, and how many.
+
+    The number of tokens is rounded up to a multiple of `multiple`. For example rows [7, 8, 9] and
+    [5] with multiple 4 become [[0, 7, 8, 9], [0, 0, 0, 5]] with padding [1, 3].
+    """
     longest = max(len(row) for row in rows)
     tokens = -(-longest // multiple) * multiple
     padding = np.array([tokens - len(row) for row in rows], np.int32)
-    return np.stack(
-        [np.pad(row, (pad, 0)) for row, pad in zip(rows, padding, strict=True)]
-    ), padding
+    padded = [np.pad(row, (zeros, 0)) for row, zeros in zip(rows, padding, strict=True)]
+    return np.stack(padded), padding
 
 
 def stop_ids(model: Model, stop: Any) -> np.ndarray:
@@ -81,15 +98,14 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
     if stop is None:
         end = None if model.tokenizer is None else model.tokenizer.eos_id
         return np.array([] if end is None else [end], np.int32)
-    found = [
-        _stop_id(model, token)
-        for token in ([stop] if isinstance(stop, str) or np.ndim(stop) == 0 else stop)
-    ]
+    is_single = isinstance(stop, str) or np.ndim(stop) == 0
+    found = [_stop_id(model, token) for token in ([stop] if is_single else stop)]
     check_tokens(model, found, "stop")
     return np.array(found, np.int32)
 
 
 def _stop_id(model: Model, token: Any) -> Any:
+    """The id of one stop token, which is a text or an id already."""
     if not isinstance(token, str):
         return token
     if model.tokenizer is None:

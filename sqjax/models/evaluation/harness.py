@@ -8,7 +8,7 @@ from sqjax.models.evaluation.scoring import Pair, encode_pair, loglikelihoods
 from sqjax.models.model import Model, Params
 from sqjax.models.slots import CacheFormat
 
-#: New tokens of a request that does not say how many.
+#: How many new tokens a request gets that does not say how many.
 NEW_TOKENS = 256
 
 
@@ -40,8 +40,13 @@ def harness_model(
         raise ValueError(
             "harness_model: expected a model whose tokenizer names the end of a text, got none"
         )
-    adapter: Any = type("SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__})()
-    adapter.model, adapter.params, adapter.kind, adapter.batch = model, params, cache, batch
+    # The class is made here, because its base can be imported only where lm-eval is installed.
+    adapter_class: Any = type("SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__})
+    adapter = adapter_class()
+    adapter.model = model
+    adapter.params = params
+    adapter.kind = cache
+    adapter.batch = batch
     return adapter
 
 
@@ -55,32 +60,41 @@ class _Requests:
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
-        return [
-            tuple(x)
-            for x in self._score([encode_pair(self.model, *request.args) for request in requests])
-        ]
+        pairs: list[Pair] = [encode_pair(self.model, *request.args) for request in requests]
+        return [tuple(likelihood) for likelihood in self._score(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """The log-likelihood of each whole text after an end of text, or what the tokenizer puts before every text."""
-        encoded = [encode_pair(self.model, "", request.args[0]) for request in requests]
-        pieces = [
-            rolling_pairs(ids, begin[-1], self.model.config.max_length) for begin, ids in encoded
-        ]
-        found = iter(self._score([pair for pairs in pieces for pair in pairs]))
-        return [float(sum(next(found).logprob for _ in pairs)) for pairs in pieces]
+        """The log-likelihood of each whole text.
+
+        It follows an end of text, or what the tokenizer puts before every text.
+        """
+        all_pairs: list[Pair] = []
+        counts = []  # how many pairs each text gives
+        for request in requests:
+            begin, ids = encode_pair(self.model, "", request.args[0])
+            pairs = rolling_pairs(ids, begin[-1], self.model.config.max_length)
+            all_pairs += pairs
+            counts.append(len(pairs))
+        logprobs = [likelihood.logprob for likelihood in self._score(all_pairs)]
+        totals = []
+        for count in counts:
+            totals.append(float(sum(logprobs[:count])))
+            logprobs = logprobs[count:]
+        return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """A continuation of each (context, settings), cut before the first of the settings' `until`."""
+        """A continuation of each (context, settings), up to the first of the settings' `until`."""
         return [self._generate(*request.args) for request in requests]
 
     def _score(self, pairs: list[Pair]):
         return loglikelihoods(self.model, self.params, pairs, cache=self.kind, batch=self.batch)
 
     def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+        """The continuation of one context, ended by any text of `until`."""
         until = settings.get("until") or []
-        until = [
-            end for end in ([until] if isinstance(until, str) else until) if end
-        ]  # "" ends nothing, as there
+        if isinstance(until, str):
+            until = [until]
+        until = [end for end in until if end]  # "" ends nothing, as in the harness's own models
         steps = int(settings.get("max_gen_toks", NEW_TOKENS))
         ids = _fitting(self.model, context, steps)
         new: list[int] = []
@@ -90,17 +104,16 @@ class _Requests:
             text = self.model.tokenizer.decode(new)
             return any(end in text for end in until)
 
-        options = {"cache": "float" if self.kind is None else self.kind, **_sampling(settings)}
-        # Contexts of about one length share a compiled program.
         generate(
             self.model,
             self.params,
             [ids],
             steps,
-            chunk=64,
+            cache="float" if self.kind is None else self.kind,
+            chunk=64,  # contexts whose lengths round up to the same multiple share one program
             stream=text_ends,
             stream_every=8,
-            **options,
+            **_sampling(settings),
         )
         return cut(self.model.tokenizer.decode(new), until)
 
@@ -120,24 +133,28 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A request's settings as arguments of `generate`; greedy unless it says do_sample."""
     if not settings.get("do_sample", False):
         return {}
-    sampling = {name: settings[name] for name in ("top_k", "top_p") if settings.get(name)}
-    return {"temperature": float(settings.get("temperature", 1.0)), **sampling}
+    sampling = {"temperature": float(settings.get("temperature", 1.0))}
+    for name in ("top_k", "top_p"):
+        if settings.get(name):
+            sampling[name] = settings[name]
+    return sampling
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first occurrence of any of `until`."""
-    return text[
-        : min((found for end in until if (found := text.find(end)) >= 0), default=len(text))
-    ]
+    """The text before the first occurrence of any of `until`, or all of it."""
+    found = [text.find(end) for end in until]
+    starts = [start for start in found if start >= 0]  # -1 stands for "not there"
+    return text[: min(starts, default=len(text))]
 
 
 def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:
-    """A text as (context, continuation) pairs of at most `length` inputs each, every token predicted once.
+    """A text as (context, continuation) pairs of at most `length` inputs, each token predicted once.
 
-    The first `length` tokens follow `begin`; what is left over at the end has as many tokens before it as fit.
+    The first `length` tokens follow `begin`. Every later pair has before its continuation as many
+    tokens of the text as fit.
 
     Example:
-        >>> from sqjax.models.harness import rolling_pairs
+        >>> from sqjax.models.evaluation.harness import rolling_pairs
         >>> rolling_pairs([0, 1, 2, 3, 4, 5], begin=9, length=4)
         [([9], [0, 1, 2, 3]), ([1, 2, 3], [4, 5])]
     """

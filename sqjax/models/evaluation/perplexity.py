@@ -16,7 +16,9 @@ from sqjax.models.slots import CacheFormat, cache_format
 def windows(
     ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None
 ):
-    """The first `count` windows of `length` tokens (all that fit, by default), (count, length) int32.
+    """The first `count` windows of `length` tokens, by default all that fit; (count, length) int32.
+
+    For example ids [1, 2, 3, 4, 5] with length 2 give [[1, 2], [3, 4]].
 
     Raises:
         ValueError: the text is too short, or the length is not positive.
@@ -28,7 +30,8 @@ def windows(
     count = available if count is None else count
     if count < 1 or count > available:
         raise ValueError(
-            f"windows: expected 1 to {available} windows of {length} tokens in {len(ids)}, got {count}"
+            f"windows: expected 1 to {available} windows of {length} tokens in a text of {len(ids)}, "
+            f"got {count}; give a longer text, or ask for fewer"
         )
     return ids[: count * length].reshape(count, length)
 
@@ -49,17 +52,21 @@ def perplexity(
     Args:
         model: a `Model`.
         params: its parameters, float or quantized.
-        tokens: windows of text, (windows, length), or the ids of a text; each window is read on its own.
-        length: the tokens of a window, for the ids of a text; what is left over at the end is not read.
-        cache: None, or the format of the cache ("float", "int8", "e4m3", "int4" or a `CacheFormat`) through which every
-            key and value is read, as it would be if the window were generated.
-        chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it divides the length.
+        tokens: windows of text, (windows, length), or the ids of a text; each window is read on its
+            own.
+        length: the tokens of a window, for the ids of a text; what is left over at the end is not
+            read.
+        cache: None, or the format of the cache ("float", "int8", "e4m3", "int4" or a `CacheFormat`)
+            through which every key and value is read, as if the window were generated.
+        chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it
+            divides the length.
         progress: whether to show a progress bar.
         description: what the bar says.
 
     Raises:
-        ValueError: no windows, windows of fewer than two tokens or of more than ``config.max_length``, ids without a
-            length, ids that are not in the vocabulary, or the model returns NaN.
+        ValueError: no windows, windows of fewer than two tokens or of more than
+            ``config.max_length``, ids without a length, ids that are not in the vocabulary, or the
+            model returns NaN.
 
     Example:
         >>> import jax
@@ -68,24 +75,14 @@ def perplexity(
         >>> bool(perplexity(model, model.init(jax.random.key(0)), [1, 2, 3, 4, 5, 6], length=3) > 1)
         True
     """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != (2 if length is None else 1):
-        raise ValueError(
-            f"perplexity: expected windows (windows, length), or ids and a length, got {tokens.shape} and {length}"
-        )
-    check_tokens(model, tokens, "perplexity")
-    tokens = windows(tokens, length) if length is not None else tokens
-    if len(tokens) < 1 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"perplexity: expected at least one window, of at least 2 tokens, got {tokens.shape}"
-        )
+    rows = _windows_of(model, tokens, length)
     kind = None if cache is None else cache_format(cache)
-    rows = tqdm(tokens, desc=description, unit="window", disable=not progress, leave=False)
-    mean = float(
-        np.mean(
-            [_loss(model, params, jnp.asarray(row, jnp.int32)[None], kind, chunk) for row in rows]
-        )
-    )
+    losses = []
+    shown = tqdm(rows, desc=description, unit="window", disable=not progress, leave=False)
+    for row in shown:
+        ids = jnp.asarray(row, jnp.int32)[None]
+        losses.append(_loss(model, params, ids, kind, chunk))
+    mean = float(np.mean(losses))
     if not np.isfinite(mean):
         raise ValueError(
             "perplexity: the model returned NaN or infinite logits; check its parameters"
@@ -93,8 +90,33 @@ def perplexity(
     return float(np.exp(mean))
 
 
+def _windows_of(
+    model: Model,
+    tokens: Sequence[int] | Int[Array | np.ndarray, "..."],
+    length: int | None,
+) -> np.ndarray:
+    """The windows that `perplexity` reads, (windows, length), checked."""
+    ids = np.asarray(tokens)
+    expected_ndim = 2 if length is None else 1
+    if ids.ndim != expected_ndim:
+        raise ValueError(
+            "perplexity: expected windows (windows, length), or ids and a length, got tokens of "
+            f"shape {ids.shape} and length {length}"
+        )
+    check_tokens(model, ids, "perplexity")
+    rows = ids if length is None else windows(ids, length)
+    if len(rows) < 1 or rows.shape[1] < 2:
+        raise ValueError(
+            f"perplexity: expected at least one window, of at least 2 tokens, got {rows.shape}"
+        )
+    return rows
+
+
 def _loss(
     model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None
 ) -> float:
-    logprobs, _ = next_logprobs(model, params, ids, jnp.roll(ids, -1, axis=1), kind, chunk)
+    """The mean negative log-likelihood of a window's tokens after its first."""
+    # What follows each token; the last, which follows nothing, gets the first and is left out.
+    targets = jnp.roll(ids, -1, axis=1)
+    logprobs, _ = next_logprobs(model, params, ids, targets, kind, chunk)
     return -float(jnp.mean(logprobs[:, :-1]))

@@ -1,6 +1,6 @@
-"""How likely a model finds given tokens: log-likelihoods, with or without a cache, and multiple choice by them."""
+"""How likely a model finds given tokens: log-likelihoods, and multiple choice by them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,14 +24,25 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class Likelihood(NamedTuple):
-    """The sum of a continuation's log-probabilities, and whether each of its tokens is the likeliest at its place."""
+    """How likely a continuation is.
+
+    Attributes:
+        logprob: the sum of its tokens' log-probabilities.
+        greedy: whether each of its tokens is the likeliest after those before it.
+    """
 
     logprob: float
     greedy: bool
 
 
 class Question(NamedTuple):
-    """A text, the ways in which it may go on, and the number of the right one."""
+    """A text and how it may go on.
+
+    Attributes:
+        context: the text.
+        choices: the texts that may follow.
+        answer: the number of the right one among the choices, from 0.
+    """
 
     context: str
     choices: Sequence[str]
@@ -64,29 +75,35 @@ def next_logprobs(
     chunk: int | None = None,
     padding: Int[Array | np.ndarray, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
-    """The log-probability of each target after the inputs up to it, and whether no other token is likelier.
+    """The log-probability of each target, and whether no other token is likelier.
+
+    A target at position i is predicted from the inputs 0 to i.
 
     Args:
         model: a `Model`.
         params: its parameters, float or quantized.
         inputs: token ids.
         targets: the token that follows each.
-        cache: None to read the inputs as they are; otherwise every key and value is read from a cache of this format,
-            as in decoding ("teacher forcing").
-        chunk: with a cache, how many tokens are written and read at once; it must divide their number. What is computed
-            does not depend on it but for rounding, unless the format has scales of channels. None for all.
-        padding: with a cache, how many of each row's first inputs are padding, which nothing looks at. None for none.
+        cache: None to read the inputs as they are; otherwise every key and value is read from a
+            cache of this format, as in decoding ("teacher forcing").
+        chunk: with a cache, how many tokens are written and read at once; it must divide their
+            number. What is computed does not depend on it but for rounding, unless the format has
+            scales of channels. None for all.
+        padding: with a cache, how many of each row's first inputs are padding, to which no token
+            attends. None for none.
 
     Raises:
-        ValueError: the chunk does not divide the number of tokens, these are more than ``config.max_length``, or there
-            is a chunk or padding but no cache.
+        ValueError: the chunk does not divide the number of tokens, these are more than
+            ``config.max_length``, or there is a chunk or padding but no cache.
     """
     if cache is None:
         if chunk is not None or padding is not None:
             raise ValueError(
-                'next_logprobs: a chunk and padding need a cache; give one ("float"), or leave them out'
+                "next_logprobs: a chunk and padding need a cache; "
+                'give one ("float"), or leave them out'
             )
-        return _chosen(quantized(model.apply)(params, inputs), targets)
+        logits = quantized(model.apply)(params, inputs)
+        return _score_targets(logits, targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
     if size < 1 or tokens % size:
@@ -96,23 +113,32 @@ def next_logprobs(
     slots = model.init_cache(batch, tokens, compute_dtype(params), cache, size)
     if padding is not None:
         slots = slots._replace(padding=jnp.asarray(padding, jnp.int32))
-    read, params = quantized(model.read), unstack_layers(params)
+    read = quantized(model.read)
+    params = unstack_layers(params)
 
-    def piece(slots, pair):
-        logits, slots = read(params, pair[0], slots)
-        return slots, _chosen(logits, pair[1])
+    def read_piece(slots, piece):
+        piece_inputs, piece_targets = piece
+        logits, slots = read(params, piece_inputs, slots)
+        return slots, _score_targets(logits, piece_targets)
 
-    pieces = [x.reshape(batch, -1, size).swapaxes(0, 1) for x in (inputs, targets)]
-    _, (logprobs, greedy) = jax.lax.scan(piece, slots, tuple(pieces))
-    return logprobs.swapaxes(0, 1).reshape(batch, tokens), greedy.swapaxes(0, 1).reshape(
-        batch, tokens
-    )
+    def split(x):
+        # (batch, tokens) -> (pieces, batch, size), because a scan runs over the first axis.
+        return x.reshape(batch, -1, size).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, tokens)
+
+    pieces = split(inputs), split(targets)
+    _, (logprobs, is_likeliest) = jax.lax.scan(read_piece, slots, pieces)
+    return join(logprobs), join(is_likeliest)
 
 
-def _chosen(logits: Array, targets: Array) -> tuple[Array, Array]:
+def _score_targets(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """The log-probability of each target, and whether no logit is larger than its own."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= jnp.max(logits, axis=-1)
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return logprobs, chosen >= jnp.max(logits, axis=-1)
 
 
 def loglikelihoods(
@@ -125,14 +151,17 @@ def loglikelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
-    A context that is too long loses its first tokens. Sequences of about one length are read together, which changes
-    nothing but the rounding of sums, unless a scheme gives all activations one scale ("per_tensor").
+    A context that is too long loses its first tokens. Sequences of about one length are read
+    together, which changes nothing but the rounding of sums, unless a scheme gives all activations
+    one scale ("per_tensor").
 
     Args:
         model: a `Model`.
         params: its parameters, float or quantized.
-        pairs: (context ids, continuation ids); a context has at least one token, a continuation may be empty.
-        cache: None, or the format of the cache through which everything is read, as in `next_logprobs`.
+        pairs: (context ids, continuation ids); a context has at least one token, a continuation may
+            be empty.
+        cache: None, or the format of the cache through which everything is read, as in
+            `next_logprobs`.
         batch: how many sequences are read at once.
 
     Raises:
@@ -151,62 +180,73 @@ def loglikelihoods(
     if batch < 1:
         raise ValueError(f"loglikelihoods: expected a batch of at least 1, got {batch}")
     kind = None if cache is None else cache_format(cache)
-    rows = [_row(model, number, *pair) for number, pair in enumerate(pairs)]
-    found: list[Likelihood] = [Likelihood(0.0, True)] * len(rows)
-    for chosen in _batches([len(row) - 1 for row, _ in rows], batch):
-        ids, padding = _batch(
-            [rows[i][0] for i in chosen], batch, model.config.max_length, kind is not None
-        )
-        scored = next_logprobs(
-            model, params, ids[:, :-1], ids[:, 1:], kind, None, padding if kind else None
-        )
-        logprobs, greedy = map(np.asarray, scored)
-        for place, i in enumerate(chosen):
-            last = int(padding[place]) + len(rows[i][0]) - 1
-            asked = slice(last - rows[i][1], last)
-            total = float(logprobs[place, asked].sum(dtype=np.float64))
+    sequences = []
+    counts = []  # how many tokens of each sequence, at its end, are asked for
+    for number, (context, continuation) in enumerate(pairs):
+        sequences.append(_sequence(model, number, context, continuation))
+        counts.append(len(continuation))
+    likelihoods: dict[int, Likelihood] = {}
+    for numbers in _batches([len(sequence) for sequence in sequences], batch):
+        together = [sequences[number] for number in numbers]
+        ids, padding = _batch(together, batch, model.config.max_length, kind is not None)
+        padding_of_cache = None if kind is None else padding
+        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding_of_cache)
+        logprobs, is_likeliest = map(np.asarray, scored)
+        for row, number in enumerate(numbers):
+            # The token at position i of a sequence is the target at i - 1.
+            end = int(padding[row]) + len(sequences[number]) - 1
+            asked = slice(end - counts[number], end)
+            total = float(logprobs[row, asked].sum(dtype=np.float64))
             if np.isnan(total):
                 raise ValueError(
-                    f"pairs[{i}]: the logits are NaN; check the parameters and their scales"
+                    f"pairs[{number}]: the logits are NaN; check the parameters and their scales"
                 )
-            found[i] = Likelihood(total, bool(greedy[place, asked].all()))
-    return found
+            likelihoods[number] = Likelihood(total, bool(is_likeliest[row, asked].all()))
+    return [likelihoods[number] for number in range(len(sequences))]
 
 
-def _row(
+def _sequence(
     model: Model, number: int, context: Sequence[int], continuation: Sequence[int]
-) -> tuple[list[int], int]:
-    """All tokens, cut on the left to what the model reads, and how many of them are asked for."""
+) -> list[int]:
+    """Context and continuation, shortened on the left to what the model reads at once.
+
+    That is one token more than ``config.max_length``, because the last one is a target only.
+    """
     for name, ids in (("context", context), ("continuation", continuation)):
         check_tokens(model, ids, f"pairs[{number}], {name}")
     most = model.config.max_length
     if len(context) < 1 or len(continuation) > most:
         raise ValueError(
-            f"pairs[{number}]: expected a context of at least one token and a continuation of at most {most} "
-            f"(config.max_length), got {len(context)} and {len(continuation)}"
+            f"pairs[{number}]: expected a context of at least one token and a continuation of at "
+            f"most {most} (config.max_length), got {len(context)} and {len(continuation)}"
         )
-    return [*context, *continuation][-(most + 1) :], len(continuation)
+    return [*context, *continuation][-(most + 1) :]
 
 
 def _batch(
     rows: list[list[int]], size: int, most: int, cached: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one array of `size` rows, and how many zeros stand before each.
+    """Sequences as one array of `size` rows, and how many zeros stand before each.
 
-    Zeros after a sequence change nothing that it is asked for, but would be among what scales of channels are made of;
-    so through a cache they stand before it, as padding.
+    Zeros after a sequence change nothing that it is asked for. Through a cache they stand before
+    it, as padding, because a format with scales of channels would make these from the zeros too.
+    For example the rows [5, 6, 7] and [8] become, if the array is 4 wide, [[5, 6, 7, 0],
+    [8, 0, 0, 0]] without a cache and [[0, 5, 6, 7], [0, 0, 0, 8]] with one.
     """
-    inputs = max(1, *(len(row) - 1 for row in rows))
+    longest = max(len(row) for row in rows)
+    inputs = max(1, longest - 1)  # the last token of a sequence is a target only
     width = min(-(-inputs // MULTIPLE) * MULTIPLE, most)
-    ids, padding = np.zeros((size, width + 1), np.int32), np.zeros(size, np.int32)
-    for place, row in enumerate(rows):
-        padding[place] = width + 1 - len(row) if cached else 0
-        ids[place, padding[place] : padding[place] + len(row)] = row
+    ids = np.zeros((size, width + 1), np.int32)
+    padding = np.zeros(size, np.int32)
+    for number, row in enumerate(rows):
+        first = width + 1 - len(row) if cached else 0
+        padding[number] = first
+        ids[number, first : first + len(row)] = row
     return ids, padding
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Numbers of sequences, so many at a time, the longest first."""
+    """Numbers of sequences, `size` at a time, the longest first: each batch is of about one length."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -214,8 +254,9 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
 def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """A context and its continuation as ids, as lm-evaluation-harness does it.
 
-    Both are encoded together and parted where the context alone would end; spaces at the end of the context are the
-    continuation's. For an empty context stands what the tokenizer puts before every text, or else the end of text.
+    Both are encoded together and parted where the context alone would end; spaces at the end of the
+    context are the continuation's. In place of an empty context stands what the tokenizer puts
+    before every text, or else the end of text.
 
     Raises:
         ValueError: the model has no tokenizer, or it names no end of text for an empty context.
@@ -229,7 +270,8 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
         begin = model.tokenizer.encode("") or ([] if end is None else [end])
         if not begin:
             raise ValueError(
-                "scoring texts: an empty context, and the tokenizer names no end of text to begin with"
+                "scoring texts: the context is empty, and the tokenizer names no end of text to put "
+                "in its place; give a context"
             )
         return begin, encode_alone(model.tokenizer, continuation)
     kept = context.rstrip()
@@ -246,47 +288,54 @@ def multiple_choice(
     cache: str | CacheFormat | None = None,
     batch: int = 8,
 ) -> Accuracy:
-    """Answers questions by the log-likelihood of their choices; other arguments and errors as in `loglikelihoods`.
+    """Answers questions by the log-likelihood of their choices.
 
-    A choice follows its context as it is. A space between the two counts as a character of the choice only if the
-    choice begins with it: lm-evaluation-harness puts one there and does not count it.
+    Other arguments and errors are as in `loglikelihoods`. A choice follows its context as it is. A
+    space between the two counts as a character of the choice only if the choice begins with it:
+    lm-evaluation-harness puts one there and does not count it.
 
     Raises:
-        ValueError: also for no questions, a question of fewer than two choices, an empty choice, or an answer that is
-            not among them.
+        ValueError: also for no questions, a question of fewer than two choices, an empty choice, or
+            an answer that is not among them.
     """
-    for number, (_, choices, answer) in enumerate(questions):
-        if len(choices) < 2 or not all(choices) or answer not in range(len(choices)):
-            raise ValueError(
-                f"questions[{number}]: expected at least two choices, none of them empty, and the number of the right "
-                f"one, got {len(choices)} choices {list(choices)} and answer {answer}"
-            )
+    for number, question in enumerate(questions):
+        _check_question(number, question)
     if not questions:
         raise ValueError("questions: expected at least one, got none")
-    pairs = [
-        encode_pair(model, question.context, choice)
-        for question in questions
-        for choice in question.choices
-    ]
-    found = iter(loglikelihoods(model, params, pairs, cache=cache, batch=batch))
-    logprobs = [[next(found).logprob for _ in question.choices] for question in questions]
+    pairs = []
+    for question in questions:
+        for choice in question.choices:
+            pairs.append(encode_pair(model, question.context, choice))
+    likelihoods = iter(loglikelihoods(model, params, pairs, cache=cache, batch=batch))
+    logprobs = [[next(likelihoods).logprob for _ in question.choices] for question in questions]
+    return Accuracy(
+        acc=_share_right(questions, logprobs, lambda choice: 1),
+        acc_norm=_share_right(questions, logprobs, len),
+        acc_bytes=_share_right(questions, logprobs, lambda choice: len(choice.encode())),
+        logprobs=logprobs,
+    )
 
-    def share(size) -> float:
-        best = [
-            int(
-                np.argmax(
-                    [
-                        value / size(choice)
-                        for value, choice in zip(row, question.choices, strict=True)
-                    ]
-                )
-            )
-            for row, question in zip(logprobs, questions, strict=True)
-        ]
-        return float(
-            np.mean([got == question.answer for got, question in zip(best, questions, strict=True)])
+
+def _check_question(number: int, question: Question) -> None:
+    """Raises ValueError for a question that can not be answered."""
+    choices, answer = question.choices, question.answer
+    if len(choices) < 2 or not all(choices) or answer not in range(len(choices)):
+        raise ValueError(
+            f"questions[{number}]: expected at least two choices, none of them empty, and the "
+            f"number of the right one, got {len(choices)} choices {list(choices)} and answer "
+            f"{answer}"
         )
 
-    return Accuracy(
-        share(lambda _: 1), share(len), share(lambda choice: len(choice.encode())), logprobs
-    )
+
+def _share_right(
+    questions: Sequence[Question],
+    logprobs: Sequence[Sequence[float]],
+    size_of: Callable[[str], int],
+) -> float:
+    """The share of questions whose right choice has the largest log-likelihood for its size."""
+    is_right = []
+    for question, of_choices in zip(questions, logprobs, strict=True):
+        sizes = [size_of(choice) for choice in question.choices]
+        values = [logprob / size for logprob, size in zip(of_choices, sizes, strict=True)]
+        is_right.append(int(np.argmax(values)) == question.answer)
+    return float(np.mean(is_right))
