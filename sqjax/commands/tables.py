@@ -23,7 +23,7 @@ from sqjax.commands.records import read_record
 
 #: The folder, relative to the repository's root, in which the marks' `records/...` lie.
 BENCHMARKS = "benchmarks"
-START = re.compile(r"^<!-- table: (?P<record>\S+) (?P<layout>.+?) -->$")
+START = re.compile(r"^<!-- table: (?P<record>\S+\.json) (?P<layout>.+?) -->$")
 END = "<!-- end -->"
 
 

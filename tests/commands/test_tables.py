@@ -235,6 +235,8 @@ def test_marks_that_can_not_be_filled(root, marks, message, capsys):
 
 
 def test_the_tables_of_this_repository_agree_with_their_records():
+    if not (ROOT / "benchmarks" / "records").is_dir():
+        pytest.skip("no record has been committed yet")
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     names = [str(page.relative_to(ROOT)) for page in pages]
     assert tables.main(["--check", *names], ROOT) == 0

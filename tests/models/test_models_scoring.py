@@ -169,7 +169,7 @@ def test_perplexity_refuses_what_it_can_not_judge(params):
     [
         (([1, 2, 3],), "expected windows .* or ids and a length"),
         ((np.ones((2, 4), int), 2), "expected windows .* or ids and a length"),
-        (([1, 2, 3], 4), "expected 1 to 0 windows of 4 tokens in 3"),
+        (([1, 2, 3], 4), "expected 1 to 0 windows of 4 tokens in a text of 3"),
         (([1, 2, 61, 4], 2), "perplexity: expected token ids from 0 to 60, got 61"),
         (([1, 2, 3, 4], 1), "of at least 2 tokens"),
         (([1, 2, 3, 4], 0), "expected a length of at least 1, got 0"),
