@@ -76,6 +76,7 @@ def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """
     shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
     values, scale = leaf.value.values, leaf.value.scale
+    # Along new axes, those that are not in `axes`, scales are repeated as the values are.
     scale_shape = list(shape)
     for size, axis in zip(scale.shape, axes, strict=True):
         if size == 1:
@@ -188,11 +189,13 @@ def _select(equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]) -
     if None in parts:
         return refuse_cache(equation, leaf)
     values, scales = zip(*parts, strict=True)
+    # select_n takes arrays of one shape, and so it must be for the scales too.
     if len({scale.shape for scale in scales}) > 1:
         return refuse_cache(equation, leaf)
     chosen = lax.select_n(which, *values)
     if jnp.ndim(which) == 0:  # one choice for all elements
         return _changed(leaf, chosen, lax.select_n(which, *scales))
+    # Element by element there can be one scale only: the other cases must be zeros.
     if sum(map(is_cache, cases)) > 1:
         return refuse_cache(equation, leaf)
     return _changed(leaf, chosen, leaf.value.scale)
@@ -246,7 +249,7 @@ def _dot_of_cache(x: Array, cache: QTensor, dimensions: DimensionNumbers) -> Arr
         if _varies(scale, free):
             return None
         x = x * _as_x(scale, x.ndim, free, dimensions)
-        scale = jnp.ones((1,) * cache.ndim, jnp.float32)
+        scale = jnp.ones((1,) * cache.ndim, jnp.float32)  # none is left for the sums
     products = math.prod(x.shape[a] for a in x_axes)
     if products > LONGEST_CONTRACTION:
         return None

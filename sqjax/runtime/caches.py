@@ -66,6 +66,7 @@ def cache_leaves(
         inputs: those that are arrays, or quantized arrays, in the same order: a bool or a string is
             no input of the program.
     """
+    # The names of arguments are known, those of inputs not, so the other arguments are left out.
     found = []
     named = zip(names, arguments, strict=True)
     names_of_inputs = [name for name, x in named if is_array(x) or is_tensor(x)]

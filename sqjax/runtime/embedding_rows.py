@@ -17,6 +17,7 @@ def gathers_rows(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> boo
     tensor, numbers = weight.tensor, equation.params["dimension_numbers"]
     row = tensor.shape[1:]
     whole_rows = tuple(equation.params["slice_sizes"]) == (1, *row)
+    # Stored otherwise, the elements of a row would lie apart and under other scales.
     stored_by_rows = tensor.axes == tuple(range(tensor.ndim))
     by_first_axis = tuple(numbers.start_index_map) == (0,)
     return (
@@ -33,8 +34,11 @@ def _fill_stays(equation: JaxprEqn, weight: QuantWeight) -> bool:
 
     Rows out of range are filled, and then divided as the others are: 0, NaN and infinity stay.
     """
+    if weight.smoothing is None:
+        return True
     fill = equation.params["fill_value"]
-    return weight.smoothing is None or fill is None or fill == 0 or not np.isfinite(fill)
+    # None: the gather's mode clips or wraps, so nothing is filled.
+    return fill is None or fill == 0 or not np.isfinite(fill)
 
 
 def gathered(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> Array:
@@ -52,6 +56,7 @@ def gathered(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> Array:
         tensor, values=values, scale=scale, zero=zero, group_scale=group_scale, order=()
     )
     x = found.codes().astype(jnp.float32) * found.spread(found.scale)
+    # The quantized weights of outlier channels are 0; their float weights are rows too.
     if weight.outliers is not None:
         kept = _rows(equation, weight, weight.outliers.weight, indices)
         x = _with_outliers(x, Outliers(weight.outliers.channels, kept), row_rank=tensor.ndim - 1)

@@ -78,6 +78,7 @@ def _rules(granularity: str) -> Registry:
     """The rules of a walk in which parameters, and what is computed from them alone, are leaves."""
 
     def dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Any:
+        # A product with a parameter is a matmul with weights, or with a stack of experts.
         of_parameters = isinstance(lhs, Leaf) or isinstance(rhs, Leaf)
         if of_parameters or not _is_batched(equation):
             return _as_it_was(equation, lhs, rhs)

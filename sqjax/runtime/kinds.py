@@ -39,6 +39,7 @@ def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
     scan can not slice that, so it becomes (3, 1, 1).
     """
     tensor = leaf.value.tensor
+    # The scan slices the first axis of every array, so the steps must be stored first.
     if tensor.axes[0] != 0 or tensor.scale.shape[0] == 0:
         return refuse_weight(equation, leaf)
 

@@ -59,6 +59,7 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(params, *args, **kwargs):
         paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
         names, arguments, _ = named_leaves((args, kwargs), is_leaf=is_tensor)
+        # Float trees run `fn` itself, so that nothing of theirs is traced or emitted anew.
         if not any(map(is_quantized, leaves)) and not any(map(is_tensor, arguments)):
             return fn(params, *args, **kwargs)
         traced, inputs = trace(fn, params, args, kwargs, weight_type, tensor_type)

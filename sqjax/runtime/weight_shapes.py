@@ -77,6 +77,7 @@ def reshaped(weight: QuantWeight, shape: tuple[int, ...]) -> QuantWeight | None:
     if tensor is None or batch is None:
         return None
     channels = math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
+    # The channels are stored last, so they must be whole axes at the end of the new shape.
     contracted = _axes_holding(channels, tensor.values.shape)
     if contracted is None:
         return None
@@ -97,6 +98,7 @@ def _batch_axes(weight: QuantWeight, shape: tuple[int, ...]) -> tuple[int, ...] 
     several = _without_ones(stack)
     if not several:
         return ()
+    # Merging the axes of two layers, or splitting one, would leave no axis that counts matrices.
     if _without_ones(weight.shape) != _without_ones(shape):
         return None
     ones = (1,) * shape.count(1)
@@ -146,6 +148,7 @@ def _with_batch_axes(
     if smoothing is not None:
         smoothing = smoothing.reshape(*batch, *channels)
     if input_scale is not None:
+        # One scale for all matrices stays a scalar, however many batch axes there are.
         one_for_all = input_scale.ndim == 0
         input_scale = input_scale.reshape(() if one_for_all else batch)
     return replace(

@@ -30,7 +30,15 @@ def int8_dots(program):
     return len(INT8_DOT.findall(program.mlir_module()))
 
 
-@pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O2, sq.W8A8_O3], ids=["O1", "O2", "O3"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        sq.W8A8_O1,
+        pytest.param(sq.W8A8_O2, marks=pytest.mark.slow),
+        pytest.param(sq.W8A8_O3, marks=pytest.mark.slow),
+    ],
+    ids=["O1", "O2", "O3"],
+)
 def test_a_dense_layer_keeps_its_int8_matmul(scheme):
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32)), jnp.float32)
@@ -51,6 +59,7 @@ def test_a_dense_layer_keeps_its_int8_matmul(scheme):
     assert 1e-4 < np.abs(got - (x @ kernel + 1)).max() < 0.5  # it was not the float layer
 
 
+@pytest.mark.slow
 def test_a_decoder_keeps_every_int8_matmul():
     config = LlamaConfig(
         vocab_size=64,

@@ -82,7 +82,7 @@ def inputs(*lengths):
     return [jnp.asarray(rng.normal(size=(BATCH, n, 24)), jnp.float32) for n in lengths]
 
 
-@pytest.mark.parametrize("repeat", [True, False])
+@pytest.mark.parametrize("repeat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_is_the_attention_of_rounded_keys_and_values(repeat):
     p, xs = params(), inputs(4, 1, 1)
     fn = lambda p, x, cache: attention(p, x, cache, repeat)
@@ -224,6 +224,7 @@ def test_only_float_arrays_of_that_name_are_quantized():
         sq.quantize_cache(cache, "kee")
 
 
+@pytest.mark.slow
 @pytest.mark.huggingface
 def test_a_hugging_face_llama_decodes_with_an_int8_cache():
     from transformers import FlaxLlamaForCausalLM, LlamaConfig

@@ -224,7 +224,14 @@ def close(got, expected, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize("make", CASES, ids=lambda c: c.__name__)
+QUICK = (megatron, norm_outside, scan_inside, experts)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda c: c.__name__,
+)
 def test_groups_and_their_folds(make):
     """The certificate alone (no proof by bits) says what can be folded; real s then change no output."""
     case = make()
@@ -252,7 +259,13 @@ def stats_on_one_device(case, known={}):  # noqa: B006 the cases that are alike 
 
 @pytest.mark.parametrize(
     "make",
-    [megatron, megatron_unchecked, one_bias_for_all, scan_inside, layers_cut, experts],
+    [
+        megatron,
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (megatron_unchecked, one_bias_for_all, scan_inside, layers_cut, experts)
+        ),
+    ],
     ids=lambda c: c.__name__,
 )
 def test_statistics_and_quantized_products_are_those_of_one_device(make):
@@ -285,7 +298,14 @@ def exchanged(h):
     return lax.all_to_all(h, "model", 0, 0, tiled=True)
 
 
-@pytest.mark.parametrize("collective", [gathered, passed_round, exchanged])
+@pytest.mark.parametrize(
+    "collective",
+    [
+        gathered,
+        pytest.param(passed_round, marks=pytest.mark.slow),
+        pytest.param(exchanged, marks=pytest.mark.slow),
+    ],
+)
 def test_other_collectives_are_barriers(collective):
     """Refused with the equation; what is not folded is seen and quantized all the same."""
 
@@ -368,6 +388,50 @@ def test_blocks_of_views():
     assert view.slice_of_scan(4).strides(0) == {1: 6, 2: 2, 4: 1}
 
 
+# Groups of channels -----------------------------------------------------------------------------------------------
+
+
+def rows_on_devices(p, x):
+    """x @ w, with half the rows of each w on each of two devices."""
+    half = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,))
+    parts = jax.shard_map(
+        lambda w, x: lax.psum(x @ w, "m"),
+        mesh=half,
+        in_specs=(P("m", None), P(None, "m")),
+        out_specs=P(),
+    )
+    return {name: parts(w, x) for name, w in p.items()}
+
+
+def test_groups_run_in_a_shard_map():
+    """Two groups on each device; a single group may even be cut, because its scale is that of both parts."""
+    schemes = {
+        "float x": sq.Scheme(weight=sq.Int8(group_size=64), activation=None),
+        "int8 x": sq.Scheme(weight=sq.Int8(group_size=64)),
+        "W4A16": sq.W4A16_G64,
+        "one group": sq.W4A16.replace(weight=sq.Int4(group_size=256, zero_point=True)),
+    }
+    params, x = {name: normal(256, 8, seed=i) for i, name in enumerate(schemes)}, normal(5, 256)
+    stats = sq.calibrate(rows_on_devices, params, [x])
+    qparams = sq.quantize(params, stats, {f"^{name}$": s for name, s in schemes.items()})
+    got = jax.jit(quantized(rows_on_devices))(qparams, x)
+    for name, weight in qparams.items():
+        exact = np.asarray(x, np.float64) @ np.asarray(sq.dequantize(weight.tensor), np.float64)
+        error = np.abs(got[name] - exact).max() / np.abs(exact).max()
+        assert error < (0.02 if name == "int8 x" else 1e-6)
+
+
+def test_a_shard_map_that_would_begin_inside_a_group_is_refused():
+    """200 channels in groups of 64 have 4 scales, two for each device, but the second block begins in the second."""
+    params, x = {"w": normal(200, 8)}, normal(5, 200, seed=1)
+    scheme = sq.W4A8.replace(weight=sq.Int4(group_size=64, zero_point=True, two_level=True))
+    qparams = sq.quantize(params, sq.calibrate(rows_on_devices, params, [x]), scheme)
+    with pytest.raises(
+        ValueError, match=r"^w: its 200 contracted channels can not be .* into 2 blocks of whole"
+    ):
+        jax.eval_shape(quantized(rows_on_devices), qparams, x)
+
+
 # Sharded parameters -----------------------------------------------------------------------------------------------
 
 
@@ -375,6 +439,7 @@ def shardings_of(specs, kind=AxisType.Auto):
     return {name: NamedSharding(mesh(kind), spec) for name, spec in specs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_parameters_stay_so_and_give_the_same(kind):
     """Calibrate, smooth, quantize and run on parameters cut as Megatron cuts them, and on the same on one device."""
@@ -442,6 +507,7 @@ def _pairs(tree, other):
     return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
 
 
+@pytest.mark.slow
 def test_no_weight_travels_when_it_is_smoothed_and_quantized():
     """Only maxima do: the compiled program gathers and permutes nothing; what goes in may be donated."""
     params, where = weights(), shardings_of(MEGATRON)

@@ -70,23 +70,30 @@ EINSUMS = {  # formula, shapes, summed axes
 
 
 @granularities
-@pytest.mark.parametrize("case", EINSUMS)
-def test_a_batched_matmul_is_the_scaled_integer_product(case, granularity):
-    formula, left, right, shared = EINSUMS[case]
-    rows = 4.0 ** jnp.arange(float(left[0])).reshape(-1, *[1] * (len(left) - 1))
-    x = jnp.asarray(settled(normal(*left) * rows, shared[0]))
-    y = jnp.asarray(settled(normal(*right, seed=1), shared[1]))
-    fn = lambda p, x, y: jnp.einsum(formula, x, y) * p["gain"]
+def test_a_batched_matmul_is_the_scaled_integer_product(granularity):
+    """Every form of it in one program."""
+    operands, expected = {}, {}
+    for name, (formula, left, right, shared) in EINSUMS.items():
+        rows = 4.0 ** jnp.arange(float(left[0])).reshape(-1, *[1] * (len(left) - 1))
+        x = jnp.asarray(settled(normal(*left) * rows, shared[0]))
+        y = jnp.asarray(settled(normal(*right, seed=1), shared[1]))
+        operands[name] = x, y
+        expected[name] = in_numpy(x, y, formula, shared, granularity)
+    fn = lambda p, pairs: {
+        name: jnp.einsum(EINSUMS[name][0], x, y) * p["gain"] for name, (x, y) in pairs.items()
+    }
     params = {"gain": jnp.ones(())}
-    got = jax.jit(sq.int8_attention(fn, granularity))(params, x, y)
-    expected = in_numpy(x, y, formula, shared, granularity)
-    exact = np.einsum(formula, np.asarray(x, np.float64), np.asarray(y, np.float64))
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
-    np.testing.assert_allclose(sq.int8_attention(fn, granularity)(params, x, y), got, rtol=1e-6)
-    assert 1e-4 < relative_error(expected, exact) < 0.05
-    program = jaxprs.of(sq.int8_attention(fn, granularity), params, x, y)
-    assert [dot.dtypes for dot in jaxprs.dots(program)] == [jaxprs.INT8_DOT]
+    fast = sq.int8_attention(fn, granularity)
+    got, eager = jax.jit(fast)(params, operands), fast(params, operands)
+    for name, (x, y) in operands.items():
+        exact = np.einsum(EINSUMS[name][0], np.asarray(x, np.float64), np.asarray(y, np.float64))
+        assert got[name].dtype == jnp.float32
+        close = np.abs(expected[name]).max() * 1e-6
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6, atol=close, err_msg=name)
+        np.testing.assert_allclose(eager[name], got[name], rtol=1e-6, err_msg=name)
+        assert 1e-4 < relative_error(expected[name], exact) < 0.05
+    dots = [dot.dtypes for dot in jaxprs.dots(jaxprs.of(fast, params, operands))]
+    assert dots == [jaxprs.INT8_DOT] * len(EINSUMS)
 
 
 @granularities
@@ -137,6 +144,7 @@ def test_attention_runs_its_two_batched_matmuls_in_int8_and_nothing_else(granula
     assert 1e-5 < relative_error(got, expected) < 0.03
 
 
+@pytest.mark.slow
 @granularities
 def test_gradients_are_those_of_the_float_attention(granularity):
     params, x, g = layer(), normal(2, 6, 16, seed=9), normal(2, 6, 16, seed=10)
@@ -174,7 +182,13 @@ def test_a_scan_over_layers():
     assert relative_error(got, model(stack, x)) < 0.05
 
 
-@pytest.mark.parametrize("order", ["attention of quantized", "quantized of attention"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "attention of quantized",
+        pytest.param("quantized of attention", marks=pytest.mark.slow),
+    ],
+)
 def test_composes_with_quantized_weights(order):
     params, x = layer(), normal(2, 6, 16, seed=9)
     qparams = sq.quantize(params, sq.calibrate(attention, params, [x]))
@@ -199,6 +213,7 @@ def test_stacks_of_experts_stay_as_they_are():
         np.testing.assert_array_equal(fast(params, x), experts(params, x))
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_dtype_and_scales_in_float32():
     params, x = layer(dtype=jnp.bfloat16), normal(2, 6, 16, seed=9, dtype=jnp.bfloat16)
     got = jax.jit(sq.int8_attention(attention))(params, x)
