@@ -1,19 +1,25 @@
-"""`quantize`: parameter trees whose matmul weights become narrow, by rules on their names."""
+"""`quantize`: parameter trees whose matmul weights become narrow, by rules on their names.
+
+The scales made here are the quantizer's: what one step of an int8 or float8 number is worth.
+Smoothing scales, always called `s`, are folded into the parameters before, or (a scheme's
+`smoothing`) stored beside the weight.
+"""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, is_concrete, map_named
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import fold, leaves_by_path, unfold
-from sqjax.folding.graph import Site
+from sqjax.folding.graph import Graph, Site
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.quantize import named, outlier_channels, quantize_weight
@@ -23,25 +29,42 @@ Rules = Scheme | Mapping[str, Scheme | None]
 
 
 def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
-    """The tree with the weight of every site replaced by a `QuantWeight`; run it with `quantized(fn)`.
+    """The tree with a `QuantWeight` at every site; run it with `quantized(fn)`.
 
-    A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases) stays as it is; embeddings
-    that are no head are quantized by rules of their own, {"embed": sq.EMBEDDING_INT8}. Pure; works under jit.
+    A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases) stays
+    as it is; embeddings that are no head are quantized by rules of their own, {"embed":
+    sq.EMBEDDING_INT8}. Pure; works under jit.
 
     Args:
         params: the calibrated or the smoothed tree.
         stats: their statistics. Static schemes need those of *these* params: after `smooth`, pass
             `fold_stats(stats, scales(...))`, or let `smoothquant` do it all.
-        scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None (stay float). The
-            first pattern found in a site's path wins; a site that none matches stays float. A scheme with `smoothing`
-            (an alpha) smooths its sites at run time, with s from these statistics and params. A scheme for embeddings
-            (activation=sq.Indices()) is sought among these only, other schemes among the sites only, None among both.
+        scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None
+            (stay float). The first pattern found in a site's path wins; a site that none matches
+            stays float. A scheme with `smoothing` (an alpha) smooths its sites at run time, with s
+            from these statistics and params. A scheme for embeddings (activation=Indices()) is
+            sought among these only, other schemes among the sites only, None among both.
+
+    Returns:
+        A tree with the same paths.
 
     Raises:
-        ValueError: params are not the calibrated tree, or hold NaN or infinity; a pattern matches no site; static
-            scales, outliers, or smoothing at run time, asked of statistics that do not describe these params; groups
-            that do not fit; a scheme whose parts do not go together, or whose `range` needs histograms of these
-            params' activations, which the statistics do not have. (Values can not be checked under jit.)
+        ValueError: what went wrong, and what to do:
+
+            - params are not the calibrated tree (a leaf is missing, is new, has another shape):
+              pass those, or calibrate these.
+            - params hold NaN or infinity.
+            - a pattern is no regular expression, or is found in no site's path: near misses are
+              listed.
+            - static scales, outliers, or smoothing at run time, asked of statistics that do not
+              describe these params:
+              they were smoothed since, so pass `fold_stats(stats, scales(...))`.
+            - a static range other than "absmax", but the statistics have no histograms of these
+              params' activations:
+              calibrate these params with histogram=True.
+            - a group size that does not fit a weight.
+
+            Values can not be checked under jit.
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -52,85 +75,122 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    return _quantized(params, stats, _schemes(stats, scheme))
+    return _quantized(params, stats, _schemes(stats.graph, scheme))
 
 
-def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
-    """{leaf: its scheme} for the sites and the tables that are quantized.
+def _schemes(graph: Graph, rules: Rules) -> dict[str, Scheme]:
+    """{leaf: its scheme} for the sites and the embedding tables that are quantized.
 
-    Schemes for embeddings (`Indices`) look for tables only, the others for sites, None for both.
+    Example: of a graph with the sites "q" and "head", and the table "embed", the rules {"head":
+    None, "embed": EMBEDDING_INT8, ".*": W8A8} give {"q": W8A8, "embed": EMBEDDING_INT8}. The ".*"
+    does not reach the table, because W8A8 is no scheme for one.
     """
-    rules = rules if isinstance(rules, Mapping) else {"": rules}
-    nothing = [pattern for pattern, scheme in rules.items() if scheme is None]
-    of_tables = [
-        pattern
-        for pattern, scheme in rules.items()
-        if scheme is not None and isinstance(scheme.activation, Indices)
-    ]
-    sites, tables = (
-        [site.path for site in found] for found in (stats.graph.sites, stats.graph.tables)
-    )
-    first_matches(nothing, [*sites, *tables], "quantize rule")  # raises, and says what is near
-    meant = {p: {x for x in (*sites, *tables) if re.search(p, x)} for p in nothing}
-    chosen: dict[str, Scheme | None] = {}
-    for paths, own, what in (
-        (sites, [p for p in rules if p not in of_tables], "quantize rule"),
-        (tables, [*of_tables, *nothing], "quantize rule for embeddings"),
-    ):
-        patterns = [
-            p for p in rules if p in own and (p not in nothing or meant[p].intersection(paths))
-        ]
-        found = first_matches(patterns, paths, what)
-        chosen |= {path: rules[pattern] for path, pattern in found.items() if pattern is not None}
-    return {path: scheme for path, scheme in chosen.items() if scheme is not None}
+    rules = _by_pattern(rules)
+    sites = [site.path for site in graph.sites]
+    tables = [table.path for table in graph.tables]
+
+    # None is said of sites and tables alike, so such a pattern may be found in either of them.
+    floats = [pattern for pattern, scheme in rules.items() if scheme is None]
+    first_matches(floats, [*sites, *tables], "quantize rule")  # raises, and says what is near
+
+    of_sites = _rules_for(sites, rules, are_tables=False)
+    of_tables = _rules_for(tables, rules, are_tables=True)
+    schemes = _first_schemes(of_sites, sites, "quantize rule")
+    return schemes | _first_schemes(of_tables, tables, "quantize rule for embeddings")
+
+
+def _by_pattern(rules: Rules) -> Mapping[str, Scheme | None]:
+    """Rules as a mapping: one scheme for all is one whose pattern is found everywhere."""
+    return rules if isinstance(rules, Mapping) else {"": rules}
+
+
+def _rules_for(
+    paths: Sequence[str], rules: Mapping[str, Scheme | None], are_tables: bool
+) -> dict[str, Scheme | None]:
+    """The rules that are meant for these leaves: all of them embedding tables, or none."""
+    meant = {}
+    for pattern, scheme in rules.items():
+        if scheme is None:
+            fits = any(re.search(pattern, path) for path in paths)
+        else:
+            fits = isinstance(scheme.activation, Indices) == are_tables
+        if fits:
+            meant[pattern] = scheme
+    return meant
+
+
+def _first_schemes(
+    rules: Mapping[str, Scheme | None], paths: Sequence[str], what: str
+) -> dict[str, Scheme]:
+    """{path: the scheme of the first pattern found in it}, without what stays float."""
+    chosen = {}
+    for path, pattern in first_matches(rules, paths, what).items():
+        scheme = None if pattern is None else rules[pattern]
+        if scheme is not None:
+            chosen[path] = scheme
+    return chosen
 
 
 def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> PyTree:
+    """The tree with these leaves quantized, each by its scheme."""
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     sites = {site.path: site for site in (*stats.graph.sites, *stats.graph.tables)}
-    _check_described(
-        params, stats, [sites[path] for path, scheme in schemes.items() if scheme.measured]
-    )
+    # Other schemes take nothing from the statistics, so these may be of any parameters.
+    measured = [sites[path] for path in schemes if schemes[path].measured]
+    _check_described(params, stats, measured)
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
             return leaf
-        site, scheme, s, channels = sites[path], schemes[path], None, None
-        absmax = stats.absmax[path] if scheme.measured else None
-        if absmax is not None and scheme.smoothing is not None:
-            s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
-        if absmax is not None and scheme.outliers is not None:
-            channels = outlier_channels(
-                path, absmax if s is None else absmax / s, scheme.outliers, len(site.batch)
-            )
-        if isinstance(scheme.activation, Static) and scheme.needs_histogram:
-            absmax = stats.input_range(path, scheme.activation.range, scheme.activation.fmt)
-        with named(path):
-            return quantize_weight(
-                jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels
-            )
+        return _quantized_leaf(leaf, sites[path], schemes[path], stats)
 
     return map_named(changed, params)
 
 
+def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
+    """One weight, with what its scheme takes from the statistics."""
+    absmax: Any = stats.absmax[site.path] if scheme.measured else None
+    s = channels = None
+    if scheme.smoothing is not None:
+        s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
+    if scheme.outliers is not None:
+        # The quantizer sees X / s, so outliers are what is large after smoothing.
+        seen = absmax if s is None else absmax / s
+        channels = outlier_channels(site.path, seen, scheme.outliers, len(site.batch))
+    if isinstance(scheme.activation, Static) and scheme.needs_histogram:
+        absmax = stats.input_range(site.path, scheme.activation.range, scheme.activation.fmt)
+    # `quantize_weight` knows arrays only: the path is added to what it refuses.
+    with named(site.path):
+        return quantize_weight(
+            jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels
+        )
+
+
 def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
-    """Raises ValueError if the statistics are of other (say, not yet smoothed) parameters than these."""
-    if not sites or not all(is_concrete(x) for x in jax.tree.leaves((params, stats))):
+    """Raises ValueError if the statistics are of other parameters than these.
+
+    Of not yet smoothed ones, say. How it knows: `Stats` keeps max |W_j| of the parameters that were
+    calibrated, and the s that `fold_stats` has divided out since. Undoing these s must give weights
+    with the same maxima.
+    """
+    known = all(map(is_concrete, jax.tree.leaves((params, stats))))
+    if not sites or not known:
         return
-    with (
-        jax.ensure_compile_time_eval()
-    ):  # also where a jitted function has closed over these values
+    # Values that a jitted function has closed over are known, though tracing is under way.
+    with jax.ensure_compile_time_eval():
         original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
-        absmax = {site: np.asarray(weight_absmax(site, original[site.path])) for site in sites}
-    for site in sites:
-        now, then = absmax[site], stats.weight_absmax[site.path]
+        maxima = [weight_absmax(site, original[site.path]) for site in sites]
+    for site, now in zip(sites, maxima, strict=True):
+        then = stats.weight_absmax[site.path]
+        # Folding and unfolding round each weight twice, in its own precision.
         tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
         if not np.allclose(now, then, rtol=tolerance, atol=0):
             raise ValueError(
-                f"{site.path}: the statistics are of other parameters than these (were they smoothed?); static "
-                "activation scales, outliers, or smoothing at run time, would be wrong. Pass "
-                "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or calibrate again"
+                f"{site.path}: the statistics are of other parameters than these (were they "
+                "smoothed?); static activation scales, outliers, or smoothing at run time, would "
+                "be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the params "
+                "before smoothing, or calibrate again"
             )
 
 
@@ -147,10 +207,23 @@ def smoothquant(
 ) -> PyTree:
     """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
 
-    The statistics of the smoothed parameters are derived, not measured again, so static schemes are right too. Only
-    schemes with a `range` need histograms of the smoothed model: then the batches are kept in a list, and read twice.
-    `runtime` is an alpha for sites that are in no smoothed group: these are smoothed at run time (None: not at all).
-    Arguments and errors are those of `calibrate`, `scales` and `quantize`. Xiao et al. 2022, arXiv 2211.10438.
+    Xiao et al. 2022, arXiv 2211.10438. The statistics of the smoothed parameters are derived, not
+    measured again, so static schemes are right too. Only static ranges other than "absmax" need
+    histograms of the smoothed model: for these the batches are kept in a list, and read twice.
+
+    Args:
+        fn, params, batches, progress: as for `calibrate`.
+        alpha, groups: as for `scales`, which says what alpha to take.
+        scheme: as for `quantize`.
+        runtime: an alpha for the sites that are in no smoothed group (a tied head, what follows a
+            GELU): these are smoothed at run time. None: not at all.
+
+    Returns:
+        The quantized tree.
+
+    Raises:
+        ValueError: what `calibrate`, `scales` and `quantize` refuse; a scheme that `runtime` does
+            not go with.
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -160,23 +233,40 @@ def smoothquant(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    wanted = scheme.values() if isinstance(scheme, Mapping) else [scheme]
-    twice = any(isinstance(one, Scheme) and one.needs_histogram for one in wanted)
-    batches = list(batches) if twice else batches
+    twice = _needs_histograms(scheme)
+    if twice:
+        batches = list(batches)
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
-    schemes = _schemes(stats, scheme)
+    schemes = _schemes(stats.graph, scheme)
     if runtime is not None:
-        smoothed = {
-            path for group in stats.graph.groups if group.name in s for path, _ in group.sites
-        }
-        smoothed |= {table.path for table in stats.graph.tables}
-        for path in [path for path in schemes if path not in smoothed]:
-            with named(path):
-                schemes[path] = schemes[path].replace(smoothing=runtime)
+        schemes = _smoothed_at_run_time(schemes, stats.graph, s, runtime)
+
     folded = fold(params, stats.graph, s)
+    # A histogram of X says nothing about X / s, so it is taken of the smoothed model.
     if twice:
-        return _quantized(
-            folded, calibrate(fn, folded, batches, histogram=True, progress=progress), schemes
-        )
-    return _quantized(folded, fold_stats(stats, s), schemes)
+        stats = calibrate(fn, folded, batches, histogram=True, progress=progress)
+    else:
+        stats = fold_stats(stats, s)
+    return _quantized(folded, stats, schemes)
+
+
+def _needs_histograms(rules: Rules) -> bool:
+    schemes = _by_pattern(rules).values()
+    return any(isinstance(scheme, Scheme) and scheme.needs_histogram for scheme in schemes)
+
+
+def _smoothed_at_run_time(
+    schemes: Mapping[str, Scheme], graph: Graph, s: Mapping[str, Array], alpha: float
+) -> dict[str, Scheme]:
+    """The schemes, with this alpha for the sites that no s in `s` smooths already."""
+    # A table meets indices: there is no activation to smooth.
+    spared = {table.path for table in graph.tables}
+    for group in graph.groups:
+        if group.name in s:
+            spared.update(path for path, _ in group.sites)
+    changed = dict(schemes)
+    for path in sorted(changed.keys() - spared):
+        with named(path):
+            changed[path] = schemes[path].replace(smoothing=alpha)
+    return changed

@@ -128,9 +128,10 @@ def _maxima_of_sites(group: Group, leaves: Mapping[str, Any], stats: Stats) -> l
     sites = {site.path: site for site in stats.graph.sites}
     found = []
     for path, labels in group.sites:
-        w_absmax = weight_absmax(sites[path], leaves[path])
-        x_absmax = stats.absmax[path]
-        found.append(Maxima(labels.array.ravel(), x_absmax.ravel(), w_absmax.ravel()))
+        scale_of = labels.array.ravel()
+        x_absmax = stats.absmax[path].ravel()
+        w_absmax = weight_absmax(sites[path], leaves[path]).ravel()
+        found.append(Maxima(scale_of, x_absmax, w_absmax))
     return found
 
 
@@ -190,17 +191,24 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
 
     alphas, missing = {}, []
     for group in groups:
-        patterns = [pattern_of[path] for path, _ in group.sites]
-        found = [pattern for pattern in patterns if pattern is not None]
-        if found:
-            alphas[group.name] = by_pattern[found[0]]
-        else:
+        pattern = _first_pattern(group, pattern_of)
+        if pattern is None:
             missing.append(group.name)
+        else:
+            alphas[group.name] = by_pattern[pattern]
     if missing:
         raise ValueError(
             f"alpha: no pattern matches {missing[:5]}; end the mapping with '.*' for the rest"
         )
     return alphas
+
+
+def _first_pattern(group: Group, pattern_of: Mapping[str, str | None]) -> str | None:
+    """The pattern of the group's first site that has one."""
+    for path, _ in group.sites:
+        if pattern_of[path] is not None:
+            return pattern_of[path]
+    return None
 
 
 def _check_in_unit_interval(pattern: str, alpha: Any) -> None:
@@ -235,7 +243,8 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     """
     check_scales(stats.graph, s)
     s_of_site = expand(s, stats.graph)
-    absmax, abs_sum, folded = dict(stats.absmax), dict(stats.abs_sum), dict(stats.folded)
+    absmax, abs_sum = dict(stats.absmax), dict(stats.abs_sum)
+    folded = dict(stats.folded)
     for path, divisor in s_of_site.items():
         absmax[path] = absmax[path] / divisor
         abs_sum[path] = abs_sum[path] / divisor

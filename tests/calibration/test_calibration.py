@@ -167,14 +167,25 @@ MASKED = {  # what reads (batch, tokens, channels) and a mask, and one site of i
 }
 
 
-@pytest.mark.parametrize("name", MASKED)
-def test_padding_does_not_count(name):
+@pytest.fixture(scope="module")
+def padded():
+    """(statistics with a mask, without): one function of all layouts, each with a weight of its own."""
+
+    def fn(p, x, mask):
+        return [layout({**p, "a": p[name]}, x, mask) for name, layout in MASKED.items()]
+
+    params = {"gain": PARAMS["gain"]} | {name: PARAMS["a"] + 0 for name in MASKED}
+    batches = [(PADDED, jnp.asarray(IDS_MASK))]
     with jax.numpy_rank_promotion("allow"):
-        stats = sq.calibrate(MASKED[name], PARAMS, [(PADDED, jnp.asarray(IDS_MASK))], mask=of_mask)
-        unmasked = sq.calibrate(MASKED[name], PARAMS, [(PADDED, jnp.asarray(IDS_MASK))])
-    check_against_real_tokens(stats, "a", NORMED)
-    assert int(unmasked.count["a"]) == 9
-    assert unmasked.absmax["a"].min() > 1e5
+        return sq.calibrate(fn, params, batches, mask=of_mask), sq.calibrate(fn, params, batches)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_does_not_count(padded, name):
+    masked, unmasked = padded
+    check_against_real_tokens(masked, name, NORMED)
+    assert int(unmasked.count[name]) == 9
+    assert unmasked.absmax[name].min() > 1e5
 
 
 def test_masks_of_several_batches_and_shapes():

@@ -57,7 +57,10 @@ def reference(name):
     return Reference(fn, params, arrays, stats)
 
 
-@pytest.fixture(params=["llama", pytest.param("opt", marks=pytest.mark.huggingface)])
+OPT = pytest.param("opt", marks=[pytest.mark.huggingface, pytest.mark.slow])
+
+
+@pytest.fixture(params=["llama", OPT])
 def model(request):
     return reference(request.param)
 

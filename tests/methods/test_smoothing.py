@@ -210,8 +210,15 @@ def test_fold_multiplies_sites_and_divides_absorbers():
     np.testing.assert_allclose(unfold(folded, case.stats.graph, s)["q"], old["q"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", [small, llama])
-@pytest.mark.parametrize("alpha", [0.5, 0.85])
+@pytest.mark.parametrize(
+    ("case", "alpha"),
+    [
+        (small, 0.5),
+        (llama, 0.85),
+        pytest.param(small, 0.85, marks=pytest.mark.slow),
+        pytest.param(llama, 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_smoothing_changes_the_parameters_but_not_the_function(case, alpha):
     case = case()
     smoothed = sq.smooth(case.params, case.stats, alpha)
@@ -223,7 +230,7 @@ def test_smoothing_changes_the_parameters_but_not_the_function(case, alpha):
         assert 0 < sq.verify(case.fn, case.params, smoothed, batch) < 1e-5
 
 
-@pytest.mark.parametrize("case", [small, llama])
+@pytest.mark.parametrize("case", [small, pytest.param(llama, marks=pytest.mark.slow)])
 def test_smoothing_is_pure_and_the_same_under_jit(case):
     case = case()
     before = jax.tree.map(lambda x: np.array(x), (case.params, case.stats))
@@ -256,7 +263,7 @@ def test_the_order_of_groups_does_not_matter():
 def test_powers_of_two_fold_exactly_in_bfloat16():
     case = llama()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)
-    stats = sq.calibrate(case.fn, params, case.batches)
+    stats = sq.calibrate(case.fn, params, case.batches[:1])
     s = sq.scales(params, stats, 0.5, round_scales="pow2")
     exact = sq.scales(params, stats, 0.5)
     for name, scale in s.items():
@@ -275,8 +282,15 @@ def test_powers_of_two_fold_exactly_in_bfloat16():
 # Statistics ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [small, llama])
-@pytest.mark.parametrize("groups", ["all", "norm"])
+@pytest.mark.parametrize(
+    ("case", "groups"),
+    [
+        (small, "norm"),
+        pytest.param(small, "all", marks=pytest.mark.slow),
+        pytest.param(llama, "norm", marks=pytest.mark.slow),
+        (llama, "all"),
+    ],
+)
 def test_folded_statistics_are_those_of_the_folded_model(case, groups):
     case = case()
     s = sq.scales(case.params, case.stats, 0.7, groups=groups)
@@ -308,7 +322,7 @@ def test_statistics_in_numpy():
     assert case.stats.count["q"] == 17
 
 
-@pytest.mark.parametrize("case", [small, llama])
+@pytest.mark.parametrize("case", [small, pytest.param(llama, marks=pytest.mark.slow)])
 def test_merged_halves_are_one_calibration(case):
     case = case()
     first, rest = (
