@@ -9,7 +9,6 @@ import pytest
 from chex import assert_trees_all_close, assert_trees_all_equal
 
 import sqjax as sq
-from sqjax._names import braced
 from sqjax.models import LlamaConfig, Model
 
 
@@ -80,23 +79,6 @@ def test_explain_walks_to_what_stands_in_the_way():
     )
     with pytest.raises(ValueError, match=r"'ilde' is no leaf.*Near misses: 'idle'"):
         graph.explain("ilde")
-
-
-@pytest.mark.parametrize(
-    ("paths", "text"),
-    [
-        (["a/b/c"], "a/b/c"),
-        ([], ""),
-        (["l/0/q/kernel", "l/0/k/kernel"], "l/0/{q, k}/kernel"),
-        (["l/0/q/kernel", "l/0/mlp/up/kernel"], "l/0/{q, mlp/up}/kernel"),
-        (["norm/bias", "norm/scale"], "norm/{bias, scale}"),
-        (["a", "b"], "a, b"),
-        (["a/x", "b/y"], "a/x, b/y"),
-        (["a/b", "a/b/c"], "a/b, a/b/c"),
-    ],
-)
-def test_braced(paths, text):
-    assert braced(paths) == text
 
 
 # Groups stated by hand --------------------------------------------------------------------------------------------

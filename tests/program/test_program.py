@@ -11,6 +11,7 @@ from sqjax.program.build import Known, Var, all_equations, build
 from sqjax.program.entries import carried, entries
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
+from sqjax.program.gathers import rows_last
 from sqjax.program.replication import reduced_axes, varying
 from sqjax.program.trace import array_leaves, trace
 
@@ -170,6 +171,23 @@ def test_known_numbers_and_what_an_index_picks():
     assert program.leaves_behind(row) == {"w"}
 
 
+@pytest.mark.parametrize(
+    ("lookup", "last"),
+    [
+        (lambda table, ids: table[ids], True),
+        (lambda table, ids: table[:, ids], False),
+        (lambda table, ids: jnp.take(table.T, ids, axis=1), False),
+    ],
+)
+def test_rows_last(lookup, last):
+    table, ids = X.T, jnp.array([[0, 1], [1, 0]])
+    program = program_of(lambda p, ids: lookup(p["w"], ids), {"w": table}, ids)
+    [gather] = [e for e in program.equations if e.name == "gather"]
+    rank = len(program.shape(gather.inputs[1]))
+    assert rows_last(gather.params["dimension_numbers"], rank) == last
+    assert type(gather.params["slice_sizes"][0]) is int
+
+
 def test_touching_and_read():
     program = program_of(lambda p, x: (x @ p["w"]) * 2, {"w": X.T}, X)
     dot, mul = program.equations
@@ -241,7 +259,9 @@ def test_what_a_scan_carries_differs_once_any_step_makes_it_differ():
 
         start = jnp.zeros(3)
         (a, b, c), kept = lax.scan(step, (start, start, start), None, length=5)
-        return x, lax.pmax(x, ("data", "model")), jnp.cumsum(start), a, b, c, kept
+        looped = lax.while_loop(lambda v: v.sum() < 0, lambda v: v + 1, start)  # not looked into
+        agreed = lax.pmax(x, ("data", "model"))
+        return x, agreed, jnp.cumsum(start), a, b, c, kept, looped
 
     fn = on_devices(block, PartitionSpec("data"), PartitionSpec())
     program = program_of(lambda p, x: fn(x), {"w": X}, X)
@@ -249,4 +269,4 @@ def test_what_a_scan_carries_differs_once_any_step_makes_it_differ():
     differing = varying(program)
     found = [{program.mesh_axes[a] for a in differing[v]} for v in body.outputs]
     model = {"model"}
-    assert found == [{"data"}, set(), set(), model, model, model, model]
+    assert found == [{"data"}, set(), set(), model, model, model, model, {"data", "model"}]

@@ -267,6 +267,23 @@ def test_a_scan_over_parts_of_a_leaf_gives_no_view():
     assert not any(view.stacked for view in program.views.values())
 
 
+def test_blocks_of_views():
+    view = View.of("w", (12, 8)).block({0: [(1, 2), (2, 3)], 1: [(3, 4)]})
+    assert (view.shape, view.full_shape) == ((2, 2), (12, 8))
+    assert (view.strides(0), view.strides(1)) == ({1: 6, 2: 2}, {3: 2})
+    assert view.slice_of_scan(4).strides(0) == {1: 6, 2: 2, 4: 1}
+
+
+def test_what_a_reshape_has_made_has_no_blocks():
+    w = View.of("w", (4, 6))
+    merged = VIEWS["reshape"](w, {"dimensions": None}, (4, 6), (24,))
+    split = VIEWS["reshape"](w, {"dimensions": None}, (4, 6), (2, 2, 6))
+    assert merged.block({0: [(1, 2)]}) is None
+    assert split.block({0: [(1, 2)]}) is None
+    assert split.block({2: [(1, 2)]}).shape == (4, 3)
+    assert merged.slice_of_scan(1) is None
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

@@ -20,7 +20,6 @@ from sqjax.folding.sites import find_heads, find_sites
 from sqjax.program.facts import Program
 from sqjax.program.replication import varying
 from sqjax.program.trace import trace
-from sqjax.program.views import View
 from sqjax.runtime.quantized import quantized
 
 
@@ -379,13 +378,6 @@ def test_what_differs_from_device_to_device():
     found = varying(program)
     names = [{program.mesh_axes[scope] for scope in found[v]} for v in body.outputs]
     assert names == [{"model"}, set(), set(), {"data"}, {"model"}, {"model"}]
-
-
-def test_blocks_of_views():
-    view = View.of("w", (12, 8)).block({0: [(1, 2), (2, 3)], 1: [(3, 4)]})
-    assert (view.shape, view.full_shape) == ((2, 2), (12, 8))
-    assert (view.strides(0), view.strides(1)) == ({1: 6, 2: 2}, {3: 2})
-    assert view.slice_of_scan(4).strides(0) == {1: 6, 2: 2, 4: 1}
 
 
 # Groups of channels -----------------------------------------------------------------------------------------------
