@@ -119,6 +119,7 @@ def test_a_step_compiles_once_and_holds_no_float_copy_of_the_cache():
     assert held["key"].nbytes == BATCH * SLOTS * HEADS * (WIDTH + 4)
 
 
+@pytest.mark.slow
 def test_composes_with_quantized_weights():
     p, xs = params(), inputs(4, 1)
     fn = lambda p, x, cache: attention(p, x, cache)

@@ -21,6 +21,7 @@ from sqjax.program.facts import Program
 from sqjax.program.replication import varying
 from sqjax.program.trace import trace
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.quantize import quantize_weight
 
 
 def mesh(kind=AxisType.Auto):
@@ -223,7 +224,7 @@ def close(got, expected, rtol=1e-5):
     )
 
 
-QUICK = (megatron, norm_outside, scan_inside, experts)
+QUICK = (norm_outside, experts)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +257,10 @@ def stats_on_one_device(case, known={}):  # noqa: B006 the cases that are alike 
     return known[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [
-        megatron,
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (megatron_unchecked, one_bias_for_all, scan_inside, layers_cut, experts)
-        ),
-    ],
+    [megatron, megatron_unchecked, one_bias_for_all, scan_inside, layers_cut, experts],
     ids=lambda c: c.__name__,
 )
 def test_statistics_and_quantized_products_are_those_of_one_device(make):
@@ -472,6 +468,18 @@ def _sharded_as_on_one_device(fn, params, x, plain, where):
     close(jax.jit(quantized(fn))(moved, cut_x), jax.jit(quantized(block))(expected, x))
 
 
+def test_a_matmul_on_a_mesh_with_explicit_axes_is_sharded_as_the_float_one():
+    """By its type: nothing is compiled."""
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x = jax.device_put(outliers(4, 8), NamedSharding(mesh(AxisType.Explicit), P("data", None)))
+        qparams = {"w": quantize_weight(normal(8, 6), (0,), sq.W8A8)}
+        program = jax.make_jaxpr(quantized(lambda p, x: x @ p["w"]))(qparams, x)
+    [result] = program.out_avals
+    assert result.sharding.spec == P("data", None)
+    assert [dot.dtypes for dot in jaxprs.dots(program)] == [jaxprs.INT8_DOT]
+
+
+@pytest.mark.slow
 def test_shard_map_over_a_mesh_with_explicit_axes():
     """There the types of arrays say how they are cut, and shard_map wants specs that agree."""
     case, where = megatron(), shardings_of(MEGATRON, AxisType.Explicit)
