@@ -186,6 +186,93 @@ def steps(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+# A GPU ----------------------------------------------------------------------------------------
+
+#: Kernels of a product that starts from int8 activations, and the names of their rows after the
+#: shape. Where one was tried with several block sizes, the fastest is shown.
+GPU_KERNELS = {
+    "bfloat16, PyTorch": "torch bf16",
+    "int8 without scales, PyTorch `_int_mm`": "torch _int_mm",
+    "W8A8, XLA": "XLA",
+    "W8A8, `sqjax.triton.matmul`": "W8A8 (",
+    "W8A8, Triton by hand": "triton W8A8 (",
+    "W8A8, Mosaic prototype": "mosaic W8A8",
+    "W4A16 in groups, `sqjax.triton.matmul`": "W4A16 (",
+    "W4A16 in groups, Mosaic prototype": "mosaic W4A16 groups",
+}
+
+
+def gpu_matmuls(rows: Sequence[Row]) -> Table:
+    """The kernels' time of one product, 4,096 to 14,336 channels, for some numbers of rows."""
+    times_of: dict[str, dict[int, float]] = {}
+    for row in rows:
+        shape, _, name = row["name"].partition(" ")
+        if row["part"] == "matmul" and shape.endswith("x4096x14336") and "to_bf16" in row:
+            times_of.setdefault(name, {})[int(shape.split("x")[0])] = row["us"]
+    counts = sorted(times_of["bf16"])
+    titles = ("", *(f"{count} rows" if count > 1 else "1 row" for count in counts))
+    lines = []
+    for name, by_count in times_of.items():
+        cells = []
+        for count in counts:
+            ratio = times(times_of["bf16"][count] / by_count[count])
+            cells.append(f"{ratio} ({by_count[count]:.0f} us)")
+        lines.append((name, *cells))
+    return Table(titles, lines)
+
+
+def gpu_model(rows: Sequence[Row]) -> Table:
+    """The kernels' time of a prefill and of a decode step, as ratios to bfloat16."""
+    cases = ("prefill 2048", "decode 1")
+    measured: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["part"] == "model" and "kernel_ms" in row:
+            case, _, name = row["name"].rpartition(" ")
+            measured.setdefault(name, {})[case] = row["kernel_ms"]
+    lines = []
+    for name, by_case in measured.items():
+        cells = []
+        for case in cases:
+            if case in by_case:
+                ratio = times(measured["bf16"][case] / by_case[case])
+                cells.append(f"{ratio} ({by_case[case]:.2f} ms)")
+            else:
+                cells.append("not measured")
+        lines.append((name, *cells))
+    return Table(("", "prefill of 2,048 tokens", "one decode step"), lines)
+
+
+def gpu_kernels(rows: Sequence[Row]) -> Table:
+    """Kernels of one product beside each other, at 2,048 and at 16 rows."""
+    counts = (2048, 16)
+    lines = []
+    for label, name in GPU_KERNELS.items():
+        cells = []
+        for count in counts:
+            found = [row["us"] for row in rows if _kernel(row) == (f"{count}x4096x14336", name)]
+            cells.append(f"{min(found):.0f} us" if found else "")
+        lines.append((label, *cells))
+    return Table(("", "2048 rows", "16 rows"), lines)
+
+
+def _kernel(row: Row) -> tuple[str, str] | None:
+    """A row's shape, and which of the names of `GPU_KERNELS` is its.
+
+    For example "W8A8 2048x4096x14336 128x256" of the part "mosaic" is ("2048x4096x14336",
+    "mosaic W8A8"), and "16x4096x14336 W4A16 (16, 32, 4, 5)" of the part "pallas" is
+    ("16x4096x14336", "W4A16 (").
+    """
+    if "us" not in row:
+        return None
+    words = row["name"].split()
+    if row["part"] == "mosaic":
+        at = next(i for i, word in enumerate(words) if "x4096x" in word or "x14336x" in word)
+        scheme = " ".join(word for word in words[at + 1 :] if word in ("W8A8", "W4A16", "groups"))
+        return words[at], "XLA" if words[-1] == "XLA" else f"mosaic {scheme or words[at - 1]}"
+    name = row["name"].removeprefix(words[0]).strip()
+    return words[0], name.partition("(")[0] + ("(" if "(" in name else "")
+
+
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -213,4 +300,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "benchmark matmul": matmuls,
     "decode caches": caches,
     "decode steps": steps,
+    "gpu matmuls": gpu_matmuls,
+    "gpu model": gpu_model,
+    "gpu kernels": gpu_kernels,
 }

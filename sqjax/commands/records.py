@@ -87,8 +87,10 @@ class Record(NamedTuple):
         """One line on where the figures come from, for a reader of the table."""
         commit = f"commit {_short(self.commit)}" if self.commit else "no commit"
         versions = f"jax {self.jax}, Python {self.python}"
-        run = f"`sqjax {_without_record(self.command)}`"
-        return f"{run} on {self.machine}, {versions}, {commit}, {self.date}"
+        run = _without_record(self.command)
+        if self.command[0] != "python":  # a script beside the records, not a command of ours
+            run = f"sqjax {run}"
+        return f"`{run}` on {self.machine}, {versions}, {commit}, {self.date}"
 
 
 def _short(commit: str) -> str:
