@@ -140,7 +140,7 @@ def timed_rows(labels: Row, columns: Mapping[str, Mapping[str, float]]) -> list[
 
 
 def whole_model(name: str, model: Model, params: Any, size: Size) -> list[Row]:
-    """Prompts of several lengths read into an empty cache, and one step with a full one; batch 1."""
+    """Prompts of several lengths read into an empty cache, and one step with a full one."""
     variants, notes = model_variants(model, params)
     columns = {}
     for tokens in size.prompts:
@@ -267,13 +267,11 @@ def random_model() -> tuple[Model, Any]:
 
 
 def square_matmul(size: Size) -> list[Row]:
-    """A matmul in each scheme with its quantize and dequantize, beside the int8 dot alone, and float."""
+    """A matmul in float and in each scheme, quantize and dequantize included, beside a bare int8 dot."""
     n = size.square
     shape = max(size.rows), n
-    activations, values = (
-        jax.random.randint(jax.random.key(seed), shape, -127, 128, jnp.int8) for seed in (0, 1)
-    )
-    weight = jnp.resize(values, (n, n))
+    activations = _random_int8(shape, seed=0)
+    weight = jnp.resize(_random_int8(shape, seed=1), (n, n))
     # Both operands are contracted over their last axis.
     last_axes = (((1,), (1,)), ((), ()))
     dot = jax.jit(
@@ -286,6 +284,11 @@ def square_matmul(size: Size) -> list[Row]:
         runs |= _matmul_runs(variants, m, n)
         columns[f"M = {m}"] = interleaved(runs, size.repeats * size.short, f"matmul, M = {m}")
     return timed_rows({"table": "matmul"}, columns)
+
+
+def _random_int8(shape: tuple[int, int], seed: int) -> Array:
+    """Codes from -127 to 127."""
+    return jax.random.randint(jax.random.key(seed), shape, -127, 128, jnp.int8)
 
 
 def matvecs(size: Size) -> list[Row]:

@@ -11,7 +11,7 @@ from sqjax.commands.records import Row, make_record, write_record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status. Errors of the user's making are one line on stderr."""
+    """Runs a command and returns the exit status; errors of the user's making are one line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     start = time.perf_counter()

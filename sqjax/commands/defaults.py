@@ -1,4 +1,4 @@
-"""What the commands assume where the user says nothing; apart, so that `--help` loads no model code."""
+"""What the commands assume where the user says nothing; here, so that `--help` loads no model."""
 
 #: The model that is loaded.
 MODEL = "smollm2-135m"

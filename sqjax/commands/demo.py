@@ -1,4 +1,4 @@
-"""`sqjax demo`: a real language model from float to int8, with its accuracy and speed side by side."""
+"""`sqjax demo`: a real language model from float to int8, with its accuracy and speed."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

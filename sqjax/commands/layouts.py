@@ -18,7 +18,7 @@ LIKE_QWIX = ("W8A8_O1", "W8A8_O1 fused", "W8A8_O3", "W8A8_O3 fused")
 
 
 class Table(NamedTuple):
-    """The titles of the columns, and the cells of each line; every line has a cell for each title."""
+    """The titles of the columns, and the cells of each line, one for each title."""
 
     titles: tuple[str, ...]
     lines: Sequence[tuple[str, ...]]

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-#: One row of a table: plain numbers and texts, with the unit in the key ("seconds", "weight_bytes").
+#: One row of a table: plain numbers and texts, with the unit in the key, as in "weight_bytes".
 Row = Mapping[str, Any]
 
 #: The units of a processor that decide how fast int8 and bfloat16 matmuls are, as Linux names them.
@@ -141,7 +141,8 @@ def read_record(path: Path) -> Record:
     """
     if not path.is_file():
         raise ValueError(
-            f"{path}: expected a record, got no such file; write it with `sqjax COMMAND --record {path}`"
+            f"{path}: expected a record, got no such file; "
+            f"write it with `sqjax COMMAND --record {path}`"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

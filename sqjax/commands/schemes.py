@@ -1,4 +1,4 @@
-"""`sqjax schemes`: a real language model's perplexity in every scheme, with and without smoothing."""
+"""`sqjax schemes`: a real language model's perplexity in every scheme, smoothed and not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""Fills tables in Markdown from records: `python -m sqjax.commands.tables [--check|--write] FILE.md ...`.
+"""Fills tables in Markdown from records.
+
+    python -m sqjax.commands.tables [--check|--write] FILE.md ...
 
 Run it in the root of the repository. It looks for marks, each on a line of its own:
 

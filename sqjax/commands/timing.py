@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
 ) -> dict[str, float]:
-    """{name: median seconds of a call}, from `repeats` rounds in which every function is called once.
+    """{name: median seconds of a call}, from rounds in which every function is called once.
 
-    One more round goes before them and is not counted, because first calls compile.
+    One round more than `repeats` is run: the first is not counted, because first calls compile.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rounds = range(repeats + 1)

@@ -59,12 +59,12 @@ def test_a_batch_of_unequal_prompts_is_each_uncached(trees, uncached, name):
     assert got.texts is None
 
 
-@pytest.mark.parametrize("name", ["float", "W8A8"])
+@pytest.mark.parametrize("name", [pytest.param("float", marks=pytest.mark.slow), "W8A8"])
 def test_chunks_of_the_prefill_change_nothing(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS, STEPS, chunk=3).tokens == uncached[name]
 
 
-@pytest.mark.parametrize("name", ["float", "W8A8"])
+@pytest.mark.parametrize("name", ["float", pytest.param("W8A8", marks=pytest.mark.slow)])
 def test_one_by_one_and_greedy(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS[0], STEPS).tokens == uncached[name][:1]
     assert (
@@ -72,6 +72,7 @@ def test_one_by_one_and_greedy(trees, uncached, name):
     )
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_is_the_same_in_a_batch_and_in_chunks(trees):
     alone = generate(MODEL, trees["W8A8"], PROMPTS[2], STEPS, cache="int8").tokens[0]
     assert generate(MODEL, trees["W8A8"], PROMPTS, STEPS, cache="int8", chunk=4).tokens[2] == alone
@@ -83,6 +84,7 @@ def test_a_coarse_cache_changes_what_is_generated(trees, uncached):
     assert generate(MODEL, trees["float"], PROMPTS, STEPS, cache=coarse).tokens != uncached["float"]
 
 
+@pytest.mark.slow
 def test_a_window_and_its_ring(trees):
     model, prompt = Model(replace(CONFIG, sliding_window=4)), PROMPTS[0]
     apply, ids = jax.jit(model.apply), list(prompt)
@@ -185,6 +187,7 @@ def test_top_k_and_top_p_keep_what_a_sort_keeps(top_k, top_p):
         np.testing.assert_array_equal(left[kept], row[kept])
 
 
+@pytest.mark.slow
 def test_draws_have_the_probabilities_of_the_logits(trees):
     """1000 first tokens after one prompt: 4 standard deviations of a binomial, for each likely token."""
     count, temperature = 1000, 1.7
@@ -222,6 +225,7 @@ def test_the_coldest_draw_and_the_narrowest_are_greedy(trees, uncached):
         assert generate(MODEL, trees["float"], PROMPTS, STEPS, **how).tokens == uncached["float"]
 
 
+@pytest.mark.slow
 def test_settings_compile_nothing_anew(trees):
     from sqjax.models.decoding.generation import _advance
 

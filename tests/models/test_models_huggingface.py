@@ -94,7 +94,7 @@ def test_round_trip(tmp_path):
     assert model.config.rope_theta == 5000.0
     assert model.config.max_length == 128
     assert model.tokenizer is None
-    assert jnp.isfinite(model.apply(params, jnp.asarray([[1, 2, 3]]))).all()
+    assert jnp.isfinite(jax.jit(model.apply)(params, jnp.asarray([[1, 2, 3]]))).all()
 
 
 @pytest.mark.parametrize("stored", [jnp.bfloat16, np.float16, np.float64])
@@ -173,6 +173,7 @@ def test_mistral_without_a_window(tmp_path):
     assert model.config.sliding_window is None
 
 
+@pytest.mark.slow
 def test_mistral_with_a_window(tmp_path):
     model, params = load(
         write(tmp_path, CONFIG | {"model_type": "mistral", "sliding_window": 3}, tensors())
@@ -263,6 +264,7 @@ def test_nothing_to_load(tmp_path):
         load(tmp_path / "model.bin")
 
 
+@pytest.mark.slow
 def test_numpy_ids_and_jit(tmp_path):
     model, params = load(write(tmp_path))
     ids = np.asarray([[3, 4, 5, 6]])

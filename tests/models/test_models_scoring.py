@@ -58,7 +58,14 @@ def likelihood(params, context, continuation):
     return total, greedy
 
 
-@pytest.mark.parametrize("cache", [None, "float", "int8"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        "float",
+        pytest.param("int8", marks=pytest.mark.slow),
+    ],
+)
 def test_loglikelihoods(params, cache):
     greedy = generate(MODEL, params, [1, 2, 3], 4, stop=()).tokens[0]
     pairs = [*PAIRS, ([1, 2, 3], greedy)]
@@ -70,6 +77,7 @@ def test_loglikelihoods(params, cache):
     assert [x.greedy for x in got] == [False, False, True, False, True] or cache == "int8"
 
 
+@pytest.mark.slow  # a wider model of its own, compiled for each case
 @pytest.mark.parametrize("cache", [None, "int4", CacheFormat("int8", keys="channels")])
 def test_a_likelihood_does_not_depend_on_what_it_is_read_with(cache):
     """Nor on zeros up to a common length: keys' channels are those of the sequence's own tokens."""
@@ -104,8 +112,16 @@ def test_a_long_context_loses_its_beginning(params):
     assert got.logprob == pytest.approx(row[-2][5] + row[-1][6], rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 4, 1])
-@pytest.mark.parametrize("name", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        ("int8", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("int8", None), ("int8", 1), ("float", None), ("float", 4), ("float", 1))
+        ),
+    ],
+)
 def test_teacher_forcing_through_a_cache(params, chunk, name):
     """What every token sees is what it would see if the text were generated token by token."""
     ids = np.random.default_rng(1).integers(0, 61, (2, 9)).astype(np.int32)
@@ -240,6 +256,7 @@ def test_multiple_choice(params):
     assert got.acc != got.acc_norm
 
 
+@pytest.mark.slow
 def test_bytes_are_not_characters():
     """Letters of two bytes: what is divided by bytes may choose otherwise."""
     tokenizer = Letters(None, eos_id=60)

@@ -55,7 +55,7 @@ WITHOUT_EFFECT = {
 def read_gguf(
     path: Path, dtype: DTypeLike = jnp.float32
 ) -> tuple[LlamaConfig, Params, dict[str, Any]]:
-    """Reads a file: the configuration, the parameters, and all metadata (the tokenizer's is among it).
+    """Reads a file: the configuration, the parameters, and all metadata, the tokenizer's too.
 
     Quantized tensors are dequantized to float32 and then cast to ``dtype``.
 

@@ -33,7 +33,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, Params]:
-    """Reads ``config.json`` and ``model.safetensors``, or the shards of ``model.safetensors.index.json``.
+    """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
 
     Raises:
         ValueError: if a file is missing or damaged, the configuration asks for something the model

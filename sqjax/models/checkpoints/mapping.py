@@ -62,7 +62,8 @@ def assemble(
         problems: what the caller already found wrong.
 
     Raises:
-        ValueError: one error with every problem: tensors that are unknown, missing, doubled or misshapen.
+        ValueError: one error with every problem: tensors that are unknown, missing, doubled or
+            misshapen.
     """
     matched, match_problems = _match(config, tensors)
     raise_problems(source, [*problems, *match_problems])

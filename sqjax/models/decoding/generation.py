@@ -28,7 +28,8 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: the new tokens of each row, the one that ended it included.
-        stopped: for each row, whether a stop token (or the callback) ended it, rather than the number of steps.
+        stopped: for each row, whether a stop token (or the callback) ended it, rather than the
+            number of steps.
         texts: the tokens as texts; None for a model without a tokenizer.
     """
 
@@ -68,47 +69,58 @@ def generate(
 ) -> Generated:
     """Continues prompts by up to `steps` tokens each.
 
-    The prefill is one compiled program and all steps are another, a loop that ends when every row has met a stop token.
-    Prompts may differ in length: shorter ones are padded on the left, and padding is never looked at, so a batch gives
-    what its rows give one by one, but for the rounding of sums, for schemes that give all activations one scale
-    ("per_tensor"), and for caches whose keys' channels are those of the first chunk.
-    Compiled once for each model, batch size, `steps`, `cache`, `chunk` and padded length; sampling settings and stop
-    tokens of the same number compile nothing anew.
+    The prefill is one compiled program and all steps are another, a loop that ends when every row
+    has met a stop token. Both are compiled once for each model, batch size, `steps`, `cache`,
+    `chunk` and padded length. Other sampling settings, and as many other stop tokens, compile
+    nothing anew.
+
+    Prompts may differ in length: shorter ones are padded on the left, and no token attends to
+    padding. So a batch gives what its rows give one by one, but for the rounding of sums, for
+    schemes that give all activations one scale ("per_tensor"), and for caches whose keys' channels
+    are those of the first chunk.
 
     Args:
         model: a `Model`.
-        params: its parameters, float or quantized in any scheme. Layers in one stack are taken apart before the loop,
-            so there are two copies of them until the call returns: see `unstack_layers`.
+        params: its parameters, float or quantized in any scheme. Layers in one stack are taken
+            apart before the loop, so that there are two copies of them until the call returns: see
+            `unstack_layers`.
         prompts: a text, a sequence of token ids, or several of either.
         steps: the largest number of new tokens.
-        stop: ids or texts of the tokens that end a row; None for the tokenizer's end of text, () for none.
-        temperature: 0 for the likeliest token every time; otherwise the logits are divided by it and a token is drawn.
+        stop: ids or texts of the tokens that end a row; None for the tokenizer's end of text, ()
+            for none.
+        temperature: 0 for the likeliest token every time; otherwise the logits are divided by it
+            and a token is drawn.
         top_k: draw among the so many likeliest tokens only.
         top_p: of those, draw among the fewest likeliest whose probabilities sum to at least this.
-        seed: of the draws. An int seeds all rows (row r with its own stream); a sequence seeds each row, so that a
-            row draws the same tokens in any batch.
+        seed: of the draws. An int seeds all rows (row r with its own stream); a sequence seeds each
+            row, so that a row draws the same tokens in any batch.
         cache: how keys and values are stored: "float", "int8", "e4m3", "int4" or a `CacheFormat`.
-        chunk: read the prompts in pieces of so many tokens, which bounds the prefill's memory; None for all at once.
-            Prompts whose lengths round up to the same multiple of it share one compiled program.
-        stream: called as stream(row, tokens) with the new tokens of each row as they come. If it returns something
-            true the row ends there.
+        chunk: read the prompts in pieces of so many tokens, which bounds the prefill's memory; None
+            for all at once. Prompts whose lengths round up to the same multiple of it share one
+            compiled program.
+        stream: called as stream(row, tokens) with the new tokens of each row as they come. If it
+            returns something true the row ends there.
         stream_every: the loop is left so often, in steps, to call `stream`.
 
     Raises:
-        ValueError: prompts or stop tokens that are not in the vocabulary, an empty prompt, more tokens than
-            ``config.max_length``, settings that make no sense, or logits that are NaN or infinite.
+        ValueError: prompts or stop tokens that are not in the vocabulary, an empty prompt, more
+            tokens than ``config.max_length``, settings that make no sense, or logits that are NaN
+            or infinite.
 
     Example:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, generate
         >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
         >>> params = model.init(jax.random.key(0))
-        >>> [len(row) for row in generate(model, params, [[1, 2, 3], [4]], steps=5, cache="int8").tokens]
+        >>> generated = generate(model, params, [[1, 2, 3], [4]], steps=5, cache="int8")
+        >>> [len(row) for row in generated.tokens]
         [5, 5]
     """
     check_counts("generate", steps=steps, stream_every=stream_every)
-    optional = {"top_k": top_k, "chunk": chunk}
-    check_counts("generate", **{name: n for name, n in optional.items() if n is not None})
+    if top_k is not None:
+        check_counts("generate", top_k=top_k)
+    if chunk is not None:
+        check_counts("generate", chunk=chunk)
     rows = prompt_rows(model, prompts)
     ends = stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
@@ -334,12 +346,14 @@ def greedy(
 ) -> Int[Array, "batch steps"]:
     """The ``steps`` tokens that follow each prompt when the likeliest token is taken every time.
 
-    A pure function on arrays, compiled once for each model, number of steps and shape of the prompt; `generate` does
-    more. It does not stop at the end of a text: cut the answer at ``model.tokenizer.eos_id``.
+    A pure function on arrays, compiled once for each model, number of steps and shape of the
+    prompt; `generate` does more. It does not stop at the end of a text: drop what follows
+    ``model.tokenizer.eos_id`` in the answer.
 
     Args:
         model: a `Model`.
-        params: its parameters, float or quantized by `sqjax.quantize`; taken apart as in `generate`.
+        params: its parameters, float or quantized by `sqjax.quantize`; a stack of layers is taken
+            apart as in `generate`.
         prompt_ids: prompts of one length, without padding.
         steps: how many tokens to generate.
         cache: how keys and values are stored, as in `generate`.

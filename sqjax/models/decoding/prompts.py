@@ -68,7 +68,7 @@ def _ids(model: Model, prompt: Any) -> np.ndarray:
 
 
 def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that begins nothing: without the tokens that a tokenizer puts before every text."""
+    """The ids of a text alone: without the tokens that a tokenizer puts before every text."""
     begin = tokenizer.encode("")
     ids = tokenizer.encode(text)
     if ids[: len(begin)] == begin:
@@ -85,12 +85,14 @@ def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.
     longest = max(len(row) for row in rows)
     tokens = -(-longest // multiple) * multiple
     padding = np.array([tokens - len(row) for row in rows], np.int32)
-    padded = [np.pad(row, (zeros, 0)) for row, zeros in zip(rows, padding, strict=True)]
-    return np.stack(padded), padding
+    padded = np.zeros((len(rows), tokens), np.int32)
+    for number, row in enumerate(rows):
+        padded[number, padding[number] :] = row
+    return padded, padding
 
 
 def stop_ids(model: Model, stop: Any) -> np.ndarray:
-    """The ids of the tokens that end a text. None stands for the tokenizer's end of text, if it has one.
+    """The ids of the tokens that end a text; the tokenizer's end of text, if it has one, for None.
 
     Raises:
         ValueError: an id that is not in the vocabulary, or a text that is not exactly one token.

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; every field may be traced, so that changing it compiles nothing anew.
+    """How the next token is drawn; changing it compiles nothing anew, because every field is traced.
 
     Attributes:
         temperature: the logits are divided by it.
@@ -90,5 +90,6 @@ def _threshold(values: Array, weights: Array, target: Array) -> Array:
         enough = jnp.sum(heavy, axis=-1) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(bits_of_one), bits_of_one))
+    range_of_bits = jnp.zeros_like(bits_of_one), bits_of_one
+    low, _ = jax.lax.fori_loop(0, 31, halve, range_of_bits)
     return number(low)

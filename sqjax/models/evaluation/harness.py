@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness takes it: `pip install lm-eval`, imported only when it is asked for."""
+"""A model as lm-evaluation-harness takes it; `lm-eval` is imported only when it is asked for."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +59,7 @@ class _Requests:
     batch: int
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is the greedy continuation) of each (context, continuation)."""
+        """For each (context, continuation): its log-likelihood, and whether it is the greedy one."""
         pairs: list[Pair] = [encode_pair(self.model, *request.args) for request in requests]
         return [tuple(likelihood) for likelihood in self._score(pairs)]
 
@@ -148,7 +148,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:
-    """A text as (context, continuation) pairs of at most `length` inputs, each token predicted once.
+    """A text as (context, continuation) pairs of at most `length` inputs; each token is asked once.
 
     The first `length` tokens follow `begin`. Every later pair has before its continuation as many
     tokens of the text as fit.

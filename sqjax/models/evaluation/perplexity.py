@@ -30,8 +30,8 @@ def windows(
     count = available if count is None else count
     if count < 1 or count > available:
         raise ValueError(
-            f"windows: expected 1 to {available} windows of {length} tokens in a text of {len(ids)}, "
-            f"got {count}; give a longer text, or ask for fewer"
+            f"windows: expected 1 to {available} windows of {length} tokens in a text of "
+            f"{len(ids)}, got {count}; give a longer text, or ask for fewer"
         )
     return ids[: count * length].reshape(count, length)
 

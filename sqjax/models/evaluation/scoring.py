@@ -165,8 +165,8 @@ def loglikelihoods(
         batch: how many sequences are read at once.
 
     Raises:
-        ValueError: ids that are not in the vocabulary, an empty context, a continuation that is longer than
-            ``config.max_length``, a batch of less than 1, or logits that are NaN.
+        ValueError: ids that are not in the vocabulary, an empty context, a continuation that is
+            longer than ``config.max_length``, a batch of less than 1, or logits that are NaN.
 
     Example:
         >>> import jax
@@ -246,7 +246,7 @@ def _batch(
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Numbers of sequences, `size` at a time, the longest first: each batch is of about one length."""
+    """Numbers of sequences, `size` at a time, longest first, so that a batch is of about one length."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -270,8 +270,8 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
         begin = model.tokenizer.encode("") or ([] if end is None else [end])
         if not begin:
             raise ValueError(
-                "scoring texts: the context is empty, and the tokenizer names no end of text to put "
-                "in its place; give a context"
+                "scoring texts: the context is empty, and the tokenizer names no end of text to "
+                "put in its place; give a context"
             )
         return begin, encode_alone(model.tokenizer, continuation)
     kept = context.rstrip()
