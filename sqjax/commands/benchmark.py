@@ -267,7 +267,7 @@ def random_model() -> tuple[Model, Any]:
 
 
 def square_matmul(size: Size) -> list[Row]:
-    """A matmul in float and in each scheme, quantize and dequantize included, beside a bare int8 dot."""
+    """A matmul in float and in each scheme, quantizing included, beside a bare int8 dot."""
     n = size.square
     shape = max(size.rows), n
     activations = _random_int8(shape, seed=0)

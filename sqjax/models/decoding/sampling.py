@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; changing it compiles nothing anew, because every field is traced.
+    """How the next token is drawn; every field is traced, so that a change compiles nothing anew.
 
     Attributes:
         temperature: the logits are divided by it.

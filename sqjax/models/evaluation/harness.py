@@ -59,7 +59,7 @@ class _Requests:
     batch: int
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log-likelihood, and whether it is the greedy one."""
+        """The log-likelihood of each (context, continuation), and whether it is the greedy one."""
         pairs: list[Pair] = [encode_pair(self.model, *request.args) for request in requests]
         return [tuple(likelihood) for likelihood in self._score(pairs)]
 

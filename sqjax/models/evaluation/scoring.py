@@ -246,7 +246,7 @@ def _batch(
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Numbers of sequences, `size` at a time, longest first, so that a batch is of about one length."""
+    """Numbers of sequences, `size` at a time, longest first: a batch is of about one length."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + size] for first in range(0, len(order), size)]
 
