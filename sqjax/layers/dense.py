@@ -127,9 +127,9 @@ def _check_shapes(
     """Raises ValueError if the kernel has no features, or a vector has not one entry a channel."""
     inputs = kernel.shape[: batch + contracted]
     if kernel.ndim <= len(inputs):
-        names = [f"batch{i}" for i in range(batch)]
-        names += [f"inputs{i}" for i in range(contracted)]
-        expected = ", ".join([*names, "features"])
+        batch_names = [f"batch{i}" for i in range(batch)]
+        input_names = [f"inputs{i}" for i in range(contracted)]
+        expected = ", ".join([*batch_names, *input_names, "features"])
         raise ValueError(f"{where}: expected a kernel of shape ({expected}), got {kernel.shape}")
     for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
         if vector is not None and vector.shape != inputs:

@@ -66,8 +66,8 @@ class Functional:
         """A new module of the original class that holds `params` and the constants."""
         paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
         keys = dict(self.names)
-        missing = [path for path in keys if path not in paths]
-        unknown = [path for path in paths if path not in keys]
+        missing = sorted(keys.keys() - set(paths))
+        unknown = sorted(set(paths) - keys.keys())
         if missing or unknown:
             raise ValueError(
                 f"the parameters are not this module's: missing {missing[:5]}, "

@@ -33,20 +33,24 @@ FORMS = {
 
 
 @cache
-def calibrated():
+def params_of_model():
     params = jax.jit(MODEL.init)(jax.random.key(0))
     bias = lambda path, x: (
         x if "bias" not in str(path) else jnp.arange(x.size, dtype=x.dtype) / x.size
     )
-    params = jax.tree_util.tree_map_with_path(bias, params)
-    return params, sq.calibrate(MODEL.apply, params, [IDS])
+    return jax.tree_util.tree_map_with_path(bias, params)
+
+
+@cache
+def calibrated():
+    return sq.calibrate(MODEL.apply, params_of_model(), [IDS])
 
 
 @cache
 def params_in(form):
     """The model's parameters, float or quantized as FORMS says."""
-    params, stats = calibrated()
-    return params if FORMS[form] is None else sq.quantize(params, stats, FORMS[form])
+    params = params_of_model()
+    return params if FORMS[form] is None else sq.quantize(params, calibrated(), FORMS[form])
 
 
 def run_dense(layer, x):
@@ -107,8 +111,8 @@ def test_decodes_as_before():
 
 
 def test_kernels_that_meet_other_scales_stay_apart():
-    params, stats = calibrated()
-    qparams = sq.quantize(params, stats, sq.W8A8_O3)
+    params, stats = params_of_model(), calibrated()
+    qparams = jax.tree.map(lambda x: x, params_in("O3"))  # dicts of its own
     layer = qparams["model"]["layers"]["0"]["self_attn"]
     layer["k_proj"]["kernel"] = sq.quantize(
         params, replace(stats, absmax={p: 2 * x for p, x in stats.absmax.items()}), sq.W8A8_O3

@@ -9,6 +9,7 @@ from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.tokenizer import from_directory
 
 
+@pytest.mark.slow  # another process imports jax
 def test_import_is_light():
     heavy = ["gguf", "tokenizers", "transformers", "torch"]
     code = f"import sys, sqjax.models; print([name for name in {heavy} if name in sys.modules])"

@@ -185,6 +185,7 @@ def test_cached_decode_equals_apply_for_every_configuration(name):
     read_in_pieces(CONFIGS[name], (4, 4))
 
 
+@pytest.mark.slow
 def test_greedy_equals_recomputing_every_token():
     model, params, prompt = Model(GROUPED), params_of(GROUPED), IDS[:, :5]
     apply = compiled(GROUPED, "apply")
