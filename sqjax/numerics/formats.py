@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Shaped
 
-#: How many elements share a scale: an output's, all, or so many consecutive channels of an output (a group size).
+#: How many elements share a scale: an output's, all, or so many consecutive channels of an output
+#: (a group size).
 Granularity = Literal["per_channel", "per_tensor"] | int
 FormatName = Literal["int8", "int4", "e4m3", "e5m2"]
 
@@ -27,10 +28,11 @@ class Format(NamedTuple):
 
 #: Symmetric int8 in [-127, 127]: -128 is never used, so a sign change is always exact.
 INT8 = Format("int8", np.dtype(np.int8), 127.0)
-#: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. Two to a byte in the memory of a GPU or TPU, one in a
-#: CPU's (see `container`).
+#: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. Two to a byte in the memory of a GPU
+#: or TPU, one in a CPU's (see `container`).
 INT4 = Format("int4", np.dtype(jnp.int4), 7.0)
-#: float8 with 4 bits of exponent, 3 of mantissa, no infinity (Micikevicius et al. 2022, arXiv 2209.05433).
+#: float8 with 4 bits of exponent, 3 of mantissa, no infinity (Micikevicius et al. 2022, arXiv
+#: 2209.05433).
 E4M3 = Format("e4m3", np.dtype(jnp.float8_e4m3fn), 448.0)
 #: float8 with 5 bits of exponent and 2 of mantissa.
 E5M2 = Format("e5m2", np.dtype(jnp.float8_e5m2), 57344.0)
@@ -64,9 +66,9 @@ def to_format(
 ) -> Shaped[Array, "*s"]:
     """q = clip(round-half-even(x / scale), -bound, bound), stored in the format's `container`.
 
-    `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2 for integers, and
-    <= max(|x| 2^-(m + 1), scale 2^(e - m - 1)) for a float8 of m mantissa bits whose smallest exponent is e (and a few
-    units in the last place), wherever |x| <= bound * scale.
+    `scale` broadcasts against `x`. The division is done in float32, so |q * scale - x| <= scale / 2
+    for integers, and <= max(|x| 2^-(m + 1), scale 2^(e - m - 1)) for a float8 of m mantissa bits
+    whose smallest exponent is e (and a few units in the last place), wherever |x| <= bound * scale.
     """
     q = x.astype(jnp.float32) / scale
     q = q if fmt.floating else jnp.round(q)

@@ -1,7 +1,7 @@
 """Histograms of |x|, and the range of |x| that a static scale shall cover: a percentile, or that of least error.
 
-One outlier stretches the absmax, and with it the step of all other values. A smaller range clips the few values beyond
-it, and rounds the rest more finely.
+One outlier stretches the absmax, and with it the step of all other values. A smaller range clips
+the few values beyond it, and rounds the rest more finely.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,23 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from sqjax.numerics.formats import INT8, Format
 
-#: How a static range is chosen: the absmax, the range of least squared error, or a percentile as a fraction (0.9999).
+#: How a static range is chosen: the absmax, the range of least squared error, or a percentile as a
+#: fraction (0.9999).
 Range = Literal["absmax", "mse"] | float
 
-#: Bins divide every octave from 2^-32 to 2^32 into 16 of equal width, so a bin is 1/16 to 1/31 of its values wide.
+#: Bins divide every octave from 2^-32 to 2^32 into 16 of equal width, so a bin is 1/16 to 1/31 of
+#: its values wide.
 PARTS, FIRST_OCTAVE, OCTAVES = 16, -32, 64
 BINS = PARTS * OCTAVES
 _OCTAVES = 2.0 ** np.arange(FIRST_OCTAVE, FIRST_OCTAVE + OCTAVES)
-#: Bin i holds EDGES[i] <= |x| < EDGES[i + 1]; the last one also what is larger. All are exact in float32.
+#: Bin i holds EDGES[i] <= |x| < EDGES[i + 1]; the last one also what is larger. All are exact in
+#: float32.
 EDGES = np.append(np.outer(_OCTAVES, 1 + np.arange(PARTS) / PARTS), 2 * _OCTAVES[-1]).astype(
     np.float32
 )
 
-#: `mse_range` tries absmax * 2^(-j / 16) for 16 octaves: one outlier among n values of size 1 is worth clipping to
-#: about 1 only if it is smaller than sqrt(n).
+#: `mse_range` tries absmax * 2^(-j / 16) for 16 octaves: one outlier among n values of size 1 is
+#: worth clipping to about 1 only if it is smaller than sqrt(n).
 _SHRINKING = (2.0 ** (-np.arange(16 * PARTS) / PARTS)).astype(np.float32)
 
 
@@ -39,9 +42,10 @@ _SHRINKING = (2.0 ** (-np.arange(16 * PARTS) / PARTS)).astype(np.float32)
 class Histogram:
     """How many |x| lie in each of a fixed set of bins (`EDGES`). Fixed memory: 8 KiB a matrix.
 
-    The bins are the same for every histogram, so two of them merge by +, in any order, with no bin ever rescaled.
-    What is smaller than 2^-32, zeros above all, is not counted: every format has a zero, so no range helps or harms
-    it, and what padding, a ReLU or a router has zeroed does not move a percentile.
+    The bins are the same for every histogram, so two of them merge by +, in any order, with no bin
+    ever rescaled. What is smaller than 2^-32, zeros above all, is not counted: every format has a
+    zero, so no range helps or harms it, and what padding, a ReLU or a router has zeroed does not
+    move a percentile.
 
     Attributes:
         low: uint32, (*batch, BINS): the counts modulo 2^32.
@@ -102,8 +106,9 @@ class Histogram:
 def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*batch bins"]:
     """How many elements of an array of |x| lie in each bin, for every index of its first `batch` axes.
 
-    A float's bits, read as an integer, grow with it: its exponent and first 4 bits of mantissa are its bin. The
-    counting is a scatter-add, about a nanosecond a value on two cores: 0.7 to 1.3 ms for a 512 x 1536 array.
+    A float's bits, read as an integer, grow with it: its exponent and first 4 bits of mantissa are
+    its bin. The counting is a scatter-add, about a nanosecond a value on two cores: 0.7 to 1.3 ms
+    for a 512 x 1536 array.
     """
     counted = partial(_count, batch=batch)
     if any(
@@ -139,9 +144,10 @@ def bin_of(magnitude: Float[Array, "*s"]) -> Int[Array, "*s"]:
 def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
     """The smallest edge of a bin below which lie at least p of the counted |x|, and never more than their absmax.
 
-    So it is at most one bin (1/16) above the percentile of the values themselves. Zeros do not count (`Histogram`):
-    of all values even more lie below. The share above an edge is summed in float32, from the largest values down.
-    Range from percentiles: McKinstry et al. 2018, arXiv 1809.04191; Wu et al. 2020, arXiv 2004.09602.
+    So it is at most one bin (1/16) above the percentile of the values themselves. Zeros do not
+    count (`Histogram`): of all values even more lie below. The share above an edge is summed in
+    float32, from the largest values down. Range from percentiles: McKinstry et al. 2018, arXiv
+    1809.04191; Wu et al. 2020, arXiv 2004.09602.
 
     Args:
         histogram: of |x|.
@@ -171,9 +177,10 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
 def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"]:
     """The range t of least `expected_error` among absmax * 2^(-j / 16), j = 0 .. 255: absmax is one of them.
 
-    So by the histogram's account it never loses to absmax; among equals the largest is taken. Outliers count too: one
-    among n values of size 1 is clipped far only if it is smaller than about sqrt(n). Ranges of least squared error:
-    Sung et al. 2015, arXiv 1511.06488; Choukroun et al. 2019, arXiv 1902.06822.
+    So by the histogram's account it never loses to absmax; among equals the largest is taken.
+    Outliers count too: one among n values of size 1 is clipped far only if it is smaller than about
+    sqrt(n). Ranges of least squared error: Sung et al. 2015, arXiv 1511.06488; Choukroun et al.
+    2019, arXiv 1902.06822.
 
     Args:
         histogram: of |x|.
@@ -198,15 +205,18 @@ def expected_error(
 ) -> Float[Array, "*batch"]:
     """The mean of (x - Q(x))^2 over the counted x, where Q rounds x to `fmt` with its range scaled to t.
 
-    Let u = |x| bound / t, g_0 = 0 < g_1 < ... the magnitudes of the format, and g_r the nearest one to u; beyond the
-    largest one that is clipping. Between g_(k-1) and g_k the squared error integrates to (g_k - g_(k-1))^3 / 12, so
+    Let u = |x| bound / t, g_0 = 0 < g_1 < ... the magnitudes of the format, and g_r the nearest one
+    to u; beyond the largest one that is clipping. Between g_(k-1) and g_k the squared error
+    integrates to (g_k - g_(k-1))^3 / 12, so
 
-        F(u) = integral from 0 to u of (v - g(v))^2 dv = sum over k <= r of (g_k - g_(k-1))^3 / 12 + (u - g_r)^3 / 3
+        F(u) = integral from 0 to u of (v - g(v))^2 dv = sum over k <= r of (g_k - g_(k-1))^3 / 12 +
+        (u - g_r)^3 / 3
 
-    is exact for every u: small values that become 0, steps that grow (float8), and clipped values alike. Within a bin
-    the values are taken to be spread evenly, so its mean is (F(b) - F(a)) / (b - a) in units of (t / bound)^2. The
-    bin of the absmax ends there, and one of its values is known: the absmax itself. So a single outlier, alone in its
-    bin, costs exactly what clipping it costs.
+    is exact for every u: small values that become 0, steps that grow (float8), and clipped values
+    alike. Within a bin the values are taken to be spread evenly, so its mean is (F(b) - F(a)) / (b
+    - a) in units of (t / bound)^2. The bin of the absmax ends there, and one of its values is
+    known: the absmax itself. So a single outlier, alone in its bin, costs exactly what clipping it
+    costs.
 
     Example:
         >>> import jax.numpy as jnp

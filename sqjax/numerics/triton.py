@@ -1,12 +1,13 @@
 """A quantized matmul as a Pallas-Triton kernel for NVIDIA GPUs, used by explicit choice: nothing in sqjax calls it.
 
-It has never run on a GPU. It is checked in Pallas's interpreter against plain XLA, and compiled ahead of time for sm_80
-and sm_90a; its block sizes were never tuned, and nothing is claimed about its speed. Pallas's Triton backend is
-deprecated: jax 0.12 warns when it compiles this for a GPU, and a later jax will not have it.
+It has never run on a GPU. It is checked in Pallas's interpreter against plain XLA, and compiled
+ahead of time for sm_80 and sm_90a; its block sizes were never tuned, and nothing is claimed about
+its speed. Pallas's Triton backend is deprecated: jax 0.12 warns when it compiles this for a GPU,
+and a later jax will not have it.
 
-What it is for: XLA does not fuse a per-token scale that the same program computes into the matmul, and writes the
-product to memory before it is scaled. Nor does it fuse float32 scales of groups: it writes a float copy of the weight,
-or one product for each group. Here they stay in registers.
+What it is for: XLA does not fuse a per-token scale that the same program computes into the matmul,
+and writes the product to memory before it is scaled. Nor does it fuse float32 scales of groups: it
+writes a float copy of the weight, or one product for each group. Here they stay in registers.
 """
 
 import math
@@ -43,7 +44,8 @@ class Blocks(NamedTuple):
 _DEFAULT = Blocks()
 
 
-#: Channels that are multiplied at once: the int8 matrix units take 32; more than 128 would crowd the shared memory.
+#: Channels that are multiplied at once: the int8 matrix units take 32; more than 128 would crowd
+#: the shared memory.
 _SHORTEST, _LONGEST = 32, 128
 
 
@@ -60,23 +62,26 @@ def matmul(
 ) -> Float[Array, "rows outputs"]:
     """out[m, n] = x_scale[m] sum_g scale[n, g] sum_{k in g} x[m, k] (values[n, k] - zero[n, g]), in one kernel.
 
-    Channels are in `groups` equal runs. An int8 `x` makes every inner sum exact in int32; it is then multiplied by its
-    float32 scale, and groups are added in float32. A bfloat16 (or float16) `x` meets the values as that float: products
-    are exact (both factors have few enough bits), sums in float32. Never run on a GPU: see the module.
+    Channels are in `groups` equal runs. An int8 `x` makes every inner sum exact in int32; it is
+    then multiplied by its float32 scale, and groups are added in float32. A bfloat16 (or float16)
+    `x` meets the values as that float: products are exact (both factors have few enough bits), sums
+    in float32. Never run on a GPU: see the module.
 
     Args:
         x: int8 (rows, channels), or bfloat16 or float16.
-        values: int8 or int4 (`jnp.int4`; two to a byte in a GPU's memory) of shape (outputs, channels).
+        values: int8 or int4 (`jnp.int4`; two to a byte in a GPU's memory) of shape (outputs,
+            channels).
         scale: float32 (outputs, groups); one group in all is a scale for each output.
         x_scale: float32 (rows,), for an int8 `x`; it may be computed in the same program. None: 1.
         zero: int8 (outputs, groups), zero points of int4 values, or None: 0.
         dtype: of the result.
-        blocks: the block of one program. Rows and outputs need not be its multiples: what is beyond is masked.
+        blocks: the block of one program. Rows and outputs need not be its multiples: what is beyond
+            is masked.
         interpret: run in Pallas's interpreter, on any machine.
 
     Raises:
-        ValueError: other dtypes or shapes; groups whose length is no multiple of 32 channels; an int32 sum could
-            overflow; blocks that are no powers of two from 16.
+        ValueError: other dtypes or shapes; groups whose length is no multiple of 32 channels; an
+            int32 sum could overflow; blocks that are no powers of two from 16.
 
     Example:
         >>> import jax.numpy as jnp

@@ -13,10 +13,11 @@ from sqjax.numerics.dots import LAST_AXES, narrow_dot
 from sqjax.numerics.formats import FORMATS, Format, FormatName, scale_from_absmax, to_format
 
 Activations = Literal["per_token", "per_tensor", "static"]
-#: Up to so many rows, a product in groups is summed group by group; with more, the weight is dequantized first.
+#: Up to so many rows, a product in groups is summed group by group; with more, the weight is
+#: dequantized first.
 FEW_ROWS = 16
-#: Up to so many rows (in groups: `FEW_ROWS`) a float x is multiplied on a CPU digit by digit; with more, a float copy
-#: of the weight pays.
+#: Up to so many rows (in groups: `FEW_ROWS`) a float x is multiplied on a CPU digit by digit; with
+#: more, a float copy of the weight pays.
 DIGIT_ROWS = 32
 
 
@@ -91,9 +92,10 @@ def product(
 ) -> Float[Array, "rows outputs"]:
     """x @ W.T in float32, on the recipe's operands.
 
-    Quantized activations: (q_x . q_w) * scale_x * scale_w, the sum in int32 (float32 for float8); in groups the sum of
-    that over the groups. Weight-only: (x . q_w) * scale_w, the sum in float32. The derivative with respect to x is
-    that of the float product with the dequantized weight (straight-through, Bengio et al. 2013).
+    Quantized activations: (q_x . q_w) * scale_x * scale_w, the sum in int32 (float32 for float8);
+    in groups the sum of that over the groups. Weight-only: (x . q_w) * scale_w, the sum in float32.
+    The derivative with respect to x is that of the float product with the dequantized weight
+    (straight-through, Bengio et al. 2013).
     """
     if recipe.activations is None:
         return weight_only(x, matrix, recipe.group)
@@ -159,7 +161,8 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
         own = matrix.columns(number, number * group, group)
         return narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T
 
-    # It starts with a group, not with zeros: in a shard_map the sum differs from device to device, as zeros do not.
+    # It starts with a group, not with zeros: in a shard_map the sum differs from device to device,
+    # as zeros do not.
     of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
     rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
     return lax.scan(
@@ -181,8 +184,8 @@ def weight_only(
 def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
     """The codes are converted in the product, scales come after the sum: GPU compilers fuse the conversion.
 
-    In groups, a few rows are multiplied group by group; for one row (one loop, fused), for more than `FEW_ROWS`, or
-    with a shorter last group, the weight is dequantized to x's dtype first.
+    In groups, a few rows are multiplied group by group; for one row (one loop, fused), for more
+    than `FEW_ROWS`, or with a shorter last group, the weight is dequantized to x's dtype first.
     """
 
     def dot(x, w):
@@ -201,8 +204,8 @@ def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
 def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
     """x as three int8 digits to the base 254, each multiplied in int8: x = s (q1 + q2 / 254 + q3 / 254^2).
 
-    What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32 rounds. XLA:CPU would
-    write a float copy of the whole weight for a float product.
+    What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32
+    rounds. XLA:CPU would write a float copy of the whole weight for a float product.
     """
     q, scales = three_digits(x)
     if group is not None and matrix.scale.shape[1] > 1:

@@ -1,4 +1,8 @@
-"""Quantized matmuls with a stored weight: any axes, batches, smoothing at run time, outlier channels."""
+"""Quantized matmuls with a stored weight: any axes, batches, smoothing at run time, outliers.
+
+These functions bring the operands into the one form that `sqjax.numerics.weight_products` takes,
+rows and a matrix with the contracted axis last, and the result back into the caller's axes.
+"""
 
 import dataclasses
 import math
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers
+from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import Matrix, Recipe, product, ragged_product
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
@@ -22,42 +26,64 @@ def quantized_dot_general(
 ) -> Float[Array, "..."]:
     """`lax.dot_general(x, weight, dimensions)` on narrow operands; the result is float32.
 
-    out = (q_x . q_w) * scale_x * scale_w, the sum in int32; see `sqjax.numerics.weight_products.product` for the other schemes. The
-    derivative with respect to x is straight-through; the scales are constants to it. With batch axes every matrix of
-    the batch has scales of its own. `where` names the weight in errors.
+    out = (q_x . q_w) * scale_x * scale_w, the sum in int32; see
+    `sqjax.numerics.weight_products.product` for the other schemes. The derivative with respect to x
+    is straight-through; the scales are constants to it. With batch axes every matrix of the batch
+    has scales of its own.
+
+    For x (tokens, experts, in) and a weight (experts, in, out), which is stored as (experts, out,
+    in), the rows are (experts, tokens, in), the products (experts, tokens, out).
+
+    Args:
+        x: the activation.
+        weight: the quantized weight.
+        dimensions: as `lax.dot_general` takes them.
+        where: names the weight in errors.
 
     Raises:
-        ValueError: the weight is not stored along the contracted axes, or the contraction is too long for an exact
-            int32 sum.
+        ValueError: the weight is not stored along the contracted axes, or the contraction is too
+            long for an exact int32 sum.
     """
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
     check_contraction(weight, w_axes, w_batch, where)
     stored = weight.tensor.axes
-    in_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
-    lead = [x_batch[i] for i in in_order]
-    contracted = [a for _, a in sorted((stored[w], a) for w, a in zip(w_axes, x_axes, strict=True))]
+    # x's axes follow the order in which the weight stores theirs, because the weight stays as it is.
+    batch_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
+    batch = [x_batch[i] for i in batch_order]
+    partners = sorted(zip([stored[a] for a in w_axes], x_axes, strict=True))
+    contracted = [x_axis for _, x_axis in partners]
     free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
-    sizes = [[x.shape[a] for a in axes] for axes in (lead, free, contracted)]
-    rows = x.transpose(*lead, *free, *contracted).reshape(*map(math.prod, sizes))
+    batch_sizes = [x.shape[a] for a in batch]
+    free_sizes = [x.shape[a] for a in free]
+    inner = math.prod(x.shape[a] for a in contracted)
+    rows = x.transpose(*batch, *free, *contracted)
+    rows = rows.reshape(math.prod(batch_sizes), math.prod(free_sizes), inner)
+
     multiply = partial(_multiply, weight.recipe)
     operands = rows, *matrices(weight, len(w_axes), len(w_batch))
-    out = (
-        jax.vmap(multiply)(*operands)
-        if w_batch
-        else multiply(*jax.tree.map(lambda m: m[0], operands))
-    )
-    outer = weight.tensor.values.shape[len(lead) : weight.ndim - len(w_axes)]
-    out = out.reshape(*sizes[0], *sizes[1], *outer)
-    kept = [len(free) + stored[a] for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
+    if w_batch:
+        out = jax.vmap(multiply)(*operands)
+    else:
+        out = multiply(*jax.tree.map(lambda stack: stack[0], operands))
+
+    outer_sizes = weight.tensor.values.shape[len(batch) : weight.ndim - len(w_axes)]
+    out = out.reshape(*batch_sizes, *free_sizes, *outer_sizes)
+    # The result has the batch axes in the caller's order, and the weight's axes in logical order.
+    outer = [a for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
     return out.transpose(
-        *map(in_order.index, range(len(lead))), *range(len(lead), len(lead) + len(free)), *kept
+        *[batch_order.index(i) for i in range(len(batch))],
+        *range(len(batch), len(batch) + len(free)),
+        *[len(free) + stored[a] for a in outer],
     )
 
 
 def _multiply(
     recipe: Recipe, rows: Array, matrix: Matrix, smoothing: Array | None, outliers: Outliers | None
 ) -> Float[Array, "rows outputs"]:
-    """rows @ W.T: divided by `smoothing`, then outlier channels in float and the others in the recipe's formats."""
+    """rows @ W.T: rows are divided by `smoothing`, then outlier channels are multiplied in float.
+
+    The other channels are multiplied in the recipe's formats, with zeros where the outliers were.
+    """
     if smoothing is not None:
         rows = rows.astype(jnp.float32) / smoothing[None, :]
     if outliers is None:
@@ -65,68 +91,109 @@ def _multiply(
     large = rows[:, outliers.channels]
     rest = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
     weight = outliers.weight.astype(rows.dtype)
-    apart = lax.dot_general(
-        large, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return product(recipe, rest, matrix) + apart
+    in_float = lax.dot_general(large, weight, LAST_AXES, preferred_element_type=jnp.float32)
+    return product(recipe, rest, matrix) + in_float
 
 
 def check_contraction(
     weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str
 ) -> None:
-    """Raises ValueError, naming `where`, if a weight was not quantized for a matmul along these axes."""
+    """Checks that a weight was quantized for a matmul along these axes, and that int32 holds it.
+
+    Args:
+        weight: the quantized weight.
+        w_axes: its logical axes that are contracted.
+        w_batch: its logical batch axes.
+        where: names the weight in errors.
+
+    Raises:
+        ValueError: the contracted axes are not stored last, or the batch axes not first; the
+            contracted channels do not share a scale; an int32 sum could overflow.
+    """
     tensor = weight.tensor
     tensor.check(where)
-    axes, batch = (sorted(tensor.axes[a] for a in logical) for logical in (w_axes, w_batch))
-    first = tensor.ndim - len(axes)
-    one_scale = tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
-    if axes != list(range(first, tensor.ndim)) or batch != list(range(len(batch))) or not one_scale:
-        asked = f"along its axes {tuple(w_axes)}" + (
-            f" in a batch along {tuple(w_batch)}" if batch else ""
-        )
+    if not _is_stored_for(tensor, w_axes, w_batch):
+        asked = f"along its axes {tuple(w_axes)}"
+        if w_batch:
+            asked += f" in a batch along {tuple(w_batch)}"
         raise ValueError(
-            f"{where}: contracted {asked}, but it was quantized for a contraction along {_contracted(tensor)}; "
-            "give this site a rule of None to keep it in float"
+            f"{where}: contracted {asked}, but it was quantized for a contraction along "
+            f"{_contracted(tensor)}; give this site a rule of None to keep it in float"
         )
-    inner = math.prod(tensor.values.shape[first:])
+    longest = math.prod(tensor.values.shape[tensor.ndim - len(w_axes) :])
     if tensor.group is not None and tensor.scale.shape[-1] > 1:
-        inner = min(inner, tensor.group)  # a sum for each group
-    if inner > LONGEST_CONTRACTION and not tensor.fmt.floating:
+        longest = min(longest, tensor.group)  # because each group has a sum of its own
+    if longest > LONGEST_CONTRACTION and not tensor.fmt.floating:
         raise ValueError(
-            f"{where}: contracts {inner} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: "
-            "split the contraction, or give this site weights in groups, as sqjax.Int8(group_size=128)"
+            f"{where}: contracts {longest} channels; int32 sums are exact up to "
+            f"{LONGEST_CONTRACTION}: split the contraction, or give this site weights in groups, "
+            "as sqjax.Int8(group_size=128)"
         )
+
+
+def _is_stored_for(tensor: QTensor, w_axes: Sequence[int], w_batch: Sequence[int]) -> bool:
+    """Whether the contracted axes are stored last and share their scales, the batch axes first."""
+    contracted = sorted(tensor.axes[a] for a in w_axes)
+    batch = sorted(tensor.axes[a] for a in w_batch)
+    first = tensor.ndim - len(contracted)
+    if contracted != list(range(first, tensor.ndim)) or batch != list(range(len(batch))):
+        return False
+    return tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
+
+
+def _contracted(tensor: QTensor) -> tuple[int, ...]:
+    """The logical axes along which elements share a scale, or have groups."""
+    sizes = zip(tensor.scale.shape, tensor.values.shape, strict=True)
+    shared = [scales < values for scales, values in sizes]
+    return tuple(i for i, stored in enumerate(tensor.axes) if shared[stored])
 
 
 def matrices(
     weight: QuantWeight, contracted: int, batch: int
 ) -> tuple[Matrix, Float[Array, "stack inner"] | None, Outliers | None]:
-    """A weight as one stack of matrices: (every array of `Matrix`, smoothing, outliers), the stack's axis first."""
-    tensor, values = weight.tensor, weight.tensor.values
-    lead, outer = values.shape[:batch], values.shape[batch : values.ndim - contracted]
-    inner, stack, outputs = map(math.prod, (values.shape[values.ndim - contracted :], lead, outer))
+    """A weight as one stack of matrices: (`Matrix`, smoothing, outliers), all with the stack first.
 
-    def scales(x: Any) -> Any:
-        if x is None:
+    A weight that is stored as (2, 3, out, in) with two batch axes is a stack of 6 matrices (out,
+    in); with no batch axes it is a stack of one, (2 * 3 * out, in). What all matrices share (one
+    smoothing for a whole stack of layers) is repeated, because `vmap` then runs over everything.
+
+    Args:
+        weight: its contracted axes are stored last, its batch axes first.
+        contracted: how many contracted axes.
+        batch: how many batch axes.
+    """
+    tensor, values = weight.tensor, weight.tensor.values
+    first = values.ndim - contracted
+    batch_sizes, outer_sizes = values.shape[:batch], values.shape[batch:first]
+    stack, outputs = math.prod(batch_sizes), math.prod(outer_sizes)
+    inner = math.prod(values.shape[first:])
+
+    def stacked(scales: Any) -> Any:
+        """Scales, or zero points, as (stack, outputs, groups)."""
+        if scales is None:
             return None
-        own = x.shape[values.ndim - contracted :]
-        return jnp.broadcast_to(x, (*lead, *outer, *own)).reshape(stack, outputs, math.prod(own))
+        groups = scales.shape[first:]
+        every = jnp.broadcast_to(scales, (*batch_sizes, *outer_sizes, *groups))
+        return every.reshape(stack, outputs, math.prod(groups))
 
     input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
     if input_scale is not None:
-        input_scale = jnp.broadcast_to(input_scale, lead).reshape(stack)
+        input_scale = jnp.broadcast_to(input_scale, batch_sizes).reshape(stack)
     if smoothing is not None:
-        own = (1,) * batch if smoothing.size == inner else lead
-        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*lead, inner)).reshape(
-            stack, inner
-        )
+        own = (1,) * batch if smoothing.size == inner else batch_sizes
+        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*batch_sizes, inner))
+        smoothing = smoothing.reshape(stack, inner)
     if outliers is not None:
         count = outliers.channels.shape[-1]
-        channels = jnp.broadcast_to(outliers.channels, (*lead, count)).reshape(stack, count)
-        outliers = Outliers(channels, outliers.weight.reshape(stack, outputs, count))
-    codes = values.reshape(stack, outputs, inner)
+        channels = jnp.broadcast_to(outliers.channels, (*batch_sizes, count))
+        weight_of = outliers.weight.reshape(stack, outputs, count)
+        outliers = Outliers(channels.reshape(stack, count), weight_of)
     matrix = Matrix(
-        codes, scales(tensor.zero), scales(tensor.group_scale), scales(tensor.scale), input_scale
+        codes=values.reshape(stack, outputs, inner),
+        zero=stacked(tensor.zero),
+        group_scale=stacked(tensor.group_scale),
+        scale=stacked(tensor.scale),
+        input_scale=input_scale,
     )
     return matrix, smoothing, outliers
 
@@ -137,12 +204,20 @@ def quantized_ragged_dot(
     group_sizes: Int[Array, " stack"],
     where: str,
 ) -> Float[Array, "rows outputs"]:
-    """`lax.ragged_dot(x, weight, group_sizes)` on narrow operands: rows meet one matrix of a stack each.
+    """`lax.ragged_dot(x, weight, group_sizes)`: rows meet one matrix of a stack each.
 
-    out = (q_x . q_w) * scale_x * scale_w in float32, the sum in int32. `where` names the weight in errors.
+    out = (q_x . q_w) * scale_x * scale_w in float32, the sum in int32. With group_sizes (2, 3) the
+    first two rows meet the first matrix, the next three the second.
+
+    Args:
+        x: the rows, in the order of the matrices that they meet.
+        weight: a stack of matrices, logically (stack, inner, outputs).
+        group_sizes: how many rows meet each matrix.
+        where: names the weight in errors.
 
     Raises:
-        ValueError: as `quantized_dot_general`; or the weight has outlier channels, or groups and quantized activations.
+        ValueError: as `quantized_dot_general`; or the weight is no such stack, has outlier
+            channels, or has groups where activations are quantized.
     """
     check_contraction(weight, (1,), (), where)
     problem = None
@@ -151,17 +226,13 @@ def quantized_ragged_dot(
     elif weight.outliers is not None:
         problem = "a ragged dot has no outlier channels; give this site a scheme without outliers"
     elif weight.activations is not None and weight.tensor.scale.shape[-1] > 1:
-        problem = "a ragged dot of quantized activations takes weights per channel; give this site such a scheme"
+        problem = (
+            "a ragged dot of quantized activations takes weights per channel; give this site such "
+            "a scheme"
+        )
     if problem:
         raise ValueError(f"{where}: {problem}")
     if weight.smoothing is not None:
         x = x.astype(jnp.float32) / weight.smoothing[None, :]
     stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
     return ragged_product(weight.recipe, x, stack, group_sizes)
-
-
-def _contracted(tensor: QTensor) -> tuple[int, ...]:
-    """The logical axes that share one scale, or have groups."""
-    return tuple(
-        i for i, a in enumerate(tensor.axes) if tensor.scale.shape[a] < tensor.values.shape[a]
-    )

@@ -1,9 +1,9 @@
 """`QTensor`: narrow values and float scales that stand for a float array."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sqjax._shapes import runs
 from sqjax.numerics.formats import (
     INT4,
     INT8,
@@ -23,10 +22,11 @@ from sqjax.numerics.formats import (
     to_format,
     zero_point_range,
 )
+from sqjax.weights.layout import Sharing, lay_out, reshape_runs, reshaped_scale, shortest
 from sqjax.weights.text import tensor_text
 
-#: What the first of two levels may use of int8: a second level that rounds in steps of up to 16 then stays inside 127
-#: (QServe, Lin et al. 2024, arXiv 2405.04532).
+#: What the first of two levels may use of int8: a second level that rounds in steps of up to 16
+#: then stays inside 127 (QServe, Lin et al. 2024, arXiv 2405.04532).
 FIRST_LEVEL = Format("int8", INT8.dtype, 119.0)
 
 
@@ -37,15 +37,18 @@ class QTensor:
 
     Invariants (`check` holds them):
 
-    - `values` has the dtype of its format `fmt` (int4 also int8, see `sqjax.numerics.formats.container`) and is stored with the
-      contracted axes last: a Dense kernel of logical shape (in, out) is stored (out, in), which is what matrix units
-      read without a transpose.
-    - `scale` is float32, has the rank of `values`, and broadcasts against it: but in the last axis it may have one
-      entry for every `group` consecutive elements (the last group may be shorter).
-    - `zero`, the zero point, and `group_scale`, the integer scale of W4A8's second level, are int8 and of such a shape
-      too, or None (0 and 1). (values - zero) * group_scale is then an integer in [-127, 127].
-    - `order` gives the stored axis, counted from the end, of each of the last `len(order)` logical axes; the axes
-      before those are stored in place. So leading axes (layers stacked for a scan) may come and go.
+    - `values` has the dtype of its format `fmt` (int4 also int8, see
+      `sqjax.numerics.formats.container`) and is stored with the contracted axes last: a Dense
+      kernel of logical shape (in, out) is stored (out, in), which is what matrix units read without
+      a transpose.
+    - `scale` is float32, has the rank of `values`, and broadcasts against it: but in the last axis
+      it may have one entry for every `group` consecutive elements (the last group may be shorter).
+    - `zero`, the zero point, and `group_scale`, the integer scale of W4A8's second level, are int8
+      and of such a shape too, or None (0 and 1). (values - zero) * group_scale is then an integer
+      in [-127, 127].
+    - `order` gives the stored axis, counted from the end, of each of the last `len(order)` logical
+      axes; the axes before those are stored in place. So leading axes (layers stacked for a scan)
+      may come and go.
     - `dtype` is the logical dtype: what `dequantize` returns and a matmul's result is cast to.
 
     Example:
@@ -79,33 +82,32 @@ class QTensor:
         Args:
             x: a float array (for example a Dense kernel, (in, out)).
             contracting: the axes that a matmul sums over; they share scales and are stored last.
-            granularity: "per_channel" (one scale for every index of the other axes), "per_tensor", or a group size:
-                one scale for so many consecutive elements of the last contracted axis (a shorter axis is one group).
+            granularity: "per_channel" (one scale for every index of the other axes), "per_tensor",
+                or a group size: one scale for so many consecutive elements of the last contracted
+                axis (a shorter axis is one group).
             fmt: the number format.
-            batch: axes that hold one matrix each (stacked layers, experts): stored first, with scales of their own.
-            zero_point: whether the range is [min, max], by way of a zero point, and not [-absmax, absmax]; int4 only.
+            batch: axes that hold one matrix each (stacked layers, experts): stored first, with
+                scales of their own.
+            zero_point: whether the range is [min, max], by way of a zero point, and not [-absmax,
+                absmax]; int4 only.
 
         Raises:
             ValueError: a zero point in another format than int4, or groups that do not fit.
         """
-        moved, order, share = _stored(x, contracting, batch, granularity)
+        stored, order, sharing = lay_out(x, contracting, batch, granularity)
         if not zero_point:
-            scale = scale_from_absmax(share.reduced(jnp.abs(moved), jnp.max), fmt)
-            return cls(
-                to_format(moved, share.spread(scale), fmt),
-                scale,
-                order,
-                x.dtype,
-                group=share.group,
-                fmt=fmt,
-            )
+            scale = scale_from_absmax(sharing.reduced(jnp.abs(stored), jnp.max), fmt)
+            values = to_format(stored, sharing.spread(scale), fmt)
+            return cls(values, scale, order, x.dtype, group=sharing.group, fmt=fmt)
         if fmt != INT4:
             raise ValueError(
                 f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range"
             )
-        scale, zero = zero_point_range(share.reduced(moved, jnp.min), share.reduced(moved, jnp.max))
-        values = to_codes(moved, share.spread(scale), share.spread(zero))
-        return cls(values, scale, order, x.dtype, zero, group=share.group, fmt=fmt)
+        lowest = sharing.reduced(stored, jnp.min)
+        highest = sharing.reduced(stored, jnp.max)
+        scale, zero = zero_point_range(lowest, highest)
+        values = to_codes(stored, sharing.spread(scale), sharing.spread(zero))
+        return cls(values, scale, order, x.dtype, zero, group=sharing.group, fmt=fmt)
 
     @classmethod
     def quantize_twice(
@@ -115,26 +117,34 @@ class QTensor:
         group: int,
         batch: tuple[int, ...] = (),
     ) -> "QTensor":
-        """int4 in two levels: x = scale * q with int8 |q| <= 119 per channel, q = group_scale * (values - zero).
+        """int4 in two levels: x = scale * q with int8 |q| <= 119 a channel, q = step * (values - zero).
 
-        The second level is in integers, so that a matmul expands int4 to int8 without a float and has one scale for
-        every output: |dequantize - x| <= scale * (group_scale + 1) / 2. group_scale = max(ceil((max - min) / 15), 1) of
-        the group's q. QServe (Lin et al. 2024, arXiv 2405.04532).
+        The `step` of a group is its `group_scale`, max(ceil((max - min) / 15), 1) of the group's q.
+        The second level is in integers, so that a matmul expands int4 to int8 without a float and
+        has one scale for every output: |dequantize - x| <= scale * (step + 1) / 2. QServe (Lin et
+        al. 2024, arXiv 2405.04532).
+
+        Args:
+            x: a float array.
+            contracting: the axes that a matmul sums over.
+            group: how many consecutive elements of the last contracted axis share a step.
+            batch: axes that hold one matrix each.
+
+        Raises:
+            ValueError: groups that do not fit.
         """
         first = cls.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
-        moved, order, share = _stored(x, contracting, batch, group)
-        q = to_format(moved, first.scale, FIRST_LEVEL).astype(jnp.int32)
-        low, high = (
-            jnp.minimum(share.reduced(q, jnp.min), 0),
-            jnp.maximum(share.reduced(q, jnp.max), 0),
-        )
+        stored, order, sharing = lay_out(x, contracting, batch, group)
+        q = to_format(stored, first.scale, FIRST_LEVEL).astype(jnp.int32)
+        # The range holds 0, so that 0 has a code of its own.
+        low = jnp.minimum(sharing.reduced(q, jnp.min), 0)
+        high = jnp.maximum(sharing.reduced(q, jnp.max), 0)
         step = jnp.maximum((high - low + 14) // 15, 1)
         zero = -_nearest(low, step) - 8
-        values = jnp.clip(_nearest(q, share.spread(step)) + share.spread(zero), -8, 7).astype(
-            container(INT4)
-        )
+        codes = _nearest(q, sharing.spread(step)) + sharing.spread(zero)
+        values = jnp.clip(codes, -8, 7).astype(container(INT4))
         zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
-        return cls(values, first.scale, order, x.dtype, zero, step, share.group, INT4)
+        return cls(values, first.scale, order, x.dtype, zero, step, sharing.group, INT4)
 
     def __repr__(self) -> str:
         return tensor_text(self)
@@ -157,16 +167,25 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and scales, as a file or a GPU holds them: int4 takes half a byte (one in a CPU's memory)."""
+        """Bytes of values and scales, as a file or a GPU holds them.
+
+        int4 takes half a byte there, a row of odd length one nibble more (a CPU's memory holds it
+        in one byte): int4 values of shape (3, 5) are 9 bytes.
+        """
         *rows, last = self.values.shape
-        values = math.prod(rows) * (
-            (last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize
-        )
-        scales = [x for x in (self.scale, self.zero, self.group_scale) if x is not None]
-        return values + sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
+        row_bytes = (last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize
+        total = math.prod(rows) * row_bytes
+        for x in self._scales().values():
+            total += math.prod(x.shape) * x.dtype.itemsize
+        return total
+
+    def _scales(self) -> dict[str, Any]:
+        """The arrays beside the values that are there, by name."""
+        scales = {"scale": self.scale, "zero": self.zero, "group_scale": self.group_scale}
+        return {name: x for name, x in scales.items() if x is not None}
 
     def stored_as(self, dtype: DTypeLike) -> "QTensor":
-        """int4 values stored as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); other formats stay as they are."""
+        """int4 values as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); others as they are."""
         return replace(self, values=self.values.astype(dtype)) if self.fmt == INT4 else self
 
     def codes(self) -> Array:
@@ -174,120 +193,90 @@ class QTensor:
         q = self.values
         if self.zero is not None:
             q = q.astype(jnp.int8) - self.spread(self.zero)
-        return q if self.group_scale is None else q.astype(jnp.int8) * self.spread(self.group_scale)
+        if self.group_scale is not None:
+            q = q.astype(jnp.int8) * self.spread(self.group_scale)
+        return q
 
     def spread(self, x: Array) -> Array:
-        """Scales, or zero points, in a shape that broadcasts against the values: those of groups are repeated."""
+        """Scales, or zero points, in a shape that broadcasts against the values."""
         return Sharing((), self.group, self.values.shape[-1]).spread(x)
 
     def transpose(self, permutation: tuple[int, ...]) -> "QTensor":
         """The logical transpose: only `order` changes, the stored values stay where they are."""
-        return replace(self, order=_shortest(tuple(self.axes[p] - self.ndim for p in permutation)))
+        order = tuple(self.axes[axis] - self.ndim for axis in permutation)
+        return replace(self, order=shortest(order))
 
-    def slice(self, cuts: Sequence[slice]) -> "QTensor | None":
-        """The logical slice: values, and scales along the axes that have them, are cut; None if it would cut groups."""
-        cut = {stored: c for stored, c in zip(self.axes, cuts, strict=True)}
+    def slice(self, slices: Sequence[slice]) -> "QTensor | None":
+        """The logical slice: values, and scales along the axes that have them.
+
+        None if it would take a part of the axis that is in groups, because a group of which a part
+        is gone is no group of this size any more.
+        """
+        of_stored = dict(zip(self.axes, slices, strict=True))
         last = self.ndim - 1
-        if self.group is not None and range(self.values.shape[last])[cut[last]] != range(
-            self.values.shape[last]
-        ):
+        length = self.values.shape[last]
+        all_of_last = range(length)[of_stored[last]] == range(length)
+        if self.group is not None and not all_of_last:
             return None
 
         def part(x):
-            whole = slice(None)
-            return x[
-                tuple(
-                    whole if x.shape[a] == 1 or (a == last and self.group) else cut[a]
-                    for a in range(self.ndim)
-                )
-            ]
+            chosen = []
+            for axis, size in enumerate(x.shape):
+                one_for_all = size == 1 or (axis == last and self.group is not None)
+                chosen.append(slice(None) if one_for_all else of_stored[axis])
+            return x[tuple(chosen)]
 
-        values = self.values[tuple(cut[a] for a in range(self.ndim))]
-        return self._with(values, part)
-
-    def _with(self, values: Array, change: Callable[[Array], Array], **others: Any) -> "QTensor":
-        """Other values, and scales and zero points changed alike."""
-        scales = {name: getattr(self, name) for name in ("scale", "zero", "group_scale")}
-        changed: dict[str, Any] = {
-            name: None if x is None else change(x) for name, x in scales.items()
-        }
-        return replace(self, values=values, **changed, **others)
+        values = self.values[tuple(of_stored[axis] for axis in range(self.ndim))]
+        scales: dict[str, Any] = {name: part(x) for name, x in self._scales().items()}
+        return replace(self, values=values, **scales)
 
     def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
-        """The logical reshape; None if it would mix axes that are stored apart, or that do not share their scales."""
-        old, new = (
-            [a for a, n in enumerate(sizes) if n != 1] for sizes in (self.shape, shape)
-        )  # 1s come and go
-        stored: list[
-            tuple[int, list[int], list[int]]
-        ] = []  # (first stored axis, stored axes, logical axes)
-        for sources, targets in runs([self.shape[a] for a in old], [shape[a] for a in new]):
-            own = [self.axes[old[a]] for a in sources]
-            if own != list(range(own[0], own[0] + len(own))):
-                return None
-            stored.append((own[0], own, [new[a] for a in targets]))
-        stored = [(-1, [], [a for a, n in enumerate(shape) if n == 1]), *sorted(stored)]
-        order = [a for _, _, targets in stored for a in targets]
-        place = {a: i - len(shape) for i, a in enumerate(order)}
-        sizes = {
-            id(x): self._scale_shape(x, stored, shape)
-            for x in (self.scale, self.zero, self.group_scale)
-        }
-        if not all(sizes.values()):
-            return None
-        return self._with(
-            self.values.reshape([shape[a] for a in order]),
-            lambda x: x.reshape(sizes[id(x)]),
-            order=_shortest(tuple(place[a] for a in range(len(shape)))),
-        )
+        """The logical reshape, of values and scales.
 
-    def _scale_shape(
-        self, x: Any, stored: list[tuple[int, list[int], list[int]]], shape: Any
-    ) -> tuple[int, ...] | None:
-        """The shape of a scale where stored axes are reshaped to logical ones of `shape`; None if there is none."""
-        sizes: list[int] = []
-        for _, own, targets in stored:
-            new, old = [shape[a] for a in targets], [self.values.shape[a] for a in own]
-            had = [1 if x is None else x.shape[a] for a in own]
-            if all(n == 1 for n in had):
-                sizes += [1] * len(new)
-            elif had == old:
-                sizes += new
-            elif (
-                (g := self.group)
-                and had[:-1] == old[:-1]
-                and (old == new or (old[-1] % g == 0 == new[-1] % g))
-            ):
-                sizes += [*new[:-1], -(-new[-1] // g)]
-            else:
+        None if it would mix axes that are stored apart, or that do not share their scales, and for
+        a scalar. See `reshape_runs` and `reshaped_scale` for examples.
+        """
+        into = reshape_runs(self.axes, self.shape, shape)
+        if into is None or not shape:
+            return None
+        sizes = {}
+        for name, x in self._scales().items():
+            found = reshaped_scale(x.shape, self.values.shape, self.group, into, shape)
+            if found is None:
                 return None
-        return tuple(sizes) or (1,) * len(shape)
+            sizes[name] = found
+        stored = [axis for run in into for axis in run.logical]
+        order = tuple(stored.index(axis) - len(shape) for axis in range(len(shape)))
+        values = self.values.reshape([shape[axis] for axis in stored])
+        scales: dict[str, Any] = {n: getattr(self, n).reshape(own) for n, own in sizes.items()}
+        return replace(self, values=values, order=shortest(order), **scales)
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
-        problem = None
-        if self.values.dtype not in (self.fmt.dtype, container(self.fmt)):
-            problem = (
-                f"values must be {self.fmt.name}, got {self.values.dtype.name}: was the tree cast?"
-            )
-        elif sorted(self.order) != list(range(-len(self.order), 0)):
-            problem = f"order must permute the last {len(self.order)} axes, got {self.order}"
-        elif len(self.order) > self.ndim:
-            problem = (
-                f"values of rank {len(self.order)} or more expected, got shape {self.values.shape}"
-            )
-        elif self.group is not None and self.group < 1:
-            problem = f"a group size of 1 or more expected, got {self.group}"
-        parts = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
-        for name, dtype in parts.items():
-            if (x := getattr(self, name)) is not None:
-                problem = problem or self._problem(name, x, dtype)
+        problem = self._problem_of_values()
+        dtypes = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
+        for name, x in self._scales().items():
+            problem = problem or self._problem_of_scale(name, x, dtypes[name])
         if problem:
             raise ValueError(
                 f"{where}: not a valid QTensor: {problem}; quantize the float leaf again"
             )
 
-    def _problem(self, name: str, x: Any, dtype: Any) -> str | None:
+    def _problem_of_values(self) -> str | None:
+        """What is wrong with the values, the order or the group size."""
+        count = len(self.order)
+        if self.values.dtype not in (self.fmt.dtype, container(self.fmt)):
+            came = self.values.dtype.name
+            return f"values must be {self.fmt.name}, got {came}: was the tree cast?"
+        if sorted(self.order) != list(range(-count, 0)):
+            return f"order must permute the last {count} axes, got {self.order}"
+        if count > self.ndim:
+            return f"values of rank {count} or more expected, got shape {self.values.shape}"
+        if self.group is not None and self.group < 1:
+            return f"a group size of 1 or more expected, got {self.group}"
+        return None
+
+    def _problem_of_scale(self, name: str, x: Any, dtype: Any) -> str | None:
         """What is wrong with scales or zero points."""
         if x.dtype != dtype:
             return f"{name} must be {jnp.dtype(dtype).name}, got {x.dtype.name}: was the tree cast?"
@@ -302,33 +291,11 @@ class QTensor:
         return f"{name} {x.shape} does not broadcast against values {self.values.shape}{groups}"
 
 
-class Sharing(NamedTuple):
-    """Which stored elements share a scale: all along `axes`, and groups of `group` of the `length` of the last axis."""
-
-    axes: tuple[int, ...]
-    group: int | None
-    length: int
-
-    def reduced(self, x: Array, by: Callable[..., Array]) -> Array:
-        """`by` (jnp.min or jnp.max) over what shares a scale."""
-        x = by(x, axis=self.axes, keepdims=True)
-        if self.group is None:
-            return x
-        short = -self.length % self.group
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], mode="edge")
-        return by(x.reshape(*x.shape[:-1], -1, self.group), axis=-1)
-
-    def spread(self, x: Array) -> Array:
-        """What broadcasts against the stored array."""
-        if self.group is None or x.shape[-1] == 1:
-            return x
-        return jnp.repeat(x, self.group, axis=-1)[..., : self.length]
-
-
 def dequantize(q: QTensor) -> Array:
     """(values - zero) * group_scale * scale, in the logical shape and dtype: the float array that `q` stands for.
 
-    |dequantize(quantize(x)) - x| <= scale / 2 elementwise for integers; see `sqjax.numerics.formats.to_format` for float8.
+    |dequantize(quantize(x)) - x| <= scale / 2 elementwise for integers; see
+    `sqjax.numerics.formats.to_format` for float8.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -339,40 +306,12 @@ def dequantize(q: QTensor) -> Array:
     return (q.codes().astype(jnp.float32) * q.spread(q.scale)).transpose(q.axes).astype(q.dtype)
 
 
-def _stored(
-    x: Array, contracting: tuple[int, ...], batch: tuple[int, ...], granularity: Granularity
-) -> tuple[Array, tuple[int, ...], Sharing]:
-    """(x as it is stored, its `order`, which elements share a scale)."""
-    contracting = tuple(sorted(a % x.ndim for a in contracting))
-    stored = (*batch, *(a for a in range(x.ndim) if a not in (*contracting, *batch)), *contracting)
-    moved, last = x.transpose(stored), x.shape[contracting[-1]]
-    order = _shortest(tuple(stored.index(a) - x.ndim for a in range(x.ndim)))
-    if granularity in ("per_channel", "per_tensor"):
-        shared = len(contracting) if granularity == "per_channel" else x.ndim - len(batch)
-        return moved, order, Sharing(tuple(range(-shared, 0)), None, last)
-    if not isinstance(granularity, int) or granularity < 1:
-        raise ValueError(
-            f"quantize: expected per_channel, per_tensor or a group size, got {granularity!r}"
-        )
-    group = min(granularity, last)
-    if last % group and len(contracting) > 1:
-        fitting = [g for g in (32, 64, 128, last) if last % g == 0]
-        raise ValueError(
-            f"quantize: groups of {granularity} do not divide the {last} elements of the last of several contracted "
-            f"axes; sizes that do: {', '.join(map(str, fitting))}"
-        )
-    return moved, order, Sharing((), group, last)
-
-
 def _nearest(n: Array, step: Array) -> Array:
-    """round(n / step), halves upwards, in integers: compilers multiply floats by 1 / step, and miss the halves."""
+    """round(n / step), halves upwards, in integers.
+
+    Not in floats, because compilers multiply those by 1 / step, and round some halves down.
+    """
     return (2 * n + step) // (2 * step)
-
-
-def _shortest(order: tuple[int, ...]) -> tuple[int, ...]:
-    """The order without the leading axes that are stored in place."""
-    moved = [i for i, a in enumerate(order) if a != i - len(order)]
-    return order[moved[0] :] if moved else ()
 
 
 def is_tensor(x: Any) -> bool:

@@ -19,7 +19,8 @@ class Outliers(NamedTuple):
     LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), with channels fixed by calibration.
 
     Attributes:
-        channels: (*batch, n) int32, positions along the contracted axes (flattened, in stored order).
+        channels: (*batch, n) int32, positions along the contracted axes (flattened, in stored
+            order).
         weight: (*batch, *outputs, n), the float weight's rows of these channels.
     """
 
@@ -34,13 +35,14 @@ class QuantWeight:
 
     Attributes:
         tensor: the quantized weight.
-        input_scale: float32, the activation's scale, when `activations` is "static"; otherwise None. A scalar, or
-            one for each matrix of a stack.
-        smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or None. Where it is
-            given the weight holds s * W and the activation quantizer divides by s: smoothing at run time,
-            (X/s)(sW) = XW.
-        activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the whole
-            activation, at run time), "static" (`input_scale`), or None: the activation stays float (weight-only).
+        input_scale: float32, the activation's scale, when `activations` is "static"; otherwise
+            None. A scalar, or one for each matrix of a stack.
+        smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or
+            None. Where it is given the weight holds s * W and the activation quantizer divides by
+            s: smoothing at run time, (X/s)(sW) = XW.
+        activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the
+            whole activation, at run time), "static" (`input_scale`), or None: the activation stays
+            float (weight-only).
         contracted: the number of contracted axes, which are stored last.
         activation_format: the format of quantized activations, "int8", "e4m3" or "e5m2".
         outliers: the channels that are multiplied in float, or None.

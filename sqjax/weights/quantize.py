@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sqjax._trees import is_concrete
-from sqjax.numerics.formats import scale_from_absmax
+from sqjax.numerics.formats import Format, scale_from_absmax
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 from sqjax.weights.schemes import Int4, PerTensor, PerToken, Scheme, Static
 
-#: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float, and for indices.
+#: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float,
+#: and for indices.
 ACTIVATIONS: dict[type, Activations] = {
     PerToken: "per_token",
     PerTensor: "per_tensor",
@@ -38,21 +39,25 @@ def named(path: str) -> Iterator[None]:
 def outlier_channels(
     path: str, absmax: Float[Array, "..."], threshold: float, batch: int
 ) -> Int[Array, "..."] | None:
-    """The channels, along the flattened contracted axes, whose activations exceeded a threshold; None if none did.
+    """The channels whose activations exceeded a threshold; None if none did.
 
-    Every matrix of a stack gets as many as the one that has most: its largest ones.
+    They are positions along the flattened contracted axes, ascending. Every matrix of a stack gets as many as the one that has most: its largest ones.
 
     Raises:
         ValueError: under jit, where how many there are can not be known.
     """
     if not is_concrete(absmax):
         raise ValueError(
-            f"{path}: how many channels exceed {threshold} must be known: quantize outliers outside jit"
+            f"{path}: how many channels exceed {threshold} must be known: quantize outliers "
+            "outside jit"
         )
     flat = np.asarray(absmax).reshape(*absmax.shape[:batch], -1)
     count = int((flat > threshold).sum(-1).max(initial=0))
+    if not count:
+        return None
+    # An array has one size, so every matrix takes as many as the one that has most.
     largest = np.argsort(-flat, axis=-1, kind="stable")[..., :count]
-    return jnp.asarray(np.sort(largest, axis=-1), jnp.int32) if count else None
+    return jnp.asarray(np.sort(largest, axis=-1), jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
@@ -71,32 +76,37 @@ def quantize_weight(
         weight: float, for example a Dense kernel (in, out) with contracting=(0,).
         contracting: the axes that the matmul sums over.
         scheme: how.
-        absmax: max |X_j| of the activation it meets, of the shape of the batch axes and then any other (there its
-            largest value counts; with outliers: the contracted axes): for static schemes.
-        smoothing: s of the shape of the batch axes, then of the contracted axes, for smoothing at run time; `weight`
-            is then multiplied by s here, and `absmax`, of the same shape, is that of X before the division by s.
-        batch: axes that hold one matrix each (stacked layers, experts): each is quantized on its own.
-        outliers: (batch, n) channels that are multiplied in float: positions along the flattened contracted axes.
+        absmax: max |X_j| of the activation it meets, of the shape of the batch axes and then any
+            other (there its largest value counts; with outliers: the contracted axes): for static
+            schemes.
+        smoothing: s of the shape of the batch axes, then of the contracted axes, for smoothing at
+            run time; `weight` is then multiplied by s here, and `absmax`, of the same shape, is
+            that of X before the division by s.
+        batch: axes that hold one matrix each (stacked layers, experts): each is quantized on its
+            own.
+        outliers: (batch, n) channels that are multiplied in float: positions along the flattened
+            contracted axes.
     """
-    dtype, contracting = weight.dtype, tuple(sorted(a % weight.ndim for a in contracting))
+    dtype = weight.dtype
+    contracting = tuple(sorted(a % weight.ndim for a in contracting))
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
         weight = weight.astype(jnp.float32) * _spread(s, (*batch, *contracting), weight.ndim)
-    apart = None
+    in_float = None
     if outliers is not None:
-        apart, weight, normal = _split(weight, contracting, batch, outliers, dtype)
-        absmax = None if absmax is None else absmax * normal.reshape(absmax.shape)
+        split = _split(weight, contracting, batch, outliers, dtype)
+        in_float, weight = split.outliers, split.others
+        if absmax is not None:
+            absmax = absmax * split.is_other.reshape(absmax.shape)
     input_scale = None
     if isinstance(scheme.activation, Static):
         if absmax is None:
             raise ValueError(
-                "a static scheme needs the activation's absmax from calibration; dynamic ones do not"
+                "a static scheme needs the activation's absmax from calibration; dynamic ones do "
+                "not"
             )
-        absmax = absmax if smoothing is None else absmax / smoothing
-        largest = jnp.max(absmax, axis=tuple(range(len(batch), absmax.ndim)))
-        # An expert that calibration never reached takes the largest range of the others.
-        largest = jnp.where(largest > 0, largest, jnp.max(largest))
-        input_scale = scale_from_absmax(largest, scheme.activation.fmt)
+        seen = absmax if smoothing is None else absmax / smoothing
+        input_scale = _input_scale(seen, len(batch), scheme.activation.fmt)
     activation = scheme.activation
     return QuantWeight(
         replace(_tensor(weight, contracting, scheme, batch), dtype=dtype),
@@ -105,8 +115,19 @@ def quantize_weight(
         ACTIVATIONS.get(type(activation)),
         len(contracting),
         activation.format if isinstance(activation, PerToken | PerTensor | Static) else "int8",
-        apart,
+        in_float,
     )
+
+
+def _input_scale(absmax: Float[Array, "..."], batch: int, fmt: Format) -> Float[Array, "*batch"]:
+    """The static scale of each matrix of a stack, from the channels' absmax.
+
+    An expert that calibration never reached takes the largest range of the others: its own, 0,
+    would clip whatever meets it later.
+    """
+    largest = jnp.max(absmax, axis=tuple(range(batch, absmax.ndim)))
+    largest = jnp.where(largest > 0, largest, jnp.max(largest))
+    return scale_from_absmax(largest, fmt)
 
 
 def _tensor(
@@ -121,23 +142,49 @@ def _tensor(
     return QTensor.quantize(weight, contracting, how.granularity, how.fmt, batch, zero_point)
 
 
+class _Split(NamedTuple):
+    """A weight whose outlier channels are apart; `is_other` is 0 for these and 1 for the others."""
+
+    outliers: Outliers
+    others: Array
+    is_other: Array
+
+
 def _split(
     weight: Array, contracting: tuple[int, ...], batch: tuple[int, ...], channels: Array, dtype: Any
-) -> tuple[Outliers, Array, Array]:
-    """(the weight of some channels, the weight with zeros there, 1 for the other channels and 0 for these)."""
+) -> _Split:
+    """The outlier channels of a weight as they are, and the weight with zeros in their place.
+
+    Of W (in, out) and the channels (1, 4) the outliers' weight is (out, 2), W[[1, 4], :].T.
+
+    Args:
+        weight: float.
+        contracting: its contracted axes, ascending.
+        batch: its batch axes.
+        channels: (*batch, n) positions along the flattened contracted axes.
+        dtype: of the outliers' weight.
+    """
     outer = [a for a in range(weight.ndim) if a not in (*batch, *contracting)]
-    moved = weight.transpose(*batch, *outer, *contracting)
-    flat = moved.reshape(*moved.shape[: weight.ndim - len(contracting)], -1)
-    index = jnp.expand_dims(channels, tuple(range(len(batch), len(batch) + len(outer))))
-    apart = jnp.take_along_axis(
-        flat, jnp.broadcast_to(index, (*flat.shape[:-1], channels.shape[-1])), axis=-1
+    as_stored = weight.transpose(*batch, *outer, *contracting)
+    first = weight.ndim - len(contracting)
+    flat = as_stored.reshape(*as_stored.shape[:first], -1)
+    # All outputs of a matrix have the same outlier channels, so these get axes for the outputs.
+    index = jnp.expand_dims(channels, tuple(range(len(batch), first)))
+    index = jnp.broadcast_to(index, (*flat.shape[:-1], channels.shape[-1]))
+    in_float = jnp.take_along_axis(flat, index, axis=-1)
+    is_outlier = jax.nn.one_hot(channels, flat.shape[-1], dtype=jnp.float32)
+    is_other = 1 - jnp.max(is_outlier, axis=-2)
+    axes = (*batch, *contracting)
+    kept = _spread(is_other.reshape([weight.shape[a] for a in axes]), axes, weight.ndim)
+    return _Split(
+        Outliers(channels, in_float.astype(dtype)), weight * kept.astype(weight.dtype), is_other
     )
-    normal = 1 - jnp.max(jax.nn.one_hot(channels, flat.shape[-1], dtype=jnp.float32), axis=-2)
-    shape = [weight.shape[a] for a in (*batch, *contracting)]
-    kept = _spread(normal.reshape(shape), (*batch, *contracting), weight.ndim).astype(weight.dtype)
-    return Outliers(channels, apart.astype(dtype)), weight * kept, normal
 
 
 def _spread(x: Array, axes: tuple[int, ...], ndim: int) -> Array:
-    """x with its axis i at `axes[i]` of an array of rank `ndim`."""
-    return jnp.moveaxis(x.reshape(x.shape + (1,) * (ndim - x.ndim)), range(x.ndim), axes)
+    """x in a shape that broadcasts against an array of rank `ndim`, its axis i at `axes[i]`.
+
+    x of shape (in,) with axes=(0,) and ndim=2 becomes (in, 1).
+    """
+    padded = x.reshape(x.shape + (1,) * (ndim - x.ndim))
+    return jnp.moveaxis(padded, range(x.ndim), axes)

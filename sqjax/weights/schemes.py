@@ -43,7 +43,7 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-# Weights --------------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -77,12 +77,14 @@ class Int8(_Weight):
     """int8 weights, symmetric in [-127, 127]: w = scale * q. By default every output has a scale.
 
     Attributes:
-        group_size: a scale for so many consecutive channels of an output; None: one for all of them. The last group
-            may be shorter: with group_size=64 an output of 100 channels has two scales, for 64 and for 36 channels.
+        group_size: a scale for so many consecutive channels of an output; None: one for all of
+            them. The last group may be shorter: with group_size=64 an output of 100 channels has
+            two scales, for 64 and for 36 channels.
         per_tensor: whether the whole matrix has one scale. Not with a group size.
 
     Raises:
-        ValueError: a field is of another type, out of range, or does not go with the other; the error names it.
+        ValueError: a field is of another type, out of range, or does not go with the other; the
+            error names it.
 
     Example:
         >>> import sqjax as sq
@@ -101,15 +103,18 @@ class Int4(_Weight):
     """int4 weights: symmetric in [-7, 7], w = scale * q, or with zero points in [-8, 7], w = scale * (q - zero).
 
     Attributes:
-        group_size: a scale (and a zero point) for so many consecutive channels of an output; None: one for all.
+        group_size: a scale (and a zero point) for so many consecutive channels of an output; None:
+            one for all.
         per_tensor: whether the whole matrix has one scale. Not with a group size.
         zero_point: whether the range is that of the weights, [min, max], and not [-absmax, absmax].
-        two_level: whether the groups have integer scales below one float scale for every output, so that the weights
-            expand to int8 in integers: w = scale * group_scale * (q - zero) (QServe, Lin et al. 2024, arXiv
-            2405.04532). It needs a group size. Zero points are part of it, whatever `zero_point` says.
+        two_level: whether the groups have integer scales below one float scale for every output, so
+            that the weights expand to int8 in integers: w = scale * group_scale * (q - zero)
+            (QServe, Lin et al. 2024, arXiv 2405.04532). It needs a group size. Zero points are part
+            of it, whatever `zero_point` says.
 
     Raises:
-        ValueError: a field is of another type, out of range, or does not go with the others; the error names it.
+        ValueError: a field is of another type, out of range, or does not go with the others; the
+            error names it.
 
     Example:
         >>> import sqjax as sq
@@ -142,12 +147,15 @@ class Float8(_Weight):
     """float8 weights: w = scale * q, where q is a float of 8 bits. Their steps grow with their magnitude.
 
     Attributes:
-        format: "e4m3" (4 bits of exponent, 3 of mantissa: up to 448) or "e5m2" (up to 57344, coarser).
-        group_size: a scale for so many consecutive channels of an output; None: one for all of them.
+        format: "e4m3" (4 bits of exponent, 3 of mantissa: up to 448) or "e5m2" (up to 57344,
+            coarser).
+        group_size: a scale for so many consecutive channels of an output; None: one for all of
+            them.
         per_tensor: whether the whole matrix has one scale. Not with a group size.
 
     Raises:
-        ValueError: a field is of another type, out of range, or does not go with the others; the error names it.
+        ValueError: a field is of another type, out of range, or does not go with the others; the
+            error names it.
 
     Example:
         >>> import sqjax as sq
@@ -168,7 +176,7 @@ class Float8(_Weight):
         return FORMATS[self.format]
 
 
-# Activations ----------------------------------------------------------------------------------------------------------
+# Activations --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -226,9 +234,10 @@ class Static(_Activation):
     """Activations with one scale, which calibration has found: the fastest. What lies beyond it is clipped; NaN is 0.
 
     Attributes:
-        range: what the scale covers: "absmax", the largest |x| that calibration saw; "mse", the range of least
-            expected squared error; or a percentile of |x| as a fraction, such as 0.9999. The last two need
-            `calibrate(..., histogram=True)`, and go neither with smoothing at run time nor with outliers.
+        range: what the scale covers: "absmax", the largest |x| that calibration saw; "mse", the
+            range of least expected squared error; or a percentile of |x| as a fraction, such as
+            0.9999. The last two need `calibrate(..., histogram=True)`, and go neither with
+            smoothing at run time nor with outliers.
         format: "int8", or with float8 weights "e4m3" or "e5m2".
 
     Raises:
@@ -264,7 +273,7 @@ class Indices(_Part):
     """
 
 
-# Schemes --------------------------------------------------------------------------------------------------------------
+# Schemes ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -272,18 +281,22 @@ class Scheme(_Part):
     """How the weight and the activation of a matmul are quantized. Checked when it is made; hashable; no pytree.
 
     Attributes:
-        weight: `Int8`, `Int4` or `Float8`: the weight's format, and which of its elements share a scale.
-        activation: `PerToken`, `PerTensor` or `Static`: where the activation's scales come from, and its format; or
-            None: the activation stays float, only the weight is narrow. `Indices` is for embeddings that are no head,
-            which meet indices: a scheme for those alone.
-        smoothing: alpha in [0, 1] of smoothing at run time, or None: the weight becomes s W, and the activation's
-            quantizer divides by s. For sites whose scale no leaf can absorb; elsewhere `smooth` gives the same for
-            nothing.
-        outliers: a threshold above 0, or None: channels whose activations exceeded it in calibration are multiplied in
-            float (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
+        weight: `Int8`, `Int4` or `Float8`: the weight's format, and which of its elements share a
+            scale.
+        activation: `PerToken`, `PerTensor` or `Static`: where the activation's scales come from,
+            and its format; or None: the activation stays float, only the weight is narrow.
+            `Indices` is for embeddings that are no head, which meet indices: a scheme for those
+            alone.
+        smoothing: alpha in [0, 1] of smoothing at run time, or None: the weight becomes s W, and
+            the activation's quantizer divides by s. For sites whose scale no leaf can absorb;
+            elsewhere `smooth` gives the same for nothing.
+        outliers: a threshold above 0, or None: channels whose activations exceeded it in
+            calibration are multiplied in float (LLM.int8(), Dettmers et al. 2022, arXiv
+            2208.07339).
 
     Raises:
-        ValueError: a field is of another type, out of range, or does not go with the others; the error names it.
+        ValueError: a field is of another type, out of range, or does not go with the others; the
+            error names it.
 
     Example:
         >>> import sqjax as sq
@@ -312,7 +325,8 @@ class Scheme(_Part):
         self._check_range()
 
     def __repr__(self) -> str:
-        # The two main fields are shown even where they are the defaults, because they say what the scheme is.
+        # The two main fields are shown even where they are the defaults, because they say what the
+        # scheme is.
         text = f"Scheme(weight={self.weight!r}, activation={self.activation!r}"
         if self.smoothing is not None:
             text += f", smoothing={self.smoothing!r}"
@@ -389,7 +403,8 @@ W8A8_O2 = Scheme(weight=Int8(), activation=PerTensor())
 #: O3: per-tensor static activations (the fastest; smoothing matters most here).
 W8A8_O3 = Scheme(weight=Int8(), activation=Static())
 W8A8 = W8A8_O1
-#: W8A8 in which channels with |x| > 6 in calibration stay float: LLM.int8(), composes with smoothing.
+#: W8A8 in which channels with |x| > 6 in calibration stay float: LLM.int8(), composes with
+#: smoothing.
 W8A8_OUTLIERS = Scheme(weight=Int8(), activation=PerToken(), outliers=6.0)
 #: float8 weights and per-token activations.
 FP8 = Scheme(weight=Float8(format="e4m3"), activation=PerToken(format="e4m3"))

@@ -16,20 +16,22 @@ from sqjax.weights.quant_weight import Outliers, QuantWeight, is_quantized
 def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
     """The shardings of a quantized tree, given those of the float tree: every device keeps the block that it had.
 
-    The values of a weight are cut along the axes along which the float leaf was; so are its scales where they have
-    more than one entry, `smoothing` along the contracted axes, and static scales along the batch axes.
+    The values of a weight are cut along the axes along which the float leaf was; so are its scales
+    where they have more than one entry, `smoothing` along the contracted axes, and static scales
+    along the batch axes.
 
     Args:
         qparams: what `quantize` returned (or `jax.eval_shape` of it).
-        of_float: for every leaf of the float tree its NamedSharding or PartitionSpec; None: one copy on every device.
+        of_float: for every leaf of the float tree its NamedSharding or PartitionSpec; None: one
+            copy on every device.
 
     Returns:
-        The tree of `qparams` with a NamedSharding (or PartitionSpec, or None) for every array: for `jax.device_put`,
-        or for the `out_shardings` of a jitted `quantize`.
+        The tree of `qparams` with a NamedSharding (or PartitionSpec, or None) for every array: for
+        `jax.device_put`, or for the `out_shardings` of a jitted `quantize`.
 
     Raises:
-        ValueError: the trees differ; a spec does not fit its leaf, or cuts an axis that its mesh does not divide; names
-            the leaf.
+        ValueError: the trees differ; a spec does not fit its leaf, or cuts an axis that its mesh
+            does not divide; names the leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, sqjax as sq

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import schemes_in_numpy as oracle
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -348,7 +349,11 @@ def test_one_scale_for_all_and_stacks_print_so():
     params, x = {"w": normal(4, 16, 8)}, normal(4, 5, 16)
     stats = sq.calibrate(fn, params, [x])
     printed = {
-        g: repr(sq.quantize(params, stats, sq.W8A8.replace(weight=sq.Int8(group_size=g))))
+        g: repr(
+            sq.quantize(
+                params, stats, sq.W8A8.replace(weight=oracle.with_granularity(sq.Int8(), g))
+            )
+        )
         for g in ("per_tensor", "per_channel")
     }
     for granularity, text in printed.items():
