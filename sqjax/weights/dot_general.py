@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,19 +44,13 @@ def quantized_dot_general(
         ValueError: the weight is not stored along the contracted axes, or the contraction is too
             long for an exact int32 sum.
     """
-    (x_axes, w_axes), (x_batch, w_batch) = dimensions
+    (_, w_axes), (_, w_batch) = dimensions
     check_contraction(weight, w_axes, w_batch, where)
-    stored = weight.tensor.axes
-    # x's axes follow the order in which the weight stores theirs, because the weight stays as it is.
-    batch_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
-    batch = [x_batch[i] for i in batch_order]
-    partners = sorted(zip([stored[a] for a in w_axes], x_axes, strict=True))
-    contracted = [x_axis for _, x_axis in partners]
-    free = [a for a in range(x.ndim) if a not in (*x_axes, *x_batch)]
-    batch_sizes = [x.shape[a] for a in batch]
-    free_sizes = [x.shape[a] for a in free]
-    inner = math.prod(x.shape[a] for a in contracted)
-    rows = x.transpose(*batch, *free, *contracted)
+    axes = _axes_of(x.ndim, weight.tensor.axes, dimensions)
+    batch_sizes = [x.shape[a] for a in axes.batch]
+    free_sizes = [x.shape[a] for a in axes.free]
+    inner = math.prod(x.shape[a] for a in axes.contracted)
+    rows = x.transpose(*axes.batch, *axes.free, *axes.contracted)
     rows = rows.reshape(math.prod(batch_sizes), math.prod(free_sizes), inner)
 
     multiply = partial(_multiply, weight.recipe)
@@ -66,15 +60,41 @@ def quantized_dot_general(
     else:
         out = multiply(*jax.tree.map(lambda stack: stack[0], operands))
 
-    outer_sizes = weight.tensor.values.shape[len(batch) : weight.ndim - len(w_axes)]
-    out = out.reshape(*batch_sizes, *free_sizes, *outer_sizes)
-    # The result has the batch axes in the caller's order, and the weight's axes in logical order.
-    outer = [a for a in range(weight.ndim) if a not in (*w_axes, *w_batch)]
-    return out.transpose(
-        *[batch_order.index(i) for i in range(len(batch))],
-        *range(len(batch), len(batch) + len(free)),
+    outer_sizes = weight.tensor.values.shape[len(w_batch) : weight.ndim - len(w_axes)]
+    return out.reshape(*batch_sizes, *free_sizes, *outer_sizes).transpose(axes.of_result)
+
+
+class _Axes(NamedTuple):
+    """How the axes of x, and those of the product's result, are brought in order.
+
+    Attributes:
+        batch, free, contracted: the axes of x. The batch and contracted ones follow the order in
+            which the weight stores their partners, because the weight is not moved.
+        of_result: the transposition of (*batch, *free, *outer), where the outer axes are as the
+            weight stores them, to what `lax.dot_general` gives: the batch axes in the caller's
+            order, then the free ones, then the outer ones in logical order.
+    """
+
+    batch: list[int]
+    free: list[int]
+    contracted: list[int]
+    of_result: list[int]
+
+
+def _axes_of(x_ndim: int, stored: tuple[int, ...], dimensions: DimensionNumbers) -> _Axes:
+    """`_Axes` for an x of some rank and a weight whose logical axis i is stored as `stored[i]`."""
+    (x_axes, w_axes), (x_batch, w_batch) = dimensions
+    batch_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
+    partners = sorted(zip([stored[a] for a in w_axes], x_axes, strict=True))
+    free = [a for a in range(x_ndim) if a not in (*x_axes, *x_batch)]
+    outer = [a for a in range(len(stored)) if a not in (*w_axes, *w_batch)]
+    batch = len(w_batch)
+    of_result = [
+        *[batch_order.index(i) for i in range(batch)],
+        *range(batch, batch + len(free)),
         *[len(free) + stored[a] for a in outer],
-    )
+    ]
+    return _Axes([x_batch[i] for i in batch_order], free, [a for _, a in partners], of_result)
 
 
 def _multiply(

@@ -36,8 +36,10 @@ class Sharing(NamedTuple):
             return x
         # A shorter last group is filled with its last element, which changes no minimum or maximum.
         missing = -self.length % self.group
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge")
-        return by(x.reshape(*x.shape[:-1], -1, self.group), axis=-1)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+        x = jnp.pad(x, padding, mode="edge")
+        grouped = x.reshape(*x.shape[:-1], -1, self.group)
+        return by(grouped, axis=-1)
 
     def spread(self, x: Array) -> Array:
         """Scales in a shape that broadcasts against the stored array: (7, 3) becomes (7, 10)."""
@@ -68,9 +70,9 @@ def lay_out(
     contracting = tuple(sorted(a % x.ndim for a in contracting))
     outer = [a for a in range(x.ndim) if a not in (*contracting, *batch)]
     stored_axes = (*batch, *outer, *contracting)
-    order = shortest(tuple(stored_axes.index(a) - x.ndim for a in range(x.ndim)))
+    order = tuple(stored_axes.index(a) - x.ndim for a in range(x.ndim))
     sharing = _sharing(x, contracting, len(batch), granularity)
-    return Layout(x.transpose(stored_axes), order, sharing)
+    return Layout(x.transpose(stored_axes), shortest(order), sharing)
 
 
 def _sharing(
@@ -130,17 +132,26 @@ def reshape_runs(
         new_shape: what it becomes.
     """
     # Axes of size 1 may come and go anywhere: those that come are put first.
-    old = [a for a, n in enumerate(old_shape) if n != 1]
-    new = [a for a, n in enumerate(new_shape) if n != 1]
+    old, _ = _by_size(old_shape)
+    new, ones = _by_size(new_shape)
     found = []
     for sources, targets in runs([old_shape[a] for a in old], [new_shape[a] for a in new]):
         stored = [axes[old[a]] for a in sources]
-        if stored != list(range(stored[0], stored[0] + len(stored))):
+        first = stored[0]
+        if stored != list(range(first, first + len(stored))):
             return None
         found.append(Run(stored, [new[a] for a in targets]))
     found.sort(key=lambda run: run.stored)
-    ones = [a for a, n in enumerate(new_shape) if n == 1]
     return [Run([], ones), *found]
+
+
+def _by_size(shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(the axes of other sizes, the axes of size 1)."""
+    longer: list[int] = []
+    ones: list[int] = []
+    for axis, size in enumerate(shape):
+        (ones if size == 1 else longer).append(axis)
+    return longer, ones
 
 
 def reshaped_scale(

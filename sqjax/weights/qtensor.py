@@ -33,7 +33,7 @@ FIRST_LEVEL = Format("int8", INT8.dtype, 119.0)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QTensor:
-    """A quantized array: (values - zero) * group_scale * scale, seen as the float array of a logical shape and dtype.
+    """A quantized array: (values - zero) * group_scale * scale, seen as a float array.
 
     Invariants (`check` holds them):
 
@@ -50,6 +50,12 @@ class QTensor:
       axes; the axes before those are stored in place. So leading axes (layers stacked for a scan)
       may come and go.
     - `dtype` is the logical dtype: what `dequantize` returns and a matmul's result is cast to.
+
+    A product does not take a `QTensor` but a `sqjax.numerics.weight_products.Matrix`, which
+    `sqjax.weights.dot_general.matrices` makes of one. Both exist because they know different
+    things: a QTensor is a leaf of a user's tree, with logical axes in any order and scales that
+    broadcast; a Matrix is plain arrays of the shapes (outputs, inner) and (outputs, groups), with
+    nothing left to look up.
 
     Example:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -117,7 +123,9 @@ class QTensor:
         group: int,
         batch: tuple[int, ...] = (),
     ) -> "QTensor":
-        """int4 in two levels: x = scale * q with int8 |q| <= 119 a channel, q = step * (values - zero).
+        """int4 in two levels: x = scale * q, and q = step * (values - zero).
+
+        The first level is int8 with |q| <= 119 and a scale for every channel.
 
         The `step` of a group is its `group_scale`, max(ceil((max - min) / 15), 1) of the group's q.
         The second level is in integers, so that a matmul expands int4 to int8 without a float and
@@ -245,11 +253,13 @@ class QTensor:
             if found is None:
                 return None
             sizes[name] = found
+        changed: dict[str, Any] = {}
+        for name, x in self._scales().items():
+            changed[name] = x.reshape(sizes[name])
         stored = [axis for run in into for axis in run.logical]
         order = tuple(stored.index(axis) - len(shape) for axis in range(len(shape)))
-        values = self.values.reshape([shape[axis] for axis in stored])
-        scales: dict[str, Any] = {n: getattr(self, n).reshape(own) for n, own in sizes.items()}
-        return replace(self, values=values, order=shortest(order), **scales)
+        changed["values"] = self.values.reshape([shape[axis] for axis in stored])
+        return replace(self, order=shortest(order), **changed)
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
@@ -282,17 +292,20 @@ class QTensor:
             return f"{name} must be {jnp.dtype(dtype).name}, got {x.dtype.name}: was the tree cast?"
         if x.ndim != self.values.ndim:
             return f"{name} of rank {self.values.ndim} expected, got shape {x.shape}"
-        fits = [s in (1, v) for s, v in zip(x.shape, self.values.shape, strict=True)]
-        if self.group is not None and x.shape[-1] == -(-self.values.shape[-1] // self.group):
-            fits[-1] = True
+        sizes = list(self.values.shape)
+        fits = [own in (1, size) for own, size in zip(x.shape, sizes, strict=True)]
+        groups = ""
+        if self.group is not None:
+            groups = f" in groups of {self.group}"
+            count = -(-sizes[-1] // self.group)
+            fits[-1] = fits[-1] or x.shape[-1] == count
         if all(fits):
             return None
-        groups = "" if self.group is None else f" in groups of {self.group}"
         return f"{name} {x.shape} does not broadcast against values {self.values.shape}{groups}"
 
 
 def dequantize(q: QTensor) -> Array:
-    """(values - zero) * group_scale * scale, in the logical shape and dtype: the float array that `q` stands for.
+    """The float array that `q` stands for: (values - zero) * group_scale * scale.
 
     |dequantize(quantize(x)) - x| <= scale / 2 elementwise for integers; see
     `sqjax.numerics.formats.to_format` for float8.
@@ -303,7 +316,8 @@ def dequantize(q: QTensor) -> Array:
         >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)
         True
     """
-    return (q.codes().astype(jnp.float32) * q.spread(q.scale)).transpose(q.axes).astype(q.dtype)
+    stored = q.codes().astype(jnp.float32) * q.spread(q.scale)
+    return stored.transpose(q.axes).astype(q.dtype)
 
 
 def _nearest(n: Array, step: Array) -> Array:
@@ -320,5 +334,5 @@ def is_tensor(x: Any) -> bool:
 
 
 def tensor_type(x: Any) -> jax.ShapeDtypeStruct | None:
-    """The type of the float array that a quantized one stands for; None if x is no quantized array."""
+    """The type of the float array that a `QTensor` stands for; None for anything else."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, QTensor) else None

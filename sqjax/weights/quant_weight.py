@@ -14,7 +14,9 @@ from sqjax.weights.text import weight_text
 
 
 class Outliers(NamedTuple):
-    """Channels whose activations are too large for int8: they are multiplied in float, their quantized weights are 0.
+    """Channels whose activations are too large for int8: they are multiplied in float.
+
+    Their quantized weights are 0.
 
     LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), with channels fixed by calibration.
 
@@ -89,12 +91,12 @@ class QuantWeight:
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether a leaf is a quantized weight: the test that every tree utility of ours takes as `is_leaf`."""
+    """Whether a leaf is a quantized weight: what our tree utilities take as `is_leaf`."""
     return isinstance(x, QuantWeight)
 
 
 def weight_type(x: Any) -> jax.ShapeDtypeStruct | None:
-    """The type of the float weight that a quantized one stands for; None if x is no quantized weight."""
+    """The type of the float weight that a `QuantWeight` stands for; None for anything else."""
     if not isinstance(x, QuantWeight):
         return None
     return sharded_as(jax.ShapeDtypeStruct(x.shape, x.dtype), x.tensor.values, x.tensor.axes)

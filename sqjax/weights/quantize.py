@@ -41,7 +41,8 @@ def outlier_channels(
 ) -> Int[Array, "..."] | None:
     """The channels whose activations exceeded a threshold; None if none did.
 
-    They are positions along the flattened contracted axes, ascending. Every matrix of a stack gets as many as the one that has most: its largest ones.
+    They are positions along the flattened contracted axes, ascending. Every matrix of a stack gets
+    as many as the one that has most: its largest ones.
 
     Raises:
         ValueError: under jit, where how many there are can not be known.

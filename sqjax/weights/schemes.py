@@ -17,7 +17,7 @@ Part = TypeVar("Part", bound="_Part")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class _Part:
-    """What `Scheme` and its parts share: a repr that is a call of the constructor, and `replace`."""
+    """What `Scheme` and its parts share: `replace`, and a repr that calls the constructor."""
 
     def __repr__(self) -> str:
         arguments = [
@@ -33,7 +33,7 @@ class _Part:
 
 
 def _refusal(part: Any, field: str, expected: str) -> ValueError:
-    """The error that says which field of `part` is wrong, what was expected there, and what came."""
+    """The error that names the field of `part`, what was expected there, and what came."""
     came = getattr(part, field)
     return ValueError(f"{type(part).__name__}.{field}: expected {expected}, got {came!r}")
 
@@ -100,7 +100,7 @@ class Int8(_Weight):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Int4(_Weight):
-    """int4 weights: symmetric in [-7, 7], w = scale * q, or with zero points in [-8, 7], w = scale * (q - zero).
+    """int4 weights: w = scale * q with q in [-7, 7], or scale * (q - zero) with q in [-8, 7].
 
     Attributes:
         group_size: a scale (and a zero point) for so many consecutive channels of an output; None:
@@ -144,7 +144,9 @@ class Int4(_Weight):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Float8(_Weight):
-    """float8 weights: w = scale * q, where q is a float of 8 bits. Their steps grow with their magnitude.
+    """float8 weights: w = scale * q, where q is a float of 8 bits.
+
+    The steps between such floats grow with their magnitude.
 
     Attributes:
         format: "e4m3" (4 bits of exponent, 3 of mantissa: up to 448) or "e5m2" (up to 57344,
@@ -231,7 +233,9 @@ class PerTensor(_Activation):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Static(_Activation):
-    """Activations with one scale, which calibration has found: the fastest. What lies beyond it is clipped; NaN is 0.
+    """Activations with one scale, which calibration has found: the fastest.
+
+    What lies beyond its range is clipped; NaN becomes 0.
 
     Attributes:
         range: what the scale covers: "absmax", the largest |x| that calibration saw; "mse", the
@@ -249,8 +253,8 @@ class Static(_Activation):
         Scheme(weight=Int8(), activation=Static(range='mse'))
         >>> sq.Static(range=99.99)
         Traceback (most recent call last):
-        ValueError: Static.range: expected 'absmax', 'mse', or a percentile as a fraction in (0.0, 1.0] such as
-            0.9999, got 99.99
+        ValueError: Static.range: expected 'absmax', 'mse', or a percentile as a fraction in (0.0,
+            1.0] such as 0.9999, got 99.99
     """
 
     range: Range = "absmax"
@@ -264,7 +268,7 @@ class Static(_Activation):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Indices(_Part):
-    """What meets the weight is no activation but indices: the scheme is for an embedding table that is no head.
+    """The weight is an embedding table that is no head: it meets indices, and no activation.
 
     Example:
         >>> import sqjax as sq
@@ -278,7 +282,9 @@ class Indices(_Part):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme(_Part):
-    """How the weight and the activation of a matmul are quantized. Checked when it is made; hashable; no pytree.
+    """How the weight and the activation of a matmul are quantized.
+
+    It is checked when it is made. It is hashable, and no pytree: jax sees it as one leaf.
 
     Attributes:
         weight: `Int8`, `Int4` or `Float8`: the weight's format, and which of its elements share a
@@ -304,8 +310,8 @@ class Scheme(_Part):
         Scheme(weight=Int8(per_tensor=True), activation=PerToken(), smoothing=0.5)
         >>> sq.EMBEDDING_INT8.replace(smoothing=0.5)
         Traceback (most recent call last):
-        ValueError: Scheme.smoothing: expected None, because embeddings that are looked up have no activation to smooth,
-            got 0.5
+        ValueError: Scheme.smoothing: expected None, because embeddings that are looked up have no
+            activation to smooth, got 0.5
     """
 
     weight: Int8 | Int4 | Float8 = Int8()
@@ -341,7 +347,7 @@ class Scheme(_Part):
 
     @property
     def needs_histogram(self) -> bool:
-        """Whether its static range comes from the histograms of `calibrate(..., histogram=True)`."""
+        """Whether its static range comes from histograms: `calibrate(..., histogram=True)`."""
         return isinstance(self.activation, Static) and self.activation.range != "absmax"
 
     @property
@@ -351,22 +357,17 @@ class Scheme(_Part):
         return static or self.smoothing is not None or self.outliers is not None
 
     def _check_formats(self) -> None:
-        """The product takes two operands of one kind: integers (int4 weights expand to int8), or float8."""
+        """A product takes two operands of one kind: integers (int4 becomes int8), or float8."""
+        two_level = isinstance(self.weight, Int4) and self.weight.two_level
         if not isinstance(self.activation, _Activation):
-            if isinstance(self.weight, Int4) and self.weight.two_level:
-                raise _refusal(
-                    self,
-                    "activation",
-                    "int8 activations, because two levels need them (without them leave two_level out)",
-                )
+            if two_level:
+                why = "because two levels need them (without them leave two_level out)"
+                raise _refusal(self, "activation", f"int8 activations, {why}")
             return
         if self.weight.fmt.floating != self.activation.fmt.floating:
-            raise _refusal(
-                self,
-                "activation",
-                f"a format that goes with {self.weight!r} (int8 activations go with int8 or int4 weights, "
-                "float8 ones with float8 weights)",
-            )
+            kinds = "int8 activations go with int8 or int4 weights, float8 ones with float8 weights"
+            meaning = f"a format that goes with {self.weight!r} ({kinds})"
+            raise _refusal(self, "activation", meaning)
 
     def _check_smoothing(self) -> None:
         if self.smoothing is None:
@@ -388,12 +389,12 @@ class Scheme(_Part):
 
     def _check_range(self) -> None:
         if self.needs_histogram and (self.smoothing is not None or self.outliers is not None):
-            raise _refusal(
-                self,
-                "activation",
-                "range='absmax' with smoothing at run time and with outliers, because any other range comes from the "
-                "histogram of X, not of X / s or of X without outliers (or smooth the parameters)",
+            why = (
+                "because any other range comes from the histogram of X, not of X / s or of X "
+                "without outliers (or smooth the parameters)"
             )
+            meaning = f"range='absmax' with smoothing at run time and with outliers, {why}"
+            raise _refusal(self, "activation", meaning)
 
 
 #: W8A8 at the paper's efficiency level O1: per-token dynamic activations (the most accurate).

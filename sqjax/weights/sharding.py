@@ -1,4 +1,4 @@
-"""Where a quantized tree lives on a mesh: from the shardings of the float tree to those of values and scales."""
+"""Where a quantized tree lives on a mesh, given the shardings of the float tree."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from sqjax.weights.quant_weight import Outliers, QuantWeight, is_quantized
 
 
 def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
-    """The shardings of a quantized tree, given those of the float tree: every device keeps the block that it had.
+    """The shardings of a quantized tree: every device keeps the block of a leaf that it had.
 
     The values of a weight are cut along the axes along which the float leaf was; so are its scales
     where they have more than one entry, `smoothing` along the contracted axes, and static scales
@@ -48,7 +48,8 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
     if names != paths:
         odd = sorted(set(paths).symmetric_difference(names))
         raise ValueError(
-            f"shardings: expected one for every leaf of the float tree; the trees differ at {odd[:5]}"
+            "shardings: expected one for every leaf of the float tree; the trees differ at "
+            f"{odd[:5]}"
         )
     found = [_of_leaf(x, s, path) for path, x, s in zip(paths, leaves, specs, strict=True)]
     return jax.tree_util.tree_unflatten(treedef, found)
@@ -67,39 +68,36 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         )
     entries += [None] * (tensor.ndim - len(entries))
     stored = [entries[tensor.axes.index(a)] for a in range(tensor.ndim)]
+    first = tensor.ndim - weight.contracted
+    outer, inner = stored[:first], stored[first:]
 
-    def cut(x: Any) -> Any:
-        """Scales are cut along the axes on which they have more than one entry."""
-        if x is None:
+    def of_scales(scales: Any) -> Any:
+        """Scales are sharded along the axes on which they have more than one entry."""
+        if scales is None:
             return None
-        return PartitionSpec(
-            *(entry if size > 1 else None for entry, size in zip(stored, x.shape, strict=True))
-        )
+        sizes = zip(stored, scales.shape, strict=True)
+        return PartitionSpec(*[entry if size > 1 else None for entry, size in sizes])
 
-    first, last = (
-        stored[: weight.ndim - weight.contracted],
-        stored[weight.ndim - weight.contracted :],
-    )
-    values = replace(
+    specs = replace(
         tensor,
         values=PartitionSpec(*stored),
-        scale=cut(tensor.scale),
-        zero=cut(tensor.zero),
-        group_scale=cut(tensor.group_scale),
+        scale=of_scales(tensor.scale),
+        zero=of_scales(tensor.zero),
+        group_scale=of_scales(tensor.group_scale),
     )
-    batch = (weight.outliers.channels.ndim - 1) if weight.outliers is not None else 0
+    # What is beside the tensor has the axes of a stack first, which are the first of its values.
+    input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
+    if input_scale is not None:
+        input_scale = PartitionSpec(*outer[: input_scale.ndim])
+    if smoothing is not None:
+        smoothing = PartitionSpec(*outer[: smoothing.ndim - len(inner)], *inner)
+    if outliers is not None:
+        # A device needs all outlier channels of its matrices, because x is indexed with them.
+        batch = outliers.channels.ndim - 1
+        channels = PartitionSpec(*outer[:batch], None)
+        outliers = Outliers(channels, PartitionSpec(*outer, None))
     return replace(
-        weight,
-        tensor=values,
-        input_scale=None
-        if weight.input_scale is None
-        else PartitionSpec(*first[: weight.input_scale.ndim]),
-        smoothing=None
-        if weight.smoothing is None
-        else PartitionSpec(*first[: weight.smoothing.ndim - len(last)], *last),
-        outliers=None
-        if weight.outliers is None
-        else Outliers(PartitionSpec(*first[:batch], None), PartitionSpec(*first, None)),
+        weight, tensor=specs, input_scale=input_scale, smoothing=smoothing, outliers=outliers
     )
 
 
@@ -108,15 +106,18 @@ def _is_sharding(x: Any) -> bool:
 
 
 def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
+    """The sharding (or spec) of a leaf; for a quantized one a `QuantWeight` of such."""
     if not _is_sharding(sharding):
         raise ValueError(
-            f"{path}: expected a NamedSharding, a PartitionSpec or None, got {type(sharding).__name__}"
+            f"{path}: expected a NamedSharding, a PartitionSpec or None, got "
+            f"{type(sharding).__name__}"
         )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     spec = PartitionSpec() if spec is None else spec
     if len(spec) > len(leaf.shape):
         raise ValueError(
-            f"{path}: expected a spec of at most {len(leaf.shape)} entries for {leaf.shape}, got {spec}"
+            f"{path}: expected a spec of at most {len(leaf.shape)} entries for {leaf.shape}, got "
+            f"{spec}"
         )
     if isinstance(sharding, NamedSharding):
         _check_divides(leaf.shape, sharding, path)
@@ -130,13 +131,15 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
 
 
 def _check_divides(shape: Sequence[int], sharding: NamedSharding, path: str) -> None:
+    """Raises ValueError if an axis of the leaf can not be sharded as the sharding asks."""
     for axis, (size, entry) in enumerate(zip(shape, sharding.spec, strict=False)):
         devices = 1
         for name in mesh_axes(entry):
             devices *= sharding.mesh.shape[name]
         if size % devices:
             raise ValueError(
-                f"{path}: its axis {axis} of size {size} can not be cut into {devices} blocks by {entry}"
+                f"{path}: its axis {axis} of size {size} can not be sharded into {devices} blocks "
+                f"by {entry}"
             )
 
 
@@ -144,6 +147,8 @@ def check_groups(
     leaf: QuantWeight, specs: QuantWeight, sizes: Mapping[str, int], path: str
 ) -> None:
     """Raises ValueError if a device's block would begin inside a group.
+
+    1024 channels on 4 devices are blocks of 256: whole groups of 64, but not of 96.
 
     Args:
         leaf: the whole weight.
@@ -153,10 +158,13 @@ def check_groups(
     """
     devices = math.prod(sizes[name] for name in mesh_axes(specs.tensor.values[-1]))
     length, group = leaf.tensor.values.shape[-1], leaf.tensor.group
+    if group is None or group >= length or devices == 1:
+        return
     block = length // devices
-    if group is not None and group < length and devices > 1 and block % group:
+    if block % group:
         fitting = [g for g in (16, 32, 64, 128, 256) if block % g == 0] or [block]
         raise ValueError(
-            f"{path}: its {length} contracted channels can not be cut into {devices} blocks of whole groups of "
-            f"{group}; choose a group size that divides {block}: {', '.join(map(str, fitting))}"
+            f"{path}: its {length} contracted channels can not be sharded into {devices} blocks of "
+            f"whole groups of {group}; choose a group size that divides {block}: "
+            f"{', '.join(map(str, fitting))}"
         )

@@ -1,4 +1,7 @@
-"""How quantized leaves print: what they stand for, in a line, whatever arrays, specs or shardings they hold."""
+"""How quantized leaves print: what they stand for, in a line.
+
+Where jax or flax has put specs, shardings or placeholders in place of arrays, these are shown.
+"""
 
 import dataclasses
 from typing import Any
@@ -8,34 +11,29 @@ def tensor_text(tensor: Any) -> str:
     """The repr of a `QTensor`: logical shape and dtype, format, scales."""
     if not _is_array(tensor.values):
         return _listed("QTensor", [tensor.fmt.name, *_fields(tensor)])
-    scales = (
-        f"scale {list(tensor.scale.shape)}"
-        if _is_array(tensor.scale)
-        else f"scale={_short(tensor.scale)}"
-    )
+    if _is_array(tensor.scale):
+        scales = f"scale {list(tensor.scale.shape)}"
+    else:
+        scales = f"scale={_short(tensor.scale)}"
     return _listed("QTensor", [_kind(tensor), *_grouping(tensor), scales])
 
 
 def weight_text(weight: Any) -> str:
-    """The repr of a `QuantWeight`: that of its tensor, how weights and activations are quantized, what is beside."""
+    """The repr of a `QuantWeight`: its tensor, how activations are quantized, what is beside."""
     tensor = weight.tensor
     if not (_is_array(getattr(tensor, "values", None)) and _is_array(tensor.scale)):
         return _listed("QuantWeight", _fields(weight))
-    formats = (
-        "float"
-        if weight.activations is None
-        else f"{weight.activation_format} {weight.activations}"
-    )
-    parts = [
-        _kind(tensor),
-        *(_grouping(tensor) or [_granularity(weight)]),
-        f"activations {formats}",
-    ]
+    activations = "float"
+    if weight.activations is not None:
+        activations = f"{weight.activation_format} {weight.activations}"
+    scales = _grouping(tensor) or [_granularity(weight)]
+    parts = [_kind(tensor), *scales, f"activations {activations}"]
     if weight.smoothing is not None:
         parts.append("smoothing at run time")
     if weight.outliers is not None:
         channels: Any = getattr(weight.outliers, "channels", None)
-        parts.append(f"{channels.shape[-1] if _is_array(channels) else 'some'} outlier channels")
+        count = channels.shape[-1] if _is_array(channels) else "some"
+        parts.append(f"{count} outlier channels")
     return _listed("QuantWeight", parts)
 
 
@@ -49,28 +47,36 @@ def _kind(tensor: Any) -> str:
 
 def _grouping(tensor: Any) -> list[str]:
     """What is said of groups, zero points and second levels."""
-    group = [] if tensor.group is None else [f"groups of {tensor.group}"]
-    level = [] if tensor.group_scale is None else ["integer group scales"]
-    return group + level + ([] if tensor.zero is None else ["zero points"])
+    parts = []
+    if tensor.group is not None:
+        parts.append(f"groups of {tensor.group}")
+    if tensor.group_scale is not None:
+        parts.append("integer group scales")
+    if tensor.zero is not None:
+        parts.append("zero points")
+    return parts
 
 
 def _granularity(weight: Any) -> str:
-    """Whether the outputs of a matrix have scales of their own, or one for all; a stack's matrices have their own."""
+    """Whether the outputs of a matrix have scales of their own, or one for all.
+
+    The last outer axis with more than one entry decides, because the axes of a stack, which stand
+    before it, have scales of their own in any case.
+    """
     first = weight.tensor.values.ndim - weight.contracted
-    outputs = zip(
-        weight.tensor.scale.shape[:first], weight.tensor.values.shape[:first], strict=True
-    )
-    return (
-        "per_channel"
-        if [own for own, n in outputs if n > 1][-1:] not in ([], [1])
-        else "per_tensor"
-    )
+    sizes = weight.tensor.values.shape[:first]
+    scales = [own for own, n in zip(weight.tensor.scale.shape, sizes, strict=False) if n > 1]
+    return "per_tensor" if not scales or scales[-1] == 1 else "per_channel"
 
 
 def _fields(part: Any) -> list[str]:
-    """name=value of the fields that are not None and not static: where jax has put something else than arrays."""
-    fields = [f.name for f in dataclasses.fields(part) if not f.metadata.get("static")]
-    return [f"{name}={_short(x)}" for name in fields if (x := getattr(part, name)) is not None]
+    """name=value of the fields that are not None and not static."""
+    texts = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if value is not None and not field.metadata.get("static"):
+            texts.append(f"{field.name}={_short(value)}")
+    return texts
 
 
 def _short(x: Any) -> str:
@@ -78,5 +84,8 @@ def _short(x: Any) -> str:
 
 
 def _is_array(x: Any) -> bool:
-    """Arrays, tracers and ShapeDtypeStructs; no sharding, no spec, none of the stand-ins with which flax prints."""
+    """Whether x has a shape and dtype: an array, a tracer, a ShapeDtypeStruct; no sharding or spec.
+
+    Nor one of the placeholders with which flax prints a tree.
+    """
     return all(hasattr(x, name) for name in ("shape", "dtype", "ndim"))

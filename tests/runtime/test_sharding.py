@@ -545,7 +545,9 @@ def test_shardings_that_do_not_fit():
     qparams = sq.quantize(params, sq.calibrate(lambda p, x: x @ p["w"], params, [normal(2, 6)]))
     with pytest.raises(ValueError, match="w: expected a spec of at most 2 entries"):
         sq.shardings(qparams, {"w": P(None, None, "model")})
-    with pytest.raises(ValueError, match="w: its axis 0 of size 6 can not be cut into 4 blocks"):
+    with pytest.raises(
+        ValueError, match="w: its axis 0 of size 6 can not be sharded into 4 blocks"
+    ):
         sq.shardings(qparams, {"w": NamedSharding(mesh(), P(("data", "model")))})
     with pytest.raises(ValueError, match=r"the trees differ at \['v', 'w'\]"):
         sq.shardings(qparams, {"v": P()})
