@@ -40,7 +40,9 @@ FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (INT8, INT4, E4M3, E5M2)}
 
 
 def container(fmt: Format) -> np.dtype:
-    """The dtype in which arrays of a format are made on this process's backend: on a CPU int8 for int4.
+    """The dtype in which arrays of a format are made on this process's backend.
+
+    It is the format's own, but on a CPU int8 for int4.
 
     There an element of jnp.int4 takes a byte too, but is read without the vector units.
     """
@@ -78,7 +80,9 @@ def to_format(
 def zero_point_range(
     low: Float[Array, "*s"], high: Float[Array, "*s"]
 ) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
-    """(scale, zero) of int4 with a zero point: scale = (high - low) / 15, zero = round(-low / scale) - 8.
+    """(scale, zero) of int4 with a zero point, for weights in [low, high].
+
+    scale = (high - low) / 15, zero = round(-low / scale) - 8.
 
     The range is made to hold 0, which is so represented exactly: by the code `zero`, in [-8, 7].
     """
@@ -90,6 +94,6 @@ def zero_point_range(
 def to_codes(
     x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]
 ) -> Shaped[Array, "*s"]:
-    """q = clip(round(x / scale) + zero, -8, 7), so that (q - zero) * scale is x within scale / 2."""
+    """q = clip(round(x / scale) + zero, -8, 7): then (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
     return jnp.clip(q, _LOWEST, _HIGHEST).astype(container(INT4))

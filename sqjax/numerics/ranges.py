@@ -1,9 +1,12 @@
-"""Histograms of |x|, and the range of |x| that a static scale shall cover: a percentile, or that of least error.
+"""Histograms of |x|, and the range of |x| that a static scale shall cover.
+
+That range is a percentile, or the one of least expected error.
 
 One outlier stretches the absmax, and with it the step of all other values. A smaller range clips
 the few values beyond it, and rounds the rest more finely.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -54,7 +57,7 @@ class Histogram:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from sqjax.ranges import Histogram, percentile_range
+        >>> from sqjax.numerics.ranges import Histogram, percentile_range
         >>> both = Histogram.of(jnp.array([1.0, -2.0, 0.0])) + Histogram.of(jnp.array([100.0]))
         >>> int(both.low.sum()), float(both.absmax), float(percentile_range(both, 0.5))
         (3, 100.0, 2.125)
@@ -66,11 +69,13 @@ class Histogram:
 
     @classmethod
     def of(cls, x: Float[Array, "..."], batch: int = 0) -> "Histogram":
-        """The histogram of one array of less than 2^32 elements; its first `batch` axes keep histograms of their own.
+        """The histogram of one array of less than 2^32 elements.
+
+        Its first `batch` axes keep histograms of their own.
 
         Example:
             >>> import jax.numpy as jnp
-            >>> from sqjax.ranges import BINS, Histogram
+            >>> from sqjax.numerics.ranges import BINS, Histogram
             >>> Histogram.of(jnp.ones((2, 5)), batch=1).low.shape == (2, BINS)
             True
         """
@@ -104,32 +109,28 @@ class Histogram:
 
 
 def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*batch bins"]:
-    """How many elements of an array of |x| lie in each bin, for every index of its first `batch` axes.
+    """How many |x| lie in each bin, for every index of the first `batch` axes.
 
     A float's bits, read as an integer, grow with it: its exponent and first 4 bits of mantissa are
     its bin. The counting is a scatter-add, about a nanosecond a value on two cores: 0.7 to 1.3 ms
     for a 512 x 1536 array.
     """
     counted = partial(_count, batch=batch)
-    if any(
-        entry is not None for entry in jax.typeof(magnitude).sharding.spec
-    ):  # a mesh with explicit axes
+    if any(entry is not None for entry in jax.typeof(magnitude).sharding.spec):
+        # On a mesh with explicit axes a scatter-add must be told how its result is sharded.
         counted = jax.sharding.auto_axes(counted, out_sharding=PartitionSpec())
     return counted(magnitude)
 
 
 def _count(magnitude: Float[Array, "..."], batch: int) -> UInt32[Array, "*batch bins"]:
+    """`count` of an array that is sharded as the compiler likes."""
     lead = magnitude.shape[:batch]
-    stack, each = (int(np.prod(sizes, dtype=int)) for sizes in (lead, magnitude.shape[batch:]))
-    own = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (
-        BINS + 1
-    )  # bin -1 goes before each matrix's others
-    places = (own + bin_of(magnitude.reshape(stack, each)) + 1).reshape(stack * each)
-    counts = (
-        jnp.zeros(stack * (BINS + 1), jnp.uint32)
-        .at[places]
-        .add(jnp.uint32(1), mode="promise_in_bounds")
-    )
+    stack, each = math.prod(lead), math.prod(magnitude.shape[batch:])
+    # Each matrix has BINS + 1 counters in a row: one for bin -1, what is too small, and its bins.
+    first = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (BINS + 1)
+    counters = first + bin_of(magnitude.reshape(stack, each)) + 1
+    chosen = jnp.zeros(stack * (BINS + 1), jnp.uint32).at[counters.reshape(stack * each)]
+    counts = chosen.add(jnp.uint32(1), mode="promise_in_bounds")
     return counts.reshape(*lead, BINS + 1)[..., 1:]
 
 
@@ -142,7 +143,7 @@ def bin_of(magnitude: Float[Array, "*s"]) -> Int[Array, "*s"]:
 
 
 def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
-    """The smallest edge of a bin below which lie at least p of the counted |x|, and never more than their absmax.
+    """The smallest edge of a bin below which lie at least p of the counted |x|; at most the absmax.
 
     So it is at most one bin (1/16) above the percentile of the values themselves. Zeros do not
     count (`Histogram`): of all values even more lie below. The share above an edge is summed in
@@ -158,13 +159,14 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from sqjax.ranges import Histogram, percentile_range
+        >>> from sqjax.numerics.ranges import Histogram, percentile_range
         >>> float(percentile_range(Histogram.of(jnp.array([1.0] * 99 + [1000.0])), 0.99))
         1.0625
     """
     if not 0 < p <= 1:
         raise ValueError(
-            f"percentile_range: expected a fraction in (0, 1], got {p}: 0.9999 is the 99.99th percentile"
+            f"percentile_range: expected a fraction in (0, 1], got {p}: 0.9999 is the 99.99th "
+            "percentile"
         )
     counts = histogram.counts
     within = lax.cumsum(counts, axis=counts.ndim - 1, reverse=True)
@@ -175,9 +177,10 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
 
 
 def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"]:
-    """The range t of least `expected_error` among absmax * 2^(-j / 16), j = 0 .. 255: absmax is one of them.
+    """The range t of least `expected_error` among absmax * 2^(-j / 16), j = 0 .. 255.
 
-    So by the histogram's account it never loses to absmax; among equals the largest is taken.
+    The absmax is one of them. So by the histogram's account it never loses to absmax; among equals
+    the largest is taken.
     Outliers count too: one among n values of size 1 is clipped far only if it is smaller than about
     sqrt(n). Ranges of least squared error: Sung et al. 2015, arXiv 1511.06488; Choukroun et al.
     2019, arXiv 1902.06822.
@@ -188,7 +191,7 @@ def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from sqjax.ranges import Histogram, mse_range
+        >>> from sqjax.numerics.ranges import Histogram, mse_range
         >>> x = jax.random.normal(jax.random.key(0), (20000,)).at[0].set(50.0)
         >>> 4.0 < float(mse_range(Histogram.of(x))) < 50.0
         True
@@ -203,14 +206,14 @@ def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"
 def expected_error(
     histogram: Histogram, t: Float[Array, "*batch"], fmt: Format = INT8
 ) -> Float[Array, "*batch"]:
-    """The mean of (x - Q(x))^2 over the counted x, where Q rounds x to `fmt` with its range scaled to t.
+    """The mean of (x - Q(x))^2 over the counted x. Q rounds x to `fmt`, its range scaled to t.
 
     Let u = |x| bound / t, g_0 = 0 < g_1 < ... the magnitudes of the format, and g_r the nearest one
     to u; beyond the largest one that is clipping. Between g_(k-1) and g_k the squared error
     integrates to (g_k - g_(k-1))^3 / 12, so
 
-        F(u) = integral from 0 to u of (v - g(v))^2 dv = sum over k <= r of (g_k - g_(k-1))^3 / 12 +
-        (u - g_r)^3 / 3
+        F(u) = integral from 0 to u of (v - g(v))^2 dv
+             = sum over k <= r of (g_k - g_(k-1))^3 / 12 + (u - g_r)^3 / 3
 
     is exact for every u: small values that become 0, steps that grow (float8), and clipped values
     alike. Within a bin the values are taken to be spread evenly, so its mean is (F(b) - F(a)) / (b
@@ -220,7 +223,7 @@ def expected_error(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from sqjax.ranges import Histogram, expected_error
+        >>> from sqjax.numerics.ranges import Histogram, expected_error
         >>> float(expected_error(Histogram.of(jnp.array([3.0, 3.0])), jnp.float32(1.0)))
         4.0
     """
@@ -231,27 +234,40 @@ def expected_error(
 def _errors(
     histogram: Histogram, ranges: Float[Array, "stack n"], fmt: Format
 ) -> Float[Array, "stack n"]:
-    """`expected_error` of several ranges for each matrix, one matrix after the other: their tables are large."""
-    flat = histogram.counts.reshape(-1, BINS), histogram.absmax.reshape(-1), ranges
-    return lax.map(lambda one: _errors_of_one(one[0], one[1], one[2], fmt), flat)
+    """`expected_error` of several ranges for each matrix.
+
+    One matrix after the other, because its table of 256 ranges x 1024 bins takes a megabyte.
+    """
+    counts, absmax = histogram.counts.reshape(-1, BINS), histogram.absmax.reshape(-1)
+    return lax.map(
+        lambda one: _errors_of_one(one[0], one[1], one[2], fmt), (counts, absmax, ranges)
+    )
 
 
 def _errors_of_one(
     counts: Float[Array, "bins"], absmax: Float[Array, ""], ranges: Float[Array, "n"], fmt: Format
 ) -> Float[Array, "n"]:
-    largest, scale = _positive(absmax), ranges / fmt.bound
+    """`expected_error` of several ranges for one matrix.
+
+    One value, the absmax, is known: its error is counted by itself, and its bin has one value less.
+    """
+    largest = _positive(absmax)
+    scale = ranges / fmt.bound
     u_max = largest / scale
-    of_largest = (u_max - _nearest(u_max, fmt)[0]) ** 2
-    one = (jnp.arange(BINS) == bin_of(absmax)).astype(jnp.float32)
-    u = jnp.minimum(jnp.asarray(EDGES), largest)[None, :] / scale[:, None]
+    error_of_largest = (u_max - _nearest(u_max, fmt)[0]) ** 2
+    is_bin_of_largest = jnp.arange(BINS) == bin_of(absmax)
+    one = is_bin_of_largest.astype(jnp.float32)
+
+    edges = jnp.minimum(jnp.asarray(EDGES), largest)
+    u = edges[None, :] / scale[:, None]
     width, integral = jnp.diff(u), jnp.diff(_integral(u, fmt))
-    thin = (
-        width < u_max[:, None] * 2**-12
-    )  # the bin of the absmax, if it begins just below: the difference is noise
-    mean = jnp.where(
-        thin & (one > 0)[None, :], of_largest[:, None], integral / jnp.where(width > 0, width, 1)
-    )
-    total = (mean * jnp.maximum(counts - one, 0)[None, :]).sum(1) + of_largest * one.sum()
+    mean = integral / jnp.where(width > 0, width, 1)
+    # Where the bin of the absmax begins just below it, the difference of two integrals is noise.
+    thin = width < u_max[:, None] * 2**-12
+    mean = jnp.where(thin & is_bin_of_largest[None, :], error_of_largest[:, None], mean)
+
+    others = jnp.maximum(counts - one, 0)
+    total = (mean * others[None, :]).sum(1) + error_of_largest * one.sum()
     return scale**2 * total / jnp.maximum(counts.sum(), 1)
 
 
@@ -265,7 +281,8 @@ def _nearest(u: Float[Array, "*s"], fmt: Format) -> tuple[Float[Array, "*s"], Fl
     """(g_r, the sum over k <= r of (g_k - g_(k-1))^3 / 12) of `expected_error`."""
     grid = magnitudes(fmt)
     before = np.append(0, np.cumsum(np.diff(grid) ** 3 / 12))
-    r = jnp.searchsorted(jnp.asarray((grid[1:] + grid[:-1]) / 2, jnp.float32), u)
+    halfway = (grid[1:] + grid[:-1]) / 2
+    r = jnp.searchsorted(jnp.asarray(halfway, jnp.float32), u)
     return jnp.asarray(grid, jnp.float32)[r], jnp.asarray(before, jnp.float32)[r]
 
 
@@ -273,9 +290,8 @@ def magnitudes(fmt: Format) -> np.ndarray:
     """Every magnitude that a format can represent, from 0 up, in float64."""
     if not fmt.floating:
         return np.arange(fmt.bound + 1)
-    values = (
-        np.arange(128, dtype=np.uint8).view(fmt.dtype).astype(np.float64)
-    )  # the codes without a sign
+    without_sign = np.arange(128, dtype=np.uint8)
+    values = without_sign.view(fmt.dtype).astype(np.float64)
     return values[values <= fmt.bound]
 
 
@@ -286,15 +302,15 @@ def _positive(absmax: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def is_range(how: Any) -> bool:
     """Whether `how` is a `Range`."""
-    return (
-        how in ("absmax", "mse")
-        if isinstance(how, str)
-        else isinstance(how, float) and 0 < how <= 1
-    )
+    if isinstance(how, str):
+        return how in ("absmax", "mse")
+    return isinstance(how, float) and 0 < how <= 1
 
 
 def find_range(histogram: Histogram, how: Range, fmt: Format = INT8) -> Float[Array, "*batch"]:
     """The range that `how` says: `mse_range`, `percentile_range` or the absmax."""
     if how == "absmax":
         return histogram.absmax
-    return mse_range(histogram, fmt) if how == "mse" else percentile_range(histogram, how)
+    if how == "mse":
+        return mse_range(histogram, fmt)
+    return percentile_range(histogram, how)

@@ -1,4 +1,6 @@
-"""A quantized matmul as a Pallas-Triton kernel for NVIDIA GPUs, used by explicit choice: nothing in sqjax calls it.
+"""A quantized matmul as a Pallas-Triton kernel for NVIDIA GPUs.
+
+It is used by explicit choice: nothing in sqjax calls it.
 
 It has never run on a GPU. It is checked in Pallas's interpreter against plain XLA, and compiled
 ahead of time for sm_80 and sm_90a; its block sizes were never tuned, and nothing is claimed about
@@ -11,7 +13,7 @@ writes a float copy of the weight, or one product for each group. Here they stay
 """
 
 import math
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +24,13 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from sqjax.numerics.dots import LONGEST_CONTRACTION
+from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION
 
 
 class Blocks(NamedTuple):
-    """The block of the result that one program computes, and how it is compiled. For a few rows take 16.
+    """The block of the result that one program computes, and how it is compiled.
+
+    For a few rows take 16.
 
     Attributes:
         rows: a power of two, at least 16.
@@ -60,7 +64,9 @@ def matmul(
     blocks: Blocks = _DEFAULT,
     interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
-    """out[m, n] = x_scale[m] sum_g scale[n, g] sum_{k in g} x[m, k] (values[n, k] - zero[n, g]), in one kernel.
+    """A quantized matmul in groups, in one kernel.
+
+    out[m, n] = x_scale[m] sum_g scale[n, g] sum_{k in g} x[m, k] (values[n, k] - zero[n, g])
 
     Channels are in `groups` equal runs. An int8 `x` makes every inner sum exact in int32; it is
     then multiplied by its float32 scale, and groups are added in float32. A bfloat16 (or float16)
@@ -90,18 +96,21 @@ def matmul(
         >>> triton.matmul(x, w, jnp.array([[1.0, 0.5], [1.0, 2.0]]), interpret=True)[0].tolist()
         [240.0, 480.0]
     """
-    optional = {"zero": zero, "x_scale": x_scale}
-    operands = {"x": x, "values": values, "scale": scale} | {
-        k: v for k, v in optional.items() if v is not None
-    }
+    operands = {"x": x, "values": values, "scale": scale}
+    if zero is not None:
+        operands["zero"] = zero
+    if x_scale is not None:
+        operands["x_scale"] = x_scale
     form = _form(operands)
     if any(size < 16 or size & (size - 1) for size in blocks[:2]):
         raise ValueError(
-            f"triton.matmul: expected blocks of powers of two, at least 16, got {blocks.rows, blocks.outputs}"
+            "triton.matmul: expected blocks of powers of two, at least 16, got "
+            f"{blocks.rows, blocks.outputs}"
         )
     rows, outputs = form.shape
     if not rows * outputs:
         return jnp.zeros(form.shape, dtype)
+    # Channels are an axis of tiles, because a kernel may index a whole axis, but not slice one.
     for name in ("x", "values"):
         operands[name] = operands[name].reshape(operands[name].shape[0], -1, form.tile)
     specs = {name: _block(name, array.shape, blocks) for name, array in operands.items()}
@@ -133,27 +142,28 @@ def _form(operands: dict[str, Array]) -> _Form:
     x, scale = operands["x"], operands["scale"]
     if x.ndim != 2 or scale.ndim != 2:
         raise ValueError(
-            f"triton.matmul: expected x (rows, channels) and scale (outputs, groups), got {x.shape} and {scale.shape}"
+            "triton.matmul: expected x (rows, channels) and scale (outputs, groups), got "
+            f"{x.shape} and {scale.shape}"
         )
     (rows, channels), (outputs, groups) = x.shape, scale.shape
     expected = {"values": (outputs, channels), "x_scale": (rows,), "zero": (outputs, groups)}
     for name, array in operands.items():
         if array.shape != expected.get(name, array.shape):
             raise ValueError(
-                f"triton.matmul: x {x.shape} and scale {scale.shape} ask for {name} of shape {expected[name]}, "
-                f"got {array.shape}"
+                f"triton.matmul: x {x.shape} and scale {scale.shape} ask for {name} of shape "
+                f"{expected[name]}, got {array.shape}"
             )
     length = channels // max(groups, 1)
     tile = math.gcd(length, _LONGEST)
     if length * groups != channels or tile < _SHORTEST:
         raise ValueError(
-            f"triton.matmul: {channels} channels in {groups} groups; expected groups of equal length, a multiple of "
-            f"{_SHORTEST}; pad x and the values with channels of zero"
+            f"triton.matmul: {channels} channels in {groups} groups; expected groups of equal "
+            f"length, a multiple of {_SHORTEST}; pad x and the values with channels of zero"
         )
     if x.dtype == jnp.int8 and length > LONGEST_CONTRACTION:
         raise ValueError(
-            f"triton.matmul: groups of {length} channels; int32 sums are exact up to {LONGEST_CONTRACTION}: use more "
-            "groups"
+            f"triton.matmul: groups of {length} channels; int32 sums are exact up to "
+            f"{LONGEST_CONTRACTION}: use more groups"
         )
     return _Form((rows, outputs), groups, length // tile, tile)
 
@@ -168,6 +178,7 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
 
 
 def _check_dtypes(operands: dict[str, Array]) -> None:
+    """Raises ValueError if an operand has a dtype that the kernel does not take."""
     for name, array in operands.items():
         if array.dtype not in _DTYPES[name]:
             names = " or ".join(jnp.dtype(dtype).name for dtype in _DTYPES[name])
@@ -176,7 +187,8 @@ def _check_dtypes(operands: dict[str, Array]) -> None:
             )
     if "zero" in operands and operands["values"].dtype != jnp.int4:
         raise ValueError(
-            "triton.matmul: zero points are for int4 values: int8 values less a zero point may not fit"
+            "triton.matmul: zero points are for int4 values: int8 values less a zero point may not "
+            "fit"
         )
     if "x_scale" in operands and operands["x"].dtype != jnp.int8:
         raise ValueError(
@@ -194,12 +206,12 @@ def _block(name: str, shape: tuple[int, ...], blocks: Blocks) -> pl.BlockSpec:
 
 def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
     """One block of the result."""
-    rows, outputs = (
-        _inside(axis, size, out_ref.shape[axis]) for axis, size in enumerate(form.shape)
-    )
+    rows = _inside(0, form.shape[0], out_ref.shape[0])
+    outputs = _inside(1, form.shape[1], out_ref.shape[1])
     sum_dtype = jnp.int32 if refs["x"].dtype == jnp.int8 else jnp.float32
 
     def weight(group: Any, tile: Any) -> Array:
+        """A tile of the weight, zero points taken away, in the dtype of x."""
         values = _load(refs["values"].at[:, tile, :], outputs).astype(jnp.int8)
         if "zero" in refs:
             values = values - _load(refs["zero"].at[:, group], outputs)[:, None]
@@ -208,23 +220,19 @@ def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
     def add_tile(group: Any, step: Any, sums: Array) -> Array:
         tile = group * form.tiles + step
         x = _load(refs["x"].at[:, tile, :], rows)
-        return sums + lax.dot_general(
-            x, weight(group, tile), LAST_AXES, preferred_element_type=sum_dtype
-        )
+        w = weight(group, tile)
+        return sums + lax.dot_general(x, w, LAST_AXES, preferred_element_type=sum_dtype)
 
     def add_group(group: Any, out: Array) -> Array:
-        sums = lax.fori_loop(
-            0, form.tiles, partial(add_tile, group), jnp.zeros(out_ref.shape, sum_dtype)
-        )
-        return out + sums.astype(jnp.float32) * _load(refs["scale"].at[:, group], outputs)[None, :]
+        zeros = jnp.zeros(out_ref.shape, sum_dtype)
+        sums = lax.fori_loop(0, form.tiles, partial(add_tile, group), zeros)
+        scale = _load(refs["scale"].at[:, group], outputs)
+        return out + sums.astype(jnp.float32) * scale[None, :]
 
     out = lax.fori_loop(0, form.groups, add_group, jnp.zeros(out_ref.shape, jnp.float32))
     if "x_scale" in refs:
         out = out * _load(refs["x_scale"], rows)[:, None]
     plgpu.store(out_ref, out.astype(out_ref.dtype), mask=_both(rows, outputs))
-
-
-LAST_AXES = (((1,), (1,)), ((), ()))
 
 
 def _inside(axis: int, size: int, block: int) -> Array | None:
@@ -238,11 +246,14 @@ def _load(ref: Any, inside: Array | None) -> Array:
     """What is outside is never read; its value means nothing, and does not reach what is inside."""
     if inside is None:
         return plgpu.load(ref)
-    return plgpu.load(ref, mask=inside.reshape(-1, *(1,) * (len(ref.shape) - 1)))
+    ones = (1,) * (len(ref.shape) - 1)
+    return plgpu.load(ref, mask=inside.reshape(-1, *ones))
 
 
 def _both(rows: Array | None, outputs: Array | None) -> Array | None:
     """The mask of a block of the result."""
-    masks = [] if rows is None else [rows[:, None]]
-    masks += [] if outputs is None else [outputs[None, :]]
-    return reduce(jnp.logical_and, masks) if masks else None
+    if rows is None:
+        return None if outputs is None else outputs[None, :]
+    if outputs is None:
+        return rows[:, None]
+    return jnp.logical_and(rows[:, None], outputs[None, :])

@@ -22,7 +22,13 @@ DIGIT_ROWS = 32
 
 
 class Recipe(NamedTuple):
-    """How the activation is quantized (`activations` None: not at all), to which format; the weight's group size."""
+    """How a product runs.
+
+    Attributes:
+        activations: how the activation is quantized; None: not at all.
+        fmt: to which format.
+        group: the weight's group size, or None.
+    """
 
     activations: Activations | None = "per_token"
     fmt: FormatName = "int8"
@@ -31,6 +37,9 @@ class Recipe(NamedTuple):
 
 class Matrix(NamedTuple):
     """A weight matrix: the float one is codes * scale, outputs first.
+
+    It is what products take. `sqjax.weights.qtensor.QTensor`, which users hold, is the same numbers
+    with logical axes; `sqjax.weights.dot_general.matrices` makes one of the other.
 
     Attributes:
         codes: (outputs, inner), int8, int4 or float8: what a product multiplies.
@@ -47,40 +56,47 @@ class Matrix(NamedTuple):
 
     def integers(self, group: int | None) -> Array:
         """The codes with zero points and integer scales applied: int8, or float8."""
-        q, length = self.codes, self.codes.shape[1]
-        whole = group is not None and length % group == 0 and length > group
-        if (
-            whole and self.zero is not None
-        ):  # reshaped first of all, so that no loop divides by the group size
-            q = q.reshape(q.shape[0], -1, group)
-        for part, combine in ((self.zero, jnp.subtract), (self.group_scale, jnp.multiply)):
-            if part is not None:
-                q = combine(
-                    q.astype(jnp.int8),
-                    part[:, :, None] if q.ndim == 3 else _spread(part, group, length),
-                )
+        length = self.codes.shape[1]
+        whole_groups = group is not None and length % group == 0 and length > group
+        # Groups become an axis before all else: spread scales would divide by the group size in the
+        # compiled loop over channels.
+        by_group = whole_groups and self.zero is not None
+        q = self.codes.reshape(self.codes.shape[0], -1, group) if by_group else self.codes
+
+        def of_channels(scales: Array) -> Array:
+            return scales[:, :, None] if by_group else _spread(scales, group, length)
+
+        if self.zero is not None:
+            q = q.astype(jnp.int8) - of_channels(self.zero)
+        if self.group_scale is not None:
+            q = q.astype(jnp.int8) * of_channels(self.group_scale)
         return q.reshape(-1, length)
 
     def columns(self, number: Any, first: Any, length: int) -> "Matrix":
         """One group as a matrix: its number, its first channel, its length."""
 
-        def own(x: Any, first: Any, length: int) -> Any:
-            return None if x is None else lax.dynamic_slice_in_dim(x, first, length, 1)
+        def part(x: Any, start: Any, size: int) -> Any:
+            return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
 
-        scales = [own(x, number, 1) for x in (self.zero, self.group_scale, self.scale)]
         return Matrix(
-            own(self.codes, first, length), scales[0], scales[1], scales[2], self.input_scale
+            codes=part(self.codes, first, length),
+            zero=part(self.zero, number, 1),
+            group_scale=part(self.group_scale, number, 1),
+            scale=part(self.scale, number, 1),
+            input_scale=self.input_scale,
         )
 
     def dequantized(self, group: int | None) -> Float[Array, "outputs inner"]:
         """The float32 matrix."""
-        return self.integers(group).astype(jnp.float32) * _spread(
-            self.scale, group, self.codes.shape[1]
-        )
+        scale = _spread(self.scale, group, self.codes.shape[1])
+        return self.integers(group).astype(jnp.float32) * scale
 
 
 def _spread(x: Array, group: int | None, length: int) -> Array:
-    """Scales of groups, repeated for every channel. Whole groups are a broadcast, which compilers fuse."""
+    """Scales of groups, repeated for every channel: (7, 3) in groups of 4 becomes (7, 10).
+
+    For whole groups this is a broadcast, which compilers fuse into what reads it.
+    """
     if group is None or x.shape[1] == 1:
         return x
     return jnp.repeat(x, group, axis=1)[:, :length]
@@ -104,18 +120,17 @@ def product(
     q = to_format(x, x_scale, fmt)
     if recipe.group is not None and matrix.scale.shape[1] > 1:
         return _in_groups(q, matrix, recipe.group) * x_scale
-    return (
-        narrow_dot(q, matrix.integers(recipe.group)).astype(jnp.float32) * x_scale * matrix.scale.T
-    )
+    sums = narrow_dot(q, matrix.integers(recipe.group))
+    return sums.astype(jnp.float32) * x_scale * matrix.scale.T
 
 
 @product.defjvp
 def _straight_through(recipe, primals, tangents):
+    """The derivative of the float product, because that of rounding is 0 almost everywhere."""
     x, matrix = primals
     dx = tangents[0].astype(jnp.float32)
-    return product(recipe, x, matrix), lax.dot_general(
-        dx, matrix.dequantized(recipe.group), LAST_AXES
-    )
+    weight = matrix.dequantized(recipe.group)
+    return product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
 
 
 def activation_scale(
@@ -124,7 +139,13 @@ def activation_scale(
     input_scale: Float[Array, ""] | None,
     fmt: Format,
 ) -> Float[Array, "..."]:
-    """absmax / bound of each row (rows, 1), of the whole array (1, 1), or the given static scale (1, 1)."""
+    """absmax / bound of each row, (rows, 1), or of the whole array, (1, 1); or the static scale.
+
+    The static scale is `input_scale` as (1, 1).
+
+    Raises:
+        ValueError: static activations without an `input_scale`.
+    """
     if activations == "static":
         if input_scale is None:
             raise ValueError(
@@ -132,57 +153,77 @@ def activation_scale(
             )
         return input_scale.reshape(1, 1)
     axis = 1 if activations == "per_token" else None
-    return scale_from_absmax(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0), fmt)
+    absmax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
+    return scale_from_absmax(absmax, fmt)
 
 
 def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outputs"]:
-    """The sum over the groups of (q . codes) * scale."""
+    """The sum over the groups of (q . codes) * scale; a shorter last group is added by itself."""
     groups, tail = divmod(q.shape[1], group)
-    at_once, one_by_one = (partial(f, group=group, groups=groups) for f in (_at_once, _one_by_one))
-    total = lax.platform_dependent(q, matrix, cpu=one_by_one, default=at_once)
+    on_cpu = partial(_one_by_one, group=group, groups=groups)
+    otherwise = partial(_at_once, group=group, groups=groups)
+    total = lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
     if not tail:
         return total
     last = matrix.columns(groups, groups * group, tail)
-    return total + narrow_dot(q[:, -tail:], last.integers(None)).astype(jnp.float32) * last.scale.T
+    sums = narrow_dot(q[:, -tail:], last.integers(None))
+    return total + sums.astype(jnp.float32) * last.scale.T
 
 
 def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
     """All whole groups in one batched product."""
-    codes = matrix.integers(group)
-    split = [x[:, : groups * group].reshape(x.shape[0], groups, group) for x in (q, codes)]
-    sums = jax.vmap(narrow_dot, in_axes=1)(*split)
-    return jnp.sum(sums.astype(jnp.float32) * matrix.scale[:, :groups].T[:, None, :], axis=0)
+
+    def by_group(x):
+        return x[:, : groups * group].reshape(x.shape[0], groups, group)
+
+    codes = by_group(matrix.integers(group))
+    sums = jax.vmap(narrow_dot, in_axes=1)(by_group(q), codes)
+    scale = matrix.scale[:, :groups].T[:, None, :]
+    return jnp.sum(sums.astype(jnp.float32) * scale, axis=0)
 
 
 def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
-    """A loop over the whole groups: XLA:CPU would transpose all of the weight for a batched product."""
+    """A loop over the whole groups, for CPUs.
+
+    Not `_at_once`, because XLA:CPU would transpose all of the weight for a batched product.
+    """
 
     def product_of(number, mine):
         own = matrix.columns(number, number * group, group)
-        return narrow_dot(mine, own.integers(None)).astype(jnp.float32) * own.scale.T
+        sums = narrow_dot(mine, own.integers(None))
+        return sums.astype(jnp.float32) * own.scale.T
 
-    # It starts with a group, not with zeros: in a shard_map the sum differs from device to device,
-    # as zeros do not.
+    def add(total, numbered):
+        return total + product_of(*numbered), None
+
     of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
+    # The sum starts with a group, not with zeros, because in a shard_map it differs from device to
+    # device, and zeros do not: the loop's carry would change its type.
+    first = product_of(0, of_groups[0])
     rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
-    return lax.scan(
-        lambda total, this: (total + product_of(*this), None), product_of(0, of_groups[0]), rest
-    )[0]
+    total, _ = lax.scan(add, first, rest)
+    return total
 
 
 def weight_only(
     x: Float[Array, "rows inner"], matrix: Matrix, group: int | None
 ) -> Float[Array, "rows outputs"]:
-    """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of."""
+    """x @ W.T for a float x, in the form that a platform's compiler makes a fast program of.
+
+    On a CPU a few rows are multiplied digit by digit: see `_by_digits`.
+    """
     few = DIGIT_ROWS if matrix.scale.shape[1] == 1 else FEW_ROWS
     if x.shape[0] > few or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
         return _converted(x, matrix, group)
-    on_cpu, otherwise = partial(_by_digits, group=group), partial(_converted, group=group)
+    on_cpu = partial(_by_digits, group=group)
+    otherwise = partial(_converted, group=group)
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)
 
 
 def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
-    """The codes are converted in the product, scales come after the sum: GPU compilers fuse the conversion.
+    """x @ W.T, the codes converted to x's dtype in the product, scales after the sum.
+
+    GPU compilers fuse the conversion, so that no float copy of the weight is written.
 
     In groups, a few rows are multiplied group by group; for one row (one loop, fused), for more
     than `FEW_ROWS`, or with a shorter last group, the weight is dequantized to x's dtype first.
@@ -202,69 +243,81 @@ def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
 
 
 def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
-    """x as three int8 digits to the base 254, each multiplied in int8: x = s (q1 + q2 / 254 + q3 / 254^2).
+    """x as three int8 digits to the base 254, each multiplied in int8: see `three_digits`.
 
-    What is left out is at most s / (2 * 254^2), 2^-24 of the row's absmax: less than float32
-    rounds. XLA:CPU would write a float copy of the whole weight for a float product.
+    For CPUs, because XLA:CPU would write a float copy of the whole weight for a float product.
     """
     q, scales = three_digits(x)
     if group is not None and matrix.scale.shape[1] > 1:
         sums = _in_groups(q, matrix, group)
     else:
         sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
-    return jnp.sum((sums * scales).reshape(3, x.shape[0], sums.shape[1]), axis=0)
+    by_digit = (sums * scales).reshape(3, x.shape[0], sums.shape[1])
+    return jnp.sum(by_digit, axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def ragged_product(
     recipe: Recipe, x: Float[Array, "rows inner"], stack: Matrix, group_sizes: Int[Array, " stack"]
 ) -> Float[Array, "rows outputs"]:
-    """As `product`, with the matrix of a stack (a `Matrix` of arrays with that axis first) that each row's group has.
+    """As `product`, with a matrix of a stack for each row: that of the group which the row is in.
 
     Quantized activations need weights per channel.
+
+    Args:
+        recipe: how the product runs.
+        x: the rows, group after group.
+        stack: a `Matrix` of arrays with an axis for the stack before the others.
+        group_sizes: how many rows meet each matrix.
     """
-    row = _group_of_row(group_sizes, x.shape[0])
     if stack.scale.shape[2] > 1:
-        return _ragged(x, _dequantized(recipe, stack).astype(x.dtype), group_sizes, jnp.float32)
+        weight = _dequantized(recipe, stack).astype(x.dtype)
+        return _ragged(x, weight, group_sizes, jnp.float32)
+    row = _group_of_row(group_sizes, x.shape[0])
+    scale = stack.scale[row, :, 0]
     codes = jax.vmap(partial(Matrix.integers, group=recipe.group))(stack)
     if recipe.activations is None:
-        return _ragged(x, codes.astype(x.dtype), group_sizes, jnp.float32) * stack.scale[row, :, 0]
+        return _ragged(x, codes.astype(x.dtype), group_sizes, jnp.float32) * scale
     fmt = FORMATS[recipe.fmt]
     if recipe.activations == "static" and stack.input_scale is not None:
         x_scale = stack.input_scale[row][:, None]
     else:
         x_scale = activation_scale(x, recipe.activations, stack.input_scale, fmt)
-    kind = jnp.float32 if fmt.floating else jnp.int32
-    sums = _ragged(
-        to_format(x, x_scale, fmt),
-        codes if fmt.floating else codes.astype(jnp.int8),
-        group_sizes,
-        kind,
-    )
-    return sums.astype(jnp.float32) * x_scale * stack.scale[row, :, 0]
+    q = to_format(x, x_scale, fmt)
+    if fmt.floating:
+        sums = _ragged(q, codes, group_sizes, jnp.float32)
+    else:
+        sums = _ragged(q, codes.astype(jnp.int8), group_sizes, jnp.int32)
+    return sums.astype(jnp.float32) * x_scale * scale
 
 
 @ragged_product.defjvp
 def _ragged_straight_through(recipe, primals, tangents):
+    """The derivative of the float product, as for `product`."""
     _, stack, group_sizes = primals
-    weight, dx = _dequantized(recipe, stack), tangents[0].astype(jnp.float32)
-    return ragged_product(recipe, *primals), _ragged(dx, weight, group_sizes, None)
+    dx = tangents[0].astype(jnp.float32)
+    tangent = _ragged(dx, _dequantized(recipe, stack), group_sizes, None)
+    return ragged_product(recipe, *primals), tangent
 
 
 def _dequantized(recipe: Recipe, stack: Any) -> Float[Array, "stack outputs inner"]:
+    """The float32 matrices of a stack."""
     return jax.vmap(partial(Matrix.dequantized, group=recipe.group))(stack)
 
 
 def _ragged(x: Array, values: Array, group_sizes: Array, dtype: Any) -> Array:
-    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+    """Each row of x times its own matrix of `values` (stack, outputs, inner), transposed."""
+    contracted_last = (((1,), (2,)), ((), ()))
+    numbers = lax.RaggedDotDimensionNumbers(contracted_last, (0,), (0,))
     return lax.ragged_dot_general(x, values, group_sizes, numbers, preferred_element_type=dtype)
 
 
 def _group_of_row(group_sizes: Array, rows: int) -> Array:
-    """Which group each row belongs to: the first whose end lies beyond it."""
+    """Which group each row belongs to: the first whose end lies beyond it.
+
+    For group sizes (2, 0, 1) and 4 rows: 0, 0, 2, 2. Rows beyond all groups count to the last one.
+    """
     ends = jnp.cumsum(group_sizes)
-    last = jnp.int32(group_sizes.shape[0] - 1)
-    return jnp.minimum(
-        jnp.searchsorted(ends, jnp.arange(rows, dtype=ends.dtype), side="right").astype(jnp.int32),
-        last,
-    )
+    numbers = jnp.arange(rows, dtype=ends.dtype)
+    group = jnp.searchsorted(ends, numbers, side="right").astype(jnp.int32)
+    return jnp.minimum(group, jnp.int32(group_sizes.shape[0] - 1))
