@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import schemes_in_numpy as oracle
+from quick import slow_but
 
 import sqjax as sq
 from sqjax.numerics.dots import LONGEST_CONTRACTION
@@ -35,7 +36,8 @@ PRESETS = {
     ),
     "W4A8 symmetric": sq.Scheme(weight=sq.Int4(group_size=32)),
 }
-presets = pytest.mark.parametrize("name", PRESETS)
+QUICK = ("W8A8_O1", "W8A8_O3", "W8A16", "FP8 static in groups", "W4A16_G64", "W4A8")
+presets = pytest.mark.parametrize("name", slow_but(QUICK, PRESETS))
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -250,7 +252,7 @@ def with_large_channels(scheme):
     return settled_x, settled_w
 
 
-@pytest.mark.parametrize("name", OUTLIERS)
+@pytest.mark.parametrize("name", slow_but(("per_tensor", "static", "W4A8"), OUTLIERS))
 def test_outlier_channels_are_multiplied_in_float(name):
     scheme = OUTLIERS[name]
     x, w = with_large_channels(scheme)

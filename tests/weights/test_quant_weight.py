@@ -13,6 +13,7 @@ import schemes_in_numpy as oracle
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from quick import slow_but
 
 import sqjax as sq
 from sqjax.weights.qtensor import QTensor
@@ -34,7 +35,9 @@ FORMATS = {
 #: Relative error of a chain of two products: a few times that of one rounding, 2^-3 for the coarsest format.
 ERRORS = {"e5m2": 0.25, "e4m3": 0.12, "int4": 0.25, "two_level": 0.25}
 OUTLIERS = np.where((np.arange(64) == 3) | (np.arange(64) == 17), 10.0, 1.0).astype(np.float32)
-each_format = pytest.mark.parametrize("name", FORMATS)
+#: A leaf of every kind: with a static scale, smoothing, outliers, groups and integer scales, float8.
+QUICK = ("static", "smoothing", "outliers", "two_level", "e4m3")
+each_format = pytest.mark.parametrize("name", slow_but(QUICK, FORMATS))
 
 
 def normal(*shape, seed=0):
