@@ -133,7 +133,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EXPECTED)  # those of GPUs: test_gpu_tables.py
 def test_the_layout(name):
     rows, titles, lines = EXPECTED[name]
     assert LAYOUTS[name](rows) == Table(titles, lines)
