@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from slow import slow_except
 
 import sqjax as sq
 from sqjax._trees import named_leaves
@@ -421,7 +422,7 @@ LAWFUL = [
     dropout,
     batch_norm,
     llama,
-    pytest.param(opt, marks=pytest.mark.huggingface),
+    pytest.param(opt, marks=[pytest.mark.huggingface, pytest.mark.slow]),
     nnx_network,
     leaky_relu,
     wrapped,
@@ -457,46 +458,38 @@ def test_groups_are_those_written_by_hand(build):
     }
 
 
-@functools.cache
-def folds_and_runs(build):
-    """(params, s, args) to the folded parameters and what fn gives with them, compiled once for all tests."""
+@pytest.mark.parametrize(
+    "build", slow_except(LAWFUL, attention, fused_qkv, in_bfloat16, channels_mixed_up)
+)
+def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
+    """One compiled program folds and runs at s = 1, at powers of two and at any scales."""
     case, graph = found(build)
-    return jax.jit(
+    run = jax.jit(
         lambda params, s, args: (folded := sq.fold(params, graph, s), case.fn(folded, *args))
     )
-
-
-def fold_and_run(build, draw):
-    """(fn at s = 1, fn at the drawn s) by one compiled program; every leaf of every group has changed."""
-    (case, graph), run = found(build), folds_and_runs(build)
-    ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
-    drawn = {g.name: jnp.asarray(draw(g.size), jnp.float32) for g in graph.groups}
-    results = [run(case.params, s, case.args) for s in (ones, drawn)]
-    before, after = (named_leaves(folded)[:2] for folded, _ in results)
-    before, after = dict(zip(*before, strict=True)), dict(zip(*after, strict=True))
-    for path in {path for g in graph.groups for path, _ in g.leaves}:
-        assert not np.array_equal(before[path], after[path]), path
-        assert (before[path].shape, before[path].dtype) == (after[path].shape, after[path].dtype)
-    return [jax.tree.leaves(out) for _, out in results]
-
-
-@pytest.mark.parametrize("build", LAWFUL)
-def test_powers_of_two_change_no_bit(build):
     rng = np.random.default_rng(0)
-    expected, got = fold_and_run(
-        build, lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n))
+    draws = (
+        np.ones,
+        lambda n: 2.0 ** (rng.integers(1, 4, n) * rng.choice([-1, 1], n)),
+        lambda n: rng.uniform(0.3, 3, n),
     )
-    for a, b in zip(expected, got, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("build", LAWFUL)
-def test_any_scale_changes_only_rounding(build):
-    rng = np.random.default_rng(1)
-    expected, got = fold_and_run(build, lambda n: rng.uniform(0.3, 3, n))
+    trees, results = [], []
+    for draw in draws:
+        s = {g.name: jnp.asarray(draw(g.size), jnp.float32) for g in graph.groups}
+        folded, out = run(case.params, s, case.args)
+        paths, leaves, _ = named_leaves(folded)
+        trees.append(dict(zip(paths, leaves, strict=True)))
+        results.append(jax.tree.leaves(out))
+    before, *folds = trees
+    for path in {path for g in graph.groups for path, _ in g.leaves}:
+        for after in folds:
+            assert not np.array_equal(before[path], after[path]), path
+            assert before[path].shape == after[path].shape
+            assert before[path].dtype == after[path].dtype
     coarse = build in (in_bfloat16, cast_inside)
-    for a, b in zip(expected, got, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    for expected, exact, rounded in zip(*results, strict=True):
+        np.testing.assert_array_equal(expected, exact)
+        a, b = np.asarray(expected, np.float64), np.asarray(rounded, np.float64)
         assert np.abs(a - b).max() <= (5e-2 if coarse else 1e-5) * np.abs(a).max()
 
 
@@ -1047,6 +1040,7 @@ def test_a_search_that_would_branch_for_ever_gives_up(monkeypatch):
         assert len(reason) < 2000
 
 
+@pytest.mark.slow
 def test_the_search_is_linear_in_the_layers(monkeypatch):
     """A 32-layer Llama of realistic widths, by shapes alone: its time, and how often labels are spread over a site."""
     spread, of_site = [], Stack.of_site

@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from slow import slow_except
 
 import sqjax as sq
 from sqjax._trees import named_leaves
@@ -132,8 +133,10 @@ def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
     assert not np.allclose(smoothed["gain"], STACKED["gain"])
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "smooth"),
+    slow_except([(s, smooth) for s in SCHEMES for smooth in (False, True)], ("O3", True)),
+)
 def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     results = []
     for fn, params, stats in zip(
@@ -448,7 +451,10 @@ def test_groups_are_those_written_by_hand(build):
     assert len(stats.graph.sites) == case.sites
 
 
-@pytest.mark.parametrize("build", [b for b in CASES if b().groups])
+@pytest.mark.parametrize(
+    "build",
+    slow_except([b for b in CASES if b().groups], plain, transposed_and_cast, offset_gains),
+)
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     """Other scales at every layer, so that layers that were mixed up would show."""
     case, stats = found(build)
@@ -473,8 +479,8 @@ def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
         assert np.abs(a - c).max() <= coarse * np.abs(a).max()
 
 
-@pytest.mark.parametrize("scheme", ["O1", "O3"])
-@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize("scheme", slow_except(["O1", "O3"], "O3"))
+@pytest.mark.parametrize("build", slow_except(CASES, nested, the_whole_stack_twice))
 def test_every_site_runs_in_int8(build, scheme):
     case, stats = found(build)
     qparams = sq.quantize(case.params, stats, SCHEMES[scheme])
