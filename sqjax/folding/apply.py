@@ -21,14 +21,7 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
     """
     paths, leaves, _ = named_leaves(params)
     got, expected = dict(zip(paths, leaves, strict=True)), dict(graph.leaves)
-    missing = [path for path in expected if path not in got]
-    new = [path for path in got if path not in expected]
-    problems = [f"{path}: expected {expected[path]}, missing" for path in missing]
-    problems += [f"{path}: not in the calibrated tree" for path in new]
-    for path, leaf in got.items():
-        shape = tuple(jnp.shape(leaf))
-        if path in expected and shape != expected[path]:
-            problems.append(f"{path}: expected shape {expected[path]}, got {shape}")
+    problems = _differences(got, expected)
     if problems:
         listed = "\n  ".join(problems[:10])
         raise ValueError(
@@ -36,6 +29,22 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
             f"calibrate this model, or pass its own Stats:\n  {listed}"
         )
     return got
+
+
+def _differences(got: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with leaves, where leaves of these shapes are expected: one line each."""
+    problems: list[str] = []
+    for path in expected:
+        if path not in got:
+            problems.append(f"{path}: expected {expected[path]}, missing")
+    for path in got:
+        if path not in expected:
+            problems.append(f"{path}: not in the calibrated tree")
+    for path, leaf in got.items():
+        shape = tuple(jnp.shape(leaf))
+        if path in expected and shape != expected[path]:
+            problems.append(f"{path}: expected shape {expected[path]}, got {shape}")
+    return problems
 
 
 def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
@@ -49,6 +58,7 @@ def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         if group.name not in s:
             continue
         with_one = _with_one(s[group.name])
+        # Different groups scale different channels of a site, so the other one's factor is 1.
         for path, labels in group.sites:
             factor = with_one[labels.array]
             factors[path] = factors[path] * factor if path in factors else factor

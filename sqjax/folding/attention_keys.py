@@ -49,7 +49,7 @@ def find_keys(survey: Survey) -> list[Keys]:
             continue
         for side in sides_of(program, equation):
             if not isinstance(side.var, Var) or side.var in met:
-                continue
+                continue  # a literal, or keys whose scales another product has found
             if not normalised_over(program, equation, side.out):
                 continue
             names = {keys.site.path for keys in found}

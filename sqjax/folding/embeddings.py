@@ -55,10 +55,12 @@ def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     view = program.views[var]
     if equation.name != "gather" or equation.inputs[0] != var:
         return False
+    # A transposed or sliced leaf has no rows to look up.
     if len(view.shape) < 2 or view != View.of(view.path, view.shape):
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     one_row = (1, *view.shape[1:])
+    # Indices along the first axis, one row for each.
     if tuple(numbers.start_index_map) != (0,) or tuple(sizes) != one_row:
         return False
     return rows_last(numbers, len(program.shape(equation.inputs[1])))

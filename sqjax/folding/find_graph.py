@@ -40,7 +40,7 @@ def find_graph(
     return Graph(
         leaves=tuple(leaves.items()),
         sites=tuple(dict.fromkeys(place.site for place in survey.places)),
-        groups=(*groups, *(k.group for k in keys)),
+        groups=(*groups, *(found.group for found in keys)),
         refused=tuple(refused.items()),
         offsets=tuple(offsets.items()),
         ways=tuple(ways.items()),

@@ -171,12 +171,7 @@ class Graph(NamedTuple):
         if groups == "norm":
             return tuple(group for group in of_sites if group.norm)
         patterns = [groups] if isinstance(groups, str) else list(groups)
-        paths: list[str] = []
-        for group in of_sites:
-            paths += dict(group.sites)
-        found = first_matches(patterns, paths, "groups pattern")
-        chosen = {path for path, pattern in found.items() if pattern is not None}
-        return tuple(group for group in of_sites if not chosen.isdisjoint(dict(group.sites)))
+        return _matching(of_sites, patterns)
 
     def explain(self, path: str) -> str:
         """Why a leaf is in a group, in which part, or in none: the equations of the program, with
@@ -194,8 +189,9 @@ class Graph(NamedTuple):
         for group in self.groups:
             lines += group.account(path)
         ways = dict(self.ways)
+        # A refused site may be one of a stack of matrices, path[3], whose leaf is path.
         for leaf, reason in self.refused:
-            if leaf == path or leaf.startswith(f"{path}["):  # one of a stack of matrices
+            if leaf == path or leaf.startswith(f"{path}["):
                 lines.append(f"{leaf} is in no group: {reason}")
                 lines += _steps("its activation", ways.get(leaf, ()))
         if not lines:
@@ -213,6 +209,19 @@ class Graph(NamedTuple):
                 lines.append(f"  {scales}  {absorbers}  {sites}")
         lines += [f"  refused {path}: {reason}" for path, reason in self.refused]
         return "\n".join(lines)
+
+
+def _matching(groups: tuple[Group, ...], patterns: list[str]) -> tuple[Group, ...]:
+    """The groups with a site whose path matches one of these patterns, each of which must match."""
+    paths: list[str] = []
+    for group in groups:
+        paths += dict(group.sites)
+    found = first_matches(patterns, paths, "groups pattern")
+    chosen = []
+    for group in groups:
+        if any(found[path] is not None for path, _ in group.sites):
+            chosen.append(group)
+    return tuple(chosen)
 
 
 def _steps(start: str, way: tuple[str, ...]) -> list[str]:

@@ -96,7 +96,7 @@ def close_labels(
     closure = Closure(question, Ties(np.arange(channels)))
     divided = -1 - np.arange(channels).reshape(sizes)
     closure.put(activation, put_axes(divided, axes, len(program.shape(activation))))
-    closure = closure.close()
+    closure = closure.close()  # another one, if there was a choice
     found = closure.numbered()
     if activation not in found:
         raise Refused("it holds only zeros" if channels else "it has no channels")
@@ -173,6 +173,7 @@ def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> 
     """
     sites: dict[str, Labels] = {}
     known: dict[str, np.ndarray] = {}  # which channels of a site some place has read
+    # Only these sites are looked at, because each look costs as much as the site has channels.
     labelled = {place.site.path for place in survey.places if place.activation in found}
     for place in survey.places:
         path = place.site.path
@@ -181,7 +182,7 @@ def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> 
         labels = _at_place(stack, place, found.get(place.activation))
         reads = np.zeros(place.site.channels, bool)
         reads[place.entry] = True
-        if path in sites:
+        if path in sites:  # an earlier place has read other channels of it, or the same
             twice = reads & known[path]
             if (twice & (sites[path] != labels)).any():
                 raise Refused(

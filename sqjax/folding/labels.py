@@ -47,7 +47,9 @@ def compress(labels: Labels) -> Labels:
 
 
 def other_axes(ndim: int, axes: Sequence[int]) -> list[int]:
-    """The axes of an array of this rank that are not among `axes`: of rank 3 and [1] these are [0, 2]."""
+    """The axes of an array of this rank that are not among `axes`: of rank 3 and [1] these are [0,
+    2].
+    """
     return [a for a in range(ndim) if a not in axes]
 
 

@@ -75,8 +75,7 @@ class Claim(NamedTuple):
 Law = Callable[[Claim], bool]
 
 
-# Label arrays, compared
-# ---------------------------------------------------------------------------------------------
+# Label arrays, compared ---------------------------------------------------------------------------
 # `np.broadcast_to` writes a label array out at its variable's shape, but stores nothing more: along
 # an axis where the labels are repeated its stride is 0. NumPy's transposes, slices and flips keep
 # such strides. So the laws of movements can be stated on whole arrays, as plain NumPy, and cost
@@ -121,7 +120,8 @@ def _all_carry(terms: Iterable[tuple[int, Labels]], labels: Labels) -> bool:
 
 def _other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
     """The axes of an array of this rank that are not among `axes`."""
-    return tuple(a for a in range(ndim) if a not in tuple(axes))
+    gone = tuple(axes)
+    return tuple(a for a in range(ndim) if a not in gone)
 
 
 def _beside(labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
@@ -208,7 +208,7 @@ def _gathered(params: dict, x: Labels, y: Labels) -> bool:
     fill = params["fill_value"]
     if fill not in (None, 0) and not np.isnan(fill):
         return False
-    if x.size == 0:
+    if x.size == 0:  # every index is out of range: there is the fill value only
         return not y.any()
     whole = _taken_whole(params, x.shape)
     picked = _other_axes(x.ndim, whole)
@@ -239,6 +239,7 @@ def _movement(statement: Callable[[dict, Labels, Labels], bool]) -> Law:
 
     def law(claim: Claim) -> bool:
         program, equation = claim.program, claim.equation
+        # What a cast makes of s x is s times what it makes of x among floats only.
         floats = map(program.is_float, (equation.inputs[0], equation.outputs[0]))
         if not all(floats) or any(map(np.any, claim.xs[1:])):
             return False
@@ -342,6 +343,7 @@ def _product(a: Labels, b: Labels) -> Labels | None:
     label: None.
     """
     a, b = np.broadcast_arrays(a, b)
+    # Two labels of one sign would be s[0] s[1]; opposite ones of two channels s[0] / s[1].
     lawful = (a == 0) | (b == 0) | (a == -b)
     return np.asarray(a + b) if lawful.all() else None
 
@@ -430,7 +432,7 @@ LAWS: dict[str, Law] = {
     "dynamic_slice": _movement(_sliced_anywhere),
     "gather": _movement(_gathered),
     **dict.fromkeys(("cumsum", "cummax", "cummin"), _movement(_accumulated)),
-    # s > 0 comes out of a sign or a magnitude: |s x| = s |x|.
+    # s > 0 comes out of a negation and of a magnitude: |s x| = s |x|.
     **dict.fromkeys(("neg", "abs"), _movement(_kept)),
     **dict.fromkeys(
         ("convert_element_type", "reduce_precision", "copy", "copy_p"), _movement(_kept)

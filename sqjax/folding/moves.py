@@ -175,6 +175,7 @@ def _undo_dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape, ti
 
 def _undo_gather(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
     whole = _whole_axes(params, old)
+    # A row may be read by several indices, or by none, so all rows share their labels.
     result_axes = [b for _, b in whole]
     tied = tie(labels, other_axes(len(new), result_axes))
     return put_axes(take_axes(tied, result_axes), [a for a, _ in whole], len(old))

@@ -72,6 +72,7 @@ class Stack(NamedTuple):
         places = enumerate(view.leaf_axes or ())
         axes = {i: axis for i, axis in places if axis is not None}
         own = take_axes(labels, list(axes))
+        # In a shard_map the variable is one device's block, and every block carries these labels.
         spread = put_axes(own, list(axes.values()), ndim)
         whole = _repeated(spread, view.shape, view.full_shape)
         return self.along(whole, _strides(view, range(ndim)), view.full_shape)
@@ -109,6 +110,7 @@ class Stack(NamedTuple):
                 to the next)}.
             shape: the array's.
         """
+        # Steps of several scopes are counted like the digits of a number, the outermost first.
         step = np.zeros((1,) * labels.ndim, int)
         for scope, length in zip(self.scopes, self.steps, strict=True):
             axis, stride = where[scope]

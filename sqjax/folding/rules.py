@@ -171,7 +171,7 @@ def _multiply(c: Closure, e: Equation) -> None:
     """
     y = e.outputs[0]
     scaled = [x for x in e.inputs if c[x] is not None]
-    if len(scaled) == 2:
+    if len(scaled) == 2:  # s times s: there is no label for a square
         raise Refused(f"{e} multiplies two values of that scale")
     for x in scaled:
         c.carry(x, y, lambda labels: _as_rank(labels, c.rank(y)))
@@ -185,6 +185,7 @@ def _divide(c: Closure, e: Equation) -> None:
     """The result carries the labels of the numerator."""
     x, divisor = e.inputs
     y = e.outputs[0]
+    # The quotient could carry the opposite labels; but that is not looked for.
     if c[divisor] is not None:
         raise Refused(f"{e} divides by it")
     c.carry(x, y, lambda labels: _as_rank(labels, c.rank(y)))
@@ -229,7 +230,7 @@ def _dot(c: Closure, e: Equation) -> None:
     for me, other in (sides, sides[::-1]):
         labels = c[me.var]
         if labels is None or _cancelled(labels, c[other.var]):
-            continue
+            continue  # nothing of this operand's scale is left in the product
         if _must_cancel(c, labels, me, other):
             _meet(c, e, labels, me, other)
         else:
@@ -261,6 +262,7 @@ def _must_cancel(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
 
 def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
     """Puts the opposite labels on the other operand: [[-1, -2]] of h becomes [[1], [2]] of w."""
+    # One weight w[c, j] meets h[t, c] of every token t, so all of them must have one label.
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
     operands = [v for v in (me.var, other.var) if isinstance(v, Var)]
@@ -274,6 +276,7 @@ def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> Non
 def _carry(c: Closure, e: Equation, labels: Labels, me: Side) -> None:
     """Puts an operand's labels on the product."""
     y = e.outputs[0]
+    # Which matrix of a stack a row meets is not known here, so all of them share their labels.
     labels = c.tie_along(labels, me.stack)
     passing = lab.take_axes(labels, me.batch + me.free)
     axes = (*range(len(me.batch)), *me.out)
@@ -282,7 +285,7 @@ def _carry(c: Closure, e: Equation, labels: Labels, me: Side) -> None:
 
 def _carry_back(c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side]) -> None:
     """Labels of a product are those of one factor."""
-    if len(carriers) == 2:
+    if len(carriers) == 2:  # s times s
         raise Refused(f"{e} multiplies two values of that scale")
     if carriers:
         c.put(carriers[0].var, _into(c, labels, carriers[0]))
@@ -302,6 +305,7 @@ def _into(c: Closure, labels: Labels, side: Side) -> Labels:
     return lab.put_axes(passing, side.batch + side.free, c.rank(side.var))
 
 
+# A primitive that is not here stands in the way of any scale.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(IDENTITIES, _pairwise),

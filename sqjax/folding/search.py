@@ -140,6 +140,7 @@ class Closure:
         Raises:
             Refused: it is a literal, or can not carry such labels.
         """
+        # A zero is zero at any scale, so it needs no label and carries any.
         if labels is None or not labels.any() or self.program.is_zero(atom):
             return
         if not isinstance(atom, Var):
@@ -152,6 +153,8 @@ class Closure:
             merged = self.ties.of(labels)
         else:
             merged = self.ties.of(self._merged(old, labels))
+        # Only what is new wakes equations, so the search ends. Ties that merging has just made are
+        # no news: they hold for all variables at once.
         if old is None or not np.array_equal(merged, self.ties.of(old)):
             self.labels[atom] = merged
             self._queue.extend(self.program.touching(atom))
@@ -260,7 +263,7 @@ class Closure:
         reasons: list[str] = []
         for atom, labels in options:
             if not isinstance(atom, Var):
-                continue
+                continue  # a literal can not be scaled
             try:
                 self._admit(atom, labels)
             except Refused as refused:
@@ -279,6 +282,7 @@ class Closure:
             var, labels = option
             return -self._distinct(var, labels), var not in self.program.from_leaves
 
+        # Labels that arrive before the queue is empty may decide it.
         self._undecided.append((equation, sorted(possible, key=rank)))
 
     def _distinct(self, var: Var, labels: Labels) -> int:
@@ -301,6 +305,7 @@ class Closure:
             self._visit(self._queue.popleft())
         while self._undecided:
             equation, options = self._undecided.pop()
+            # By labels that reached one of the options in another way.
             decided = any(self[var] is not None for var, _ in options)
             if not decided:
                 return self._branch(equation, options)
@@ -314,6 +319,7 @@ class Closure:
         try:
             self.question.rules[equation.name](self, equation)
         except Refused as refused:
+            # A refusal of a branch brings its own way, which leads further than this equation.
             refused.way = refused.way or self.way_to(equation)
             raise refused.at(equation).beside(self.rejected) from None
 
@@ -348,8 +354,9 @@ class Closure:
             atoms = (*equation.inputs, *equation.outputs)
             labelled = [v for v in atoms if isinstance(v, Var) and v in order]
             if not labelled:
-                break
-            cause = self.causes[min(labelled, key=order.__getitem__)]
+                break  # refused before any label was put
+            first = min(labelled, key=order.__getitem__)
+            cause = self.causes[first]
             equation = None if cause is equation else cause
         return tuple(way)
 

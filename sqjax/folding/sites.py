@@ -133,7 +133,7 @@ def _of_matmul(program: Program, equation: Equation) -> tuple[list[Place], dict[
     places: list[Place] = []
     refused: dict[str, str] = {}
     sides = sides_of(program, equation)
-    for me, other in (sides, sides[::-1]):
+    for me, other in (sides, sides[::-1]):  # the leaf may be on either side
         if not isinstance(me.var, Var) or me.var not in program.from_leaves:
             refused.update(_picked(program, equation, me.var, other.var))
         elif isinstance(other.var, Var) and other.var not in program.from_leaves:
@@ -165,10 +165,12 @@ def _place(
     if batch is None or not axes:
         maker = program.maker.get(leaf)
         return f"{equation} contracts parts or mixtures of its axes (through {maker})"
+    # An index into a sharded axis picks another matrix on every device.
     sharded = {axis for _, _, axis in view.blocks}
     if any(taken.axis in sharded for taken in view.fixed):
         return f"{equation} multiplies another one of its matrices on every device"
 
+    # The layers that scans run over, or the index of one of them, are batch axes too.
     batch = (*(taken.axis for taken in view.taken), *batch)
     channels = sizes_along(view.full_shape, (*batch, *axes))
     site = Site(view.path, axes, channels, batch)
@@ -178,7 +180,9 @@ def _place(
 def _in_order(
     view: View, mine: Sequence[int], its: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes of a view of a leaf, and the axes that they meet, both in the order of the leaf's axes."""
+    """Axes of a view of a leaf, and the axes that they meet, both in the order of the leaf's
+    axes.
+    """
     order = sorted(range(len(mine)), key=lambda i: view.position_of(mine[i]))
     return sizes_along(mine, order), sizes_along(its, order)
 
@@ -252,7 +256,7 @@ def normalised_over(program: Program, product: Equation, axes: Sequence[int]) ->
     while waiting:
         x = waiting.pop(0)
         for equation in program.readers.get(x, []):
-            if equation.name == "reduce_max":
+            if equation.name == "reduce_max":  # a softmax begins with it
                 return varies(marks[x], equation.params["axes"])
             for result in equation.outputs:
                 if x not in equation.behind(result) or result in marks:
@@ -301,7 +305,7 @@ def _reach(
         path = weights.get(equation.outputs[0])
         body = equation.body
         if path is not None:
-            heads.add(path)
+            heads.add(path)  # and no further: what it reads passes through this site
         elif body is None:
             reaching.update(equation.variables)
         elif isinstance(body.call, ShardMap):

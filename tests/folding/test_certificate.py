@@ -1,4 +1,6 @@
-"""The certificate against a search that is wrong. Its laws for movements are tested in test_movements."""
+"""The certificate against a search that is wrong. Its laws for movements are tested in
+test_movements.
+"""
 
 import ast
 import inspect
@@ -51,7 +53,9 @@ def survey():
 
 
 def exchanged(labels, step):
-    """Labels in which each of the four channels has become the next one (or with -1 the one before)."""
+    """Labels in which each of the four channels has become the next one (or with -1 the one
+    before).
+    """
     channels = (np.abs(labels) - 1 + step) % 4
     return np.where(labels == 0, 0, np.sign(labels) * (channels + 1))
 

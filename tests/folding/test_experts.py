@@ -1,4 +1,6 @@
-"""Mixtures of experts: one scale vector an expert where each has its own activation; int8 matrix by matrix; 1 + w."""
+"""Mixtures of experts: one scale vector an expert where each has its own activation; int8 matrix by
+matrix; 1 + w.
+"""
 
 import functools
 import re
@@ -50,7 +52,7 @@ def calibrate(fn, params, *batches, **kwargs):
         return sq.calibrate(fn, params, batches or [X], **kwargs)
 
 
-# Programs and their groups --------------------------------------------------------------------------------------------
+# Programs and their groups ------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -71,7 +73,9 @@ def chosen(p, h):
 
 
 def every_expert_sees_all():
-    """Dense: all experts run on all tokens, weighed by the router; each has a hidden activation of its own."""
+    """Dense: all experts run on all tokens, weighed by the router; each has a hidden activation of
+    its own.
+    """
 
     def fn(p, x):
         h = normed(p, x)
@@ -84,7 +88,9 @@ def every_expert_sees_all():
 
 
 def contracted_with_the_experts():
-    """The experts' results are added up by the same einsum: experts and channels are contracted together."""
+    """The experts' results are added up by the same einsum: experts and channels are contracted
+    together.
+    """
 
     def fn(p, x):
         h = normed(p, x)
@@ -96,7 +102,9 @@ def contracted_with_the_experts():
 
 
 def dispatched_by_a_mask():
-    """Every expert gets the tokens that chose it, and zeros; the gain before the router is that of all of them."""
+    """Every expert gets the tokens that chose it, and zeros; the gain before the router is that of
+    all of them.
+    """
 
     def fn(p, x):
         h = normed(p, x)
@@ -124,7 +132,9 @@ def dispatched_to_places():
 
 
 def ragged():
-    """Tokens sorted by expert; rows of one array meet different matrices, so all experts share one scale vector."""
+    """Tokens sorted by expert; rows of one array meet different matrices, so all experts share one
+    scale vector.
+    """
 
     def fn(p, x):
         h = normed(p, x)
@@ -274,7 +284,7 @@ def test_every_expert_runs_in_int8(build, scheme):
     )
 
 
-# Statistics and scales of every expert --------------------------------------------------------------------------------
+# Statistics and scales of every expert ------------------------------------------------------------
 
 
 def test_every_expert_has_the_statistics_of_its_own_tokens():
@@ -319,7 +329,7 @@ def test_static_scales_are_one_an_expert():
     assert qparams["router"].input_scale.shape == ()
 
 
-# Experts without tokens -----------------------------------------------------------------------------------------------
+# Experts without tokens ---------------------------------------------------------------------------
 
 
 def avoiding(expert):
@@ -390,7 +400,7 @@ def test_layers_and_experts_are_named_together():
     assert stats.unreached == {"w": ((0, 1), (1, 2))}
 
 
-# int8, against numpy --------------------------------------------------------------------------------------------------
+# int8, against numpy ------------------------------------------------------------------------------
 
 
 def stacked_operands():
@@ -455,7 +465,7 @@ def test_the_gradient_through_experts_is_the_dequantized_one():
         assert not np.allclose(got, 0)
 
 
-# Gains of 1 + w -------------------------------------------------------------------------------------------------------
+# Gains of 1 + w -----------------------------------------------------------------------------------
 
 
 def rms(x):

@@ -1,4 +1,6 @@
-"""What the graph says: its table, `explain`, groups stated by hand, scales between keys and queries."""
+"""What the graph says: its table, `explain`, groups stated by hand, scales between keys and
+queries.
+"""
 
 import re
 
@@ -16,7 +18,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
 
 
-# The table and `explain` ------------------------------------------------------------------------------------------
+# The table and `explain` --------------------------------------------------------------------------
 
 
 def gated(p, x):
@@ -81,7 +83,7 @@ def test_explain_walks_to_what_stands_in_the_way():
         graph.explain("ilde")
 
 
-# Groups stated by hand --------------------------------------------------------------------------------------------
+# Groups stated by hand -----------------------------------------------------------------------------
 
 PRODUCT = {"a": normal(4, 6), "b": normal(4, 6, seed=1), "c": normal(6, 3)}
 BATCH = normal(5, 4)
@@ -129,7 +131,7 @@ def test_a_stated_group_is_proved_too():
         sq.calibrate(fn, PRODUCT, [BATCH], groups={"c": ["a"]})
 
 
-# Keys and queries -------------------------------------------------------------------------------------------------
+# Keys and queries ---------------------------------------------------------------------------------
 
 LLAMA = Model(LlamaConfig(31, 12, 10, 2, 6, 2, 4))
 IDS = jnp.array([[1, 5, 30, 2, 7, 8, 9, 11]])
@@ -240,11 +242,13 @@ def test_a_norm_on_the_keys_absorbs():
     assert not np.array_equal(smoothed["qn"], params["qn"])
 
 
-# Smoothing at run time --------------------------------------------------------------------------------------------
+# Smoothing at run time ----------------------------------------------------------------------------
 
 
 def test_smoothing_at_run_time_where_no_leaf_absorbs():
-    """(X / s)(s W) = X W with the division in the quantizer; the error falls as that of a folded group would."""
+    """(X / s)(s W) = X W with the division in the quantizer; the error falls as that of a folded
+    group would.
+    """
     x = normal(64, 16) * jnp.array([100.0] + [1.0] * 15)[None]
     params = {"w": normal(16, 8)}
     fn = lambda p, x: jnp.tanh(x) @ p["w"] + (x @ p["w2"])
@@ -263,7 +267,9 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
 
 @pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O3])
 def test_the_tied_head_is_smoothed_at_run_time(scheme):
-    """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s again."""
+    """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s
+    again.
+    """
     model = Model(LlamaConfig(31, 12, 10, 1, 6, 2, 4, tie_embeddings=True))
     params = jax.jit(model.init)(jax.random.key(0))
     weight = params["model"]["norm"]["weight"]
@@ -289,7 +295,7 @@ def test_run_time_smoothing_asks_for_statistics_of_these_parameters():
         sq.quantize(smoothed, stats, sq.W8A8.replace(smoothing=0.5))
 
 
-# What a reviewer broke: statistics must stay those of the folded parameters ---------------------------------------
+# What a reviewer broke: statistics must stay those of the folded parameters -----------------------
 
 
 def stacked_matmul(a, w):

@@ -1,4 +1,6 @@
-"""Label arrays: every function on them beside NumPy, or the jax primitive itself, on full arrays of labels."""
+"""Label arrays: every function on them beside NumPy, or the jax primitive itself, on full arrays of
+labels.
+"""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,6 +1,8 @@
-"""Primitives that move data, beside jax: what the search makes of their labels (`MOVES`), and the certificate's laws.
+"""Primitives that move data, beside jax: what the search makes of their labels (`MOVES`), and the
+certificate's laws.
 
-Both are compared with the primitive itself, on full arrays of labels, or on numbers scaled as the labels say.
+Both are compared with the primitive itself, on full arrays of labels, or on numbers scaled as the
+labels say.
 """
 
 import jax.numpy as jnp
@@ -94,7 +96,9 @@ class Shapes:
 
 
 def holds(primitive, params, before, after, labels, moved):
-    """Whether a movement's law lets an operand of this shape with these labels give such a result."""
+    """Whether a movement's law lets an operand of this shape with these labels give such a
+    result.
+    """
     equation = Equation(primitive, (Var(0),), (Var(1),), None, params)
     return LAWS[primitive](Claim(Shapes(before, after), equation, [labels], [moved]))
 
@@ -143,7 +147,9 @@ def slicing_dynamically(data, shape):
 
 
 def gathering(data, shape):
-    """x[:, ids, :]: one axis is indexed, wherever the indices' axes go; out of range gives the fill value."""
+    """x[:, ids, :]: one axis is indexed, wherever the indices' axes go; out of range gives the fill
+    value.
+    """
     axis = data.draw(st.integers(0, len(shape) - 1))
     ids = np.array(
         data.draw(st.lists(st.integers(0, shape[axis]), min_size=1, max_size=3)), np.int32
@@ -158,7 +164,9 @@ def gathering(data, shape):
 
 
 def gathering_in_batch(data, shape):
-    """take_along_axis: the indices differ along the first axis, which the gather runs along; all else is whole."""
+    """take_along_axis: the indices differ along the first axis, which the gather runs along; all
+    else is whole.
+    """
     assume(len(shape) > 1)
     ids = np.array([[data.draw(st.integers(0, shape[1] - 1))] for _ in range(shape[0])], np.int32)
     numbers = lax.GatherDimensionNumbers(tuple(range(1, len(shape) - 1)), (1,), (1,), (0,), (0,))

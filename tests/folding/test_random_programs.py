@@ -1,7 +1,9 @@
-"""Random programs: every fold that is found changes no bit, and the certificate passes no false one.
+"""Random programs: every fold that is found changes no bit, and the certificate passes no false
+one.
 
-Programs come from the grammar in `random_programs`. Folds are judged in NumPy (`dags`), in float64, from the graph's
-label maps alone: scales are powers of two, so a right fold changes no bit of the outputs and a wrong one changes many.
+Programs come from the grammar in `random_programs`. Folds are judged in NumPy (`dags`), in float64,
+from the graph's label maps alone: scales are powers of two, so a right fold changes no bit of the
+outputs and a wrong one changes many.
 """
 
 from collections import Counter
@@ -44,7 +46,7 @@ def other_inputs(dag: Dag) -> list[np.ndarray]:
     return [numbers(12, size=x.shape), 1 - ids]
 
 
-# Folds in NumPy -----------------------------------------------------------------------------------------
+# Folds in NumPy -----------------------------------------------------------------------------------
 
 
 def powers_of_two(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -85,7 +87,9 @@ def same(a: object, b: object) -> bool:
 
 
 def unchanged(dag: Dag, leaves: Mapping[str, np.ndarray]) -> bool:
-    """Whether the program with these leaves returns what it returns with its own, on both inputs."""
+    """Whether the program with these leaves returns what it returns with its own, on both
+    inputs.
+    """
     return all(
         all(map(same, run(dag, leaves, xs)[-1].operands, run(dag, dag.leaves, xs)[-1].operands))
         for xs in (dag.inputs, other_inputs(dag))
@@ -101,9 +105,11 @@ def reached(dag: Dag, leaves: Mapping[str, np.ndarray]) -> set[str]:
 def check_sites(
     dag: Dag, graph: Graph, group: Group, leaves: Mapping[str, np.ndarray], s: np.ndarray
 ) -> None:
-    """Fails unless what each site reads is divided by just the scales that the group's label map says.
+    """Fails unless what each site reads is divided by just the scales that the group's label map
+    says.
 
-    Statistics of the folded model are derived from these maps. Seen are matmuls of a leaf as it is, not of a view.
+    Statistics of the folded model are derived from these maps. Seen are matmuls of a leaf as it is,
+    not of a view.
     """
     named, sites = (
         {id(x): path for path, x in dag.leaves.items()},
@@ -146,7 +152,9 @@ def along(factors: np.ndarray | float, axes: Sequence[int], ndim: int) -> np.nda
 
 
 def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
-    """Fails unless each group, and all of them at once, fold exactly; the operations that each group reaches."""
+    """Fails unless each group, and all of them at once, fold exactly; the operations that each
+    group reaches.
+    """
     s = {group.name: powers_of_two(rng, group.size) for group in graph.groups}
     found = []
     for group in graph.groups:
@@ -169,11 +177,13 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
     return found
 
 
-# The bulk run -------------------------------------------------------------------------------------------
+# The bulk run -------------------------------------------------------------------------------------
 
 
 def survey(seed: int, count: int) -> Counter:
-    """Checks `count` programs; how many groups and sites there were, and how many groups reached each operation."""
+    """Checks `count` programs; how many groups and sites there were, and how many groups reached
+    each operation.
+    """
     tally: Counter = Counter()
     for number in range(count):
         dag = drawn(seed, number)
@@ -186,7 +196,8 @@ def survey(seed: int, count: int) -> Counter:
     return tally
 
 
-#: Operations that some group of the bulk run must have reached: (operation, in how many groups at least).
+#: Operations that some group of the bulk run must have reached: (operation, in how many groups at
+#: least).
 REACHED = {
     "dot": 600,
     "broadcast": 250,
@@ -244,12 +255,14 @@ def test_every_fold_of_a_program_that_can_shrink_is_exact(tape):
     check(dag, find_graph(Survey.of(program_of(dag), {})), np.random.default_rng(0))
 
 
-# The oracle itself --------------------------------------------------------------------------------------
+# The oracle itself --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_numpy_and_jax_agree_on_the_programs():
-    """In float64, up to rounding. A cast to bfloat16 or a comparison may tip over; such programs are few."""
+    """In float64, up to rounding. A cast to bfloat16 or a comparison may tip over; such programs
+    are few.
+    """
     agree = 0
     for number in range(50):
         dag = drawn(1, number)
@@ -294,7 +307,9 @@ def test_a_wrong_fold_is_seen():
 
 @pytest.mark.slow
 def test_a_search_without_its_certificate_is_caught():
-    """The programs are hard enough: the search alone finds folds that are not exact, and the oracle sees them."""
+    """The programs are hard enough: the search alone finds folds that are not exact, and the oracle
+    sees them.
+    """
     caught = 0
     with mock.patch.object(grouping, "certify", return_value=None):
         for number in range(200):
@@ -325,7 +340,7 @@ def test_fold_does_the_same_as_numpy():
     assert compared > 5
 
 
-# The certificate under attack ---------------------------------------------------------------------------
+# The certificate under attack ---------------------------------------------------------------------
 
 
 class Certified(NamedTuple):
@@ -371,7 +386,9 @@ def mutated(
 
 
 def leaves_of(case: Certified, labels: Mapping) -> dict[str, np.ndarray] | None:
-    """The leaves folded by labels; None where a leaf's variable is not simply that leaf (a layer of it, 1 + it)."""
+    """The leaves folded by labels; None where a leaf's variable is not simply that leaf (a layer of
+    it, 1 + it).
+    """
     paths = case.program.leaves
     touched = {v: paths[v] for v in {*labels, *case.labels} if v in paths}
     if any(sum(p == path for p in paths.values()) > 1 for path in touched.values()):
@@ -387,7 +404,9 @@ def leaves_of(case: Certified, labels: Mapping) -> dict[str, np.ndarray] | None:
 
 
 def attack(case: Certified, rng: np.random.Generator) -> Counter:
-    """How often the certificate refused a mutation of one variable's labels; fails if it passes a wrong one."""
+    """How often the certificate refused a mutation of one variable's labels; fails if it passes a
+    wrong one.
+    """
     tally: Counter = Counter()
     if leaves_of(case, case.labels) is None:
         return tally

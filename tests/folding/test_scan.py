@@ -1,4 +1,6 @@
-"""Layers in a scan: one scale vector a layer, the same numbers as the layers written out, int8 in the scan's body."""
+"""Layers in a scan: one scale vector a layer, the same numbers as the layers written out, int8 in
+the scan's body.
+"""
 
 import functools
 import re
@@ -98,7 +100,7 @@ def leaves(tree):
     return dict(zip(*named_leaves(tree)[:2], strict=True))
 
 
-# The same numbers as written out ------------------------------------------------------------------------------------
+# The same numbers as written out ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistic", ["absmax", "abs_sum", "weight_absmax", "count"])
@@ -216,11 +218,13 @@ def test_layers_of_one_stack_indexed_one_by_one_are_the_scanned_ones():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-# Programs and their groups --------------------------------------------------------------------------------------------
+# Programs and their groups ------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    """A function, its parameters, its groups: (number of scales, absorbing leaves, sites); the number of sites."""
+    """A function, its parameters, its groups: (number of scales, absorbing leaves, sites); the
+    number of sites.
+    """
 
     fn: Any
     params: Any
@@ -272,7 +276,9 @@ def nested_inside_out():
 
 
 def transposed_and_cast():
-    """Stacks along the last axis; moved, and cast back and forth, before the scan runs over them."""
+    """Stacks along the last axis; moved, and cast back and forth, before the scan runs over
+    them.
+    """
 
     def fn(p, x):
         stacks = {
@@ -304,7 +310,9 @@ def offset_gains():
 
 
 def shared_by_all_layers():
-    """Constants of the scan are sites, of every step; what absorbs would have to be shared out too."""
+    """Constants of the scan are sites, of every step; what absorbs would have to be shared out
+    too.
+    """
     fn = lambda p, x: lax.scan(lambda x, _: (layer(x, p), None), x, None, length=2)[0]
     return Case(fn, at(STACKED, 0), SHARED)
 
@@ -510,7 +518,9 @@ def test_linen_stacks_along_either_axis_are_the_same_layers(axis):
 
 
 def test_steps_that_share_a_leaf_are_counted_together():
-    """A leaf that is a constant of the scan sees all steps: maxima over them, sums, and all their tokens."""
+    """A leaf that is a constant of the scan sees all steps: maxima over them, sums, and all their
+    tokens.
+    """
     case, stats = found(shared_by_all_layers)
     first = rms(X) * case.params["gain"][None]
     second = rms(layer(X, case.params)) * case.params["gain"][None]
@@ -520,7 +530,7 @@ def test_steps_that_share_a_leaf_are_counted_together():
     assert int(stats.count["up"]) == 2 * len(X)
 
 
-# Leaves that more than one layer reads --------------------------------------------------------------------------------
+# Leaves that more than one layer reads ------------------------------------------------------------
 
 
 def test_a_gain_read_outside_the_scan_too_is_refused():
@@ -620,7 +630,7 @@ def test_stacks_made_of_leaves_stay_float_and_are_reported(name):
     assert reported == {"up", "down"}
 
 
-# While and cond -------------------------------------------------------------------------------------------------------
+# While and cond -----------------------------------------------------------------------------------
 
 
 def looped(p, x):

@@ -1,6 +1,7 @@
 """Small programs as data, with two interpreters: NumPy in float64, and a JAX function to trace.
 
-The two share nothing but the nodes, so that NumPy can say whether a change of the parameters changes the program.
+The two share nothing but the nodes, so that NumPy can say whether a change of the parameters
+changes the program.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,9 @@ class Node(NamedTuple):
 
 
 class Dag(NamedTuple):
-    """Nodes in order, those that are returned, and the values of the leaves (by name) and of the inputs."""
+    """Nodes in order, those that are returned, and the values of the leaves (by name) and of the
+    inputs.
+    """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
@@ -50,7 +53,9 @@ def shown_params(params: Any, shown: Callable[[Any], str]) -> str:
 
 
 class Step(NamedTuple):
-    """What an interpreter did: an operation, its operands' values, its result, the operation's parameters."""
+    """What an interpreter did: an operation, its operands' values, its result, the operation's
+    parameters.
+    """
 
     op: str
     operands: tuple[Any, ...]
@@ -97,7 +102,9 @@ def _pad(params, x):
 
 
 def _starts(x, sizes, ids):
-    """Where a dynamic slice begins: at ids[0] along its first axis that is cut, at 0 along the others."""
+    """Where a dynamic slice begins: at ids[0] along its first axis that is cut, at 0 along the
+    others.
+    """
     cut = next(a for a, (n, m) in enumerate(zip(x.shape, sizes, strict=True)) if n != m)
     return [ids[0] if a == cut else ids[0] * 0 for a in range(len(sizes))]
 
@@ -216,7 +223,9 @@ WRAPPERS = {"jit": jax.jit, "remat": jax.checkpoint}
 
 
 def evaluate(dag: Dag, leaves: Mapping[str, Any], inputs: Sequence[Any]) -> list[Step]:
-    """Every step of the program in NumPy, in float64; steps inside calls and scans come before the call itself."""
+    """Every step of the program in NumPy, in float64; steps inside calls and scans come before the
+    call itself.
+    """
     values: list[Any] = []
     steps: list[Step] = []
     for op, operands, params in dag.nodes:

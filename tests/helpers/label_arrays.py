@@ -11,7 +11,9 @@ SHAPES = st.lists(SIZES, min_size=1, max_size=4).map(tuple)
 
 @st.composite
 def labelled(draw, shapes=SHAPES):
-    """(labels of size 1 where they do not vary, the shape they describe); zeros and negative labels occur."""
+    """(labels of size 1 where they do not vary, the shape they describe); zeros and negative labels
+    occur.
+    """
     shape = draw(shapes)
     varying = draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
     small = tuple(n if v else 1 for n, v in zip(shape, varying, strict=True))
@@ -24,7 +26,9 @@ def full(labels, shape):
 
 
 def applied(function, *operands):
-    """The result of `function`, which must be one equation, and that equation's primitive and parameters."""
+    """The result of `function`, which must be one equation, and that equation's primitive and
+    parameters.
+    """
     jaxpr = jax.make_jaxpr(function)(*operands)
     if not jaxpr.eqns:  # jax drops a reshape to the same shape
         assume(False)

@@ -1,4 +1,6 @@
-"""A grammar of random programs: runs of producers, data movements and matmuls, drawn from a tape of numbers."""
+"""A grammar of random programs: runs of producers, data movements and matmuls, drawn from a tape of
+numbers.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +18,9 @@ class Rejected(Exception):
 
 
 class Tape:
-    """Choices read from a list of numbers; 0 where it has ended, so that a short tape means a short program."""
+    """Choices read from a list of numbers; 0 where it has ended, so that a short tape means a short
+    program.
+    """
 
     def __init__(self, numbers: Iterable[int]):
         self.numbers = iter(numbers)
@@ -31,7 +35,9 @@ class Tape:
 
 
 def numbers(*key: int, size: Sequence[int]) -> np.ndarray:
-    """Multiples of 1/64 that are not zero: 1 + w and its quotients by powers of two are then exact in float32."""
+    """Multiples of 1/64 that are not zero: 1 + w and its quotients by powers of two are then exact
+    in float32.
+    """
     rng = np.random.default_rng(key)
     return np.asarray(rng.integers(1, 128, size) * rng.choice([-1.0, 1.0], size) / 64)
 
@@ -97,7 +103,9 @@ class Builder:
         return self._append(Node(op, tuple(known), params), value)
 
     def leaf(self, shape: Sequence[int]) -> int:
-        """A new leaf; in the body of a scan, one layer of a new leaf (or sometimes a leaf that all layers share)."""
+        """A new leaf; in the body of a scan, one layer of a new leaf (or sometimes a leaf that all
+        layers share).
+        """
         if self.outer is None:
             name = f"w{len(self.leaves)}"
             self.leaves[name] = numbers(len(self.leaves), size=shape)
@@ -173,7 +181,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-# Weights: leaves, and views of leaves -------------------------------------------------------------------
+# Weights: leaves, and views of leaves -------------------------------------------------------------
 
 
 def fresh(b: Builder, shape):
@@ -268,7 +276,7 @@ WEIGHTS = [
     affine,
 ]
 
-# Steps: from one value to the next ----------------------------------------------------------------------
+# Steps: from one value to the next ----------------------------------------------------------------
 
 
 def along_an_axis(b: Builder, v: int, weight: Callable) -> int:
@@ -301,7 +309,9 @@ def divided_by_leaf(b: Builder, v: int) -> int:
 
 
 def matmul(b: Builder, v: int) -> int:
-    """v times a leaf: on either side, along one axis or two, with a batch axis (experts) or without."""
+    """v times a leaf: on either side, along one axis or two, with a batch axis (experts) or
+    without.
+    """
     shape, how = b.shape(v), b.tape(10)
     last = len(shape) - 1
     if last < 0:
@@ -464,7 +474,9 @@ def ones(b: Builder, v: int) -> int:
 
 
 def repeat(b: Builder, v: int) -> int:
-    """Every element (or all of them) along an axis twice: what grouped queries do with their keys."""
+    """Every element (or all of them) along an axis twice: what grouped queries do with their
+    keys.
+    """
     shape = b.shape(v)
     axis = len(shape) - 1 - b.tape(max(len(shape), 1))
     at = axis + b.tape(2)
@@ -722,7 +734,9 @@ AFTER = [(3, lambda b, v: v), (2, residual), (2, layers), (1, norm), (1, unary("
 
 
 def random_dag(numbers_: Iterable[int]) -> Dag:
-    """The program that a tape of numbers stands for: one to three runs of producer, movements, matmul."""
+    """The program that a tape of numbers stands for: one to three runs of producer, movements,
+    matmul.
+    """
     tape = Tape(numbers_)
     shape = tape.pick([(2, 4), (3, 4), (2, 3, 4), (2, 2, 6), (4, 2, 3)])
     b = Builder(tape, [numbers(11, size=shape), np.array([1, 0], np.int32)])

@@ -1,0 +1,23 @@
+"""Arrays and traced programs for tests of folding."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from sqjax.calibration.analysis import shared_arrays
+from sqjax.folding.find_graph import find_graph
+from sqjax.folding.groups import Survey
+from sqjax.program.facts import Program
+from sqjax.program.trace import trace
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    """Normal numbers of this shape, always the same."""
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
+
+def program_of(fn, params, *args):
+    return Program(trace(fn, params, args, {})[0])
+
+
+def graph_of(fn, params, *args):
+    return find_graph(Survey.of(program_of(fn, params, *args), shared_arrays(params)))
