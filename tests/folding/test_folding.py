@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from slow import slow_except
+from slow import slow_but
 from traced import graph_of, normal
 
 import sqjax as sq
@@ -406,7 +406,6 @@ LAWFUL = [
     dropout,
     batch_norm,
     llama,
-    pytest.param(opt, marks=[pytest.mark.huggingface, pytest.mark.slow]),
     nnx_network,
     leaky_relu,
     wrapped,
@@ -424,10 +423,11 @@ LAWFUL = [
     named,
     permuting_reshape,
 ]
+OPT = pytest.param(opt, marks=[pytest.mark.huggingface, pytest.mark.slow])
 found = functools.cache(lambda build: (case := build(), graph_of(case.fn, case.params, *case.args)))
 
 
-@pytest.mark.parametrize("build", LAWFUL)
+@pytest.mark.parametrize("build", [*LAWFUL, OPT])
 def test_groups_are_those_written_by_hand(build):
     case, graph = found(build)
     got = {
@@ -443,7 +443,7 @@ def test_groups_are_those_written_by_hand(build):
 
 
 @pytest.mark.parametrize(
-    "build", slow_except(LAWFUL, attention, fused_qkv, in_bfloat16, channels_mixed_up)
+    "build", [*slow_but(LAWFUL, attention, fused_qkv, in_bfloat16, channels_mixed_up), OPT]
 )
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     """One compiled program folds and runs at s = 1, at powers of two and at any scales."""
