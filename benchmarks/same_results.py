@@ -11,7 +11,6 @@ files may move, and what our own classes call their fields, and in which order, 
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -50,31 +49,25 @@ PRESETS = (
     *("FP8", "FP8_E5M2", "W8A16", "W4A16", "W4A16_G64", "W4A8"),
 )
 
-#: {a field of `Scheme`: what else it may be called}: a change that renames one adds its name here.
-SPELLINGS = {
-    "activations": (),
-    "weights": ("granularity", "weight_granularity"),
-    "smoothing": ("runtime_smoothing",),
-    "outliers": ("outlier_threshold",),
-    "range": ("activation_range",),
-}
-
 
 def variant(preset: str, **changes: Any) -> Any:
-    """A preset with some fields changed, whether `Scheme` is a NamedTuple or a dataclass."""
+    """A preset with some fields changed, in the spelling of the sqjax at hand.
+
+    Until 0.1.0 was typed, a `Scheme` was a NamedTuple: `weights` was "per_tensor" or a group size,
+    `activations` a word, `range` a field of its own. Now they are parts of `weight` and `activation`.
+    """
     scheme = getattr(sq, preset)
-    named = {spelling(scheme, field): value for field, value in changes.items()}
-    if dataclasses.is_dataclass(scheme):
-        return dataclasses.replace(scheme, **named)
-    return scheme._replace(**named)
-
-
-def spelling(scheme: Any, field: str) -> str:
-    """What this `Scheme` calls a field."""
-    for name in (field, *SPELLINGS[field]):
-        if hasattr(scheme, name):
-            return name
-    raise ValueError(f"Scheme has no {field!r}: add its new name to SPELLINGS")
+    if hasattr(scheme, "_replace"):
+        return scheme._replace(**changes)
+    if (weights := changes.pop("weights", None)) is not None:
+        per_tensor = weights == "per_tensor"
+        part = {"per_tensor": True} if per_tensor else {"group_size": weights}
+        changes["weight"] = scheme.weight.replace(**part)
+    if changes.pop("activations", None) == "static":
+        changes["activation"] = sq.Static(format=scheme.activation.format)
+    if "range" in changes:
+        changes["activation"] = sq.Static(range=changes.pop("range"))
+    return scheme.replace(**changes)
 
 
 def presets() -> dict[str, Any]:
