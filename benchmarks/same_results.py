@@ -54,7 +54,8 @@ def variant(preset: str, **changes: Any) -> Any:
     """A preset with some fields changed, in the spelling of the sqjax at hand.
 
     Until 0.1.0 was typed, a `Scheme` was a NamedTuple: `weights` was "per_tensor" or a group size,
-    `activations` a word, `range` a field of its own. Now they are parts of `weight` and `activation`.
+    `activations` a word, `range` a field of its own. Now they are parts of `weight` and
+    `activation`.
     """
     scheme = getattr(sq, preset)
     if hasattr(scheme, "_replace"):

@@ -1,6 +1,7 @@
 """Draws the pictures of the documentation: python docs/pictures.py [rooms] [smoothing]
 
-`rooms` reads the imports of sqjax/ as they are. `smoothing` calibrates SmolLM2-135M (98 MB, fetched once from PyPI).
+`rooms` reads the imports of sqjax/ as they are. `smoothing` calibrates SmolLM2-135M (98 MB,
+fetched once from PyPI).
 """
 
 import ast
@@ -38,7 +39,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def floors(edges: dict[str, set[str]]) -> dict[str, int]:
-    """{room: its floor}: one above the highest room that it imports. Raises ValueError on a circle."""
+    """{room: its floor}, one above the highest room that it imports. ValueError: a circle."""
     height: dict[str, int] = {}
     while len(height) < len(edges):
         ready = [r for r, below in edges.items() if r not in height and below <= set(height)]

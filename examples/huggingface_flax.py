@@ -2,8 +2,9 @@
 
     python examples/huggingface_flax.py
 
-The model is a small random OPT with a few outlier channels, as large models have: nothing is downloaded.
-A trained one: FlaxOPTForCausalLM.from_pretrained("facebook/opt-125m"). The error is that of the logits.
+The model is a small random OPT with a few outlier channels, as large models have, so nothing is
+downloaded. A trained one: FlaxOPTForCausalLM.from_pretrained("facebook/opt-125m"). It needs
+transformers 4, the last with Flax classes. The error is that of the logits.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""A linen network scanned over its layers, one scale vector a layer: python examples/scanned_model.py"""
+"""A linen network scanned over its layers, scales for each: python examples/scanned_model.py"""
 
 import jax
 import jax.numpy as jnp

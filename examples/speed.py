@@ -1,4 +1,4 @@
-"""Ratios of speed, measured in one process: int8 against float32, and calibration against plain forward passes.
+"""Ratios of speed in one process: int8 to float32, and calibration to plain forward passes.
 
     python examples/speed.py [model]
 
@@ -28,7 +28,8 @@ def main(name: str = "smollm2-135m") -> None:
         for k, s in (("O1", sq.W8A8), ("O2", sq.W8A8_O2), ("O3", sq.W8A8_O3))
     }
     print(
-        f"{name} on {jax.devices()[0].device_kind}, jax {jax.__version__}; every matmul in int8, lm_head too"
+        f"{name} on {jax.devices()[0].device_kind}, jax {jax.__version__}; "
+        "every matmul in int8, lm_head too"
     )
 
     forward, read, cache = (
@@ -55,7 +56,8 @@ def main(name: str = "smollm2-135m") -> None:
 
     plain = jax.jit(model.apply)
     print(
-        f"calibration / plain forward passes: {calibration_ratio(model, params, ids, plain):.2f} (compile time apart)"
+        "calibration / plain forward passes: "
+        f"{calibration_ratio(model, params, ids, plain):.2f} (compile time apart)"
     )
 
 
@@ -69,7 +71,7 @@ def report(title: str, tokens: int, runs: dict) -> None:
 
 
 def calibration_ratio(model, params, ids, plain, few: int = 2, many: int = 14) -> float:
-    """(time of `many` batches - time of `few`) / as many forward passes: what is compiled cancels."""
+    """(time of `many` batches - of `few`) / as many forward passes: what is compiled cancels."""
     ratios = []
     for _ in range(3):
         elapsed = []

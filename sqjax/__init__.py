@@ -1,7 +1,7 @@
 """sqjax: SmoothQuant and post-training quantization for any JAX function of parameters.
 
-calibrate -> smooth -> quantize -> jax.jit(quantized(fn)): see the README for the five lines, and each function's
-docstring for its shapes, errors and source.
+calibrate -> smooth -> quantize -> jax.jit(quantized(fn)): see the README for the five lines, and
+each function's docstring for its shapes, errors and source.
 """
 
 import importlib
@@ -99,7 +99,7 @@ _NAMESPACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `sqjax.linen`, `sqjax.nnx`, `sqjax.models` and `sqjax.triton` when they are first used."""
+    """Loads `linen`, `nnx`, `models` and `triton` when they are first used."""
     if name in _NAMESPACES:
         return importlib.import_module(_NAMESPACES[name])
     raise AttributeError(f"module 'sqjax' has no attribute {name!r}")

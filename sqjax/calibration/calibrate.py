@@ -79,7 +79,7 @@ def calibrate(
             stated group does not hold; a site of the first batch's program is missing in a later
             one's.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}

@@ -44,7 +44,7 @@ class Stats:
             `calibrate(..., histogram=True)` asked for it, else empty. `fold_stats` leaves them as
             they are, because the histogram of X says nothing about that of X / s.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}

@@ -235,11 +235,11 @@ def _prefills(
 def decode_steps(variant: Variant, cache: KVCache, size: Size) -> Callable[[], Array]:
     """A run that reads one token into the last slot of a cache, several times in a row.
 
-    As in a loop, the cache is updated in place, and the processor's caches hold what the step
-    before left there.
+    As in a loop, the key/value cache is donated, so it is updated in place; and the processor's own
+    caches hold what the step before left there.
     """
     token = jnp.zeros((1, 1), jnp.int32)
-    held = [cache]
+    held = [cache]  # a list, because a donated cache must not be read again
     decode = jax.jit(variant.decode, donate_argnums=2)
 
     def run():

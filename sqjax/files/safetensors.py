@@ -46,7 +46,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
             deleted, traced, of a weak type, or in part on other hosts; two leaves have one path.
             Names the path in the tree. Or `path` is a directory, or in none.
 
-    Example:
+    Examples:
         >>> import tempfile, jax.numpy as jnp, sqjax as sq
         >>> w = sq.QTensor.quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), (0,))
         >>> params = {"w": w, "b": [jnp.zeros(2)]}
@@ -92,7 +92,7 @@ def load(path: str | os.PathLike[str]) -> PyTree:
             says; a weight is not valid; an array has 64 bits where jax has 32. Names the file, and
             the paths in the tree.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, sqjax as sq
         >>> fn, x = lambda p, x: x @ p["w"], jnp.array([[1.0, 16.0]])
         >>> params = {"w": jnp.ones((2, 3))}

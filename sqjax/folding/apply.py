@@ -81,7 +81,7 @@ def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
     Raises:
         ValueError: params are not the calibrated tree, or a group is unknown or of another size.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 1))}

@@ -13,7 +13,7 @@ class LabelMap(NamedTuple):
     """A label array (see `sqjax.folding.labels`) that can be hashed: +(c + 1) multiplies by scale
     c, -(c + 1) divides.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from sqjax.folding.graph import LabelMap
         >>> LabelMap.of(np.array([[1], [2]])).array.tolist()

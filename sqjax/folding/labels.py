@@ -141,7 +141,11 @@ def unpad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -
 def _inside(
     padding: Sequence[tuple[int, int, int]], axes: Sequence[int], old: Shape
 ) -> tuple[slice, ...]:
-    """Where in a padded array the elements of the array of shape `old` stand, along `axes`."""
+    """The index, along `axes`, of the original elements in a padded array.
+
+    For example 2 elements, padded by (1, 0, 1): one before, none after, one between each two, are
+    at positions 1 and 3 of 4, which is slice(1, 4, 2).
+    """
     index = [slice(None)] * len(old)
     for a in axes:
         before, _, between = padding[a]

@@ -11,7 +11,7 @@ class Ties:
     Attributes:
         roots: for every channel the one that stands for all that are tied with it, the smallest.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from sqjax.folding.ties import Ties
         >>> ties = Ties(np.arange(4))

@@ -102,7 +102,7 @@ def from_flax(
             field of its configuration (a `rope_theta`, tied embeddings, ...) and would compute
             something else than it says.
 
-    Example:
+    Examples:
         >>> import jax, numpy as np, sqjax as sq
         >>> from transformers import FlaxOPTForCausalLM, OPTConfig
         >>> sizes = {"hidden_size": 8, "ffn_dim": 12, "num_attention_heads": 2}

@@ -35,7 +35,7 @@ class QuantDense(nn.Module):
         dtype: of the result; by default that of the input and the parameters, promoted.
         param_dtype: of the bias and of the float kernel that `init` draws.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> from flax import linen as nn
         >>> x = jnp.ones((1, 3))
@@ -81,7 +81,7 @@ class QuantDenseGeneral(nn.Module):
         dtype: of the result; by default that of the input and the parameters, promoted.
         param_dtype: of the bias and of the float kernel that `init` draws.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> from flax import linen as nn
         >>> heads = jnp.ones((1, 5, 4, 8))
@@ -210,7 +210,7 @@ def quantize_dense(
         ValueError: no kernel of rank 2, a misshapen vector, an absmax that the scheme needs and
             does not get, or a scheme for embeddings.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "bias": jnp.zeros(2)}
         >>> sq.linen.quantize_dense(params)["kernel"].tensor.values.tolist()
@@ -253,7 +253,7 @@ def quantize_dense_general(
         ValueError: as `quantize_dense`; or groups that do not divide the last of several
             contracted axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> params = {"kernel": jnp.ones((4, 8, 16)), "bias": jnp.zeros(16)}
         >>> qparams = sq.linen.quantize_dense_general(params, sq.W8A8, axis=(-2, -1))

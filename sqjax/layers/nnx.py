@@ -61,7 +61,7 @@ def rebuild(fn: Callable[..., Any], params: PyTree) -> Any:
     Raises:
         ValueError: fn is no `functional`, or params are not its module's.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> from flax import nnx
         >>> fn, params = sq.nnx.functional(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
@@ -106,7 +106,7 @@ class QuantLinear(nnx.Module):
         scheme: how the kernel was quantized.
         dtype: of the result; by default that of the input and the parameters, promoted.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> from flax import nnx
         >>> layer = sq.nnx.QuantLinear.from_linear(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), sq.W8A8)

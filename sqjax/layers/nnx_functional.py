@@ -159,7 +159,7 @@ def functional(
     Raises:
         ValueError: a Param holds something other than an array.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> from flax import nnx
         >>> fn, params = sq.nnx.functional(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))

@@ -66,7 +66,7 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 
             Values can not be checked under jit.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
@@ -225,7 +225,7 @@ def smoothquant(
         ValueError: what `calibrate`, `scales` and `quantize` refuse; a scheme that `runtime` does
             not go with.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params, x = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}, jnp.array([[1.0, 16.0]])

@@ -88,7 +88,7 @@ def scales(
 
             Values can not be checked under jit.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}
@@ -233,7 +233,7 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     Raises:
         ValueError: a group is unknown or its s has another size.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 1))}
@@ -276,7 +276,7 @@ def smooth(
         The tree of params, with the same shapes and dtypes: the sites' weights multiplied by s, the
         leaves before them (a norm's gain, say) divided by it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}

@@ -29,7 +29,8 @@ def verify(
 
     Args:
         fn: fn(params, *inputs).
-        before, after: two parameter trees, for example before and after `smooth` (or `quantize`,
+        before: a parameter tree.
+        after: another one, for example what `smooth` made of it (or `quantize`,
             with a tolerance of its own: quantized leaves are accepted).
         inputs: one batch, as `fn` takes it after params.
         tolerance: the largest error to accept. By default that of a right fold in the coarsest
@@ -46,7 +47,7 @@ def verify(
             inputs: please report that. After `quantize` it means that the scheme loses more than
             you allow.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> params, x = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}, jnp.array([[1.0, 16.0]])

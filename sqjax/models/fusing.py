@@ -29,7 +29,7 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
     activations is stored as one; the rest stays as it is. Not for use under jit: the scales are
     compared.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, fuse
         >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))

@@ -56,7 +56,7 @@ class CacheFormat:
         ValueError: a name that is not known, a group that is not positive, scales or a zero point
             for floats.
 
-    Example:
+    Examples:
         >>> from sqjax.models import CacheFormat
         >>> CacheFormat("int4", group=16, zero_point=True, keys="rotated").codes
         'int4'

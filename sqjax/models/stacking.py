@@ -32,7 +32,7 @@ def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: the layers have other names, or are not all alike in dtypes, shapes and
             quantization.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, stack_layers
         >>> model = Model(LlamaConfig(32, 8, 16, 3, 2, 1, 4))
@@ -63,7 +63,7 @@ def unstack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ValueError: the layers have other names, or their arrays are not one stack.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, stack_layers, unstack_layers
         >>> model = Model(LlamaConfig(32, 8, 16, 3, 2, 1, 4))

@@ -17,7 +17,7 @@ def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*l
 
     The last axis of odd length ends in a nibble of zero.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.int4 import pack_int4, unpack_int4
         >>> packed = pack_int4(jnp.array([1, -1, 7], jnp.int4))

@@ -55,7 +55,7 @@ class Histogram:
         high: uint32, (*batch, BINS): the counts divided by 2^32. So counts are exact below 2^64.
         absmax: float32, (*batch,): the largest |x|.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.ranges import Histogram, percentile_range
         >>> both = Histogram.of(jnp.array([1.0, -2.0, 0.0])) + Histogram.of(jnp.array([100.0]))
@@ -73,7 +73,7 @@ class Histogram:
 
         Its first `batch` axes keep histograms of their own.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from sqjax.numerics.ranges import BINS, Histogram
             >>> Histogram.of(jnp.ones((2, 5)), batch=1).low.shape == (2, BINS)
@@ -157,7 +157,7 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
     Raises:
         ValueError: p is no such fraction.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.ranges import Histogram, percentile_range
         >>> float(percentile_range(Histogram.of(jnp.array([1.0] * 99 + [1000.0])), 0.99))
@@ -189,7 +189,7 @@ def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"
         histogram: of |x|.
         fmt: the format that x is rounded to.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from sqjax.numerics.ranges import Histogram, mse_range
         >>> x = jax.random.normal(jax.random.key(0), (20000,)).at[0].set(50.0)
@@ -221,7 +221,7 @@ def expected_error(
     known: the absmax itself. So a single outlier, alone in its bin, costs exactly what clipping it
     costs.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.ranges import Histogram, expected_error
         >>> float(expected_error(Histogram.of(jnp.array([3.0, 3.0])), jnp.float32(1.0)))

@@ -25,7 +25,7 @@ def smoothing_scales(x_absmax: Array, w_absmax: Array, alpha: Any) -> Array:
         w_absmax: max |W_j|, float32.
         alpha: a number from 0 to 1, or a tracer of one.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.smoothing import smoothing_scales
         >>> smoothing_scales(jnp.array([16.0, 0.0]), jnp.array([4.0, 4.0]), 0.5).tolist()

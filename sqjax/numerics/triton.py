@@ -89,7 +89,7 @@ def matmul(
         ValueError: other dtypes or shapes; groups whose length is no multiple of 32 channels; an
             int32 sum could overflow; blocks that are no powers of two from 16.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax import triton
         >>> x, w = jnp.ones((3, 64), jnp.int8), jnp.full((2, 64), 5, jnp.int4)
@@ -137,7 +137,7 @@ class _Form(NamedTuple):
 
 
 def _form(operands: dict[str, Array]) -> _Form:
-    """Raises ValueError if the operands are not those of `matmul`."""
+    """The sizes of a call, after a check that its operands fit together (ValueError if not)."""
     _check_dtypes(operands)
     x, scale = operands["x"], operands["scale"]
     if x.ndim != 2 or scale.ndim != 2:

@@ -92,7 +92,7 @@ class Registry:
 
     @classmethod
     def joined(cls, *registries: "Registry") -> "Registry":
-        """The rules of several registries. An equation that meets the kinds of several belongs to the first."""
+        """The rules of several registries; an equation of several kinds belongs to the first."""
         made = cls(*(kind for registry in registries for kind in registry.kinds))
         for registry in registries:
             made._rules.update(registry._rules)

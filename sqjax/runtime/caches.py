@@ -29,7 +29,7 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
     Raises:
         ValueError: no float array of rank 2 or more has such a name.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> cache = sq.quantize_cache({"key": jnp.ones((1, 8, 2, 64)), "index": jnp.int32(0)})
         >>> cache["key"].values.dtype.name, cache["key"].scale.shape

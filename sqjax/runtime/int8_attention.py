@@ -44,7 +44,7 @@ def int8_attention(
     Raises:
         ValueError: when called, if a batched matmul sums over more than 133,144 products.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: jnp.einsum("bqd,bkd->bqk", x @ p["q"], x @ p["k"])
         >>> params, x = {"q": jnp.eye(2), "k": jnp.eye(2)}, jnp.array([[[1.0, 2.0], [3.0, 1.0]]])

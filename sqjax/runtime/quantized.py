@@ -40,7 +40,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: when called, if a quantized weight meets a primitive that has no rule; names the
             primitive, the leaf and the line that made it.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: x @ p["w"]
         >>> params, x = {"w": jnp.eye(2)}, jnp.array([[1.0, 2.0]])

@@ -57,7 +57,7 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
 @WEIGHT_RULES.register(("ragged_dot_general",), WEIGHTS)
 @sharded_as_the_result
 def _ragged_dot(equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any) -> Array:
-    """Rows that meet one matrix of a stack each, int8 x int8 -> int32."""
+    """Each row is multiplied with one matrix of a stack, in the formats of the scheme."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
     sums_over_inner = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))

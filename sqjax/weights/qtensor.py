@@ -57,7 +57,7 @@ class QTensor:
     broadcast; a Matrix is plain arrays of the shapes (outputs, inner) and (outputs, groups), with
     nothing left to look up.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> w = sq.QTensor.quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), contracting=(0,))
         >>> w.shape, w.values.dtype.name
@@ -310,7 +310,7 @@ def dequantize(q: QTensor) -> Array:
     |dequantize(quantize(x)) - x| <= scale / 2 elementwise for integers; see
     `sqjax.numerics.formats.to_format` for float8.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> w = jnp.array([[1.0, -2.0], [0.5, 4.0]])
         >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)

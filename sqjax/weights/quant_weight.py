@@ -49,7 +49,7 @@ class QuantWeight:
         activation_format: the format of quantized activations, "int8", "e4m3" or "e5m2".
         outliers: the channels that are multiplied in float, or None.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: x @ p["w"]
         >>> params = {"w": jnp.ones((2, 3))}

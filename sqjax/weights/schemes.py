@@ -86,7 +86,7 @@ class Int8(_Weight):
         ValueError: a field is of another type, out of range, or does not go with the other; the
             error names it.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.Int8(), sq.Int8(group_size=64).granularity, sq.Int8(per_tensor=True).granularity
         (Int8(), 64, 'per_tensor')
@@ -116,7 +116,7 @@ class Int4(_Weight):
         ValueError: a field is of another type, out of range, or does not go with the others; the
             error names it.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.Int4(group_size=128, zero_point=True).replace(group_size=64)
         Int4(group_size=64, zero_point=True)
@@ -159,7 +159,7 @@ class Float8(_Weight):
         ValueError: a field is of another type, out of range, or does not go with the others; the
             error names it.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.Scheme(weight=sq.Float8(format="e5m2"), activation=None)
         Scheme(weight=Float8(format='e5m2'), activation=None)
@@ -207,7 +207,7 @@ class PerToken(_Activation):
     Raises:
         ValueError: an unknown format.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.Scheme(weight=sq.Float8(), activation=sq.PerToken(format="e4m3")) == sq.FP8
         True
@@ -224,7 +224,7 @@ class PerTensor(_Activation):
     Raises:
         ValueError: an unknown format.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.W8A8_O2.activation
         PerTensor()
@@ -247,7 +247,7 @@ class Static(_Activation):
     Raises:
         ValueError: an unknown range or format.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.W8A8_O3.replace(activation=sq.Static(range="mse"))
         Scheme(weight=Int8(), activation=Static(range='mse'))
@@ -270,7 +270,7 @@ class Static(_Activation):
 class Indices(_Part):
     """The weight is an embedding table that is no head: it meets indices, and no activation.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.EMBEDDING_INT8
         Scheme(weight=Int8(), activation=Indices())
@@ -304,7 +304,7 @@ class Scheme(_Part):
         ValueError: a field is of another type, out of range, or does not go with the others; the
             error names it.
 
-    Example:
+    Examples:
         >>> import sqjax as sq
         >>> sq.W8A8.replace(weight=sq.Int8(per_tensor=True), smoothing=0.5)
         Scheme(weight=Int8(per_tensor=True), activation=PerToken(), smoothing=0.5)

@@ -33,7 +33,7 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
         ValueError: the trees differ; a spec does not fit its leaf, or cuts an axis that its mesh
             does not divide; names the leaf.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> from jax.sharding import PartitionSpec as P
         >>> fn = lambda p, x: x @ p["w"]

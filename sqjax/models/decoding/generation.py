@@ -107,7 +107,7 @@ def generate(
             tokens than ``config.max_length``, settings that make no sense, or logits that are NaN
             or infinite.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, generate
         >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))

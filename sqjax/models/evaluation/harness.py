@@ -153,7 +153,7 @@ def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:
     The first `length` tokens follow `begin`. Every later pair has before its continuation as many
     tokens of the text as fit.
 
-    Example:
+    Examples:
         >>> from sqjax.models.evaluation.harness import rolling_pairs
         >>> rolling_pairs([0, 1, 2, 3, 4, 5], begin=9, length=4)
         [([9], [0, 1, 2, 3]), ([1, 2, 3], [4, 5])]

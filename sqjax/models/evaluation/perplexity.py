@@ -68,7 +68,7 @@ def perplexity(
             ``config.max_length``, ids without a length, ids that are not in the vocabulary, or the
             model returns NaN.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, perplexity
         >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))

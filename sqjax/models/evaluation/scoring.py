@@ -168,7 +168,7 @@ def loglikelihoods(
         ValueError: ids that are not in the vocabulary, an empty context, a continuation that is
             longer than ``config.max_length``, a batch of less than 1, or logits that are NaN.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from sqjax.models import LlamaConfig, Model, loglikelihoods
         >>> model = Model(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
@@ -254,9 +254,9 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
 def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """A context and its continuation as ids, as lm-evaluation-harness does it.
 
-    Both are encoded together and parted where the context alone would end; spaces at the end of the
-    context are the continuation's. In place of an empty context stands what the tokenizer puts
-    before every text, or else the end of text.
+    Both are encoded as one text; the continuation's ids are those after as many as the context
+    alone has. Spaces that end the context count as the continuation's. An empty context is replaced
+    by the tokenizer's opening token, or else by its end of text.
 
     Raises:
         ValueError: the model has no tokenizer, or it names no end of text for an empty context.
