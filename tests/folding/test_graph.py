@@ -201,6 +201,7 @@ def test_scales_are_the_keys_absmax_to_the_exponent(llama):
     )
 
 
+@pytest.mark.slow
 def test_smoothed_keys_are_the_same_function_with_flatter_keys(llama):
     params, stats = llama
     s = sq.scales(params, stats, 0.5, attention=1.0)
@@ -265,7 +266,7 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
         assert error(scheme.replace(smoothing=0.5)) < 0.5 * error(scheme)
 
 
-@pytest.mark.parametrize("scheme", [sq.W8A8_O1, sq.W8A8_O3])
+@pytest.mark.parametrize("scheme", [pytest.param(sq.W8A8_O1, marks=pytest.mark.slow), sq.W8A8_O3])
 def test_the_tied_head_is_smoothed_at_run_time(scheme):
     """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s
     again.
