@@ -564,7 +564,7 @@ def test_the_search_is_linear_in_the_layers(monkeypatch):
         return time.process_time() - start, len(spread)
 
     (short, few), (long, many) = cost(8), cost(32)
-    assert long < 5
+    assert long < 30  # seconds: 3 without the tests' type checks, 10 with them
     assert long < 10 * short  # 4 if linear, 16 if quadratic; a noisy clock
     assert 0 < many < 5 * few
 
