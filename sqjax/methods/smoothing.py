@@ -268,9 +268,9 @@ def smooth(
     It is `fold` of `scales`.
 
     Pure; works under jit, and is differentiable with respect to alpha and params.
-    Arguments and errors are those of `scales`, which also says which alpha to take. A static scheme then needs the statistics of what
-    comes out: `fold_stats(stats, scales(params, stats, alpha))`, with the params from before;
-    `smoothquant` does the whole sequence.
+    Arguments and errors are those of `scales`, which also says which alpha to take. A static scheme
+    then needs the statistics of what comes out: `fold_stats(stats, scales(params, stats, alpha))`,
+    with the params from before; `smoothquant` does the whole sequence.
 
     Returns:
         The tree of params, with the same shapes and dtypes: the sites' weights multiplied by s, the
