@@ -212,9 +212,13 @@ def smoothquant(
     histograms of the smoothed model: for these the batches are kept in a list, and read twice.
 
     Args:
-        fn, params, batches, progress: as for `calibrate`.
-        alpha, groups: as for `scales`, which says what alpha to take.
+        fn: as for `calibrate`.
+        params: as for `calibrate`.
+        batches: as for `calibrate`.
+        alpha: as for `scales`, which says what alpha to take.
         scheme: as for `quantize`.
+        groups: as for `scales`.
+        progress: as for `calibrate`.
         runtime: an alpha for the sites that are in no smoothed group (a tied head, what follows a
             GELU): these are smoothed at run time. None: not at all.
 
