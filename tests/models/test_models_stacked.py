@@ -26,7 +26,7 @@ from sqjax.models import (
     unstack_layers,
 )
 from sqjax.models.decoding import generation
-from sqjax.models.evaluation import perplexity
+from sqjax.models.evaluation.perplexity import perplexity
 
 CONFIG = replace(GROUPED, num_layers=2, tie_embeddings=False, attention_bias=True)
 MODEL = Model(CONFIG)
