@@ -104,7 +104,9 @@ def digest(x: Any) -> str:
     """Dtype, shape and a hash of the bytes of an array; texts and None as they are."""
     if x is None or isinstance(x, str | P):
         return str(x)
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(
+        x.dtype, jax.dtypes.prng_key
+    ):
         x = jax.random.key_data(x)
     array = np.ascontiguousarray(x)
     hashed = hashlib.sha256(array.tobytes()).hexdigest()[:32]
@@ -123,12 +125,18 @@ def digests(name: str, tree: Any) -> Results:
     followed by that of the float array they stand for.
     """
     held: dict[str, list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=is_spec
+    ):
         held.setdefault(outer(path), []).append(digest(leaf))
     floats: dict[str, list[str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_tensor):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=is_tensor
+    ):
         if is_tensor(leaf) and not has_specs(leaf):
-            floats.setdefault(outer(path), []).append(digest(sq.dequantize(leaf)))
+            floats.setdefault(outer(path), []).append(
+                digest(sq.dequantize(leaf))
+            )
     for where, found in held.items():
         meant = [f"= {one}" for one in sorted(floats.get(where, []))]
         yield f"{name}{where}", "; ".join([*sorted(found), *meant])
@@ -191,10 +199,15 @@ def of_case(case: Case) -> Results:
             yield from digests(f"{name} output", run(qparams, *case.inputs))
         except ValueError:  # outliers of ragged dots, and in a shard_map; what it says may change
             yield f"{name} output", "refused"
-    for name in ("W8A8_O1", "W8A8_O3"):  # the presets' programs are compiled already
+    for name in (
+        "W8A8_O1",
+        "W8A8_O3",
+    ):  # the presets' programs are compiled already
         qparams = sq.quantize(smoothed, folded, getattr(sq, name))
         yield from digests(f"{name} smoothed tree", qparams)
-        yield from digests(f"{name} smoothed output", run(qparams, *case.inputs))
+        yield from digests(
+            f"{name} smoothed output", run(qparams, *case.inputs)
+        )
 
 
 def of_graph(graph: Any, params: Any) -> Results:
@@ -215,7 +228,9 @@ def of_smoothing(case: Case, stats: Any, run: Callable[..., Any]) -> Any:
         yield from digests(f"scales {alpha}", s)
         yield from digests(f"fold {alpha}", smoothed)
         yield from digests(f"fold_stats {alpha}", folded)
-        yield from digests(f"smoothed output {alpha}", run(smoothed, *case.inputs))
+        yield from digests(
+            f"smoothed output {alpha}", run(smoothed, *case.inputs)
+        )
     yield from digests("smooth", sq.smooth(case.params, stats, 0.5))
     return smoothed, folded
 
@@ -347,7 +362,9 @@ def experts_einsum() -> Case:
         h = x * p["norm"]
         odds = jax.nn.softmax(h @ p["router"], -1)
         hidden = jax.nn.relu(jnp.einsum("td,edf->tef", h, p["up"]))
-        return jnp.einsum("te,ted->td", odds, jnp.einsum("tef,efd->ted", hidden, p["down"]))
+        return jnp.einsum(
+            "te,ted->td", odds, jnp.einsum("tef,efd->ted", hidden, p["down"])
+        )
 
     return Case(fn, expert_params(), batches((8,)))
 
@@ -447,7 +464,10 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        options = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+        }
         return nn.scan(Layer, length=2, **options)()(x, None)[0]
 
 
@@ -525,7 +545,9 @@ def llama_stacked() -> Case:
 
 def llama_tied() -> Case:
     """Tied embeddings, biases, a sliding window."""
-    model, params = llama(tie_embeddings=True, attention_bias=True, sliding_window=4)
+    model, params = llama(
+        tie_embeddings=True, attention_bias=True, sliding_window=4
+    )
     schemes = {"W8A8_O3": sq.W8A8_O3}
     return Case(model.apply, params, [(ids(2, 8),)], schemes=schemes)
 
@@ -539,9 +561,17 @@ def decoding() -> Results:
     prompts = [[5, 6, 7, 8], [9, 10]]
     caches = {name: name for name in ("float", "int8", "e4m3", "int4")}
     for name, cache in (caches | {"channels": channels}).items():
-        found = sq.models.generate(model, qparams, prompts, 6, stop=(), cache=cache)
+        found = sq.models.generate(
+            model, qparams, prompts, 6, stop=(), cache=cache
+        )
         yield f"generate {name}", str(found.tokens)
-    drawn = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "chunk": 2}
+    drawn = {
+        "temperature": 0.8,
+        "top_k": 20,
+        "top_p": 0.9,
+        "seed": 3,
+        "chunk": 2,
+    }
     found = sq.models.generate(model, params, prompts, 6, stop=(), **drawn)
     yield "sampled", str(found.tokens)
     for cache in (None, "int4"):
@@ -563,7 +593,9 @@ def layouts() -> Results:
         stacked = sq.models.stack_layers(qparams)
         yield from digests(f"{name} fused", fused)
         yield from digests(f"{name} stacked", stacked)
-        yield from digests(f"{name} unstacked", sq.models.unstack_layers(stacked))
+        yield from digests(
+            f"{name} unstacked", sq.models.unstack_layers(stacked)
+        )
         output = jax.jit(sq.quantized(model.apply))(fused, ids(2, 8))
         yield from digests(f"{name} fused output", output)
     for kind in ("float", "int8", "e4m3", "int4"):
@@ -571,15 +603,25 @@ def layouts() -> Results:
         run = jax.jit(sq.quantized(model.decode))
         logits, cache = run(params, ids(2, 8), cache)
         yield f"{kind} logits", digest(logits)
-        yield f"{kind} cache", "; ".join(sorted(map(digest, jax.tree.leaves(cache))))
+        yield (
+            f"{kind} cache",
+            "; ".join(sorted(map(digest, jax.tree.leaves(cache)))),
+        )
 
 
 def opt() -> tuple[Any, Any]:
     """A small random OPT, of Hugging Face's Flax classes, as `from_flax` makes it."""
     from transformers import FlaxOPTForCausalLM, OPTConfig
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "max_position_embeddings": 32}
-    config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, init_std=0.1)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "max_position_embeddings": 32,
+    }
+    config = OPTConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, init_std=0.1
+    )
     model = FlaxOPTForCausalLM(config, _do_init=False)
     init = jax.jit(model.init_weights, static_argnums=1)
     params = jittered(init(jax.random.key(0), (1, 1)))
@@ -661,7 +703,9 @@ def histograms() -> Results:
         yield from digests(f"{name} stats", stats)
         for how in ("mse", 0.9, 0.999):
             scheme = variant("W8A8_O3", range=how)
-            yield from digests(f"{name} {how}", sq.quantize(case.params, stats, scheme))
+            yield from digests(
+                f"{name} {how}", sq.quantize(case.params, stats, scheme)
+            )
 
 
 def smoothing_options() -> Results:
@@ -682,9 +726,16 @@ def all_in_one() -> Results:
     case = llama_unrolled()
     o3 = sq.smoothquant(case.fn, case.params, case.batches, 0.85, sq.W8A8_O3)
     yield from digests("O3", o3)
-    rules = {"lm_head": None, "embed": sq.EMBEDDING_INT8, "down_proj": sq.W4A8, ".*": sq.W8A8_O2}
+    rules = {
+        "lm_head": None,
+        "embed": sq.EMBEDDING_INT8,
+        "down_proj": sq.W4A8,
+        ".*": sq.W8A8_O2,
+    }
     options = {"groups": "norm", "runtime": 0.5}
-    tree = sq.smoothquant(case.fn, case.params, case.batches, 0.5, rules, **options)
+    tree = sq.smoothquant(
+        case.fn, case.params, case.batches, 0.5, rules, **options
+    )
     yield from digests("rules", tree)
     run = jax.jit(sq.quantized(case.fn))
     for name, qparams in (("O3", o3), ("rules", tree)):
@@ -703,8 +754,14 @@ def files() -> Results:
             file = f"{folder}/params.safetensors"
             sq.save(file, qparams)
             loaded, stored = sq.load(file), tensors_in(Path(file).read_bytes())
-        yield f"{name} same", str(dict(digests("", loaded)) == dict(digests("", qparams)))
-        yield f"{name} structure", str(jax.tree.structure(loaded) == jax.tree.structure(qparams))
+        yield (
+            f"{name} same",
+            str(dict(digests("", loaded)) == dict(digests("", qparams))),
+        )
+        yield (
+            f"{name} structure",
+            str(jax.tree.structure(loaded) == jax.tree.structure(qparams)),
+        )
         yield f"{name} tensors", "; ".join(sorted(stored))
 
 
@@ -743,7 +800,9 @@ def linen_layers() -> Results:
     for name, scheme in presets().items():
         tree = sq.linen.quantize_dense(params, scheme, absmax=absmax)
         yield from digests(f"{name} dense", tree)
-        yield from digests(f"{name} dense output", jax.jit(dense.apply)({"params": tree}, x))
+        yield from digests(
+            f"{name} dense output", jax.jit(dense.apply)({"params": tree}, x)
+        )
         options = {"axis": (-2, -1), "absmax": absmax.reshape(2, -1)}
         tree = sq.linen.quantize_dense_general(general, scheme, **options)
         yield from digests(f"{name} general", tree)
@@ -762,7 +821,9 @@ def nnx_layers() -> Results:
     for name, scheme in presets().items():
         made = sq.nnx.QuantLinear.from_linear(linear, scheme, absmax)
         yield from digests(f"{name} output", run(made, x))
-        drawn = sq.nnx.QuantLinear(WIDTH, HIDDEN, scheme=scheme, rngs=nnx.Rngs(1))
+        drawn = sq.nnx.QuantLinear(
+            WIDTH, HIDDEN, scheme=scheme, rngs=nnx.Rngs(1)
+        )
         yield from digests(f"{name} drawn output", run(drawn, x))
 
 
@@ -838,7 +899,9 @@ def checks() -> Results:
         trees = {"smoothed": sq.smooth(case.params, stats)}
         trees["O1"] = sq.quantize(case.params, stats)
         for kind, tree in trees.items():
-            error = sq.verify(case.fn, case.params, tree, *case.inputs, tolerance=1.0)
+            error = sq.verify(
+                case.fn, case.params, tree, *case.inputs, tolerance=1.0
+            )
             yield f"{name} {kind}", repr(error)
 
 
@@ -846,13 +909,49 @@ def checks() -> Results:
 
 CASES = (
     *(mlp, fused_qkv, tied_embedding, embedding, offset_norm),
-    *(experts_einsum, experts_ragged, scanned, out_of_a_stack, on_four_devices, refusals),
-    *(linen_module, nnx_module, llama_unrolled, llama_stacked, llama_tied, huggingface_opt),
+    *(
+        experts_einsum,
+        experts_ragged,
+        scanned,
+        out_of_a_stack,
+        on_four_devices,
+        refusals,
+    ),
+    *(
+        linen_module,
+        nnx_module,
+        llama_unrolled,
+        llama_stacked,
+        llama_tied,
+        huggingface_opt,
+    ),
 )
 FEATURES = (
-    *(masked, keys_to_queries, two_functions, stated_group, histograms, smoothing_options),
-    *(all_in_one, files, placements, linen_layers, nnx_layers, nnx_rebuilt, gradients),
-    *(attention_in_int8, int8_cache, checks, decoding, layouts, huggingface_generate),
+    *(
+        masked,
+        keys_to_queries,
+        two_functions,
+        stated_group,
+        histograms,
+        smoothing_options,
+    ),
+    *(
+        all_in_one,
+        files,
+        placements,
+        linen_layers,
+        nnx_layers,
+        nnx_rebuilt,
+        gradients,
+    ),
+    *(
+        attention_in_int8,
+        int8_cache,
+        checks,
+        decoding,
+        layouts,
+        huggingface_generate,
+    ),
 )
 
 
@@ -872,8 +971,13 @@ def has_flax_classes() -> bool:
 def record(path: str) -> int:
     """Runs everything; what raises is a result too, but makes the exit status 1."""
     jax.config.update("jax_num_cpu_devices", 4)
-    if jax.__version_info__ < (0, 11):  # newer ones can not leave the fusion emitters out
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_EMITTERS}"
+    if jax.__version_info__ < (
+        0,
+        11,
+    ):  # newer ones can not leave the fusion emitters out
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} {NO_EMITTERS}"
+        )
     warnings.simplefilter("ignore")
     results, failed = {"jax": jax.__version__}, []
     start = time.process_time()
@@ -882,13 +986,23 @@ def record(path: str) -> int:
         if name.startswith("huggingface") and not has_flax_classes():
             continue
         try:
-            results |= numbered(name, of_case(build()) if build in CASES else build())
+            results |= numbered(
+                name, of_case(build()) if build in CASES else build()
+            )
         except Exception as error:
-            results[f"{name}: raised"] = text(f"{type(error).__name__}: {error}")
+            results[f"{name}: raised"] = text(
+                f"{type(error).__name__}: {error}"
+            )
             failed.append(name)
-        print(f"{time.process_time() - start:6.1f} s  {name}", file=sys.stderr, flush=True)
+        print(
+            f"{time.process_time() - start:6.1f} s  {name}",
+            file=sys.stderr,
+            flush=True,
+        )
     Path(path).write_text(json.dumps(results, indent=0))
-    print(f"{len(results)} results of {Path(sq.__file__).parent}, {len(failed)} programs raised")
+    print(
+        f"{len(results)} results of {Path(sq.__file__).parent}, {len(failed)} programs raised"
+    )
     for name in failed:
         print(results[f"{name}: raised"])
     return int(bool(failed))
@@ -898,7 +1012,9 @@ def numbered(program: str, found: Results) -> dict[str, str]:
     """The results of one program; two of one name are a mistake here."""
     results: dict[str, str] = {}
     for name, value in found:
-        assert name not in results, f"{program}: two results are called {name!r}"
+        assert name not in results, (
+            f"{program}: two results are called {name!r}"
+        )
         results[name] = value
     return {f"{program}: {name}": value for name, value in results.items()}
 

@@ -31,21 +31,35 @@ def imports() -> dict[str, set[str]]:
         modules = [
             node.module
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sqjax.")
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("sqjax.")
         ]
         others = {module.split(".")[1] for module in modules}
-        found.setdefault(room, set()).update(o for o in others if not o.startswith("_"))
-    return {room: others & set(found) - {room} for room, others in found.items()}
+        found.setdefault(room, set()).update(
+            o for o in others if not o.startswith("_")
+        )
+    return {
+        room: others & set(found) - {room} for room, others in found.items()
+    }
 
 
 def floors(edges: dict[str, set[str]]) -> dict[str, int]:
     """{room: its floor}, one above the highest room that it imports. ValueError: a circle."""
     height: dict[str, int] = {}
     while len(height) < len(edges):
-        ready = [r for r, below in edges.items() if r not in height and below <= set(height)]
+        ready = [
+            r
+            for r, below in edges.items()
+            if r not in height and below <= set(height)
+        ]
         if not ready:
-            raise ValueError(f"these rooms import each other: {sorted(set(edges) - set(height))}")
-        height |= {room: 1 + max((height[b] for b in edges[room]), default=-1) for room in ready}
+            raise ValueError(
+                f"these rooms import each other: {sorted(set(edges) - set(height))}"
+            )
+        height |= {
+            room: 1 + max((height[b] for b in edges[room]), default=-1)
+            for room in ready
+        }
     return height
 
 
@@ -53,24 +67,38 @@ def draw_rooms() -> None:
     """Rooms as boxes on their floors, with an arrow for each import."""
     edges = imports()
     height = floors(edges)
-    levels = [sorted(r for r in height if height[r] == n) for n in range(max(height.values()) + 1)]
+    levels = [
+        sorted(r for r in height if height[r] == n)
+        for n in range(max(height.values()) + 1)
+    ]
     position = {
         room: ((i + 1) / (len(level) + 1), n)
         for n, level in enumerate(levels)
         for i, room in enumerate(level)
     }
     _, axes = plt.subplots(figsize=(8, 6))
-    arrow = {"arrowstyle": "-|>", "color": "#c5cae9", "shrinkA": 16, "shrinkB": 16}
+    arrow = {
+        "arrowstyle": "-|>",
+        "color": "#c5cae9",
+        "shrinkA": 16,
+        "shrinkB": 16,
+    }
     for room, others in edges.items():
         for other in sorted(others):
             axes.annotate("", position[other], position[room], arrowprops=arrow)
-    box = {"boxstyle": "round,pad=0.5", "facecolor": "#e8eaf6", "edgecolor": BLUE}
+    box = {
+        "boxstyle": "round,pad=0.5",
+        "facecolor": "#e8eaf6",
+        "edgecolor": BLUE,
+    }
     for room, (x, y) in position.items():
         axes.text(x, y, room, ha="center", va="center", bbox=box, fontsize=11)
     axes.set_ylim(-0.5, len(levels) - 0.5)
     axes.set_xlim(0, 1)
     axes.axis("off")
-    plt.savefig(PICTURES / "rooms.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.savefig(
+        PICTURES / "rooms.svg", bbox_inches="tight", metadata={"Date": None}
+    )
 
 
 # Smoothing ------------------------------------------------------------------------------------
@@ -103,8 +131,12 @@ def draw_smoothing() -> None:
         axes.legend(frameon=False, markerscale=4)
         axes.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
-    plt.savefig(PICTURES / "smoothing.png", dpi=110, metadata={"Software": None})
-    print(f"{SITE}: largest of max |X| {before.max():.0f}, median {np.median(before):.2f}")
+    plt.savefig(
+        PICTURES / "smoothing.png", dpi=110, metadata={"Software": None}
+    )
+    print(
+        f"{SITE}: largest of max |X| {before.max():.0f}, median {np.median(before):.2f}"
+    )
     print(f"after: {after.max():.2f}, median {np.median(after):.2f}")
 
 

@@ -15,10 +15,19 @@ import sqjax as sq
 
 
 def main() -> dict[str, float]:
-    sizes = {"vocab_size": 512, "hidden_size": 128, "ffn_dim": 512, "max_position_embeddings": 64}
-    config = OPTConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, init_std=0.1)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "ffn_dim": 512,
+        "max_position_embeddings": 64,
+    }
+    config = OPTConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=4, init_std=0.1
+    )
     model = FlaxOPTForCausalLM(config, _do_init=False)
-    params = jax.jit(model.init_weights, static_argnums=1)(jax.random.key(0), (1, 1))
+    params = jax.jit(model.init_weights, static_argnums=1)(
+        jax.random.key(0), (1, 1)
+    )
     for layer in params["model"]["decoder"]["layers"].values():
         for norm in ("self_attn_layer_norm", "final_layer_norm"):
             layer[norm]["scale"] = layer[norm]["scale"].at[:4].set(30.0)
@@ -33,7 +42,9 @@ def main() -> dict[str, float]:
         ("smoothed", sq.smooth(params, stats, alpha=0.5)),
     ):
         int8 = run(sq.quantize(weights, stats, sq.W8A8), ids)
-        errors[name] = float(np.linalg.norm(int8 - logits) / np.linalg.norm(logits))
+        errors[name] = float(
+            np.linalg.norm(int8 - logits) / np.linalg.norm(logits)
+        )
         print(f"W8A8, {name}: relative error {errors[name]:.2%}")
     return errors
 

@@ -10,7 +10,9 @@ import sqjax as sq
 class Model(nnx.Module):
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(3)])
+        self.layers = nnx.List(
+            [nnx.Linear(width, width, rngs=rngs) for _ in range(3)]
+        )
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -20,7 +22,9 @@ class Model(nnx.Module):
 
 def main() -> dict[str, float]:
     model = Model(128, nnx.Rngs(0))
-    outliers = jnp.array([3, 70])  # two channels sixty times as large, as large models grow them
+    outliers = jnp.array(
+        [3, 70]
+    )  # two channels sixty times as large, as large models grow them
     model.norm.scale[...] = model.norm.scale[...].at[outliers].set(60.0)
     x = jax.random.normal(jax.random.key(1), (64, 128))
     fn, params = sq.nnx.functional(model)
@@ -34,7 +38,8 @@ def main() -> dict[str, float]:
     run, expected, errors = nnx.jit(lambda model, x: model(x)), model(x), {}
     for name, tree in trees.items():
         errors[name] = float(
-            jnp.linalg.norm(run(sq.nnx.rebuild(fn, tree), x) - expected) / jnp.linalg.norm(expected)
+            jnp.linalg.norm(run(sq.nnx.rebuild(fn, tree), x) - expected)
+            / jnp.linalg.norm(expected)
         )
         print(f"{name:>14}: relative error {errors[name]:.2e}")
     return errors

@@ -15,11 +15,18 @@ class Layer(nn.Module):
 
 
 def main() -> dict[str, float]:
-    layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=6)()
+    layers = nn.scan(
+        Layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=6,
+    )()
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (32, 64))
     params = layers.init(keys[1], x, None)["params"]
-    gains = jnp.exp(2 * jax.random.normal(keys[2], (6, 64)))  # other outliers in every layer
+    gains = jnp.exp(
+        2 * jax.random.normal(keys[2], (6, 64))
+    )  # other outliers in every layer
     params["norm"]["scale"], params["up"]["kernel"] = (
         gains,
         params["up"]["kernel"] / gains[:, :, None],
@@ -35,7 +42,9 @@ def main() -> dict[str, float]:
     }
     run, expected, errors = jax.jit(sq.quantized(fn)), fn(params, x), {}
     for name, tree in trees.items():
-        errors[name] = float(jnp.linalg.norm(run(tree, x) - expected) / jnp.linalg.norm(expected))
+        errors[name] = float(
+            jnp.linalg.norm(run(tree, x) - expected) / jnp.linalg.norm(expected)
+        )
         print(f"{name:>14}: relative error {errors[name]:.2e}")
     return errors
 

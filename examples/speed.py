@@ -20,7 +20,9 @@ TOKENS, STEPS, REPEATS = 256, 48, 9
 
 def main(name: str = "smollm2-135m") -> None:
     model, params = sq.models.load(name)
-    ids = jnp.asarray(np.random.default_rng(0).integers(1000, 40000, (1, TOKENS)), jnp.int32)
+    ids = jnp.asarray(
+        np.random.default_rng(0).integers(1000, 40000, (1, TOKENS)), jnp.int32
+    )
     stats = sq.calibrate(model.apply, params, [ids])
     variants = {"float32": params}
     variants |= {
@@ -51,7 +53,10 @@ def main(name: str = "smollm2-135m") -> None:
     report(
         "decode, batch 1",
         STEPS,
-        {k: lambda p=p: sq.models.greedy(model, p, prompt, STEPS) for k, p in variants.items()},
+        {
+            k: lambda p=p: sq.models.greedy(model, p, prompt, STEPS)
+            for k, p in variants.items()
+        },
     )
 
     plain = jax.jit(model.apply)
@@ -65,19 +70,24 @@ def report(title: str, tokens: int, runs: dict) -> None:
     """Prints tokens/s of each run, and its ratio to float32."""
     seconds = interleaved(runs, REPEATS, title)
     figures = [
-        f"{k} {tokens / s:.1f} tok/s ({seconds['float32'] / s:.2f}x)" for k, s in seconds.items()
+        f"{k} {tokens / s:.1f} tok/s ({seconds['float32'] / s:.2f}x)"
+        for k, s in seconds.items()
     ]
     print(f"{title}: " + ", ".join(figures), flush=True)
 
 
-def calibration_ratio(model, params, ids, plain, few: int = 2, many: int = 14) -> float:
+def calibration_ratio(
+    model, params, ids, plain, few: int = 2, many: int = 14
+) -> float:
     """(time of `many` batches - of `few`) / as many forward passes: what is compiled cancels."""
     ratios = []
     for _ in range(3):
         elapsed = []
         for count in (few, many):
             start = time.perf_counter()
-            jax.block_until_ready(sq.calibrate(model.apply, params, [ids] * count).absmax)
+            jax.block_until_ready(
+                sq.calibrate(model.apply, params, [ids] * count).absmax
+            )
             elapsed.append(time.perf_counter() - start)
         jax.block_until_ready(plain(params, ids))
         start = time.perf_counter()

@@ -41,7 +41,9 @@ def _matches(pattern: str, names: Sequence[str], what: str) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{what} {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(
+            f"{what} {pattern!r} is not a regular expression: {error}"
+        ) from error
     return list(filter(expression.search, names))
 
 

@@ -18,7 +18,9 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return tuple(entry)
 
 
-def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def runs(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """The shortest runs of axes of two shapes that have equal products: [(axes of old, axes of
     new), ...].
 

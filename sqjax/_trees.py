@@ -30,7 +30,9 @@ def named_leaves(
         leaves.append(leaf)
     paths = tuple(names)
     if len(set(paths)) < len(paths):
-        twice = sorted(path for path, times in Counter(paths).items() if times > 1)
+        twice = sorted(
+            path for path, times in Counter(paths).items() if times > 1
+        )
         raise ValueError(
             f"two leaves of the tree have one path, {twice[:5]}; rename a key that holds a '/'"
         )
@@ -40,7 +42,9 @@ def named_leaves(
 def map_named(change: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """The tree with every leaf replaced by change(path, leaf)."""
     paths, leaves, treedef = named_leaves(tree)
-    return jax.tree_util.tree_unflatten(treedef, list(map(change, paths, leaves)))
+    return jax.tree_util.tree_unflatten(
+        treedef, list(map(change, paths, leaves))
+    )
 
 
 def is_concrete(x: Any) -> bool:
@@ -57,7 +61,9 @@ def replicated(x: Any) -> Any:
     sharding = jax.typeof(x).sharding
     if all(entry is None for entry in sharding.spec):
         return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.sharding.reshard(
+        x, NamedSharding(sharding.mesh, PartitionSpec())
+    )
 
 
 def is_float(x: Any) -> bool:

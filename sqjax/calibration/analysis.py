@@ -80,7 +80,11 @@ class Analyses:
         stated: Mapping[str, Sequence[str]],
         attention: bool,
     ):
-        self.functions, self.params, self.first_batches = functions, params, first_batches
+        self.functions, self.params, self.first_batches = (
+            functions,
+            params,
+            first_batches,
+        )
         self.stated, self.attention = stated, attention
         self._shared = shared_arrays(params)
         self._alone: dict[tuple[int, str], Analysis] = {}
@@ -90,7 +94,9 @@ class Analyses:
         key = which, shapes_of(args)
         # Not by `fn` and the arrays: tracing sees shapes only, and batches of one shape are many.
         if key not in self._alone:
-            self._alone[key] = self._analysis(self.functions[which], args, number)
+            self._alone[key] = self._analysis(
+                self.functions[which], args, number
+            )
         return self._alone[key]
 
     def together(self, which: int, args: Arguments, number: int) -> Analysis:
@@ -108,7 +114,9 @@ class Analyses:
         return self._analysis(every, tuple(batches), number)
 
     def _analysis(self, fn: Fn, args: Arguments, number: int) -> Analysis:
-        survey = Survey.of(traced_program(fn, self.params, args, number), self._shared)
+        survey = Survey.of(
+            traced_program(fn, self.params, args, number), self._shared
+        )
         keys = find_keys(survey) if self.attention else []
         return Analysis(survey, keys, self.stated)
 
@@ -127,7 +135,9 @@ def _arrays_to(describe: Callable[[Any], Any], args: Arguments) -> PyTree:
     return jax.tree.map(lambda x: describe(x) if is_array(x) else x, args)
 
 
-def traced_program(fn: Fn, params: PyTree, args: Arguments, number: int) -> Program:
+def traced_program(
+    fn: Fn, params: PyTree, args: Arguments, number: int
+) -> Program:
     """The program of fn(params, *args).
 
     Raises:
@@ -183,7 +193,12 @@ def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
     for group in lost:
         for path, _ in group.sites:
             reason = reasons.get(path, "its group is another there")
-            refused.append((path, f"it does not fold in the program of batch {number}: {reason}"))
+            refused.append(
+                (
+                    path,
+                    f"it does not fold in the program of batch {number}: {reason}",
+                )
+            )
 
     names = {group.name for group in kept}
     keys = tuple(key for key in graph.keys if key.path in names)

@@ -97,7 +97,9 @@ def calibrate(
         streams.append(stream)
 
     # Analyse: what folds is decided by all functions together, on their first batches.
-    analyses = Analyses(functions, params, first_batches, groups or {}, attention)
+    analyses = Analyses(
+        functions, params, first_batches, groups or {}, attention
+    )
     first = analyses.together(0, first_batches[0], 0)
     _check_has_something_to_do(first.graph)
 
@@ -107,7 +109,9 @@ def calibrate(
     # Record: one function and one batch at a time, so that only one batch is in memory.
     recorder = Recorder(analyses, graph, mask, histogram)
     for which, stream in enumerate(streams):
-        shown = tqdm(stream, desc="calibrating", unit="batch", disable=not progress)
+        shown = tqdm(
+            stream, desc="calibrating", unit="batch", disable=not progress
+        )
         for number, batch in enumerate(shown):
             recorder.record(which, _arguments(batch, number), number)
 
@@ -153,7 +157,9 @@ def _check_has_something_to_do(graph: Graph) -> None:
     """Raises ValueError if there is nothing to quantize: no site, and no embedding table."""
     if graph.sites or graph.tables:
         return
-    reasons = "".join(f"\n  {path}: {reason}" for path, reason in graph.refused[:10])
+    reasons = "".join(
+        f"\n  {path}: {reason}" for path, reason in graph.refused[:10]
+    )
     raise ValueError(
         "calibrate: found no matmul of an activation with a leaf of params, so nothing to do"
         f"{reasons}"
@@ -164,5 +170,10 @@ def _warn_of_unreached(stats: Stats) -> None:
     """Warns of layers and experts that no token reached."""
     unreached = stats.unreached
     if unreached:
-        named = ", ".join(f"{path}{list(entries)}" for path, entries in unreached.items())
-        warnings.warn(f"calibrate: no token reached {named}; these keep s = 1 there", stacklevel=3)
+        named = ", ".join(
+            f"{path}{list(entries)}" for path, entries in unreached.items()
+        )
+        warnings.warn(
+            f"calibrate: no token reached {named}; these keep s = 1 there",
+            stacklevel=3,
+        )

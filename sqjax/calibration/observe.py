@@ -69,7 +69,9 @@ def combine(a: Observation, b: Observation) -> Observation:
     if a.histogram is not None and b.histogram is not None:
         histogram = a.histogram + b.histogram
     absmax = jnp.maximum(a.absmax, b.absmax)
-    return Observation(absmax, a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram)
+    return Observation(
+        absmax, a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram
+    )
 
 
 def observe(
@@ -105,9 +107,13 @@ def observe(
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
     for place in places:
-        measurement = measured[place.activation][_probe(program, place, histogram)]
+        measurement = measured[place.activation][
+            _probe(program, place, histogram)
+        ]
         along = differing.get(place.activation, frozenset())
-        seen_at.append((place, _as_channels(program, place, measurement, along)))
+        seen_at.append(
+            (place, _as_channels(program, place, measurement, along))
+        )
     observations = _by_site(seen_at)
 
     # Keys are found with the channels of their site, so nothing is to be rearranged.
@@ -134,7 +140,9 @@ def _probe(program: Program, place: Place, histogram: bool) -> Probe:
     return Probe(place.axes, len(activation.batch), histogram)
 
 
-def _measure_all(x: Array, probes: Sequence[Probe], mask: Array | None) -> dict[Probe, Measurement]:
+def _measure_all(
+    x: Array, probes: Sequence[Probe], mask: Array | None
+) -> dict[Probe, Measurement]:
     return {probe: measure(x, probe, mask) for probe in probes}
 
 
@@ -157,7 +165,9 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
 
     fitted = None if mask is None else _fitted(mask, token_shape)
     if fitted is not None:
-        with_channels = fitted.reshape(fitted.shape + (1,) * (magnitude.ndim - fitted.ndim))
+        with_channels = fitted.reshape(
+            fitted.shape + (1,) * (magnitude.ndim - fitted.ndim)
+        )
         magnitude = jnp.where(with_channels, magnitude, 0)
         # One entry of the mask may stand for several rows: the heads of a token, say.
         rows = np.prod(token_shape[fitted.ndim :], dtype=int)
@@ -170,7 +180,10 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
         matrices_first = jnp.moveaxis(magnitude, matrices, range(probe.batch))
         counts = count(matrices_first, probe.batch)
     return Measurement(
-        magnitude.max(token_axes, initial=0), magnitude.sum(token_axes), tokens, counts
+        magnitude.max(token_axes, initial=0),
+        magnitude.sum(token_axes),
+        tokens,
+        counts,
     )
 
 
@@ -186,7 +199,10 @@ def _fitted(mask: Array, token_shape: tuple[int, ...]) -> Array | None:
 
 
 def _as_channels(
-    program: Program, place: Place, measurement: Measurement, differing: MeshAxes
+    program: Program,
+    place: Place,
+    measurement: Measurement,
+    differing: MeshAxes,
 ) -> Observation:
     """A measurement of an activation as the observation of the site that one matmul reads."""
     site = place.site
@@ -202,10 +218,14 @@ def _as_channels(
     stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
     counts = stack.arranged(stack.total(measurement.counts))
     largest = jnp.max(absmax, axis=site.feature_axes)
-    return Observation(absmax, abs_sum, tokens, Histogram.counted(counts, largest))
+    return Observation(
+        absmax, abs_sum, tokens, Histogram.counted(counts, largest)
+    )
 
 
-def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observation]:
+def _by_site(
+    seen_at: Iterable[tuple[Place, Observation]],
+) -> dict[Site, Observation]:
     """One observation for every site, of the matmuls that read it.
 
     Tokens add up over matmuls that read one matrix, because each reads tokens of its own. They do
@@ -226,13 +246,18 @@ def _by_site(seen_at: Iterable[tuple[Place, Observation]]) -> dict[Site, Observa
             before = by_site[site]
             # Each is zero in the other's entries, so max and + only fill in the stack.
             both = combine(before, observation)
-            observation = both._replace(tokens=jnp.maximum(observation.tokens, before.tokens))
+            observation = both._replace(
+                tokens=jnp.maximum(observation.tokens, before.tokens)
+            )
         by_site[site] = observation
     return by_site
 
 
 def _check_mask(
-    program: Program, places: Iterable[Place], differing: Mapping[Var, MeshAxes], mask: Array
+    program: Program,
+    places: Iterable[Place],
+    differing: Mapping[Var, MeshAxes],
+    mask: Array,
 ) -> None:
     """Raises ValueError if a shard_map has split the tokens: a mask is not split likewise."""
     for place in places:

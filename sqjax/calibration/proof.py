@@ -17,7 +17,9 @@ from sqjax.folding.graph import Graph, Group
 from sqjax.program.facts import Program
 
 
-def prove(analysis: Analysis, params: PyTree, inputs: list[Any], graph: Graph) -> Graph:
+def prove(
+    analysis: Analysis, params: PyTree, inputs: list[Any], graph: Graph
+) -> Graph:
     """The graph without the groups that fail the proof; their sites are refused.
 
     One compiled program runs with s = 1, and with s drawn from 2^-3 .. 2^3 (never 1). A power of
@@ -65,7 +67,13 @@ class Trial:
         expected: what the program returns with s = 1.
     """
 
-    def __init__(self, analysis: Analysis, params: PyTree, inputs: list[Any], graph: Graph):
+    def __init__(
+        self,
+        analysis: Analysis,
+        params: PyTree,
+        inputs: list[Any],
+        graph: Graph,
+    ):
         # A small float16 that is divided by 2 may lose its last digit. One that is multiplied by 2
         # does not, so activations are divided by 1/2 and by 1/4 only.
         exponents = [-3, -2, -1, 1, 2, 3]
@@ -89,7 +97,9 @@ class Trial:
         powers = {group.name: self.powers[group.name] for group in groups}
         got = self._results(self.ones | powers)
         # NaN equals NaN here, because fn may return one for good reasons (a masked row, say).
-        same = jax.tree.map(partial(np.array_equal, equal_nan=True), got, self.expected)
+        same = jax.tree.map(
+            partial(np.array_equal, equal_nan=True), got, self.expected
+        )
         return all(jax.tree.leaves(same))
 
     def _results(self, s: Mapping[str, Array]) -> Any:
@@ -97,7 +107,11 @@ class Trial:
 
 
 def _run_folded(
-    analysis: Analysis, graph: Graph, params: PyTree, s: Mapping[str, Array], inputs: list[Any]
+    analysis: Analysis,
+    graph: Graph,
+    params: PyTree,
+    s: Mapping[str, Array],
+    inputs: list[Any],
 ) -> tuple[list[Any], dict[str, Array]]:
     """(the outputs with s folded in, every site's absmax times s): the same for every s."""
     folded = fold(_rounded(params, graph), graph, s)
@@ -105,13 +119,17 @@ def _run_folded(
     s_of_site = expand(s, graph)
     absmax = {}
     for site in (*graph.sites, *graph.keys):
-        absmax[site.path] = observations[site].absmax * s_of_site.get(site.path, 1.0)
+        absmax[site.path] = observations[site].absmax * s_of_site.get(
+            site.path, 1.0
+        )
     return outputs, absmax
 
 
 def in_float16(program: Program) -> bool:
     """Whether a program computes in float16 anywhere."""
-    return any(getattr(aval, "dtype", None) == jnp.float16 for aval in program.avals)
+    return any(
+        getattr(aval, "dtype", None) == jnp.float16 for aval in program.avals
+    )
 
 
 def _rounded(params: PyTree, graph: Graph) -> PyTree:

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from sqjax._trees import check_finite
-from sqjax.calibration.analysis import Analyses, Analysis, Arguments, common_groups, shapes_of
+from sqjax.calibration.analysis import (
+    Analyses,
+    Analysis,
+    Arguments,
+    common_groups,
+    shapes_of,
+)
 from sqjax.calibration.observe import Observation, combine, observe
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import leaves_by_path
@@ -50,7 +56,9 @@ class Recorder:
             histogram = None
             if self._histogram and site in self.graph.sites:
                 histogram = Histogram.empty(site.channels[: len(site.batch)])
-            totals[site.path] = Observation(zeros, zeros, jnp.int32(0), histogram)
+            totals[site.path] = Observation(
+                zeros, zeros, jnp.int32(0), histogram
+            )
         return totals
 
     def record(self, which: int, args: Arguments, number: int) -> None:
@@ -63,9 +71,13 @@ class Recorder:
         if self._mask is not None:
             mask = jnp.asarray(self._mask(*args), bool)
         leaves = jax.tree.leaves(self._analyses.params)
-        self.totals = self._steps[key](self.totals, leaves, array_leaves(args), mask)
+        self.totals = self._steps[key](
+            self.totals, leaves, array_leaves(args), mask
+        )
 
-    def _compile(self, which: int, args: Arguments, number: int) -> Callable[..., Totals]:
+    def _compile(
+        self, which: int, args: Arguments, number: int
+    ) -> Callable[..., Totals]:
         """The step for batches of these shapes.
 
         What does not fold in their program is not folded at all.
@@ -87,10 +99,17 @@ class Recorder:
         return jax.jit(partial(self._add, analysis))
 
     def _add(
-        self, analysis: Analysis, totals: Totals, leaves: Any, inputs: Any, mask: Any
+        self,
+        analysis: Analysis,
+        totals: Totals,
+        leaves: Any,
+        inputs: Any,
+        mask: Any,
     ) -> Totals:
         """The totals after one more batch. Sites of other functions stay as they are."""
-        _, observations = observe(analysis, leaves, inputs, mask, self._histogram)
+        _, observations = observe(
+            analysis, leaves, inputs, mask, self._histogram
+        )
         added = dict(totals)
         for site, observation in observations.items():
             if site in self._recorded:
@@ -119,4 +138,6 @@ class Recorder:
             weights[site.path] = weight_absmax(site, leaves[site.path])
         for group in self.graph.groups:
             folded[group.name] = jnp.ones(group.size, jnp.float32)
-        return Stats(absmax, abs_sum, count, weights, folded, self.graph, histograms)
+        return Stats(
+            absmax, abs_sum, count, weights, folded, self.graph, histograms
+        )

@@ -148,7 +148,9 @@ class SiteLayout(NamedTuple):
         return zeros.at[self.entry].set(whole[self.entry])
 
 
-def _parts(program: Program, place: Place, kept: int, tail: tuple[int, ...]) -> Iterator[Part]:
+def _parts(
+    program: Program, place: Place, kept: int, tail: tuple[int, ...]
+) -> Iterator[Part]:
     """The factors of the first `kept` channel axes, and of the axes in `tail`, in order."""
     view = place.view
     scanned = set(view.stacked.values())
@@ -156,7 +158,9 @@ def _parts(program: Program, place: Place, kept: int, tail: tuple[int, ...]) -> 
     for i, axis in enumerate(place.site.channel_axes[:kept]):
         for scope in view.strides(axis):  # the outermost first
             yield Part(i, program.lengths[scope], scope)
-        if axis not in scanned:  # a scan takes one index at a time: within a step nothing remains
+        if (
+            axis not in scanned
+        ):  # a scan takes one index at a time: within a step nothing remains
             yield Part(i, view.shape[axis], own=axis not in picked)
     for i, size in enumerate(tail, start=kept):
         yield Part(i, size, own=True)

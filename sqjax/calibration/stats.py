@@ -130,7 +130,9 @@ class Stats:
                     "(was one smoothed?); merge calibrations of one tree, and fold_stats the result"
                 )
 
-    def input_range(self, path: str, how: Range = "absmax", fmt: Format = INT8) -> Array:
+    def input_range(
+        self, path: str, how: Range = "absmax", fmt: Format = INT8
+    ) -> Array:
         """The range of |X| that a site's static quantizer scale shall cover.
 
         Args:
@@ -170,7 +172,11 @@ class Stats:
 
     def _is_unfolded(self, path: str) -> Any:
         """Whether `fold_stats` has left a site's activation as it was: every s is 1 there."""
-        groups = [group.name for group in self.graph.groups if path in dict(group.sites)]
+        groups = [
+            group.name
+            for group in self.graph.groups
+            if path in dict(group.sites)
+        ]
         folded = [self.folded[name] for name in groups]
         if all(map(is_concrete, folded)):
             return all(np.all(np.asarray(s) == 1) for s in folded)

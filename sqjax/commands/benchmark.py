@@ -68,7 +68,9 @@ class Size(NamedTuple):
     matvecs: tuple[tuple[int, int], ...]
 
 
-FULL = Size((64, 256, 512), 512, 7, 5, 2048, (512, 1), ((2048, 8192), (8192, 2048)))
+FULL = Size(
+    (64, 256, 512), 512, 7, 5, 2048, (512, 1), ((2048, 8192), (8192, 2048))
+)
 QUICK = Size((64, 256), 256, 3, 5, 2048, (512, 1), ((2048, 8192),))
 
 
@@ -93,7 +95,9 @@ class MatmulVariant(NamedTuple):
     dtype: Any = jnp.float32
 
 
-def benchmark(size: Size = FULL, models: Sequence[str] = (MODEL, LLAMA_SHAPED)) -> list[Row]:
+def benchmark(
+    size: Size = FULL, models: Sequence[str] = (MODEL, LLAMA_SHAPED)
+) -> list[Row]:
     """Measures matmuls and whole models, prints a table of each and returns all rows.
 
     Args:
@@ -105,7 +109,9 @@ def benchmark(size: Size = FULL, models: Sequence[str] = (MODEL, LLAMA_SHAPED)) 
     print(f"{this_machine()}, {device}, jax {jax.__version__}", flush=True)
     matmul = square_matmul(size)
     n = size.square
-    _print_table(f"x @ w, K = N = {n}, against the int8 dot_general alone", matmul)
+    _print_table(
+        f"x @ w, K = N = {n}, against the int8 dot_general alone", matmul
+    )
     matvec = matvecs(size)
     _print_table("x @ w for one row, against float32", matvec)
     rows = [*matmul, *matvec]
@@ -122,7 +128,9 @@ def _print_table(title: str, rows: Sequence[Row]) -> None:
     print(f"\n{title} (times as fast, milliseconds)\n{table}", flush=True)
 
 
-def timed_rows(labels: Row, columns: Mapping[str, Mapping[str, float]]) -> list[Row]:
+def timed_rows(
+    labels: Row, columns: Mapping[str, Mapping[str, float]]
+) -> list[Row]:
     """A record's rows from {column: {row: seconds}}, each with the labels.
 
     For example labels {"table": "matvec"} and columns {"2048 to 8192": {"float32": 0.0018}} give
@@ -152,7 +160,9 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> list[Row]:
         cache = model.init_cache(1, size.slots, variant.dtype)
         steps[variant_name] = decode_steps(variant, cache, size)
     totals = interleaved(steps, size.repeats, f"{name}, decode")
-    columns["decode"] = {row: total / size.short for row, total in totals.items()}
+    columns["decode"] = {
+        row: total / size.short for row, total in totals.items()
+    }
     labels = {"table": "model", "model": name}
     rows = timed_rows(labels, columns)
     for row, note in notes.items():
@@ -160,7 +170,9 @@ def whole_model(name: str, model: Model, params: Any, size: Size) -> list[Row]:
     return rows
 
 
-def model_variants(model: Model, params: Any) -> tuple[dict[str, Variant], dict[str, str]]:
+def model_variants(
+    model: Model, params: Any
+) -> tuple[dict[str, Variant], dict[str, str]]:
     """({row: the model in this form}, {row: why there is none})."""
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     variants = {
@@ -169,7 +181,9 @@ def model_variants(model: Model, params: Any) -> tuple[dict[str, Variant], dict[
     }
     stats = calibrate(model.apply, params, [_ids(model, 64)])
     for name, scheme in PRESETS.items():
-        plain = Variant(quantized(model.decode), quantize(params, stats, scheme))
+        plain = Variant(
+            quantized(model.decode), quantize(params, stats, scheme)
+        )
         variants[name] = plain
         fused = f"{name} fused"
         if fused in LIKE_QWIX:
@@ -216,7 +230,10 @@ def qwix_variant(model: Model, params: Any) -> Variant:
 @contextmanager
 def _usual_promotion() -> Iterator[None]:
     """For code of others, which multiplies dtypes and ranks that differ."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         yield
 
 
@@ -228,11 +245,15 @@ def _prefills(
     runs: dict[str, Callable[[], Any]] = {}
     for name, variant in variants.items():
         cache = model.init_cache(1, tokens, variant.dtype)
-        runs[name] = partial(jax.jit(variant.decode), variant.params, ids, cache)
+        runs[name] = partial(
+            jax.jit(variant.decode), variant.params, ids, cache
+        )
     return runs
 
 
-def decode_steps(variant: Variant, cache: KVCache, size: Size) -> Callable[[], Array]:
+def decode_steps(
+    variant: Variant, cache: KVCache, size: Size
+) -> Callable[[], Array]:
     """A run that reads one token into the last slot of a cache, several times in a row.
 
     As in a loop, the key/value cache is donated, so it is updated in place; and the processor's own
@@ -254,7 +275,9 @@ def decode_steps(variant: Variant, cache: KVCache, size: Size) -> Callable[[], A
 
 def _ids(model: Model, tokens: int) -> Array:
     """A prompt of so many tokens, (1, tokens); what they are does not change how long it takes."""
-    return jnp.asarray(np.arange(tokens)[None] % model.config.vocab_size, jnp.int32)
+    return jnp.asarray(
+        np.arange(tokens)[None] % model.config.vocab_size, jnp.int32
+    )
 
 
 def random_model() -> tuple[Model, Any]:
@@ -275,14 +298,22 @@ def square_matmul(size: Size) -> list[Row]:
     # Both operands are contracted over their last axis.
     last_axes = (((1,), (1,)), ((), ()))
     dot = jax.jit(
-        partial(lax.dot_general, dimension_numbers=last_axes, preferred_element_type=jnp.int32)
+        partial(
+            lax.dot_general,
+            dimension_numbers=last_axes,
+            preferred_element_type=jnp.int32,
+        )
     )
     variants = matmul_variants(n, n)
     columns = {}
     for m in size.rows:
-        runs: dict[str, Callable[[], Any]] = {BARE: partial(dot, activations[:m], weight)}
+        runs: dict[str, Callable[[], Any]] = {
+            BARE: partial(dot, activations[:m], weight)
+        }
         runs |= _matmul_runs(variants, m, n)
-        columns[f"M = {m}"] = interleaved(runs, size.repeats * size.short, f"matmul, M = {m}")
+        columns[f"M = {m}"] = interleaved(
+            runs, size.repeats * size.short, f"matmul, M = {m}"
+        )
     return timed_rows({"table": "matmul"}, columns)
 
 
@@ -297,13 +328,17 @@ def matvecs(size: Size) -> list[Row]:
     for inner, outer in size.matvecs:
         column = f"{inner} to {outer}"
         runs = _matmul_runs(matmul_variants(inner, outer), 1, inner)
-        columns[column] = interleaved(runs, size.repeats * size.short, f"matvec, {column}")
+        columns[column] = interleaved(
+            runs, size.repeats * size.short, f"matvec, {column}"
+        )
     return timed_rows({"table": "matvec"}, columns)
 
 
 def matmul_variants(inner: int, outer: int) -> dict[str, MatmulVariant]:
     """{row: x -> x @ w} for one (inner, outer) weight in float and in every preset."""
-    params = {"w": jax.random.normal(jax.random.key(2), (inner, outer)) * inner**-0.5}
+    params = {
+        "w": jax.random.normal(jax.random.key(2), (inner, outer)) * inner**-0.5
+    }
     half = {"w": params["w"].astype(jnp.bfloat16)}
     stats = calibrate(_matmul, params, [jnp.asarray(_activation(4, inner))])
     float_run = jax.jit(_matmul)
@@ -334,4 +369,6 @@ def _matmul(params, x):
 
 
 def _activation(rows: int, channels: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((rows, channels), dtype=np.float32)
+    return np.random.default_rng(0).standard_normal(
+        (rows, channels), dtype=np.float32
+    )

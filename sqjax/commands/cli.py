@@ -31,22 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """Each command's options; `run` among what is parsed is the function that runs it."""
-    parser = argparse.ArgumentParser(prog="sqjax", description="Post-training quantization for JAX")
+    parser = argparse.ArgumentParser(
+        prog="sqjax", description="Post-training quantization for JAX"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser(
-        "demo", help="quantize a real language model to int8 and show accuracy and speed"
+        "demo",
+        help="quantize a real language model to int8 and show accuracy and speed",
     )
     demo.set_defaults(run=_run_demo)
     _add_common(demo, quick="an impatient minute: less text, fewer repeats")
     _add_model(demo)
     _add_alpha(demo)
     demo.add_argument(
-        "--float-head", action="store_true", help="keep lm_head in float, as the authors do"
+        "--float-head",
+        action="store_true",
+        help="keep lm_head in float, as the authors do",
     )
 
     schemes = commands.add_parser(
-        "schemes", help="the perplexity of a real language model in every scheme"
+        "schemes",
+        help="the perplexity of a real language model in every scheme",
     )
     schemes.set_defaults(run=_run_schemes)
     _add_common(schemes, quick="less text")
@@ -57,15 +63,20 @@ def _parser() -> argparse.ArgumentParser:
         "benchmark", help="time every scheme beside float32, bfloat16 and qwix"
     )
     benchmark.set_defaults(run=_run_benchmark)
-    _add_common(benchmark, quick="a few minutes: one small model, fewer repeats")
+    _add_common(
+        benchmark, quick="a few minutes: one small model, fewer repeats"
+    )
 
     decode = commands.add_parser(
-        "decode", help="accuracy and speed of decoding with a quantized key/value cache"
+        "decode",
+        help="accuracy and speed of decoding with a quantized key/value cache",
     )
     decode.set_defaults(run=_run_decode)
     _add_common(decode, quick="less text, fewer repeats")
     _add_model(decode)
-    decode.add_argument("--only", choices=("accuracy", "speed"), help="one of the two tables")
+    decode.add_argument(
+        "--only", choices=("accuracy", "speed"), help="one of the two tables"
+    )
     return parser
 
 
@@ -105,7 +116,10 @@ def _run_schemes(options: argparse.Namespace) -> list[Row]:
     from sqjax.commands import demo, schemes
 
     size = demo.QUICK if options.quick else demo.FULL
-    return [row._asdict() for row in schemes.compare(size, options.alpha, options.model)]
+    return [
+        row._asdict()
+        for row in schemes.compare(size, options.alpha, options.model)
+    ]
 
 
 def _run_benchmark(options: argparse.Namespace) -> list[Row]:

@@ -96,7 +96,9 @@ class Speed(NamedTuple):
     copy_bytes_per_second: float
 
 
-def run(name: str = MODEL, quick: bool = False, only: str | None = None) -> list[Row]:
+def run(
+    name: str = MODEL, quick: bool = False, only: str | None = None
+) -> list[Row]:
     """Prints both tables, or `only` "accuracy" or "speed", and returns the record's rows.
 
     Raises:
@@ -109,7 +111,9 @@ def run(name: str = MODEL, quick: bool = False, only: str | None = None) -> list
     rows: list[Row] = []
     if only != "speed":
         accuracies = [row._asdict() for row in accuracy(model, variants, size)]
-        print(f"\nperplexity through the cache\n{layouts.text(layouts.caches(accuracies))}")
+        print(
+            f"\nperplexity through the cache\n{layouts.text(layouts.caches(accuracies))}"
+        )
         rows += accuracies
     if only != "accuracy":
         speeds = [row._asdict() for row in speed(model, variants, size)]
@@ -126,7 +130,9 @@ def w8a8(model: Model, params: Params) -> Params:
     return smoothquant(model.apply, params, batches, ALPHA, W8A8)
 
 
-def accuracy(model: Model, variants: Mapping[str, Params], size: Size) -> list[Accuracy]:
+def accuracy(
+    model: Model, variants: Mapping[str, Params], size: Size
+) -> list[Accuracy]:
     """Perplexity of the same windows without a cache and through each format, for all variants.
 
     The cache is written and read 64 tokens at a time, so that a format which takes its keys'
@@ -138,13 +144,19 @@ def accuracy(model: Model, variants: Mapping[str, Params], size: Size) -> list[A
         plain = perplexity(model, tree, tokens)
         rows.append(Accuracy("caches", weights, "none", plain, 0.0))
         for name, kind in CACHE_FORMATS.items():
-            through_cache = perplexity(model, tree, tokens, cache=kind, chunk=64)
+            through_cache = perplexity(
+                model, tree, tokens, cache=kind, chunk=64
+            )
             nbytes = model.init_cache(1, 8, kind=kind).bytes_per_token
-            rows.append(Accuracy("caches", weights, name, through_cache, nbytes))
+            rows.append(
+                Accuracy("caches", weights, name, through_cache, nbytes)
+            )
     return rows
 
 
-def speed(model: Model, variants: Mapping[str, Params], size: Size) -> list[Speed]:
+def speed(
+    model: Model, variants: Mapping[str, Params], size: Size
+) -> list[Speed]:
     """Decode of all variants at each batch size, then at each context with batch 1."""
     cases = [(batch, CONTEXT) for batch in size.batches]
     cases += [(1, context) for context in size.contexts if context != CONTEXT]
@@ -158,9 +170,13 @@ def speed(model: Model, variants: Mapping[str, Params], size: Size) -> list[Spee
             cache = model.init_cache(batch, context + size.steps, kind=kind)
             bytes_of_cache = batch * cache.capacity * cache.bytes_per_token
             bytes_read[weights] = weight_bytes(tree) + bytes_of_cache
-            decoders[weights] = _Decoder(model, tree, cache, context, size.steps)
+            decoders[weights] = _Decoder(
+                model, tree, cache, context, size.steps
+            )
         description = f"batch {batch}, {context} tokens"
-        for weights, seconds in interleaved(decoders, size.repeats, description).items():
+        for weights, seconds in interleaved(
+            decoders, size.repeats, description
+        ).items():
             row = Speed(
                 table="steps",
                 weights=weights,
@@ -182,7 +198,14 @@ class _Decoder:
     would be timed as well.
     """
 
-    def __init__(self, model: Model, params: Params, cache: KVCache, context: int, steps: int):
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        cache: KVCache,
+        context: int,
+        steps: int,
+    ):
         self.model = model
         self.params = params
         self.cache = cache
@@ -192,13 +215,19 @@ class _Decoder:
     def __call__(self) -> Array:
         token = jnp.zeros(self.cache.padding.shape, jnp.int32)
         cache = self.cache._replace(length=jnp.int32(self.context))
-        token, self.cache = _steps(self.model, self.params, token, cache, self.steps)
+        token, self.cache = _steps(
+            self.model, self.params, token, cache, self.steps
+        )
         return token
 
 
 @partial(jax.jit, static_argnames=("model", "steps"), donate_argnames="cache")
 def _steps(
-    model: Model, params: Params, token: Int[Array, " batch"], cache: KVCache, steps: int
+    model: Model,
+    params: Params,
+    token: Int[Array, " batch"],
+    cache: KVCache,
+    steps: int,
 ) -> tuple[Int[Array, " batch"], KVCache]:
     """Greedy steps: the last token, and the cache with one more token for each step."""
     decode = quantized(model.decode)

@@ -84,18 +84,26 @@ def demo(
     calibration = text_windows(model, "calibration", LENGTH, size.calibration)
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
-    stats = calibrate(model.apply, params, [row[None] for row in calibration], progress=True)
+    stats = calibrate(
+        model.apply, params, [row[None] for row in calibration], progress=True
+    )
     print(_what_folds(stats))
 
     def variant(scheme: Scheme, groups: str | None) -> Any:
-        return quantized_variant(params, stats, alpha, groups, scheme, float_head)
+        return quantized_variant(
+            params, stats, alpha, groups, scheme, float_head
+        )
 
     def row(name: str, tree: Any, speed: tuple[float, float]) -> Row:
-        value = perplexity(model, tree, evaluation, progress=True, description=name)
+        value = perplexity(
+            model, tree, evaluation, progress=True, description=name
+        )
         return Row(name, value, weight_bytes(tree), *speed)
 
     # Speed does not depend on the smoothing, so it is measured once for each scheme.
-    smoothed = {name: variant(scheme, "all") for name, scheme in SCHEMES.items()}
+    smoothed = {
+        name: variant(scheme, "all") for name, scheme in SCHEMES.items()
+    }
     speeds = measure_speed(model, {"float32": params, **smoothed}, size)
 
     rows = [row("float32", params, speeds["float32"])]
@@ -106,7 +114,9 @@ def demo(
 
     print(_table(rows, size, alpha, float_head))
     print_continuation("float32", model, params, size.generated)
-    print_continuation("W8A8 O1 per-token", model, smoothed["O1 per-token"], size.generated)
+    print_continuation(
+        "W8A8 O1 per-token", model, smoothed["O1 per-token"], size.generated
+    )
     return rows
 
 
@@ -129,7 +139,9 @@ def quantized_variant(
     float_head: bool = False,
 ) -> Any:
     """The parameters with some fold groups smoothed (none of them for None), then quantized."""
-    smoothing_scales = {} if groups is None else scales(params, stats, alpha, groups=groups)
+    smoothing_scales = (
+        {} if groups is None else scales(params, stats, alpha, groups=groups)
+    )
     smoothed = fold(params, stats.graph, smoothing_scales)
     # Static schemes need statistics of the parameters that are quantized: the smoothed ones.
     smoothed_stats = fold_stats(stats, smoothing_scales)
@@ -153,7 +165,9 @@ def measure_speed(
     decode_runs = {}
     for name, tree in variants.items():
         prefill_runs[name] = lambda tree=tree: read(tree, ids, cache)
-        decode_runs[name] = lambda tree=tree: greedy(model, tree, prompt, size.generated)
+        decode_runs[name] = lambda tree=tree: greedy(
+            model, tree, prompt, size.generated
+        )
     prefill_seconds = interleaved(prefill_runs, size.repeats, "prefill speed")
     decode_seconds = interleaved(decode_runs, size.repeats, "decode speed")
     speeds = {}
@@ -165,11 +179,15 @@ def measure_speed(
 
 def _prompt_ids(model: Model) -> Array:
     """The ids of the demo's prompt, (1, tokens)."""
-    assert model.tokenizer is not None  # `text_windows` has refused a model without one
+    assert (
+        model.tokenizer is not None
+    )  # `text_windows` has refused a model without one
     return jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
 
 
-def print_continuation(name: str, model: Model, params: Any, tokens: int) -> None:
+def print_continuation(
+    name: str, model: Model, params: Any, tokens: int
+) -> None:
     """Prints how a variant continues the prompt, so that a reader sees that it still writes."""
     assert model.tokenizer is not None
     ids = np.asarray(greedy(model, params, _prompt_ids(model), tokens))[0]
@@ -178,7 +196,11 @@ def print_continuation(name: str, model: Model, params: Any, tokens: int) -> Non
 
 def _table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> str:
     """The table and a line that says what was done to get it."""
-    what = "the head in float, every other matmul in int8" if float_head else "every matmul in int8"
+    what = (
+        "the head in float, every other matmul in int8"
+        if float_head
+        else "every matmul in int8"
+    )
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
     table = layouts.demo([row._asdict() for row in rows])
     return f"\n{tokens}; smoothing with alpha {alpha}; {what}\n{layouts.text(table)}"

@@ -88,7 +88,9 @@ def schemes(rows: Sequence[Row]) -> Table:
 def models(rows: Sequence[Row]) -> Table:
     """Prefill and decode of the first model that was measured, as ratios to float32."""
     of_models = [row for row in rows if row["table"] == "model"]
-    return speeds([row for row in of_models if row["model"] == of_models[0]["model"]])
+    return speeds(
+        [row for row in of_models if row["model"] == of_models[0]["model"]]
+    )
 
 
 def matvecs(rows: Sequence[Row]) -> Table:
@@ -123,7 +125,9 @@ def speeds(rows: Sequence[Row]) -> Table:
     return Table(titles, [*lines, *_ratios_to_qwix(rows, keys)])
 
 
-def _ratios_to_qwix(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, ...]]:
+def _ratios_to_qwix(
+    rows: Sequence[Row], keys: Sequence[str]
+) -> list[tuple[str, ...]]:
     """A line for each row that quantizes as qwix does; none where qwix was not measured."""
     measured = {row["name"]: row for row in rows if "note" not in row}
     if QWIX not in measured:
@@ -131,7 +135,9 @@ def _ratios_to_qwix(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str,
     lines = []
     for name in LIKE_QWIX:
         if name in measured:
-            ratios = [times(measured[QWIX][key] / measured[name][key]) for key in keys]
+            ratios = [
+                times(measured[QWIX][key] / measured[name][key]) for key in keys
+            ]
             lines.append((f"{name} to qwix", *ratios))
     return lines
 
@@ -154,7 +160,9 @@ def caches(rows: Sequence[Row]) -> Table:
             bytes_per_token[row["cache"]] = row["bytes_per_token"]
     plain = perplexities.pop("none")
     lines: list[tuple[str, ...]] = []
-    lines.append(("none", "", f"{plain['float32']:.2f}", f"{plain['W8A8']:.2f}"))
+    lines.append(
+        ("none", "", f"{plain['float32']:.2f}", f"{plain['W8A8']:.2f}")
+    )
     for cache, through_cache in perplexities.items():
         changes = []
         for weights in ("float32", "W8A8"):
@@ -169,7 +177,14 @@ def steps(rows: Sequence[Row]) -> Table:
 
     The floor is what reading the W8A8 weights and the cache takes at the speed of a copy.
     """
-    titles = ("batch", "tokens in the cache", "float32", "W8A8, int8 cache", "ratio", "floor")
+    titles = (
+        "batch",
+        "tokens in the cache",
+        "float32",
+        "W8A8, int8 cache",
+        "ratio",
+        "floor",
+    )
     cases: dict[tuple[int, int], dict[str, Row]] = {}
     for row in rows:
         if row["table"] == "steps":
@@ -181,7 +196,11 @@ def steps(rows: Sequence[Row]) -> Table:
         float32 = by_weights["float32"]["seconds_per_step"]
         int8 = by_weights["W8A8"]["seconds_per_step"]
         floor = by_weights["W8A8"]["floor_seconds_per_step"]
-        figures = (milliseconds(float32), milliseconds(int8), times(float32 / int8))
+        figures = (
+            milliseconds(float32),
+            milliseconds(int8),
+            times(float32 / int8),
+        )
         lines.append((str(batch), str(context), *figures, milliseconds(floor)))
     return Table(titles, lines)
 
@@ -207,10 +226,17 @@ def gpu_matmuls(rows: Sequence[Row]) -> Table:
     times_of: dict[str, dict[int, float]] = {}
     for row in rows:
         shape, _, name = row["name"].partition(" ")
-        if row["part"] == "matmul" and shape.endswith("x4096x14336") and "to_bf16" in row:
+        if (
+            row["part"] == "matmul"
+            and shape.endswith("x4096x14336")
+            and "to_bf16" in row
+        ):
             times_of.setdefault(name, {})[int(shape.split("x")[0])] = row["us"]
     counts = sorted(times_of["bf16"])
-    titles = ("", *(f"{count} rows" if count > 1 else "1 row" for count in counts))
+    titles = (
+        "",
+        *(f"{count} rows" if count > 1 else "1 row" for count in counts),
+    )
     lines = []
     for name, by_count in times_of.items():
         cells = []
@@ -249,7 +275,11 @@ def gpu_kernels(rows: Sequence[Row]) -> Table:
     for label, name in GPU_KERNELS.items():
         cells = []
         for count in counts:
-            found = [row["us"] for row in rows if _kernel(row) == (f"{count}x4096x14336", name)]
+            found = [
+                row["us"]
+                for row in rows
+                if _kernel(row) == (f"{count}x4096x14336", name)
+            ]
             cells.append(f"{min(found):.0f} us" if found else "")
         lines.append((label, *cells))
     return Table(("", "2048 rows", "16 rows"), lines)
@@ -266,9 +296,19 @@ def _kernel(row: Row) -> tuple[str, str] | None:
         return None
     words = row["name"].split()
     if row["part"] == "mosaic":
-        at = next(i for i, word in enumerate(words) if "x4096x" in word or "x14336x" in word)
-        scheme = " ".join(word for word in words[at + 1 :] if word in ("W8A8", "W4A16", "groups"))
-        return words[at], "XLA" if words[-1] == "XLA" else f"mosaic {scheme or words[at - 1]}"
+        at = next(
+            i
+            for i, word in enumerate(words)
+            if "x4096x" in word or "x14336x" in word
+        )
+        scheme = " ".join(
+            word
+            for word in words[at + 1 :]
+            if word in ("W8A8", "W4A16", "groups")
+        )
+        return words[at], "XLA" if words[
+            -1
+        ] == "XLA" else f"mosaic {scheme or words[at - 1]}"
     name = row["name"].removeprefix(words[0]).strip()
     return words[0], name.partition("(")[0] + ("(" if "(" in name else "")
 

@@ -88,7 +88,9 @@ class Record(NamedTuple):
         commit = f"commit {_short(self.commit)}" if self.commit else "no commit"
         versions = f"jax {self.jax}, Python {self.python}"
         run = _without_record(self.command)
-        if self.command[0] != "python":  # a script beside the records, not a command of ours
+        if (
+            self.command[0] != "python"
+        ):  # a script beside the records, not a command of ours
             run = f"sqjax {run}"
         return f"`{run}` on {self.machine}, {versions}, {commit}, {self.date}"
 
@@ -113,7 +115,9 @@ def _without_record(command: Sequence[str]) -> str:
     return " ".join(shown)
 
 
-def make_record(command: Sequence[str], rows: Sequence[Row], seconds: float) -> Record:
+def make_record(
+    command: Sequence[str], rows: Sequence[Row], seconds: float
+) -> Record:
     """A record of a run on this machine that ends now."""
     return Record(
         command=list(command),
@@ -205,7 +209,9 @@ def _git(root: Path, *arguments: str) -> str | None:
     """What git prints, or None if there is no git or it refuses."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -54,12 +54,16 @@ class Row(NamedTuple):
 class Int8Attention(Model):
     """The same model with both batched matmuls of its attention on int8."""
 
-    def apply(self, params: Params, ids: TokenIds) -> Float[Array, "batch tokens vocab"]:
+    def apply(
+        self, params: Params, ids: TokenIds
+    ) -> Float[Array, "batch tokens vocab"]:
         """As `Model.apply`."""
         return int8_attention(super().apply)(params, ids)
 
 
-def compare(size: Size, alpha: float = ALPHA, model_name: str = MODEL) -> list[Row]:
+def compare(
+    size: Size, alpha: float = ALPHA, model_name: str = MODEL
+) -> list[Row]:
     """Evaluates every scheme, prints each as it is measured, then the table; returns its rows.
 
     Args:
@@ -71,15 +75,22 @@ def compare(size: Size, alpha: float = ALPHA, model_name: str = MODEL) -> list[R
         ValueError: there is no such model, or it has no tokenizer.
     """
     model, params = load(model_name)
-    batches = [row[None] for row in text_windows(model, "calibration", LENGTH, size.calibration)]
+    batches = [
+        row[None]
+        for row in text_windows(model, "calibration", LENGTH, size.calibration)
+    ]
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
 
-    stats = calibrate(model.apply, params, batches, histogram=True, progress=True)
+    stats = calibrate(
+        model.apply, params, batches, histogram=True, progress=True
+    )
     smoothed = smooth(params, stats, alpha)
     # Measured anew, because the ranges "mse" and 0.9999 need histograms, and a histogram of X says
     # nothing about X / s.
-    smoothed_stats = calibrate(model.apply, smoothed, batches, histogram=True, progress=True)
+    smoothed_stats = calibrate(
+        model.apply, smoothed, batches, histogram=True, progress=True
+    )
 
     def measure(name: str, model: Model, make: Make) -> Row:
         unsmoothed_tree = make(params, stats)
@@ -90,8 +101,16 @@ def compare(size: Size, alpha: float = ALPHA, model_name: str = MODEL) -> list[R
         smoothed_value = perplexity(
             model, smoothed_tree, evaluation, progress=True, description=name
         )
-        row = Row(name, unsmoothed_value, smoothed_value, weight_bytes(unsmoothed_tree))
-        print(f"{name}: {unsmoothed_value:.2f}, smoothed {smoothed_value:.2f}", flush=True)
+        row = Row(
+            name,
+            unsmoothed_value,
+            smoothed_value,
+            weight_bytes(unsmoothed_tree),
+        )
+        print(
+            f"{name}: {unsmoothed_value:.2f}, smoothed {smoothed_value:.2f}",
+            flush=True,
+        )
         return row
 
     rows = [measure("float32", model, lambda tree, _: tree)]
@@ -103,5 +122,7 @@ def compare(size: Size, alpha: float = ALPHA, model_name: str = MODEL) -> list[R
 
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
     table = layouts.schemes([row._asdict() for row in rows])
-    print(f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{layouts.text(table)}")
+    print(
+        f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{layouts.text(table)}"
+    )
     return rows

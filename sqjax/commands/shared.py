@@ -14,10 +14,14 @@ from sqjax.weights.quant_weight import QuantWeight
 
 def shipped(name: str) -> str:
     """A text that comes with the package: "calibration" or "evaluation"."""
-    return (resources.files("sqjax.commands") / "text" / f"{name}.txt").read_text(encoding="utf-8")
+    return (
+        resources.files("sqjax.commands") / "text" / f"{name}.txt"
+    ).read_text(encoding="utf-8")
 
 
-def text_windows(model: Model, name: str, length: int, count: int) -> np.ndarray:
+def text_windows(
+    model: Model, name: str, length: int, count: int
+) -> np.ndarray:
     """The first `count` windows of `length` tokens of a shipped text, (count, length).
 
     Raises:

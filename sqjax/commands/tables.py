@@ -68,13 +68,17 @@ def _lines_before_end(lines: Iterator[str], mark: str) -> list[str]:
         if START.match(line):
             break
         found.append(line)
-    raise ValueError(f"{mark!r} has no end: write {END!r} on a line of its own after its table")
+    raise ValueError(
+        f"{mark!r} has no end: write {END!r} on a line of its own after its table"
+    )
 
 
 def _table(record_name: str, layout_name: str, root: Path) -> list[str]:
     """The lines of a table and of its pedigree."""
     if layout_name not in LAYOUTS:
-        raise ValueError(f"table: expected one of {list(LAYOUTS)}, got {layout_name!r}")
+        raise ValueError(
+            f"table: expected one of {list(LAYOUTS)}, got {layout_name!r}"
+        )
     record = read_record(root / BENCHMARKS / record_name)
     try:
         table = LAYOUTS[layout_name](record.rows)
@@ -90,15 +94,22 @@ def _table(record_name: str, layout_name: str, root: Path) -> list[str]:
     return ["", *markdown(table).splitlines(), "", f"*{record.pedigree}.*", ""]
 
 
-def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, root: Path | None = None
+) -> int:
     """Checks or writes the tables of files; returns the exit status, 1 if a table disagrees."""
     parser = argparse.ArgumentParser(
-        prog="python -m sqjax.commands.tables", description="Fills tables in Markdown from records"
+        prog="python -m sqjax.commands.tables",
+        description="Fills tables in Markdown from records",
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="change nothing (the default)")
+    mode.add_argument(
+        "--check", action="store_true", help="change nothing (the default)"
+    )
     mode.add_argument("--write", action="store_true", help="fill the tables in")
-    parser.add_argument("files", nargs="+", metavar="FILE.md", help="relative to the root")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE.md", help="relative to the root"
+    )
     options = parser.parse_args(arguments)
     root = Path.cwd() if root is None else root
     status = 0

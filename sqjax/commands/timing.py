@@ -21,7 +21,9 @@ def interleaved(
     for number in tqdm(rounds, desc=description, unit="round", leave=False):
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())  # because jax returns before the result is there
+            jax.block_until_ready(
+                run()
+            )  # because jax returns before the result is there
             elapsed = time.perf_counter() - start
             if number > 0:
                 seconds[name].append(elapsed)

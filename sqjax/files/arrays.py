@@ -31,7 +31,9 @@ STORED: dict[str, np.dtype] = {
 }
 #: The dtypes that a tree may have, by numpy's names. int4 is stored as U8, because safetensors has
 #: none.
-DTYPES: dict[str, np.dtype] = {dtype.name: dtype for dtype in (*STORED.values(), INT4.dtype)}
+DTYPES: dict[str, np.dtype] = {
+    dtype.name: dtype for dtype in (*STORED.values(), INT4.dtype)
+}
 
 
 def shown(path: str) -> str:
@@ -111,14 +113,17 @@ def _if_no_array(x: Any) -> str | None:
     kind = type(x).__name__
     if kind in _REMEDIES:
         remedy = _REMEDIES[kind]
-    elif isinstance(x, dict):  # of a class of its own, as collections.OrderedDict is
+    elif isinstance(
+        x, dict
+    ):  # of a class of its own, as collections.OrderedDict is
         remedy = "save dict(tree)"
     elif hasattr(x, "_asdict"):  # a NamedTuple
         remedy = "save x._asdict()"
     else:
         remedy = "keep what is no array elsewhere"
     return (
-        f"expected an array, dict, list, tuple, None, QuantWeight or QTensor, got {kind}; {remedy}"
+        "expected an array, dict, list, tuple, None, QuantWeight or QTensor, "
+        f"got {kind}; {remedy}"
     )
 
 
@@ -133,7 +138,8 @@ def _if_unknown_dtype(x: Any) -> str | None:
         return None
     known = ", ".join(DTYPES)
     return (
-        f"expected a dtype among {known}, got {x.dtype.name}; cast it, or take it out of the tree"
+        f"expected a dtype among {known}, got {x.dtype.name}; "
+        "cast it, or take it out of the tree"
     )
 
 

@@ -58,4 +58,6 @@ export.register_pytree_node_serialization(
     serialize_auxdata=_write_weight,
     deserialize_auxdata=_read_weight,
 )
-export.register_namedtuple_serialization(Outliers, serialized_name="sqjax.Outliers")
+export.register_namedtuple_serialization(
+    Outliers, serialized_name="sqjax.Outliers"
+)

@@ -130,7 +130,9 @@ def _written_aside(file: Path) -> Iterator[Path]:
         with aside.open("xb") as new:
             usual_mode = stat.S_IMODE(os.fstat(new.fileno()).st_mode)
         yield aside
-        aside.chmod(usual_mode)  # because safetensors makes files that only their owner may read
+        aside.chmod(
+            usual_mode
+        )  # because safetensors makes files that only their owner may read
         with aside.open("rb+") as written:
             os.fsync(
                 written.fileno()
@@ -147,9 +149,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     """
     from safetensors import SafetensorError, safe_open
 
-    with file.open("rb") as opened:  # first, because its error names a file that is not there
+    with file.open(
+        "rb"
+    ) as opened:  # first, because its error names a file that is not there
         try:
-            with safe_open(file, framework="numpy"):  # checks the file's length and its offsets
+            with safe_open(
+                file, framework="numpy"
+            ):  # checks the file's length and its offsets
                 length = int.from_bytes(opened.read(8), "little")
                 return json.loads(opened.read(length)), 8 + length
         except (SafetensorError, RecursionError) as error:
@@ -168,14 +174,20 @@ def _tree_in(metadata: Mapping[str, str]) -> Any:
             "with safetensors.flax.load_file, models with sqjax.models.load"
         )
     if int(version) != VERSION:
-        raise ValueError(f"expected layout version {VERSION}, got {version}; update sqjax")
+        raise ValueError(
+            f"expected layout version {VERSION}, got {version}; update sqjax"
+        )
     try:
         return json.loads(metadata["tree"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected the tree as JSON, got {error}; save it again") from error
+        raise ValueError(
+            f"expected the tree as JSON, got {error}; save it again"
+        ) from error
 
 
-def _check_tensors(header: Mapping[str, Any], declared: Mapping[str, DeclaredArray]) -> None:
+def _check_tensors(
+    header: Mapping[str, Any], declared: Mapping[str, DeclaredArray]
+) -> None:
     """Raises ValueError, naming the leaves, if the file's tensors are not what the tree says.
 
     All problems are found before one is raised, because a file with one wrong tensor usually has
@@ -193,10 +205,14 @@ def _check_tensors(header: Mapping[str, Any], declared: Mapping[str, DeclaredArr
         first = "; ".join(problems[:_PROBLEMS_SHOWN])
         others = len(problems) - _PROBLEMS_SHOWN
         more = f"; and {others} more" if others > 0 else ""
-        raise ValueError(f"{first}{more}; if the file was changed, save it again")
+        raise ValueError(
+            f"{first}{more}; if the file was changed, save it again"
+        )
 
 
-def _tensor_problem(array: DeclaredArray, entry: Mapping[str, Any] | None) -> str | None:
+def _tensor_problem(
+    array: DeclaredArray, entry: Mapping[str, Any] | None
+) -> str | None:
     """What is wrong with a tensor, given its entry in the header; None if nothing is."""
     dtype, shape = array.stored
     expected = f"expected {dtype.name} {shape}"

@@ -20,7 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax.files.arrays import DTYPES, DeclaredArray, as_stored, check_savable, shown
+from sqjax.files.arrays import (
+    DTYPES,
+    DeclaredArray,
+    as_stored,
+    check_savable,
+    shown,
+)
 from sqjax.numerics.formats import FORMATS, INT4, Format, container
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
@@ -66,7 +72,9 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0  # `isinstance` would take True for 1
+    return (
+        type(value) is int and value > 0
+    )  # `isinstance` would take True for 1
 
 
 def _is_size_or_none(value: Any) -> bool:
@@ -123,17 +131,23 @@ def to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
     return {kind: KINDS[kind].to_json(path, node, tensors)}
 
 
-def _dict_to_json(path: str, node: dict[Any, Any], tensors: dict[str, np.ndarray]) -> Any:
+def _dict_to_json(
+    path: str, node: dict[Any, Any], tensors: dict[str, np.ndarray]
+) -> Any:
     types = {type(key) for key in node}
     if types not in (set(), {str}, {int}):
         raise ValueError(
             f"{shown(path)}: expected keys all str or all int, got {list(node)[:5]}; rename them"
         )
     # Pairs, because the keys of a JSON object are text: integers would not come back.
-    return [[key, to_json(_below(path, key), x, tensors)] for key, x in node.items()]
+    return [
+        [key, to_json(_below(path, key), x, tensors)] for key, x in node.items()
+    ]
 
 
-def _items_to_json(path: str, node: Sequence[Any], tensors: dict[str, np.ndarray]) -> Any:
+def _items_to_json(
+    path: str, node: Sequence[Any], tensors: dict[str, np.ndarray]
+) -> Any:
     return [to_json(_below(path, i), x, tensors) for i, x in enumerate(node)]
 
 
@@ -149,20 +163,26 @@ def _array_to_json(path: str, x: Any, tensors: dict[str, np.ndarray]) -> Any:
     return [array.dtype.name, list(array.shape)]
 
 
-def _tensor_to_json(path: str, tensor: QTensor, tensors: dict[str, np.ndarray]) -> Any:
+def _tensor_to_json(
+    path: str, tensor: QTensor, tensors: dict[str, np.ndarray]
+) -> Any:
     values = _values_to_json(path, tensor)
     nodes = _nodes_to_json(path, _tensor_to_save(path, tensor), tensors)
     return {**nodes, **values}
 
 
-def _weight_to_json(path: str, weight: QuantWeight, tensors: dict[str, np.ndarray]) -> Any:
+def _weight_to_json(
+    path: str, weight: QuantWeight, tensors: dict[str, np.ndarray]
+) -> Any:
     values = _values_to_json(path, weight)
     nodes = _nodes_to_json(path, weight, tensors)
     _check_weight(path, weight)
     return {**nodes, **values}
 
 
-def _nodes_to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _nodes_to_json(
+    path: str, node: Any, tensors: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """{field: JSON} of the fields that hold arrays or other nodes."""
     found = {}
     for name in FIELDS[type(node)].nodes:
@@ -175,7 +195,9 @@ def _values_to_json(path: str, node: Any) -> dict[str, Any]:
     found = {}
     for name in FIELDS[type(node)].values:
         found[name] = _plain(getattr(node, name))
-        _decoded(path, name, found[name])  # raises if the value would not come back
+        _decoded(
+            path, name, found[name]
+        )  # raises if the value would not come back
     return found
 
 
@@ -183,7 +205,9 @@ def _plain(value: Any) -> Any:
     """A plain value as JSON has it: dtypes and formats by name, tuples as lists."""
     if isinstance(value, np.dtype | Format):
         known = value in DTYPES.values() or value in FORMATS.values()
-        return value.name if known else repr(value)  # an unknown one is shown by the error
+        return (
+            value.name if known else repr(value)
+        )  # an unknown one is shown by the error
     if isinstance(value, tuple):
         return list(value)
     return value
@@ -241,15 +265,25 @@ def from_json(path: str, node: Any, declared: dict[str, DeclaredArray]) -> Any:
         ) from error
 
 
-def _dict_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Any:
-    return {key: from_json(_below(path, key), x, declared) for key, x in content}
+def _dict_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> Any:
+    return {
+        key: from_json(_below(path, key), x, declared) for key, x in content
+    }
 
 
-def _list_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> list[Any]:
-    return [from_json(_below(path, i), x, declared) for i, x in enumerate(content)]
+def _list_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> list[Any]:
+    return [
+        from_json(_below(path, i), x, declared) for i, x in enumerate(content)
+    ]
 
 
-def _tuple_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Any:
+def _tuple_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> Any:
     return tuple(_list_from_json(path, content, declared))
 
 
@@ -259,12 +293,16 @@ def _array_from_json(
     dtype_name, sizes = content
     array = DeclaredArray(DTYPES[dtype_name], tuple(sizes))
     if path in declared:
-        raise ValueError(f"{shown(path)}: two leaves have this path; save it again")
+        raise ValueError(
+            f"{shown(path)}: two leaves have this path; save it again"
+        )
     declared[path] = array
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _tensor_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> QTensor:
+def _tensor_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> QTensor:
     """The tensor, checked, with the dtype in which this backend holds its values.
 
     For example int8 for int4 on a CPU: see `sqjax.numerics.formats.container`.
@@ -278,13 +316,19 @@ def _tensor_from_json(path: str, content: Any, declared: dict[str, DeclaredArray
     return tensor
 
 
-def _weight_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> QuantWeight:
-    weight = QuantWeight(**_fields_from_json(path, QuantWeight, content, declared))
+def _weight_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> QuantWeight:
+    weight = QuantWeight(
+        **_fields_from_json(path, QuantWeight, content, declared)
+    )
     _check_weight(path, weight)
     return weight
 
 
-def _outliers_from_json(path: str, content: Any, declared: dict[str, DeclaredArray]) -> Outliers:
+def _outliers_from_json(
+    path: str, content: Any, declared: dict[str, DeclaredArray]
+) -> Outliers:
     return Outliers(**_fields_from_json(path, Outliers, content, declared))
 
 
@@ -295,7 +339,9 @@ def _fields_from_json(
     known = (*FIELDS[cls].nodes, *FIELDS[cls].values)
     unknown = sorted(set(content).difference(known))
     if unknown:
-        raise ValueError(f"{shown(path)}: expected {known}, got also {unknown}; update sqjax")
+        raise ValueError(
+            f"{shown(path)}: expected {known}, got also {unknown}; update sqjax"
+        )
     found = {}
     for name in FIELDS[cls].nodes:
         found[name] = from_json(_below(path, name), content[name], declared)
@@ -319,7 +365,9 @@ def _check_weight(path: str, weight: QuantWeight) -> None:
 
 def _wrong_parts(weight: QuantWeight) -> str | None:
     tensor, outliers = weight.tensor, weight.outliers
-    if not isinstance(tensor, QTensor) or not isinstance(outliers, Outliers | None):
+    if not isinstance(tensor, QTensor) or not isinstance(
+        outliers, Outliers | None
+    ):
         return f"expected a QTensor and Outliers or None, got {tensor!r} and {outliers!r}"
     if weight.contracted > weight.ndim:
         return f"expected at most {weight.ndim} contracted axes, got {weight.contracted}"

@@ -31,7 +31,9 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
     return got
 
 
-def _differences(got: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _differences(
+    got: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     """What is wrong with leaves, where leaves of these shapes are expected: one line each."""
     problems: list[str] = []
     for path in expected:
@@ -43,7 +45,9 @@ def _differences(got: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
     for path, leaf in got.items():
         shape = tuple(jnp.shape(leaf))
         if path in expected and shape != expected[path]:
-            problems.append(f"{path}: expected shape {expected[path]}, got {shape}")
+            problems.append(
+                f"{path}: expected shape {expected[path]}, got {shape}"
+            )
     return problems
 
 
@@ -61,7 +65,9 @@ def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         # Different groups scale different channels of a site, so the other one's factor is 1.
         for path, labels in group.sites:
             factor = with_one[labels.array]
-            factors[path] = factors[path] * factor if path in factors else factor
+            factors[path] = (
+                factors[path] * factor if path in factors else factor
+            )
     return factors
 
 
@@ -100,7 +106,9 @@ def unfold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
     return _scaled(params, graph, s, -1)
 
 
-def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> PyTree:
+def _scaled(
+    params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int
+) -> PyTree:
     """The parameters with s folded in (sign 1) or taken out again (sign -1, which exchanges times
     and divided by).
     """
@@ -121,14 +129,18 @@ def _scaled(params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int) -> 
 
 
 @partial(jax.jit, static_argnames="offset")
-def _scale_leaf(leaf: Array, factors: list[tuple[Array, Array]], offset: float) -> Array:
+def _scale_leaf(
+    leaf: Array, factors: list[tuple[Array, Array]], offset: float
+) -> Array:
     """The leaf times s where its label is positive, divided by s where it is negative, for every
     (s, labels).
 
     With an offset c it is c + leaf that is scaled: the function reads that sum, so (c + leaf) / s -
     c is stored.
     """
-    value = leaf.astype(leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32)
+    value = leaf.astype(
+        leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32
+    )
     value = value + offset if offset else value
     for scale, labels in factors:
         with_one = _with_one(scale).astype(value.dtype)
@@ -151,7 +163,11 @@ def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
     sizes = {g.name: g.size for g in graph.groups}
     for name, scale in s.items():
         if name not in sizes:
-            raise ValueError(f"no group is named {name!r}; the groups are {list(sizes)[:5]} ...")
+            raise ValueError(
+                f"no group is named {name!r}; the groups are {list(sizes)[:5]} ..."
+            )
         expected, shape = (sizes[name],), jnp.shape(scale)
         if shape != expected:
-            raise ValueError(f"{name}: expected s of shape {expected}, got {shape}")
+            raise ValueError(
+                f"{name}: expected s of shape {expected}, got {shape}"
+            )

@@ -42,7 +42,9 @@ def find_keys(survey: Survey) -> list[Keys]:
     """
     program = survey.program
     found: list[Keys] = []
-    met: set[Var] = set()  # what the groups found so far have labelled: the keys themselves, too
+    met: set[Var] = (
+        set()
+    )  # what the groups found so far have labelled: the keys themselves, too
     for equation in program.equations:
         of_leaves = not program.from_leaves.isdisjoint(equation.variables)
         if equation.name != "dot_general" or of_leaves:
@@ -88,13 +90,17 @@ def _keys(
     keys = Keys(
         site=Site(name, (), channels.shape),
         activation=activation,
-        axes=tuple(a for a, size in enumerate(found[activation].shape) if size > 1),
+        axes=tuple(
+            a for a, size in enumerate(found[activation].shape) if size > 1
+        ),
         group=group._replace(name=name, sites=sites, keys=True),
     )
     return keys, found
 
 
-def _channels(survey: Survey, activation: Var, found: Mapping[Var, Labels]) -> Labels:
+def _channels(
+    survey: Survey, activation: Var, found: Mapping[Var, Labels]
+) -> Labels:
     """The labels of the keys' channels, with an axis for every scan or mesh axis around them.
 
     Example: keys of 2 heads with 4 channels, tied over rotary pairs, in a scan over 3 layers: an

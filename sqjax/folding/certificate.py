@@ -74,7 +74,9 @@ def _fixed(program: Program, var: Var) -> str | None:
     if var in program.barred:
         return program.barred[var]
     if not program.is_float(var):
-        return f"a value of dtype {program.avals[var].dtype} can not be rescaled"
+        return (
+            f"a value of dtype {program.avals[var].dtype} can not be rescaled"
+        )
     return None
 
 

@@ -47,7 +47,11 @@ def _is_table(program: Program, variables: list[Var]) -> bool:
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether all that an equation makes of a leaf is seen as that leaf."""
     results = [y for y in equation.outputs if var in equation.behind(y)]
-    return equation.body is None and bool(results) and all(y in program.views for y in results)
+    return (
+        equation.body is None
+        and bool(results)
+        and all(y in program.views for y in results)
+    )
 
 
 def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
@@ -58,7 +62,10 @@ def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     # A transposed or sliced leaf has no rows to look up.
     if len(view.shape) < 2 or view != View.of(view.path, view.shape):
         return False
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    numbers, sizes = (
+        equation.params["dimension_numbers"],
+        equation.params["slice_sizes"],
+    )
     one_row = (1, *view.shape[1:])
     # Indices along the first axis, one row for each.
     if tuple(numbers.start_index_map) != (0,) or tuple(sizes) != one_row:

@@ -36,7 +36,10 @@ def find_graph(
     for var in program.inputs:  # the leaves, then the other inputs
         if var in program.leaves:
             leaves[program.leaves[var]] = program.shape(var)
-    offsets = {program.leaves[var]: constant for var, constant in program.offsets.items()}
+    offsets = {
+        program.leaves[var]: constant
+        for var, constant in program.offsets.items()
+    }
     return Graph(
         leaves=tuple(leaves.items()),
         sites=tuple(dict.fromkeys(place.site for place in survey.places)),
@@ -45,7 +48,9 @@ def find_graph(
         offsets=tuple(offsets.items()),
         ways=tuple(ways.items()),
         keys=tuple(k.site for k in keys),
-        tables=find_tables(program, frozenset(place.site.path for place in survey.places)),
+        tables=find_tables(
+            program, frozenset(place.site.path for place in survey.places)
+        ),
     )
 
 
@@ -69,7 +74,9 @@ def _group_the_rest(
         try:
             group = find_group(survey, place)
         except Refused as reason:
-            refused[place.name] = f"{reason}{_also_an_embedding(survey.program, place)}"
+            refused[place.name] = (
+                f"{reason}{_also_an_embedding(survey.program, place)}"
+            )
             ways[place.name] = reason.way
             continue
         groups.append(group)

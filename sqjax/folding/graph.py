@@ -26,7 +26,9 @@ class LabelMap(NamedTuple):
     @classmethod
     def of(cls, labels: np.ndarray) -> "LabelMap":
         """The label array as a `LabelMap`."""
-        return cls(labels.shape, np.ascontiguousarray(labels, np.int32).tobytes())
+        return cls(
+            labels.shape, np.ascontiguousarray(labels, np.int32).tobytes()
+        )
 
     @property
     def array(self) -> np.ndarray:
@@ -97,7 +99,9 @@ class Group(NamedTuple):
     @property
     def absorbers(self) -> tuple[str, ...]:
         """The paths of the leaves that are divided by the scale."""
-        return tuple(path for path, labels in self.leaves if (labels.array < 0).any())
+        return tuple(
+            path for path, labels in self.leaves if (labels.array < 0).any()
+        )
 
     def account(self, path: str) -> list[str]:
         """Lines that tell which part a leaf has in the group; none if it has none."""
@@ -105,7 +109,9 @@ class Group(NamedTuple):
         lines: list[str] = []
         if path in dict(self.sites):
             scales, _, _ = self.row()
-            lines.append(f"{path} is a site of the group {self.name}: {scales} scales, absorbed by")
+            lines.append(
+                f"{path} is a site of the group {self.name}: {scales} scales, absorbed by"
+            )
             for absorber in self.absorbers:
                 lines.append(f"  {absorber}")
                 lines += [f"    {step}" for step in ways.get(absorber, ())]
@@ -122,7 +128,9 @@ class Group(NamedTuple):
         scales = f"{self.size}"
         if self.steps:
             scales = f"{'x'.join(map(str, self.steps))} x {self.size // steps}"
-        channels = max(np.count_nonzero(labels.array) for _, labels in self.sites)
+        channels = max(
+            np.count_nonzero(labels.array) for _, labels in self.sites
+        )
         if channels != self.size:  # some are tied
             scales += f" of {channels // steps} channels"
         paths = [path for path, _ in self.sites]
@@ -202,16 +210,28 @@ class Graph(NamedTuple):
         """A table with a row for every group, and the refused leaves with their reasons."""
         lines = [f"{len(self.groups)} groups, {len(self.sites)} sites"]
         if self.groups:
-            rows = [("scales", "absorbed by", "sites"), *(group.row() for group in self.groups)]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            rows = [
+                ("scales", "absorbed by", "sites"),
+                *(group.row() for group in self.groups),
+            ]
+            widths = [
+                max(map(len, column)) for column in zip(*rows, strict=True)
+            ]
             for scales, absorbers, sites in rows:
-                scales, absorbers = scales.rjust(widths[0]), absorbers.ljust(widths[1])
+                scales, absorbers = (
+                    scales.rjust(widths[0]),
+                    absorbers.ljust(widths[1]),
+                )
                 lines.append(f"  {scales}  {absorbers}  {sites}")
-        lines += [f"  refused {path}: {reason}" for path, reason in self.refused]
+        lines += [
+            f"  refused {path}: {reason}" for path, reason in self.refused
+        ]
         return "\n".join(lines)
 
 
-def _matching(groups: tuple[Group, ...], patterns: list[str]) -> tuple[Group, ...]:
+def _matching(
+    groups: tuple[Group, ...], patterns: list[str]
+) -> tuple[Group, ...]:
     """The groups with a site whose path matches one of these patterns, each of which must match."""
     paths: list[str] = []
     for group in groups:

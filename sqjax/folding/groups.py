@@ -14,7 +14,13 @@ import numpy as np
 
 from sqjax.folding.certificate import certify
 from sqjax.folding.graph import Group, LabelMap
-from sqjax.folding.labels import Labels, other_axes, put_axes, sizes_along, varies
+from sqjax.folding.labels import (
+    Labels,
+    other_axes,
+    put_axes,
+    sizes_along,
+    varies,
+)
 from sqjax.folding.per_step import Stack
 from sqjax.folding.rules import RULES
 from sqjax.folding.search import Closure, Question, Refused
@@ -48,10 +54,14 @@ class Survey(NamedTuple):
     def of(cls, program: Program, shared: Mapping[str, str]) -> "Survey":
         """Finds the sites of a program."""
         places, refused = find_sites(program)
-        return cls(program, shared, places, refused, find_heads(program, places))
+        return cls(
+            program, shared, places, refused, find_heads(program, places)
+        )
 
 
-def find_group(survey: Survey, place: Place, absorbers: frozenset[str] | None = None) -> Group:
+def find_group(
+    survey: Survey, place: Place, absorbers: frozenset[str] | None = None
+) -> Group:
     """The group of one site's activation, certified.
 
     Args:
@@ -62,7 +72,9 @@ def find_group(survey: Survey, place: Place, absorbers: frozenset[str] | None = 
     Raises:
         Refused: with the reason.
     """
-    found, closure = close_labels(survey, place.activation, place.axes, absorbers)
+    found, closure = close_labels(
+        survey, place.activation, place.axes, absorbers
+    )
     group = group_of(survey, place.name, found, closure)
     if not group.absorbers or not covers(group, place):
         raise Refused("no leaf absorbs its scale")
@@ -95,11 +107,15 @@ def close_labels(
     question = Question(program, RULES, survey.shared, absorbers, crossing)
     closure = Closure(question, Ties(np.arange(channels)))
     divided = -1 - np.arange(channels).reshape(sizes)
-    closure.put(activation, put_axes(divided, axes, len(program.shape(activation))))
+    closure.put(
+        activation, put_axes(divided, axes, len(program.shape(activation)))
+    )
     closure = closure.close()  # another one, if there was a choice
     found = closure.numbered()
     if activation not in found:
-        raise Refused("it holds only zeros" if channels else "it has no channels")
+        raise Refused(
+            "it holds only zeros" if channels else "it has no channels"
+        )
     if problem := certify(program, found):
         raise Refused(problem)
     return found, closure
@@ -114,12 +130,16 @@ def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
     place = next((p for p in survey.places if p.name == site), None)
     if place is None:
         known = sorted({p.name for p in survey.places})
-        raise ValueError(f"groups: {site!r} is no site; the sites are {known[:5]} ...")
+        raise ValueError(
+            f"groups: {site!r} is no site; the sites are {known[:5]} ..."
+        )
     try:
         group = find_group(survey, place, frozenset(absorbers))
     except Refused as reason:
         stated = list(absorbers)
-        raise ValueError(f"groups: {site}: {stated} can not absorb its scale: {reason}") from None
+        raise ValueError(
+            f"groups: {site}: {stated} can not absorb its scale: {reason}"
+        ) from None
     idle = sorted(set(absorbers).difference(group.absorbers))
     if idle:
         raise ValueError(
@@ -129,7 +149,9 @@ def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
     return group
 
 
-def group_of(survey: Survey, name: str, found: Mapping[Var, Labels], closure: Closure) -> Group:
+def group_of(
+    survey: Survey, name: str, found: Mapping[Var, Labels], closure: Closure
+) -> Group:
     """Labels of variables as a group: as labels of leaves and of the channels of sites.
 
     Where the group lives in a scan or shard_map it has one scale vector for each step or device.
@@ -156,15 +178,21 @@ def group_of(survey: Survey, name: str, found: Mapping[Var, Labels], closure: Cl
     )
     # What the authors' code smooths: norms absorb, no matmul does, and the head is left out.
     weights = {p.site.path for p in survey.places}
-    norm = weights.isdisjoint(group.absorbers) and survey.heads.isdisjoint(sites)
+    norm = weights.isdisjoint(group.absorbers) and survey.heads.isdisjoint(
+        sites
+    )
     return group._replace(norm=norm)
 
 
-def _label_maps(labels: Mapping[str, Labels]) -> tuple[tuple[str, LabelMap], ...]:
+def _label_maps(
+    labels: Mapping[str, Labels],
+) -> tuple[tuple[str, LabelMap], ...]:
     return tuple((path, LabelMap.of(array)) for path, array in labels.items())
 
 
-def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> dict[str, Labels]:
+def _scaled_sites(
+    survey: Survey, stack: Stack, found: Mapping[Var, Labels]
+) -> dict[str, Labels]:
     """{site: the labels of its channels} for the sites whose activation carries labels.
 
     A leaf may be read at several places: as a whole, or one matrix of a stack here and another
@@ -172,9 +200,13 @@ def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> 
     channel they must agree, because a channel of a site has one scale.
     """
     sites: dict[str, Labels] = {}
-    known: dict[str, np.ndarray] = {}  # which channels of a site some place has read
+    known: dict[
+        str, np.ndarray
+    ] = {}  # which channels of a site some place has read
     # Only these sites are looked at, because each look costs as much as the site has channels.
-    labelled = {place.site.path for place in survey.places if place.activation in found}
+    labelled = {
+        place.site.path for place in survey.places if place.activation in found
+    }
     for place in survey.places:
         path = place.site.path
         if path not in labelled:
@@ -182,7 +214,9 @@ def _scaled_sites(survey: Survey, stack: Stack, found: Mapping[Var, Labels]) -> 
         labels = _at_place(stack, place, found.get(place.activation))
         reads = np.zeros(place.site.channels, bool)
         reads[place.entry] = True
-        if path in sites:  # an earlier place has read other channels of it, or the same
+        if (
+            path in sites
+        ):  # an earlier place has read other channels of it, or the same
             twice = reads & known[path]
             if (twice & (sites[path] != labels)).any():
                 raise Refused(
@@ -203,8 +237,12 @@ def _at_place(stack: Stack, place: Place, activation: Labels | None) -> Labels:
     """
     others = other_axes(len(stack.program.shape(place.activation)), place.axes)
     if activation is not None and varies(activation, others):
-        raise Refused(f"its scale passes through {place.site.path} at {place.equation}")
+        raise Refused(
+            f"its scale passes through {place.site.path} at {place.equation}"
+        )
     labels = stack.of_site(place, activation)
     if (labels < 0).any():
-        raise Refused(f"its scale would multiply what {place.name} reads at {place.equation}")
+        raise Refused(
+            f"its scale would multiply what {place.name} reads at {place.equation}"
+        )
     return labels

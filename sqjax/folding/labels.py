@@ -114,14 +114,18 @@ def changed_axes(old: Shape, new: Shape) -> list[int]:
     return np.flatnonzero(np.not_equal(old, new)).tolist()
 
 
-def pad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
+def pad(
+    labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape
+) -> Labels:
     """The labels after padding by (before, after, between) along every axis: none where there is
     padding.
 
     Example: [1, 2] padded by (1, 0, 1) gives [0, 1, 0, 2].
     """
     padded = [a for a, widths in enumerate(padding) if any(widths)]
-    full_shape = [n if a in padded else labels.shape[a] for a, n in enumerate(old)]
+    full_shape = [
+        n if a in padded else labels.shape[a] for a, n in enumerate(old)
+    ]
     shape = list(full_shape)
     for a in padded:
         before, after, between = padding[a]
@@ -132,7 +136,9 @@ def pad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> 
     return result
 
 
-def unpad(labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape) -> Labels:
+def unpad(
+    labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape
+) -> Labels:
     """The labels of what was padded, of shape `old`, to give something with these labels."""
     varying = [a for a, n in enumerate(labels.shape) if n > 1]
     return compress(labels[_inside(padding, varying, old)])
@@ -165,7 +171,9 @@ def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
     return [compress(piece) for piece in np.split(labels, ends, axis)]
 
 
-def concatenate(pieces: Sequence[Labels], axis: int, sizes: Sequence[int]) -> Labels:
+def concatenate(
+    pieces: Sequence[Labels], axis: int, sizes: Sequence[int]
+) -> Labels:
     """The labels of a concatenation of pieces that have `sizes` along `axis`: [1] and [0] of sizes
     1, 2: [1, 0, 0].
     """

@@ -36,7 +36,9 @@ class Claim(NamedTuple):
     ys: list[Labels]
 
     @classmethod
-    def of(cls, program: Program, equation: Equation, labels: Mapping[Var, Labels]) -> "Claim":
+    def of(
+        cls, program: Program, equation: Equation, labels: Mapping[Var, Labels]
+    ) -> "Claim":
         """The claim of these labels; a variable without labels, or a literal, has the label 0."""
 
         def labels_of(atom: Atom) -> Labels:
@@ -46,7 +48,9 @@ class Claim(NamedTuple):
             return np.zeros((1,) * ndim, int)
 
         xs = [labels_of(v) for v in equation.inputs]
-        return cls(program, equation, xs, [labels_of(v) for v in equation.outputs])
+        return cls(
+            program, equation, xs, [labels_of(v) for v in equation.outputs]
+        )
 
     @property
     def params(self) -> dict[str, Any]:
@@ -63,7 +67,9 @@ class Claim(NamedTuple):
         shapes = map(self.program.shape, self.equation.outputs)
         return list(map(np.broadcast_to, self.ys, shapes))
 
-    def terms(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Labels]]:
+    def terms(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Labels]]:
         """(number, labels) of the operands that are not known to be zero: 0 times any scale is
         0.
         """
@@ -92,7 +98,9 @@ def _first(labels: Labels, axes: Iterable[int]) -> Labels:
     index: list[Any] = [slice(None)] * labels.ndim
     for a in axes:
         index[a] = slice(0, 1)
-    index.append(...)  # so that the result is an array even where there is no axis
+    index.append(
+        ...
+    )  # so that the result is an array even where there is no axis
     return labels[tuple(index)]
 
 
@@ -124,7 +132,9 @@ def _other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
     return tuple(a for a in range(ndim) if a not in gone)
 
 
-def _beside(labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> Labels:
+def _beside(
+    labels: Labels, axes: Sequence[int], shape: Sequence[int]
+) -> Labels:
     """The labels, axis i at `axes[i]` (which ascend), repeated along all other axes of an array of
     this shape.
     """
@@ -172,7 +182,9 @@ def _broadcast(params: dict, x: Labels, y: Labels) -> bool:
 
 def _sliced(params: dict, x: Labels, y: Labels) -> bool:
     strides = params["strides"] or (1,) * x.ndim
-    index = tuple(map(slice, params["start_indices"], params["limit_indices"], strides))
+    index = tuple(
+        map(slice, params["start_indices"], params["limit_indices"], strides)
+    )
     return _equal(x[index], y)
 
 
@@ -240,7 +252,9 @@ def _movement(statement: Callable[[dict, Labels, Labels], bool]) -> Law:
     def law(claim: Claim) -> bool:
         program, equation = claim.program, claim.equation
         # What a cast makes of s x is s times what it makes of x among floats only.
-        floats = map(program.is_float, (equation.inputs[0], equation.outputs[0]))
+        floats = map(
+            program.is_float, (equation.inputs[0], equation.outputs[0])
+        )
         if not all(floats) or any(map(np.any, claim.xs[1:])):
             return False
         [x, *_], [y] = claim.whole_xs(), claim.whole_ys()
@@ -275,11 +289,15 @@ def _pad(claim: Claim) -> bool:
     """
     padding = claim.params["padding_config"]
     _, value = claim.equation.inputs
-    narrowest = np.min(padding, initial=0)  # a negative width takes elements off
+    narrowest = np.min(
+        padding, initial=0
+    )  # a negative width takes elements off
     if narrowest < 0 or not claim.program.is_zero(value):
         return False
     [x, _], [y] = claim.whole_xs(), claim.whole_ys()
-    after_the_padding = tuple(slice(before, None, 1 + between) for before, _, between in padding)
+    after_the_padding = tuple(
+        slice(before, None, 1 + between) for before, _, between in padding
+    )
     inside = y[after_the_padding][tuple(map(slice, x.shape))]
     return _equal(inside, x)
 
@@ -294,7 +312,9 @@ def _update(claim: Claim) -> bool:
     operand, update = map(claim.program.shape, claim.equation.inputs[:2])
     written = np.flatnonzero(np.not_equal(operand, update)).tolist()
     [y] = claim.ys
-    return _constant(y, written) and _all_carry(claim.terms(stop=2), _first(y, written))
+    return _constant(y, written) and _all_carry(
+        claim.terms(stop=2), _first(y, written)
+    )
 
 
 # Arithmetic ---------------------------------------------------------------------------------------
@@ -320,7 +340,9 @@ def _collective(claim: Claim) -> bool:
     """Every result is one operand, summed or compared over devices which `Stack` gives one scale
     vector.
     """
-    return reduced_axes(claim.program, claim.equation) is not None and _pairwise(claim)
+    return reduced_axes(
+        claim.program, claim.equation
+    ) is not None and _pairwise(claim)
 
 
 def _alike(claim: Claim) -> bool:
@@ -369,7 +391,9 @@ def _reduce(claim: Claim) -> bool:
 
 def _one_label(labels: Labels, axes: tuple[int, ...], result: Labels) -> bool:
     """Whether labels are the same all along some axes, and without these axes are the result's."""
-    return _constant(labels, axes) and _equal(_first(labels, axes).squeeze(axes), result)
+    return _constant(labels, axes) and _equal(
+        _first(labels, axes).squeeze(axes), result
+    )
 
 
 def _dot(claim: Claim) -> bool:
@@ -402,7 +426,9 @@ def _products(numbers: Any, lhs: Labels, rhs: Labels, result: Labels) -> bool:
     product = _product(lhs, rhs)
     if product is None:
         return False
-    return _one_label(product, tuple(range(begin_contracted, product.ndim)), result)
+    return _one_label(
+        product, tuple(range(begin_contracted, product.ndim)), result
+    )
 
 
 def _ragged_dot(claim: Claim) -> bool:
@@ -435,10 +461,18 @@ LAWS: dict[str, Law] = {
     # s > 0 comes out of a negation and of a magnitude: |s x| = s |x|.
     **dict.fromkeys(("neg", "abs"), _movement(_kept)),
     **dict.fromkeys(
-        ("convert_element_type", "reduce_precision", "copy", "copy_p"), _movement(_kept)
+        ("convert_element_type", "reduce_precision", "copy", "copy_p"),
+        _movement(_kept),
     ),
     **dict.fromkeys(
-        ("sharding_constraint", "reshard", "mesh_cast", "pvary", "name", "stop_gradient"),
+        (
+            "sharding_constraint",
+            "reshard",
+            "mesh_cast",
+            "pvary",
+            "name",
+            "stop_gradient",
+        ),
         _movement(_kept),
     ),
     "split": _split,

@@ -74,19 +74,25 @@ def _reverse(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
     return np.flip(labels, params["dimensions"])
 
 
-def _running(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+def _running(
+    labels: Labels, params: dict, old: Shape, new: Shape
+) -> Labels | None:
     """Running sums and maxima: they combine elements along one axis, which must carry one label."""
     return None if varies(labels, [params["axis"]]) else labels
 
 
-def _dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+def _dynamic_slice(
+    labels: Labels, params: dict, old: Shape, new: Shape
+) -> Labels | None:
     """A slice that starts who knows where: lawful where the labels are the same wherever it
     starts.
     """
     return None if varies(labels, changed_axes(old, new)) else labels
 
 
-def _gather(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels | None:
+def _gather(
+    labels: Labels, params: dict, old: Shape, new: Shape
+) -> Labels | None:
     """Rows chosen by indices: labels along the axes that are taken whole.
 
     An index out of range gives `fill_value`, which no scale reaches. So only 0 and NaN will do,
@@ -116,7 +122,9 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     **dict.fromkeys(RUNNING, _running),
     **dict.fromkeys(IDENTITIES, _same),
     # A result in another dtype, or of another sign, is divided by s > 0 where the operand is.
-    **dict.fromkeys(("convert_element_type", "reduce_precision", "neg", "abs"), _same),
+    **dict.fromkeys(
+        ("convert_element_type", "reduce_precision", "neg", "abs"), _same
+    ),
 }
 
 
@@ -124,15 +132,21 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
 # --------------------------------------------------------------------
 
 
-def _undo_same(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_same(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return labels
 
 
-def _undo_transpose(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_transpose(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return labels.transpose(np.argsort(params["permutation"]))
 
 
-def _undo_reshape(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_reshape(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     order = params.get("dimensions")
     if order is None:
         return reshape(labels, new, old)
@@ -140,17 +154,23 @@ def _undo_reshape(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
     return transposed.transpose(np.argsort(order))
 
 
-def _undo_squeeze(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_squeeze(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return np.expand_dims(labels, tuple(params["dimensions"]))
 
 
-def _undo_broadcast(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_broadcast(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     axes = params["broadcast_dimensions"]
     copied = [b for a, b in enumerate(axes) if old[a] == new[b]]
     return take_axes(tie(labels, other_axes(len(new), copied)), axes)
 
 
-def _undo_slice(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_slice(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     """What was sliced off carries no labels."""
     shape, index = list(labels.shape), [slice(None)] * len(old)
     for a, kept in enumerate(_slices(params)):
@@ -161,24 +181,34 @@ def _undo_slice(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) 
     return full
 
 
-def _undo_reverse(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_reverse(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return np.flip(labels, params["dimensions"])
 
 
-def _undo_running(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_running(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return tie(labels, [params["axis"]])
 
 
-def _undo_dynamic_slice(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_dynamic_slice(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     return tie(labels, changed_axes(old, new))
 
 
-def _undo_gather(labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie) -> Labels:
+def _undo_gather(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
     whole = _whole_axes(params, old)
     # A row may be read by several indices, or by none, so all rows share their labels.
     result_axes = [b for _, b in whole]
     tied = tie(labels, other_axes(len(new), result_axes))
-    return put_axes(take_axes(tied, result_axes), [a for a, _ in whole], len(old))
+    return put_axes(
+        take_axes(tied, result_axes), [a for a, _ in whole], len(old)
+    )
 
 
 #: The inverse of every entry of `MOVES`: (the result's labels, the equation's parameters, the
@@ -219,6 +249,9 @@ def _whole_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
     windows = [a for a in range(len(old)) if a not in gone]
     whole = []
     for a, b in zip(windows, numbers.offset_dims, strict=True):
-        if params["slice_sizes"][a] == old[a] and a not in numbers.start_index_map:
+        if (
+            params["slice_sizes"][a] == old[a]
+            and a not in numbers.start_index_map
+        ):
             whole.append((a, b))
     return whole

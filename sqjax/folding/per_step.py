@@ -45,7 +45,12 @@ class Stack(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, program: Program, found: Mapping[Var, Labels], places: Sequence[Place]) -> "Stack":
+    def of(
+        cls,
+        program: Program,
+        found: Mapping[Var, Labels],
+        places: Sequence[Place],
+    ) -> "Stack":
         """The stack of a group, given the labels that were found and the program's sites.
 
         A labelled site must be another slice or shard at each step too: a channel has one scale.
@@ -54,7 +59,9 @@ class Stack(NamedTuple):
         for place in places:
             if place.activation in found:
                 sharded_channels = {
-                    scope for scope, _, axis in place.view.blocks if axis in place.site.channel_axes
+                    scope
+                    for scope, _, axis in place.view.blocks
+                    if axis in place.site.channel_axes
                 }
                 scopes &= {*place.view.stacked, *sharded_channels}
         largest = [np.abs(labels).max() for labels in found.values()]
@@ -88,7 +95,9 @@ class Stack(NamedTuple):
         if activation is None:
             return labels
         view, axes = place.view, place.site.channel_axes
-        read_shape = sizes_along(self.program.shape(place.activation), place.axes)
+        read_shape = sizes_along(
+            self.program.shape(place.activation), place.axes
+        )
         read = np.broadcast_to(-take_axes(activation, place.axes), read_shape)
         # Axes of the leaf that are seen at one index (a layer of a stack) come first, with size 1.
         block = sizes_along(view.shape, axes)
@@ -100,7 +109,10 @@ class Stack(NamedTuple):
         return labels
 
     def along(
-        self, labels: Labels, where: Mapping[int, tuple[int, int]], shape: Sequence[int]
+        self,
+        labels: Labels,
+        where: Mapping[int, tuple[int, int]],
+        shape: Sequence[int],
     ) -> Labels:
         """Other labels at every step and on every device: a label c at step i becomes c + i * size.
 
@@ -116,7 +128,9 @@ class Stack(NamedTuple):
             axis, stride = where[scope]
             of_this_scope = np.arange(shape[axis]) // stride % length
             step = step * length + put_axes(of_this_scope, [axis], labels.ndim)
-        before = np.sign(labels) * self.size * step  # the scales of the steps before this one
+        before = (
+            np.sign(labels) * self.size * step
+        )  # the scales of the steps before this one
         return np.where(labels == 0, 0, labels + before)
 
 
@@ -154,14 +168,18 @@ def _strides(view: View, axes: Sequence[int]) -> dict[int, tuple[int, int]]:
     return where
 
 
-def _repeated(labels: Labels, block: Sequence[int], whole: Sequence[int]) -> Labels:
+def _repeated(
+    labels: Labels, block: Sequence[int], whole: Sequence[int]
+) -> Labels:
     """The labels of an array of which every block carries these.
 
     Example: [1, 2], of blocks of 2, in an array of 6 give [1, 2, 1, 2, 1, 2]; but [1], which holds
     all along the block, stays [1].
     """
     times = []
-    for size, of_block, of_whole in zip(labels.shape, block, whole, strict=True):
+    for size, of_block, of_whole in zip(
+        labels.shape, block, whole, strict=True
+    ):
         varies = size > 1 and size == of_block
         times.append(of_whole // of_block if varies else 1)
     return np.tile(labels, times) if math.prod(times) > 1 else labels

@@ -23,7 +23,12 @@ from sqjax.folding.moves import MOVES, UNDO
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
 from sqjax.program.build import Atom, Equation, Var
-from sqjax.program.primitives import COMPARISONS, IDENTITIES, REDUCTIONS, SUMS_AND_MAXIMA
+from sqjax.program.primitives import (
+    COMPARISONS,
+    IDENTITIES,
+    REDUCTIONS,
+    SUMS_AND_MAXIMA,
+)
 from sqjax.program.replication import REDUCING, reduced_axes
 
 # Data that moves ----------------------------------------------------------------------------------
@@ -65,7 +70,11 @@ def _concatenate(c: Closure, e: Equation) -> None:
 
 
 def _take_apart(
-    c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes: Sequence[int]
+    c: Closure,
+    whole: Atom,
+    parts: Sequence[Atom],
+    axis: int,
+    sizes: Sequence[int],
 ) -> None:
     """Puts the labels of the whole on its parts: [1, 2, 3] on parts of sizes 1, 2: [1] and [2,
     3].
@@ -78,7 +87,11 @@ def _take_apart(
 
 
 def _put_together(
-    c: Closure, whole: Atom, parts: Sequence[Atom], axis: int, sizes: Sequence[int]
+    c: Closure,
+    whole: Atom,
+    parts: Sequence[Atom],
+    axis: int,
+    sizes: Sequence[int],
 ) -> None:
     """Puts the labels of the parts on the whole, 0 where a part has none (yet)."""
     found = [c[part] for part in parts]
@@ -93,7 +106,9 @@ def _pad(c: Closure, e: Equation) -> None:
     """Zeros all round carry any label, because 0 times any scale is 0."""
     x, value = e.inputs
     y, padding = e.outputs[0], e.params["padding_config"]
-    narrowest = np.min(padding, initial=0)  # a negative width takes elements off
+    narrowest = np.min(
+        padding, initial=0
+    )  # a negative width takes elements off
     if narrowest < 0 or not c.program.is_zero(value):
         raise Refused(f"{e} pads it with something else than zeros")
     shape = c.program.shape(x)
@@ -108,7 +123,9 @@ def _update(c: Closure, e: Equation) -> None:
     slice begins: they are tied.
     """
     operand, update = e.inputs[:2]
-    written = lab.changed_axes(c.program.shape(operand), c.program.shape(update))
+    written = lab.changed_axes(
+        c.program.shape(operand), c.program.shape(update)
+    )
     _share(c, [operand, update, e.outputs[0]], tied_along=written)
 
 
@@ -126,7 +143,9 @@ def _collective(c: Closure, e: Equation) -> None:
     axis one scale vector.
     """
     if reduced_axes(c.program, e) is None:
-        raise Refused(f"{e} reduces over axes that are none of a known shard_map")
+        raise Refused(
+            f"{e} reduces over axes that are none of a known shard_map"
+        )
     _pairwise(c, e)
 
 
@@ -146,7 +165,9 @@ def _select(c: Closure, e: Equation) -> None:
         raise Refused(f"{e} chooses by it")
 
 
-def _share(c: Closure, terms: Sequence[Atom], tied_along: Sequence[int] = ()) -> None:
+def _share(
+    c: Closure, terms: Sequence[Atom], tied_along: Sequence[int] = ()
+) -> None:
     """Puts the labels of each term on all of them, tied along some axes."""
     for labels in [c[v] for v in terms]:
         if labels is not None:
@@ -226,7 +247,9 @@ def _dot(c: Closure, e: Equation) -> None:
         with all three channels tied, [[-1]] (`_carry_back`)
     """
     sides = sides_of(c.program, e)
-    carriers: list[Side] = []  # the operands whose labels pass on to the product
+    carriers: list[
+        Side
+    ] = []  # the operands whose labels pass on to the product
     for me, other in (sides, sides[::-1]):
         labels = c[me.var]
         if labels is None or _cancelled(labels, c[other.var]):
@@ -257,10 +280,14 @@ def _must_cancel(c: Closure, labels: Labels, me: Side, other: Side) -> bool:
     """
     leaves = c.program.from_leaves
     meets_leaf = other.var in leaves and me.var not in leaves
-    return lab.varies(labels, me.contracted) or (labels.size == 1 and meets_leaf)
+    return lab.varies(labels, me.contracted) or (
+        labels.size == 1 and meets_leaf
+    )
 
 
-def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> None:
+def _meet(
+    c: Closure, e: Equation, labels: Labels, me: Side, other: Side
+) -> None:
     """Puts the opposite labels on the other operand: [[-1, -2]] of h becomes [[1], [2]] of w."""
     # One weight w[c, j] meets h[t, c] of every token t, so all of them must have one label.
     if lab.varies(labels, me.free + me.stack):
@@ -269,7 +296,9 @@ def _meet(c: Closure, e: Equation, labels: Labels, me: Side, other: Side) -> Non
     if not c.crossing and c.program.from_leaves.isdisjoint(operands):
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)
-    opposite = -lab.put_axes(met, other.batch + other.contracted, c.rank(other.var))
+    opposite = -lab.put_axes(
+        met, other.batch + other.contracted, c.rank(other.var)
+    )
     c.put(other.var, opposite)
 
 
@@ -283,7 +312,9 @@ def _carry(c: Closure, e: Equation, labels: Labels, me: Side) -> None:
     c.put(y, lab.put_axes(passing, axes, c.rank(y)))
 
 
-def _carry_back(c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side]) -> None:
+def _carry_back(
+    c: Closure, e: Equation, labels: Labels, carriers: Sequence[Side]
+) -> None:
     """Labels of a product are those of one factor."""
     if len(carriers) == 2:  # s times s
         raise Refused(f"{e} multiplies two values of that scale")

@@ -54,7 +54,9 @@ class Refused(Exception):
 
     def at(self, equation: Equation) -> "Refused":
         """The same, with the equation named in each reason that names none yet."""
-        reasons = [r if "`" in r else f"{r} (through {equation})" for r in self.args]
+        reasons = [
+            r if "`" in r else f"{r} (through {equation})" for r in self.args
+        ]
         return self._because(reasons)
 
     def beside(self, reasons: Sequence[str]) -> "Refused":
@@ -105,9 +107,13 @@ class Closure:
         self.labels: dict[Var, Labels] = {}
         self.causes: dict[Var, Equation | None] = {}
         self.rejected: list[str] = []
-        self._current: Equation | None = None  # the equation whose rule is at work
+        self._current: Equation | None = (
+            None  # the equation whose rule is at work
+        )
         self._queue: deque[Equation] = deque()
-        self._undecided: list[tuple[Equation, Sequence[tuple[Var, Labels]]]] = []
+        self._undecided: list[
+            tuple[Equation, Sequence[tuple[Var, Labels]]]
+        ] = []
         self._visits = itertools.count(1)
 
     @property
@@ -144,7 +150,9 @@ class Closure:
         if labels is None or not labels.any() or self.program.is_zero(atom):
             return
         if not isinstance(atom, Var):
-            raise Refused(f"the constant {atom} would have to be rescaled with it")
+            raise Refused(
+                f"the constant {atom} would have to be rescaled with it"
+            )
         labels = self._fitted(labels, self.program.shape(atom))
         old = self[atom]
         if old is None:
@@ -159,7 +167,12 @@ class Closure:
             self.labels[atom] = merged
             self._queue.extend(self.program.touching(atom))
 
-    def carry(self, source: Atom, target: Atom, change: Callable[[Labels], Labels | None]) -> None:
+    def carry(
+        self,
+        source: Atom,
+        target: Atom,
+        change: Callable[[Labels], Labels | None],
+    ) -> None:
         """Puts on one variable what `change` makes of another one's labels, if that has any."""
         labels = self[source]
         if labels is not None:
@@ -177,7 +190,9 @@ class Closure:
         """
         if not shape and labels.ndim:
             return self.tie_along(labels, range(labels.ndim)).reshape(())
-        broadcast = [a for a, size in enumerate(labels.shape) if size > shape[a]]
+        broadcast = [
+            a for a, size in enumerate(labels.shape) if size > shape[a]
+        ]
         return self.tie_along(labels, broadcast)
 
     def _merged(self, a: Labels, b: Labels) -> Labels:
@@ -191,10 +206,15 @@ class Closure:
         a, b = np.broadcast_arrays(a, b)
         both = (a != 0) & (b != 0)
         if (np.sign(a) != np.sign(b))[both].any():
-            raise Refused("an element would have to be both multiplied and divided")
+            raise Refused(
+                "an element would have to be both multiplied and divided"
+            )
         differ = both & (a != b)
         if differ.any():
-            channels_a, channels_b = np.abs(a[differ]) - 1, np.abs(b[differ]) - 1
+            channels_a, channels_b = (
+                np.abs(a[differ]) - 1,
+                np.abs(b[differ]) - 1,
+            )
             self.ties.join(channels_a, channels_b)
         return np.where(a == 0, b, a)
 
@@ -207,7 +227,9 @@ class Closure:
             while (size := labels.shape[axis]) > 1:
                 half = size // 2
                 first, second, odd = np.split(labels, [half, 2 * half], axis)
-                labels = np.concatenate([self._merged(first, second), odd], axis)
+                labels = np.concatenate(
+                    [self._merged(first, second), odd], axis
+                )
         return self.ties.of(labels)
 
     def numbered(self) -> dict[Var, Labels]:
@@ -247,13 +269,19 @@ class Closure:
         shared, absorbers = self.question.shared, self.question.absorbers
         if path in shared:
             return f"the array at {path} also stands at {shared[path]}"
-        if absorbers is not None and path not in absorbers and (labels < 0).any():
+        if (
+            absorbers is not None
+            and path not in absorbers
+            and (labels < 0).any()
+        ):
             return f"{path} is not among the leaves that were said to absorb"
         return None
 
     # Choices --------------------------------------------------------------------------------------
 
-    def choose(self, equation: Equation, options: Sequence[tuple[Atom, Labels]]) -> None:
+    def choose(
+        self, equation: Equation, options: Sequence[tuple[Atom, Labels]]
+    ) -> None:
         """Takes one of `options` (variable, labels): the only possible one, or puts the choice off.
 
         Raises:
@@ -271,7 +299,11 @@ class Closure:
             else:
                 possible.append((atom, labels))
         if not possible:
-            raise Refused(*dict.fromkeys(reasons or [f"{equation} would have to scale a constant"]))
+            raise Refused(
+                *dict.fromkeys(
+                    reasons or [f"{equation} would have to scale a constant"]
+                )
+            )
         if len(possible) == 1:
             self.rejected += reasons
             self.put(*possible[0])
@@ -280,7 +312,9 @@ class Closure:
         def rank(option: tuple[Var, Labels]) -> tuple[int, bool]:
             """Those that tie the fewest channels first; among equals, leaves first."""
             var, labels = option
-            return -self._distinct(var, labels), var not in self.program.from_leaves
+            return -self._distinct(
+                var, labels
+            ), var not in self.program.from_leaves
 
         # Labels that arrive before the queue is empty may decide it.
         self._undecided.append((equation, sorted(possible, key=rank)))
@@ -323,7 +357,9 @@ class Closure:
             refused.way = refused.way or self.way_to(equation)
             raise refused.at(equation).beside(self.rejected) from None
 
-    def _branch(self, equation: Equation, options: Sequence[tuple[Var, Labels]]) -> "Closure":
+    def _branch(
+        self, equation: Equation, options: Sequence[tuple[Var, Labels]]
+    ) -> "Closure":
         """The first option, tried in a copy of the search, from which there is a fixed point."""
         reasons: list[str] = []
         way: tuple[str, ...] = ()

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax.folding.graph import Site
-from sqjax.folding.labels import Labels, other_axes, put_axes, sizes_along, varies
+from sqjax.folding.labels import (
+    Labels,
+    other_axes,
+    put_axes,
+    sizes_along,
+    varies,
+)
 from sqjax.folding.moves import MOVES
 from sqjax.program.build import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
@@ -46,13 +52,16 @@ class Place(NamedTuple):
         matrices.
         """
         return tuple(
-            slice(None) if taken.scan is not None else taken.at for taken in self.view.taken
+            slice(None) if taken.scan is not None else taken.at
+            for taken in self.view.taken
         )
 
     @property
     def name(self) -> str:
         """The site's path, with the indices of a matrix in a stack: layers/kernel[3]."""
-        return self.site.path + "".join(f"[{taken.at}]" for taken in self.view.fixed)
+        return self.site.path + "".join(
+            f"[{taken.at}]" for taken in self.view.fixed
+        )
 
 
 class Side(NamedTuple):
@@ -124,11 +133,15 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
     # quantized weights may enter loops.
     sites = {p.site.path for p in places}
-    loops_only = {path: why for path, why in in_loops.items() if path not in sites}
+    loops_only = {
+        path: why for path, why in in_loops.items() if path not in sites
+    }
     return places, loops_only | refused
 
 
-def _of_matmul(program: Program, equation: Equation) -> tuple[list[Place], dict[str, str]]:
+def _of_matmul(
+    program: Program, equation: Equation
+) -> tuple[list[Place], dict[str, str]]:
     """The places of one matmul (none, or one), and {leaf: why it is no site here}."""
     places: list[Place] = []
     refused: dict[str, str] = {}
@@ -136,17 +149,26 @@ def _of_matmul(program: Program, equation: Equation) -> tuple[list[Place], dict[
     for me, other in (sides, sides[::-1]):  # the leaf may be on either side
         if not isinstance(me.var, Var) or me.var not in program.from_leaves:
             refused.update(_picked(program, equation, me.var, other.var))
-        elif isinstance(other.var, Var) and other.var not in program.from_leaves:
+        elif (
+            isinstance(other.var, Var) and other.var not in program.from_leaves
+        ):
             place = _place(program, equation, me, other, me.var, other.var)
             if isinstance(place, Place):
                 places.append(place)
             else:
-                refused.update(dict.fromkeys(program.leaves_behind(me.var), place))
+                refused.update(
+                    dict.fromkeys(program.leaves_behind(me.var), place)
+                )
     return places, refused
 
 
 def _place(
-    program: Program, equation: Equation, me: Side, other: Side, leaf: Var, activation: Var
+    program: Program,
+    equation: Equation,
+    me: Side,
+    other: Side,
+    leaf: Var,
+    activation: Var,
 ) -> Place | str:
     """A leaf's matmul as a `Place`, or why it is none."""
     if leaf in program.offsets:
@@ -160,7 +182,9 @@ def _place(
 
     # The leaf's axes, and the activation's that meet them, in the order of the leaf.
     own_batch, its_batch = _in_order(view, me.batch, other.batch)
-    own_contracted, its_contracted = _in_order(view, me.contracted, other.contracted)
+    own_contracted, its_contracted = _in_order(
+        view, me.contracted, other.contracted
+    )
     batch, axes = view.whole_axes(own_batch), view.whole_axes(own_contracted)
     if batch is None or not axes:
         maker = program.maker.get(leaf)
@@ -168,7 +192,9 @@ def _place(
     # An index into a sharded axis picks another matrix on every device.
     sharded = {axis for _, _, axis in view.blocks}
     if any(taken.axis in sharded for taken in view.fixed):
-        return f"{equation} multiplies another one of its matrices on every device"
+        return (
+            f"{equation} multiplies another one of its matrices on every device"
+        )
 
     # The layers that scans run over, or the index of one of them, are batch axes too.
     batch = (*(taken.axis for taken in view.taken), *batch)
@@ -208,7 +234,9 @@ def _read_in_two_ways(places: Sequence[Place]) -> dict[str, str]:
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
     """{leaf: why it is no site} of the leaves that another kind of matmul reads."""
-    opaque = equation.runs_a_program and equation.body is None  # while, cond, custom kernels
+    opaque = (
+        equation.runs_a_program and equation.body is None
+    )  # while, cond, custom kernels
     if opaque:
         why = f"{equation} reads it, and is not looked into: not calibrated, it stays float"
     elif equation.name == "conv_general_dilated":
@@ -222,7 +250,9 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
     return dict.fromkeys(sorted(read), why)
 
 
-def _picked(program: Program, equation: Equation, me: Atom, other: Atom) -> Mapping[str, str]:
+def _picked(
+    program: Program, equation: Equation, me: Atom, other: Atom
+) -> Mapping[str, str]:
     """{leaf: why it is no site} where an activation meets what an index has picked of a leaf."""
     if not isinstance(me, Var) or me not in program.picked:
         return {}
@@ -238,7 +268,9 @@ def _picked(program: Program, equation: Equation, me: Atom, other: Atom) -> Mapp
 # What is behind a product -------------------------------------------------------------------------
 
 
-def normalised_over(program: Program, product: Equation, axes: Sequence[int]) -> bool:
+def normalised_over(
+    program: Program, product: Equation, axes: Sequence[int]
+) -> bool:
     """Whether a softmax runs over one of these axes of a product.
 
     It does if the first maximum after the product is taken along one of them. The axes are followed
@@ -289,7 +321,10 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
 
 
 def _reach(
-    equations: Sequence[Equation], reaching: set[Var], weights: Mapping[Var, str], heads: set[str]
+    equations: Sequence[Equation],
+    reaching: set[Var],
+    weights: Mapping[Var, str],
+    heads: set[str],
 ) -> None:
     """Walks equations backwards from what they return, up to the sites.
 
@@ -305,7 +340,9 @@ def _reach(
         path = weights.get(equation.outputs[0])
         body = equation.body
         if path is not None:
-            heads.add(path)  # and no further: what it reads passes through this site
+            heads.add(
+                path
+            )  # and no further: what it reads passes through this site
         elif body is None:
             reaching.update(equation.variables)
         elif isinstance(body.call, ShardMap):

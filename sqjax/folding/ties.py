@@ -25,7 +25,9 @@ class Ties:
 
     def of(self, labels: Labels) -> Labels:
         """The labels with every channel replaced by the one that stands for it."""
-        channels = np.abs(labels) - 1  # -1 where there is no label, which is sorted out below
+        channels = (
+            np.abs(labels) - 1
+        )  # -1 where there is no label, which is sorted out below
         standing = np.sign(labels) * (self.roots[channels] + 1)
         return compress(np.where(labels == 0, 0, standing))
 

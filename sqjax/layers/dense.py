@@ -50,7 +50,9 @@ def dense(
     of_x = tuple(a % x.ndim for a in axes)
     of_kernel = tuple(range(batch, batch + len(axes)))
     dimensions = (of_x, of_kernel), (lead, lead)
-    y = quantized_dot_general(x.astype(dtype), kernel, dimensions, where).astype(dtype)
+    y = quantized_dot_general(
+        x.astype(dtype), kernel, dimensions, where
+    ).astype(dtype)
     if bias is None:
         return y
     # The bias has no axes for the axes of x that are kept: it broadcasts over them.
@@ -59,7 +61,9 @@ def dense(
     return y + wide.reshape(*bias.shape[:batch], *kept, *bias.shape[batch:])
 
 
-def check_kernel(kernel: Any, shape: tuple[int, ...], where: str, remedy: str) -> QuantWeight:
+def check_kernel(
+    kernel: Any, shape: tuple[int, ...], where: str, remedy: str
+) -> QuantWeight:
     """The kernel, if it is a `QuantWeight` of this logical shape.
 
     Raises:
@@ -71,7 +75,9 @@ def check_kernel(kernel: Any, shape: tuple[int, ...], where: str, remedy: str) -
             f"{jnp.shape(kernel)}; {remedy}"
         )
     if kernel.shape != shape:
-        raise ValueError(f"{where}: expected shape {shape}, got {kernel.shape}; {remedy}")
+        raise ValueError(
+            f"{where}: expected shape {shape}, got {kernel.shape}; {remedy}"
+        )
     return kernel
 
 
@@ -113,7 +119,9 @@ def quantize_kernel(
         channels = outlier_channels(where, seen, scheme.outliers, batch)
     lead, sums = tuple(range(batch)), tuple(range(batch, len(inputs)))
     with named(where):
-        return quantize_weight(kernel, sums, scheme, absmax, smoothing, lead, channels)
+        return quantize_weight(
+            kernel, sums, scheme, absmax, smoothing, lead, channels
+        )
 
 
 def _check_shapes(
@@ -130,13 +138,19 @@ def _check_shapes(
         batch_names = [f"batch{i}" for i in range(batch)]
         input_names = [f"inputs{i}" for i in range(contracted)]
         expected = ", ".join([*batch_names, *input_names, "features"])
-        raise ValueError(f"{where}: expected a kernel of shape ({expected}), got {kernel.shape}")
+        raise ValueError(
+            f"{where}: expected a kernel of shape ({expected}), got {kernel.shape}"
+        )
     for name, vector in (("absmax", absmax), ("smoothing", smoothing)):
         if vector is not None and vector.shape != inputs:
-            raise ValueError(f"{where}: expected {name} of shape {inputs}, got {vector.shape}")
+            raise ValueError(
+                f"{where}: expected {name} of shape {inputs}, got {vector.shape}"
+            )
 
 
-def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> str | None:
+def _problem(
+    scheme: Scheme, absmax: Array | None, smoothing: Array | None
+) -> str | None:
     """Why a single layer can not be quantized so, and what to do instead; None if it can."""
     if isinstance(scheme.activation, Indices):
         return (
@@ -149,7 +163,9 @@ def _problem(scheme: Scheme, absmax: Array | None, smoothing: Array | None) -> s
             "has; pass the range that x is clipped to as absmax, with range='absmax'"
         )
     if scheme.smoothing is not None and smoothing is not None:
-        return "two smoothings, the scheme's alpha and the given s; leave one out"
+        return (
+            "two smoothings, the scheme's alpha and the given s; leave one out"
+        )
     if scheme.measured and absmax is None:
         kind = "a scheme with outliers or smoothing"
         if isinstance(scheme.activation, Static):

@@ -59,7 +59,9 @@ class FlaxFunction:
         self._check_outputs(result, self.outputs)
         return {name: result[name] for name in self.outputs}
 
-    def _check_outputs(self, result: Mapping[str, Any], names: Sequence[str]) -> None:
+    def _check_outputs(
+        self, result: Mapping[str, Any], names: Sequence[str]
+    ) -> None:
         """Raises ValueError if the model's output lacks one of these names."""
         missing = [name for name in names if result.get(name) is None]
         if missing:
@@ -75,14 +77,22 @@ class FlaxFunction:
         jax.jit(sqjax.quantized(fn.generate), static_argnames="max_new_tokens")(qparams, ids,
         max_new_tokens=8)
         """
-        settings = kwargs.pop("generation_config", None) or self.model.generation_config
+        settings = (
+            kwargs.pop("generation_config", None)
+            or self.model.generation_config
+        )
         # The class writes into the settings that it is given, and the model keeps its own.
         settings = copy.deepcopy(settings)
-        return self.model.generate(*args, params=params, generation_config=settings, **kwargs)
+        return self.model.generate(
+            *args, params=params, generation_config=settings, **kwargs
+        )
 
 
 def from_flax(
-    model: Any, params: PyTree = None, *, outputs: str | tuple[str, ...] | None = None
+    model: Any,
+    params: PyTree = None,
+    *,
+    outputs: str | tuple[str, ...] | None = None,
 ) -> tuple[FlaxFunction, PyTree]:
     """A Hugging Face Flax model as (fn, params): fn(params, *inputs) runs its class unmodified.
 
@@ -192,7 +202,10 @@ def _is(*expected: Any) -> Callable[[Any, Any], bool]:
 
 
 def _splits_hidden_size(value: Any, config: Any) -> bool:
-    return value is None or value * config.num_attention_heads == config.hidden_size
+    return (
+        value is None
+        or value * config.num_attention_heads == config.hidden_size
+    )
 
 
 def _is_hidden_size(value: Any, config: Any) -> bool:
@@ -218,9 +231,27 @@ _ABSOLUTE = "Flax(Bert|Roberta|RobertaPreLayerNorm|XLMRoberta|Electra|Albert)"
 #: pretraining_tp) are not among them.
 ASSUMPTIONS = (
     # Llama and Mistral.
-    Assumption(_ROTARY, "rope_theta", _is(None, 10000), "rotates with base 10000", _LOAD),
-    Assumption(_ROTARY, "rope_scaling", _is(None), "does not scale its rotary angles", _LOAD),
-    Assumption(_ROTARY, "partial_rotary_factor", _is(None, 1), "rotates whole heads", _OWN),
+    Assumption(
+        _ROTARY,
+        "rope_theta",
+        _is(None, 10000),
+        "rotates with base 10000",
+        _LOAD,
+    ),
+    Assumption(
+        _ROTARY,
+        "rope_scaling",
+        _is(None),
+        "does not scale its rotary angles",
+        _LOAD,
+    ),
+    Assumption(
+        _ROTARY,
+        "partial_rotary_factor",
+        _is(None, 1),
+        "rotates whole heads",
+        _OWN,
+    ),
     Assumption(
         _ROTARY + "ForCausalLM",
         "tie_word_embeddings",
@@ -235,10 +266,16 @@ ASSUMPTIONS = (
         "has heads of hidden_size / num_attention_heads",
         _LOAD,
     ),
-    Assumption(_ROTARY, "mlp_bias", _is(None, False), "has no biases in its MLP", _LOAD),
+    Assumption(
+        _ROTARY, "mlp_bias", _is(None, False), "has no biases in its MLP", _LOAD
+    ),
     # Mistral alone.
     Assumption(
-        "FlaxMistral", "attention_bias", _is(None, False), "has no biases in its attention", _LOAD
+        "FlaxMistral",
+        "attention_bias",
+        _is(None, False),
+        "has no biases in its attention",
+        _LOAD,
     ),
     Assumption(
         "FlaxMistral",
@@ -249,11 +286,27 @@ ASSUMPTIONS = (
         "the window is no shorter, else " + _LOAD,
     ),
     # Gemma, whose checkpoints `load` does not read.
-    Assumption("FlaxGemma", "rope_theta", _is(None, 10000), "rotates with base 10000", _OWN),
-    Assumption("FlaxGemma", "rope_scaling", _is(None), "does not scale its rotary angles", _OWN),
+    Assumption(
+        "FlaxGemma",
+        "rope_theta",
+        _is(None, 10000),
+        "rotates with base 10000",
+        _OWN,
+    ),
+    Assumption(
+        "FlaxGemma",
+        "rope_scaling",
+        _is(None),
+        "does not scale its rotary angles",
+        _OWN,
+    ),
     # Decoders with learned positions.
     Assumption(
-        "FlaxGPT2", "scale_attn_weights", _is(True), "divides by the square root of head_dim", _OWN
+        "FlaxGPT2",
+        "scale_attn_weights",
+        _is(True),
+        "divides by the square root of head_dim",
+        _OWN,
     ),
     Assumption(
         "FlaxGPT2",
@@ -279,7 +332,11 @@ ASSUMPTIONS = (
         _OWN,
     ),
     Assumption(
-        "FlaxRoFormer", "embedding_size", _is_hidden_size, "has embeddings of hidden_size", _OWN
+        "FlaxRoFormer",
+        "embedding_size",
+        _is_hidden_size,
+        "has embeddings of hidden_size",
+        _OWN,
     ),
     Assumption(
         "FlaxResNet",
@@ -289,9 +346,17 @@ ASSUMPTIONS = (
         _OWN,
     ),
     Assumption(
-        "FlaxWav2Vec2", "adapter_attn_dim", _is(None), "has no adapters in its attention", _OWN
+        "FlaxWav2Vec2",
+        "adapter_attn_dim",
+        _is(None),
+        "has no adapters in its attention",
+        _OWN,
     ),
     Assumption(
-        _ABSOLUTE, "position_embedding_type", _is(None, "absolute"), "has absolute positions", _OWN
+        _ABSOLUTE,
+        "position_embedding_type",
+        _is(None, "absolute"),
+        "has absolute positions",
+        _OWN,
     ),
 )

@@ -54,13 +54,17 @@ class QuantDense(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+    def __call__(
+        self, x: Float[Array, "*batch inputs"]
+    ) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is not a `QuantWeight` of shape (inputs, features)."""
         last = (x.ndim - 1,)  # the contracted axis
         kernel = _kernel(self, x, last, 0, (self.features,), "quantize_dense")
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
         return dense(x, kernel, bias, self.dtype, _name(self))
 
 
@@ -104,10 +108,15 @@ class QuantDenseGeneral(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Raises ValueError if the axes do not fit x, or the kernel is not one for this layer."""
-        features, batch = _several(self.features), len(_several(self.batch_dims))
+        features, batch = (
+            _several(self.features),
+            len(_several(self.batch_dims)),
+        )
         # From here on axes count from the front and ascend, whatever order the fields have.
         axes = _axes(self.axis, self.batch_dims, x.shape, _name(self))
-        kernel = _kernel(self, x, axes, batch, features, "quantize_dense_general")
+        kernel = _kernel(
+            self, x, axes, batch, features, "quantize_dense_general"
+        )
         shape = (*x.shape[:batch], *features)
 
         def init_bias(key: Array) -> Array:
@@ -130,7 +139,10 @@ def _several(numbers: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _axes(
-    axis: int | Sequence[int], batch_dims: int | Sequence[int], shape: tuple[int, ...], where: str
+    axis: int | Sequence[int],
+    batch_dims: int | Sequence[int],
+    shape: tuple[int, ...],
+    where: str,
 ) -> tuple[int, ...]:
     """The contracted axes, ascending.
 
@@ -173,16 +185,22 @@ def _kernel(
     def init_kernel(key: Array) -> QuantWeight:
         # Flax draws the kernel as one matrix (inputs, outputs); the same draw needs the same shape.
         matrix = math.prod((*lead, *inputs)), math.prod(features)
-        kernel = module.kernel_init(key, matrix, module.param_dtype).reshape(shape)
+        kernel = module.kernel_init(key, matrix, module.param_dtype).reshape(
+            shape
+        )
         tokens = tuple(a for a in range(batch, x.ndim) if a not in axes)
         absmax = jnp.max(jnp.abs(x), axis=tokens, initial=0.0)
-        return quantize_kernel(kernel, module.scheme, absmax, None, _name(module), len(axes), batch)
+        return quantize_kernel(
+            kernel, module.scheme, absmax, None, _name(module), len(axes), batch
+        )
 
     # `init` has no parameters yet; every other call must find a quantized kernel.
     if not module.has_variable("params", "kernel"):
         return module.param("kernel", init_kernel)
     remedy = f"make the parameters with sqjax.linen.{maker}(params)"
-    return check_kernel(module.get_variable("params", "kernel"), shape, _name(module), remedy)
+    return check_kernel(
+        module.get_variable("params", "kernel"), shape, _name(module), remedy
+    )
 
 
 def quantize_dense(
@@ -223,7 +241,9 @@ def quantize_dense(
             f"{_shapes(params)}; for a kernel of nn.DenseGeneral call quantize_dense_general, "
             "for stacked layers jax.vmap(quantize_dense)"
         )
-    quantized = quantize_kernel(kernel, scheme, absmax, smoothing, "quantize_dense: kernel")
+    quantized = quantize_kernel(
+        kernel, scheme, absmax, smoothing, "quantize_dense: kernel"
+    )
     return {**params, "kernel": quantized}
 
 
@@ -261,7 +281,9 @@ def quantize_dense_general(
         (16, 4, 8)
     """
     if "kernel" not in params:
-        raise ValueError(f"quantize_dense_general: expected a 'kernel', got {_shapes(params)}")
+        raise ValueError(
+            f"quantize_dense_general: expected a 'kernel', got {_shapes(params)}"
+        )
     kernel = quantize_kernel(
         params["kernel"],
         scheme,

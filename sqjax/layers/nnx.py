@@ -30,11 +30,15 @@ class QuantModule(nnx.Module):
     def __init__(self, fn: Functional, params: PyTree):
         # A static attribute must be hashable: nnx.jit compiles once for equal functions.
         self.fn = nnx.static(fn)
-        self.params = nnx.data(jax.tree.map(_variable, params, is_leaf=is_quantized))
+        self.params = nnx.data(
+            jax.tree.map(_variable, params, is_leaf=is_quantized)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """quantized(fn)(params, *args, **kwargs)."""
-        values = jax.tree.map(nnx.Variable.get_value, self.params, is_leaf=_is_variable)
+        values = jax.tree.map(
+            nnx.Variable.get_value, self.params, is_leaf=_is_variable
+        )
         return quantized(self.fn)(values, *args, **kwargs)
 
 
@@ -127,13 +131,19 @@ class QuantLinear(nnx.Module):
         bias_init: nnx.Initializer = _BIAS_INIT,
         rngs: nnx.Rngs,
     ):
-        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        kernel = kernel_init(
+            rngs.params(), (in_features, out_features), param_dtype
+        )
         # There are no data: no channel is an outlier, and a static scale covers [-1, 1].
         known = scheme.replace(outliers=None), jnp.ones(in_features), None
-        self.kernel = QuantParam(quantize_kernel(kernel, *known, "QuantLinear: kernel"))
+        self.kernel = QuantParam(
+            quantize_kernel(kernel, *known, "QuantLinear: kernel")
+        )
         bias = None
         if use_bias:
-            bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+            bias = nnx.Param(
+                bias_init(rngs.params(), (out_features,), param_dtype)
+            )
         self.bias: nnx.Variable | None = nnx.data(bias)
         self.in_features = in_features
         self.out_features = out_features
@@ -175,7 +185,9 @@ class QuantLinear(nnx.Module):
                 f"{given.shape}; map over stacked layers with "
                 "nnx.vmap(lambda layer: QuantLinear.from_linear(layer))"
             )
-        kernel = quantize_kernel(given, scheme, absmax, smoothing, "from_linear: kernel")
+        kernel = quantize_kernel(
+            given, scheme, absmax, smoothing, "from_linear: kernel"
+        )
 
         def random_layer() -> QuantLinear:
             return cls(
@@ -190,14 +202,20 @@ class QuantLinear(nnx.Module):
         # eval_shape draws nothing: the random values would be thrown away.
         layer = nnx.eval_shape(random_layer)
         layer.kernel = QuantParam(kernel)
-        layer.bias = nnx.data(None if linear.bias is None else linear.bias.copy())
+        layer.bias = nnx.data(
+            None if linear.bias is None else linear.bias.copy()
+        )
         return layer
 
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
+    def __call__(
+        self, x: Float[Array, "*batch inputs"]
+    ) -> Float[Array, "*batch features"]:
         """Raises ValueError if the kernel is no `QuantWeight` of (in_features, out_features)."""
         remedy = "make the layer with sqjax.nnx.QuantLinear.from_linear(linear)"
         expected = (x.shape[-1], self.out_features)
-        kernel = check_kernel(self.kernel.get_value(), expected, "kernel", remedy)
+        kernel = check_kernel(
+            self.kernel.get_value(), expected, "kernel", remedy
+        )
         bias = None if self.bias is None else self.bias.get_value()
         return dense(x, kernel, bias, self.dtype, "kernel")
 

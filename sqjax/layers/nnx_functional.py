@@ -75,8 +75,12 @@ class Functional:
                 "what sqjax made of it"
             )
         # By NNX's own keys, because a path says "0" both for an index of a list and for a name.
-        state = {keys[path]: leaf for path, leaf in zip(paths, leaves, strict=True)}
-        return nnx.merge(self.graphdef, nnx.from_flat_state(state), _copied(self.constants))
+        state = {
+            keys[path]: leaf for path, leaf in zip(paths, leaves, strict=True)
+        }
+        return nnx.merge(
+            self.graphdef, nnx.from_flat_state(state), _copied(self.constants)
+        )
 
     def _check_unchanged(self, params: PyTree, args: Any, kwargs: Any) -> None:
         """Raises ValueError naming what the call changes.
@@ -87,7 +91,9 @@ class Functional:
 
         def states_around_call(_, params, constants, args, kwargs):
             # This function with the constants as inputs, so that they are seen to change too.
-            fn = Functional(self.graphdef, self.names, constants, self.method, discard=True)
+            fn = Functional(
+                self.graphdef, self.names, constants, self.method, discard=True
+            )
             module = fn.module(params)
             before = _values(module)
             getattr(module, self.method)(*args, **kwargs)
@@ -95,7 +101,9 @@ class Functional:
 
         # All that the module holds is an input here, so that each variable has a source.
         inputs = (params, self.constants, args, kwargs)
-        traced, _ = trace(states_around_call, {}, inputs, {}, of_args=tensor_type)
+        traced, _ = trace(
+            states_around_call, {}, inputs, {}, of_args=tensor_type
+        )
         program = traced.jaxpr.jaxpr
         sources = _sources(program, program.invars)
         before, after = jax.tree.unflatten(traced.treedef, sources)
@@ -115,14 +123,19 @@ class Functional:
             return True
         if self._static != other._static:
             return False
-        own, others = jax.tree.leaves(self.constants), jax.tree.leaves(other.constants)
+        own, others = (
+            jax.tree.leaves(self.constants),
+            jax.tree.leaves(other.constants),
+        )
         return all(map(_identical, own, others))
 
     def __hash__(self) -> int:
         return hash(self._static)
 
     def __repr__(self) -> str:
-        return f"<{self.method} of an NNX module of {len(self.names)} parameters>"
+        return (
+            f"<{self.method} of an NNX module of {len(self.names)} parameters>"
+        )
 
     @property
     def _static(self) -> tuple[Any, ...]:
@@ -212,7 +225,9 @@ def _values(module: nnx.Module) -> dict[str, list[Any]]:
     return values
 
 
-def _differing(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> list[str]:
+def _differing(
+    before: dict[str, list[Any]], after: dict[str, list[Any]]
+) -> list[str]:
     """The names of what is not the same object as before, or was not there.
 
     Objects and not values are compared, because values may be tracers.

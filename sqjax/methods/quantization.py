@@ -91,12 +91,16 @@ def _schemes(graph: Graph, rules: Rules) -> dict[str, Scheme]:
 
     # None is said of sites and tables alike, so such a pattern may be found in either of them.
     floats = [pattern for pattern, scheme in rules.items() if scheme is None]
-    first_matches(floats, [*sites, *tables], "quantize rule")  # raises, and says what is near
+    first_matches(
+        floats, [*sites, *tables], "quantize rule"
+    )  # raises, and says what is near
 
     of_sites = _rules_for(sites, rules, are_tables=False)
     of_tables = _rules_for(tables, rules, are_tables=True)
     schemes = _first_schemes(of_sites, sites, "quantize rule")
-    return schemes | _first_schemes(of_tables, tables, "quantize rule for embeddings")
+    return schemes | _first_schemes(
+        of_tables, tables, "quantize rule for embeddings"
+    )
 
 
 def _by_pattern(rules: Rules) -> Mapping[str, Scheme | None]:
@@ -131,11 +135,15 @@ def _first_schemes(
     return chosen
 
 
-def _quantized(params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]) -> PyTree:
+def _quantized(
+    params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
+) -> PyTree:
     """The tree with these leaves quantized, each by its scheme."""
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
-    sites = {site.path: site for site in (*stats.graph.sites, *stats.graph.tables)}
+    sites = {
+        site.path: site for site in (*stats.graph.sites, *stats.graph.tables)
+    }
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     measured = [sites[path] for path in schemes if schemes[path].measured]
     _check_described(params, stats, measured)
@@ -153,17 +161,29 @@ def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
     absmax: Any = stats.absmax[site.path] if scheme.measured else None
     s = channels = None
     if scheme.smoothing is not None:
-        s = smoothing_scales(absmax, weight_absmax(site, leaf), scheme.smoothing)
+        s = smoothing_scales(
+            absmax, weight_absmax(site, leaf), scheme.smoothing
+        )
     if scheme.outliers is not None:
         # The quantizer sees X / s, so outliers are what is large after smoothing.
         seen = absmax if s is None else absmax / s
-        channels = outlier_channels(site.path, seen, scheme.outliers, len(site.batch))
+        channels = outlier_channels(
+            site.path, seen, scheme.outliers, len(site.batch)
+        )
     if isinstance(scheme.activation, Static) and scheme.needs_histogram:
-        absmax = stats.input_range(site.path, scheme.activation.range, scheme.activation.fmt)
+        absmax = stats.input_range(
+            site.path, scheme.activation.range, scheme.activation.fmt
+        )
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
-            jnp.asarray(leaf), site.axes, scheme, absmax, s, site.batch, channels
+            jnp.asarray(leaf),
+            site.axes,
+            scheme,
+            absmax,
+            s,
+            site.batch,
+            channels,
         )
 
 
@@ -179,7 +199,9 @@ def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
         return
     # Values that a jitted function has closed over are known, though tracing is under way.
     with jax.ensure_compile_time_eval():
-        original = leaves_by_path(unfold(params, stats.graph, stats.folded), stats.graph)
+        original = leaves_by_path(
+            unfold(params, stats.graph, stats.folded), stats.graph
+        )
         maxima = [weight_absmax(site, original[site.path]) for site in sites]
     for site, now in zip(sites, maxima, strict=True):
         then = stats.weight_absmax[site.path]
@@ -249,7 +271,9 @@ def smoothquant(
     folded = fold(params, stats.graph, s)
     # A histogram of X says nothing about X / s, so it is taken of the smoothed model.
     if twice:
-        stats = calibrate(fn, folded, batches, histogram=True, progress=progress)
+        stats = calibrate(
+            fn, folded, batches, histogram=True, progress=progress
+        )
     else:
         stats = fold_stats(stats, s)
     return _quantized(folded, stats, schemes)
@@ -257,11 +281,17 @@ def smoothquant(
 
 def _needs_histograms(rules: Rules) -> bool:
     schemes = _by_pattern(rules).values()
-    return any(isinstance(scheme, Scheme) and scheme.needs_histogram for scheme in schemes)
+    return any(
+        isinstance(scheme, Scheme) and scheme.needs_histogram
+        for scheme in schemes
+    )
 
 
 def _smoothed_at_run_time(
-    schemes: Mapping[str, Scheme], graph: Graph, s: Mapping[str, Array], alpha: float
+    schemes: Mapping[str, Scheme],
+    graph: Graph,
+    s: Mapping[str, Array],
+    alpha: float,
 ) -> dict[str, Scheme]:
     """The schemes, with this alpha for the sites that no s in `s` smooths already."""
     # A table meets indices: there is no activation to smooth.

@@ -103,7 +103,9 @@ def scales(
     s = {}
     for group in chosen:
         maxima = _maxima_of_sites(group, leaves, stats)
-        s[group.name] = _group_scales(maxima, alphas[group.name], group.size, round_scales)
+        s[group.name] = _group_scales(
+            maxima, alphas[group.name], group.size, round_scales
+        )
     if attention is not None:
         s |= _key_scales(stats, attention, round_scales)
     return s
@@ -124,7 +126,9 @@ class Maxima(NamedTuple):
     w_absmax: Array
 
 
-def _maxima_of_sites(group: Group, leaves: Mapping[str, Any], stats: Stats) -> list[Maxima]:
+def _maxima_of_sites(
+    group: Group, leaves: Mapping[str, Any], stats: Stats
+) -> list[Maxima]:
     sites = {site.path: site for site in stats.graph.sites}
     found = []
     for path, labels in group.sites:
@@ -135,7 +139,9 @@ def _maxima_of_sites(group: Group, leaves: Mapping[str, Any], stats: Stats) -> l
     return found
 
 
-def _key_scales(stats: Stats, exponent: float, round_scales: str | None) -> dict[str, Array]:
+def _key_scales(
+    stats: Stats, exponent: float, round_scales: str | None
+) -> dict[str, Array]:
     """s_j = max|K_j|^exponent for the keys of attention: the formula with weights of 1."""
     groups = [group for group in stats.graph.groups if group.keys]
     if not groups:
@@ -150,12 +156,16 @@ def _key_scales(stats: Stats, exponent: float, round_scales: str | None) -> dict
         path, labels = group.sites[0]
         absmax = stats.absmax[path].ravel()
         maxima = Maxima(labels.array.ravel(), absmax, jnp.ones_like(absmax))
-        s[group.name] = _group_scales([maxima], exponent, group.size, round_scales)
+        s[group.name] = _group_scales(
+            [maxima], exponent, group.size, round_scales
+        )
     return s
 
 
 @partial(jax.jit, static_argnames=("size", "round_scales"))
-def _group_scales(sites: list[Maxima], alpha: Any, size: int, round_scales: str | None) -> Array:
+def _group_scales(
+    sites: list[Maxima], alpha: Any, size: int, round_scales: str | None
+) -> Array:
     """s of a group of `size` scales, from the maxima of its sites.
 
     Example: a site of 4 channels in two tied pairs has scale_of [1, 1, 2, 2]. With x_absmax [1, 4,
@@ -203,7 +213,9 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
     return alphas
 
 
-def _first_pattern(group: Group, pattern_of: Mapping[str, str | None]) -> str | None:
+def _first_pattern(
+    group: Group, pattern_of: Mapping[str, str | None]
+) -> str | None:
     """The pattern of the group's first site that has one."""
     for path, _ in group.sites:
         if pattern_of[path] is not None:
@@ -215,7 +227,9 @@ def _check_in_unit_interval(pattern: str, alpha: Any) -> None:
     # Not "alpha < 0 or alpha > 1": NaN is outside, too.
     if is_concrete(alpha) and not 0 <= float(alpha) <= 1:
         named = f" for {pattern!r}" if pattern else ""
-        raise ValueError(f"alpha{named}: expected a number in [0, 1], got {alpha}")
+        raise ValueError(
+            f"alpha{named}: expected a number in [0, 1], got {alpha}"
+        )
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
@@ -284,5 +298,12 @@ def smooth(
         >>> sq.smooth(params, stats, 0.5)["norm"].tolist()
         [1.0, 0.25]
     """
-    s = scales(params, stats, alpha, groups=groups, attention=attention, round_scales=round_scales)
+    s = scales(
+        params,
+        stats,
+        alpha,
+        groups=groups,
+        attention=attention,
+        round_scales=round_scales,
+    )
     return fold(params, stats.graph, s)

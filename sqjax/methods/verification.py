@@ -15,7 +15,12 @@ from sqjax.weights.quant_weight import weight_type
 
 #: Largest relative error to accept of a right fold, by the coarsest precision of the program. In
 #: half precision rounding hides wrong folds: trust `calibrate`'s bitwise proof there.
-TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
+TOLERANCES = {
+    "float64": 1e-5,
+    "float32": 1e-4,
+    "bfloat16": 1e-1,
+    "float16": 2e-2,
+}
 
 
 def verify(
@@ -74,7 +79,9 @@ def verify(
     return worst
 
 
-def _tolerance(fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]) -> float:
+def _tolerance(
+    fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]
+) -> float:
     """The tolerance of the coarsest precision that a program computes in anywhere."""
     traced, _ = trace(fn, params, inputs, {}, weight_type, tensor_type)
     dtypes = {str(getattr(aval, "dtype", "")) for aval in Program(traced).avals}
@@ -97,7 +104,9 @@ def _relative_error(expected: np.ndarray, got: np.ndarray) -> float:
     for no reason.
     """
     finite = np.isfinite(expected)
-    same_elsewhere = np.array_equal(expected[~finite], got[~finite], equal_nan=True)
+    same_elsewhere = np.array_equal(
+        expected[~finite], got[~finite], equal_nan=True
+    )
     if not same_elsewhere or not np.isfinite(got[finite]).all():
         return float("inf")
     difference = np.max(np.abs(got - expected), where=finite, initial=0.0)

@@ -30,7 +30,10 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_table(
-    positions: Int[Array, "rows tokens"], head_dim: int, theta: float, dtype: DTypeLike
+    positions: Int[Array, "rows tokens"],
+    head_dim: int,
+    theta: float,
+    dtype: DTypeLike,
 ) -> RotaryTable:
     """Cosine and sine of position * theta^(-2i / head_dim).
 
@@ -135,11 +138,15 @@ def attend(
         end = slots - tokens + last if in_order else slots
         seen = mask[:, first:last, :end]
         block = queries[:, first:last]
-        blocks.append(_attend_block(block, keys.first(end), values.first(end), seen))
+        blocks.append(
+            _attend_block(block, keys.first(end), values.first(end), seen)
+        )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _attend_block(queries: Array, keys: Slots, values: Slots, mask: Array) -> Array:
+def _attend_block(
+    queries: Array, keys: Slots, values: Slots, mask: Array
+) -> Array:
     """Attention of one block of queries.
 
     The query heads that share a key head become further rows of one matrix, so that keys and
@@ -188,7 +195,12 @@ def _scores(
     rows = changed_queries(keys, rows)
     if keys.scale is None:
         rows = rows.astype(keys.codes.dtype)
-        return jnp.einsum("bkrd,bksd->bkrs", rows, keys.codes, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "bkrd,bksd->bkrs",
+            rows,
+            keys.codes,
+            preferred_element_type=jnp.float32,
+        )
     codes = integers(keys)
     groups = codes.shape[3:]
     rows = rows.astype(jnp.float32).reshape(*rows.shape[:3], *groups)
@@ -207,7 +219,10 @@ def _mix(
     if values.scale is None:
         weights = weights.astype(values.codes.dtype)
         return jnp.einsum(
-            "bkrs,bksd->bkrd", weights, values.codes, preferred_element_type=jnp.float32
+            "bkrs,bksd->bkrd",
+            weights,
+            values.codes,
+            preferred_element_type=jnp.float32,
         )
     weights = weights[:, :, None] * _by_group(values.scale)
     products = _product("bkrs,bksd->bkrd", weights, integers(values))
@@ -251,7 +266,9 @@ def _product(
         out = jnp.einsum(equation, flat, codes.astype(jnp.float32))
     else:
         digits, scale = two_digits(flat)
-        sums = jnp.einsum(equation, digits, codes, preferred_element_type=jnp.int32)
+        sums = jnp.einsum(
+            equation, digits, codes, preferred_element_type=jnp.int32
+        )
         high, low = jnp.split(sums.astype(jnp.float32), 2, axis=2)
         out = (high + low / BASE) * scale
     return out.reshape(batch, kv_heads, groups, *out.shape[2:])

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sqjax.models.slots import CacheFormat, Slots, changed_keys, empty_slots, encode, first_channels
+from sqjax.models.slots import (
+    CacheFormat,
+    Slots,
+    changed_keys,
+    empty_slots,
+    encode,
+    first_channels,
+)
 from sqjax.numerics.dots import LONGEST_CONTRACTION
 
 
@@ -77,8 +84,12 @@ def empty_cache(
     sizes = (batch, kv_heads, capacity, head_dim)
     changes_keys = kind.keys != "plain"
     # Every layer has arrays of its own, because a donated cache is updated in place.
-    keys = tuple(empty_slots(*sizes, dtype, kind, changes_keys) for _ in range(layers))
-    values = tuple(empty_slots(*sizes, dtype, kind, False) for _ in range(layers))
+    keys = tuple(
+        empty_slots(*sizes, dtype, kind, changes_keys) for _ in range(layers)
+    )
+    values = tuple(
+        empty_slots(*sizes, dtype, kind, False) for _ in range(layers)
+    )
     length, padding = jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32)
     return KVCache(keys, values, length, padding)
 
@@ -128,4 +139,6 @@ def _put_in_ring(array: Array, new: Array, start: Array) -> Array:
         return _put(array, new, start % capacity)
     where = (start + jnp.arange(tokens, dtype=start.dtype)) % capacity
     # No slot is written twice, because a ring has at least as many slots as tokens are read.
-    return array.at[:, :, where].set(new, unique_indices=True, mode="promise_in_bounds")
+    return array.at[:, :, where].set(
+        new, unique_indices=True, mode="promise_in_bounds"
+    )

@@ -46,7 +46,9 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
     return fused
 
 
-def _with_one_layer(module: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _with_one_layer(
+    module: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
     """The module's parameters with the layers `names` stored as one.
 
     As they are if the module has not all of these layers, or they can not be one.
@@ -55,7 +57,9 @@ def _with_one_layer(module: dict[str, Any], names: Sequence[str]) -> dict[str, A
     have_kernels = all("kernel" in layer for layer in layers)
     if not have_kernels or not _can_be_one(layers):
         return module
-    others = {name: value for name, value in module.items() if name not in names}
+    others = {
+        name: value for name, value in module.items() if name not in names
+    }
     one = {}
     for leaf in layers[0]:
         one[leaf] = _joined([layer[leaf] for layer in layers])
@@ -129,4 +133,6 @@ def _joined_weights(weights: Sequence[QuantWeight]) -> QuantWeight:
         return replace(first, tensor=tensor)
     # Outlier channels are those of the activation, so they are the same for all kernels.
     rows = by_output(*(weight.outliers.weight for weight in weights))
-    return replace(first, tensor=tensor, outliers=first.outliers._replace(weight=rows))
+    return replace(
+        first, tensor=tensor, outliers=first.outliers._replace(weight=rows)
+    )

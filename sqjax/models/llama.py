@@ -12,7 +12,13 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sqjax.models.attention import RotaryTable, attend, rotary_table, rotate, visible
+from sqjax.models.attention import (
+    RotaryTable,
+    attend,
+    rotary_table,
+    rotate,
+    visible,
+)
 from sqjax.models.cache import KVCache, write
 from sqjax.models.fusing import fused_name
 from sqjax.models.slots import Slots
@@ -83,7 +89,9 @@ class LlamaConfig:
         for name in positive:
             value = getattr(self, name)
             if value <= 0:
-                raise ValueError(f"LlamaConfig.{name}: expected a positive number, got {value}")
+                raise ValueError(
+                    f"LlamaConfig.{name}: expected a positive number, got {value}"
+                )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(
                 "LlamaConfig.sliding_window: expected at least 1 or None, "
@@ -96,7 +104,9 @@ class LlamaConfig:
                 f"{self.num_kv_heads}, got {self.num_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig.head_dim: expected an even number, got {self.head_dim}")
+            raise ValueError(
+                f"LlamaConfig.head_dim: expected an even number, got {self.head_dim}"
+            )
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +155,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens hidden"], positions: Positions, cache: LayerCache | None
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        positions: Positions,
+        cache: LayerCache | None,
     ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
         """Returns the output, and the updated cache if there was one."""
         config = self.config
@@ -171,13 +184,19 @@ class Attention(nn.Module):
             ring = not in_order
             written = (
                 write(cache[0], keys, positions.start, positions.in_row, ring),
-                write(cache[1], values, positions.start, positions.in_row, ring),
+                write(
+                    cache[1], values, positions.start, positions.in_row, ring
+                ),
             )
             # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
             # again for each matmul that reads it.
             read = cache = jax.lax.optimization_barrier(written)
-        mixed = attend(queries, *read, positions.mask, in_order).reshape(batch, tokens, -1)
-        output = nn.Dense(config.hidden_size, use_bias=config.attention_bias, name="o_proj")
+        mixed = attend(queries, *read, positions.mask, in_order).reshape(
+            batch, tokens, -1
+        )
+        output = nn.Dense(
+            config.hidden_size, use_bias=config.attention_bias, name="o_proj"
+        )
         return output(mixed), cache
 
 
@@ -191,9 +210,14 @@ class MLP(nn.Module):
         self, x: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch tokens hidden"]:
         config = self.config
-        sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        sizes = {
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+        }
         gate, up = _projections(self, x, sizes, config.mlp_bias)
-        down = nn.Dense(config.hidden_size, use_bias=config.mlp_bias, name="down_proj")
+        down = nn.Dense(
+            config.hidden_size, use_bias=config.mlp_bias, name="down_proj"
+        )
         return down(nn.silu(gate) * up)
 
 
@@ -228,17 +252,25 @@ class Layers(nn.Module):
     def __call__(self, x, positions: Positions, cache: KVCache | None):
         config = self.config
         held = self.variables.get("params", {})
-        stacked = not self.is_initializing() and check_layers(held, config.num_layers)
+        stacked = not self.is_initializing() and check_layers(
+            held, config.num_layers
+        )
         # A block that is no submodule of this one: it runs on the parameters that it is given.
         run_layer = Block(config, parent=None).apply
         if stacked and cache is None:
             return jax.lax.scan(
-                lambda x, layer: run_layer({"params": layer}, x, positions, None), x, held
+                lambda x, layer: run_layer(
+                    {"params": layer}, x, positions, None
+                ),
+                x,
+                held,
             )
 
         grown = []
         for i in range(config.num_layers):
-            of_layer = None if cache is None else (cache.keys[i], cache.values[i])
+            of_layer = (
+                None if cache is None else (cache.keys[i], cache.values[i])
+            )
             if stacked:
                 layer = {"params": layer_of(held, i)}
                 x, new = run_layer(layer, x, positions, of_layer)
@@ -248,7 +280,9 @@ class Layers(nn.Module):
         if cache is None:
             return x, None
         keys, values = zip(*grown, strict=True)
-        return x, KVCache(keys, values, cache.length + x.shape[1], cache.padding)
+        return x, KVCache(
+            keys, values, cache.length + x.shape[1], cache.padding
+        )
 
 
 class Decoder(nn.Module):
@@ -270,7 +304,9 @@ class Decoder(nn.Module):
         x, cache = self.layers(x, positions, cache)
         return self.norm(x), cache
 
-    def attend(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens vocab"]:
+    def attend(
+        self, x: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch tokens vocab"]:
         """Logits by the embedding matrix: x E^T."""
         return self.embed_tokens.attend(x)
 
@@ -281,14 +317,18 @@ def _next_positions(
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
     if cache is None:
         start, slots = jnp.int32(0), tokens
-        padding = jnp.zeros((1,), jnp.int32)  # one row, which serves the whole batch
+        padding = jnp.zeros(
+            (1,), jnp.int32
+        )  # one row, which serves the whole batch
     else:
         start, slots = cache.length, cache.capacity
         padding = cache.padding
     written_at = start + jnp.arange(tokens, dtype=jnp.int32)
     in_row = written_at[None, :] - padding[:, None]
     # Padding has no position. It takes that of the first token; the mask hides it from all others.
-    rotary = rotary_table(jnp.maximum(in_row, 0), config.head_dim, config.rope_theta, dtype)
+    rotary = rotary_table(
+        jnp.maximum(in_row, 0), config.head_dim, config.rope_theta, dtype
+    )
     mask = visible(start, tokens, slots, padding, config.sliding_window)
     return Positions(rotary, mask, start, in_row)
 
@@ -307,7 +347,10 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "batch tokens"], cache: KVCache | None = None, last: bool = False
+        self,
+        ids: Int[Array, "batch tokens"],
+        cache: KVCache | None = None,
+        last: bool = False,
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
         """Logits of every position, or of the last only; and the cache grown, if there was one."""
         decoder = Decoder(self.config, name="model")

@@ -37,9 +37,13 @@ class Model:
         """Random parameters of a dtype; ``jax.eval_shape(model.init, key)`` gives their shapes."""
         one_token = jnp.zeros((1, 1), jnp.int32)
         variables = Llama(self.config).init(key, one_token)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), variables["params"])
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype), variables["params"]
+        )
 
-    def apply(self, params: Params, ids: TokenIds) -> Float[Array, "batch tokens vocab"]:
+    def apply(
+        self, params: Params, ids: TokenIds
+    ) -> Float[Array, "batch tokens vocab"]:
         """The logits of the token after each position.
 
         Layers in one stack (`stack_layers`) are scanned.
@@ -94,7 +98,9 @@ class Model:
         """
         self._check_cache(ids, cache)
         variables = {"params": params}
-        logits, grown = Llama(self.config).apply(variables, jnp.asarray(ids), cache, last=True)
+        logits, grown = Llama(self.config).apply(
+            variables, jnp.asarray(ids), cache, last=True
+        )
         return logits[:, -1], cast(KVCache, grown)
 
     def read(
@@ -103,7 +109,9 @@ class Model:
         """As `decode`, with the logits after every token."""
         self._check_cache(ids, cache)
         variables = {"params": params}
-        logits, grown = Llama(self.config).apply(variables, jnp.asarray(ids), cache)
+        logits, grown = Llama(self.config).apply(
+            variables, jnp.asarray(ids), cache
+        )
         return logits, cast(KVCache, grown)
 
     def _check_cache(self, ids: TokenIds, cache: KVCache) -> None:
@@ -111,7 +119,12 @@ class Model:
         config = self.config
         rows, tokens = ids.shape
         _check_some(tokens)
-        expected = (config.num_layers, rows, config.num_kv_heads, config.head_dim)
+        expected = (
+            config.num_layers,
+            rows,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         first = cache.keys[0]
         held_rows, kv_heads = first.codes.shape[:2]
         got = (len(cache.keys), held_rows, kv_heads, first.head_dim)
@@ -122,7 +135,11 @@ class Model:
                 "model.init_cache(batch, length)"
             )
         # Inside jit the length is not known, so a cache that is too full is not seen there.
-        needed = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+        needed = (
+            0
+            if isinstance(cache.length, jax.core.Tracer)
+            else int(cache.length)
+        )
         if config.sliding_window is not None:
             # A ring may write over old tokens, except those that the first new token looks at. It
             # looks at sliding_window tokens, of which one is the token itself.

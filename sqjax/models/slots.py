@@ -73,15 +73,21 @@ class CacheFormat:
                 f"CacheFormat: expected 'float' or one of {sorted(_CODES)}, got {self.codes!r}"
             )
         if self.keys not in KEYS:
-            raise ValueError(f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}")
+            raise ValueError(
+                f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}"
+            )
         if self.group is not None and self.group < 1:
             raise ValueError(
                 f"CacheFormat: expected a group of at least one channel, got {self.group}"
             )
         if self.codes == "float" and (self.group or self.keys != "plain"):
-            raise ValueError("CacheFormat: a float cache has no scales; leave group and keys out")
+            raise ValueError(
+                "CacheFormat: a float cache has no scales; leave group and keys out"
+            )
         if self.zero_point and self.codes != "int4":
-            raise ValueError(f"CacheFormat: only int4 may have a zero point, got {self.codes!r}")
+            raise ValueError(
+                f"CacheFormat: only int4 may have a zero point, got {self.codes!r}"
+            )
 
     @property
     def packed(self) -> bool:
@@ -145,7 +151,9 @@ class Slots:
     scale: Any = None
     zero: Any = None
     channel: Any = None
-    format: CacheFormat = field(default=CacheFormat(), metadata={"static": True})
+    format: CacheFormat = field(
+        default=CacheFormat(), metadata={"static": True}
+    )
 
     @property
     def capacity(self) -> int:
@@ -167,7 +175,9 @@ class Slots:
         """The arrays that grow with the number of slots."""
         return [x for x in (self.codes, self.scale, self.zero) if x is not None]
 
-    def map_tokens(self, change: Callable[..., Any], *others: "Slots") -> "Slots":
+    def map_tokens(
+        self, change: Callable[..., Any], *others: "Slots"
+    ) -> "Slots":
         """change(array, *arrays of others) for the arrays that grow with the number of slots."""
         # `channel` has no axis of slots: it stays as it is.
         alone = [replace(slots, channel=None) for slots in (self, *others)]
@@ -193,7 +203,9 @@ def empty_slots(
         codes=jnp.zeros((*lead, stored), kind.codes_dtype),
         scale=jnp.zeros((*lead, groups), kind.scale_dtype),
         zero=jnp.zeros((*lead, groups), jnp.int8) if kind.zero_point else None,
-        channel=jnp.zeros((batch, kv_heads, head_dim), jnp.float32) if changes_keys else None,
+        channel=jnp.zeros((batch, kv_heads, head_dim), jnp.float32)
+        if changes_keys
+        else None,
         format=kind,
     )
 
@@ -201,7 +213,9 @@ def empty_slots(
 # Vectors to codes and back -------------------------------------------------------------------
 
 
-def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheFormat) -> Slots:
+def encode(
+    vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheFormat
+) -> Slots:
     """Vectors as a format stores them; |decoded - vector| <= scale / 2 for integers."""
     if kind.codes == "float":
         return Slots(vectors)
@@ -222,10 +236,18 @@ def encode(vectors: Float[Array, "batch kv_heads tokens head_dim"], kind: CacheF
         codes = to_format(wide, step, fmt)
     # Groups are a view of the channels; they are not stored apart.
     codes = codes.reshape(vectors.shape)
-    return Slots(pack_halves(codes) if kind.packed else codes, stored_scale, zero, None, kind)
+    return Slots(
+        pack_halves(codes) if kind.packed else codes,
+        stored_scale,
+        zero,
+        None,
+        kind,
+    )
 
 
-def _stored_scale(scale: Float[Array, "*s"], kind: CacheFormat) -> Float[Array, "*s"]:
+def _stored_scale(
+    scale: Float[Array, "*s"], kind: CacheFormat
+) -> Float[Array, "*s"]:
     """The scale in the dtype that is stored, never smaller than it was, so that nothing is clipped.
 
     Rounding to bfloat16 loses at most 2^-9 of a number, so a scale made larger by 2^-8 first
@@ -236,7 +258,9 @@ def _stored_scale(scale: Float[Array, "*s"], kind: CacheFormat) -> Float[Array, 
     return (scale * (1 + 2.0**-8)).astype(jnp.bfloat16)
 
 
-def integers(slots: Slots) -> Shaped[Array, "batch kv_heads slots groups group"]:
+def integers(
+    slots: Slots,
+) -> Shaped[Array, "batch kv_heads slots groups group"]:
     """The codes minus their zero points, by group: what the scales multiply.
 
     int8 for integers; float8 codes come as they are.
@@ -257,7 +281,9 @@ def decoded(slots: Slots) -> Float[Array, "batch kv_heads slots head_dim"]:
         return vectors
     if slots.format.keys == "channels":
         return vectors * _factors(slots)
-    turned_back = jnp.matmul(vectors, rotation(slots.head_dim).T, precision="highest")
+    turned_back = jnp.matmul(
+        vectors, rotation(slots.head_dim).T, precision="highest"
+    )
     return turned_back + slots.channel[:, :, None, :]
 
 
@@ -282,7 +308,9 @@ def first_channels(slots: Slots, new: Array, positions: Array) -> Array:
     else:
         total = jnp.sum(new, axis=2, where=real)
         count = jnp.sum(real, axis=2, dtype=jnp.float32)
-        seen = total / jnp.maximum(count, 1)  # a row of padding alone has the mean 0
+        seen = total / jnp.maximum(
+            count, 1
+        )  # a row of padding alone has the mean 0
     row_begins = positions[:, 0] <= 0
     return jnp.where(row_begins[:, None, None], seen, slots.channel)
 
@@ -306,7 +334,9 @@ def changed_queries(slots: Slots, rows: Array) -> Array:
         return rows
     if slots.format.keys == "channels":
         return rows.astype(jnp.float32) * _factors(slots)
-    return jnp.matmul(rows.astype(jnp.float32), rotation(slots.head_dim), precision="highest")
+    return jnp.matmul(
+        rows.astype(jnp.float32), rotation(slots.head_dim), precision="highest"
+    )
 
 
 def _factors(slots: Slots) -> Array:

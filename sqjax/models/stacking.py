@@ -15,7 +15,12 @@ from sqjax._trees import named_leaves
 from sqjax.weights.quant_weight import Outliers, is_quantized
 
 #: What one layer holds: the names by which a stack is known.
-LAYER_PARTS = {"input_layernorm", "mlp", "post_attention_layernorm", "self_attn"}
+LAYER_PARTS = {
+    "input_layernorm",
+    "mlp",
+    "post_attention_layernorm",
+    "self_attn",
+}
 
 
 def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,7 +128,11 @@ def stack_size(layers: Mapping[str, Any]) -> int:
     first = leaves[0]
     size = first.shape[0] if first.ndim else 0
     for path, leaf in zip(paths, leaves, strict=True):
-        axes = ("layers", "in", "out") if path.endswith("kernel") else ("layers", "channels")
+        axes = (
+            ("layers", "in", "out")
+            if path.endswith("kernel")
+            else ("layers", "channels")
+        )
         # A quantized weight may store its axes in another order, of which layers must be first.
         layers_first = not is_quantized(leaf) or leaf.tensor.axes[0] == 0
         if leaf.ndim != len(axes) or leaf.shape[0] != size or not layers_first:
@@ -137,7 +146,9 @@ def stack_size(layers: Mapping[str, Any]) -> int:
 
 def layer_of(layers: Any, i: int) -> Any:
     """Layer i of a stack, every array of it a slice."""
-    return jax.tree.map(partial(_layer_of_leaf, i), layers, is_leaf=is_quantized)
+    return jax.tree.map(
+        partial(_layer_of_leaf, i), layers, is_leaf=is_quantized
+    )
 
 
 # Jitted, because a slice by itself is a compiled program, and a model has hundreds of them.
@@ -214,8 +225,14 @@ def _described(layer: Any) -> dict[str, str]:
     texts = {}
     paths, leaves, _ = named_leaves(layer, is_leaf=is_quantized)
     for path, leaf in zip(paths, leaves, strict=True):
-        arrays = [f"{x.dtype.name}{list(x.shape)}" for x in jax.tree.leaves(leaf)]
+        arrays = [
+            f"{x.dtype.name}{list(x.shape)}" for x in jax.tree.leaves(leaf)
+        ]
         text = ", ".join(arrays)
         # A quantized weight's tree structure tells its format, its group size and its axes.
-        texts[path] = f"{text} in {jax.tree.structure(leaf)}" if is_quantized(leaf) else text
+        texts[path] = (
+            f"{text} in {jax.tree.structure(leaf)}"
+            if is_quantized(leaf)
+            else text
+        )
     return texts

@@ -22,7 +22,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable) -> str:
         """The text of token ids, special tokens left out."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.backend.decode(
+            [int(i) for i in ids], skip_special_tokens=True
+        )
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -42,8 +44,13 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     kinds = metadata["tokenizer.ggml.token_type"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # A merge is written as its two parts with a space between: "ab c" merges "ab" and "c".
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    merges = [
+        tuple(merge.split(" ", 1))
+        for merge in metadata["tokenizer.ggml.merges"]
+    ]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=merges)
+    )
 
     split = tokenizers.pre_tokenizers
     digits = split.Digits(individual_digits=True)
@@ -89,7 +96,9 @@ def _check_smollm(metadata: Mapping[str, Any]) -> None:
         "tokenizer.ggml.model": metadata.get("tokenizer.ggml.model"),
         "tokenizer.ggml.pre": metadata.get("tokenizer.ggml.pre"),
         # Files may leave this field out, which says that no token is put before a text.
-        "tokenizer.ggml.add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", False),
+        "tokenizer.ggml.add_bos_token": metadata.get(
+            "tokenizer.ggml.add_bos_token", False
+        ),
     }
     expected = {
         "tokenizer.ggml.model": "gpt2",
@@ -124,7 +133,9 @@ def _end_of_text(directory: Path, backend) -> int | None:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    )
 
 
 def _import_tokenizers():

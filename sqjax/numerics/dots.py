@@ -41,12 +41,16 @@ def narrow_dot(
         return dot(jnp.concatenate([q, q]), codes)[:1]
 
     def dot_in_int32(q, codes):
-        return lax.dot_general(q.astype(jnp.int32), codes.astype(jnp.int32), LAST_AXES)
+        return lax.dot_general(
+            q.astype(jnp.int32), codes.astype(jnp.int32), LAST_AXES
+        )
 
     if q.shape[0] != 1 or floating:
         return dot(q, codes)
     on_gpu = dot_in_int32 if codes.dtype == INT4.dtype else dot
-    return lax.platform_dependent(q, codes, cpu=dot_of_two_rows, cuda=on_gpu, default=dot)
+    return lax.platform_dependent(
+        q, codes, cpu=dot_of_two_rows, cuda=on_gpu, default=dot
+    )
 
 
 # Products of two activations ----------------------------------------------------------------------
@@ -73,7 +77,9 @@ def int8_dot(
     (l_axes, r_axes), _ = dimensions
     l_codes, l_scale = _quantized(lhs, l_axes, granularity)
     r_codes, r_scale = _quantized(rhs, r_axes, granularity)
-    sums = lax.dot_general(l_codes, r_codes, dimensions, preferred_element_type=jnp.int32)
+    sums = lax.dot_general(
+        l_codes, r_codes, dimensions, preferred_element_type=jnp.int32
+    )
     of_lhs, of_rhs = aligned(l_scale, r_scale, dimensions)
     return sums.astype(jnp.float32) * of_lhs * of_rhs
 
@@ -83,10 +89,14 @@ def _straight_through(dimensions, granularity, primals, tangents):
     """The derivative of the float product, because that of rounding is 0 almost everywhere."""
 
     def dot(x, y):
-        return lax.dot_general(x.astype(jnp.float32), y.astype(jnp.float32), dimensions)
+        return lax.dot_general(
+            x.astype(jnp.float32), y.astype(jnp.float32), dimensions
+        )
 
     (lhs, rhs), (dl, dr) = primals, tangents
-    return int8_dot(dimensions, granularity, lhs, rhs), dot(dl, rhs) + dot(lhs, dr)
+    return int8_dot(dimensions, granularity, lhs, rhs), dot(dl, rhs) + dot(
+        lhs, dr
+    )
 
 
 def _quantized(
@@ -96,11 +106,15 @@ def _quantized(
     shared = tuple(contracted) if granularity == "per_token" else None
     absmax = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
     scale = scale_from_absmax(absmax)
-    kept = [1 if axis in contracted else size for axis, size in enumerate(x.shape)]
+    kept = [
+        1 if axis in contracted else size for axis, size in enumerate(x.shape)
+    ]
     return to_format(x, scale), jnp.broadcast_to(scale, kept)
 
 
-def aligned(lhs_scale: Array, rhs_scale: Array, dimensions: DimensionNumbers) -> list[Array]:
+def aligned(
+    lhs_scale: Array, rhs_scale: Array, dimensions: DimensionNumbers
+) -> list[Array]:
     """Scales of two operands in shapes that broadcast against the result of their `dot_general`.
 
     A scale has the rank of its operand, and size 1 along the contracted axes. For q k^T, "bqd,bkd->

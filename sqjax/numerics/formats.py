@@ -46,7 +46,11 @@ def container(fmt: Format) -> np.dtype:
 
     There an element of jnp.int4 takes a byte too, but is read without the vector units.
     """
-    return INT8.dtype if fmt == INT4 and jax.default_backend() == "cpu" else fmt.dtype
+    return (
+        INT8.dtype
+        if fmt == INT4 and jax.default_backend() == "cpu"
+        else fmt.dtype
+    )
 
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -54,7 +58,9 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 _LOWEST, _HIGHEST = -8.0, 7.0
 
 
-def scale_from_absmax(absmax: Float[Array, "*s"], fmt: Format = INT8) -> Float[Array, "*s"]:
+def scale_from_absmax(
+    absmax: Float[Array, "*s"], fmt: Format = INT8
+) -> Float[Array, "*s"]:
     """scale = absmax / bound in float32; 1 where that is zero or subnormal (a dead channel)."""
     return _alive(absmax.astype(jnp.float32) / fmt.bound)
 
@@ -86,7 +92,10 @@ def zero_point_range(
 
     The range is made to hold 0, which is so represented exactly: by the code `zero`, in [-8, 7].
     """
-    low, high = jnp.minimum(low.astype(jnp.float32), 0), jnp.maximum(high.astype(jnp.float32), 0)
+    low, high = (
+        jnp.minimum(low.astype(jnp.float32), 0),
+        jnp.maximum(high.astype(jnp.float32), 0),
+    )
     scale = _alive((high - low) / (_HIGHEST - _LOWEST))
     return scale, (jnp.round(-low / scale) + _LOWEST).astype(jnp.int8)
 

@@ -12,7 +12,9 @@ from jaxtyping import Array, Int8, Shaped, UInt8
 from sqjax.numerics.formats import INT4
 
 
-def pack_int4(x: Shaped[Array | np.ndarray, "*lead n"]) -> UInt8[np.ndarray, "*lead packed"]:
+def pack_int4(
+    x: Shaped[Array | np.ndarray, "*lead n"],
+) -> UInt8[np.ndarray, "*lead packed"]:
     """int4 as files hold it, two to a byte: element 2i in the low nibble, 2i + 1 in the high one.
 
     The last axis of odd length ends in a nibble of zero.
@@ -46,7 +48,9 @@ def unpack_int4(
             f"unpack_int4: {length} elements take {expected} bytes, got {packed.shape[-1]}"
         )
     pairs = np.stack([packed & 15, packed >> 4], axis=-1)
-    nibbles = pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :length]
+    nibbles = pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[
+        ..., :length
+    ]
     # A nibble of 8 to 15 stands for -8 to -1: flipping its top bit and taking 8 away does that.
     return ((nibbles ^ 8).astype(np.int8) - 8).astype(INT4.dtype)
 

@@ -31,9 +31,9 @@ BINS = PARTS * OCTAVES
 _OCTAVES = 2.0 ** np.arange(FIRST_OCTAVE, FIRST_OCTAVE + OCTAVES)
 #: Bin i holds EDGES[i] <= |x| < EDGES[i + 1]; the last one also what is larger. All are exact in
 #: float32.
-EDGES = np.append(np.outer(_OCTAVES, 1 + np.arange(PARTS) / PARTS), 2 * _OCTAVES[-1]).astype(
-    np.float32
-)
+EDGES = np.append(
+    np.outer(_OCTAVES, 1 + np.arange(PARTS) / PARTS), 2 * _OCTAVES[-1]
+).astype(np.float32)
 
 #: `mse_range` tries absmax * 2^(-j / 16) for 16 octaves: one outlier among n values of size 1 is
 #: worth clipping to about 1 only if it is smaller than sqrt(n).
@@ -85,7 +85,9 @@ class Histogram:
 
     @classmethod
     def counted(
-        cls, counts: UInt32[Array, "*batch bins"], absmax: Float[Array, "*batch"]
+        cls,
+        counts: UInt32[Array, "*batch bins"],
+        absmax: Float[Array, "*batch"],
     ) -> "Histogram":
         """From counts below 2^32."""
         return cls(counts, jnp.zeros_like(counts), absmax)
@@ -93,22 +95,30 @@ class Histogram:
     @classmethod
     def empty(cls, batch: tuple[int, ...] = ()) -> "Histogram":
         """Of no values; `batch` is the shape of its stack."""
-        return cls.counted(jnp.zeros((*batch, BINS), jnp.uint32), jnp.zeros(batch, jnp.float32))
+        return cls.counted(
+            jnp.zeros((*batch, BINS), jnp.uint32), jnp.zeros(batch, jnp.float32)
+        )
 
     def __add__(self, other: "Histogram") -> "Histogram":
         low = self.low + other.low
         carry = (low < other.low).astype(jnp.uint32)
         return Histogram(
-            low, self.high + other.high + carry, jnp.maximum(self.absmax, other.absmax)
+            low,
+            self.high + other.high + carry,
+            jnp.maximum(self.absmax, other.absmax),
         )
 
     @property
     def counts(self) -> Float[Array, "*batch bins"]:
         """float32: exact below 2^24, else within one part in 2^24."""
-        return self.high.astype(jnp.float32) * jnp.float32(2**32) + self.low.astype(jnp.float32)
+        return self.high.astype(jnp.float32) * jnp.float32(
+            2**32
+        ) + self.low.astype(jnp.float32)
 
 
-def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*batch bins"]:
+def count(
+    magnitude: Float[Array, "..."], batch: int = 0
+) -> UInt32[Array, "*batch bins"]:
     """How many |x| lie in each bin, for every index of the first `batch` axes.
 
     A float's bits, read as an integer, grow with it: its exponent and first 4 bits of mantissa are
@@ -122,14 +132,18 @@ def count(magnitude: Float[Array, "..."], batch: int = 0) -> UInt32[Array, "*bat
     return counted(magnitude)
 
 
-def _count(magnitude: Float[Array, "..."], batch: int) -> UInt32[Array, "*batch bins"]:
+def _count(
+    magnitude: Float[Array, "..."], batch: int
+) -> UInt32[Array, "*batch bins"]:
     """`count` of an array that is sharded as the compiler likes."""
     lead = magnitude.shape[:batch]
     stack, each = math.prod(lead), math.prod(magnitude.shape[batch:])
     # Each matrix has BINS + 1 counters in a row: one for bin -1, what is too small, and its bins.
     first = lax.broadcasted_iota(jnp.int32, (stack, each), 0) * (BINS + 1)
     counters = first + bin_of(magnitude.reshape(stack, each)) + 1
-    chosen = jnp.zeros(stack * (BINS + 1), jnp.uint32).at[counters.reshape(stack * each)]
+    chosen = jnp.zeros(stack * (BINS + 1), jnp.uint32).at[
+        counters.reshape(stack * each)
+    ]
     counts = chosen.add(jnp.uint32(1), mode="promise_in_bounds")
     return counts.reshape(*lead, BINS + 1)[..., 1:]
 
@@ -176,7 +190,9 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
     return jnp.minimum(upper[jnp.argmax(enough, axis=-1)], histogram.absmax)
 
 
-def mse_range(histogram: Histogram, fmt: Format = INT8) -> Float[Array, "*batch"]:
+def mse_range(
+    histogram: Histogram, fmt: Format = INT8
+) -> Float[Array, "*batch"]:
     """The range t of least `expected_error` among absmax * 2^(-j / 16), j = 0 .. 255.
 
     The absmax is one of them. So by the histogram's account it never loses to absmax; among equals
@@ -238,14 +254,21 @@ def _errors(
 
     One matrix after the other, because its table of 256 ranges x 1024 bins takes a megabyte.
     """
-    counts, absmax = histogram.counts.reshape(-1, BINS), histogram.absmax.reshape(-1)
+    counts, absmax = (
+        histogram.counts.reshape(-1, BINS),
+        histogram.absmax.reshape(-1),
+    )
     return lax.map(
-        lambda one: _errors_of_one(one[0], one[1], one[2], fmt), (counts, absmax, ranges)
+        lambda one: _errors_of_one(one[0], one[1], one[2], fmt),
+        (counts, absmax, ranges),
     )
 
 
 def _errors_of_one(
-    counts: Float[Array, "bins"], absmax: Float[Array, ""], ranges: Float[Array, "n"], fmt: Format
+    counts: Float[Array, "bins"],
+    absmax: Float[Array, ""],
+    ranges: Float[Array, "n"],
+    fmt: Format,
 ) -> Float[Array, "n"]:
     """`expected_error` of several ranges for one matrix.
 
@@ -264,7 +287,9 @@ def _errors_of_one(
     mean = integral / jnp.where(width > 0, width, 1)
     # Where the bin of the absmax begins just below it, the difference of two integrals is noise.
     thin = width < u_max[:, None] * 2**-12
-    mean = jnp.where(thin & is_bin_of_largest[None, :], error_of_largest[:, None], mean)
+    mean = jnp.where(
+        thin & is_bin_of_largest[None, :], error_of_largest[:, None], mean
+    )
 
     others = jnp.maximum(counts - one, 0)
     total = (mean * others[None, :]).sum(1) + error_of_largest * one.sum()
@@ -277,13 +302,17 @@ def _integral(u: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
     return before + (u - g) ** 3 / 3
 
 
-def _nearest(u: Float[Array, "*s"], fmt: Format) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+def _nearest(
+    u: Float[Array, "*s"], fmt: Format
+) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """(g_r, the sum over k <= r of (g_k - g_(k-1))^3 / 12) of `expected_error`."""
     grid = magnitudes(fmt)
     before = np.append(0, np.cumsum(np.diff(grid) ** 3 / 12))
     halfway = (grid[1:] + grid[:-1]) / 2
     r = jnp.searchsorted(jnp.asarray(halfway, jnp.float32), u)
-    return jnp.asarray(grid, jnp.float32)[r], jnp.asarray(before, jnp.float32)[r]
+    return jnp.asarray(grid, jnp.float32)[r], jnp.asarray(before, jnp.float32)[
+        r
+    ]
 
 
 def magnitudes(fmt: Format) -> np.ndarray:
@@ -307,7 +336,9 @@ def is_range(how: Any) -> bool:
     return isinstance(how, float) and 0 < how <= 1
 
 
-def find_range(histogram: Histogram, how: Range, fmt: Format = INT8) -> Float[Array, "*batch"]:
+def find_range(
+    histogram: Histogram, how: Range, fmt: Format = INT8
+) -> Float[Array, "*batch"]:
     """The range that `how` says: `mse_range`, `percentile_range` or the absmax."""
     if how == "absmax":
         return histogram.absmax

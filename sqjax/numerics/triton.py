@@ -112,15 +112,24 @@ def matmul(
         return jnp.zeros(form.shape, dtype)
     # Channels are an axis of tiles, because a kernel may index a whole axis, but not slice one.
     for name in ("x", "values"):
-        operands[name] = operands[name].reshape(operands[name].shape[0], -1, form.tile)
-    specs = {name: _block(name, array.shape, blocks) for name, array in operands.items()}
+        operands[name] = operands[name].reshape(
+            operands[name].shape[0], -1, form.tile
+        )
+    specs = {
+        name: _block(name, array.shape, blocks)
+        for name, array in operands.items()
+    }
     call = pl.pallas_call(
         partial(_kernel, form),
         out_shape=jax.ShapeDtypeStruct(form.shape, dtype),
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(outputs, blocks.outputs)),
         in_specs=[specs],
-        out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), lambda i, j: (i, j)),
-        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        out_specs=pl.BlockSpec(
+            (blocks.rows, blocks.outputs), lambda i, j: (i, j)
+        ),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=blocks.warps, num_stages=blocks.stages
+        ),
         interpret=interpret,
         name="quantized_matmul",
     )
@@ -146,7 +155,11 @@ def _form(operands: dict[str, Array]) -> _Form:
             f"{x.shape} and {scale.shape}"
         )
     (rows, channels), (outputs, groups) = x.shape, scale.shape
-    expected = {"values": (outputs, channels), "x_scale": (rows,), "zero": (outputs, groups)}
+    expected = {
+        "values": (outputs, channels),
+        "x_scale": (rows,),
+        "zero": (outputs, groups),
+    }
     for name, array in operands.items():
         if array.shape != expected.get(name, array.shape):
             raise ValueError(
@@ -181,7 +194,9 @@ def _check_dtypes(operands: dict[str, Array]) -> None:
     """Raises ValueError if an operand has a dtype that the kernel does not take."""
     for name, array in operands.items():
         if array.dtype not in _DTYPES[name]:
-            names = " or ".join(jnp.dtype(dtype).name for dtype in _DTYPES[name])
+            names = " or ".join(
+                jnp.dtype(dtype).name for dtype in _DTYPES[name]
+            )
             raise ValueError(
                 f"triton.matmul: expected {name} of dtype {names}, got {array.dtype.name}"
             )
@@ -221,7 +236,9 @@ def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
         tile = group * form.tiles + step
         x = _load(refs["x"].at[:, tile, :], rows)
         w = weight(group, tile)
-        return sums + lax.dot_general(x, w, LAST_AXES, preferred_element_type=sum_dtype)
+        return sums + lax.dot_general(
+            x, w, LAST_AXES, preferred_element_type=sum_dtype
+        )
 
     def add_group(group: Any, out: Array) -> Array:
         zeros = jnp.zeros(out_ref.shape, sum_dtype)
@@ -229,7 +246,9 @@ def _kernel(form: _Form, refs: dict[str, Any], out_ref: Any) -> None:
         scale = _load(refs["scale"].at[:, group], outputs)
         return out + sums.astype(jnp.float32) * scale[None, :]
 
-    out = lax.fori_loop(0, form.groups, add_group, jnp.zeros(out_ref.shape, jnp.float32))
+    out = lax.fori_loop(
+        0, form.groups, add_group, jnp.zeros(out_ref.shape, jnp.float32)
+    )
     if "x_scale" in refs:
         out = out * _load(refs["x_scale"], rows)[:, None]
     plgpu.store(out_ref, out.astype(out_ref.dtype), mask=_both(rows, outputs))
@@ -239,7 +258,9 @@ def _inside(axis: int, size: int, block: int) -> Array | None:
     """Which rows (or outputs) of this block the result has; None: all."""
     if size % block == 0:
         return None
-    return pl.program_id(axis) * block + jnp.arange(block, dtype=jnp.int32) < size
+    return (
+        pl.program_id(axis) * block + jnp.arange(block, dtype=jnp.int32) < size
+    )
 
 
 def _load(ref: Any, inside: Array | None) -> Array:

@@ -10,7 +10,13 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, narrow_dot
-from sqjax.numerics.formats import FORMATS, Format, FormatName, scale_from_absmax, to_format
+from sqjax.numerics.formats import (
+    FORMATS,
+    Format,
+    FormatName,
+    scale_from_absmax,
+    to_format,
+)
 
 Activations = Literal["per_token", "per_tensor", "static"]
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is
@@ -57,14 +63,24 @@ class Matrix(NamedTuple):
     def integers(self, group: int | None) -> Array:
         """The codes with zero points and integer scales applied: int8, or float8."""
         length = self.codes.shape[1]
-        whole_groups = group is not None and length % group == 0 and length > group
+        whole_groups = (
+            group is not None and length % group == 0 and length > group
+        )
         # Groups become an axis before all else: spread scales would divide by the group size in the
         # compiled loop over channels.
         by_group = whole_groups and self.zero is not None
-        q = self.codes.reshape(self.codes.shape[0], -1, group) if by_group else self.codes
+        q = (
+            self.codes.reshape(self.codes.shape[0], -1, group)
+            if by_group
+            else self.codes
+        )
 
         def of_channels(scales: Array) -> Array:
-            return scales[:, :, None] if by_group else _spread(scales, group, length)
+            return (
+                scales[:, :, None]
+                if by_group
+                else _spread(scales, group, length)
+            )
 
         if self.zero is not None:
             q = q.astype(jnp.int8) - of_channels(self.zero)
@@ -76,7 +92,11 @@ class Matrix(NamedTuple):
         """One group as a matrix: its number, its first channel, its length."""
 
         def part(x: Any, start: Any, size: int) -> Any:
-            return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
+            return (
+                None
+                if x is None
+                else lax.dynamic_slice_in_dim(x, start, size, 1)
+            )
 
         return Matrix(
             codes=part(self.codes, first, length),
@@ -157,7 +177,9 @@ def activation_scale(
     return scale_from_absmax(absmax, fmt)
 
 
-def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outputs"]:
+def _in_groups(
+    q: Array, matrix: Matrix, group: int
+) -> Float[Array, "rows outputs"]:
     """The sum over the groups of (q . codes) * scale; a shorter last group is added by itself."""
     groups, tail = divmod(q.shape[1], group)
     on_cpu = partial(_one_by_one, group=group, groups=groups)
@@ -170,7 +192,9 @@ def _in_groups(q: Array, matrix: Matrix, group: int) -> Float[Array, "rows outpu
     return total + sums.astype(jnp.float32) * last.scale.T
 
 
-def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
+def _at_once(
+    q: Array, matrix: Matrix, group: int, groups: int
+) -> Float[Array, "rows outputs"]:
     """All whole groups in one batched product."""
 
     def by_group(x):
@@ -182,7 +206,9 @@ def _at_once(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, 
     return jnp.sum(sums.astype(jnp.float32) * scale, axis=0)
 
 
-def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Array, "rows outputs"]:
+def _one_by_one(
+    q: Array, matrix: Matrix, group: int, groups: int
+) -> Float[Array, "rows outputs"]:
     """A loop over the whole groups, for CPUs.
 
     Not `_at_once`, because XLA:CPU would transpose all of the weight for a batched product.
@@ -196,7 +222,9 @@ def _one_by_one(q: Array, matrix: Matrix, group: int, groups: int) -> Float[Arra
     def add(total, numbered):
         return total + product_of(*numbered), None
 
-    of_groups = q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
+    of_groups = (
+        q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
+    )
     # The sum starts with a group, not with zeros, because in a shard_map it differs from device to
     # device, and zeros do not: the loop's carry would change its type.
     first = product_of(0, of_groups[0])
@@ -220,7 +248,9 @@ def weight_only(
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)
 
 
-def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
+def _converted(
+    x: Array, matrix: Matrix, group: int | None
+) -> Float[Array, "rows outputs"]:
     """x @ W.T, the codes converted to x's dtype in the product, scales after the sum.
 
     GPU compilers fuse the conversion, so that no float copy of the weight is written.
@@ -230,7 +260,9 @@ def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
     """
 
     def dot(x, w):
-        return lax.dot_general(x, w.astype(x.dtype), LAST_AXES, preferred_element_type=jnp.float32)
+        return lax.dot_general(
+            x, w.astype(x.dtype), LAST_AXES, preferred_element_type=jnp.float32
+        )
 
     groups = matrix.scale.shape[1]
     if groups == 1:
@@ -242,7 +274,9 @@ def _converted(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
     return jnp.sum(sums * matrix.scale.T[:, None, :], axis=0)
 
 
-def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "rows outputs"]:
+def _by_digits(
+    x: Array, matrix: Matrix, group: int | None
+) -> Float[Array, "rows outputs"]:
     """x as three int8 digits to the base 254, each multiplied in int8: see `three_digits`.
 
     For CPUs, because XLA:CPU would write a float copy of the whole weight for a float product.
@@ -251,14 +285,20 @@ def _by_digits(x: Array, matrix: Matrix, group: int | None) -> Float[Array, "row
     if group is not None and matrix.scale.shape[1] > 1:
         sums = _in_groups(q, matrix, group)
     else:
-        sums = narrow_dot(q, matrix.integers(group)).astype(jnp.float32) * matrix.scale.T
+        sums = (
+            narrow_dot(q, matrix.integers(group)).astype(jnp.float32)
+            * matrix.scale.T
+        )
     by_digit = (sums * scales).reshape(3, x.shape[0], sums.shape[1])
     return jnp.sum(by_digit, axis=0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def ragged_product(
-    recipe: Recipe, x: Float[Array, "rows inner"], stack: Matrix, group_sizes: Int[Array, " stack"]
+    recipe: Recipe,
+    x: Float[Array, "rows inner"],
+    stack: Matrix,
+    group_sizes: Int[Array, " stack"],
 ) -> Float[Array, "rows outputs"]:
     """As `product`, with a matrix of a stack for each row: that of the group which the row is in.
 
@@ -277,12 +317,16 @@ def ragged_product(
     scale = stack.scale[row, :, 0]
     codes = jax.vmap(partial(Matrix.integers, group=recipe.group))(stack)
     if recipe.activations is None:
-        return _ragged(x, codes.astype(x.dtype), group_sizes, jnp.float32) * scale
+        return (
+            _ragged(x, codes.astype(x.dtype), group_sizes, jnp.float32) * scale
+        )
     fmt = FORMATS[recipe.fmt]
     if recipe.activations == "static" and stack.input_scale is not None:
         x_scale = stack.input_scale[row][:, None]
     else:
-        x_scale = activation_scale(x, recipe.activations, stack.input_scale, fmt)
+        x_scale = activation_scale(
+            x, recipe.activations, stack.input_scale, fmt
+        )
     q = to_format(x, x_scale, fmt)
     if fmt.floating:
         sums = _ragged(q, codes, group_sizes, jnp.float32)
@@ -300,7 +344,9 @@ def _ragged_straight_through(recipe, primals, tangents):
     return ragged_product(recipe, *primals), tangent
 
 
-def _dequantized(recipe: Recipe, stack: Any) -> Float[Array, "stack outputs inner"]:
+def _dequantized(
+    recipe: Recipe, stack: Any
+) -> Float[Array, "stack outputs inner"]:
     """The float32 matrices of a stack."""
     return jax.vmap(partial(Matrix.dequantized, group=recipe.group))(stack)
 
@@ -309,7 +355,9 @@ def _ragged(x: Array, values: Array, group_sizes: Array, dtype: Any) -> Array:
     """Each row of x times its own matrix of `values` (stack, outputs, inner), transposed."""
     contracted_last = (((1,), (2,)), ((), ()))
     numbers = lax.RaggedDotDimensionNumbers(contracted_last, (0,), (0,))
-    return lax.ragged_dot_general(x, values, group_sizes, numbers, preferred_element_type=dtype)
+    return lax.ragged_dot_general(
+        x, values, group_sizes, numbers, preferred_element_type=dtype
+    )
 
 
 def _group_of_row(group_sizes: Array, rows: int) -> Array:

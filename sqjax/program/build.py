@@ -270,7 +270,9 @@ class _Builder:
             # A call's variables become those of its operands, so that no equation says "call".
             if (inner := inner_program(eqn)) is not None:
                 captured = self._capture(inner.jaxpr, inner.consts)
-                written, results = self._write_out(inner.jaxpr, captured, operands)
+                written, results = self._write_out(
+                    inner.jaxpr, captured, operands
+                )
             else:
                 written, results = self._write_one(eqn, operands)
             equations += written
@@ -283,7 +285,9 @@ class _Builder:
         """(an equation, its results); no equation if some variable holds the result already."""
         results = [self._new(v.aval) for v in eqn.outvars]
         params = {name: plain(value) for name, value in eqn.params.items()}
-        equation = Equation(eqn.primitive.name, operands, tuple(results), eqn, params)
+        equation = Equation(
+            eqn.primitive.name, operands, tuple(results), eqn, params
+        )
         if (same := self._same_view(equation)) is not None:
             return [], [same]
         return [self._with_body(equation)], results
@@ -295,12 +299,18 @@ class _Builder:
         leaves. They share the results too, because a leaf that two scans read through one variable
         is read once for both.
         """
-        if equation.name not in VIEWS or len(equation.inputs) != 1 or self.scope:
+        if (
+            equation.name not in VIEWS
+            or len(equation.inputs) != 1
+            or self.scope
+        ):
             return None
         [x], [y] = equation.inputs, equation.outputs
         if not isinstance(x, Var) or x not in self._leafy:
             return None
-        known = self._leafy_views.setdefault((equation.name, x, str(equation.params)), y)
+        known = self._leafy_views.setdefault(
+            (equation.name, x, str(equation.params)), y
+        )
         self._leafy.add(known)
         return None if known is y else known
 
@@ -323,7 +333,9 @@ class _Builder:
             captured = self._capture(jaxpr, call.program.consts)
             inputs = self._inputs_of_block(equation, call)
             leaving = f"what leaves {equation}"
-        equations, outputs = self._write_out(jaxpr, captured, [*constants, *inputs])
+        equations, outputs = self._write_out(
+            jaxpr, captured, [*constants, *inputs]
+        )
         self._note_outputs(outputs, leaving)
         self.scope = outside
         body = Body(scopes, call, inputs, tuple(outputs), tuple(equations))
@@ -335,7 +347,9 @@ class _Builder:
 
     def _enter_shard_map(self, shards: ShardMap) -> Scopes:
         """Goes into a shard_map's body; its mesh axes have numbers of their own."""
-        own = len(self._numbers)  # part of the key, because no other shard_map has this number
+        own = len(
+            self._numbers
+        )  # part of the key, because no other shard_map has this number
         numbers = []
         for name, size in shards.sizes.items():
             number = self._enter((own, name), size)
@@ -367,10 +381,14 @@ class _Builder:
         if not isinstance(outer, Var):
             return self._new(aval)
         known = self.slices.setdefault((outer, self.scope), [])
-        known.append(known[0] if known else self._new(aval))  # one entry for each body
+        known.append(
+            known[0] if known else self._new(aval)
+        )  # one entry for each body
         return known[0]
 
-    def _inputs_of_block(self, equation: Equation, shards: ShardMap) -> tuple[Var, ...]:
+    def _inputs_of_block(
+        self, equation: Equation, shards: ShardMap
+    ) -> tuple[Var, ...]:
         """The variables of one device's blocks of a shard_map's operands."""
         inputs = tuple(self._new(v.aval) for v in shards.program.jaxpr.invars)
         for x, v in zip(equation.inputs, inputs, strict=True):
@@ -380,12 +398,17 @@ class _Builder:
         return inputs
 
 
-def _alive(equations: Sequence[Equation], needed: set[Var]) -> tuple[Equation, ...]:
+def _alive(
+    equations: Sequence[Equation], needed: set[Var]
+) -> tuple[Equation, ...]:
     """The equations without dead code; what they read is added to `needed`."""
     kept = []
     for equation in reversed(equations):
         # Prints and other effects count, though nothing reads a result of theirs.
-        if not needed.intersection(equation.outputs) and not equation.origin.effects:
+        if (
+            not needed.intersection(equation.outputs)
+            and not equation.origin.effects
+        ):
             continue
         if (body := equation.body) is not None:
             # All outputs, also of results that nothing reads: a carry is read by the next step.

@@ -32,11 +32,17 @@ class Entry(NamedTuple):
     @property
     def mesh_axes(self) -> frozenset[int]:
         """The mesh axes along which every device has another block."""
-        return frozenset(number for axes in self.shards.values() for number, _ in axes)
+        return frozenset(
+            number for axes in self.shards.values() for number, _ in axes
+        )
 
     def view(self, outer: View) -> View | None:
         """The slice or block of a view of a leaf, as a view of that leaf; None if it is none."""
-        return outer.block(self.shards) if self.scan is None else outer.slice_of_scan(self.scan)
+        return (
+            outer.block(self.shards)
+            if self.scan is None
+            else outer.slice_of_scan(self.scan)
+        )
 
 
 class Carried(NamedTuple):
@@ -75,7 +81,9 @@ def _blocks(equation: Equation, body: Body, shards: ShardMap) -> list[Entry]:
     for outer, inner, spec in operands:
         sharded = {}
         for axis, names in shards.sharded_axes(spec).items():
-            sharded[axis] = [(numbers[name], shards.sizes[name]) for name in names]
+            sharded[axis] = [
+                (numbers[name], shards.sizes[name]) for name in names
+            ]
         found.append(Entry(outer, inner, None, sharded))
     return found
 
@@ -88,4 +96,6 @@ def carried(equation: Equation) -> list[Carried]:
     _, first, _ = body.call.sort(equation.inputs)
     following = body.outputs[: body.call.carry]
     inner = body.inputs[: body.call.carry]
-    return [Carried(*values) for values in zip(first, inner, following, strict=True)]
+    return [
+        Carried(*values) for values in zip(first, inner, following, strict=True)
+    ]

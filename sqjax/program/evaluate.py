@@ -20,7 +20,10 @@ Env = dict[Var, Any]
 
 
 def evaluate(
-    program: Program, leaves: Iterable[Any], inputs: Iterable[Any], probes: Probes
+    program: Program,
+    leaves: Iterable[Any],
+    inputs: Iterable[Any],
+    probes: Probes,
 ) -> tuple[list[Any], Seen]:
     """Runs a program on its leaves and inputs.
 
@@ -38,7 +41,9 @@ def evaluate(
 
 
 def _read(env: Env, atoms: Iterable[Atom]) -> list[Any]:
-    return [env[atom] if isinstance(atom, Var) else atom.value for atom in atoms]
+    return [
+        env[atom] if isinstance(atom, Var) else atom.value for atom in atoms
+    ]
 
 
 class _Run(NamedTuple):
@@ -47,16 +52,24 @@ class _Run(NamedTuple):
     program: Program
     probes: Probes
 
-    def equations(self, equations: Sequence[Equation], env: Env, scopes: Scopes) -> Seen:
+    def equations(
+        self, equations: Sequence[Equation], env: Env, scopes: Scopes
+    ) -> Seen:
         """Adds what the equations make to `env`; returns what probes here and in bodies see."""
         seen: Seen = {}
         for equation in equations:
             operands = _read(env, equation.inputs)
             if equation.body is None:
                 results = emit(equation.origin, *operands)
-                results = results if equation.origin.primitive.multiple_results else [results]
+                results = (
+                    results
+                    if equation.origin.primitive.multiple_results
+                    else [results]
+                )
             else:
-                results, within = self._through_body(equation.body, operands, env, scopes)
+                results, within = self._through_body(
+                    equation.body, operands, env, scopes
+                )
                 seen |= within
             env.update(zip(equation.outputs, results, strict=True))
         # Probes look once all is computed, because a variable may be an input of this scope.
@@ -75,7 +88,12 @@ class _Run(NamedTuple):
         return self._shard_map(body, body.call, operands, inside)
 
     def _scan(
-        self, body: Body, scan: Scan, operands: Sequence[Any], env: Env, scopes: Scopes
+        self,
+        body: Body,
+        scan: Scan,
+        operands: Sequence[Any],
+        env: Env,
+        scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
         _, first, xs = scan.sort(operands)
 
@@ -91,7 +109,11 @@ class _Run(NamedTuple):
         return [*carry, *ys], seen
 
     def _shard_map(
-        self, body: Body, shards: ShardMap, operands: Sequence[Any], scopes: Scopes
+        self,
+        body: Body,
+        shards: ShardMap,
+        operands: Sequence[Any],
+        scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
         # Only the program's constants come from outside, because all else is an operand of the
         # shard_map.

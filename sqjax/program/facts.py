@@ -43,9 +43,21 @@ class Program:
 
     def __init__(self, traced: Traced):
         flat = build(traced)
-        self.main, self.inputs, self.results = flat.main, flat.inputs, flat.results
-        self.avals, self.scopes, self.lengths = flat.avals, flat.scopes, flat.lengths
-        self.mesh_axes, self.outputs, self.constants = flat.mesh_axes, flat.outputs, flat.constants
+        self.main, self.inputs, self.results = (
+            flat.main,
+            flat.inputs,
+            flat.results,
+        )
+        self.avals, self.scopes, self.lengths = (
+            flat.avals,
+            flat.scopes,
+            flat.lengths,
+        )
+        self.mesh_axes, self.outputs, self.constants = (
+            flat.mesh_axes,
+            flat.outputs,
+            flat.constants,
+        )
         self.leaves = dict(flat.leaves)
         self.roots = dict(flat.roots)
         self.offsets: dict[Var, float] = {}
@@ -60,7 +72,9 @@ class Program:
         self.leaf_views: dict[Var, View] = {}
         for v, path in self.leaves.items():
             self.leaf_views[v] = View.of(path, self.shape(v))
-            if self.is_float(v):  # tables of integers are leaves, but nothing scales them
+            if self.is_float(
+                v
+            ):  # tables of integers are leaves, but nothing scales them
                 self.views[v] = self.leaf_views[v]
         self._fills: dict[Var, np.ndarray] = {}
         self._whole: dict[
@@ -71,7 +85,9 @@ class Program:
             for v in set(equation.read):
                 self.readers.setdefault(v, []).append(equation)
         for part, whole in self._whole.items():
-            self._bar_unless_read_there(part, whole, flat.slices[whole, self.scopes[part]])
+            self._bar_unless_read_there(
+                part, whole, flat.slices[whole, self.scopes[part]]
+            )
         for equation in self.equations:
             if equation.name == "add":
                 self._note_offset(equation)
@@ -91,7 +107,10 @@ class Program:
                     self._enter(entry)
                 self._visit(equation.body.equations)
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if equation.name in PICKS and equation.inputs[0] in self.from_leaves:
+            if (
+                equation.name in PICKS
+                and equation.inputs[0] in self.from_leaves
+            ):
                 self.picked[equation.outputs[0]] = equation
             # What leaves a body is no view and no known number: it differs from step to step.
             if equation.body is None:
@@ -155,7 +174,9 @@ class Program:
 
     # Once all equations are known, because these facts depend on every reader of a variable.
 
-    def _bar_unless_read_there(self, part: Var, whole: Var, parts: Sequence[Var]) -> None:
+    def _bar_unless_read_there(
+        self, part: Var, whole: Var, parts: Sequence[Var]
+    ) -> None:
         """Bars a slice or block of a leaf that is read outside its bodies too.
 
         Outside, the whole leaf would need one scale, in the bodies it has one for each step or
@@ -165,8 +186,14 @@ class Program:
         """
         *before, last = self.chain(whole)
         if not self.read_once(before) or self._reads(last) != len(parts):
-            body = "shard_map" if self.scopes[part][-1] in self.mesh_axes else "scan"
-            self.barred[part] = f"{self.leaves[part]} is read outside this {body} too"
+            body = (
+                "shard_map"
+                if self.scopes[part][-1] in self.mesh_axes
+                else "scan"
+            )
+            self.barred[part] = (
+                f"{self.leaves[part]} is read outside this {body} too"
+            )
 
     def _note_offset(self, equation: Equation) -> None:
         """c + w stands for the leaf w if w has no other reader: w' = (c + w) / s - c scales it."""
@@ -175,7 +202,9 @@ class Program:
             if not isinstance(leaf, Var) or not self._is_leaf_read_once(leaf):
                 continue
             number = self._number(other)
-            if number is None or not number.any():  # 0 + w is w, with any number of readers
+            if (
+                number is None or not number.any()
+            ):  # 0 + w is w, with any number of readers
                 continue
             if self.shape(leaf) != self.shape(y):  # w is broadcast
                 continue
@@ -195,7 +224,11 @@ class Program:
     def _is_leaf_read_once(self, var: Var) -> bool:
         """Whether a variable is a whole leaf which nothing else reads, nor another view of it."""
         view = self.views.get(var)
-        return view is not None and view.leaf_axes is not None and self.read_once(self.chain(var))
+        return (
+            view is not None
+            and view.leaf_axes is not None
+            and self.read_once(self.chain(var))
+        )
 
     def chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
@@ -221,7 +254,11 @@ class Program:
 
     def is_zero(self, atom: Atom) -> bool:
         """Whether an operand is known to hold only zeros."""
-        return atom in self.zeros if isinstance(atom, Var) else not np.any(atom.value)
+        return (
+            atom in self.zeros
+            if isinstance(atom, Var)
+            else not np.any(atom.value)
+        )
 
     def touching(self, var: Var) -> list[Equation]:
         """The equations a variable stands in: its maker, then its readers."""
@@ -257,7 +294,10 @@ class Program:
     def is_float(self, atom: Atom) -> bool:
         """Whether an operand may carry a scale; float8 may not: it has too few exponents."""
         dtype = self._type(atom).dtype
-        return jax.numpy.issubdtype(dtype, jax.numpy.floating) and dtype.itemsize > 1
+        return (
+            jax.numpy.issubdtype(dtype, jax.numpy.floating)
+            and dtype.itemsize > 1
+        )
 
 
 def _why_too_coarse(

@@ -19,7 +19,14 @@ IDENTITIES = (*COPIES, *RESHARDINGS)
 
 #: Every element of the result is an element of the one operand; shapes and parameters say which. A
 #: number that fills the operand fills the result too.
-MOVEMENTS = ("transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "rev")
+MOVEMENTS = (
+    "transpose",
+    "reshape",
+    "squeeze",
+    "broadcast_in_dim",
+    "slice",
+    "rev",
+)
 
 #: Elements of the first operand, at indices that are only known when the program runs.
 PICKS = ("dynamic_slice", "gather")

@@ -86,14 +86,18 @@ class Registry:
             though no operand is special.
     """
 
-    def __init__(self, *kinds: Kind, concerns: Callable[[JaxprEqn], bool] = _never):
+    def __init__(
+        self, *kinds: Kind, concerns: Callable[[JaxprEqn], bool] = _never
+    ):
         self.kinds, self.concerns = kinds, concerns
         self._rules: dict[tuple[str, type], Rule] = {}
 
     @classmethod
     def joined(cls, *registries: "Registry") -> "Registry":
         """The rules of several registries; an equation of several kinds belongs to the first."""
-        made = cls(*(kind for registry in registries for kind in registry.kinds))
+        made = cls(
+            *(kind for registry in registries for kind in registry.kinds)
+        )
         for registry in registries:
             made._rules.update(registry._rules)
         return made
@@ -115,7 +119,9 @@ class Registry:
         for kind in self.kinds:
             if isinstance(leaf.value, kind.type):
                 return kind
-        raise TypeError(f"{leaf.path}: a {type(leaf.value).__name__} is of no registered kind")
+        raise TypeError(
+            f"{leaf.path}: a {type(leaf.value).__name__} is of no registered kind"
+        )
 
     def owner(self, operands: Sequence[Any]) -> Kind:
         """The kind whose rules are asked: the first one among the operands."""
@@ -129,7 +135,9 @@ class Registry:
         """The rule for an equation on these operands."""
         kind = self.owner(operands)
         without_rule = Rule(kind.otherwise)
-        return self._rules.get((equation.primitive.name, kind.type), without_rule)
+        return self._rules.get(
+            (equation.primitive.name, kind.type), without_rule
+        )
 
     def carry(self, equation: JaxprEqn, operands: Iterable[Any]) -> list[Any]:
         """What a loop carries in place of these operands."""

@@ -45,7 +45,9 @@ def reduced_axes(program: Program, equation: Equation) -> MeshAxes | None:
     return frozenset(numbers[name] for name in names)
 
 
-def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, MeshAxes]) -> None:
+def _follow(
+    program: Program, equations: Sequence[Equation], found: dict[Var, MeshAxes]
+) -> None:
     """Adds the results of the equations, in order, to `found`."""
     for equation in equations:
         if equation.body is not None:
@@ -60,7 +62,9 @@ def _follow(program: Program, equations: Sequence[Equation], found: dict[Var, Me
 
 
 def _of(found: Mapping[Var, MeshAxes], atom: Atom) -> MeshAxes:
-    return found.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
+    return (
+        found.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
+    )
 
 
 def _through_body(
@@ -96,9 +100,14 @@ def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
     if not equation.outputs or equation.name == "pvary":
         return before
     if equation.runs_a_program:  # who knows what it does
-        return before.union(_mesh_axes_around(program, equation.outputs[0]).values())
+        return before.union(
+            _mesh_axes_around(program, equation.outputs[0]).values()
+        )
     named = _axes_of(program, equation)
-    agreeing = equation.name in AGREEING and equation.params.get("axis_index_groups") is None
+    agreeing = (
+        equation.name in AGREEING
+        and equation.params.get("axis_index_groups") is None
+    )
     return before - named if agreeing else before | named
 
 
@@ -116,5 +125,7 @@ def _axes_of(program: Program, equation: Equation) -> MeshAxes:
 
 def _mesh_axes_around(program: Program, var: Var) -> dict[str, int]:
     """{name: mesh axis} of the mesh axes around a variable."""
-    around = [scope for scope in program.scopes[var] if scope in program.mesh_axes]
+    around = [
+        scope for scope in program.scopes[var] if scope in program.mesh_axes
+    ]
     return {program.mesh_axes[scope]: scope for scope in around}

@@ -34,7 +34,9 @@ class Scan(NamedTuple):
     length: int
     options: dict[str, Any]
 
-    def sort(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    def sort(
+        self, operands: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
         """(consts, carry, xs) among a scan's operands."""
         split = self.consts + self.carry
         return (
@@ -47,7 +49,9 @@ class Scan(NamedTuple):
         self, step: Callable[..., Any], carry: Sequence[Any], xs: Sequence[Any]
     ) -> tuple[list[Any], Any]:
         """(the last carry, ys) of another step, run as often and in the same order."""
-        return lax.scan(step, list(carry), xs, length=self.length, **self.options)
+        return lax.scan(
+            step, list(carry), xs, length=self.length, **self.options
+        )
 
 
 class ShardMap(NamedTuple):
@@ -67,19 +71,27 @@ class ShardMap(NamedTuple):
     options: dict[str, Any]
 
     def run(
-        self, block: Callable[..., Any], in_specs: Any, out_specs: Any, operands: Sequence[Any]
+        self,
+        block: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        operands: Sequence[Any],
     ) -> Any:
         """Another block on the same devices."""
-        return jax.shard_map(block, in_specs=in_specs, out_specs=out_specs, **self.options)(
-            *operands
-        )
+        return jax.shard_map(
+            block, in_specs=in_specs, out_specs=out_specs, **self.options
+        )(*operands)
 
     def sharded_axes(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
         """{axis of an array: the mesh axes that shard it, major first}.
 
         Example: {1: ("model",)} for P(None, "model").
         """
-        return {axis: tuple(names) for axis, names in enumerate(map(mesh_axes, spec)) if names}
+        return {
+            axis: tuple(names)
+            for axis, names in enumerate(map(mesh_axes, spec))
+            if names
+        }
 
 
 def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
@@ -100,8 +112,12 @@ def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
             for i in range(stack.shape[axis])
         ]
 
-    program = jax.make_jaxpr(slices)(jax.ShapeDtypeStruct(stack.shape, stack.dtype))
-    equations = [e.replace(source_info=equation.source_info) for e in program.eqns]
+    program = jax.make_jaxpr(slices)(
+        jax.ShapeDtypeStruct(stack.shape, stack.dtype)
+    )
+    equations = [
+        e.replace(source_info=equation.source_info) for e in program.eqns
+    ]
     return ClosedJaxpr(program.jaxpr.replace(eqns=equations), program.consts)
 
 
@@ -115,7 +131,9 @@ def plain(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     items = [plain(v) for v in value]
-    if hasattr(value, "_fields"):  # a NamedTuple, as a gather's dimension numbers
+    if hasattr(
+        value, "_fields"
+    ):  # a NamedTuple, as a gather's dimension numbers
         return type(value)(*items)
     return tuple(items)
 
@@ -130,7 +148,13 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
     else:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "unroll")}
-    return Scan(program_in(equation, params["jaxpr"]), consts, carry, params["length"], options)
+    return Scan(
+        program_in(equation, params["jaxpr"]),
+        consts,
+        carry,
+        params["length"],
+        options,
+    )
 
 
 def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
@@ -140,9 +164,19 @@ def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
     params = equation.params
     mesh, manual = params["mesh"], params["newly_manual_axes"]
     sizes = {name: size for name, size in mesh.shape.items() if name in manual}
-    options = {"mesh": mesh, "axis_names": set(manual), "check_vma": params["check_vma"]}
+    options = {
+        "mesh": mesh,
+        "axis_names": set(manual),
+        "check_vma": params["check_vma"],
+    }
     block = program_in(equation, params["jaxpr"])
-    return ShardMap(block, sizes, tuple(params["in_specs"]), tuple(params["out_specs"]), options)
+    return ShardMap(
+        block,
+        sizes,
+        tuple(params["in_specs"]),
+        tuple(params["out_specs"]),
+        options,
+    )
 
 
 def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
@@ -165,7 +199,9 @@ def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
 
 def emit(equation: JaxprEqn, *operands: Any) -> Any:
     """The equation itself, on other operands."""
-    return equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    return equation.primitive.bind(
+        *operands, **equation.primitive.get_bind_params(equation.params)
+    )
 
 
 def source_of(equation: JaxprEqn) -> str:

@@ -38,7 +38,9 @@ def nothing(x: Any) -> None:
 
 def is_array(x: Any) -> bool:
     """Whether an argument is an array, and so an input of the program."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(
+        x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    )
 
 
 def array_leaves(args: Any, stand_in: StandIn = nothing) -> list[Any]:
@@ -71,8 +73,12 @@ def trace(
     it.
     """
     arguments = (args, dict(kwargs))
-    paths, leaves, params_def = named_leaves(params, is_leaf=lambda x: of_params(x) is not None)
-    flat, arguments_def = jax.tree.flatten(arguments, is_leaf=lambda x: of_args(x) is not None)
+    paths, leaves, params_def = named_leaves(
+        params, is_leaf=lambda x: of_params(x) is not None
+    )
+    flat, arguments_def = jax.tree.flatten(
+        arguments, is_leaf=lambda x: of_args(x) is not None
+    )
 
     def flat_fn(leaves, inputs):
         rest = iter(inputs)
@@ -84,7 +90,9 @@ def trace(
     # Traced on what they stand for, so that fn sees floats and is traced as without quantization.
     leaf_types = [of_params(x) or _type_of_leaf(x) for x in leaves]
     input_types = [of_args(x) or x for x in inputs]
-    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(leaf_types, input_types)
+    jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(
+        leaf_types, input_types
+    )
     return Traced(jaxpr, paths, jax.tree.structure(out)), inputs
 
 

@@ -99,7 +99,9 @@ class View:
         Example: an axis of 12, sharded over 2 devices of mesh axis 1 and then over 3 of mesh axis
         2, has blocks of 2. From one device to the next these are 6 and 2 apart: {1: 6, 2: 2}.
         """
-        found = [(scan, 1) for scan, taken in self.stacked.items() if taken == axis]
+        found = [
+            (scan, 1) for scan, taken in self.stacked.items() if taken == axis
+        ]
         stride = self.shape[axis]
         for block in reversed(
             self.blocks
@@ -158,7 +160,9 @@ class View:
             found.append(whole[0] if whole else None)
         return tuple(found)
 
-    def block(self, shards: Mapping[int, Sequence[tuple[int, int]]]) -> "View | None":
+    def block(
+        self, shards: Mapping[int, Sequence[tuple[int, int]]]
+    ) -> "View | None":
         """One device's block of a view; None where what is sharded is no whole axis of the leaf.
 
         Example: the view of a whole leaf (12, 8) with {0: [(1, 2), (2, 3)]} is that of a block (2,
@@ -175,14 +179,19 @@ class View:
             if whole is None or len(self.axes[axis]) != 1:
                 return None
             [leaf_axis] = whole
-            new += [Block(mesh_axis, devices, leaf_axis) for mesh_axis, devices in mesh_axes]
+            new += [
+                Block(mesh_axis, devices, leaf_axis)
+                for mesh_axis, devices in mesh_axes
+            ]
         shape = list(self.shape)
         axes = list(self.axes)
         for block in new:
             shape[block.axis] //= block.devices
             axes = [_one_part(pieces, block) for pieces in axes]
         blocks = (*self.blocks, *new)
-        return replace(self, axes=tuple(axes), shape=tuple(shape), blocks=blocks)
+        return replace(
+            self, axes=tuple(axes), shape=tuple(shape), blocks=blocks
+        )
 
     def slice_of_scan(self, scan: int) -> "View | None":
         """One step's slice of a view that a scan runs over (along its first axis)."""
@@ -195,7 +204,11 @@ class View:
     @property
     def stacked(self) -> dict[int, int]:
         """{scan: the leaf's axis that it runs over}, outermost first."""
-        return {taken.scan: taken.axis for taken in self.taken if taken.scan is not None}
+        return {
+            taken.scan: taken.axis
+            for taken in self.taken
+            if taken.scan is not None
+        }
 
     @property
     def fixed(self) -> tuple[Taken, ...]:
@@ -212,7 +225,9 @@ def _one_part(pieces: tuple[Piece, ...], block: Block) -> tuple[Piece, ...]:
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:
-    return replace(view, axes=tuple(view.axes[p] for p in params["permutation"]))
+    return replace(
+        view, axes=tuple(view.axes[p] for p in params["permutation"])
+    )
 
 
 def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
@@ -233,7 +248,9 @@ def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
         if piece.axis in view.sliced and piece.stride == 1:
             taken.append(Taken(piece.axis, None, piece.start))
             sliced.discard(piece.axis)
-    for a in sorted(gone, reverse=True):  # the last first, so that the others stay where they are
+    for a in sorted(
+        gone, reverse=True
+    ):  # the last first, so that the others stay where they are
         del axes[a]
     left = frozenset(sliced)
     return replace(view, axes=tuple(axes), taken=tuple(taken), sliced=left)
@@ -264,10 +281,15 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
         if len(axes[a]) != 1:
             return None
         [piece] = axes[a]
-        if piece.size != view.shape[piece.axis] and piece.axis not in view.sliced:
+        if (
+            piece.size != view.shape[piece.axis]
+            and piece.axis not in view.sliced
+        ):
             return None
         start = piece.start + piece.stride * params["start_indices"][a]
-        stride = piece.stride * strides[a] if after > 1 else 1  # one entry alone has no stride
+        stride = (
+            piece.stride * strides[a] if after > 1 else 1
+        )  # one entry alone has no stride
         axes[a] = (Piece(piece.axis, stride, after, start),)
         sliced.add(piece.axis)
     return replace(view, axes=tuple(axes), sliced=frozenset(sliced))
@@ -317,7 +339,9 @@ def _regroup(
             if missing % piece.size == 0:  # all of it
                 own.append(piece)
                 missing //= piece.size
-            elif piece.size % missing == 0:  # its major part; the rest is for the next axis
+            elif (
+                piece.size % missing == 0
+            ):  # its major part; the rest is for the next axis
                 rest = piece.size // missing
                 own.append(Piece(piece.axis, piece.stride * rest, missing))
                 waiting.appendleft(piece._replace(size=rest))

@@ -11,10 +11,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from sqjax.program.primitives import KEEP_A_FILL
 from sqjax.program.registry import Leaf, Registry
-from sqjax.program.subprograms import emit, inner_program, program_in, scan_in, shard_map_in
+from sqjax.program.subprograms import (
+    emit,
+    inner_program,
+    program_in,
+    scan_in,
+    shard_map_in,
+)
 
 
-def run(program: ClosedJaxpr, operands: Sequence[Any], rules: Registry) -> list[Any]:
+def run(
+    program: ClosedJaxpr, operands: Sequence[Any], rules: Registry
+) -> list[Any]:
     """What a program, or a body, returns on these operands, special values among them.
 
     Equations that meet no special value are emitted again as they were, custom gradients included.
@@ -23,7 +31,10 @@ def run(program: ClosedJaxpr, operands: Sequence[Any], rules: Registry) -> list[
 
 
 def _walk(
-    jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any], rules: Registry
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    operands: Sequence[Any],
+    rules: Registry,
 ) -> list[Any]:
     """The results of a program, special values among them as they are."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -43,7 +54,10 @@ def _walk(
 
 
 def _apply(
-    equation: JaxprEqn, operands: list[Any], fills: Mapping[Any, Any], rules: Registry
+    equation: JaxprEqn,
+    operands: list[Any],
+    fills: Mapping[Any, Any],
+    rules: Registry,
 ) -> list[Any]:
     """The results of one equation."""
     special = any(isinstance(x, Leaf) for x in operands)
@@ -67,7 +81,9 @@ def _listed(equation: JaxprEqn, results: Any) -> list[Any]:
     return results if equation.primitive.multiple_results else [results]
 
 
-def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]) -> None:
+def _note_fills(
+    fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]
+) -> None:
     """Notes which number fills the results of an equation, if that is known while tracing.
 
     Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of the literal 0.0; 0.0 fills its result, and
@@ -76,9 +92,18 @@ def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[An
     """
     if equation.primitive.name not in KEEP_A_FILL:
         return
-    for source, operand, result in zip(equation.invars, operands, equation.outvars, strict=False):
-        number = operand if isinstance(source, Literal) else fills.get(source, operand)
-        if not isinstance(number, jax.core.Tracer | Leaf) and np.ndim(number) == 0:
+    for source, operand, result in zip(
+        equation.invars, operands, equation.outvars, strict=False
+    ):
+        number = (
+            operand
+            if isinstance(source, Literal)
+            else fills.get(source, operand)
+        )
+        if (
+            not isinstance(number, jax.core.Tracer | Leaf)
+            and np.ndim(number) == 0
+        ):
             fills[result] = number
 
 
@@ -87,7 +112,9 @@ def _note_fills(fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[An
 # so the leaf's kind says which.
 
 
-def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
+def _scan(
+    equation: JaxprEqn, operands: list[Any], rules: Registry
+) -> list[Any]:
     """A scan gives one layer's arrays of a stacked leaf to each step."""
     scan: Any = scan_in(equation)
     consts, first, xs = scan.sort(operands)
@@ -105,7 +132,9 @@ def _scan(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]
     return [*carry, *ys]
 
 
-def _shard_map(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
+def _shard_map(
+    equation: JaxprEqn, operands: list[Any], rules: Registry
+) -> list[Any]:
     """Every device has its block of a leaf's arrays."""
     shards: Any = shard_map_in(equation)
     specs = []
@@ -120,10 +149,15 @@ def _shard_map(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list
     return shards.run(block, tuple(specs), list(shards.out_specs), operands)
 
 
-def _while(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
+def _while(
+    equation: JaxprEqn, operands: list[Any], rules: Registry
+) -> list[Any]:
     """Leaves are constants of the loop, of its test or of its body."""
     params = equation.params
-    test, body = (program_in(equation, params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
+    test, body = (
+        program_in(equation, params[name])
+        for name in ("cond_jaxpr", "body_jaxpr")
+    )
     # The operands are the test's constants, the body's constants, and what is carried.
     after_test = params["cond_nconsts"]
     after_body = after_test + params["body_nconsts"]
@@ -135,12 +169,24 @@ def _while(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any
     )
 
 
-def _cond(equation: JaxprEqn, operands: list[Any], rules: Registry) -> list[Any]:
+def _cond(
+    equation: JaxprEqn, operands: list[Any], rules: Registry
+) -> list[Any]:
     """Each branch runs with the leaves it is given."""
     index, *given = operands
-    programs = [program_in(equation, branch) for branch in equation.params["branches"]]
-    branches = [lambda program=program: run(program, given, rules) for program in programs]
+    programs = [
+        program_in(equation, branch) for branch in equation.params["branches"]
+    ]
+    branches = [
+        lambda program=program: run(program, given, rules)
+        for program in programs
+    ]
     return lax.switch(index, branches)
 
 
-_BODIES = {"scan": _scan, "shard_map": _shard_map, "while": _while, "cond": _cond}
+_BODIES = {
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
+    "cond": _cond,
+}

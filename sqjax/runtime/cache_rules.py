@@ -37,7 +37,9 @@ CACHE_RULES = Registry(CACHES)
 
 def _changed(leaf: Leaf, values: Array, scale: Array) -> Leaf:
     """The leaf with other arrays."""
-    return Leaf(leaf.path, replace(leaf.value, values=values, scale=scale, order=()))
+    return Leaf(
+        leaf.path, replace(leaf.value, values=values, scale=scale, order=())
+    )
 
 
 # Movements ----------------------------------------------------------------------------------------
@@ -47,7 +49,9 @@ def _changed(leaf: Leaf, values: Array, scale: Array) -> Leaf:
 def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     permutation = equation.params["permutation"]
     values, scale = leaf.value.values, leaf.value.scale
-    return _changed(leaf, values.transpose(permutation), scale.transpose(permutation))
+    return _changed(
+        leaf, values.transpose(permutation), scale.transpose(permutation)
+    )
 
 
 @CACHE_RULES.register(("squeeze",), CACHES)
@@ -74,7 +78,10 @@ def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     with scales (batch, slots, 2, 1), broadcast to (batch, slots, 2, 4, 16), get scales (batch,
     slots, 2, 4, 1).
     """
-    shape, axes = equation.params["shape"], equation.params["broadcast_dimensions"]
+    shape, axes = (
+        equation.params["shape"],
+        equation.params["broadcast_dimensions"],
+    )
     values, scale = leaf.value.values, leaf.value.scale
     # Along new axes, those that are not in `axes`, scales are repeated as the values are.
     scale_shape = list(shape)
@@ -97,7 +104,10 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
     if found is None:
         return refuse_cache(equation, leaf)
     # `QTensor.reshape` stores axes of size 1 first, but a cache is stored as it is seen.
-    values, scale = found.values.transpose(found.axes), found.scale.transpose(found.axes)
+    values, scale = (
+        found.values.transpose(found.axes),
+        found.scale.transpose(found.axes),
+    )
     return _changed(leaf, values, scale)
 
 
@@ -118,7 +128,9 @@ def _dynamic_slice(equation: JaxprEqn, leaf: Leaf, *starts: Any) -> Leaf:
     return _changed(
         leaf,
         lax.dynamic_slice(values, starts, sizes),
-        lax.dynamic_slice(scale, _scale_starts(starts, scale), _scale_sizes(sizes, scale)),
+        lax.dynamic_slice(
+            scale, _scale_starts(starts, scale), _scale_sizes(sizes, scale)
+        ),
     )
 
 
@@ -132,7 +144,10 @@ def _scale_starts(starts: Any, scale: Array) -> list[Any]:
 
 def _scale_sizes(sizes: Any, scale: Array) -> list[int]:
     """The shape of a slice of a scale: 1 along the axes that share one, else as the values'."""
-    return [min(size, entries) for size, entries in zip(sizes, scale.shape, strict=True)]
+    return [
+        min(size, entries)
+        for size, entries in zip(sizes, scale.shape, strict=True)
+    ]
 
 
 @CACHE_RULES.register(("dynamic_update_slice",), CACHES)
@@ -154,7 +169,9 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     return _changed(
         leaf,
         lax.dynamic_update_slice(values, part.values, starts),
-        lax.dynamic_update_slice(scale, part.scale, _scale_starts(starts, scale)),
+        lax.dynamic_update_slice(
+            scale, part.scale, _scale_starts(starts, scale)
+        ),
     )
 
 
@@ -176,7 +193,9 @@ def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
 
 
 @CACHE_RULES.register(("select_n",), CACHES, fills=True)
-def _select(equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]) -> Any:
+def _select(
+    equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]
+) -> Any:
     """A mask, or a choice, among quantized arrays with scales of one shape, and zeros.
 
     A zero is the code 0 with any scale. So where an array is masked by zeros, its scales stay. Of
@@ -201,7 +220,9 @@ def _select(equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]) -
     return _changed(leaf, chosen, leaf.value.scale)
 
 
-def _values_and_scale(x: Any, fill: Any, like: QTensor) -> tuple[Array, Array] | None:
+def _values_and_scale(
+    x: Any, fill: Any, like: QTensor
+) -> tuple[Array, Array] | None:
     """An operand as quantized arrays; None if it is neither a cache nor zeros."""
     if is_cache(x):
         return x.value.values, x.value.scale
@@ -232,7 +253,9 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
     return on_either_side(equation, lhs, rhs, product)
 
 
-def _dot_of_cache(x: Array, cache: QTensor, dimensions: DimensionNumbers) -> Array | None:
+def _dot_of_cache(
+    x: Array, cache: QTensor, dimensions: DimensionNumbers
+) -> Array | None:
     """lax.dot_general(x, cache, dimensions) in float32; None if scales or int32 do not allow it.
 
     Scales that vary along other axes than the contracted ones (a scale for each token of the keys)
@@ -249,7 +272,9 @@ def _dot_of_cache(x: Array, cache: QTensor, dimensions: DimensionNumbers) -> Arr
         if _varies(scale, free):
             return None
         x = x * _as_x(scale, x.ndim, free, dimensions)
-        scale = jnp.ones((1,) * cache.ndim, jnp.float32)  # none is left for the sums
+        scale = jnp.ones(
+            (1,) * cache.ndim, jnp.float32
+        )  # none is left for the sums
     products = math.prod(x.shape[a] for a in x_axes)
     if products > LONGEST_CONTRACTION:
         return None
@@ -257,7 +282,9 @@ def _dot_of_cache(x: Array, cache: QTensor, dimensions: DimensionNumbers) -> Arr
     absmax = jnp.max(magnitudes, axis=tuple(x_axes), keepdims=True, initial=0.0)
     x_scale = scale_from_absmax(absmax)
     codes = to_format(x, x_scale)
-    sums = lax.dot_general(codes, cache.values, dimensions, preferred_element_type=jnp.int32)
+    sums = lax.dot_general(
+        codes, cache.values, dimensions, preferred_element_type=jnp.int32
+    )
     of_x, of_cache = aligned(x_scale, scale, dimensions)
     return sums.astype(jnp.float32) * of_x * of_cache
 
@@ -267,7 +294,9 @@ def _varies(scale: Array, axes: Sequence[int]) -> bool:
     return any(scale.shape[a] > 1 for a in axes)
 
 
-def _as_x(scale: Array, rank: int, free: list[int], dimensions: DimensionNumbers) -> Array:
+def _as_x(
+    scale: Array, rank: int, free: list[int], dimensions: DimensionNumbers
+) -> Array:
     """The cache's scales in a shape that broadcasts against x, each axis where x has its partner.
 
     For values v: (batch, slots, heads, 16) with scales (batch, slots, heads, 1), and x the weights
@@ -285,7 +314,9 @@ def _as_x(scale: Array, rank: int, free: list[int], dimensions: DimensionNumbers
     in_order_of_x = [partner[x_axis] for x_axis in sorted(partner)]
     moved = scale.transpose(*in_order_of_x, *free)
     moved = moved.reshape([scale.shape[a] for a in in_order_of_x])
-    without_partner = [x_axis for x_axis in range(rank) if x_axis not in partner]
+    without_partner = [
+        x_axis for x_axis in range(rank) if x_axis not in partner
+    ]
     return jnp.expand_dims(moved, without_partner)
 
 

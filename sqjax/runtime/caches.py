@@ -36,7 +36,11 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
         ('int8', (1, 8, 2, 1))
     """
     paths, leaves, _ = named_leaves(cache)
-    able = [path for path, x in zip(paths, leaves, strict=True) if _can_be_quantized(x)]
+    able = [
+        path
+        for path, x in zip(paths, leaves, strict=True)
+        if _can_be_quantized(x)
+    ]
     matches = first_matches([pattern], able, "quantize_cache pattern")
     chosen = [path for path in able if matches[path] is not None]
     if not chosen:
@@ -82,7 +86,9 @@ def _cache_leaf(name: str, x: QTensor) -> Leaf:
         ValueError: it is no int8 array with plain scales.
     """
     x.check(name)
-    groups_or_zeros = [part for part in (x.group, x.zero, x.group_scale) if part is not None]
+    groups_or_zeros = [
+        part for part in (x.group, x.zero, x.group_scale) if part is not None
+    ]
     if x.fmt != INT8 or groups_or_zeros:
         raise ValueError(
             f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, "

@@ -12,7 +12,9 @@ from sqjax.program.gathers import rows_last
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
 
-def gathers_rows(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> bool:
+def gathers_rows(
+    equation: JaxprEqn, weight: QuantWeight, indices: Array
+) -> bool:
     """Whether a gather reads whole rows of a table that is stored by rows, as `gathered` can."""
     tensor, numbers = weight.tensor, equation.params["dimension_numbers"]
     row = tensor.shape[1:]
@@ -53,13 +55,22 @@ def gathered(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> Array:
     group_scale = _rows(equation, weight, tensor.group_scale, indices, fill=1)
     values = _rows(equation, weight, tensor.values, indices, fill=1)
     found = replace(
-        tensor, values=values, scale=scale, zero=zero, group_scale=group_scale, order=()
+        tensor,
+        values=values,
+        scale=scale,
+        zero=zero,
+        group_scale=group_scale,
+        order=(),
     )
     x = found.codes().astype(jnp.float32) * found.spread(found.scale)
     # The quantized weights of outlier channels are 0; their float weights are rows too.
     if weight.outliers is not None:
         kept = _rows(equation, weight, weight.outliers.weight, indices)
-        x = _with_outliers(x, Outliers(weight.outliers.channels, kept), row_rank=tensor.ndim - 1)
+        x = _with_outliers(
+            x,
+            Outliers(weight.outliers.channels, kept),
+            row_rank=tensor.ndim - 1,
+        )
     if weight.smoothing is not None:  # the tensor holds s * W
         lead = (1,) * (x.ndim - weight.smoothing.ndim)
         x = x / weight.smoothing.reshape(lead + weight.smoothing.shape)
@@ -67,7 +78,11 @@ def gathered(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> Array:
 
 
 def _rows(
-    equation: JaxprEqn, weight: QuantWeight, x: Any, indices: Array, fill: int | None = None
+    equation: JaxprEqn,
+    weight: QuantWeight,
+    x: Any,
+    indices: Array,
+    fill: int | None = None,
 ) -> Any:
     """The same gather from an array that has a row, or one row for all, of every row of the table.
 
@@ -89,5 +104,7 @@ def _with_outliers(x: Array, outliers: Outliers, row_rank: int) -> Array:
     # Outliers are counted along the flattened row.
     lead = x.shape[: x.ndim - row_rank]
     flat = x.reshape(*lead, -1)
-    flat = flat.at[..., outliers.channels].set(outliers.weight.astype(jnp.float32))
+    flat = flat.at[..., outliers.channels].set(
+        outliers.weight.astype(jnp.float32)
+    )
     return flat.reshape(x.shape)

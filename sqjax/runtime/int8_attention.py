@@ -26,7 +26,8 @@ from sqjax.weights.qtensor import tensor_type
 
 
 def int8_attention(
-    fn: Callable[..., Any], granularity: Literal["per_token", "per_tensor"] = "per_token"
+    fn: Callable[..., Any],
+    granularity: Literal["per_token", "per_tensor"] = "per_token",
 ) -> Callable[..., Any]:
     """`fn` with attention's q k^T and p V on int8 (the paper's INT8 BMM).
 
@@ -64,9 +65,13 @@ def int8_attention(
         paths, leaves, treedef = named_leaves(params)
 
         def of_leaves(leaves, *args, **kwargs):
-            return fn(jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs)
+            return fn(
+                jax.tree_util.tree_unflatten(treedef, leaves), *args, **kwargs
+            )
 
-        traced, inputs = trace(of_leaves, leaves, args, kwargs, of_args=tensor_type)
+        traced, inputs = trace(
+            of_leaves, leaves, args, kwargs, of_args=tensor_type
+        )
         own = [Leaf(path, x) for path, x in zip(paths, leaves, strict=True)]
         outputs = run(traced.jaxpr, [*own, *inputs], rules)
         return jax.tree_util.tree_unflatten(traced.treedef, outputs)
@@ -129,7 +134,9 @@ def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
     return Leaf(path, results)
 
 
-def _path_of_parameters(equation: JaxprEqn, operands: Sequence[Any]) -> str | None:
+def _path_of_parameters(
+    equation: JaxprEqn, operands: Sequence[Any]
+) -> str | None:
     """The path of the first leaf, if all operands are leaves or literal numbers; else None."""
     path = None
     for atom, operand in zip(equation.invars, operands, strict=True):
@@ -155,7 +162,9 @@ def _has_batched(equation: JaxprEqn) -> bool:
     if _is_batched(equation):
         return True
     programs = _programs_among(list(equation.params.values()))
-    return any(_has_batched(inner) for program in programs for inner in program.eqns)
+    return any(
+        _has_batched(inner) for program in programs for inner in program.eqns
+    )
 
 
 def _programs_among(values: list[Any]) -> list[Jaxpr]:

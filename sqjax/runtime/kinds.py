@@ -44,7 +44,11 @@ def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
         return refuse_weight(equation, leaf)
 
     def for_each_step(part: Any) -> Any:
-        return None if part is None else jnp.broadcast_to(part, (length, *part.shape[1:]))
+        return (
+            None
+            if part is None
+            else jnp.broadcast_to(part, (length, *part.shape[1:]))
+        )
 
     tensor = replace(
         tensor,

@@ -60,10 +60,17 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
         names, arguments, _ = named_leaves((args, kwargs), is_leaf=is_tensor)
         # Float trees run `fn` itself, so that nothing of theirs is traced or emitted anew.
-        if not any(map(is_quantized, leaves)) and not any(map(is_tensor, arguments)):
+        if not any(map(is_quantized, leaves)) and not any(
+            map(is_tensor, arguments)
+        ):
             return fn(params, *args, **kwargs)
-        traced, inputs = trace(fn, params, args, kwargs, weight_type, tensor_type)
-        operands = [*weight_leaves(paths, leaves), *cache_leaves(names, arguments, inputs)]
+        traced, inputs = trace(
+            fn, params, args, kwargs, weight_type, tensor_type
+        )
+        operands = [
+            *weight_leaves(paths, leaves),
+            *cache_leaves(names, arguments, inputs),
+        ]
         # jit compiles what this emits, so the walk itself costs nothing at run time.
         results = run(traced.jaxpr, operands, RULES)
         outputs = [x.value if is_cache(x) else x for x in results]

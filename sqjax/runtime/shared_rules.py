@@ -28,9 +28,14 @@ def barrier(equation: JaxprEqn, *operands: Any) -> list[Any]:
 
 def slices_of(equation: JaxprEqn) -> list[slice]:
     """What a `slice` equation takes of each axis: [slice(1, 2, 1), slice(0, 8, 1)] of w[1:2]."""
-    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    starts, limits = (
+        equation.params["start_indices"],
+        equation.params["limit_indices"],
+    )
     strides = equation.params["strides"] or (1,) * len(starts)
-    return [slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)]
+    return [
+        slice(*bounds) for bounds in zip(starts, limits, strides, strict=True)
+    ]
 
 
 def pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
@@ -51,7 +56,9 @@ def sharded_as_the_result(rule: Callable[..., Any]) -> Callable[..., Any]:
         if AxisType.Explicit not in result.sharding.mesh.axis_types:
             return rule(equation, *operands)
         of_arrays = functools.partial(rule, equation)
-        return jax.sharding.auto_axes(of_arrays, out_sharding=result.sharding)(*operands)
+        return jax.sharding.auto_axes(of_arrays, out_sharding=result.sharding)(
+            *operands
+        )
 
     return run
 

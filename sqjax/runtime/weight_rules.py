@@ -26,7 +26,10 @@ from sqjax.runtime.shared_rules import (
     slices_of,
 )
 from sqjax.runtime.weight_shapes import reshaped, sliced
-from sqjax.weights.dot_general import quantized_dot_general, quantized_ragged_dot
+from sqjax.weights.dot_general import (
+    quantized_dot_general,
+    quantized_ragged_dot,
+)
 from sqjax.weights.quant_weight import is_quantized
 
 WEIGHT_RULES = Registry(WEIGHTS)
@@ -56,7 +59,9 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
 
 @WEIGHT_RULES.register(("ragged_dot_general",), WEIGHTS)
 @sharded_as_the_result
-def _ragged_dot(equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any) -> Array:
+def _ragged_dot(
+    equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any
+) -> Array:
     """Each row is multiplied with one matrix of a stack, in the formats of the scheme."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
@@ -104,7 +109,11 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf:
 def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
     weight = sliced(leaf.value, slices_of(equation))
-    return refuse_weight(equation, leaf) if weight is None else Leaf(leaf.path, weight)
+    return (
+        refuse_weight(equation, leaf)
+        if weight is None
+        else Leaf(leaf.path, weight)
+    )
 
 
 @WEIGHT_RULES.register(("reshape", "squeeze", "broadcast_in_dim"), WEIGHTS)
@@ -115,7 +124,11 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     if repeats or not _keeps_order(equation):
         return refuse_weight(equation, leaf)
     weight = reshaped(leaf.value, result.shape)
-    return refuse_weight(equation, leaf) if weight is None else Leaf(leaf.path, weight)
+    return (
+        refuse_weight(equation, leaf)
+        if weight is None
+        else Leaf(leaf.path, weight)
+    )
 
 
 def _keeps_order(equation: JaxprEqn) -> bool:

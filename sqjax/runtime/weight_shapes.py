@@ -45,7 +45,9 @@ def sliced(weight: QuantWeight, slices: Sequence[slice]) -> QuantWeight | None:
     smoothing = of_lead(weight.smoothing, weight.contracted)
     outliers = weight.outliers
     if outliers is not None:
-        outliers = Outliers(of_lead(outliers.channels, 1), of_lead(outliers.weight, 1))
+        outliers = Outliers(
+            of_lead(outliers.channels, 1), of_lead(outliers.weight, 1)
+        )
     return replace(
         weight,
         tensor=tensor,
@@ -76,7 +78,9 @@ def reshaped(weight: QuantWeight, shape: tuple[int, ...]) -> QuantWeight | None:
     batch = _batch_axes(weight, shape)
     if tensor is None or batch is None:
         return None
-    channels = math.prod(weight.tensor.values.shape[weight.ndim - weight.contracted :])
+    channels = math.prod(
+        weight.tensor.values.shape[weight.ndim - weight.contracted :]
+    )
     # The channels are stored last, so they must be whole axes at the end of the new shape.
     contracted = _axes_holding(channels, tensor.values.shape)
     if contracted is None:
@@ -84,7 +88,9 @@ def reshaped(weight: QuantWeight, shape: tuple[int, ...]) -> QuantWeight | None:
     return _with_batch_axes(weight, tensor, batch, contracted)
 
 
-def _batch_axes(weight: QuantWeight, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def _batch_axes(
+    weight: QuantWeight, shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
     """The batch axes of the per-matrix arrays (scales, smoothing, outliers) after a reshape.
 
     () for a single matrix. None if the reshape does more to a stack of several matrices than to add
@@ -133,12 +139,19 @@ def _axes_holding(channels: int, shape: tuple[int, ...]) -> int | None:
 
 
 def _with_batch_axes(
-    weight: QuantWeight, tensor: QTensor, batch: tuple[int, ...], contracted: int
+    weight: QuantWeight,
+    tensor: QTensor,
+    batch: tuple[int, ...],
+    contracted: int,
 ) -> QuantWeight:
     """The weight with a reshaped tensor, and its other arrays reshaped to fit."""
     first = tensor.ndim - contracted
     outer, channels = tensor.values.shape[:first], tensor.values.shape[first:]
-    input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
+    input_scale, smoothing, outliers = (
+        weight.input_scale,
+        weight.smoothing,
+        weight.outliers,
+    )
     if outliers is not None:
         count = outliers.channels.shape[-1]
         outliers = Outliers(

@@ -16,13 +16,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
-from sqjax.numerics.weight_products import Matrix, Recipe, product, ragged_product
+from sqjax.numerics.weight_products import (
+    Matrix,
+    Recipe,
+    product,
+    ragged_product,
+)
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
 
 def quantized_dot_general(
-    x: Float[Array, "..."], weight: QuantWeight, dimensions: DimensionNumbers, where: str
+    x: Float[Array, "..."],
+    weight: QuantWeight,
+    dimensions: DimensionNumbers,
+    where: str,
 ) -> Float[Array, "..."]:
     """`lax.dot_general(x, weight, dimensions)` on narrow operands; the result is float32.
 
@@ -60,8 +68,12 @@ def quantized_dot_general(
     else:
         out = multiply(*jax.tree.map(lambda stack: stack[0], operands))
 
-    outer_sizes = weight.tensor.values.shape[len(w_batch) : weight.ndim - len(w_axes)]
-    return out.reshape(*batch_sizes, *free_sizes, *outer_sizes).transpose(axes.of_result)
+    outer_sizes = weight.tensor.values.shape[
+        len(w_batch) : weight.ndim - len(w_axes)
+    ]
+    return out.reshape(*batch_sizes, *free_sizes, *outer_sizes).transpose(
+        axes.of_result
+    )
 
 
 class _Axes(NamedTuple):
@@ -81,7 +93,9 @@ class _Axes(NamedTuple):
     of_result: list[int]
 
 
-def _axes_of(x_ndim: int, stored: tuple[int, ...], dimensions: DimensionNumbers) -> _Axes:
+def _axes_of(
+    x_ndim: int, stored: tuple[int, ...], dimensions: DimensionNumbers
+) -> _Axes:
     """`_Axes` for an x of some rank and a weight whose logical axis i is stored as `stored[i]`."""
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
     batch_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
@@ -94,11 +108,20 @@ def _axes_of(x_ndim: int, stored: tuple[int, ...], dimensions: DimensionNumbers)
         *range(batch, batch + len(free)),
         *[len(free) + stored[a] for a in outer],
     ]
-    return _Axes([x_batch[i] for i in batch_order], free, [a for _, a in partners], of_result)
+    return _Axes(
+        [x_batch[i] for i in batch_order],
+        free,
+        [a for _, a in partners],
+        of_result,
+    )
 
 
 def _multiply(
-    recipe: Recipe, rows: Array, matrix: Matrix, smoothing: Array | None, outliers: Outliers | None
+    recipe: Recipe,
+    rows: Array,
+    matrix: Matrix,
+    smoothing: Array | None,
+    outliers: Outliers | None,
 ) -> Float[Array, "rows outputs"]:
     """rows @ W.T: rows are divided by `smoothing`, then outlier channels are multiplied in float.
 
@@ -111,12 +134,17 @@ def _multiply(
     large = rows[:, outliers.channels]
     rest = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
     weight = outliers.weight.astype(rows.dtype)
-    in_float = lax.dot_general(large, weight, LAST_AXES, preferred_element_type=jnp.float32)
+    in_float = lax.dot_general(
+        large, weight, LAST_AXES, preferred_element_type=jnp.float32
+    )
     return product(recipe, rest, matrix) + in_float
 
 
 def check_contraction(
-    weight: QuantWeight, w_axes: Sequence[int], w_batch: Sequence[int], where: str
+    weight: QuantWeight,
+    w_axes: Sequence[int],
+    w_batch: Sequence[int],
+    where: str,
 ) -> None:
     """Checks that a weight was quantized for a matmul along these axes, and that int32 holds it.
 
@@ -142,7 +170,9 @@ def check_contraction(
         )
     longest = math.prod(tensor.values.shape[tensor.ndim - len(w_axes) :])
     if tensor.group is not None and tensor.scale.shape[-1] > 1:
-        longest = min(longest, tensor.group)  # because each group has a sum of its own
+        longest = min(
+            longest, tensor.group
+        )  # because each group has a sum of its own
     if longest > LONGEST_CONTRACTION and not tensor.fmt.floating:
         raise ValueError(
             f"{where}: contracts {longest} channels; int32 sums are exact up to "
@@ -151,14 +181,20 @@ def check_contraction(
         )
 
 
-def _is_stored_for(tensor: QTensor, w_axes: Sequence[int], w_batch: Sequence[int]) -> bool:
+def _is_stored_for(
+    tensor: QTensor, w_axes: Sequence[int], w_batch: Sequence[int]
+) -> bool:
     """Whether the contracted axes are stored last and share their scales, the batch axes first."""
     contracted = sorted(tensor.axes[a] for a in w_axes)
     batch = sorted(tensor.axes[a] for a in w_batch)
     first = tensor.ndim - len(contracted)
-    if contracted != list(range(first, tensor.ndim)) or batch != list(range(len(batch))):
+    if contracted != list(range(first, tensor.ndim)) or batch != list(
+        range(len(batch))
+    ):
         return False
-    return tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
+    return (
+        tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
+    )
 
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:
@@ -196,12 +232,18 @@ def matrices(
         every = jnp.broadcast_to(scales, (*batch_sizes, *outer_sizes, *groups))
         return every.reshape(stack, outputs, math.prod(groups))
 
-    input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
+    input_scale, smoothing, outliers = (
+        weight.input_scale,
+        weight.smoothing,
+        weight.outliers,
+    )
     if input_scale is not None:
         input_scale = jnp.broadcast_to(input_scale, batch_sizes).reshape(stack)
     if smoothing is not None:
         own = (1,) * batch if smoothing.size == inner else batch_sizes
-        smoothing = jnp.broadcast_to(smoothing.reshape(*own, inner), (*batch_sizes, inner))
+        smoothing = jnp.broadcast_to(
+            smoothing.reshape(*own, inner), (*batch_sizes, inner)
+        )
         smoothing = smoothing.reshape(stack, inner)
     if outliers is not None:
         count = outliers.channels.shape[-1]

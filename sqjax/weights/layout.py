@@ -57,7 +57,10 @@ class Layout(NamedTuple):
 
 
 def lay_out(
-    x: Array, contracting: tuple[int, ...], batch: tuple[int, ...], granularity: Granularity
+    x: Array,
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...],
+    granularity: Granularity,
 ) -> Layout:
     """Batch axes first, contracted axes last, because matrix units read the latter in a row.
 
@@ -91,7 +94,9 @@ def _sharing(
     group = min(granularity, last)
     # With several contracted axes a group may not reach into the next row of the last one.
     if last % group and len(contracting) > 1:
-        fitting = ", ".join(str(g) for g in (32, 64, 128, last) if last % g == 0)
+        fitting = ", ".join(
+            str(g) for g in (32, 64, 128, last) if last % g == 0
+        )
         raise ValueError(
             f"quantize: groups of {granularity} do not divide the {last} elements of the last of "
             f"several contracted axes; sizes that do: {fitting}"
@@ -135,7 +140,9 @@ def reshape_runs(
     old, _ = _by_size(old_shape)
     new, ones = _by_size(new_shape)
     found = []
-    for sources, targets in runs([old_shape[a] for a in old], [new_shape[a] for a in new]):
+    for sources, targets in runs(
+        [old_shape[a] for a in old], [new_shape[a] for a in new]
+    ):
         stored = [axes[old[a]] for a in sources]
         first = stored[0]
         if stored != list(range(first, first + len(stored))):
@@ -176,7 +183,9 @@ def reshaped_scale(
         before = [values[a] for a in run.stored]
         after = [new_shape[a] for a in run.logical]
         if all(n == 1 for n in own):
-            sizes += [1] * len(after)  # all of them share a scale, and go on sharing it
+            sizes += [1] * len(
+                after
+            )  # all of them share a scale, and go on sharing it
         elif own == before:
             sizes += after  # each has its own
         elif group is not None and _keeps_groups(own, before, after, group):
@@ -186,7 +195,9 @@ def reshaped_scale(
     return sizes
 
 
-def _keeps_groups(own: list[int], before: list[int], after: list[int], group: int) -> bool:
+def _keeps_groups(
+    own: list[int], before: list[int], after: list[int], group: int
+) -> bool:
     """Whether groups of the last axis are groups of the last axis after a reshape too.
 
     In groups of 4, (2, 12) may become (24,) or (6, 4), but (2, 10) can not become (20,): its groups
@@ -194,4 +205,6 @@ def _keeps_groups(own: list[int], before: list[int], after: list[int], group: in
     """
     if own[:-1] != before[:-1]:
         return False
-    return before == after or (before[-1] % group == 0 and after[-1] % group == 0)
+    return before == after or (
+        before[-1] % group == 0 and after[-1] % group == 0
+    )

@@ -22,7 +22,13 @@ from sqjax.numerics.formats import (
     to_format,
     zero_point_range,
 )
-from sqjax.weights.layout import Sharing, lay_out, reshape_runs, reshaped_scale, shortest
+from sqjax.weights.layout import (
+    Sharing,
+    lay_out,
+    reshape_runs,
+    reshaped_scale,
+    shortest,
+)
 from sqjax.weights.text import tensor_text
 
 #: What the first of two levels may use of int8: a second level that rounds in steps of up to 16
@@ -102,9 +108,13 @@ class QTensor:
         """
         stored, order, sharing = lay_out(x, contracting, batch, granularity)
         if not zero_point:
-            scale = scale_from_absmax(sharing.reduced(jnp.abs(stored), jnp.max), fmt)
+            scale = scale_from_absmax(
+                sharing.reduced(jnp.abs(stored), jnp.max), fmt
+            )
             values = to_format(stored, sharing.spread(scale), fmt)
-            return cls(values, scale, order, x.dtype, group=sharing.group, fmt=fmt)
+            return cls(
+                values, scale, order, x.dtype, group=sharing.group, fmt=fmt
+            )
         if fmt != INT4:
             raise ValueError(
                 f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range"
@@ -113,7 +123,9 @@ class QTensor:
         highest = sharing.reduced(stored, jnp.max)
         scale, zero = zero_point_range(lowest, highest)
         values = to_codes(stored, sharing.spread(scale), sharing.spread(zero))
-        return cls(values, scale, order, x.dtype, zero, group=sharing.group, fmt=fmt)
+        return cls(
+            values, scale, order, x.dtype, zero, group=sharing.group, fmt=fmt
+        )
 
     @classmethod
     def quantize_twice(
@@ -152,7 +164,9 @@ class QTensor:
         codes = _nearest(q, sharing.spread(step)) + sharing.spread(zero)
         values = jnp.clip(codes, -8, 7).astype(container(INT4))
         zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
-        return cls(values, first.scale, order, x.dtype, zero, step, sharing.group, INT4)
+        return cls(
+            values, first.scale, order, x.dtype, zero, step, sharing.group, INT4
+        )
 
     def __repr__(self) -> str:
         return tensor_text(self)
@@ -181,7 +195,11 @@ class QTensor:
         in one byte): int4 values of shape (3, 5) are 9 bytes.
         """
         *rows, last = self.values.shape
-        row_bytes = (last + 1) // 2 if self.fmt == INT4 else last * self.fmt.dtype.itemsize
+        row_bytes = (
+            (last + 1) // 2
+            if self.fmt == INT4
+            else last * self.fmt.dtype.itemsize
+        )
         total = math.prod(rows) * row_bytes
         for x in self._scales().values():
             total += math.prod(x.shape) * x.dtype.itemsize
@@ -189,12 +207,20 @@ class QTensor:
 
     def _scales(self) -> dict[str, Any]:
         """The arrays beside the values that are there, by name."""
-        scales = {"scale": self.scale, "zero": self.zero, "group_scale": self.group_scale}
+        scales = {
+            "scale": self.scale,
+            "zero": self.zero,
+            "group_scale": self.group_scale,
+        }
         return {name: x for name, x in scales.items() if x is not None}
 
     def stored_as(self, dtype: DTypeLike) -> "QTensor":
         """int4 values as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); others as they are."""
-        return replace(self, values=self.values.astype(dtype)) if self.fmt == INT4 else self
+        return (
+            replace(self, values=self.values.astype(dtype))
+            if self.fmt == INT4
+            else self
+        )
 
     def codes(self) -> Array:
         """(values - zero) * group_scale, as stored: int8, or the float8 values."""
@@ -230,12 +256,18 @@ class QTensor:
         def part(x):
             chosen = []
             for axis, size in enumerate(x.shape):
-                one_for_all = size == 1 or (axis == last and self.group is not None)
+                one_for_all = size == 1 or (
+                    axis == last and self.group is not None
+                )
                 chosen.append(slice(None) if one_for_all else of_stored[axis])
             return x[tuple(chosen)]
 
-        values = self.values[tuple(of_stored[axis] for axis in range(self.ndim))]
-        scales: dict[str, Any] = {name: part(x) for name, x in self._scales().items()}
+        values = self.values[
+            tuple(of_stored[axis] for axis in range(self.ndim))
+        ]
+        scales: dict[str, Any] = {
+            name: part(x) for name, x in self._scales().items()
+        }
         return replace(self, values=values, **scales)
 
     def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
@@ -249,7 +281,9 @@ class QTensor:
             return None
         sizes = {}
         for name, x in self._scales().items():
-            found = reshaped_scale(x.shape, self.values.shape, self.group, into, shape)
+            found = reshaped_scale(
+                x.shape, self.values.shape, self.group, into, shape
+            )
             if found is None:
                 return None
             sizes[name] = found
@@ -257,14 +291,22 @@ class QTensor:
         for name, x in self._scales().items():
             changed[name] = x.reshape(sizes[name])
         stored = [axis for run in into for axis in run.logical]
-        order = tuple(stored.index(axis) - len(shape) for axis in range(len(shape)))
-        changed["values"] = self.values.reshape([shape[axis] for axis in stored])
+        order = tuple(
+            stored.index(axis) - len(shape) for axis in range(len(shape))
+        )
+        changed["values"] = self.values.reshape(
+            [shape[axis] for axis in stored]
+        )
         return replace(self, order=shortest(order), **changed)
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
         problem = self._problem_of_values()
-        dtypes = {"scale": jnp.float32, "zero": jnp.int8, "group_scale": jnp.int8}
+        dtypes = {
+            "scale": jnp.float32,
+            "zero": jnp.int8,
+            "group_scale": jnp.int8,
+        }
         for name, x in self._scales().items():
             problem = problem or self._problem_of_scale(name, x, dtypes[name])
         if problem:
@@ -293,7 +335,9 @@ class QTensor:
         if x.ndim != self.values.ndim:
             return f"{name} of rank {self.values.ndim} expected, got shape {x.shape}"
         sizes = list(self.values.shape)
-        fits = [own in (1, size) for own, size in zip(x.shape, sizes, strict=True)]
+        fits = [
+            own in (1, size) for own, size in zip(x.shape, sizes, strict=True)
+        ]
         groups = ""
         if self.group is not None:
             groups = f" in groups of {self.group}"
@@ -335,4 +379,8 @@ def is_tensor(x: Any) -> bool:
 
 def tensor_type(x: Any) -> jax.ShapeDtypeStruct | None:
     """The type of the float array that a `QTensor` stands for; None for anything else."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, QTensor) else None
+    return (
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if isinstance(x, QTensor)
+        else None
+    )

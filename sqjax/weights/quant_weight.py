@@ -63,7 +63,9 @@ class QuantWeight:
     smoothing: Any
     activations: Activations | None = field(metadata={"static": True})
     contracted: int = field(default=1, metadata={"static": True})
-    activation_format: FormatName = field(default="int8", metadata={"static": True})
+    activation_format: FormatName = field(
+        default="int8", metadata={"static": True}
+    )
     outliers: Any = None  # Outliers or None
 
     def __repr__(self) -> str:
@@ -87,7 +89,9 @@ class QuantWeight:
     @property
     def recipe(self) -> Recipe:
         """How a product with one of its matrices runs."""
-        return Recipe(self.activations, self.activation_format, self.tensor.group)
+        return Recipe(
+            self.activations, self.activation_format, self.tensor.group
+        )
 
 
 def is_quantized(x: Any) -> bool:
@@ -99,4 +103,6 @@ def weight_type(x: Any) -> jax.ShapeDtypeStruct | None:
     """The type of the float weight that a `QuantWeight` stands for; None for anything else."""
     if not isinstance(x, QuantWeight):
         return None
-    return sharded_as(jax.ShapeDtypeStruct(x.shape, x.dtype), x.tensor.values, x.tensor.axes)
+    return sharded_as(
+        jax.ShapeDtypeStruct(x.shape, x.dtype), x.tensor.values, x.tensor.axes
+    )

@@ -92,7 +92,9 @@ def quantize_weight(
     contracting = tuple(sorted(a % weight.ndim for a in contracting))
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
-        weight = weight.astype(jnp.float32) * _spread(s, (*batch, *contracting), weight.ndim)
+        weight = weight.astype(jnp.float32) * _spread(
+            s, (*batch, *contracting), weight.ndim
+        )
     in_float = None
     if outliers is not None:
         split = _split(weight, contracting, batch, outliers, dtype)
@@ -115,12 +117,16 @@ def quantize_weight(
         smoothing,
         ACTIVATIONS.get(type(activation)),
         len(contracting),
-        activation.format if isinstance(activation, PerToken | PerTensor | Static) else "int8",
+        activation.format
+        if isinstance(activation, PerToken | PerTensor | Static)
+        else "int8",
         in_float,
     )
 
 
-def _input_scale(absmax: Float[Array, "..."], batch: int, fmt: Format) -> Float[Array, "*batch"]:
+def _input_scale(
+    absmax: Float[Array, "..."], batch: int, fmt: Format
+) -> Float[Array, "*batch"]:
     """The static scale of each matrix of a stack, from the channels' absmax.
 
     An expert that calibration never reached takes the largest range of the others: its own, 0,
@@ -132,15 +138,22 @@ def _input_scale(absmax: Float[Array, "..."], batch: int, fmt: Format) -> Float[
 
 
 def _tensor(
-    weight: Array, contracting: tuple[int, ...], scheme: Scheme, batch: tuple[int, ...]
+    weight: Array,
+    contracting: tuple[int, ...],
+    scheme: Scheme,
+    batch: tuple[int, ...],
 ) -> QTensor:
     """The weight in the format and with the scales that the scheme's `weight` says."""
     how = scheme.weight
     if isinstance(how, Int4) and how.two_level:
         assert how.group_size is not None  # `Int4` has checked it
-        return QTensor.quantize_twice(weight, contracting, how.group_size, batch)
+        return QTensor.quantize_twice(
+            weight, contracting, how.group_size, batch
+        )
     zero_point = isinstance(how, Int4) and how.zero_point
-    return QTensor.quantize(weight, contracting, how.granularity, how.fmt, batch, zero_point)
+    return QTensor.quantize(
+        weight, contracting, how.granularity, how.fmt, batch, zero_point
+    )
 
 
 class _Split(NamedTuple):
@@ -152,7 +165,11 @@ class _Split(NamedTuple):
 
 
 def _split(
-    weight: Array, contracting: tuple[int, ...], batch: tuple[int, ...], channels: Array, dtype: Any
+    weight: Array,
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...],
+    channels: Array,
+    dtype: Any,
 ) -> _Split:
     """The outlier channels of a weight as they are, and the weight with zeros in their place.
 
@@ -176,9 +193,13 @@ def _split(
     is_outlier = jax.nn.one_hot(channels, flat.shape[-1], dtype=jnp.float32)
     is_other = 1 - jnp.max(is_outlier, axis=-2)
     axes = (*batch, *contracting)
-    kept = _spread(is_other.reshape([weight.shape[a] for a in axes]), axes, weight.ndim)
+    kept = _spread(
+        is_other.reshape([weight.shape[a] for a in axes]), axes, weight.ndim
+    )
     return _Split(
-        Outliers(channels, in_float.astype(dtype)), weight * kept.astype(weight.dtype), is_other
+        Outliers(channels, in_float.astype(dtype)),
+        weight * kept.astype(weight.dtype),
+        is_other,
     )
 
 

@@ -35,7 +35,9 @@ class _Part:
 def _refusal(part: Any, field: str, expected: str) -> ValueError:
     """The error that names the field of `part`, what was expected there, and what came."""
     came = getattr(part, field)
-    return ValueError(f"{type(part).__name__}.{field}: expected {expected}, got {came!r}")
+    return ValueError(
+        f"{type(part).__name__}.{field}: expected {expected}, got {came!r}"
+    )
 
 
 def _is_number(x: Any) -> bool:
@@ -134,7 +136,9 @@ class Int4(_Weight):
             if not isinstance(getattr(self, field), bool):
                 raise _refusal(self, field, "True or False")
         if self.two_level and self.group_size is None:
-            raise _refusal(self, "group_size", "a group size with two_level=True")
+            raise _refusal(
+                self, "group_size", "a group size with two_level=True"
+            )
 
     @property
     def fmt(self) -> Format:
@@ -321,9 +325,15 @@ class Scheme(_Part):
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Int8 | Int4 | Float8):
-            raise _refusal(self, "weight", "Int8(...), Int4(...) or Float8(...)")
-        if self.activation is not None and not isinstance(self.activation, _Activation | Indices):
-            kinds = "PerToken(...), PerTensor(...), Static(...), Indices() or None"
+            raise _refusal(
+                self, "weight", "Int8(...), Int4(...) or Float8(...)"
+            )
+        if self.activation is not None and not isinstance(
+            self.activation, _Activation | Indices
+        ):
+            kinds = (
+                "PerToken(...), PerTensor(...), Static(...), Indices() or None"
+            )
             raise _refusal(self, "activation", kinds)
         self._check_formats()
         self._check_smoothing()
@@ -348,7 +358,10 @@ class Scheme(_Part):
     @property
     def needs_histogram(self) -> bool:
         """Whether its static range comes from histograms: `calibrate(..., histogram=True)`."""
-        return isinstance(self.activation, Static) and self.activation.range != "absmax"
+        return (
+            isinstance(self.activation, Static)
+            and self.activation.range != "absmax"
+        )
 
     @property
     def measured(self) -> bool:
@@ -388,7 +401,9 @@ class Scheme(_Part):
             raise _refusal(self, "outliers", meaning)
 
     def _check_range(self) -> None:
-        if self.needs_histogram and (self.smoothing is not None or self.outliers is not None):
+        if self.needs_histogram and (
+            self.smoothing is not None or self.outliers is not None
+        ):
             why = (
                 "because any other range comes from the histogram of X, not of X / s or of X "
                 "without outliers (or smooth the parameters)"
@@ -409,14 +424,21 @@ W8A8 = W8A8_O1
 W8A8_OUTLIERS = Scheme(weight=Int8(), activation=PerToken(), outliers=6.0)
 #: float8 weights and per-token activations.
 FP8 = Scheme(weight=Float8(format="e4m3"), activation=PerToken(format="e4m3"))
-FP8_E5M2 = Scheme(weight=Float8(format="e5m2"), activation=PerToken(format="e5m2"))
+FP8_E5M2 = Scheme(
+    weight=Float8(format="e5m2"), activation=PerToken(format="e5m2")
+)
 #: int8 weights, float activations.
 W8A16 = Scheme(weight=Int8(), activation=None)
 #: int4 weights in groups with a zero point, float activations.
 W4A16 = Scheme(weight=Int4(group_size=128, zero_point=True), activation=None)
 W4A16_G64 = Scheme(weight=Int4(group_size=64, zero_point=True), activation=None)
 #: int4 weights that expand to int8 in integers, int8 per-token activations.
-W4A8 = Scheme(weight=Int4(group_size=128, zero_point=True, two_level=True), activation=PerToken())
+W4A8 = Scheme(
+    weight=Int4(group_size=128, zero_point=True, two_level=True),
+    activation=PerToken(),
+)
 #: An int8 embedding table, a scale a row; and an int4 one in groups.
 EMBEDDING_INT8 = Scheme(weight=Int8(), activation=Indices())
-EMBEDDING_INT4 = Scheme(weight=Int4(group_size=64, zero_point=True), activation=Indices())
+EMBEDDING_INT4 = Scheme(
+    weight=Int4(group_size=64, zero_point=True), activation=Indices()
+)

@@ -51,11 +51,16 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
             "shardings: expected one for every leaf of the float tree; the trees differ at "
             f"{odd[:5]}"
         )
-    found = [_of_leaf(x, s, path) for path, x, s in zip(paths, leaves, specs, strict=True)]
+    found = [
+        _of_leaf(x, s, path)
+        for path, x, s in zip(paths, leaves, specs, strict=True)
+    ]
     return jax.tree_util.tree_unflatten(treedef, found)
 
 
-def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantWeight:
+def weight_specs(
+    weight: QuantWeight, spec: PartitionSpec, where: str
+) -> QuantWeight:
     """The `QuantWeight` of the PartitionSpecs of a weight's arrays, given that of the float leaf.
 
     Raises:
@@ -76,7 +81,9 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         if scales is None:
             return None
         sizes = zip(stored, scales.shape, strict=True)
-        return PartitionSpec(*[entry if size > 1 else None for entry, size in sizes])
+        return PartitionSpec(
+            *[entry if size > 1 else None for entry, size in sizes]
+        )
 
     specs = replace(
         tensor,
@@ -86,7 +93,11 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         group_scale=of_scales(tensor.group_scale),
     )
     # What is beside the tensor has the axes of a stack first, which are the first of its values.
-    input_scale, smoothing, outliers = weight.input_scale, weight.smoothing, weight.outliers
+    input_scale, smoothing, outliers = (
+        weight.input_scale,
+        weight.smoothing,
+        weight.outliers,
+    )
     if input_scale is not None:
         input_scale = PartitionSpec(*outer[: input_scale.ndim])
     if smoothing is not None:
@@ -97,7 +108,11 @@ def weight_specs(weight: QuantWeight, spec: PartitionSpec, where: str) -> QuantW
         channels = PartitionSpec(*outer[:batch], None)
         outliers = Outliers(channels, PartitionSpec(*outer, None))
     return replace(
-        weight, tensor=specs, input_scale=input_scale, smoothing=smoothing, outliers=outliers
+        weight,
+        tensor=specs,
+        input_scale=input_scale,
+        smoothing=smoothing,
+        outliers=outliers,
     )
 
 
@@ -130,9 +145,13 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
     return specs
 
 
-def _check_divides(shape: Sequence[int], sharding: NamedSharding, path: str) -> None:
+def _check_divides(
+    shape: Sequence[int], sharding: NamedSharding, path: str
+) -> None:
     """Raises ValueError if an axis of the leaf can not be sharded as the sharding asks."""
-    for axis, (size, entry) in enumerate(zip(shape, sharding.spec, strict=False)):
+    for axis, (size, entry) in enumerate(
+        zip(shape, sharding.spec, strict=False)
+    ):
         devices = 1
         for name in mesh_axes(entry):
             devices *= sharding.mesh.shape[name]
@@ -156,13 +175,17 @@ def check_groups(
         sizes: {mesh axis: how many devices}.
         path: the leaf's name in errors.
     """
-    devices = math.prod(sizes[name] for name in mesh_axes(specs.tensor.values[-1]))
+    devices = math.prod(
+        sizes[name] for name in mesh_axes(specs.tensor.values[-1])
+    )
     length, group = leaf.tensor.values.shape[-1], leaf.tensor.group
     if group is None or group >= length or devices == 1:
         return
     block = length // devices
     if block % group:
-        fitting = [g for g in (16, 32, 64, 128, 256) if block % g == 0] or [block]
+        fitting = [g for g in (16, 32, 64, 128, 256) if block % g == 0] or [
+            block
+        ]
         raise ValueError(
             f"{path}: its {length} contracted channels can not be sharded into {devices} blocks of "
             f"whole groups of {group}; choose a group size that divides {block}: "

@@ -21,7 +21,9 @@ def tensor_text(tensor: Any) -> str:
 def weight_text(weight: Any) -> str:
     """The repr of a `QuantWeight`: its tensor, how activations are quantized, what is beside."""
     tensor = weight.tensor
-    if not (_is_array(getattr(tensor, "values", None)) and _is_array(tensor.scale)):
+    if not (
+        _is_array(getattr(tensor, "values", None)) and _is_array(tensor.scale)
+    ):
         return _listed("QuantWeight", _fields(weight))
     activations = "float"
     if weight.activations is not None:
@@ -65,7 +67,11 @@ def _granularity(weight: Any) -> str:
     """
     first = weight.tensor.values.ndim - weight.contracted
     sizes = weight.tensor.values.shape[:first]
-    scales = [own for own, n in zip(weight.tensor.scale.shape, sizes, strict=False) if n > 1]
+    scales = [
+        own
+        for own, n in zip(weight.tensor.scale.shape, sizes, strict=False)
+        if n > 1
+    ]
     return "per_tensor" if not scales or scales[-1] == 1 else "per_channel"
 
 

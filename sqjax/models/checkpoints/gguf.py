@@ -16,11 +16,26 @@ from sqjax.models.model import Params
 # GGUF's name of a tensor -> Hugging Face's, whose names `mapping` translates further.
 TABLE = [
     (r"token_embd\.weight", r"model.embed_tokens.weight"),
-    (r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)", r"model.layers.\1.self_attn.\2_proj.\3"),
-    (r"blk\.(\d+)\.attn_output\.(weight|bias)", r"model.layers.\1.self_attn.o_proj.\2"),
-    (r"blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)", r"model.layers.\1.mlp.\2_proj.\3"),
-    (r"blk\.(\d+)\.attn_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
-    (r"blk\.(\d+)\.ffn_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+    (
+        r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)",
+        r"model.layers.\1.self_attn.\2_proj.\3",
+    ),
+    (
+        r"blk\.(\d+)\.attn_output\.(weight|bias)",
+        r"model.layers.\1.self_attn.o_proj.\2",
+    ),
+    (
+        r"blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)",
+        r"model.layers.\1.mlp.\2_proj.\3",
+    ),
+    (
+        r"blk\.(\d+)\.attn_norm\.weight",
+        r"model.layers.\1.input_layernorm.weight",
+    ),
+    (
+        r"blk\.(\d+)\.ffn_norm\.weight",
+        r"model.layers.\1.post_attention_layernorm.weight",
+    ),
     (r"output_norm\.weight", r"model.norm.weight"),
     (r"output\.weight", r"lm_head.weight"),
 ]
@@ -83,7 +98,9 @@ def read_gguf(
         array = package.dequantize(stored[name].data, stored[name].tensor_type)
         return _in_halves(name, array, config)
 
-    tensors = {name: (_huggingface_name(name), shape) for name, shape in shapes.items()}
+    tensors = {
+        name: (_huggingface_name(name), shape) for name, shape in shapes.items()
+    }
     problems = _unreadable(reader.tensors, package.dequantize)
     params = assemble(str(path), config, tensors, read, dtype, problems)
     return config, params, metadata
@@ -107,7 +124,9 @@ def read_config(
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"{source}: expected general.architecture 'llama', got {architecture!r}")
+        raise ValueError(
+            f"{source}: expected general.architecture 'llama', got {architecture!r}"
+        )
     missing = [key for key in SIZES.values() if key not in metadata]
     problems = [f"{key}: expected a number, got none" for key in missing]
     raise_problems(source, problems + _unsupported_keys(metadata))
@@ -118,14 +137,18 @@ def read_config(
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         got = metadata.get(key, head_dim)
         if got != head_dim:
-            problems.append(f"{key}: expected the head size {head_dim}, got {got}")
+            problems.append(
+                f"{key}: expected the head size {head_dim}, got {got}"
+            )
     raise_problems(source, problems)
     # Where there is no embedding, which `assemble` reports as missing, any size serves.
     stated_vocab_size = metadata.get("llama.vocab_size", 1)
     vocab_size, *_ = shapes.get("token_embd.weight", (stated_vocab_size,))
     return LlamaConfig(
         **sizes,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", sizes["num_heads"]),
+        num_kv_heads=metadata.get(
+            "llama.attention.head_count_kv", sizes["num_heads"]
+        ),
         head_dim=head_dim,
         vocab_size=vocab_size,
         rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
@@ -144,7 +167,9 @@ def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
     known = {*SIZES.values(), *OPTIONAL}
     problems = []
     for key in sorted(metadata.keys() - known):
-        if key.startswith("llama.") and metadata[key] != WITHOUT_EFFECT.get(key):
+        if key.startswith("llama.") and metadata[key] != WITHOUT_EFFECT.get(
+            key
+        ):
             problems.append(
                 f"{key} = {metadata[key]!r}: not supported, or not known to be without effect"
             )
@@ -184,7 +209,9 @@ def _unreadable(tensors: list, dequantize: Callable) -> list[str]:
             dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            problems.append(f"{tensor.name}: expected a type that `gguf` can read, got {kind}")
+            problems.append(
+                f"{tensor.name}: expected a type that `gguf` can read, got {kind}"
+            )
     return problems
 
 

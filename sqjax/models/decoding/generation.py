@@ -12,7 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sqjax.models.cache import KVCache
-from sqjax.models.decoding.prompts import Prompts, pad_left, prompt_rows, stop_ids
+from sqjax.models.decoding.prompts import (
+    Prompts,
+    pad_left,
+    prompt_rows,
+    stop_ids,
+)
 from sqjax.models.decoding.sampling import Sampling, likeliest, sample
 from sqjax.models.model import Model, Params, TokenIds, cache_for
 from sqjax.models.slots import CacheFormat, cache_format
@@ -129,14 +134,22 @@ def generate(
     keys = _row_keys(seed, len(rows))
     params = unstack_layers(params)
     size = chunk or ids.shape[1]
-    state = _prefill(model, params, ids, padding, keys, how, ends, size, steps, kind)
+    state = _prefill(
+        model, params, ids, padding, keys, how, ends, size, steps, kind
+    )
     if stream is None:
         state = _advance(model, params, state, how, ends, jnp.int32(steps))
     else:
-        state = _advance_and_tell(model, params, state, how, ends, stream, stream_every)
+        state = _advance_and_tell(
+            model, params, state, how, ends, stream, stream_every
+        )
     tokens = _new_tokens(state, np.zeros(len(rows), int))
     _check_finite(state)
-    texts = None if model.tokenizer is None else [model.tokenizer.decode(row) for row in tokens]
+    texts = (
+        None
+        if model.tokenizer is None
+        else [model.tokenizer.decode(row) for row in tokens]
+    )
     return Generated(tokens, np.asarray(state.stopped).tolist(), texts)
 
 
@@ -168,14 +181,18 @@ def _advance_and_tell(
             state = state._replace(stopped=stopped)
         if int(state.step) >= steps or np.all(state.stopped):
             return state
-        state = _advance(model, params, state, how, ends, state.step + jnp.int32(every))
+        state = _advance(
+            model, params, state, how, ends, state.step + jnp.int32(every)
+        )
 
 
 def _new_tokens(state: _State, told: np.ndarray) -> list[list[int]]:
     """The tokens of each row that come after the first `told` of them."""
     counts = np.asarray(state.counts)
     new_tokens = []
-    for row, first, last in zip(np.asarray(state.out), told, counts, strict=True):
+    for row, first, last in zip(
+        np.asarray(state.out), told, counts, strict=True
+    ):
         new_tokens.append(row[first:last].tolist())
     return new_tokens
 
@@ -205,15 +222,21 @@ def _sampling(
 ) -> Sampling | None:
     """How tokens are drawn; None for greedy decoding."""
     if temperature < 0 or not np.isfinite(temperature):
-        raise ValueError(f"generate: expected a temperature of at least 0, got {temperature}")
+        raise ValueError(
+            f"generate: expected a temperature of at least 0, got {temperature}"
+        )
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: expected top_p above 0 and at most 1, got {top_p}")
+        raise ValueError(
+            f"generate: expected top_p above 0 and at most 1, got {top_p}"
+        )
     if temperature == 0:
         return None
     vocabulary = model.config.vocab_size
     kept = vocabulary if top_k is None else min(top_k, vocabulary)
     share = 1.0 if top_p is None else top_p
-    return Sampling(jnp.float32(temperature), jnp.int32(kept), jnp.float32(share))
+    return Sampling(
+        jnp.float32(temperature), jnp.int32(kept), jnp.float32(share)
+    )
 
 
 def _padded(
@@ -245,7 +268,16 @@ def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
 
 @partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))
 def _prefill(
-    model, params, ids, padding, keys, how, ends, chunk: int, steps: int, kind: CacheFormat
+    model,
+    params,
+    ids,
+    padding,
+    keys,
+    how,
+    ends,
+    chunk: int,
+    steps: int,
+    kind: CacheFormat,
 ) -> _State:
     """Reads the prompts, chunk by chunk, and finds the first new token of each.
 
@@ -255,7 +287,14 @@ def _prefill(
     batch, tokens = ids.shape
     # Padding takes slots of the cache though it takes no positions, so there may be more slots than
     # the model's length. The last new token needs none, because it is never read.
-    cache = cache_for(model.config, batch, tokens + steps - 1, compute_dtype(params), kind, chunk)
+    cache = cache_for(
+        model.config,
+        batch,
+        tokens + steps - 1,
+        compute_dtype(params),
+        kind,
+        chunk,
+    )
     cache = cache._replace(padding=jnp.asarray(padding))
     decode = quantized(model.decode)
 
@@ -286,7 +325,10 @@ def _prefill(
 
 
 def _choose(
-    state: _State, logits: Float[Array, "batch vocab"], how: Sampling | None, ends: Array
+    state: _State,
+    logits: Float[Array, "batch vocab"],
+    how: Sampling | None,
+    ends: Array,
 ) -> _State:
     """The state with the next token of each unfinished row.
 
@@ -299,7 +341,9 @@ def _choose(
     if how is None:
         token = likeliest(logits)
     else:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(
+            state.keys, state.step
+        )
         token = sample(logits, how, step_keys)
     over = state.stopped | ~finite
     token = jnp.where(over, 0, token)
@@ -307,7 +351,9 @@ def _choose(
     column = token[:, None]
     return state._replace(
         token=token,
-        out=jax.lax.dynamic_update_slice_in_dim(state.out, column, state.step, axis=1),
+        out=jax.lax.dynamic_update_slice_in_dim(
+            state.out, column, state.step, axis=1
+        ),
         counts=state.counts + (~over).astype(jnp.int32),
         stopped=over | is_end,
         finite=finite,
@@ -316,7 +362,9 @@ def _choose(
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _advance(model, params, state: _State, how: Sampling | None, ends, until) -> _State:
+def _advance(
+    model, params, state: _State, how: Sampling | None, ends, until
+) -> _State:
     """Steps until there are `until` (or as many as there is room for), or every row has ended."""
     decode = quantized(model.decode)
     last = jnp.minimum(until, state.out.shape[1])
@@ -370,7 +418,9 @@ def greedy(
         )
     decode = quantized(model.decode)
     params = unstack_layers(params)
-    slots = model.init_cache(batch, tokens + steps, compute_dtype(params), cache, chunk=tokens)
+    slots = model.init_cache(
+        batch, tokens + steps, compute_dtype(params), cache, chunk=tokens
+    )
     logits, slots = decode(params, prompt_ids, slots)
 
     def step(carry, _):

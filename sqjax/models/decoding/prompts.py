@@ -49,7 +49,9 @@ def check_tokens(model: Model, ids: Any, where: str) -> None:
     ids = np.asarray(ids)
     size = model.config.vocab_size
     if ids.size > 0 and not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{where}: expected integer token ids, got {ids.dtype}")
+        raise ValueError(
+            f"{where}: expected integer token ids, got {ids.dtype}"
+        )
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.size > 0:
         raise ValueError(
@@ -63,7 +65,9 @@ def _ids(model: Model, prompt: Any) -> np.ndarray:
     if not isinstance(prompt, str):
         return np.asarray(prompt)
     if model.tokenizer is None:
-        raise ValueError("prompts: the model has no tokenizer; give token ids in place of texts")
+        raise ValueError(
+            "prompts: the model has no tokenizer; give token ids in place of texts"
+        )
     return np.asarray(model.tokenizer.encode(prompt), np.int32)
 
 
@@ -76,7 +80,9 @@ def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def pad_left(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(
+    rows: Sequence[np.ndarray], multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one array (batch, tokens), with zeros before the shorter ones, and how many.
 
     The number of tokens is rounded up to a multiple of `multiple`. For example rows [7, 8, 9] and
@@ -101,7 +107,9 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
         end = None if model.tokenizer is None else model.tokenizer.eos_id
         return np.array([] if end is None else [end], np.int32)
     is_single = isinstance(stop, str) or np.ndim(stop) == 0
-    found = [_stop_id(model, token) for token in ([stop] if is_single else stop)]
+    found = [
+        _stop_id(model, token) for token in ([stop] if is_single else stop)
+    ]
     check_tokens(model, found, "stop")
     return np.array(found, np.int32)
 
@@ -111,7 +119,9 @@ def _stop_id(model: Model, token: Any) -> Any:
     if not isinstance(token, str):
         return token
     if model.tokenizer is None:
-        raise ValueError(f"stop: {token!r} is a text, and the model has no tokenizer; give its id")
+        raise ValueError(
+            f"stop: {token!r} is a text, and the model has no tokenizer; give its id"
+        )
     ids = encode_alone(model.tokenizer, token)
     if len(ids) != 1:
         raise ValueError(

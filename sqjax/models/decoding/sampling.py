@@ -36,7 +36,9 @@ def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
 
 
 def sample(
-    logits: Float[Array, "batch vocab"], how: Sampling, keys: Key[Array, " batch"]
+    logits: Float[Array, "batch vocab"],
+    how: Sampling,
+    keys: Key[Array, " batch"],
 ) -> Int[Array, " batch"]:
     """A token for each row, drawn with the row's own key."""
     wide = logits.astype(jnp.float32)
@@ -49,7 +51,9 @@ def sample(
 
 
 def restrict(
-    logits: Float[Array, "batch vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+    logits: Float[Array, "batch vocab"],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
 ) -> Float[Array, "batch vocab"]:
     """The logits with -inf in place of those that top-k, and then top-p, leave out.
 
@@ -88,7 +92,9 @@ def _threshold(values: Array, weights: Array, target: Array) -> Array:
         middle = low + (high - low + 1) // 2
         heavy = jnp.where(values >= number(middle), weights, 0)
         enough = jnp.sum(heavy, axis=-1) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+        return jnp.where(enough, middle, low), jnp.where(
+            enough, high, middle - 1
+        )
 
     range_of_bits = jnp.zeros_like(bits_of_one), bits_of_one
     low, _ = jax.lax.fori_loop(0, 31, halve, range_of_bits)

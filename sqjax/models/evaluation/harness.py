@@ -13,7 +13,11 @@ NEW_TOKENS = 256
 
 
 def harness_model(
-    model: Model, params: Params, *, cache: str | CacheFormat | None = None, batch: int = 8
+    model: Model,
+    params: Params,
+    *,
+    cache: str | CacheFormat | None = None,
+    batch: int = 8,
 ) -> Any:
     """An `lm_eval.api.model.LM` that runs a model.
 
@@ -41,7 +45,9 @@ def harness_model(
             "harness_model: expected a model whose tokenizer names the end of a text, got none"
         )
     # The class is made here, because its base can be imported only where lm-eval is installed.
-    adapter_class: Any = type("SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__})
+    adapter_class: Any = type(
+        "SqjaxLM", (_Requests, LM), {"__doc__": harness_model.__doc__}
+    )
     adapter = adapter_class()
     adapter.model = model
     adapter.params = params
@@ -58,9 +64,13 @@ class _Requests:
     kind: Any
     batch: int
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any]
+    ) -> list[tuple[float, bool]]:
         """The log-likelihood of each (context, continuation), and whether it is the greedy one."""
-        pairs: list[Pair] = [encode_pair(self.model, *request.args) for request in requests]
+        pairs: list[Pair] = [
+            encode_pair(self.model, *request.args) for request in requests
+        ]
         return [tuple(likelihood) for likelihood in self._score(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -87,14 +97,18 @@ class _Requests:
         return [self._generate(*request.args) for request in requests]
 
     def _score(self, pairs: list[Pair]):
-        return loglikelihoods(self.model, self.params, pairs, cache=self.kind, batch=self.batch)
+        return loglikelihoods(
+            self.model, self.params, pairs, cache=self.kind, batch=self.batch
+        )
 
     def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
         """The continuation of one context, ended by any text of `until`."""
         until = settings.get("until") or []
         if isinstance(until, str):
             until = [until]
-        until = [end for end in until if end]  # "" ends nothing, as in the harness's own models
+        until = [
+            end for end in until if end
+        ]  # "" ends nothing, as in the harness's own models
         steps = int(settings.get("max_gen_toks", NEW_TOKENS))
         ids = _fitting(self.model, context, steps)
         new: list[int] = []
@@ -143,7 +157,9 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
 def cut(text: str, until: Sequence[str]) -> str:
     """The text before the first occurrence of any of `until`, or all of it."""
     found = [text.find(end) for end in until]
-    starts = [start for start in found if start >= 0]  # -1 stands for "not there"
+    starts = [
+        start for start in found if start >= 0
+    ]  # -1 stands for "not there"
     return text[: min(starts, default=len(text))]
 
 

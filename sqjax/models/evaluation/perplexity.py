@@ -14,7 +14,9 @@ from sqjax.models.slots import CacheFormat, cache_format
 
 
 def windows(
-    ids: Sequence[int] | Int[Array | np.ndarray, " tokens"], length: int, count: int | None = None
+    ids: Sequence[int] | Int[Array | np.ndarray, " tokens"],
+    length: int,
+    count: int | None = None,
 ):
     """The first `count` windows of `length` tokens, by default all that fit; (count, length) int32.
 
@@ -25,7 +27,9 @@ def windows(
     """
     ids = np.asarray(ids, np.int32)
     if length < 1:
-        raise ValueError(f"windows: expected a length of at least 1, got {length}")
+        raise ValueError(
+            f"windows: expected a length of at least 1, got {length}"
+        )
     available = len(ids) // length
     count = available if count is None else count
     if count < 1 or count > available:
@@ -78,7 +82,9 @@ def perplexity(
     rows = _windows_of(model, tokens, length)
     kind = None if cache is None else cache_format(cache)
     losses = []
-    shown = tqdm(rows, desc=description, unit="window", disable=not progress, leave=False)
+    shown = tqdm(
+        rows, desc=description, unit="window", disable=not progress, leave=False
+    )
     for row in shown:
         ids = jnp.asarray(row, jnp.int32)[None]
         losses.append(_loss(model, params, ids, kind, chunk))
@@ -113,7 +119,11 @@ def _windows_of(
 
 
 def _loss(
-    model: Model, params: Params, ids: Array, kind: CacheFormat | None, chunk: int | None
+    model: Model,
+    params: Params,
+    ids: Array,
+    kind: CacheFormat | None,
+    chunk: int | None,
 ) -> float:
     """The mean negative log-likelihood of a window's tokens after its first."""
     # What follows each token; the last, which follows nothing, gets the first and is left out.

@@ -178,7 +178,9 @@ def loglikelihoods(
         True
     """
     if batch < 1:
-        raise ValueError(f"loglikelihoods: expected a batch of at least 1, got {batch}")
+        raise ValueError(
+            f"loglikelihoods: expected a batch of at least 1, got {batch}"
+        )
     kind = None if cache is None else cache_format(cache)
     sequences = []
     counts = []  # how many tokens of each sequence, at its end, are asked for
@@ -188,9 +190,13 @@ def loglikelihoods(
     likelihoods: dict[int, Likelihood] = {}
     for numbers in _batches([len(sequence) for sequence in sequences], batch):
         together = [sequences[number] for number in numbers]
-        ids, padding = _batch(together, batch, model.config.max_length, kind is not None)
+        ids, padding = _batch(
+            together, batch, model.config.max_length, kind is not None
+        )
         padding_of_cache = None if kind is None else padding
-        scored = next_logprobs(model, params, ids[:, :-1], ids[:, 1:], kind, None, padding_of_cache)
+        scored = next_logprobs(
+            model, params, ids[:, :-1], ids[:, 1:], kind, None, padding_of_cache
+        )
         logprobs, is_likeliest = map(np.asarray, scored)
         for row, number in enumerate(numbers):
             # The token at position i of a sequence is the target at i - 1.
@@ -201,12 +207,17 @@ def loglikelihoods(
                 raise ValueError(
                     f"pairs[{number}]: the logits are NaN; check the parameters and their scales"
                 )
-            likelihoods[number] = Likelihood(total, bool(is_likeliest[row, asked].all()))
+            likelihoods[number] = Likelihood(
+                total, bool(is_likeliest[row, asked].all())
+            )
     return [likelihoods[number] for number in range(len(sequences))]
 
 
 def _sequence(
-    model: Model, number: int, context: Sequence[int], continuation: Sequence[int]
+    model: Model,
+    number: int,
+    context: Sequence[int],
+    continuation: Sequence[int],
 ) -> list[int]:
     """Context and continuation, shortened on the left to what the model reads at once.
 
@@ -234,7 +245,9 @@ def _batch(
     [8, 0, 0, 0]] without a cache and [[0, 5, 6, 7], [0, 0, 0, 8]] with one.
     """
     longest = max(len(row) for row in rows)
-    inputs = max(1, longest - 1)  # the last token of a sequence is a target only
+    inputs = max(
+        1, longest - 1
+    )  # the last token of a sequence is a target only
     width = min(-(-inputs // MULTIPLE) * MULTIPLE, most)
     ids = np.zeros((size, width + 1), np.int32)
     padding = np.zeros(size, np.int32)
@@ -251,7 +264,9 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
-def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    model: Model, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """A context and its continuation as ids, as lm-evaluation-harness does it.
 
     Both are encoded as one text; the continuation's ids are those after as many as the context
@@ -306,12 +321,19 @@ def multiple_choice(
     for question in questions:
         for choice in question.choices:
             pairs.append(encode_pair(model, question.context, choice))
-    likelihoods = iter(loglikelihoods(model, params, pairs, cache=cache, batch=batch))
-    logprobs = [[next(likelihoods).logprob for _ in question.choices] for question in questions]
+    likelihoods = iter(
+        loglikelihoods(model, params, pairs, cache=cache, batch=batch)
+    )
+    logprobs = [
+        [next(likelihoods).logprob for _ in question.choices]
+        for question in questions
+    ]
     return Accuracy(
         acc=_share_right(questions, logprobs, lambda choice: 1),
         acc_norm=_share_right(questions, logprobs, len),
-        acc_bytes=_share_right(questions, logprobs, lambda choice: len(choice.encode())),
+        acc_bytes=_share_right(
+            questions, logprobs, lambda choice: len(choice.encode())
+        ),
         logprobs=logprobs,
     )
 
@@ -319,7 +341,11 @@ def multiple_choice(
 def _check_question(number: int, question: Question) -> None:
     """Raises ValueError for a question that can not be answered."""
     choices, answer = question.choices, question.answer
-    if len(choices) < 2 or not all(choices) or answer not in range(len(choices)):
+    if (
+        len(choices) < 2
+        or not all(choices)
+        or answer not in range(len(choices))
+    ):
         raise ValueError(
             f"questions[{number}]: expected at least two choices, none of them empty, and the "
             f"number of the right one, got {len(choices)} choices {list(choices)} and answer "
@@ -336,6 +362,9 @@ def _share_right(
     is_right = []
     for question, of_choices in zip(questions, logprobs, strict=True):
         sizes = [size_of(choice) for choice in question.choices]
-        values = [logprob / size for logprob, size in zip(of_choices, sizes, strict=True)]
+        values = [
+            logprob / size
+            for logprob, size in zip(of_choices, sizes, strict=True)
+        ]
         is_right.append(int(np.argmax(values)) == question.answer)
     return float(np.mean(is_right))
