@@ -3,6 +3,7 @@ one."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,9 +82,9 @@ def check_arrays(params: PyTree) -> None:
             )
 
 
-def check_finite(tree: PyTree, what: str) -> None:
-    """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity. Tracers
-    are passed over."""
+def check_finite(tree: PyTree, what: str, but: float | None = None) -> None:
+    """Raises ValueError naming the first leaf of `tree` that holds a NaN or an infinity, other than
+    `but`. Tracers are passed over."""
     floats = []
     for path, leaf in _pairs(tree):
         if is_float(leaf) and is_concrete(leaf):
@@ -91,12 +92,12 @@ def check_finite(tree: PyTree, what: str) -> None:
     # Also while a jitted function is traced that has closed over these values: they are known
     # there.
     with jax.ensure_compile_time_eval():
-        finite = jax.device_get(_all_finite([x for _, x in floats]))
+        finite = jax.device_get(_all_finite([x for _, x in floats], but))
     for (path, leaf), fine in zip(floats, finite, strict=True):
         if fine:
             continue
         numbers = np.asarray(leaf, np.float32)
-        bad = int(np.sum(~np.isfinite(numbers)))
+        bad = int(np.sum(~(np.isfinite(numbers) | (numbers == but))))
         raise ValueError(
             f"{what} {path or '(the array itself)'}: {bad} of {leaf.size} values are NaN or "
             "infinite; finite numbers are expected: mend or drop them first"
@@ -109,7 +110,13 @@ def _pairs(tree: PyTree) -> Iterator[tuple[str, Any]]:
     return zip(paths, leaves, strict=True)
 
 
-@jax.jit
-def _all_finite(arrays: list[Any]) -> list[Any]:
+@partial(jax.jit, static_argnums=1)
+def _all_finite(arrays: list[Any], but: float | None) -> list[Any]:
     # One compiled program for all leaves, because one reduction each would take a dispatch each.
-    return [jnp.all(jnp.isfinite(x)) for x in arrays]
+    fine = []
+    for x in arrays:
+        allowed = jnp.isfinite(x)
+        if but is not None:
+            allowed |= x == jnp.asarray(but, x.dtype)
+        fine.append(jnp.all(allowed))
+    return fine

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from sqjax._trees import PyTree, check_arrays, check_finite
@@ -149,7 +150,8 @@ def _open(batches: Iterable[Any]) -> tuple[Arguments, Iterable[Any]]:
 def _arguments(batch: Any, number: int) -> Arguments:
     """The arguments of fn after params that a batch stands for, checked for NaN and infinity."""
     args = batch if isinstance(batch, tuple) else (batch,)
-    check_finite(args, f"calibration batch {number}, input")
+    # An additive mask holds -inf. Where that reaches a site, the activation is refused.
+    check_finite(args, f"calibration batch {number}, input", but=-np.inf)
     return args
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from sqjax._trees import check_finite
 from sqjax.calibration.analysis import (
@@ -16,7 +17,7 @@ from sqjax.calibration.analysis import (
     shapes_of,
 )
 from sqjax.calibration.observe import Observation, combine, observe
-from sqjax.calibration.stats import Stats, weight_absmax
+from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.numerics.ranges import Histogram
@@ -129,15 +130,28 @@ class Recorder:
             count[path] = seen.tokens
             if seen.histogram is not None:
                 histograms[path] = seen.histogram
-        # Not batch by batch: a check waits for the device, and maxima keep a NaN or an infinity.
+        # Not batch by batch: a check waits for the device. Maxima keep an infinity. Only the sums
+        # keep a NaN, because a CPU's vectorised maximum passes over it.
+        absmax = jax.tree.map(_with_nan_of, absmax, abs_sum)
         check_finite(absmax, "activation at")
 
         leaves = leaves_by_path(self._analyses.params, self.graph)
-        weights, folded = {}, {}
-        for site in self.graph.sites:
-            weights[site.path] = weight_absmax(site, leaves[site.path])
+        weights = weight_absmaxes(self.graph.sites, leaves)
+        folded = {}
         for group in self.graph.groups:
             folded[group.name] = jnp.ones(group.size, jnp.float32)
         return Stats(
-            absmax, abs_sum, count, weights, folded, self.graph, histograms
+            absmax,
+            abs_sum,
+            count,
+            weights,
+            folded,
+            self.graph,
+            histograms,
+            leaf_sizes(leaves),
         )
+
+
+def _with_nan_of(absmax: Array, abs_sum: Array) -> Array:
+    """Maxima, NaN where the sum of the same numbers is."""
+    return jnp.where(jnp.isnan(abs_sum), jnp.float32(jnp.nan), absmax)

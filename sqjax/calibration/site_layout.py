@@ -118,7 +118,12 @@ class SiteLayout(NamedTuple):
     def total(self, x: Array) -> Array:
         """The sum over them; devices that hold the same activation count once."""
         if self.same:
-            x = jnp.max(x, axis=self.same, keepdims=True)
+            one = jnp.max(x, axis=self.same, keepdims=True)
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                # A CPU's vectorised maximum may pass over NaN, which a sum is there to keep.
+                nan = jnp.isnan(x).any(self.same, keepdims=True)
+                one = jnp.where(nan, jnp.float32(jnp.nan), one)
+            x = one
         return x.sum(self.reduced)
 
     def arranged(self, x: Array) -> Array:

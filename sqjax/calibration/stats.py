@@ -1,5 +1,6 @@
 """`Stats`: what each matmul saw in calibration, and the graph of what can be folded."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from sqjax._trees import is_concrete
+from sqjax._trees import is_concrete, is_float
 from sqjax.folding.graph import Graph, Site
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
@@ -40,6 +41,8 @@ class Stats:
         folded: {group: s}, the smoothing scales that `fold_stats` has divided out since; ones at
             first.
         graph: the sites, the groups, and why the other sites are in none (static, hashable).
+        leaf_sizes: {leaf: (max |w|, mean |w|)} of the parameters that were calibrated, float32: by
+            these it is seen later whether other parameters are meant.
         histogram: {site: `Histogram` of |X|, one for each matrix of a stack} if
             `calibrate(..., histogram=True)` asked for it, else empty. `fold_stats` leaves them as
             they are, because the histogram of X says nothing about that of X / s.
@@ -66,6 +69,7 @@ class Stats:
     folded: dict[str, Any]
     graph: Graph = field(metadata={"static": True})
     histogram: dict[str, Histogram] = field(default_factory=dict)
+    leaf_sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -114,11 +118,13 @@ class Stats:
             self.folded,
             self.graph,
             histogram,
+            self.leaf_sizes,
         )
 
     def _check_same_parameters(self, other: "Stats") -> None:
-        mine = {"weight_absmax": self.weight_absmax, "folded": self.folded}
-        theirs = {"weight_absmax": other.weight_absmax, "folded": other.folded}
+        fields = ("weight_absmax", "folded", "leaf_sizes")
+        mine = {name: getattr(self, name) for name in fields}
+        theirs = {name: getattr(other, name) for name in fields}
         # Under jit there are no values to compare.
         if not all(map(is_concrete, jax.tree.leaves((mine, theirs)))):
             return
@@ -191,6 +197,40 @@ def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
     gives (3, 8).
     """
     return _absmax_along(leaf, site.channel_axes)
+
+
+def weight_absmaxes(
+    sites: Iterable[Site], leaves: Mapping[str, Any]
+) -> dict[str, Array]:
+    """{site: `weight_absmax` of its leaf}, all by one compiled program."""
+    kept = tuple((site.path, site.channel_axes) for site in sites)
+    return _absmaxes_along({path: leaves[path] for path, _ in kept}, kept)
+
+
+def leaf_sizes(leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """{leaf: (max |w|, mean |w|)} of the float leaves that have elements."""
+    sized = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if is_float(leaf) and leaf.size
+    }
+    return _sizes(sized)
+
+
+@jax.jit
+def _sizes(leaves: dict[str, Array]) -> dict[str, Array]:
+    sizes = {}
+    for path, leaf in leaves.items():
+        magnitude = jnp.abs(leaf.astype(jnp.float32))
+        sizes[path] = jnp.stack([jnp.max(magnitude), jnp.mean(magnitude)])
+    return sizes
+
+
+@partial(jax.jit, static_argnums=1)
+def _absmaxes_along(
+    leaves: dict[str, Array], kept: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, Array]:
+    return {path: _absmax_along(leaves[path], axes) for path, axes in kept}
 
 
 @partial(jax.jit, static_argnums=1)

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from sqjax._trees import PyTree, map_named, named_leaves
+from sqjax._trees import PyTree, is_concrete, map_named, named_leaves
 from sqjax.folding.graph import Graph
 
 
@@ -85,7 +86,8 @@ def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
             left out stay as they are.
 
     Raises:
-        ValueError: params are not the calibrated tree, or a group is unknown or of another size.
+        ValueError: params are not the calibrated tree; a group is unknown; an s has another size,
+            or numbers that are not above 0 and finite (not checked under jit).
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -171,3 +173,20 @@ def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
             raise ValueError(
                 f"{name}: expected s of shape {expected}, got {shape}"
             )
+        _check_positive(name, scale)
+
+
+def _check_positive(name: str, scale: Any) -> None:
+    """Raises ValueError if a scale is not above 0 and finite; values are not known under jit."""
+    if not is_concrete(scale):
+        return
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(scale, np.float64)
+    wrong = ~((values > 0) & np.isfinite(values))
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise ValueError(
+            f"{name}: expected scales above 0 and finite, got {values[first]} at {first} "
+            f"({int(wrong.sum())} of {values.size} are not): dividing by these is no smoothing. "
+            "A channel that shall stay as it is has s = 1"
+        )

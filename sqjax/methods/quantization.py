@@ -9,23 +9,28 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from sqjax._names import first_matches
-from sqjax._trees import PyTree, check_finite, is_concrete, map_named
+from sqjax._trees import PyTree, check_finite, map_named
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats, weight_absmax
-from sqjax.folding.apply import fold, leaves_by_path, unfold
+from sqjax.folding.apply import fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
+from sqjax.methods.described import check_leaves
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.quantize import named, outlier_channels, quantize_weight
 from sqjax.weights.schemes import W8A8, Indices, Scheme, Static
 
 Rules = Scheme | Mapping[str, Scheme | None]
+
+_STATIC_ADVICE = (
+    "static activation scales, outliers, or smoothing at run time, would be wrong. Pass "
+    "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or "
+    "calibrate again"
+)
 
 
 def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
@@ -146,7 +151,7 @@ def _quantized(
     }
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     measured = [sites[path] for path in schemes if schemes[path].measured]
-    _check_described(params, stats, measured)
+    check_leaves(params, stats, measured, _STATIC_ADVICE)
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
@@ -185,35 +190,6 @@ def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
             site.batch,
             channels,
         )
-
-
-def _check_described(params: PyTree, stats: Stats, sites: list[Site]) -> None:
-    """Raises ValueError if the statistics are of other parameters than these.
-
-    Of not yet smoothed ones, say. How it knows: `Stats` keeps max |W_j| of the parameters that were
-    calibrated, and the s that `fold_stats` has divided out since. Undoing these s must give weights
-    with the same maxima.
-    """
-    known = all(map(is_concrete, jax.tree.leaves((params, stats))))
-    if not sites or not known:
-        return
-    # Values that a jitted function has closed over are known, though tracing is under way.
-    with jax.ensure_compile_time_eval():
-        original = leaves_by_path(
-            unfold(params, stats.graph, stats.folded), stats.graph
-        )
-        maxima = [weight_absmax(site, original[site.path]) for site in sites]
-    for site, now in zip(sites, maxima, strict=True):
-        then = stats.weight_absmax[site.path]
-        # Folding and unfolding round each weight twice, in its own precision.
-        tolerance = 4 * float(jnp.finfo(original[site.path].dtype).eps) + 1e-5
-        if not np.allclose(now, then, rtol=tolerance, atol=0):
-            raise ValueError(
-                f"{site.path}: the statistics are of other parameters than these (were they "
-                "smoothed?); static activation scales, outliers, or smoothing at run time, would "
-                "be wrong. Pass fold_stats(stats, scales(params, stats, alpha)), with the params "
-                "before smoothing, or calibrate again"
-            )
 
 
 def smoothquant(

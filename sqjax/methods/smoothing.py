@@ -22,7 +22,8 @@ from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, is_concrete, replicated
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import check_scales, expand, fold, leaves_by_path
-from sqjax.folding.graph import Group
+from sqjax.folding.graph import Group, Site
+from sqjax.methods.described import check_weights
 from sqjax.numerics.smoothing import smoothing_scales
 
 Alpha = Any  # a number (or a traced scalar), or a mapping from name patterns to numbers
@@ -79,6 +80,8 @@ def scales(
             - params are not the calibrated tree (a leaf is missing, is new, has another shape):
               pass those, or calibrate these.
             - params hold NaN or infinity.
+            - the statistics do not describe these params, which were smoothed or trained since:
+              start from the calibrated ones, or calibrate these.
             - alpha, or a number of the mapping, is outside [0, 1].
             - a pattern is no regular expression, or is found in no site's path: near misses are
               listed.
@@ -100,6 +103,7 @@ def scales(
     check_finite(params, "parameter")
     chosen = stats.graph.select(groups)
     alphas = _alphas(alpha, chosen)
+    check_weights(params, stats, _sites_of(chosen, stats), _SMOOTHED_ADVICE)
     s = {}
     for group in chosen:
         maxima = _maxima_of_sites(group, leaves, stats)
@@ -109,6 +113,20 @@ def scales(
     if attention is not None:
         s |= _key_scales(stats, attention, round_scales)
     return s
+
+
+#: Smoothing what is smoothed already divides the activations by their old scales once more.
+_SMOOTHED_ADVICE = (
+    "scales of such statistics would smooth them a second time. To smooth anew, start from the "
+    "parameters that were calibrated, or calibrate these; to go on with these parameters, pass "
+    "fold_stats(stats, s), with the s that was folded in"
+)
+
+
+def _sites_of(groups: Iterable[Group], stats: Stats) -> list[Site]:
+    """The sites of these groups, each once."""
+    paths = {path for group in groups for path, _ in group.sites}
+    return [site for site in stats.graph.sites if site.path in paths]
 
 
 class Maxima(NamedTuple):
@@ -245,7 +263,7 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
         s: {group name: s}, the same that `fold` is given.
 
     Raises:
-        ValueError: a group is unknown or its s has another size.
+        ValueError: a group is unknown, or its s has another size or is not above 0.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq

@@ -1,0 +1,116 @@
+"""Whether statistics describe these parameters: `smooth` and `quantize` ask before they use any."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sqjax._trees import PyTree, is_concrete, is_float, map_named
+from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
+from sqjax.folding.apply import leaves_by_path, unfold
+from sqjax.folding.graph import Site
+
+
+def check_weights(
+    params: PyTree, stats: Stats, sites: Iterable[Site], advice: str
+) -> None:
+    """Raises ValueError, with the advice, if the statistics are of other weights than these.
+
+    Of not yet smoothed ones, say. How it knows: `Stats` keeps max |W_j| of the parameters that were
+    calibrated, and the s that `fold_stats` has divided out since. Undoing these s must give weights
+    with the same maxima. Values can not be checked under jit.
+    """
+    sites = list(sites)
+    if not sites or not _known(params, stats):
+        return
+    # Values that a jitted function has closed over are known, though tracing is under way.
+    with jax.ensure_compile_time_eval():
+        original = _original(params, stats)
+        slack = _slack(params, stats)
+        maxima = weight_absmaxes(sites, original)
+        slacks = weight_absmaxes(sites, slack)
+        compared = jax.device_get((maxima, slacks, stats.weight_absmax))
+    of_now, slacks, of_then = compared
+    for site in sites:
+        path = site.path
+        now, then = of_now[path], of_then[path]
+        tolerance = _tolerance(original[path])
+        near = np.abs(now - then) <= tolerance * np.abs(then) + slacks[path]
+        if not np.all(near):
+            raise ValueError(
+                f"{path}: the statistics are of other parameters than these "
+                f"(were they smoothed?); {advice}"
+            )
+
+
+def check_leaves(
+    params: PyTree, stats: Stats, sites: Iterable[Site], advice: str
+) -> None:
+    """`check_weights`, and the same of the other leaves that these sites' activations depend on.
+
+    These are the leaves of the sites' own groups, a norm's gain for example, and the leaves in no
+    group. Leaves of other groups may have been scaled since, which changes nothing here. Of each
+    leaf max |w| and the mean |w| are compared.
+    """
+    sites = list(sites)
+    check_weights(params, stats, sites, advice)
+    if not sites or not stats.leaf_sizes or not _known(params, stats):
+        return
+    with jax.ensure_compile_time_eval():
+        original = _original(params, stats)
+        compared = jax.device_get((leaf_sizes(original), stats.leaf_sizes))
+    sizes, of_then = compared
+    paths = {site.path for site in sites}
+    elsewhere: set[str] = set()
+    for group in stats.graph.groups:
+        if paths.isdisjoint(dict(group.sites)):
+            elsewhere |= dict(group.leaves).keys()
+    offsets = dict(stats.graph.offsets)
+    for path in sizes.keys() - paths - elsewhere:
+        tolerance = 10 * _tolerance(original[path])
+        # c + w was folded, so w itself has lost the digits that c + w has not.
+        slack = tolerance * abs(offsets.get(path, 0.0))
+        then = of_then[path]
+        if not np.allclose(sizes[path], then, rtol=tolerance, atol=slack):
+            raise ValueError(
+                f"{path}: the statistics are of other parameters than these (its mean size is "
+                f"{sizes[path][1]:.3g}, and was {then[1]:.3g} when calibrated); {advice}"
+            )
+
+
+def _known(params: PyTree, stats: Stats) -> bool:
+    """Whether there are values to compare: there are none under jit."""
+    return all(map(is_concrete, jax.tree.leaves((params, stats))))
+
+
+def _original(params: PyTree, stats: Stats) -> dict[str, Any]:
+    """{path: leaf} before `stats.folded` was folded in, up to rounding."""
+    before = unfold(params, stats.graph, stats.folded)
+    return leaves_by_path(before, stats.graph)
+
+
+def _tolerance(leaf: Any) -> float:
+    """Folding and unfolding round each weight twice, in its own precision."""
+    return 4 * float(jnp.finfo(leaf.dtype).eps) + 1e-5
+
+
+def _slack(params: PyTree, stats: Stats) -> dict[str, Any]:
+    """{path: by how much rounding to the smallest numbers can have moved each weight}.
+
+    Example: float16 holds multiples of 2^-24 near 0. A weight of 0.05 with an s of 1e-5 is stored
+    as 5e-7, which is rounded by up to 3e-8; undoing s makes that an error of 0.003.
+    """
+
+    def smallest(path: str, leaf: Any) -> Any:
+        if not is_float(leaf):
+            return leaf
+        step = float(jnp.finfo(leaf.dtype).smallest_subnormal)
+        return jnp.full(leaf.shape, step, jnp.float32)
+
+    steps = map_named(smallest, params)
+    if all(leaf.dtype != jnp.float16 for leaf in jax.tree.leaves(params)):
+        return leaves_by_path(steps, stats.graph)  # far below all weights
+    graph = stats.graph._replace(offsets=())
+    return leaves_by_path(unfold(steps, graph, stats.folded), stats.graph)
