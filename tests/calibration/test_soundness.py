@@ -24,7 +24,7 @@ def test_nan_in_a_layer_of_a_scan_is_refused():
         return jax.lax.scan(lambda h, w: (jnp.sqrt(h @ w), None), x, p["w"])[0]
 
     positive = jnp.stack([jnp.ones((16, 16)), -jnp.ones((16, 16)), jnp.ones((16, 16))])
-    with pytest.raises(ValueError, match="activation at w: .* are NaN"):
+    with pytest.raises(ValueError, match=r"activation at w: .* are NaN"):
         sq.calibrate(fn, {"w": positive}, [X[:, :16]])
 
 

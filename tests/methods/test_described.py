@@ -29,7 +29,7 @@ def stats():
 def test_smoothing_twice_with_the_same_statistics_is_refused(stats):
     smoothed = sq.smooth(PARAMS, stats, 0.85)
     for method in (sq.smooth, sq.scales):
-        with pytest.raises(ValueError, match="up: .*would smooth them a second time.*fold_stats"):
+        with pytest.raises(ValueError, match=r"up: .*would smooth them a second time.*fold_stats"):
             method(smoothed, stats, 0.85)
 
 
