@@ -71,7 +71,9 @@ def test_scales_that_are_not_above_0_are_refused(stats, wrong):
         lambda: sq.fold(PARAMS, stats.graph, s),
         lambda: sq.fold_stats(stats, s),
     ):
-        with pytest.raises(ValueError, match=r"up: expected scales above 0 and finite, got .* at 5"):
+        with pytest.raises(
+            ValueError, match=r"up: expected scales above 0 and finite, got .* at 5"
+        ):
             act()
 
 
