@@ -8,6 +8,13 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+Shape = tuple[int, ...]
+
+
+def sizes_along(shape: Sequence[int], axes: Sequence[int]) -> Shape:
+    """The sizes along these axes, in their order: of (2, 3, 4) and [2, 0] these are (4, 2)."""
+    return tuple(shape[a] for a in axes)
+
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes that one entry of a PartitionSpec names: None names none, ("a", "b") two."""

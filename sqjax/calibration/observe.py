@@ -13,7 +13,7 @@ from sqjax.calibration.site_layout import SiteLayout
 from sqjax.folding.graph import Site
 from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
-from sqjax.program.build import Var
+from sqjax.program.build import Atom, Var
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
 from sqjax.program.replication import MeshAxes, varying
@@ -256,7 +256,7 @@ def _by_site(
 def _check_mask(
     program: Program,
     places: Iterable[Place],
-    differing: Mapping[Var, MeshAxes],
+    differing: Mapping[Atom, MeshAxes],
     mask: Array,
 ) -> None:
     """Raises ValueError if a shard_map has split the tokens: a mask is not split likewise."""

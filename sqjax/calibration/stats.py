@@ -178,12 +178,10 @@ class Stats:
 
     def _is_unfolded(self, path: str) -> Any:
         """Whether `fold_stats` has left a site's activation as it was: every s is 1 there."""
-        groups = [
-            group.name
-            for group in self.graph.groups
-            if path in dict(group.sites)
-        ]
-        folded = [self.folded[name] for name in groups]
+        folded = []
+        for group in self.graph.groups:
+            if path in dict(group.sites):
+                folded.append(self.folded[group.name])
         if all(map(is_concrete, folded)):
             return all(np.all(np.asarray(s) == 1) for s in folded)
         # Under jit nobody knows yet, so the answer is an array, too.

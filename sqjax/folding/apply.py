@@ -40,12 +40,11 @@ def _differences(
     for path in expected:
         if path not in got:
             problems.append(f"{path}: expected {expected[path]}, missing")
-    for path in got:
-        if path not in expected:
-            problems.append(f"{path}: not in the calibrated tree")
     for path, leaf in got.items():
         shape = tuple(jnp.shape(leaf))
-        if path in expected and shape != expected[path]:
+        if path not in expected:
+            problems.append(f"{path}: not in the calibrated tree")
+        elif shape != expected[path]:
             problems.append(
                 f"{path}: expected shape {expected[path]}, got {shape}"
             )
@@ -65,10 +64,7 @@ def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         with_one = _with_one(s[group.name])
         # Different groups scale different channels of a site, so the other one's factor is 1.
         for path, labels in group.sites:
-            factor = with_one[labels.array]
-            factors[path] = (
-                factors[path] * factor if path in factors else factor
-            )
+            factors[path] = factors.get(path, 1.0) * with_one[labels.array]
     return factors
 
 
@@ -140,9 +136,7 @@ def _scale_leaf(
     With an offset c it is c + leaf that is scaled: the function reads that sum, so (c + leaf) / s -
     c is stored.
     """
-    value = leaf.astype(
-        leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32
-    )
+    value = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     value = value + offset if offset else value
     for scale, labels in factors:
         with_one = _with_one(scale).astype(value.dtype)

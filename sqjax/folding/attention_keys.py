@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sqjax._shapes import sizes_along
 from sqjax.folding.graph import Group, LabelMap, Site
 from sqjax.folding.groups import Survey, close_labels, group_of
-from sqjax.folding.labels import Labels
+from sqjax.folding.labels import Labels, varying_axes
 from sqjax.folding.per_step import Stack
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Side, normalised_over, sides_of
@@ -41,27 +42,26 @@ def find_keys(survey: Survey) -> list[Keys]:
     Where no leaf absorbs the scale on both sides, nothing is found.
     """
     program = survey.program
-    found: list[Keys] = []
+    found: dict[str, Keys] = {}
     met: set[Var] = (
         set()
     )  # what the groups found so far have labelled: the keys themselves, too
     for equation in program.equations:
-        of_leaves = not program.from_leaves.isdisjoint(equation.variables)
-        if equation.name != "dot_general" or of_leaves:
+        of_activations = program.from_leaves.isdisjoint(equation.inputs)
+        if equation.name != "dot_general" or not of_activations:
             continue
         for side in sides_of(program, equation):
             if not isinstance(side.var, Var) or side.var in met:
                 continue  # a literal, or keys whose scales another product has found
             if not normalised_over(program, equation, side.out):
                 continue
-            names = {keys.site.path for keys in found}
             try:
-                keys, labels = _keys(survey, side.var, side, names)
+                keys, labels = _keys(survey, side.var, side, found)
             except Refused:
                 continue
             met.update(labels)
-            found.append(keys)
-    return found
+            found[keys.site.path] = keys
+    return list(found.values())
 
 
 def _keys(
@@ -90,9 +90,7 @@ def _keys(
     keys = Keys(
         site=Site(name, (), channels.shape),
         activation=activation,
-        axes=tuple(
-            a for a, size in enumerate(found[activation].shape) if size > 1
-        ),
+        axes=tuple(varying_axes(found[activation])),
         group=group._replace(name=name, sites=sites, keys=True),
     )
     return keys, found
@@ -109,7 +107,7 @@ def _channels(
     program, labels = survey.program, found[activation]
     around = program.scopes[activation]
     steps = tuple(program.lengths[scope] for scope in around)
-    varying = tuple(size for size in labels.shape if size > 1)
+    varying = sizes_along(labels.shape, varying_axes(labels))
     one_step = -labels.reshape((1,) * len(steps) + varying)
     where = {scope: (i, 1) for i, scope in enumerate(around)}
     stack = Stack.of(program, found, survey.places)

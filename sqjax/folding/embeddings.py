@@ -17,10 +17,11 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
     """
     variables_of: dict[str, list[Var]] = {}
     for var, view in program.views.items():
-        variables_of.setdefault(view.path, []).append(var)
+        if view.path not in matmuls:
+            variables_of.setdefault(view.path, []).append(var)
     found = []
     for path, variables in variables_of.items():
-        if path not in matmuls and _is_table(program, variables):
+        if _is_table(program, variables):
             shape = program.views[variables[0]].full_shape
             row_axes = tuple(range(1, len(shape)))
             found.append(Site(path, row_axes, shape[1:]))
@@ -31,27 +32,22 @@ def _is_table(program: Program, variables: list[Var]) -> bool:
     """Whether a leaf is looked up in and otherwise only passed on, given all variables that are
     views of it.
     """
-    if not set(variables).isdisjoint(program.outputs):
-        return False  # the function returns it
     looked_up = False
     for var in variables:
         for equation in program.readers.get(var, ()):
             if _is_lookup(program, var, equation):
                 looked_up = True
-                continue
-            if not _is_passed_on(program, var, equation):
+            elif not _is_passed_on(program, var, equation):
                 return False
-    return looked_up
+    is_returned = not program.outputs.keys().isdisjoint(variables)
+    return looked_up and not is_returned
 
 
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether all that an equation makes of a leaf is seen as that leaf."""
     results = [y for y in equation.outputs if var in equation.behind(y)]
-    return (
-        equation.body is None
-        and bool(results)
-        and all(y in program.views for y in results)
-    )
+    is_seen = program.views.keys() >= set(results)
+    return equation.body is None and bool(results) and is_seen
 
 
 def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:

@@ -28,14 +28,9 @@ def find_graph(
         ValueError: a stated group is not lawful, or is not as stated.
     """
     program = survey.program
-    groups: list[Group] = []
-    for site, absorbers in (stated or {}).items():
-        groups.append(stated_group(survey, site, absorbers))
+    groups = [stated_group(survey, *item) for item in (stated or {}).items()]
     refused, ways = _group_the_rest(survey, groups)
-    leaves = {}
-    for var in program.inputs:  # the leaves, then the other inputs
-        if var in program.leaves:
-            leaves[program.leaves[var]] = program.shape(var)
+    leaves = {path: program.shape(v) for path, v in program.whole.items()}
     offsets = {
         program.leaves[var]: constant
         for var, constant in program.offsets.items()
@@ -90,20 +85,13 @@ def _group_the_rest(
 
 def _covered(survey: Survey, group: Group) -> set[str]:
     """The names of the places that are in a group."""
-    paths = dict(group.sites)
-    found = set()
-    for place in survey.places:
-        if place.site.path in paths and covers(group, place):
-            found.add(place.name)
-    return found
+    return {place.name for place in survey.places if covers(group, place)}
 
 
 def _also_an_embedding(program: Program, place: Place) -> str:
     """What more to say of a tied head: its leaf is an embedding too, which shares its scale."""
     for equation in program.equations:
-        if equation.name != "gather" or not equation.variables:
-            continue
-        view = program.views.get(equation.variables[0])
-        if view is not None and view.path == place.site.path:
+        is_lookup = equation.name == "gather"
+        if is_lookup and program.path_of(equation.inputs[0]) == place.site.path:
             return f"; the same leaf is an embedding, looked up by {equation}"
     return ""

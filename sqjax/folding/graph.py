@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from itertools import filterfalse
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +116,7 @@ class Group(NamedTuple):
             )
             for absorber in self.absorbers:
                 lines.append(f"  {absorber}")
-                lines += [f"    {step}" for step in ways.get(absorber, ())]
+                lines += _indented(ways.get(absorber, ()))
         if path in self.absorbers:
             lines.append(f"{path} absorbs the scales of the group {self.name}")
             lines += _steps("the sites' activation", ways.get(path, ()))
@@ -173,11 +175,11 @@ class Graph(NamedTuple):
         Raises:
             ValueError: a pattern that matches no site of any group.
         """
-        of_sites = tuple(group for group in self.groups if not group.keys)
+        of_sites = tuple(filterfalse(attrgetter("keys"), self.groups))
         if groups == "all":
             return of_sites
         if groups == "norm":
-            return tuple(group for group in of_sites if group.norm)
+            return tuple(filter(attrgetter("norm"), of_sites))
         patterns = [groups] if isinstance(groups, str) else list(groups)
         return _matching(of_sites, patterns)
 
@@ -188,7 +190,7 @@ class Graph(NamedTuple):
         Raises:
             ValueError: there is no such leaf; names near misses.
         """
-        known = [leaf for leaf, _ in self.leaves]
+        known = list(dict(self.leaves))
         if path not in known:
             raise ValueError(
                 f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}"
@@ -248,4 +250,8 @@ def _steps(start: str, way: tuple[str, ...]) -> list[str]:
     """Lines for the equations on the way from `start`; none if there is no way."""
     if not way:
         return []
-    return [f"  from {start}, through", *(f"    {step}" for step in way)]
+    return [f"  from {start}, through", *_indented(way)]
+
+
+def _indented(way: tuple[str, ...]) -> list[str]:
+    return [f"    {step}" for step in way]

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sqjax._shapes import sizes_along
 from sqjax.folding.certificate import certify
 from sqjax.folding.graph import Group, LabelMap
 from sqjax.folding.labels import (
     Labels,
     other_axes,
     put_axes,
-    sizes_along,
     varies,
 )
 from sqjax.folding.per_step import Stack
@@ -127,14 +127,14 @@ def stated_group(survey: Survey, site: str, absorbers: Sequence[str]) -> Group:
     Raises:
         ValueError: there is no such site, the search finds none, or it does not need all of them.
     """
-    place = next((p for p in survey.places if p.name == site), None)
-    if place is None:
-        known = sorted({p.name for p in survey.places})
+    place_of = {place.name: place for place in reversed(survey.places)}
+    if site not in place_of:
+        known = sorted(place_of)
         raise ValueError(
             f"groups: {site!r} is no site; the sites are {known[:5]} ..."
         )
     try:
-        group = find_group(survey, place, frozenset(absorbers))
+        group = find_group(survey, place_of[site], frozenset(absorbers))
     except Refused as reason:
         stated = list(absorbers)
         raise ValueError(
@@ -214,17 +214,15 @@ def _scaled_sites(
         labels = _at_place(stack, place, found.get(place.activation))
         reads = np.zeros(place.site.channels, bool)
         reads[place.entry] = True
-        if (
-            path in sites
-        ):  # an earlier place has read other channels of it, or the same
-            twice = reads & known[path]
-            if (twice & (sites[path] != labels)).any():
-                raise Refused(
-                    f"{place.equation} multiplies another part of {place.name} with something else"
-                )
-            labels = np.where(reads, labels, sites[path])
-            reads = reads | known[path]
-        sites[path], known[path] = labels, reads
+        # An earlier place may have read other channels of it, or the same.
+        before = sites.get(path, labels)
+        read_before = known.get(path, np.zeros_like(reads))
+        if (reads & read_before & (before != labels)).any():
+            raise Refused(
+                f"{place.equation} multiplies another part of {place.name} with something else"
+            )
+        sites[path] = np.where(reads, labels, before)
+        known[path] = reads | read_before
     return {path: labels for path, labels in sites.items() if labels.any()}
 
 

@@ -28,21 +28,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sqjax._shapes import runs
+from sqjax._shapes import Shape, runs, sizes_along
 
 Labels = np.ndarray
-Shape = tuple[int, ...]
 
 
 def compress(labels: Labels) -> Labels:
     """Gives every axis along which the labels are constant the size 1: [[1, 2], [1, 2]] becomes
     [[1, 2]].
     """
-    for axis, size in enumerate(labels.shape):
-        if size > 1:
-            first = labels[(slice(None),) * axis + (slice(0, 1),)]
-            if (labels == first).all():
-                labels = first
+    for axis in range(labels.ndim):
+        first = labels[(slice(None),) * axis + (slice(0, 1),)]
+        if (labels == first).all():
+            labels = first
     return labels
 
 
@@ -50,17 +48,17 @@ def other_axes(ndim: int, axes: Sequence[int]) -> list[int]:
     """The axes of an array of this rank that are not among `axes`: of rank 3 and [1] these are [0,
     2].
     """
-    return [a for a in range(ndim) if a not in axes]
+    return sorted(set(range(ndim)).difference(axes))
 
 
-def sizes_along(shape: Sequence[int], axes: Sequence[int]) -> Shape:
-    """The sizes along these axes, in their order: of (2, 3, 4) and [2, 0] these are (4, 2)."""
-    return tuple(shape[a] for a in axes)
+def varying_axes(labels: Labels) -> list[int]:
+    """The axes along which labels differ (of a compressed array): of [[1, 2]] these are [1]."""
+    return np.flatnonzero(np.greater(labels.shape, 1)).tolist()
 
 
 def varies(labels: Labels, axes: Sequence[int]) -> bool:
     """Whether labels differ along any of `axes` (of a compressed array)."""
-    return any(labels.shape[a] > 1 for a in axes)
+    return not set(varying_axes(labels)).isdisjoint(axes)
 
 
 def take_axes(labels: Labels, axes: Sequence[int]) -> Labels:
@@ -80,8 +78,6 @@ def put_axes(labels: Labels, axes: Sequence[int], ndim: int) -> Labels:
     """
     new_axes = (1,) * (ndim - labels.ndim)
     spread = labels.reshape(labels.shape + new_axes)
-    if not labels.ndim:
-        return spread
     return np.moveaxis(spread, range(labels.ndim), axes)
 
 
@@ -98,14 +94,11 @@ def reshape(labels: Labels, old: Shape, new: Shape) -> Labels:
     """
     if 0 in old:
         return np.zeros((1,) * len(new), int)  # there is no element to label
-    written_out, target = list(old), list(new)
+    written_out, target = np.array(old, int), np.array(new, int)
     for sources, targets in runs(old, new):
-        if varies(labels, sources):
-            continue
-        for a in sources:
-            written_out[a] = 1
-        for a in targets:
-            target[a] = 1
+        if not varies(labels, sources):
+            written_out[sources] = 1
+            target[targets] = 1
     return compress(np.broadcast_to(labels, written_out).reshape(target))
 
 
@@ -122,17 +115,14 @@ def pad(
 
     Example: [1, 2] padded by (1, 0, 1) gives [0, 1, 0, 2].
     """
-    padded = [a for a, widths in enumerate(padding) if any(widths)]
-    full_shape = [
-        n if a in padded else labels.shape[a] for a, n in enumerate(old)
-    ]
-    shape = list(full_shape)
-    for a in padded:
-        before, after, between = padding[a]
-        gaps = max(old[a] - 1, 0)
-        shape[a] = before + old[a] + gaps * between + after
-    result = np.zeros(shape, int)
-    result[_inside(padding, padded, old)] = np.broadcast_to(labels, full_shape)
+    before, after, between = np.array(padding, int).reshape(-1, 3).T
+    padded = (before + after + between) > 0
+    # Along the other axes the labels keep the size that they have.
+    full_shape = np.where(padded, np.array(old, int), labels.shape)
+    gaps = np.maximum(full_shape - 1, 0)
+    result = np.zeros(before + full_shape + gaps * between + after, int)
+    inside = _inside(padding, np.flatnonzero(padded).tolist(), old)
+    result[inside] = np.broadcast_to(labels, full_shape)
     return result
 
 
@@ -140,8 +130,7 @@ def unpad(
     labels: Labels, padding: Sequence[tuple[int, int, int]], old: Shape
 ) -> Labels:
     """The labels of what was padded, of shape `old`, to give something with these labels."""
-    varying = [a for a, n in enumerate(labels.shape) if n > 1]
-    return compress(labels[_inside(padding, varying, old)])
+    return compress(labels[_inside(padding, varying_axes(labels), old)])
 
 
 def _inside(

@@ -47,10 +47,9 @@ class Claim(NamedTuple):
             ndim = len(program.shape(atom))
             return np.zeros((1,) * ndim, int)
 
-        xs = [labels_of(v) for v in equation.inputs]
-        return cls(
-            program, equation, xs, [labels_of(v) for v in equation.outputs]
-        )
+        xs = list(map(labels_of, equation.inputs))
+        ys = list(map(labels_of, equation.outputs))
+        return cls(program, equation, xs, ys)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -128,8 +127,7 @@ def _all_carry(terms: Iterable[tuple[int, Labels]], labels: Labels) -> bool:
 
 def _other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
     """The axes of an array of this rank that are not among `axes`."""
-    gone = tuple(axes)
-    return tuple(a for a in range(ndim) if a not in gone)
+    return tuple(sorted(set(range(ndim)) - set(axes)))
 
 
 def _beside(

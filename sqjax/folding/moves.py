@@ -18,17 +18,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sqjax._shapes import Shape, sizes_along
 from sqjax.folding.labels import (
     Labels,
-    Shape,
     changed_axes,
     compress,
     other_axes,
     put_axes,
     reshape,
-    sizes_along,
     take_axes,
     varies,
+    varying_axes,
 )
 from sqjax.program.primitives import IDENTITIES, RUNNING
 
@@ -63,10 +63,9 @@ def _broadcast(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
 
 
 def _slice(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
-    index = [slice(None)] * len(old)
-    for a, kept in enumerate(_slices(params)):
-        if labels.shape[a] > 1:  # the others have size 1 before and after
-            index[a] = kept
+    index, kept = [slice(None)] * len(old), _slices(params)
+    for a in varying_axes(labels):  # the others have size 1 before and after
+        index[a] = kept[a]
     return compress(labels[tuple(index)])
 
 
@@ -102,10 +101,10 @@ def _gather(
     if fill not in (None, 0) and not np.isnan(fill):
         return None
     whole = _whole_axes(params, old)
-    if varies(labels, other_axes(len(old), [a for a, _ in whole])):
+    if varies(labels, other_axes(len(old), list(whole))):
         return None
-    moved = take_axes(labels, [a for a, _ in whole])
-    return put_axes(moved, [b for _, b in whole], len(new))
+    moved = take_axes(labels, list(whole))
+    return put_axes(moved, list(whole.values()), len(new))
 
 
 #: Every movement by its primitive's name: (the operand's labels, the equation's parameters, the
@@ -204,11 +203,9 @@ def _undo_gather(
 ) -> Labels:
     whole = _whole_axes(params, old)
     # A row may be read by several indices, or by none, so all rows share their labels.
-    result_axes = [b for _, b in whole]
+    result_axes = list(whole.values())
     tied = tie(labels, other_axes(len(new), result_axes))
-    return put_axes(
-        take_axes(tied, result_axes), [a for a, _ in whole], len(old)
-    )
+    return put_axes(take_axes(tied, result_axes), list(whole), len(old))
 
 
 #: The inverse of every entry of `MOVES`: (the result's labels, the equation's parameters, the
@@ -238,20 +235,18 @@ def _slices(params: dict) -> list[slice]:
     return list(map(slice, starts, limits, strides))
 
 
-def _whole_axes(params: dict, old: Shape) -> list[tuple[int, int]]:
-    """(axis of the operand, axis of the result) for the axes that a gather takes whole.
+def _whole_axes(params: dict, old: Shape) -> dict[int, int]:
+    """{axis of the operand: axis of the result} for the axes that a gather takes whole.
 
     Example: x[:, ids] of x with shape (2, 3, 4) and one index takes axes 0 and 2 whole, and reads
     axis 1 at the index.
     """
     numbers = params["dimension_numbers"]
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    windows = [a for a in range(len(old)) if a not in gone]
-    whole = []
+    windows = other_axes(len(old), gone)
+    sizes = params["slice_sizes"]
+    whole = {}
     for a, b in zip(windows, numbers.offset_dims, strict=True):
-        if (
-            params["slice_sizes"][a] == old[a]
-            and a not in numbers.start_index_map
-        ):
-            whole.append((a, b))
+        if sizes[a] == old[a] and a not in numbers.start_index_map:
+            whole[a] = b
     return whole

@@ -17,13 +17,13 @@ slice of a, of shape (inputs, 4), has the labels [[-1, -2, -3, -4]]. The stack h
     [[[-1, -2, -3, -4]], [[-5, -6, -7, -8]], [[-9, -10, -11, -12]]]
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sqjax.folding.labels import Labels, put_axes, sizes_along, take_axes
+from sqjax._shapes import sizes_along
+from sqjax.folding.labels import Labels, put_axes, take_axes
 from sqjax.folding.sites import Place
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
@@ -58,12 +58,10 @@ class Stack(NamedTuple):
         scopes = _scopes_of_all(program, found) - _reduced_over(program, found)
         for place in places:
             if place.activation in found:
-                sharded_channels = {
-                    scope
-                    for scope, _, axis in place.view.blocks
-                    if axis in place.site.channel_axes
-                }
-                scopes &= {*place.view.stacked, *sharded_channels}
+                # The axes that scans run over are batch axes, and so among these.
+                axes = place.site.channel_axes
+                dividing = place.view.dividing.items()
+                scopes &= {scope for scope, axis in dividing if axis in axes}
         largest = [np.abs(labels).max() for labels in found.values()]
         return cls(program, tuple(sorted(scopes)), int(max(largest)))
 
@@ -138,22 +136,18 @@ def _scopes_of_all(program: Program, found: Mapping[Var, Labels]) -> set[int]:
     """The scans and mesh axes around all labelled variables that slice or shard all labelled
     leaves.
     """
-    scopes = [set(program.scopes[var]) for var in found]
-    for var in found:
-        if var in program.leaves:
-            view = program.leaf_views[var]
-            sharding = {scope for scope, _, _ in view.blocks}
-            scopes.append(sharding.union(view.stacked))
-    return set.intersection(*scopes)
+    around = [set(program.scopes[var]) for var in found]
+    leaves = found.keys() & program.leaves.keys()
+    dividing = [set(program.leaf_views[leaf].dividing) for leaf in leaves]
+    return set.intersection(*around, *dividing)
 
 
 def _reduced_over(program: Program, found: Mapping[Var, Labels]) -> set[int]:
     """The mesh axes along which a collective adds up or compares what is labelled."""
     scopes: set[int] = set()
-    for var in found:
-        for equation in program.touching(var):
-            if equation.name in REDUCING:
-                scopes |= reduced_axes(program, equation) or set()
+    for equation in program.touching(*found):
+        if equation.name in REDUCING:
+            scopes |= reduced_axes(program, equation) or set()
     return scopes
 
 
@@ -176,10 +170,6 @@ def _repeated(
     Example: [1, 2], of blocks of 2, in an array of 6 give [1, 2, 1, 2, 1, 2]; but [1], which holds
     all along the block, stays [1].
     """
-    times = []
-    for size, of_block, of_whole in zip(
-        labels.shape, block, whole, strict=True
-    ):
-        varies = size > 1 and size == of_block
-        times.append(of_whole // of_block if varies else 1)
-    return np.tile(labels, times) if math.prod(times) > 1 else labels
+    varies = np.greater(labels.shape, 1) & np.equal(labels.shape, block)
+    blocks = np.floor_divide(whole, np.maximum(block, 1))
+    return np.tile(labels, np.where(varies, blocks, 1))

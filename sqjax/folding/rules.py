@@ -22,7 +22,7 @@ from sqjax.folding.labels import Labels
 from sqjax.folding.moves import MOVES, UNDO
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
-from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.build import Atom, Equation
 from sqjax.program.primitives import (
     COMPARISONS,
     IDENTITIES,
@@ -79,10 +79,8 @@ def _take_apart(
     """Puts the labels of the whole on its parts: [1, 2, 3] on parts of sizes 1, 2: [1] and [2,
     3].
     """
-    labels = c[whole]
-    if labels is None:
-        return
-    for part, piece in zip(parts, lab.split(labels, axis, sizes), strict=True):
+    pieces = lab.split(c.written(whole), axis, sizes)
+    for part, piece in zip(parts, pieces, strict=True):
         c.put(part, piece)
 
 
@@ -94,11 +92,7 @@ def _put_together(
     sizes: Sequence[int],
 ) -> None:
     """Puts the labels of the parts on the whole, 0 where a part has none (yet)."""
-    found = [c[part] for part in parts]
-    if all(labels is None for labels in found):
-        return
-    blank = np.zeros((1,) * c.rank(whole), int)
-    pieces = [blank if labels is None else labels for labels in found]
+    pieces = list(map(c.written, parts))
     c.put(whole, lab.concatenate(pieces, axis, sizes))
 
 
@@ -169,11 +163,10 @@ def _share(
     c: Closure, terms: Sequence[Atom], tied_along: Sequence[int] = ()
 ) -> None:
     """Puts the labels of each term on all of them, tied along some axes."""
-    for labels in [c[v] for v in terms]:
-        if labels is not None:
-            tied = c.tie_along(labels, tied_along)
-            for v in terms:
-                c.put(v, tied)
+    for labels in list(map(c.written, terms)):
+        tied = c.tie_along(labels, tied_along)
+        for v in terms:
+            c.put(v, tied)
 
 
 def _sign(c: Closure, e: Equation) -> None:
@@ -292,8 +285,8 @@ def _meet(
     # One weight w[c, j] meets h[t, c] of every token t, so all of them must have one label.
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
-    operands = [v for v in (me.var, other.var) if isinstance(v, Var)]
-    if not c.crossing and c.program.from_leaves.isdisjoint(operands):
+    of_activations = c.program.from_leaves.isdisjoint((me.var, other.var))
+    if of_activations and not c.crossing:
         raise Refused(f"{e} multiplies it with another activation")
     met = lab.take_axes(labels, me.batch + me.contracted)
     opposite = -lab.put_axes(

@@ -137,8 +137,16 @@ class Closure:
 
     def __getitem__(self, atom: Atom) -> Labels | None:
         """The labels of a variable, tied channels being one; None if it has none (yet)."""
-        labels = self.labels.get(atom) if isinstance(atom, Var) else None
-        return None if labels is None else self.ties.of(labels)
+        if not isinstance(atom, Var) or atom not in self.labels:
+            return None
+        return self.ties.of(self.labels[atom])
+
+    def written(self, atom: Atom) -> Labels:
+        """The labels of a variable; 0 everywhere if it has none (yet)."""
+        labels = self[atom]
+        return (
+            np.zeros((1,) * self.rank(atom), int) if labels is None else labels
+        )
 
     def put(self, atom: Atom, labels: Labels | None) -> None:
         """Adds labels to a variable, and wakes the equations it stands in.
@@ -154,16 +162,14 @@ class Closure:
                 f"the constant {atom} would have to be rescaled with it"
             )
         labels = self._fitted(labels, self.program.shape(atom))
-        old = self[atom]
-        if old is None:
+        if atom not in self.labels:
             self._admit(atom, labels)
             self.causes[atom] = self._current
-            merged = self.ties.of(labels)
-        else:
-            merged = self.ties.of(self._merged(old, labels))
+        old = self.written(atom)
+        merged = self.ties.of(self._merged(old, labels))
         # Only what is new wakes equations, so the search ends. Ties that merging has just made are
         # no news: they hold for all variables at once.
-        if old is None or not np.array_equal(merged, self.ties.of(old)):
+        if not np.array_equal(merged, self.ties.of(old)):
             self.labels[atom] = merged
             self._queue.extend(self.program.touching(atom))
 
@@ -188,12 +194,10 @@ class Closure:
 
         Example: a bias of shape (3, 1) beside channels [[1, 2, 3, 4]] gets [[1]], all of them tied.
         """
-        if not shape and labels.ndim:
-            return self.tie_along(labels, range(labels.ndim)).reshape(())
-        broadcast = [
-            a for a, size in enumerate(labels.shape) if size > shape[a]
-        ]
-        return self.tie_along(labels, broadcast)
+        own = shape or (1,) * labels.ndim  # a scalar stands beside any rank
+        broadcast = np.flatnonzero(np.greater(labels.shape, own)).tolist()
+        tied = self.tie_along(labels, broadcast)
+        return tied if shape else tied.reshape(())
 
     def _merged(self, a: Labels, b: Labels) -> Labels:
         """One label array for two: no label gives way, different channels are tied.
@@ -380,19 +384,17 @@ class Closure:
         """The equations that carried labels from the activation to this one.
 
         From an equation backwards: of its labelled variables the first to be labelled got its
-            labels
-        through the equation before it.
+        labels through the equation before it.
         """
         order = {var: position for position, var in enumerate(self.causes)}
         way: list[str] = []
         while equation is not None:
             way.insert(0, str(equation))
             atoms = (*equation.inputs, *equation.outputs)
-            labelled = [v for v in atoms if isinstance(v, Var) and v in order]
+            labelled = order.keys() & set(atoms)
             if not labelled:
                 break  # refused before any label was put
-            first = min(labelled, key=order.__getitem__)
-            cause = self.causes[first]
+            cause = self.causes[min(labelled, key=order.__getitem__)]
             equation = None if cause is equation else cause
         return tuple(way)
 

@@ -5,14 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sqjax._shapes import sizes_along
 from sqjax.folding.graph import Site
-from sqjax.folding.labels import (
-    Labels,
-    other_axes,
-    put_axes,
-    sizes_along,
-    varies,
-)
+from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
 from sqjax.program.build import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
@@ -51,10 +46,7 @@ class Place(NamedTuple):
         """Which of the site's channels this matmul reads: all, or those of one of a stack of
         matrices.
         """
-        return tuple(
-            slice(None) if taken.scan is not None else taken.at
-            for taken in self.view.taken
-        )
+        return tuple(taken.seen for taken in self.view.taken)
 
     @property
     def name(self) -> str:
@@ -124,19 +116,17 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             found, reasons = _of_matmul(program, equation)
             places += found
             refused.update(reasons)
-        elif equation.name in ("while", "cond"):
-            in_loops.update(_not_looked_into(program, equation))
-        else:
-            refused.update(_not_looked_into(program, equation))
+            continue
+        looping = equation.name in ("while", "cond")
+        reasons_of = in_loops if looping else refused
+        reasons_of.update(_not_looked_into(program, equation))
     refused.update(_read_in_two_ways(places))
     places = [p for p in places if p.site.path not in refused]
     # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
     # quantized weights may enter loops.
-    sites = {p.site.path for p in places}
-    loops_only = {
-        path: why for path, why in in_loops.items() if path not in sites
-    }
-    return places, loops_only | refused
+    for site in {p.site.path for p in places}:
+        in_loops.pop(site, None)
+    return places, in_loops | refused
 
 
 def _of_matmul(
@@ -147,18 +137,17 @@ def _of_matmul(
     refused: dict[str, str] = {}
     sides = sides_of(program, equation)
     for me, other in (sides, sides[::-1]):  # the leaf may be on either side
-        if not isinstance(me.var, Var) or me.var not in program.from_leaves:
-            refused.update(_picked(program, equation, me.var, other.var))
-        elif (
-            isinstance(other.var, Var) and other.var not in program.from_leaves
-        ):
-            place = _place(program, equation, me, other, me.var, other.var)
-            if isinstance(place, Place):
-                places.append(place)
-            else:
-                refused.update(
-                    dict.fromkeys(program.leaves_behind(me.var), place)
-                )
+        leaf, activation = me.var, other.var
+        if not program.is_activation(activation):
+            continue
+        if not program.is_of_leaves(leaf):
+            refused.update(_picked(program, equation, leaf, activation))
+            continue
+        place = _place(program, equation, me, other, leaf, activation)
+        if isinstance(place, Place):
+            places.append(place)
+        else:
+            refused.update(dict.fromkeys(program.leaves_behind(leaf), place))
     return places, refused
 
 
@@ -190,8 +179,8 @@ def _place(
         maker = program.maker.get(leaf)
         return f"{equation} contracts parts or mixtures of its axes (through {maker})"
     # An index into a sharded axis picks another matrix on every device.
-    sharded = {axis for _, _, axis in view.blocks}
-    if any(taken.axis in sharded for taken in view.fixed):
+    sharded = {block.axis for block in view.blocks}
+    if not sharded.isdisjoint(taken.axis for taken in view.fixed):
         return (
             f"{equation} multiplies another one of its matrices on every device"
         )
@@ -243,23 +232,18 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
         why = f"{equation} is a convolution: it stays float"
     else:
         return {}
-    read: set[str] = set()
-    for var in equation.variables:
-        if var in program.from_leaves:
-            read |= program.leaves_behind(var)
-    return dict.fromkeys(sorted(read), why)
+    read = program.from_leaves.intersection(equation.inputs)
+    return dict.fromkeys(sorted(program.leaves_behind(*read)), why)
 
 
 def _picked(
-    program: Program, equation: Equation, me: Atom, other: Atom
+    program: Program, equation: Equation, me: Atom, activation: Var
 ) -> Mapping[str, str]:
     """{leaf: why it is no site} where an activation meets what an index has picked of a leaf."""
-    if not isinstance(me, Var) or me not in program.picked:
+    source = program.picked.get(me) if isinstance(me, Var) else None
+    if source is None:
         return {}
-    if not isinstance(other, Var) or other in program.from_leaves:
-        return {}  # no activation
-    source = program.picked[me]
-    if other in program.picked and source.name == "gather":
+    if activation in program.picked and source.name == "gather":
         return {}  # rows of an embedding: they are the activation
     why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
     return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
@@ -291,10 +275,8 @@ def normalised_over(
             if equation.name == "reduce_max":  # a softmax begins with it
                 return varies(marks[x], equation.params["axes"])
             for result in equation.outputs:
-                if x not in equation.behind(result) or result in marks:
-                    continue
                 moved = _moved(program, equation, marks[x], x, result)
-                if moved is not None:
+                if moved is not None and result not in marks:
                     marks[result] = moved
                     waiting.append(result)
     return False
@@ -304,6 +286,8 @@ def _moved(
     program: Program, equation: Equation, marks: Labels, x: Var, result: Var
 ) -> Labels | None:
     """The marks of an operand on a result that holds its elements; None where it holds others."""
+    if x not in equation.behind(result):
+        return None
     old, new = program.shape(x), program.shape(result)
     if equation.name in ELEMENTWISE and old == new:
         return marks
@@ -315,14 +299,13 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
     weights = {p.equation.outputs[0]: p.site.path for p in places}
     heads: set[str] = set()
-    results = {v for v in program.results if isinstance(v, Var)}
-    _reach(program.main, results, weights, heads)
+    _reach(program.main, set(program.results), weights, heads)
     return frozenset(heads)
 
 
 def _reach(
     equations: Sequence[Equation],
-    reaching: set[Var],
+    reaching: set[Atom],
     weights: Mapping[Var, str],
     heads: set[str],
 ) -> None:
@@ -330,7 +313,7 @@ def _reach(
 
     Args:
         equations: in order.
-        reaching: the variables that reach an output through no site; those found are added.
+        reaching: what reaches an output through no site; the variables found are added.
         weights: {variable: the site whose product it is}.
         heads: the sites met, which are added.
     """
@@ -355,21 +338,20 @@ def _reach(
 def _reach_into(
     equation: Equation,
     body: Body,
-    reaching: set[Var],
+    reaching: set[Atom],
     weights: Mapping[Var, str],
     heads: set[str],
 ) -> None:
     """The same through a shard_map, which runs once, so its body is walked like the rest."""
-    inner: set[Var] = set()
-    for outer, v in zip(equation.outputs, body.outputs, strict=True):
-        if outer in reaching and isinstance(v, Var):
-            inner.add(v)
+    returned = zip(equation.outputs, body.outputs, strict=True)
+    inner = {v for outer, v in returned if outer in reaching}
     _reach(body.equations, inner, weights, heads)
-    for operand, v in zip(equation.inputs, body.inputs, strict=True):
-        if v in inner and isinstance(operand, Var):
-            reaching.add(operand)
+    given = zip(equation.inputs, body.inputs, strict=True)
+    reaching.update(operand for operand, v in given if v in inner)
 
 
 def _holds_a_site(body: Body, weights: Mapping[Var, str]) -> bool:
     """Whether a product with a site's leaf is made somewhere in a body."""
-    return any(e.outputs and e.outputs[0] in weights for e in body.everything)
+    return any(
+        not weights.keys().isdisjoint(e.outputs) for e in body.everything
+    )

@@ -157,7 +157,7 @@ class FlatProgram(NamedTuple):
             constants, carries.
         outputs: {variable: what reads it} of results and of what leaves a body.
         constants: {variable: value} of the arrays that fn has captured.
-        slices: {(variable, scopes): the variable of its slice or block in these scopes, once for
+        slices: {(operand, scopes): the variable of its slice or block in these scopes, once for
             each body given one}.
     """
 
@@ -172,7 +172,7 @@ class FlatProgram(NamedTuple):
     roots: dict[Var, str]
     outputs: dict[Var, str]
     constants: dict[Var, Any]
-    slices: dict[tuple[Var, Scopes], list[Var]]
+    slices: dict[tuple[Atom, Scopes], list[Var]]
 
 
 def build(traced: Traced) -> FlatProgram:
@@ -206,7 +206,7 @@ class _Builder:
         self.roots: dict[Var, str] = {}
         self.outputs: dict[Var, str] = {}
         self.constants: dict[Var, Any] = {}
-        self.slices: dict[tuple[Var, Scopes], list[Var]] = {}
+        self.slices: dict[tuple[Atom, Scopes], list[Var]] = {}
         self.scope: Scopes = ()
         self._numbers: dict[tuple[Scopes, Any], int] = {}
         self._leafy: set[Var] = set()
@@ -266,7 +266,7 @@ class _Builder:
             return _literal(atom) if isinstance(atom, Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            operands = tuple(read(v) for v in eqn.invars)
+            operands = tuple(map(read, eqn.invars))
             # A call's variables become those of its operands, so that no equation says "call".
             if (inner := inner_program(eqn)) is not None:
                 captured = self._capture(inner.jaxpr, inner.consts)
@@ -277,7 +277,7 @@ class _Builder:
                 written, results = self._write_one(eqn, operands)
             equations += written
             env.update(zip(eqn.outvars, results, strict=True))
-        return equations, [read(v) for v in jaxpr.outvars]
+        return equations, list(map(read, jaxpr.outvars))
 
     def _write_one(
         self, eqn: JaxprEqn, operands: tuple[Any, ...]
@@ -299,14 +299,11 @@ class _Builder:
         leaves. They share the results too, because a leaf that two scans read through one variable
         is read once for both.
         """
-        if (
-            equation.name not in VIEWS
-            or len(equation.inputs) != 1
-            or self.scope
-        ):
+        is_view = equation.name in VIEWS and len(equation.inputs) == 1
+        if not is_view or self.scope:
             return None
         [x], [y] = equation.inputs, equation.outputs
-        if not isinstance(x, Var) or x not in self._leafy:
+        if x not in self._leafy:
             return None
         known = self._leafy_views.setdefault(
             (equation.name, x, str(equation.params)), y
@@ -378,8 +375,6 @@ class _Builder:
 
     def _slice(self, outer: Atom, aval: Any) -> Var:
         """The variable of one step's slice, which all scans of a family share."""
-        if not isinstance(outer, Var):
-            return self._new(aval)
         known = self.slices.setdefault((outer, self.scope), [])
         known.append(
             known[0] if known else self._new(aval)
@@ -392,8 +387,7 @@ class _Builder:
         """The variables of one device's blocks of a shard_map's operands."""
         inputs = tuple(self._new(v.aval) for v in shards.program.jaxpr.invars)
         for x, v in zip(equation.inputs, inputs, strict=True):
-            if isinstance(x, Var):
-                self.slices.setdefault((x, self.scope), [v])
+            self.slices.setdefault((x, self.scope), [v])
         self.roots.update(dict.fromkeys(inputs, f"what {equation} is given"))
         return inputs
 

@@ -61,11 +61,6 @@ class _Run(NamedTuple):
             operands = _read(env, equation.inputs)
             if equation.body is None:
                 results = emit(equation.origin, *operands)
-                results = (
-                    results
-                    if equation.origin.primitive.multiple_results
-                    else [results]
-                )
             else:
                 results, within = self._through_body(
                     equation.body, operands, env, scopes

@@ -1,7 +1,7 @@
 """`Program`: what is known of the variables of a traced function."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ class Program:
     Attributes:
         main, inputs, results, avals, scopes, lengths, mesh_axes, outputs, constants: see
             `FlatProgram`.
+        whole: {path: variable} of the parameter leaves, as fn is given them.
         leaves: {variable: path} of the parameter leaves, of their slices and blocks in bodies, and
             of `offsets`.
         roots: {variable: what it is} of the other variables that no equation makes.
@@ -35,7 +36,6 @@ class Program:
             a stack.
         scanned: {variable of a body: the variable computed from leaves of which it is a slice or
             block}.
-        zeros: variables known to hold only zeros.
         views: {variable: View} of the variables that are a leaf, seen through
             `sqjax.program.views`.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
@@ -58,6 +58,7 @@ class Program:
             flat.outputs,
             flat.constants,
         )
+        self.whole = dict(zip(traced.paths, self.inputs, strict=False))
         self.leaves = dict(flat.leaves)
         self.roots = dict(flat.roots)
         self.offsets: dict[Var, float] = {}
@@ -67,15 +68,13 @@ class Program:
         self.from_leaves: set[Var] = set(self.leaves)
         self.picked: dict[Var, Equation] = {}
         self.scanned: dict[Var, Var] = {}
-        self.zeros: set[Var] = set()
         self.views: dict[Var, View] = {}
         self.leaf_views: dict[Var, View] = {}
         for v, path in self.leaves.items():
             self.leaf_views[v] = View.of(path, self.shape(v))
-            if self.is_float(
-                v
-            ):  # tables of integers are leaves, but nothing scales them
-                self.views[v] = self.leaf_views[v]
+        # Tables of integers are leaves, but nothing scales them.
+        for v in filter(self.is_float, self.leaves):
+            self.views[v] = self.leaf_views[v]
         self._fills: dict[Var, np.ndarray] = {}
         self._whole: dict[
             Var, Var
@@ -102,25 +101,20 @@ class Program:
 
     def _visit(self, equations: Sequence[Equation]) -> None:
         for equation in equations:
-            if equation.body is not None:
-                for entry in entries(equation):
-                    self._enter(entry)
-                self._visit(equation.body.equations)
             self.maker.update(dict.fromkeys(equation.outputs, equation))
-            if (
-                equation.name in PICKS
-                and equation.inputs[0] in self.from_leaves
-            ):
-                self.picked[equation.outputs[0]] = equation
-            # What leaves a body is no view and no known number: it differs from step to step.
-            if equation.body is None:
-                for y in equation.outputs:
-                    self._pass_on(equation, y)
+            for entry in entries(equation):
+                self._enter(entry)
+            if equation.body is not None:
+                # What leaves it is no view and no known number: it differs from step to step.
+                self._visit(equation.body.equations)
+                continue
+            for y in equation.outputs:
+                self._pass_on(equation, y)
 
     def _enter(self, entry: Entry) -> None:
         """Slices and blocks of leaves are leaves in a body."""
         outer, inner = entry.outer, entry.inner
-        if not isinstance(outer, Var) or outer not in self.from_leaves:
+        if not self.is_of_leaves(outer):
             return
         self.from_leaves.add(inner)
         self.scanned[inner] = outer
@@ -141,6 +135,8 @@ class Program:
         sources = equation.behind(y)
         if sources and self.from_leaves.issuperset(sources):
             self.from_leaves.add(y)
+        if equation.name in PICKS and self.is_of_leaves(equation.inputs[0]):
+            self.picked[y] = equation
         if equation.name in KEEP_A_FILL:
             self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
         if equation.name in VIEWS and len(sources) == 1:
@@ -159,13 +155,12 @@ class Program:
             self.views[y] = view
 
     def _pass_fill(self, x: Atom, y: Var) -> None:
-        """Copies of one number are that number; copies of zeros are zeros."""
+        """Copies of one number are that number."""
         number = self._number(x)
         dtype = self.avals[y].dtype
-        if number is not None and jax.numpy.issubdtype(dtype, np.number):
+        is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+        if number is not None and not is_key:
             self._fills[y] = number.astype(dtype)
-        if self.is_zero(x):
-            self.zeros.add(y)
 
     def _number(self, atom: Atom) -> np.ndarray | None:
         """The number that fills an operand, as an array of one element; None if not known."""
@@ -199,14 +194,11 @@ class Program:
         """c + w stands for the leaf w if w has no other reader: w' = (c + w) / s - c scales it."""
         [y] = equation.outputs
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
-            if not isinstance(leaf, Var) or not self._is_leaf_read_once(leaf):
-                continue
             number = self._number(other)
-            if (
-                number is None or not number.any()
-            ):  # 0 + w is w, with any number of readers
-                continue
-            if self.shape(leaf) != self.shape(y):  # w is broadcast
+            if number is None or not number.any():
+                continue  # 0 + w is w, with any number of readers
+            is_broadcast = self.shape(leaf) != self.shape(y)
+            if is_broadcast or not self._is_leaf_read_once(leaf):
                 continue
             view = self.views[leaf]
             offset = float(number.item())
@@ -221,14 +213,12 @@ class Program:
 
     # Questions that rules ask.
 
-    def _is_leaf_read_once(self, var: Var) -> bool:
-        """Whether a variable is a whole leaf which nothing else reads, nor another view of it."""
-        view = self.views.get(var)
-        return (
-            view is not None
-            and view.leaf_axes is not None
-            and self.read_once(self.chain(var))
-        )
+    def _is_leaf_read_once(self, atom: Atom) -> TypeGuard[Var]:
+        """Whether an operand is a whole leaf which nothing else reads, nor another view of it."""
+        if not isinstance(atom, Var) or atom not in self.views:
+            return False
+        is_whole = self.views[atom].leaf_axes is not None
+        return is_whole and self.read_once(self.chain(atom))
 
     def chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
@@ -254,22 +244,36 @@ class Program:
 
     def is_zero(self, atom: Atom) -> bool:
         """Whether an operand is known to hold only zeros."""
-        return (
-            atom in self.zeros
-            if isinstance(atom, Var)
-            else not np.any(atom.value)
-        )
+        number = self._number(atom)
+        return number is not None and not number.any()
 
-    def touching(self, var: Var) -> list[Equation]:
-        """The equations a variable stands in: its maker, then its readers."""
-        made = [self.maker[var]] if var in self.maker else []
-        return [*made, *self.readers.get(var, [])]
+    def touching(self, *variables: Var) -> list[Equation]:
+        """The equations in which any of these variables stands: its maker, then its readers."""
+        found: dict[int, Equation] = {}
+        for var in variables:
+            made = [self.maker[var]] if var in self.maker else []
+            for equation in (*made, *self.readers.get(var, [])):
+                found[id(equation)] = equation
+        return list(found.values())
 
-    def leaves_behind(self, var: Var) -> set[str]:
-        """The paths of the leaves that a variable is computed from."""
+    def is_of_leaves(self, atom: Atom) -> TypeGuard[Var]:
+        """Whether an operand is computed from leaves and literals alone."""
+        return atom in self.from_leaves
+
+    def is_activation(self, atom: Atom) -> TypeGuard[Var]:
+        """Whether an operand is computed from the inputs of fn, too."""
+        return isinstance(atom, Var) and atom not in self.from_leaves
+
+    def path_of(self, atom: Atom) -> str | None:
+        """The leaf that an operand is, seen through `views`; None if it is none."""
+        view = self.views.get(atom) if isinstance(atom, Var) else None
+        return None if view is None else view.path
+
+    def leaves_behind(self, *variables: Var) -> set[str]:
+        """The paths of the leaves that these variables are computed from."""
         paths: set[str] = set()
         seen: set[Var] = set()
-        waiting = [var]
+        waiting = list(variables)
         while waiting:
             v = waiting.pop()
             if v in seen:

@@ -15,6 +15,8 @@ An equation that meets values of several kinds belongs to the kind that the regi
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -95,9 +97,7 @@ class Registry:
     @classmethod
     def joined(cls, *registries: "Registry") -> "Registry":
         """The rules of several registries; an equation of several kinds belongs to the first."""
-        made = cls(
-            *(kind for registry in registries for kind in registry.kinds)
-        )
+        made = cls(*chain(*map(attrgetter("kinds"), registries)))
         for registry in registries:
             made._rules.update(registry._rules)
         return made
@@ -141,18 +141,27 @@ class Registry:
 
     def carry(self, equation: JaxprEqn, operands: Iterable[Any]) -> list[Any]:
         """What a loop carries in place of these operands."""
-        carried = []
-        for x in operands:
-            if isinstance(x, Leaf):
-                x = self.kind_of(x).carry(equation, x)
-            carried.append(x)
-        return carried
+        return self._changed(operands, lambda kind, x: kind.carry(equation, x))
+
+    def slices(
+        self, equation: JaxprEqn, operands: Iterable[Any], length: int
+    ) -> list[Any]:
+        """What a scan of this length runs over in place of these operands."""
+        return self._changed(
+            operands, lambda kind, x: kind.slices(equation, x, length)
+        )
 
     def leave(self, results: Iterable[Any]) -> list[Any]:
         """What a body, or the whole program, returns in place of these results."""
-        returned = []
-        for x in results:
+        return self._changed(results, lambda kind, x: kind.leave(x))
+
+    def _changed(
+        self, values: Iterable[Any], change: Callable[[Kind, Leaf], Any]
+    ) -> list[Any]:
+        """The values, with change(its kind, x) in place of every special value x."""
+        changed = []
+        for x in values:
             if isinstance(x, Leaf):
-                x = self.kind_of(x).leave(x)
-            returned.append(x)
-        return returned
+                x = change(self.kind_of(x), x)
+            changed.append(x)
+        return changed

@@ -1,6 +1,9 @@
 """What differs from device to device in the bodies of shard_maps."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+
+import jax
 
 from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.entries import carried, entries
@@ -8,6 +11,8 @@ from sqjax.program.facts import Program
 
 #: Mesh axes by their numbers in a program.
 MeshAxes = frozenset[int]
+#: {variable: the mesh axes along which it may differ}; what is not there yet differs along none.
+Found = defaultdict[Atom, MeshAxes]
 
 #: Collectives after which all devices along their axes hold the same (without groups of devices).
 AGREEING = {
@@ -23,7 +28,7 @@ AGREEING = {
 REDUCING = {"psum", "psum_invariant", "pmax", "pmin"}
 
 
-def varying(program: Program) -> dict[Var, MeshAxes]:
+def varying(program: Program) -> Mapping[Atom, MeshAxes]:
     """{variable: the mesh axes along which it may differ from device to device}.
 
     It may name too many mesh axes, never too few.
@@ -31,7 +36,7 @@ def varying(program: Program) -> dict[Var, MeshAxes]:
     Example: under the spec P("data", None) the block of an input differs along "data"; its psum
     over "data" does not.
     """
-    found: dict[Var, MeshAxes] = {}
+    found: Found = defaultdict(frozenset)
     _follow(program, program.main, found)
     return found
 
@@ -46,14 +51,16 @@ def reduced_axes(program: Program, equation: Equation) -> MeshAxes | None:
 
 
 def _follow(
-    program: Program, equations: Sequence[Equation], found: dict[Var, MeshAxes]
+    program: Program,
+    equations: Sequence[Equation],
+    found: Found,
 ) -> None:
     """Adds the results of the equations, in order, to `found`."""
     for equation in equations:
         if equation.body is not None:
             results = _through_body(program, equation, found)
         else:
-            operands = [_of(found, v) for v in equation.inputs]
+            operands = [found[v] for v in equation.inputs]
             after = _after(program, equation, frozenset().union(*operands))
             results = [after] * len(equation.outputs)
         for v, axes in zip(equation.outputs, results, strict=True):
@@ -61,14 +68,8 @@ def _follow(
             found[v] = axes.intersection(program.scopes[v])
 
 
-def _of(found: Mapping[Var, MeshAxes], atom: Atom) -> MeshAxes:
-    return (
-        found.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
-    )
-
-
 def _through_body(
-    program: Program, equation: Equation, found: dict[Var, MeshAxes]
+    program: Program, equation: Equation, found: Found
 ) -> list[MeshAxes]:
     """Through a body: inputs differ as operands do, and along the mesh axes that shard them.
 
@@ -77,18 +78,17 @@ def _through_body(
     """
     assert equation.body is not None
     for entry in entries(equation):
-        found[entry.inner] = _of(found, entry.outer) | entry.mesh_axes
+        found[entry.inner] = found[entry.outer] | entry.mesh_axes
     for value in carried(equation):
-        found[value.inner] = _of(found, value.first)
-    while True:
+        found[value.inner] = found[value.first]
+    grew = True
+    while grew:
         _follow(program, equation.body.equations, found)
         grew = False
         for value in carried(equation):
-            before = found[value.inner]
-            found[value.inner] = before | _of(found, value.following)
-            grew = grew or found[value.inner] != before
-        if not grew:
-            return [_of(found, v) for v in equation.body.outputs]
+            grew |= not found[value.following] <= found[value.inner]
+            found[value.inner] |= found[value.following]
+    return [found[v] for v in equation.body.outputs]
 
 
 def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
@@ -114,18 +114,14 @@ def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
 def _axes_of(program: Program, equation: Equation) -> MeshAxes:
     """The mesh axes that an equation names; integers among the names are axes of arrays."""
     numbers = _mesh_axes_around(program, equation.outputs[0])
-    found = set()
-    for parameter in ("axes", "axis_name"):
-        names = equation.params.get(parameter) or ()
-        for name in (names,) if isinstance(names, str) else names:
-            if isinstance(name, str) and name in numbers:
-                found.add(numbers[name])
-    return frozenset(found)
+    params = equation.params
+    # One name, a tuple of names, or None.
+    names = jax.tree.leaves((params.get("axes"), params.get("axis_name")))
+    return frozenset(numbers[name] for name in numbers.keys() & set(names))
 
 
 def _mesh_axes_around(program: Program, var: Var) -> dict[str, int]:
     """{name: mesh axis} of the mesh axes around a variable."""
-    around = [
-        scope for scope in program.scopes[var] if scope in program.mesh_axes
-    ]
-    return {program.mesh_axes[scope]: scope for scope in around}
+    names = program.mesh_axes
+    scopes = program.scopes[var]
+    return {names[scope]: scope for scope in scopes if scope in names}

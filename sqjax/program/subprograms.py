@@ -197,11 +197,15 @@ def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
     return ClosedJaxpr(inner.replace(eqns=equations), consts)
 
 
-def emit(equation: JaxprEqn, *operands: Any) -> Any:
-    """The equation itself, on other operands."""
-    return equation.primitive.bind(
-        *operands, **equation.primitive.get_bind_params(equation.params)
-    )
+def emit(equation: JaxprEqn, *operands: Any) -> list[Any]:
+    """The results of the equation itself, on other operands."""
+    params = equation.primitive.get_bind_params(equation.params)
+    return listed(equation, equation.primitive.bind(*operands, **params))
+
+
+def listed(equation: JaxprEqn, results: Any) -> list[Any]:
+    """The results of an equation as a list; primitives with one result return it bare."""
+    return results if equation.primitive.multiple_results else [results]
 
 
 def source_of(equation: JaxprEqn) -> str:

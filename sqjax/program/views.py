@@ -8,10 +8,8 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqjax._shapes import runs
+from sqjax._shapes import Shape, runs, sizes_along
 from sqjax.program.primitives import IDENTITIES
-
-Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
@@ -39,6 +37,11 @@ class Taken(NamedTuple):
     axis: int
     scan: int | None
     at: int = 0
+
+    @property
+    def seen(self) -> slice | int:
+        """What of the axis is seen in the end: a scan sees all of it, step by step."""
+        return self.at if self.scan is None else slice(None)
 
 
 class Block(NamedTuple):
@@ -118,7 +121,7 @@ class View:
         [1] alone is none, because it is only a part of it, and neither are [2, 1], because they mix
         its channels.
         """
-        pieces = list(chain.from_iterable(self.axes[a] for a in axes))
+        pieces = self.pieces(axes)
         leaf_axes = [piece.axis for piece in pieces]
         if leaf_axes != sorted(leaf_axes):
             return None
@@ -126,6 +129,10 @@ class View:
             if not self._is_whole(axis, list(own)):
                 return None
         return tuple(dict.fromkeys(leaf_axes))
+
+    def pieces(self, axes: Iterable[int]) -> list[Piece]:
+        """The pieces of the leaf's axes that these axes of the view run over, in order."""
+        return list(chain.from_iterable(self.axes[a] for a in axes))
 
     def _is_whole(self, axis: int, pieces: Sequence[Piece]) -> bool:
         """Whether these pieces, major first, are all of an axis of the leaf in its own order."""
@@ -211,6 +218,12 @@ class View:
         }
 
     @property
+    def dividing(self) -> dict[int, int]:
+        """{scan or mesh axis: the leaf's axis that it runs over, or shards}."""
+        sharded = {block.mesh_axis: block.axis for block in self.blocks}
+        return self.stacked | sharded
+
+    @property
     def fixed(self) -> tuple[Taken, ...]:
         """The axes that are seen at a fixed index: which of a stack of matrices this is."""
         return tuple(taken for taken in self.taken if taken.scan is None)
@@ -244,7 +257,7 @@ def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     taken = list(view.taken)
     sliced = set(view.sliced)
     gone = [a % len(old) for a in params["dimensions"]]
-    for piece in chain.from_iterable(view.axes[a] for a in gone):
+    for piece in view.pieces(gone):
         if piece.axis in view.sliced and piece.stride == 1:
             taken.append(Taken(piece.axis, None, piece.start))
             sliced.discard(piece.axis)
@@ -305,8 +318,8 @@ def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
         return None
     axes: list[tuple[Piece, ...]] = []
     for sources, targets in runs(old, new):
-        sizes = [new[a] for a in targets]
-        if [old[a] for a in sources] == sizes:
+        sizes = sizes_along(new, targets)
+        if sizes_along(old, sources) == sizes:
             axes += [view.axes[a] for a in sources]
             continue
         regrouped = _regroup(view, sources, sizes)
@@ -325,7 +338,7 @@ def _regroup(
     becomes one axis of both. [6, 4] for (3, 8) splits the 6, whose rest of 2 goes with the 4. [4,
     9] does not fit (6, 6).
     """
-    pieces = list(chain.from_iterable(view.axes[a] for a in axes))
+    pieces = view.pieces(axes)
     # What a slice has left of an axis is not split further, because a piece has one start only.
     if view.sliced.intersection(piece.axis for piece in pieces):
         return None

@@ -14,6 +14,7 @@ from sqjax.program.registry import Leaf, Registry
 from sqjax.program.subprograms import (
     emit,
     inner_program,
+    listed,
     program_in,
     scan_in,
     shard_map_in,
@@ -45,12 +46,12 @@ def _walk(
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in jaxpr.eqns:
-        values = [read(v) for v in equation.invars]
+        values = list(map(read, equation.invars))
         _note_fills(fills, equation, values)
         with source_info_util.user_context(equation.source_info.traceback):
             results = _apply(equation, values, fills, rules)
         env.update(zip(equation.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return list(map(read, jaxpr.outvars))
 
 
 def _apply(
@@ -62,23 +63,18 @@ def _apply(
     """The results of one equation."""
     special = any(isinstance(x, Leaf) for x in operands)
     if not special and not rules.concerns(equation):
-        return _listed(equation, emit(equation, *operands))
+        return emit(equation, *operands)
     if (inner := inner_program(equation)) is not None:
         return _walk(inner.jaxpr, inner.consts, operands, rules)
     if (through := _BODIES.get(equation.primitive.name)) is not None:
         return through(equation, operands, rules)
     rule = rules.rule(equation, operands)
     if not rule.fills:
-        return _listed(equation, rule.run(equation, *operands))
+        return listed(equation, rule.run(equation, *operands))
     numbers = []
     for v in equation.invars:
         numbers.append(v.val if isinstance(v, Literal) else fills.get(v))
-    return _listed(equation, rule.run(equation, *operands, fills=numbers))
-
-
-def _listed(equation: JaxprEqn, results: Any) -> list[Any]:
-    """Primitives with one result return it bare."""
-    return results if equation.primitive.multiple_results else [results]
+    return listed(equation, rule.run(equation, *operands, fills=numbers))
 
 
 def _note_fills(
@@ -95,15 +91,10 @@ def _note_fills(
     for source, operand, result in zip(
         equation.invars, operands, equation.outvars, strict=False
     ):
-        number = (
-            operand
-            if isinstance(source, Literal)
-            else fills.get(source, operand)
-        )
-        if (
-            not isinstance(number, jax.core.Tracer | Leaf)
-            and np.ndim(number) == 0
-        ):
+        is_literal = isinstance(source, Literal)
+        number = operand if is_literal else fills.get(source, operand)
+        is_known = not isinstance(number, jax.core.Tracer | Leaf)
+        if is_known and np.ndim(number) == 0:
             fills[result] = number
 
 
@@ -123,11 +114,7 @@ def _scan(
         outputs = run(scan.program, [*consts, *carry, *slices], rules)
         return outputs[: scan.carry], outputs[scan.carry :]
 
-    sliced = []
-    for x in xs:
-        if isinstance(x, Leaf):
-            x = rules.kind_of(x).slices(equation, x, scan.length)
-        sliced.append(x)
+    sliced = rules.slices(equation, xs, scan.length)
     carry, ys = scan.run(step, rules.carry(equation, first), sliced)
     return [*carry, *ys]
 

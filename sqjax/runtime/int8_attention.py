@@ -127,11 +127,9 @@ def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
     """The equation again. What it computes from parameters alone is a leaf."""
     results = emit(equation, *_values(operands))
     path = _path_of_parameters(equation, operands)
-    if path is None:
-        return results
-    if equation.primitive.multiple_results:
-        return [Leaf(path, x) for x in results]
-    return Leaf(path, results)
+    if path is not None:
+        results = [Leaf(path, x) for x in results]
+    return results if equation.primitive.multiple_results else results[0]
 
 
 def _path_of_parameters(

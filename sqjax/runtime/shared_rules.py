@@ -40,7 +40,7 @@ def slices_of(equation: JaxprEqn) -> list[slice]:
 
 def pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     """The same values on every device of a shard_map, whose type now says that they may differ."""
-    return jax.tree.map(lambda x: emit(equation, x), leaf)
+    return jax.tree.map(lambda x: emit(equation, x)[0], leaf)
 
 
 def sharded_as_the_result(rule: Callable[..., Any]) -> Callable[..., Any]:
