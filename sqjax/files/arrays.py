@@ -92,11 +92,12 @@ def as_stored(x: np.ndarray) -> np.ndarray:
 
 #: What to do about a node that is no array, by the name of its class.
 _REMEDIES = {
-    "FrozenDict": "save flax.core.unfreeze(tree)",
-    "State": "save flax.nnx.to_pure_dict(state), or the params of sqjax.nnx.functional(module)",
     "bool": "make it an array that has a dtype: jnp.asarray(x, jnp.float32)",
     "int": "make it an array that has a dtype: jnp.asarray(x, jnp.float32)",
     "float": "make it an array that has a dtype: jnp.asarray(x, jnp.float32)",
+    "tuple": "save tuple(x)",
+    "list": "save list(x)",
+    "dict": "save dict(x)",
 }
 
 
@@ -111,19 +112,24 @@ def _if_no_array(x: Any) -> str | None:
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         return None
     kind = type(x).__name__
-    if kind in _REMEDIES:
-        remedy = _REMEDIES[kind]
-    elif isinstance(
-        x, dict
-    ):  # of a class of its own, as collections.OrderedDict is
-        remedy = "save dict(tree)"
-    elif hasattr(x, "_asdict"):  # a NamedTuple
-        remedy = "save x._asdict()"
-    else:
-        remedy = "keep what is no array elsewhere"
+    # By its bases, because a class of their own may be a dict or a tuple that jax does not know.
+    names = [base.__name__ for base in type(x).__mro__]
+    known = [_REMEDIES[name] for name in names if name in _REMEDIES]
+    remedy = known[0] if known else "keep what is no array elsewhere"
     return (
-        "expected an array, dict, list, tuple, None, QuantWeight or QTensor, "
-        f"got {kind}; {remedy}"
+        "expected an array, dict, list, tuple, None, QuantWeight, QTensor, or a container "
+        f"that jax knows, got {kind}; {remedy}"
+    )
+
+
+def _if_more_than_an_array(x: Any) -> str | None:
+    """A subclass may hold more than numbers, which would be lost: a mask, for one."""
+    if not isinstance(x, np.ndarray) or type(x) in (np.ndarray, np.memmap):
+        return None
+    kind = type(x).__name__
+    return (
+        f"expected a plain array, got {kind}, of which a file keeps the numbers alone; "
+        "save x.filled(...) of a masked array, np.asarray(x) of others"
     )
 
 
@@ -163,6 +169,7 @@ def _if_weak(x: Any) -> str | None:
 _CHECKS = (
     _if_abstract,
     _if_no_array,
+    _if_more_than_an_array,
     _if_deleted,
     _if_unknown_dtype,
     _if_on_other_hosts,

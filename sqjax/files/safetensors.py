@@ -4,22 +4,24 @@ The file holds every array under its path in the tree, int4 two to a byte. Its m
 version of this layout ("sqjax") and the tree as JSON ("tree"): see `sqjax.files.tree_json`.
 """
 
-import contextlib
 import json
 import os
-import stat
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax._trees import PyTree, map_named
+from sqjax._trees import PyTree, named_leaves
 from sqjax.files.arrays import STORED, DeclaredArray, shown
-from sqjax.files.tree_json import from_json, to_json
+from sqjax.files.aside import written_aside
+from sqjax.files.header import Entry, Header, read_header
+from sqjax.files.opening import open_file
+from sqjax.files.structure import check_like, is_quantized_leaf
+from sqjax.files.tree_json import NO_TREE, from_json, to_json
+from sqjax.files.weight_checks import check_values
 
 #: The layout that `save` writes and `load` reads.
 VERSION = 1
@@ -36,15 +38,18 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     kept too.
 
     Args:
-        path: of the file; its directory must exist. A file that is there is replaced.
+        path: of the file; its directory must exist. A file that is there is replaced, and hands on
+            its mode.
         tree: dicts (with keys that are all str or all int), lists, tuples and None, of jax or
             numpy arrays, `QuantWeight`s and `QTensor`s. An array that the tree holds twice is
-            written twice.
+            written twice. Of any other container that jax knows (an equinox module, a dataclass, a
+            flax box) the children are written by their keys: `load` then needs a tree `like` it.
 
     Raises:
         ValueError: the file can not keep a node or a dtype; a weight is not valid; an array is
             deleted, traced, of a weak type, or in part on other hosts; two leaves have one path.
-            Names the path in the tree. Or `path` is a directory, or in none.
+            Names the path in the tree. Or `path` is a directory, or in none, or a device or FIFO.
+        OSError: the file can not be written. One that was there stays.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp, sqjax as sq
@@ -56,8 +61,6 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         >>> same["w"].values.tolist(), same["w"].order == params["w"].order
         ([[127, 64], [-64, 127]], True)
     """
-    from safetensors.numpy import save_file
-
     # Past links, because the renaming at the end would replace a link and not the file behind it.
     file = Path(os.path.realpath(path))
     if file.is_dir() or not file.parent.is_dir():
@@ -67,30 +70,56 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         )
     tensors: dict[str, np.ndarray] = {}
     try:
-        tree_json = json.dumps(to_json("", tree, tensors))
+        tree_json = json.dumps(to_json((), tree, tensors))
+        with written_aside(file) as aside:
+            metadata = {"sqjax": str(VERSION), "tree": tree_json}
+            _write(aside, tensors, metadata, path)
     except ValueError as error:
         raise ValueError(f"save: {path}: {error}") from error
-    with _written_aside(file) as aside:
-        save_file(tensors, aside, {"sqjax": str(VERSION), "tree": tree_json})
+    except RecursionError as error:
+        raise ValueError(
+            f"save: {path}: the tree is nested too deeply, or holds itself; make it flatter"
+        ) from error
 
 
-def load(path: str | os.PathLike[str]) -> PyTree:
+def _write(
+    aside: Path,
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes the file that will be renamed to `path`, which errors name."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, aside, metadata)
+    except SafetensorError as error:
+        raise OSError(f"save: {path}: {error}") from error
+
+
+def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
     """Reads the tree that `save` wrote.
 
     The structure is the same, so what was compiled for that tree runs on this one. The arrays are
     jax arrays on the default device, int4 weights as this backend holds them
     (`sqjax.numerics.formats.container`); `jax.device_put(tree, sq.shardings(tree, ...))` spreads
-    them over a mesh. The file is checked before an array is read.
+    them over a mesh. The file is opened once, and checked before an array is read.
 
     Args:
         path: of a file that `save` wrote.
+        like: a tree of the structure of the saved one, of arrays or of `jax.ShapeDtypeStruct`s:
+            the containers of the result are those of `like`, and every leaf must have the shape and
+            dtype that its leaf has there. Needed where the tree has containers that are no dict,
+            list, tuple or None. A float leaf stands for a quantized one of its shape too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no whole safetensors file; `save` did not write it, or that of a newer
-            sqjax did; tensors are missing, too many, or of another shape or dtype than the tree
-            says; a weight is not valid; an array has 64 bits where jax has 32. Names the file, and
-            the paths in the tree.
+        ValueError: it is no whole safetensors file, or no file at all; `save` did not write it, or
+            that of a newer sqjax did; tensors are missing, too many, or of another shape or dtype
+            than the tree says; a weight is not valid, or has scales or codes that no quantizer
+            gives; an array has 64 bits where jax has 32; the tree is not like `like`. Names the
+            file, and the paths in the tree.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, sqjax as sq
@@ -106,62 +135,49 @@ def load(path: str | os.PathLike[str]) -> PyTree:
     file = Path(path)
     declared: dict[str, DeclaredArray] = {}
     try:
-        header, data_start = _header(file)
-        metadata = header.pop("__metadata__", {})
-        abstract = from_json("", _tree_in(metadata), declared)
-        _check_tensors(header, declared)
+        with open_file(file) as opened:
+            header = _header(opened)
+            abstract = from_json((), _tree_in(header.metadata), declared, like)
+            _check_tensors(header.tensors, declared)
+            if like is not NO_TREE:
+                check_like(abstract, like)
+            return _read(opened, header, declared, abstract)
     except ValueError as error:
         raise ValueError(f"load: {file}: {error}") from error
-    with file.open("rb") as opened:
-
-        def read(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            offset = data_start + header[name]["data_offsets"][0]
-            array = declared[name].read(opened, offset)
-            return jnp.asarray(array.astype(leaf.dtype, copy=False))
-
-        return map_named(read, abstract)
 
 
-@contextlib.contextmanager
-def _written_aside(file: Path) -> Iterator[Path]:
-    """A path beside the file, renamed to it at the end; nothing stays there if anything fails."""
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+def _read(
+    opened: BinaryIO,
+    header: Header,
+    declared: Mapping[str, DeclaredArray],
+    abstract: PyTree,
+) -> PyTree:
+    """The tree with its arrays, leaf by leaf: a quantized leaf has several, checked together."""
+    names, structs, _ = named_leaves(abstract)
+    arrays = iter(zip(names, structs, strict=True))
+
+    def read_next() -> np.ndarray:
+        name, struct = next(arrays)
+        array = declared[name].read(opened, header.tensors[name].first)
+        return array.astype(struct.dtype, copy=False)
+
+    paths, leaves, treedef = named_leaves(abstract, is_leaf=is_quantized_leaf)
+    found = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        leaf = jax.tree.map(lambda _: read_next(), leaf)
+        if is_quantized_leaf(leaf):
+            check_values(path, leaf)
+        found.append(jax.tree.map(jnp.asarray, leaf))
+    return jax.tree_util.tree_unflatten(treedef, found)
+
+
+def _header(opened: BinaryIO) -> Header:
     try:
-        with aside.open("xb") as new:
-            usual_mode = stat.S_IMODE(os.fstat(new.fileno()).st_mode)
-        yield aside
-        aside.chmod(
-            usual_mode
-        )  # because safetensors makes files that only their owner may read
-        with aside.open("rb+") as written:
-            os.fsync(
-                written.fileno()
-            )  # before the renaming: a crash leaves the old file or the new
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """(the header, where the data begin) of a file that safetensors finds whole.
-
-    A safetensors file is 8 bytes with the length of the header, the header as JSON, and the data.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    with file.open(
-        "rb"
-    ) as opened:  # first, because its error names a file that is not there
-        try:
-            with safe_open(
-                file, framework="numpy"
-            ):  # checks the file's length and its offsets
-                length = int.from_bytes(opened.read(8), "little")
-                return json.loads(opened.read(length)), 8 + length
-        except (SafetensorError, RecursionError) as error:
-            raise ValueError(
-                f"expected a whole safetensors file, got {error}; copy it or save it again"
-            ) from error
+        return read_header(opened)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a whole safetensors file, got {error}; copy it or save it again"
+        ) from error
 
 
 def _tree_in(metadata: Mapping[str, str]) -> Any:
@@ -186,7 +202,7 @@ def _tree_in(metadata: Mapping[str, str]) -> Any:
 
 
 def _check_tensors(
-    header: Mapping[str, Any], declared: Mapping[str, DeclaredArray]
+    header: Mapping[str, Entry], declared: Mapping[str, DeclaredArray]
 ) -> None:
     """Raises ValueError, naming the leaves, if the file's tensors are not what the tree says.
 
@@ -210,17 +226,14 @@ def _check_tensors(
         )
 
 
-def _tensor_problem(
-    array: DeclaredArray, entry: Mapping[str, Any] | None
-) -> str | None:
+def _tensor_problem(array: DeclaredArray, entry: Entry | None) -> str | None:
     """What is wrong with a tensor, given its entry in the header; None if nothing is."""
     dtype, shape = array.stored
     expected = f"expected {dtype.name} {shape}"
     if entry is None:
         return f"{expected}, got none"
-    found_dtype, found_shape = entry["dtype"], tuple(entry["shape"])
-    if STORED.get(found_dtype) != dtype or found_shape != shape:
-        return f"{expected}, got {found_dtype} {found_shape}"
+    if STORED.get(entry.dtype) != dtype or entry.shape != shape:
+        return f"{expected}, got {entry.dtype} {entry.shape}"
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         remedy = "jax.config.update('jax_enable_x64', True)"
         return f"{expected}, which jax would cut to 32 bits; {remedy}"

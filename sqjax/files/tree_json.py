@@ -4,6 +4,7 @@ A node of the JSON is null (None) or {kind: content}, where the kinds are
 
 - "dict": [[key, node], ...]; "list" and "tuple": [node, ...];
 - "array": [dtype, shape], the array itself being stored under its path in the tree;
+- "node": [name of the class, [[key, node], ...]], any other container that jax knows;
 - "QTensor", "QuantWeight", "Outliers": {field: content}, where the content of a field that holds
   arrays is a node, and that of any other is the plain value.
 
@@ -12,12 +13,11 @@ For example {"w": [x]} with a float32 x of shape (2, 3), which is stored as "w/0
     {"dict": [["w", {"list": [{"array": ["float32", [2, 3]]}]}]]}
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sqjax.files.arrays import (
@@ -27,10 +27,29 @@ from sqjax.files.arrays import (
     check_savable,
     shown,
 )
+from sqjax.files.header import is_size
+from sqjax.files.structure import (
+    Children,
+    children,
+    class_name,
+    is_container,
+)
+from sqjax.files.weight_checks import check_parts, check_values
 from sqjax.numerics.formats import FORMATS, INT4, Format, container
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
+
+#: The keys from the root of the tree to a node, as texts; the root's are ().
+Keys = tuple[str, ...]
+#: What stands for a tree that was not given, because None is a tree too.
+NO_TREE = object()
+
+
+def path_of(keys: Keys) -> str:
+    """The path of a node, as `sqjax._trees.named_leaves` has it: ("a", "0") is "a/0"."""
+    return "/".join(keys)
+
 
 # The fields of our classes ------------------------------------------------------------------------
 
@@ -85,40 +104,42 @@ def _is_list_of_axes(value: Any) -> bool:
     return type(value) is list and all(type(axis) is int for axis in value)
 
 
+def _is_name_among(names: Iterable[str | None]) -> Callable[[Any], bool]:
+    """That a value is one of these names, where it may be of a type that has no hash."""
+    names = list(names)
+    return lambda value: value in names
+
+
 _ACTIVATIONS = (None, *get_args(Activations))
 
 #: {name of a field: its plain value}.
 VALUES: dict[str, PlainValue] = {
     "order": PlainValue(_is_list_of_axes, tuple),
-    "dtype": PlainValue(DTYPES.__contains__, DTYPES.__getitem__),
+    "dtype": PlainValue(_is_name_among(DTYPES), DTYPES.__getitem__),
     "group": PlainValue(_is_size_or_none, _as_it_is),
-    "fmt": PlainValue(FORMATS.__contains__, FORMATS.__getitem__),
-    "activations": PlainValue(_ACTIVATIONS.__contains__, _as_it_is),
+    "fmt": PlainValue(_is_name_among(FORMATS), FORMATS.__getitem__),
+    "activations": PlainValue(_is_name_among(_ACTIVATIONS), _as_it_is),
     "contracted": PlainValue(_is_positive, _as_it_is),
-    "activation_format": PlainValue(FORMATS.__contains__, _as_it_is),
+    "activation_format": PlainValue(_is_name_among(FORMATS), _as_it_is),
 }
 
 
-def _decoded(path: str, field: str, value: Any) -> Any:
+def _decoded(keys: Keys, field: str, value: Any) -> Any:
     """A plain value, from JSON."""
     plain = VALUES[field]
     if not plain.is_valid(value):
         raise ValueError(
-            f"{shown(path)}: expected a known {field}, got {value!r}; quantize the float leaf again"
+            f"{shown(path_of(keys))}: expected a known {field}, got {value!r}; "
+            "quantize the float leaf again"
         )
     return plain.decode(value)
-
-
-def _below(path: str, key: Any) -> str:
-    """The path of a child, as `sqjax._trees.named_leaves` has it."""
-    return f"{path}/{key}" if path else str(key)
 
 
 # Writing ------------------------------------------------------------------------------------------
 
 
-def to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The JSON of the node at `path`; every array below it is added to `tensors`, as stored.
+def to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """The JSON of the node at `keys`; every array below it is added to `tensors`, as stored.
 
     Raises:
         ValueError: the file can not keep a node, or a quantized weight is not valid; names its
@@ -127,31 +148,46 @@ def to_json(path: str, node: Any, tensors: dict[str, np.ndarray]) -> Any:
     if node is None:
         return None
     # By the exact type, because a subclass may hold more than its items, which would be lost.
-    kind = _KIND_OF.get(type(node), "array")
-    return {kind: KINDS[kind].to_json(path, node, tensors)}
+    kind = _KIND_OF.get(type(node))
+    if kind is None:
+        kind = "node" if is_container(node) else "array"
+    return {kind: KINDS[kind].to_json(keys, node, tensors)}
 
 
 def _dict_to_json(
-    path: str, node: dict[Any, Any], tensors: dict[str, np.ndarray]
+    keys: Keys, node: dict[Any, Any], tensors: dict[str, np.ndarray]
 ) -> Any:
     types = {type(key) for key in node}
-    if types not in (set(), {str}, {int}):
+    if types not in (set(), {str}, {int}) or not all(map(_is_unicode, node)):
         raise ValueError(
-            f"{shown(path)}: expected keys all str or all int, got {list(node)[:5]}; rename them"
+            f"{shown(path_of(keys))}: expected keys all str or all int, got {list(node)[:5]}; "
+            "rename them"
         )
     # Pairs, because the keys of a JSON object are text: integers would not come back.
     return [
-        [key, to_json(_below(path, key), x, tensors)] for key, x in node.items()
+        [key, to_json((*keys, str(key)), x, tensors)] for key, x in node.items()
     ]
 
 
+def _is_unicode(key: str | int) -> bool:
+    """Whether a key has a UTF-8 form: half of a surrogate pair has none."""
+    return str(key).encode(errors="ignore").decode() == str(key)
+
+
 def _items_to_json(
-    path: str, node: Sequence[Any], tensors: dict[str, np.ndarray]
+    keys: Keys, node: Sequence[Any], tensors: dict[str, np.ndarray]
 ) -> Any:
-    return [to_json(_below(path, i), x, tensors) for i, x in enumerate(node)]
+    return [to_json((*keys, str(i)), x, tensors) for i, x in enumerate(node)]
 
 
-def _array_to_json(path: str, x: Any, tensors: dict[str, np.ndarray]) -> Any:
+def _node_to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
+    found = children(node).by_key.items()
+    pairs = [[key, to_json((*keys, key), x, tensors)] for key, x in found]
+    return [class_name(node), pairs]
+
+
+def _array_to_json(keys: Keys, x: Any, tensors: dict[str, np.ndarray]) -> Any:
+    path = path_of(keys)
     check_savable(path, x)
     if path in tensors or path == "__metadata__":
         raise ValueError(
@@ -163,41 +199,37 @@ def _array_to_json(path: str, x: Any, tensors: dict[str, np.ndarray]) -> Any:
     return [array.dtype.name, list(array.shape)]
 
 
-def _tensor_to_json(
-    path: str, tensor: QTensor, tensors: dict[str, np.ndarray]
+def _leaf_to_json(
+    keys: Keys, leaf: QTensor | QuantWeight, tensors: dict[str, np.ndarray]
 ) -> Any:
-    values = _values_to_json(path, tensor)
-    nodes = _nodes_to_json(path, _tensor_to_save(path, tensor), tensors)
-    return {**nodes, **values}
-
-
-def _weight_to_json(
-    path: str, weight: QuantWeight, tensors: dict[str, np.ndarray]
-) -> Any:
-    values = _values_to_json(path, weight)
-    nodes = _nodes_to_json(path, weight, tensors)
-    _check_weight(path, weight)
+    """A quantized leaf: its plain values, then its arrays, once both are found valid."""
+    values = _values_to_json(keys, leaf)
+    if isinstance(leaf, QTensor):
+        leaf = _tensor_to_save(keys, leaf)
+    nodes = _nodes_to_json(keys, leaf, tensors)
+    if isinstance(leaf, QuantWeight):
+        check_parts(path_of(keys), leaf)
+        check_values(path_of(keys), jax.tree.map(np.asarray, leaf))
     return {**nodes, **values}
 
 
 def _nodes_to_json(
-    path: str, node: Any, tensors: dict[str, np.ndarray]
+    keys: Keys, node: Any, tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """{field: JSON} of the fields that hold arrays or other nodes."""
     found = {}
     for name in FIELDS[type(node)].nodes:
-        found[name] = to_json(_below(path, name), getattr(node, name), tensors)
+        found[name] = to_json((*keys, name), getattr(node, name), tensors)
     return found
 
 
-def _values_to_json(path: str, node: Any) -> dict[str, Any]:
+def _values_to_json(keys: Keys, node: Any) -> dict[str, Any]:
     """{field: JSON} of the fields that hold plain values, if `load` will know them."""
     found = {}
     for name in FIELDS[type(node)].values:
         found[name] = _plain(getattr(node, name))
-        _decoded(
-            path, name, found[name]
-        )  # raises if the value would not come back
+        # Raises if the value would not come back.
+        _decoded(keys, name, found[name])
     return found
 
 
@@ -213,85 +245,133 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tensor_to_save(path: str, tensor: QTensor) -> QTensor:
+def _tensor_to_save(keys: Keys, tensor: QTensor) -> QTensor:
     """The tensor, checked, and int4 values as jnp.int4, also where they were stored as int8."""
+    path = path_of(keys)
     optional = [x for x in (tensor.zero, tensor.group_scale) if x is not None]
     for x in (tensor.values, tensor.scale, *optional):
         check_savable(path, x)
     tensor.check(shown(path))
+    check_parts(path, tensor)
+    check_values(path, jax.tree.map(np.asarray, tensor))
     if tensor.fmt != INT4:
         return tensor
     values = np.asarray(tensor.values).astype(np.int8)
-    # int8 can hold what a nibble can not, and packing would drop the upper bits silently.
-    if np.any((values < -8) | (values > 7)):
-        found = f"[{values.min()}, {values.max()}]"
-        raise ValueError(
-            f"{shown(path)}: int4 values must be in [-8, 7], got {found}; "
-            "quantize the float leaf again"
-        )
     return replace(tensor, values=values.astype(INT4.dtype))
 
 
 # Reading ------------------------------------------------------------------------------------------
 
 
-def from_json(path: str, node: Any, declared: dict[str, DeclaredArray]) -> Any:
+def from_json(
+    keys: Keys,
+    node: Any,
+    declared: dict[str, DeclaredArray],
+    like: Any = NO_TREE,
+) -> Any:
     """The tree that a JSON describes, with a ShapeDtypeStruct for each array.
 
     Args:
-        path: of the node in the tree.
+        keys: of the node in the tree.
         node: the JSON.
         declared: gets {path: what the JSON says} of every array. The ShapeDtypeStruct says what
             memory will hold, which may be int8 where the JSON says int4.
+        like: the node at this place in a tree of the same structure, which tells what JSON can
+            not; or `NO_TREE`.
 
     Raises:
-        ValueError: the JSON is not one that `to_json` writes, or a weight is not valid; names the
-            path.
+        ValueError: the JSON is not one that `to_json` writes, a weight is not valid, or a container
+            is of a class that only `like` could tell; names the path.
     """
     if node is None:
         return None
     if not isinstance(node, dict) or len(node) != 1:
         raise ValueError(
-            f"{shown(path)}: expected a node as {{kind: content}}, got {node!r}; save it again"
+            f"{shown(path_of(keys))}: expected a node as {{kind: content}}, got {node!r}; "
+            "save it again"
         )
     [(kind, content)] = node.items()
     # The content may be any JSON at all: where it is not what the kind asks for, taking it apart
     # fails with one of these errors.
     try:
-        return KINDS[kind].from_json(path, content, declared)
+        return KINDS[kind].from_json(keys, content, declared, like)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{shown(path)}: the header does not describe a {kind} ({error!r}); save it again"
+            f"{shown(path_of(keys))}: the header does not describe a {kind} ({error!r}); "
+            "save it again"
         ) from error
 
 
+def _children_from_json(
+    keys: Keys,
+    pairs: Iterable[Any],
+    declared: dict[str, DeclaredArray],
+    like: Any,
+) -> dict[Any, Any]:
+    """{key: child} of [key, JSON] pairs; each is given the child of `like` that has its key."""
+    of_like: dict[str, Any] = {}
+    if like is not NO_TREE and is_container(like):
+        of_like = children(like).by_key
+    found = {}
+    for key, x in pairs:
+        if not isinstance(key, str | int):
+            raise TypeError(f"expected a key, got {key!r}")
+        below = (*keys, str(key))
+        same = of_like.get(str(key), NO_TREE)
+        found[key] = from_json(below, x, declared, same)
+    return found
+
+
 def _dict_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> Any:
-    return {
-        key: from_json(_below(path, key), x, declared) for key, x in content
-    }
+    return _children_from_json(keys, content, declared, like)
 
 
 def _list_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> list[Any]:
-    return [
-        from_json(_below(path, i), x, declared) for i, x in enumerate(content)
-    ]
+    if not isinstance(content, list):
+        raise TypeError(f"expected a list, got {content!r}")
+    pairs = enumerate(content)
+    return list(_children_from_json(keys, pairs, declared, like).values())
 
 
 def _tuple_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> Any:
-    return tuple(_list_from_json(path, content, declared))
+    return tuple(_list_from_json(keys, content, declared, like))
+
+
+def _node_from_json(
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
+) -> Any:
+    """A container of another class, put together as the one of `like` is."""
+    name, pairs = content
+    known = Children({}, jax.tree.structure(None))
+    if like is not NO_TREE and is_container(like):
+        known = children(like)
+    found = _children_from_json(keys, pairs, declared, like)
+    came = "none"
+    if like is not NO_TREE:
+        came = class_name(like)
+    if came != name or list(found) != list(known.by_key):
+        raise ValueError(
+            f"{shown(path_of(keys))}: it is a {name} with the children {list(found)}, which a "
+            f"file can not make; load(path, like=...) expects such a one there, got {came} "
+            f"with {list(known.by_key)}: give the tree that was saved, or one like it"
+        )
+    return jax.tree_util.tree_unflatten(known.treedef, list(found.values()))
 
 
 def _array_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> jax.ShapeDtypeStruct:
     dtype_name, sizes = content
+    if not isinstance(sizes, list) or not all(map(is_size, sizes)):
+        raise TypeError(f"expected the shape of an array, got {sizes!r}")
     array = DeclaredArray(DTYPES[dtype_name], tuple(sizes))
+    path = path_of(keys)
     if path in declared:
         raise ValueError(
             f"{shown(path)}: two leaves have this path; save it again"
@@ -301,104 +381,65 @@ def _array_from_json(
 
 
 def _tensor_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> QTensor:
     """The tensor, checked, with the dtype in which this backend holds its values.
 
     For example int8 for int4 on a CPU: see `sqjax.numerics.formats.container`.
     """
-    tensor = QTensor(**_fields_from_json(path, QTensor, content, declared))
+    tensor = QTensor(**_fields_from_json(keys, QTensor, content, declared))
     values = tensor.values
     if values.dtype == tensor.fmt.dtype:
         held = jax.ShapeDtypeStruct(values.shape, container(tensor.fmt))
         tensor = replace(tensor, values=held)
-    tensor.check(shown(path))
+    tensor.check(shown(path_of(keys)))
+    check_parts(path_of(keys), tensor)
     return tensor
 
 
 def _weight_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> QuantWeight:
     weight = QuantWeight(
-        **_fields_from_json(path, QuantWeight, content, declared)
+        **_fields_from_json(keys, QuantWeight, content, declared)
     )
-    _check_weight(path, weight)
+    check_parts(path_of(keys), weight)
     return weight
 
 
 def _outliers_from_json(
-    path: str, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> Outliers:
-    return Outliers(**_fields_from_json(path, Outliers, content, declared))
+    return Outliers(**_fields_from_json(keys, Outliers, content, declared))
 
 
 def _fields_from_json(
-    path: str, cls: type, content: Any, declared: dict[str, DeclaredArray]
+    keys: Keys, cls: type, content: Any, declared: dict[str, DeclaredArray]
 ) -> dict[str, Any]:
     """{field: what it holds} of all fields of a class."""
     known = (*FIELDS[cls].nodes, *FIELDS[cls].values)
     unknown = sorted(set(content).difference(known))
     if unknown:
         raise ValueError(
-            f"{shown(path)}: expected {known}, got also {unknown}; update sqjax"
+            f"{shown(path_of(keys))}: expected {known}, got also {unknown}; update sqjax"
         )
     found = {}
     for name in FIELDS[cls].nodes:
-        found[name] = from_json(_below(path, name), content[name], declared)
+        found[name] = from_json((*keys, name), content[name], declared)
     for name in FIELDS[cls].values:
-        found[name] = _decoded(path, name, content[name])
+        found[name] = _decoded(keys, name, content[name])
     return found
 
 
 # Both ---------------------------------------------------------------------------------------------
 
 
-def _check_weight(path: str, weight: QuantWeight) -> None:
-    """Raises ValueError, naming the path, if a weight's parts beside its tensor are not valid."""
-    for find_problem in (_wrong_parts, _wrong_activations, _wrong_dtypes):
-        problem = find_problem(weight)
-        if problem is not None:
-            raise ValueError(
-                f"{shown(path)}: not a valid QuantWeight: {problem}; quantize the float leaf again"
-            )
-
-
-def _wrong_parts(weight: QuantWeight) -> str | None:
-    tensor, outliers = weight.tensor, weight.outliers
-    if not isinstance(tensor, QTensor) or not isinstance(
-        outliers, Outliers | None
-    ):
-        return f"expected a QTensor and Outliers or None, got {tensor!r} and {outliers!r}"
-    if weight.contracted > weight.ndim:
-        return f"expected at most {weight.ndim} contracted axes, got {weight.contracted}"
-    return None
-
-
-def _wrong_activations(weight: QuantWeight) -> str | None:
-    if weight.activations == "static" and weight.input_scale is None:
-        return "static activations need an input_scale, got none"
-    return None
-
-
-def _wrong_dtypes(weight: QuantWeight) -> str | None:
-    parts = [
-        ("input_scale", weight.input_scale, jnp.float32),
-        ("smoothing", weight.smoothing, jnp.float32),
-    ]
-    if weight.outliers is not None:
-        parts.append(("channels", weight.outliers.channels, jnp.int32))
-    for name, x, dtype in parts:
-        if x is not None and getattr(x, "dtype", None) != dtype:
-            return f"{name} must be {jnp.dtype(dtype).name}, got {x!r}"
-    return None
-
-
 class Kind(NamedTuple):
     """A kind of node: the class of its values, and how they are written and read."""
 
     cls: type | None
-    to_json: Callable[[str, Any, dict[str, np.ndarray]], Any]
-    from_json: Callable[[str, Any, dict[str, DeclaredArray]], Any]
+    to_json: Callable[[Keys, Any, dict[str, np.ndarray]], Any]
+    from_json: Callable[[Keys, Any, dict[str, DeclaredArray], Any], Any]
 
 
 #: {kind, as the JSON names it: how it is written and read}.
@@ -406,10 +447,11 @@ KINDS: dict[str, Kind] = {
     "dict": Kind(dict, _dict_to_json, _dict_from_json),
     "list": Kind(list, _items_to_json, _list_from_json),
     "tuple": Kind(tuple, _items_to_json, _tuple_from_json),
-    # What is of no other kind is an array, or refused as one.
+    # What jax does not look into is an array, or refused as one.
     "array": Kind(None, _array_to_json, _array_from_json),
-    "QTensor": Kind(QTensor, _tensor_to_json, _tensor_from_json),
-    "QuantWeight": Kind(QuantWeight, _weight_to_json, _weight_from_json),
+    "node": Kind(None, _node_to_json, _node_from_json),
+    "QTensor": Kind(QTensor, _leaf_to_json, _tensor_from_json),
+    "QuantWeight": Kind(QuantWeight, _leaf_to_json, _weight_from_json),
     "Outliers": Kind(Outliers, _nodes_to_json, _outliers_from_json),
 }
-_KIND_OF = {kind.cls: name for name, kind in KINDS.items()}
+_KIND_OF = {kind.cls: name for name, kind in KINDS.items() if kind.cls}

@@ -1,0 +1,116 @@
+"""Writing beside a file and then renaming: nobody ever sees half a file, and nothing stays behind.
+
+What is written goes to a directory of its own beside the file, because libraries that write files
+make temporary ones too. The directory holds a file that its process keeps locked. Where a process
+was killed the lock is free, and the next one that writes there removes the directory.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from sqjax.files.opening import kind_of
+
+_PREFIX = ".sqjax-"
+_FRESH = ".sqjax_new-"
+#: A directory has its lock a moment after it is made; without one it is left over after so long.
+_SECONDS_TO_LOCK = 3600.0
+
+
+@contextlib.contextmanager
+def directory_beside(parent: Path) -> Iterator[Path]:
+    """A directory in `parent` that is removed at the end.
+
+    First what processes that were killed have left there is removed.
+    """
+    _remove_left_over(parent)
+    made = Path(tempfile.mkdtemp(prefix=_FRESH, dir=parent))
+    scratch = made
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            if os.name == "posix":
+                lock = until_the_end.enter_context((made / "lock").open("xb"))
+                _locks(lock)
+                # Under this name others look at it, and find it locked.
+                scratch = made.rename(
+                    parent / f"{_PREFIX}{uuid.uuid4().hex[:8]}"
+                )
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def written_aside(file: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `file` at the end; nothing stays there if anything fails.
+
+    A file that is replaced hands on its mode.
+
+    Raises:
+        ValueError: `file` is a device, a FIFO or a socket, which the renaming would replace.
+    """
+    mode = _mode_for(file)
+    with directory_beside(file.parent) as scratch:
+        aside = scratch / "written"
+        yield aside
+        if mode is None:
+            mode = _usual_mode(scratch / "plain")
+        aside.chmod(mode)
+        with aside.open("rb+") as written:
+            # Before the renaming: a crash leaves the old file or the new.
+            os.fsync(written.fileno())
+        os.replace(aside, file)
+
+
+def _mode_for(file: Path) -> int | None:
+    """The mode of the file that is to be replaced; None where there is none."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return None
+    kind = kind_of(mode)
+    if kind is not None:
+        raise ValueError(
+            f"expected a file or a path that is free, got {kind}, which would be replaced"
+        )
+    return stat.S_IMODE(mode)
+
+
+def _usual_mode(path: Path) -> int:
+    """The mode of a new file, which the user's mask decides."""
+    with path.open("xb") as new:
+        return stat.S_IMODE(os.fstat(new.fileno()).st_mode)
+
+
+def _locks(file: BinaryIO) -> bool:
+    """Locks the file for this process; whether that could be done."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        # Another process has it, or the system or this file system knows no such locks.
+        return False
+    return True
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Removes the directories of processes that were killed."""
+    for scratch in parent.glob(f"{_PREFIX}*"):
+        with (
+            contextlib.suppress(OSError),
+            (scratch / "lock").open("rb") as lock,
+        ):
+            if _locks(lock):
+                shutil.rmtree(scratch, ignore_errors=True)
+    for made in parent.glob(f"{_FRESH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - made.stat().st_mtime > _SECONDS_TO_LOCK:
+                shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""Trees of containers that JSON has not: written by path, and read into a tree like the one saved."""
+
+import dataclasses
+from collections import OrderedDict
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from flax.core import FrozenDict
+
+import sqjax as sq
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dense:
+    """As equinox has them: arrays as children, and a function that no file can hold."""
+
+    kernel: object
+    bias: object
+    activation: object = dataclasses.field(metadata={"static": True}, default=jnp.tanh)
+
+
+@jax.tree_util.register_pytree_node_class
+class Unnamed:
+    """A class that does not name its children."""
+
+    def __init__(self, *xs):
+        self.xs = xs
+
+    def tree_flatten(self):
+        return self.xs, "aux"
+
+    @classmethod
+    def tree_unflatten(cls, aux, xs):
+        assert aux == "aux"
+        return cls(*xs)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def numbers(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def trees():
+    x = numbers(2, 3)
+    return {
+        "dataclass": {"layers": [Dense(x, None), Dense(x + 1, x[0])]},
+        "the tree itself": Dense(x, Dense(x + 1, None)),
+        "unnamed": {"a": Unnamed(x, [x + 1], {"": x + 2})},
+        "namedtuple": Pair(x, Pair(x + 1, None)),
+        "ordered": OrderedDict([("b", x), ("a", x + 1)]),
+        "frozen": {"a": FrozenDict({"b": x})},
+        "state": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+        "boxed": {"kernel": linen.Partitioned(x, names=("in", "out"))},
+    }
+
+
+TREES = trees()
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_of_any_containers_comes_back(tmp_path, name):
+    tree, file = TREES[name], tmp_path / "x"
+    sq.save(file, tree)
+    assert_same(sq.load(file, like=tree), tree)
+    # Shapes are enough, and containers are all that is taken from there.
+    assert_same(sq.load(file, like=jax.eval_shape(lambda: tree)), tree)
+    assert_same(sq.load(file, like=jax.tree.map(jnp.zeros_like, tree)), tree)
+    with pytest.raises(ValueError, match=r"load: .*x: .*it is a \w+ with the children .*like="):
+        sq.load(file)
+
+
+def test_an_empty_key_is_a_key(tmp_path):
+    x = numbers(2)
+    tree = {"": {"a": x, "": {"": x + 1}}, "b": [{"": x + 2}]}
+    sq.save(tmp_path / "x", tree)
+    assert_same(sq.load(tmp_path / "x"), tree)
+
+
+def test_a_quantized_module_comes_back_into_a_float_one(tmp_path):
+    fn = lambda p, x: p.activation(x @ p.kernel + p.bias[None])
+    params, x = Dense(numbers(8, 4), numbers(4, seed=1)), numbers(3, 8, seed=2)
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [x]))
+    sq.save(tmp_path / "x", qparams)
+    for like in (params, qparams):
+        found = sq.load(tmp_path / "x", like=like)
+        assert_same(found, qparams)
+    np.testing.assert_array_equal(sq.quantized(fn)(found, x), sq.quantized(fn)(qparams, x))
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (
+            {"a": Pair(numbers(2, 3), None)},
+            r"a: it is a Dense .*got Pair with \['first', 'second'\]",
+        ),
+        ({"a": 3}, r"a: it is a Dense .*got int with \[\]"),
+        ({}, r"a: it is a Dense .*got none with \[\]"),
+        ({"a": Dense(numbers(3, 2), None)}, r"a/kernel: expected float32 \(3, 2\), got .*\(2, 3\)"),
+        ({"a": Dense(numbers(2, 3) > 0, None)}, r"a/kernel: expected bool .*got float32"),
+        ({"a": Dense(numbers(2, 3), numbers(3))}, r"the file lacks \['a/bias'\]"),
+        ({"a": Dense(numbers(2, 3), None), "b": numbers(1)}, r"the file lacks \['b'\]"),
+        (FrozenDict({"a": Dense(numbers(2, 3), None)}), "expected the containers .*FrozenDict"),
+    ],
+)
+def test_a_tree_that_is_not_like_it_is_refused(tmp_path, like, message):
+    sq.save(tmp_path / "x", {"a": Dense(numbers(2, 3), None)})
+    with pytest.raises(ValueError, match=rf"load: .*x: .*{message}"):
+        sq.load(tmp_path / "x", like=like)
+
+
+def test_a_plain_tree_is_compared_too(tmp_path):
+    sq.save(tmp_path / "x", [numbers(2)])
+    assert_same(sq.load(tmp_path / "x", like=[numbers(2)]), [numbers(2)])
+    with pytest.raises(ValueError, match="expected the containers"):
+        sq.load(tmp_path / "x", like=(numbers(2),))
+
+
+def deep(levels):
+    tree = numbers(1)
+    for _ in range(levels):
+        tree = [tree]
+    return tree
+
+
+def cyclic():
+    tree = []
+    tree.append(tree)
+    return tree
+
+
+REFUSED = {
+    "masked": (
+        {"a": np.ma.masked_array([1.0, 2.0], [True, False])},
+        r"a: expected a plain array, got MaskedArray.*save x.filled",
+    ),
+    "matrix": ({"a": np.zeros((2, 2)).view(type("Mine", (np.ndarray,), {}))}, "a: .*got Mine"),
+    "half a pair": ({"\ud800": numbers(1)}, "expected keys all str or all int"),
+    "deep": (deep(5000), "nested too deeply"),
+    "cyclic": (cyclic(), "nested too deeply, or holds itself"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_lost_is_refused(tmp_path, case):
+    tree, message = REFUSED[case]
+    with pytest.raises(ValueError, match=rf"save: .*x: .*{message}"):
+        sq.save(tmp_path / "x", tree)
+    assert not list(tmp_path.iterdir())
