@@ -136,7 +136,9 @@ def _scale_leaf(
     With an offset c it is c + leaf that is scaled: the function reads that sum, so (c + leaf) / s -
     c is stored.
     """
-    value = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    value = leaf.astype(
+        leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32
+    )
     value = value + offset if offset else value
     for scale, labels in factors:
         with_one = _with_one(scale).astype(value.dtype)

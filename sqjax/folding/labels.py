@@ -78,6 +78,8 @@ def put_axes(labels: Labels, axes: Sequence[int], ndim: int) -> Labels:
     """
     new_axes = (1,) * (ndim - labels.ndim)
     spread = labels.reshape(labels.shape + new_axes)
+    if not labels.ndim:
+        return spread
     return np.moveaxis(spread, range(labels.ndim), axes)
 
 
