@@ -55,6 +55,7 @@ def watched(batches, counts):
     return stream(), seen
 
 
+@pytest.mark.slow
 def test_one_trace_and_one_search_for_each_shape(counts):
     """With keys of attention; batches of one shape cost nothing more."""
     model = Model(LlamaConfig(61, 12, 10, 1, 4, 2, 4))

@@ -42,6 +42,7 @@ def groups(stats):
 # Several functions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_functions_that_share_a_leaf_share_its_group():
     stats = sq.calibrate([encode, decode], PARAMS, [[X], [Y]])
     assert groups(stats) == {(WIDTH, ("gain",), ("a", "b")), (5, ("a",), ("head",))}
@@ -57,6 +58,7 @@ def test_functions_that_share_a_leaf_share_its_group():
     assert not np.allclose(sq.scales(PARAMS, alone[0])["a"], np.sqrt(x_max / w_max), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_folds_in_one_function_alone_is_not_folded():
     """The second one reads the norm's output, or its gain, for something else."""
     for other in (
@@ -98,6 +100,7 @@ def test_a_site_of_both_functions_sees_both():
     assert int(stats.count["b"]) == 12
 
 
+@pytest.mark.slow
 def test_one_function_in_a_list_is_that_function():
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -118,6 +121,7 @@ def test_functions_and_batches_must_be_as_many():
         sq.calibrate([encode, decode], PARAMS, [[X], []])
 
 
+@pytest.mark.slow
 def test_every_batch_of_a_function_must_have_its_sites():
     """A site that only the other function has is not missed."""
 

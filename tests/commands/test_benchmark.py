@@ -103,6 +103,7 @@ def test_without_qwix_its_row_says_how_to_install_it(tiny, monkeypatch):
     assert "pip install" in notes[QWIX]
 
 
+@pytest.mark.slow
 def test_a_step_reads_the_last_slot_of_a_full_cache(tiny):
     model, params = tiny
     ids = jnp.arange(8, dtype=jnp.int32)[None] % 2

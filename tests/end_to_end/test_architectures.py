@@ -956,6 +956,7 @@ def test_every_other_site_is_refused_with_its_reason(build):
 
 
 @pytest.mark.parametrize("build", CASES)
+@pytest.mark.slow
 def test_powers_of_two_change_no_bit_of_another_batch(build):
     made, graph = found(build)
     rng = np.random.default_rng(0)
@@ -985,6 +986,7 @@ def rounded(params, offsets):
 
 
 @pytest.mark.parametrize("build", [scanned_and_boxed, latent_attention, sorted_experts])
+@pytest.mark.slow
 def test_int8_error_and_matmuls(build):
     """Rounding to 127 steps of four standard deviations costs each operand 4 / 127 / sqrt(12) = 0.9% of its rms.
 

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
         ("scanned_model", "int8", "smoothed int8"),
     ],
 )
+@pytest.mark.slow
 def test_an_example_runs_and_smoothing_helps(name, unsmoothed, smoothed, capsys):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) < 50

@@ -151,6 +151,7 @@ def decoder(scheme):
 @pytest.mark.parametrize(
     ("scheme", "form"), [("O1", "triton"), ("O2", "triton"), ("O3", "triton"), ("O3", "cublas")]
 )
+@pytest.mark.slow
 def test_a_decoder_layer_multiplies_every_site_in_int8(scheme, form, target):
     model, params = decoder(scheme)
     ids = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
@@ -160,6 +161,7 @@ def test_a_decoder_layer_multiplies_every_site_in_int8(scheme, form, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_matmuls_that_the_compiler_merges_stay_int8_and_copy_no_weight(target):
     """By default q, k, v are one matmul, and gate and up, on concatenated weights; that is part of its kernel."""
     model, params = decoder("O1")
@@ -172,6 +174,7 @@ def test_matmuls_that_the_compiler_merges_stay_int8_and_copy_no_weight(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_a_decoding_step_copies_no_weight(target):
     model, params = decoder("O1")
     cache = jax.eval_shape(lambda: model.init_cache(1, ROWS, jnp.bfloat16))

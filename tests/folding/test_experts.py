@@ -225,7 +225,9 @@ def found(build):
     return case, calibrate(case.fn, case.params)
 
 
-@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize(
+    "build", slow_but(CASES, dispatched_by_a_mask, ragged, every_expert_sees_all)
+)
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
     got = {
@@ -269,7 +271,7 @@ def int8_products(program):
 
 
 @pytest.mark.parametrize("scheme", slow_but(["O1", "O3"], "O3"))
-@pytest.mark.parametrize("build", slow_but(CASES, every_expert_sees_all, ragged_in_a_scan))
+@pytest.mark.parametrize("build", slow_but(CASES, ragged_in_a_scan))
 def test_every_expert_runs_in_int8(build, scheme):
     case, stats = found(build)
     rules = (
@@ -345,6 +347,7 @@ def avoiding(expert):
     return case._replace(fn=fn)
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_keep_a_scale_of_1_and_are_named():
     case = avoiding(1)
     with pytest.warns(
@@ -451,6 +454,7 @@ def test_a_ragged_dot_is_the_integer_product_of_numpy(sizes):
     assert np.abs(expected - fn(params, *args)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_gradient_through_experts_is_the_dequantized_one():
     x, w = stacked_operands()
     params, sizes = {"w": jnp.asarray(w)}, jnp.array([5, 2, 8])

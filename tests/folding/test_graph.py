@@ -143,6 +143,7 @@ def llama():
     return params, sq.calibrate(LLAMA.apply, params, [IDS, IDS[:, :5]], attention=True)
 
 
+@pytest.mark.slow
 def test_keys_are_looked_for_only_when_asked(llama):
     params, stats = llama
     plain = sq.calibrate(LLAMA.apply, params, [IDS])
@@ -246,6 +247,7 @@ def test_a_norm_on_the_keys_absorbs():
 # Smoothing at run time ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_smoothing_at_run_time_where_no_leaf_absorbs():
     """(X / s)(s W) = X W with the division in the quantizer; the error falls as that of a folded
     group would.
@@ -267,6 +269,7 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
 
 
 @pytest.mark.parametrize("scheme", [pytest.param(sq.W8A8_O1, marks=pytest.mark.slow), sq.W8A8_O3])
+@pytest.mark.slow
 def test_the_tied_head_is_smoothed_at_run_time(scheme):
     """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s
     again.
@@ -328,6 +331,7 @@ def test_an_offset_of_one_batch_only_is_refused():
     assert "does not fold in the program of batch 1" in dict(graph.refused)["w"]
 
 
+@pytest.mark.slow
 def test_a_stack_read_whole_with_a_scale_and_by_index_without_is_refused():
     def fn(p, x, y):
         u = stacked_matmul(jnp.tanh(x) * p["g"], p["V"])
@@ -344,6 +348,7 @@ def test_a_stack_read_whole_with_a_scale_and_by_index_without_is_refused():
     assert "multiplies another part of V" in dict(graph.refused)["W"]
 
 
+@pytest.mark.slow
 def test_a_scale_that_passes_a_shared_site_is_shared_by_all_steps():
     def fn(p, x):
         def step(c, q):
@@ -359,6 +364,7 @@ def test_a_scale_that_passes_a_shared_site_is_shared_by_all_steps():
     assert [(g.size, g.steps) for g in graph.groups] == [(2, ())]
 
 
+@pytest.mark.slow
 def test_keys_of_layers_in_one_stack_have_scales_of_their_own():
     def fn(p, x):
         for i in range(2):

@@ -15,6 +15,7 @@ from sqjax.folding import labels as lab
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), drawn=labelled())
+@pytest.mark.slow
 def test_pad_is_the_primitive_and_unpad_its_inverse(data, drawn):
     labels, shape = drawn
     padding = [tuple(data.draw(st.integers(0, 2)) for _ in range(3)) for _ in shape]

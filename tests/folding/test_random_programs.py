@@ -432,6 +432,7 @@ def attack(case: Certified, rng: np.random.Generator) -> Counter:
 
 
 @pytest.mark.parametrize("programs", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_certificate_refuses_mutated_labels(programs):
     tally: Counter = Counter()
     for number in range(programs):

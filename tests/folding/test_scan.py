@@ -104,6 +104,7 @@ def leaves(tree):
 
 
 @pytest.mark.parametrize("statistic", ["absmax", "abs_sum", "weight_absmax", "count"])
+@pytest.mark.slow
 def test_statistics_of_every_layer_are_those_of_the_layers_written_out(statistic):
     stacked, apart = (getattr(stats, statistic) for stats in calibrated())
     assert set(stacked) == {"up", "down"}
@@ -198,6 +199,7 @@ def test_jit_equals_eager():
     assert not np.allclose(eager, scanned(STACKED, X), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_of_one_stack_indexed_one_by_one_are_the_scanned_ones():
     """No scan, but the same statistics, the same scales and the same int8 as the scanned form."""
 
@@ -450,7 +452,7 @@ def found(build):
     return case, sq.calibrate(case.fn, case.params, [X])
 
 
-@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize("build", slow_but(CASES, plain, nested, offset_gains, linen_axis_0))
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
     got = {
@@ -490,7 +492,7 @@ def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
 
 
 @pytest.mark.parametrize("scheme", slow_but(["O1", "O3"], "O3"))
-@pytest.mark.parametrize("build", slow_but(CASES, nested, the_whole_stack_twice))
+@pytest.mark.parametrize("build", slow_but(CASES, the_whole_stack_twice))
 def test_every_site_runs_in_int8(build, scheme):
     case, stats = found(build)
     qparams = sq.quantize(case.params, stats, SCHEMES[scheme])
@@ -552,6 +554,7 @@ def test_a_weight_read_outside_the_scan_too_is_refused():
     assert "down is read outside this scan too" in dict(got.refused)["down"]
 
 
+@pytest.mark.slow
 def test_two_scans_over_one_stack_share_its_slices():
     """A prefill and a step over the same layers: the same scales serve both."""
     params = {**STACKED, "first": normal(WIDTH, WIDTH)}
@@ -654,6 +657,7 @@ SQUARES = {"w": normal(WIDTH, WIDTH), "v": normal(WIDTH, WIDTH, seed=1)}
 
 
 @pytest.mark.parametrize("scheme", ["O1", "O3"])
+@pytest.mark.slow
 def test_quantized_leaves_go_through_while_and_cond(scheme):
     stats = sq.calibrate(in_turn, SQUARES, [X])
     qparams = sq.quantize(SQUARES, stats, SCHEMES[scheme])

@@ -497,6 +497,7 @@ SHARING = {"llama": (llama, 2), "mistral": (mistral, 2), "gemma": (gemma, 4)}
 
 
 @pytest.mark.parametrize(("build", "heads"), slow_but(SHARING, "gemma"))
+@pytest.mark.slow
 def test_query_heads_that_read_one_value_head_share_its_scales(build, heads):
     attention = "model/layers/0/self_attn"
     site, columns = labels_of(build, f"{attention}/o_proj/kernel", f"{attention}/v_proj/kernel")
@@ -594,6 +595,7 @@ def test_a_returned_activation_is_not_scaled():
         assert "output of fn" in reasons[path]
 
 
+@pytest.mark.slow
 def test_the_function_is_hashable_and_holds_no_parameters():
     _, _, params, _ = built(opt)
     model = initialised()
@@ -635,6 +637,7 @@ def test_generate_is_greedy_decoding():
 
 
 @pytest.mark.parametrize("build", slow_but([gpt2, llama], gpt2))
+@pytest.mark.slow
 def test_quantized_generate_is_greedy_decoding_in_int8(build):
     """With a scale for every token, what a token sees does not depend on the cache: both ways agree."""
     _, fn, params, stats = built(build)

@@ -501,6 +501,7 @@ def multiply_like_flax():
 
 @pytest.mark.usefixtures("multiply_like_flax")
 @pytest.mark.parametrize("name", slow_but(list(LAYERS), "batches"))
+@pytest.mark.slow
 def test_dense_general_is_the_float_layer_on_the_dequantized_kernel(name):
     """With weights alone quantized the layer is the float one on the dequantized kernel; with int8 activations close
     to it, and to the float layer. Names and shapes are the float layer's, of init too."""

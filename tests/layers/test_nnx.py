@@ -225,6 +225,7 @@ def test_changes_are_dropped_on_request_and_every_call_starts_afresh():
     assert distance(module(x), first) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_key_value_cache_is_refused():
     attention = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
     attention.init_cache((1, 4, 8))
@@ -445,6 +446,7 @@ def test_a_quant_module_is_the_quantized_function_under_both_jits(scheme):
     assert 1e-3 < distance(expected, module(x)) < 0.1
 
 
+@pytest.mark.slow
 def test_a_quant_module_shows_its_parameters():
     _, fn, qparams, quantized, x = quantized_module()
     graphdef, floats, ints = nnx.split(quantized, nnx.Param, QuantParam)

@@ -90,6 +90,7 @@ def run(fn, params, arrays):
     return jax.jit(sq.quantized(fn))(params, jnp.asarray(arrays["ids"]))
 
 
+@pytest.mark.slow
 def test_float_logits(model):
     assert error(run(model.fn, model.params, model.arrays), model.arrays["logits"]) < 2e-6
 
@@ -144,6 +145,7 @@ def test_smoothed_parameters(model, alpha):
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("groups", ["norm", "all"])
+@pytest.mark.slow
 def test_smoothing_keeps_the_logits(model, alpha, groups):
     smoothed = sq.smooth(model.params, model.stats, alpha, groups=groups)
     logits = run(model.fn, smoothed, model.arrays)
@@ -154,6 +156,7 @@ def test_smoothing_keeps_the_logits(model, alpha, groups):
 
 @pytest.mark.parametrize("alpha", ["none", *ALPHAS])
 @pytest.mark.parametrize(("key", "rules"), [("w8a8", RULES), ("w8a8_static", STATIC)])
+@pytest.mark.slow
 def test_quantized_models_lose_as_much_as_pytorchs(model, alpha, key, rules):
     """The error against the float model within 10% of the reference's; the logits themselves only roughly."""
     params, stats = model.params, model.stats

@@ -117,6 +117,7 @@ magnitudes = st.one_of(st.just(0.0), st.floats(1e-8, 1e6))
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(magnitudes, magnitudes), min_size=1, max_size=5), st.floats(0, 1))
+@pytest.mark.slow
 def test_formula_with_its_floors(pairs, alpha):
     a, w = np.array(pairs, np.float32).T
     got = smoothing_scales(jnp.asarray(a), jnp.asarray(w), alpha)
@@ -142,6 +143,7 @@ def test_edge_values(a, w, alpha, s):
     assert smoothing_scales(jnp.float32(a), jnp.float32(w), alpha) == pytest.approx(s, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_dead_channel_is_left_alone():
     params = {"norm": jnp.ones(3), "w": jnp.ones((3, 2))}
 
@@ -154,6 +156,7 @@ def test_a_dead_channel_is_left_alone():
     np.testing.assert_array_equal(smoothed["w"], [[1, 1], [1, 1], [8, 8]])
 
 
+@pytest.mark.slow
 def test_tied_channels_share_the_largest_statistics():
     case = llama()
     graph = case.stats.graph
@@ -172,6 +175,7 @@ def skip(p, x):
     return h @ p["a"] + jnp.concatenate([jnp.tanh(x), h], 1) @ p["both"]
 
 
+@pytest.mark.slow
 def test_channels_without_a_scale_take_no_part():
     """A site that reads the norm beside something else: the other channels change neither s nor their statistics."""
     rng = np.random.default_rng(3)
@@ -260,6 +264,7 @@ def test_the_order_of_groups_does_not_matter():
             np.testing.assert_allclose(leaf, at_once[path], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_powers_of_two_fold_exactly_in_bfloat16():
     case = llama()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)
@@ -291,6 +296,7 @@ def test_powers_of_two_fold_exactly_in_bfloat16():
         (llama, "all"),
     ],
 )
+@pytest.mark.slow
 def test_folded_statistics_are_those_of_the_folded_model(case, groups):
     case = case()
     s = sq.scales(case.params, case.stats, 0.7, groups=groups)
@@ -422,6 +428,7 @@ def test_values_that_a_jitted_function_closes_over_are_checked():
         jax.jit(lambda: sq.scales(broken, case.stats))()
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_a_channel_is_dead():
     params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3)).at[1].set(0.0)}
 

@@ -61,6 +61,7 @@ def run_dense(layer, x):
 
 
 @pytest.mark.parametrize("form", slow_but(list(FORMS), "float", "O3", "outliers", "apart"))
+@pytest.mark.slow
 def test_one_kernel_gives_the_outputs_of_its_parts_side_by_side(form):
     params = params_in(form)
     one = fuse(params)

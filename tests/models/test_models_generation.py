@@ -69,6 +69,7 @@ NAMES = ["float", pytest.param("W8A8", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_batch_of_unequal_prompts_is_each_uncached(trees, uncached, name):
     got = generate(MODEL, trees[name], PROMPTS, STEPS)
     assert got.tokens == uncached[name]
@@ -77,6 +78,7 @@ def test_a_batch_of_unequal_prompts_is_each_uncached(trees, uncached, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_chunks_of_the_prefill_change_nothing(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS, STEPS, chunk=3).tokens == uncached[name]
 
@@ -95,6 +97,7 @@ def test_a_quantized_cache_is_the_same_in_a_batch_and_in_chunks(trees):
     assert generate(MODEL, trees["W8A8"], PROMPTS, STEPS, cache="int8", chunk=4).tokens[2] == alone
 
 
+@pytest.mark.slow
 def test_a_coarse_cache_changes_what_is_generated(trees, uncached):
     """So that the formats are not ignored."""
     coarse = CacheFormat("int4", group=8)
@@ -116,6 +119,7 @@ def test_a_window_and_its_ring(trees):
 # Stops and streams ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_its_row_only(trees, uncached):
     stop = uncached["float"][0][2]
     got = generate(MODEL, trees["float"], PROMPTS, STEPS, stop=stop)
@@ -126,6 +130,7 @@ def test_a_stop_token_ends_its_row_only(trees, uncached):
     assert len(got.tokens[0]) <= 3 < max(map(len, got.tokens))
 
 
+@pytest.mark.slow
 def test_the_loop_ends_when_all_rows_have(trees, uncached):
     """Seen from outside: after the last row's stop nothing more is streamed, and no step is made."""
     ends, calls = [uncached["float"][0][1], uncached["float"][1][0], uncached["float"][2][0]], []
@@ -166,6 +171,7 @@ def test_the_callback_may_end_a_row(trees, uncached):
 # Texts ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_texts_and_their_end(trees):
     params = trees["float"]
     [expected] = generate(MODEL, params, [3, 0, 2], 4).tokens
@@ -219,6 +225,7 @@ def test_draws_have_the_probabilities_of_the_logits(trees):
     assert (expected > 0.02).sum() > 3
 
 
+@pytest.mark.slow
 def test_seeds(trees):
     def draw(prompts, seed, **how):
         return generate(

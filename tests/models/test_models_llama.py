@@ -139,6 +139,7 @@ def test_tree_has_hugging_face_names():
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16_and_near_float32():
     model = Model(GROUPED)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(GROUPED))

@@ -122,6 +122,7 @@ def test_a_long_context_loses_its_beginning(params):
         ),
     ],
 )
+@pytest.mark.slow
 def test_teacher_forcing_through_a_cache(params, chunk, name):
     """What every token sees is what it would see if the text were generated token by token."""
     ids = np.random.default_rng(1).integers(0, 61, (2, 9)).astype(np.int32)
@@ -145,6 +146,7 @@ def test_a_chunk_without_a_cache(params):
         perplexity(MODEL, params, ids, chunk=2)
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_text_and_of_its_windows(params):
     ids = np.random.default_rng(2).integers(0, 61, 20)
     rows = perplexity(MODEL, params, ids[:18].reshape(3, 6))
@@ -230,6 +232,7 @@ def test_nan_is_not_a_likelihood(params):
 # Multiple choice -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_multiple_choice(params):
     """Choices of unlike lengths, so that the three accuracies differ."""
     rng = np.random.default_rng(5)
@@ -378,6 +381,7 @@ def test_rolling_predicts_every_token_once(harness, params):
         assert all(len(before) + len(asked) <= 5 for before, asked in pairs)
 
 
+@pytest.mark.slow
 def test_generate_until(harness, params):
     lm = harness_model(MODEL, params, cache="int8")
     [whole] = generate(MODEL, params, "abc", 9, cache="int8", chunk=64).texts

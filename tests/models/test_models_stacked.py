@@ -140,6 +140,7 @@ def test_gradients_are_those_of_layers_apart():
         np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_every_layer_has_the_statistics_and_scales_that_it_has_apart():
     (apart, _, of_apart), (stacked, _, of_stacked) = calibrated()
     s_apart, s_stacked = (
@@ -167,6 +168,7 @@ def test_every_layer_has_the_statistics_and_scales_that_it_has_apart():
 
 
 @pytest.mark.parametrize("scheme", slow_but(list(SCHEMES), "O3"))
+@pytest.mark.slow
 def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
     apart, stacked = trees(scheme)
     assert_alike(stack_layers(apart), stacked)
@@ -228,6 +230,7 @@ def test_files_keep_a_stack(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", slow_but(["float", "one of each"], "float"))
+@pytest.mark.slow
 def test_decode_reads_a_stack_as_it_is(scheme):
     """A prefill and a step; in float the whole text without a cache is a reference too."""
     run, found = jax.jit(sq.quantized(MODEL.decode)), []
@@ -328,6 +331,7 @@ GENERATED = [("O1", "int8"), ("float", "e4m3"), ("one of each", "int4")]
 
 
 @pytest.mark.parametrize("case", slow_but(GENERATED, GENERATED[1]))
+@pytest.mark.slow
 def test_generate(case, monkeypatch):
     """The program that both forms run is one: it is compiled for the stack."""
     scheme, kind = case

@@ -99,6 +99,7 @@ def test_float_activations_meet_the_integers_in_float32(weight, x_dtype):
     ).all()
 
 
+@pytest.mark.slow
 def test_it_is_the_plain_per_token_matmul():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(19, 256)), jnp.float32)
     w = jnp.asarray(np.random.default_rng(1).normal(size=(33, 256)), jnp.float32)

@@ -61,6 +61,7 @@ def case():
     return params, x, sq.calibrate(fn, params, [x])
 
 
+@pytest.mark.slow
 def test_a_weight_behind_an_identity_is_a_site_that_folds(case):
     params, x, stats = case
     assert {site.path for site in stats.graph.sites} == set(WAYS)
@@ -81,6 +82,7 @@ def test_a_weight_behind_an_identity_runs_in_int8(case):
     assert np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_barrier_in_a_scan_keeps_every_layer_a_site():
     params = {"norm": jnp.ones((3, CHANNELS)), "w": jnp.stack([0.5 * jnp.eye(CHANNELS)] * 3)}
     x = jnp.linspace(-1, 1, 2 * CHANNELS).reshape(2, CHANNELS)

@@ -119,6 +119,7 @@ STEPS = [transposing, transposing, reshaping, reshaping, squeezing, expanding, s
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), shape=SHAPES)
+@pytest.mark.slow
 def test_a_view_says_where_every_element_comes_from(data, shape):
     view, moved = View.of("w", shape), places(shape)
     for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4)):

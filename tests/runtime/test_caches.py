@@ -83,6 +83,7 @@ def inputs(*lengths):
 
 
 @pytest.mark.parametrize("repeat", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_is_the_attention_of_rounded_keys_and_values(repeat):
     p, xs = params(), inputs(4, 1, 1)
     fn = lambda p, x, cache: attention(p, x, cache, repeat)
@@ -133,6 +134,7 @@ def test_composes_with_quantized_weights():
     assert {dot.dtypes for dot in jaxprs.dots(program)} == {jaxprs.INT8_DOT}
 
 
+@pytest.mark.slow
 def test_is_carried_by_a_loop_and_handed_out_by_a_scan():
     p, [x] = params(), inputs(1)
     layers = jax.tree.map(lambda *a: jnp.stack(a), params(1), params(2))
@@ -160,6 +162,7 @@ def test_is_carried_by_a_loop_and_handed_out_by_a_scan():
     np.testing.assert_allclose(sq.dequantize(held["key"]), rounded(cache["key"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_and_parts_of_a_cache_pass():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 6, 8)), jnp.float32)
     held, y = sq.quantize_cache({"c": x}), jnp.ones((3, 8))

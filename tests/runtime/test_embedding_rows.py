@@ -61,6 +61,7 @@ def test_rows_are_those_of_the_dequantized_table_out_of_range_too(weights):
         assert not np.array_equal(rows, exact[case])
 
 
+@pytest.mark.slow
 def test_rows_with_scales_of_their_own_parts():
     """A table quantized along its last axis only has several scales a row."""
     table = normal(6, 2, 4)
@@ -81,6 +82,7 @@ def test_rows_of_a_cast_table_are_refused():
         sq.quantized(fn)(cast, jnp.asarray([1]))
 
 
+@pytest.mark.slow
 def test_rows_that_a_gather_puts_first_are_no_table():
     numbers = lax.GatherDimensionNumbers((0,), (0,), (0,))
     fn = lambda p, ids: (
@@ -95,6 +97,7 @@ def test_rows_that_a_gather_puts_first_are_no_table():
         sq.quantized(fn)(qparams, ids)
 
 
+@pytest.mark.slow
 def test_what_fills_rows_out_of_range_is_not_divided_by_a_smoothing():
     fn = lambda p, ids: jnp.tanh(p["embed"][ids]) @ p["embed"].T
     look = lambda p, ids: jnp.take(p["embed"], ids, axis=0, mode="fill", fill_value=3.0)
@@ -106,6 +109,7 @@ def test_what_fills_rows_out_of_range_is_not_divided_by_a_smoothing():
     np.testing.assert_array_equal(filled, np.full((1, 12), 3.0))
 
 
+@pytest.mark.slow
 def test_smoothing_at_run_time_leaves_tables_alone():
     fn = lambda p, ids: jax.nn.gelu(p["embed"][ids]) @ p["w"]
     params, ids = {"embed": normal(10, 8), "w": normal(8, 4, seed=1)}, jnp.arange(5)

@@ -72,6 +72,7 @@ EINSUMS = {  # formula, shapes, summed axes
 @pytest.mark.parametrize(
     "granularity", ["per_token", pytest.param("per_tensor", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_batched_matmul_is_the_scaled_integer_product(granularity):
     """Every form of it in one program."""
     operands, expected = {}, {}
@@ -238,6 +239,7 @@ def test_half_precision_keeps_its_dtype_and_scales_in_float32():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_zero_rows_give_zeros():
     x, y = normal(1, 4, 8).at[0, 2].set(0.0), normal(1, 5, 8, seed=1)
     for granularity in GRANULARITIES:

@@ -140,6 +140,7 @@ def test_bfloat16_parameters_give_bfloat16(linen_net):
     assert qparams["up"]["kernel"].tensor.scale.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_the_result_has_the_dtype_that_the_function_asked_for():
     fn = lambda p, x: jnp.dot(x, p["w"], preferred_element_type=jnp.float32)
     assert check(fn, {"w": normal(64, 8, dtype=jnp.bfloat16)}, normal(5, 64, dtype=jnp.bfloat16))
@@ -151,6 +152,7 @@ def test_the_result_has_the_dtype_that_the_function_asked_for():
 # Transformations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jit_equals_eager(linen_net):
     params, x, _, qparams = linen_net
     eager = sq.quantized(net)(qparams, x)
@@ -165,6 +167,7 @@ def test_vmap_over_inputs_is_the_batch(linen_net):
     assert relative_error(rows, net(params, x)) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_inputs_is_the_float_one(linen_net):
     params, x, _, qparams = linen_net
     g = normal(5, 8, seed=3)
@@ -184,6 +187,7 @@ def reversed_gradient(x):
 reversed_gradient.defvjp(lambda x: (jnp.tanh(x), ()), lambda saved, g: (-g,))
 
 
+@pytest.mark.slow
 def test_custom_gradients_survive():
     fn = lambda p, x: reversed_gradient(x * p["gain"]) @ p["w"]
     params, x = {"gain": jnp.full((1, 16), 2.0), "w": normal(16, 8)}, normal(5, 16, seed=1)

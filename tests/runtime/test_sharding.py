@@ -409,6 +409,7 @@ def test_groups_run_in_a_shard_map():
         assert error < (0.02 if name == "int8 x" else 1e-6)
 
 
+@pytest.mark.slow
 def test_a_shard_map_that_would_begin_inside_a_group_is_refused():
     """200 channels in groups of 64 have 4 scales, two for each device, but the second block begins in the second."""
     params, x = {"w": normal(200, 8)}, normal(5, 200, seed=1)

@@ -98,6 +98,7 @@ def test_a_weight_on_the_left_keeps_the_order_of_the_result(batch):
     assert jax.jit(sq.quantized(fn))(qparams, x).shape == (4, 3, *batch, 5)
 
 
+@pytest.mark.slow
 def test_a_jax_checkpointed_and_custom_derivative_matmul_runs_in_int8():
     @jax.custom_vjp
     def vjp(w, x):
@@ -141,6 +142,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.slow
 def test_no_rows():
     params = {name: normal(130, 3) for name in EMPTY}
     fn = lambda p, x: {name: x @ p[name] for name in EMPTY}
@@ -179,6 +181,7 @@ def layers_of_experts(w, x):
         pytest.param(layers_of_experts, (2, 3, 16, 16), (3, 8), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_layer_of_a_stack_keeps_its_outliers_and_scales(fn, shape, rows):
     """Every scheme in one program."""
     params = {name: normal(*shape, seed=i) for i, name in enumerate(STACKS)}
@@ -194,6 +197,7 @@ def test_a_layer_of_a_stack_keeps_its_outliers_and_scales(fn, shape, rows):
         assert relative_error(got[name], exact[name]) < 0.02
 
 
+@pytest.mark.slow
 def test_batch_axes_that_the_weight_was_not_quantized_for_are_refused_by_leaf():
     """Here one scale is shared by all rows of w, so a batch along them has no matrices of its own."""
     fn = lambda p, x: jnp.einsum("bi,bio->bo", x, p["experts"])
@@ -244,6 +248,7 @@ def test_a_primitive_without_a_rule_is_refused_by_name_leaf_and_line(square, pri
         jax.eval_shape(sq.quantized(lambda p, x: refused(p["net"]["w"], x)), qparams, x)
 
 
+@pytest.mark.slow
 def test_the_refusal_says_how_to_go_on():
     fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"] ** 2
     params, x = {"a": normal(16, 16), "b": normal(16, 16)}, normal(5, 16)
@@ -261,6 +266,7 @@ def test_a_returned_leaf_is_refused():
         sq.quantized(fn)(qparams, normal(5, 16))
 
 
+@pytest.mark.slow
 def test_a_group_too_long_for_int32_is_refused():
     params, x = {"w": jnp.ones((300_000, 1))}, jnp.ones((2, 300_000))
     fn = lambda p, x: x @ p["w"]

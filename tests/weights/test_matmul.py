@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import schemes_in_numpy as oracle
 from jax import lax
-from quick import slow_but
+from slow import slow_but
 
 from sqjax.numerics.dots import LONGEST_CONTRACTION, narrow_dot
 from sqjax.weights.dot_general import quantized_dot_general
@@ -171,6 +171,7 @@ def test_no_rows_give_no_rows(activations):
     assert jax.jit(fn)(x[:0], weight).shape == (0, 7)
 
 
+@pytest.mark.slow
 def test_half_precision_is_scaled_in_float32():
     rng = np.random.default_rng(0)
     x, w = (
@@ -248,7 +249,8 @@ AXES = {  # x, w, contracted axes of x and of w
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    "case", slow_but(("dense", "row vector", "weight vector", "swapped", "apart", "middle"), AXES)
+    "case",
+    slow_but(list(AXES), "dense", "row vector", "weight vector", "swapped", "apart", "middle"),
 )
 def test_contracts_any_axes(case, weights):
     x_shape, w_shape, x_axes, w_axes = AXES[case]
@@ -321,7 +323,7 @@ BATCHES = {  # x's shape, its contracted and batch axes; w's shape, its contract
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("case", slow_but(("middle, several axes", "two"), BATCHES))
+@pytest.mark.parametrize("case", slow_but(list(BATCHES), "middle, several axes", "two"))
 def test_every_matrix_of_a_batch_is_quantized_on_its_own(case, activations):
     x_shape, x_axes, x_batch, w_shape, w_axes, w_batch = BATCHES[case]
     x, w = normal(*x_shape), normal(*w_shape, seed=1)

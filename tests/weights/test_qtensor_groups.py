@@ -213,6 +213,7 @@ def test_reshapes_are_those_of_the_dequantized_array_or_refused(how, case):
 
 
 @made
+@pytest.mark.slow
 def test_layers_of_a_stack_are_those_of_a_loop(how):
     x = normal(3, 20, 6)
     stack, mapped = MADE[how](x, (1,), 8), jax.vmap(lambda x: MADE[how](x, (0,), 8))(x)
@@ -230,6 +231,7 @@ def test_layers_of_a_stack_are_those_of_a_loop(how):
 
 
 @made
+@pytest.mark.slow
 def test_a_quantized_function_sees_views_of_grouped_weights(how):
     """Slices, transposes and splits of outputs inside fn."""
     scheme = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import schemes_in_numpy as oracle
-from quick import slow_but
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.numerics.dots import LONGEST_CONTRACTION
@@ -37,7 +37,7 @@ PRESETS = {
     "W4A8 symmetric": sq.Scheme(weight=sq.Int4(group_size=32)),
 }
 QUICK = ("W8A8_O1", "W8A8_O3", "W8A16", "FP8 static in groups", "W4A16_G64", "W4A8")
-presets = pytest.mark.parametrize("name", slow_but(QUICK, PRESETS))
+presets = pytest.mark.parametrize("name", slow_but(list(PRESETS), *QUICK))
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -103,6 +103,7 @@ KINDS = (
 
 
 @presets
+@pytest.mark.slow
 def test_degenerate_activations_and_weights(name):
     scheme = PRESETS[name]
 
@@ -151,6 +152,7 @@ def test_static_scales_clip_what_lies_beyond_them(fmt):
     assert_close(got, oracle.matmul(np.clip(x, -bound, bound), w, scheme, absmax=bound), 16)
 
 
+@pytest.mark.slow
 def test_ranges_of_integers_are_divided_exactly():
     """Two levels: every (min, max) of a group. A float quotient of 75 and 15 may lie above 5, and its ceiling is 6."""
     low, high = np.meshgrid(-np.arange(120), np.arange(120), indexing="ij")
@@ -215,6 +217,7 @@ def test_contractions_beyond_exact_int32_sums(name):
 
 
 @presets
+@pytest.mark.slow
 def test_the_gradient_for_activations_is_that_of_the_dequantized_weight(name):
     x, w, g = normal(4, INNER), normal(INNER, 6, seed=1), normal(4, 6, seed=2)
     weight = quantize_weight(w, (0,), PRESETS[name], jnp.max(jnp.abs(x), axis=0))
@@ -252,7 +255,8 @@ def with_large_channels(scheme):
     return settled_x, settled_w
 
 
-@pytest.mark.parametrize("name", slow_but(("per_tensor", "static", "W4A8"), OUTLIERS))
+@pytest.mark.parametrize("name", slow_but(list(OUTLIERS), "static"))
+@pytest.mark.slow
 def test_outlier_channels_are_multiplied_in_float(name):
     scheme = OUTLIERS[name]
     x, w = with_large_channels(scheme)
@@ -276,12 +280,14 @@ def test_outlier_channels_are_multiplied_in_float(name):
     assert np.abs(got - exact).max() < np.abs(plain - exact).max() / 3
 
 
+@pytest.mark.slow
 def test_without_large_channels_nothing_is_apart():
     params, x = {"layer": {"w": normal(8, 4)}}, jnp.clip(normal(2, 8), -5, 5)
     weight = sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W8A8_OUTLIERS)["layer"]["w"]
     assert weight.outliers is None
 
 
+@pytest.mark.slow
 def test_outliers_at_run_time_smoothing_are_those_of_x_over_s():
     scheme = sq.W8A8_OUTLIERS.replace(smoothing=0.25)
     x, w = with_large_channels(scheme)
@@ -305,6 +311,7 @@ def test_outliers_at_run_time_smoothing_are_those_of_x_over_s():
     )  # most of it is in the float channels
 
 
+@pytest.mark.slow
 def test_outliers_of_a_smoothed_model_are_those_of_its_own_activations():
     x, w = with_large_channels(sq.W8A8_OUTLIERS)
     params, x = {"norm": jnp.ones(INNER), "w": jnp.asarray(w.T)}, jnp.asarray(x)
@@ -321,6 +328,7 @@ def test_outliers_of_a_smoothed_model_are_those_of_its_own_activations():
     assert 1e-5 < np.abs(got - exact).max() / np.abs(exact).max() < 0.01
 
 
+@pytest.mark.slow
 def test_outliers_are_refused_under_jit():
     params, x = {"layer": {"w": normal(8, 4)}}, normal(2, 8)
     stats = sq.calibrate(fn, params, [x])
@@ -330,6 +338,7 @@ def test_outliers_are_refused_under_jit():
         jax.jit(lambda p, stats: sq.quantize(p, stats, sq.W8A8_OUTLIERS))(params, stats)
 
 
+@pytest.mark.slow
 def test_every_matrix_of_a_stack_has_its_own_outliers():
     stack = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])
     x, params = jnp.clip(normal(2, 5, 16), -5, 5), {"w": normal(2, 16, 4, seed=1)}
@@ -368,6 +377,7 @@ def model():
     return net, params, ids, sq.calibrate(net, params, [ids])
 
 
+@pytest.mark.slow
 def test_the_first_rule_that_matches_wins():
     net, params, ids, stats = model()
     rules = {
@@ -408,6 +418,7 @@ def test_a_rule_that_matches_nothing_lists_near_misses():
         sq.quantize(params, stats, {"lm_head": sq.EMBEDDING_INT8})
 
 
+@pytest.mark.slow
 def test_groups_that_do_not_fit_several_contracted_axes_name_the_leaf_and_sizes_that_do():
     net = lambda p, x: jnp.einsum("tab,abo->to", x, p["out"]["w"])
     params, x = {"out": {"w": normal(3, 96, 4)}}, normal(2, 3, 96)
@@ -442,6 +453,7 @@ def beside_a_head(lookup):
 
 
 @pytest.mark.parametrize("name", TABLES)
+@pytest.mark.slow
 def test_rows_of_a_table_are_gathered_narrow_and_only_they_are_dequantized(name):
     lookup = beside_a_head(lambda p, ids: p["embed"][ids] * 2.0)
     scheme, vocabulary = TABLES[name], 50
@@ -457,6 +469,7 @@ def test_rows_of_a_table_are_gathered_narrow_and_only_they_are_dequantized(name)
     assert not [a for a in wide if jnp.issubdtype(a.dtype, jnp.floating)]
 
 
+@pytest.mark.slow
 def test_rows_out_of_range_follow_the_mode_of_the_lookup():
     table, ids = normal(5, 16), jnp.array([1, 5, 100])
     for mode in ("fill", "clip"):
@@ -479,6 +492,7 @@ def test_rows_out_of_range_follow_the_mode_of_the_lookup():
         np.testing.assert_array_equal(got[1:], np.full((2, 16), 2.5))
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_a_site_and_no_table():
     tied = lambda p, ids: jnp.tanh(p["embed"][ids]) @ p["embed"].T
     params, ids = {"embed": normal(20, 16)}, jnp.array([1, 2])
@@ -497,6 +511,7 @@ def test_a_tied_head_is_a_site_and_no_table():
         )
 
 
+@pytest.mark.slow
 def test_only_leaves_that_are_looked_up_and_nothing_else_are_tables():
     net = beside_a_head(
         lambda p, ids: p["table"][ids] + p["both"][ids] * p["both"].sum() + p["bias"]
@@ -507,6 +522,7 @@ def test_only_leaves_that_are_looked_up_and_nothing_else_are_tables():
     assert [site.path for site in graph.sites] == ["head"]
 
 
+@pytest.mark.slow
 def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
     fn, params = (
         lambda p, ids: p["e"][ids],
@@ -522,6 +538,7 @@ def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
         sq.calibrate(lambda p, x: x * p["s"][None], {"s": jnp.ones(3)}, [jnp.ones((2, 3))])
 
 
+@pytest.mark.slow
 def test_none_keeps_embeddings_float_too_where_it_comes_first():
     fn = lambda p, ids: p["embed"][ids] @ p["w"]
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import jaxprs
 import numpy as np
 import pytest
 import schemes_in_numpy as oracle
-from quick import slow_but
+from slow import slow_but, slow_rows_but
 
 import sqjax as sq
 from sqjax.numerics.formats import FORMATS, to_format
@@ -43,17 +43,8 @@ WEIGHTS = {
     and (kind != "e4m3 x e5m2" or granularity in ("per_channel", 64))
     and not (kind in ("e4m3", "e5m2") and granularity == 128)
 }
-#: Every format, every granularity and every way to multiply once: the others are slow, a program each.
-QUICK = {
-    "int8 per_channel",
-    "int8 per_tensor",
-    "int8 64",
-    "int4 per_channel",
-    "int4 zero 64",
-    "int4 two-level 64",
-    "e4m3 per_channel",
-    "e4m3 x e5m2 64",
-}
+#: Every format and every way to multiply once: the others are slow, a program each.
+QUICK = ("int8 per_channel", "int4 zero 64", "int4 two-level 64", "e4m3 per_channel")
 
 
 ACTIVATIONS = ("per_token", "per_tensor", "static", None)
@@ -62,7 +53,7 @@ CASES = [
     for weights, activations in itertools.product(WEIGHTS, ACTIVATIONS)
     if activations or not oracle.has_two_levels(WEIGHTS[weights])
 ]
-cases = pytest.mark.parametrize(("weights", "activations"), slow_but(QUICK, CASES), ids=str)
+cases = pytest.mark.parametrize(("weights", "activations"), slow_rows_but(CASES, *QUICK), ids=str)
 #: jax.jit that takes less time: the same program for XLA, less done for speed in LLVM.
 compiled = functools.partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
 
@@ -133,7 +124,7 @@ def run(weights, dtype):
 # The table --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", slow_but(QUICK, WEIGHTS))
+@pytest.mark.parametrize("weights", slow_but(list(WEIGHTS), *QUICK))
 def test_values_zero_points_and_integer_scales_are_those_of_the_oracle_bit_for_bit(weights):
     for dtype in dtypes(weights):
         _, w = operands(dtype)
@@ -171,7 +162,7 @@ def ulp(dtype):
     return 4e-7 if dtype == "float32" else 2.0**-8
 
 
-@pytest.mark.parametrize("weights", slow_but(QUICK, [name for name in WEIGHTS if "int" in name]))
+@pytest.mark.parametrize("weights", slow_but([name for name in WEIGHTS if "int" in name], *QUICK))
 def test_the_integer_sums_are_those_of_the_oracle_bit_for_bit(weights):
     """With scales of 1 the result is the sum itself: below 2^24 float32 holds it exactly."""
     weight, (x, w) = run(weights, "float32")["per_token"][0]["layer"]["w"], operands()
@@ -204,7 +195,7 @@ def test_activations_are_rounded_as_the_oracle_does_bit_for_bit(activations, fmt
 
 @pytest.mark.parametrize(
     ("weights", "activations", "dtype"),
-    slow_but(QUICK, [(*case, dtype) for case in CASES for dtype in dtypes(case[0])]),
+    slow_rows_but([(*case, dtype) for case in CASES for dtype in dtypes(case[0])], *QUICK),
     ids=str,
 )
 def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
@@ -246,7 +237,7 @@ def test_the_error_is_within_the_bound_of_theory(weights, activations):
 
 @pytest.mark.parametrize(
     ("weights", "activations"),
-    slow_but(QUICK, [c for c in CASES if c[1] in ("per_token", None)]),
+    slow_rows_but([c for c in CASES if c[1] in ("per_token", None)], *QUICK),
     ids=str,
 )
 def test_jit_equals_eager(weights, activations):
@@ -261,7 +252,7 @@ def test_jit_equals_eager(weights, activations):
     assert (np.abs(np.asarray(got) - np.asarray(expected)) <= tolerance).all()
 
 
-@pytest.mark.parametrize("weights", slow_but(QUICK, WEIGHTS))
+@pytest.mark.parametrize("weights", slow_but(list(WEIGHTS), *QUICK))
 def test_a_quantizer_gives_the_same_codes_eager_and_compiled(weights):
     scheme, w = WEIGHTS[weights], data("float32")[1]["layer"]["w"]
     how = scheme.weight
@@ -305,7 +296,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations"), slow_but(QUICK, [case for case in CASES if case[1]]), ids=str
+    ("weights", "activations"), slow_rows_but([case for case in CASES if case[1]], *QUICK), ids=str
 )
 def test_every_product_in_the_program_is_on_narrow_operands(weights, activations):
     """On any platform: int8 x int8 -> int32, W4A8 too, or float8 x float8 -> float32; no float of the weight's size."""
@@ -344,7 +335,7 @@ def for_gpu(qparams):
 
 @pytest.mark.parametrize(
     "weights",
-    slow_but(QUICK, [name for name in WEIGHTS if name.startswith("int") and "two" not in name]),
+    slow_but([name for name in WEIGHTS if name.startswith("int") and "two" not in name], *QUICK),
 )
 def test_weight_only_programs_of_cpus_multiply_integers_and_make_no_float_weight(weights):
     qparams, (x, _, _) = run(weights, "float32")[None][0], data("float32")
@@ -359,7 +350,7 @@ def test_weight_only_programs_of_cpus_multiply_integers_and_make_no_float_weight
 
 
 @pytest.mark.parametrize(
-    "weights", slow_but(QUICK, [name for name in WEIGHTS if "x" not in name and "two" not in name])
+    "weights", slow_but([name for name in WEIGHTS if "x" not in name and "two" not in name], *QUICK)
 )
 def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_result(weights):
     for dtype, kind in (("float32", "f32"), ("bfloat16", "bf16")):
@@ -377,6 +368,7 @@ def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_resul
             assert not re.search(rf"stablehlo.multiply .* tensor<{OUTPUTS}x{INNER}x", text)
 
 
+@pytest.mark.slow
 def test_whole_groups_of_weight_only_are_multiplied_group_by_group_for_gpus():
     x, params = normal(ROWS, 128), {"layer": {"w": normal(128, OUTPUTS)}}
     qparams = for_gpu(
