@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from sqjax.program.primitives import COPIES, RESHARDINGS
 from sqjax.program.registry import Leaf, Registry
+from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
 from sqjax.runtime.kinds import WEIGHTS, refuse_weight
 from sqjax.runtime.shared_rules import (
@@ -142,6 +143,7 @@ def _keeps_order(equation: JaxprEqn) -> bool:
 # The rest -----------------------------------------------------------------------------------------
 # Barriers take several values at once, some of them no leaves, so they are no copies of one.
 
+WEIGHT_RULES.register(("conv_general_dilated",), WEIGHTS)(convolve)
 WEIGHT_RULES.register((*COPIES, *RESHARDINGS), WEIGHTS)(copy)
 WEIGHT_RULES.register(("optimization_barrier",), WEIGHTS)(barrier)
 WEIGHT_RULES.register(("pvary",), WEIGHTS)(pvary)

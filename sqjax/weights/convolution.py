@@ -1,0 +1,235 @@
+"""Quantized convolutions with a stored kernel: any layout of images and kernels.
+
+The functions bring the operands into the one form that `sqjax.numerics.convolution` takes, and the
+result back into the caller's layout.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sqjax.numerics.convolution import Kernel, Window, convolution
+from sqjax.numerics.dots import LONGEST_CONTRACTION
+from sqjax.weights.qtensor import QTensor
+from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.quantize import quantize_weight
+from sqjax.weights.schemes import Scheme
+
+
+class KernelAxes(NamedTuple):
+    """What the axes of a convolution's kernel are.
+
+    Attributes:
+        inputs: the axis of the input channels (of one group's, where there are groups).
+        outputs: the axis of the output channels, whose scales are their own.
+        window: the axes of the window.
+        groups: how many groups of channels there are.
+        batch: axes that hold one kernel each (layers that a scan runs over).
+
+    Example: a Flax kernel (3, 3, 64, 128) has the inputs 2, the outputs 3, the window (0, 1).
+    """
+
+    inputs: int
+    outputs: int
+    window: tuple[int, ...]
+    groups: int = 1
+    batch: tuple[int, ...] = ()
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """The axes that a convolution sums over, ascending: they share a scale."""
+        return tuple(sorted((self.inputs, *self.window)))
+
+
+# Quantizing ---------------------------------------------------------------------------------------
+
+
+def quantize_kernel(
+    kernel: Float[Array, "..."],
+    axes: KernelAxes,
+    scheme: Scheme,
+    absmax: Float[Array, "..."] | None = None,
+    smoothing: Float[Array, "..."] | None = None,
+) -> QuantWeight:
+    """A convolution's kernel, quantized: a scale for every output channel.
+
+    Args:
+        kernel: float.
+        axes: what its axes are.
+        scheme: how.
+        absmax: max |X_j| of every channel of the image, (*batch, channels), for static schemes. In
+            groups these are more channels than the kernel has inputs.
+        smoothing: s of every channel, (*batch, channels), for smoothing at run time: the kernel is
+            multiplied by s here, and the image divided by it.
+
+    Raises:
+        ValueError: a scheme with outliers: a convolution has none.
+    """
+    if scheme.outliers is not None:
+        raise ValueError(
+            "outlier channels are for matmuls, and this is a convolution's kernel; give it a "
+            f"scheme without outliers: {scheme.replace(outliers=None)!r}"
+        )
+    if smoothing is None:
+        return quantize_weight(
+            kernel, axes.summed, scheme, absmax, batch=axes.batch
+        )
+    s = smoothing.astype(jnp.float32)
+    smoothed = kernel.astype(jnp.float32) * along_kernel(s, axes, kernel)
+    seen = None if absmax is None else absmax / s
+    weight = quantize_weight(
+        smoothed, axes.summed, scheme, seen, batch=axes.batch
+    )
+    tensor = replace(weight.tensor, dtype=kernel.dtype)
+    # As many axes as are stored for the sum, so that what counts axes from the end fits.
+    stacked = len(axes.batch)
+    sizes = [1] * len(axes.summed)
+    sizes[axes.summed.index(axes.inputs)] = s.shape[-1]
+    own = s.reshape(*s.shape[:stacked], *sizes)
+    return replace(weight, tensor=tensor, smoothing=own)
+
+
+def along_kernel(
+    channels: Float[Array, "..."], axes: KernelAxes, kernel: Any
+) -> Float[Array, "..."]:
+    """Numbers of every channel, (*batch, channels), in a shape that broadcasts against the kernel.
+
+    Example: 4 channels in 2 groups, a kernel (3, 3, 2, 6): outputs 0, 1, 2 read the channels 0, 1
+    and the others 2, 3. So [a, b, c, d] becomes (1, 1, 2, 6), [[a, a, a, c, c, c], [b, b, b, d, d,
+    d]].
+    """
+    lead = channels.shape[: len(axes.batch)]
+    outputs = kernel.shape[axes.outputs]
+    by_group = channels.reshape(*lead, axes.groups, -1)
+    of_inputs = jnp.moveaxis(by_group, -2, -1)
+    if axes.groups > 1:
+        of_inputs = jnp.repeat(of_inputs, outputs // axes.groups, axis=-1)
+    # (*batch, inputs, outputs); then the window's axes, and all of them to their places.
+    spread = of_inputs.reshape(*of_inputs.shape, *[1] * len(axes.window))
+    places = (*axes.batch, axes.inputs, axes.outputs, *axes.window)
+    return jnp.moveaxis(spread, range(spread.ndim), places)
+
+
+def channel_absmax(
+    kernel: Float[Array, "..."], axes: KernelAxes
+) -> Float[Array, "*batch channels"]:
+    """max |W_j| over all that meets channel j of the image: float32.
+
+    Example: of a depthwise kernel (3, 3, 1, 8) the 8 maxima over the window.
+    """
+    places = (*axes.batch, axes.outputs, axes.inputs, *axes.window)
+    magnitude = jnp.abs(kernel).astype(jnp.float32).transpose(places)
+    stacked = len(axes.batch)
+    lead, inputs = magnitude.shape[:stacked], magnitude.shape[stacked + 1]
+    by_group = magnitude.reshape(
+        *lead, axes.groups, -1, inputs, *[kernel.shape[a] for a in axes.window]
+    )
+    others = (stacked + 1, *range(stacked + 3, by_group.ndim))
+    return jnp.max(by_group, axis=others).reshape(*lead, -1)
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def quantized_convolution(
+    x: Float[Array, "..."],
+    weight: QuantWeight,
+    params: Mapping[str, Any],
+    where: str,
+) -> Float[Array, "..."]:
+    """`lax.conv_general_dilated(x, weight, **params)` on narrow operands; the result is float32.
+
+    out = (q_x * q_w) * scale_x * scale_w, the sum in int32.
+
+    Args:
+        x: the image.
+        weight: the quantized kernel.
+        params: those of the equation: strides, padding, dilations, dimension numbers, groups.
+        where: names the kernel in errors.
+
+    Raises:
+        ValueError: groups of the batch axis; the kernel has scales that differ along the axes that
+            are summed over, or outliers; the sum is too long for int32.
+    """
+    numbers = params["dimension_numbers"]
+    if params["batch_group_count"] != 1:
+        raise ValueError(
+            f"{where}: a convolution with batch_group_count={params['batch_group_count']} has no "
+            "quantized form; give this site a rule of None to keep it in float"
+        )
+    of_image = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+    of_result = (
+        numbers.out_spec[0],
+        *numbers.out_spec[2:],
+        numbers.out_spec[1],
+    )
+    outputs, inputs, *positions = numbers.rhs_spec
+    _check(weight, outputs, where)
+
+    image = x.transpose(of_image)
+    if weight.smoothing is not None:
+        s = weight.smoothing.reshape(*[1] * (x.ndim - 1), -1)
+        image = image.astype(jnp.float32) / s
+    window = Window(
+        tuple(params["window_strides"]),
+        tuple(map(tuple, params["padding"])),
+        tuple(params["lhs_dilation"]),
+        tuple(params["rhs_dilation"]),
+        params["feature_group_count"],
+    )
+    kernel = _kernel(weight, (outputs, *positions, inputs))
+    out = convolution(weight.recipe, window, image, kernel)
+    # Axis i of the result is axis of_result[i] of the caller's.
+    return jnp.moveaxis(out, range(out.ndim), of_result)
+
+
+def _kernel(weight: QuantWeight, logical: tuple[int, ...]) -> Kernel:
+    """The kernel with its logical axes in this order: (outputs, *window, inputs)."""
+    tensor = weight.tensor
+    stored = [tensor.axes[a] for a in logical]
+    scale = tensor.spread(tensor.scale).transpose(stored)
+    codes = tensor.codes()
+    if not tensor.fmt.floating:
+        codes = codes.astype(jnp.int8)
+    return Kernel(codes.transpose(stored), scale, weight.input_scale)
+
+
+def _check(weight: QuantWeight, outputs: int, where: str) -> None:
+    """Raises ValueError if a weight was not quantized for a convolution with this output axis."""
+    tensor = weight.tensor
+    tensor.check(where)
+    problem = _problem(weight, outputs)
+    if problem is not None:
+        raise ValueError(
+            f"{where}: {problem}; give this site a rule of None to keep it in float"
+        )
+    products = math.prod(tensor.shape) // max(tensor.shape[outputs], 1)
+    one_sum = tensor.group is None or tensor.scale.shape[-1] == 1
+    if products > LONGEST_CONTRACTION and one_sum and not tensor.fmt.floating:
+        raise ValueError(
+            f"{where}: sums {products} products; int32 sums are exact up to {LONGEST_CONTRACTION}: "
+            "give this site a rule of None to keep it in float"
+        )
+
+
+def _problem(weight: QuantWeight, outputs: int) -> str | None:
+    tensor = weight.tensor
+    if weight.outliers is not None:
+        return "a convolution has no outlier channels"
+    if _has_scales_apart(tensor, outputs):
+        return (
+            f"a convolution with the output axis {outputs}, but its scales (stored as "
+            f"{tensor.scale.shape}) differ along other axes: it was quantized for another product"
+        )
+    return None
+
+
+def _has_scales_apart(tensor: QTensor, outputs: int) -> bool:
+    """Whether scales differ along the summed axes, though these are in no groups."""
+    sizes = list(tensor.scale.shape)
+    del sizes[tensor.axes[outputs]]
+    return tensor.group is None and math.prod(sizes) > 1
