@@ -25,6 +25,14 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     return tuple(entry)
 
 
+def other_axes(ndim: int, *taken: Sequence[int]) -> list[int]:
+    """The axes of an array of rank `ndim` that are in none of these sequences, ascending.
+
+    Example: other_axes(4, (0,), (3,)) is [1, 2].
+    """
+    return sorted(set(range(ndim)).difference(*taken))
+
+
 def runs(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:

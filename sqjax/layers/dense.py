@@ -6,10 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.quant_weight import QuantWeight
-from sqjax.weights.quantize import named, outlier_channels, quantize_weight
+from sqjax.weights.quantize import measured, named, quantize_weight
 from sqjax.weights.schemes import Indices, Scheme, Static
 
 
@@ -100,27 +99,25 @@ def quantize_kernel(
         ValueError: the kernel has no features, a vector is misshapen, the scheme is one for
             embeddings, or needs an absmax that is missing; names `where`.
     """
-    inputs = kernel.shape[: batch + contracted]
     _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
     problem = _problem(scheme, absmax, smoothing)
     if problem:
         raise ValueError(f"{where}: {problem}")
     if absmax is not None:
         absmax = absmax.astype(jnp.float32)
+    axes = tuple(range(batch + contracted))
+    lead, sums = axes[:batch], axes[batch:]
     # The layer is alone: no norm before it can take the division by s, so the quantizer does.
-    if scheme.smoothing is not None and absmax is not None:
-        features = tuple(range(len(inputs), kernel.ndim))
-        largest = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=features)
-        smoothing = smoothing_scales(absmax, largest, scheme.smoothing)
-    channels = None
-    if scheme.outliers is not None and absmax is not None:
-        # The matmul meets X / s, so that is what must not be too large for int8.
-        seen = absmax if smoothing is None else absmax / smoothing
-        channels = outlier_channels(where, seen, scheme.outliers, batch)
-    lead, sums = tuple(range(batch)), tuple(range(batch, len(inputs)))
+    beside = measured(where, kernel, axes, scheme, absmax, batch, smoothing)
     with named(where):
         return quantize_weight(
-            kernel, sums, scheme, absmax, smoothing, lead, channels
+            kernel,
+            sums,
+            scheme,
+            absmax,
+            beside.smoothing,
+            lead,
+            beside.outliers,
         )
 
 

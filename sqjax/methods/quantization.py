@@ -20,8 +20,7 @@ from sqjax.folding.apply import fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.methods.described import check_leaves
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
-from sqjax.numerics.smoothing import smoothing_scales
-from sqjax.weights.quantize import named, outlier_channels, quantize_weight
+from sqjax.weights.quantize import measured, named, quantize_weight
 from sqjax.weights.schemes import W8A8, Indices, Scheme, Static
 
 Rules = Scheme | Mapping[str, Scheme | None]
@@ -150,8 +149,8 @@ def _quantized(
         site.path: site for site in (*stats.graph.sites, *stats.graph.tables)
     }
     # Other schemes take nothing from the statistics, so these may be of any parameters.
-    measured = [sites[path] for path in schemes if schemes[path].measured]
-    check_leaves(params, stats, measured, _STATIC_ADVICE)
+    described = [sites[path] for path in schemes if schemes[path].measured]
+    check_leaves(params, stats, described, _STATIC_ADVICE)
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
@@ -163,18 +162,11 @@ def _quantized(
 
 def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
     """One weight, with what its scheme takes from the statistics."""
+    leaf = jnp.asarray(leaf)
     absmax: Any = stats.absmax[site.path] if scheme.measured else None
-    s = channels = None
-    if scheme.smoothing is not None:
-        s = smoothing_scales(
-            absmax, weight_absmax(site, leaf), scheme.smoothing
-        )
-    if scheme.outliers is not None:
-        # The quantizer sees X / s, so outliers are what is large after smoothing.
-        seen = absmax if s is None else absmax / s
-        channels = outlier_channels(
-            site.path, seen, scheme.outliers, len(site.batch)
-        )
+    beside = measured(
+        site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
+    )
     if isinstance(scheme.activation, Static) and scheme.needs_histogram:
         absmax = stats.input_range(
             site.path, scheme.activation.range, scheme.activation.fmt
@@ -182,13 +174,13 @@ def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
-            jnp.asarray(leaf),
+            leaf,
             site.axes,
             scheme,
             absmax,
-            s,
+            beside.smoothing,
             site.batch,
-            channels,
+            beside.outliers,
         )
 
 
@@ -257,10 +249,7 @@ def smoothquant(
 
 def _needs_histograms(rules: Rules) -> bool:
     schemes = _by_pattern(rules).values()
-    return any(
-        isinstance(scheme, Scheme) and scheme.needs_histogram
-        for scheme in schemes
-    )
+    return any(scheme.needs_histogram for scheme in filter(None, schemes))
 
 
 def _smoothed_at_run_time(

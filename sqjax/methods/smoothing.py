@@ -12,6 +12,7 @@ quantized. They are none of the quantizer's scales, which `sqjax.methods.quantiz
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -212,10 +213,10 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
         _check_in_unit_interval(pattern, value)
 
     groups = list(groups)
-    paths = [path for group in groups for path, _ in group.sites]
-    if not paths:  # nothing to smooth; no pattern can be found
+    if not groups:  # nothing to smooth; no pattern can be found
         return {}
-    pattern_of = first_matches(by_pattern, paths, "alpha pattern")
+    sites = dict(chain.from_iterable(group.sites for group in groups))
+    pattern_of = first_matches(by_pattern, sites, "alpha pattern")
 
     alphas, missing = {}, []
     for group in groups:

@@ -37,6 +37,10 @@ class Leaf:
     path: str = field(metadata={"static": True})
     value: Any
 
+    def holding(self, value: Any) -> "Leaf | None":
+        """The leaf with another value; None where there is none, which rules hand on."""
+        return None if value is None else Leaf(self.path, value)
+
 
 class Kind(NamedTuple):
     """One kind of special value, and what becomes of it where it enters or leaves a body.
@@ -66,6 +70,8 @@ class Kind(NamedTuple):
 
 class Rule(NamedTuple):
     """A rule: run(equation, *operands) gives the result, or a list if the primitive has several.
+
+    It gives None where it does not serve these operands: then its kind's `otherwise` stands in.
 
     `fills` asks for a keyword argument of that name: for every operand the number that fills it, or
     None where no such number is known. (A mask is `select_n` with an operand that zero fills.)

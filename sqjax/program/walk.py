@@ -68,13 +68,26 @@ def _apply(
         return _walk(inner.jaxpr, inner.consts, operands, rules)
     if (through := _BODIES.get(equation.primitive.name)) is not None:
         return through(equation, operands, rules)
+    results = _by_rule(equation, operands, fills, rules)
+    if results is None:
+        results = rules.owner(operands).otherwise(equation, *operands)
+    return listed(equation, results)
+
+
+def _by_rule(
+    equation: JaxprEqn,
+    operands: list[Any],
+    fills: Mapping[Any, Any],
+    rules: Registry,
+) -> Any:
+    """What the rule of an equation makes of its operands."""
     rule = rules.rule(equation, operands)
     if not rule.fills:
-        return listed(equation, rule.run(equation, *operands))
+        return rule.run(equation, *operands)
     numbers = []
     for v in equation.invars:
         numbers.append(v.val if isinstance(v, Literal) else fills.get(v))
-    return listed(equation, rule.run(equation, *operands, fills=numbers))
+    return rule.run(equation, *operands, fills=numbers)
 
 
 def _note_fills(

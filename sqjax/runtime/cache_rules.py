@@ -3,7 +3,7 @@
 A cache is a `Leaf` that holds a `QTensor`: int8 values, and scales that have size 1 along the axes
 that share one. It is stored as it is seen (`order` is empty), so the axes of both arrays are those
 of the equations. A rule is called as rule(equation, *operands), and returns an array, or a leaf
-where the result is quantized still.
+where the result is quantized still; None where it does not serve, and the cache is refused.
 """
 
 import math
@@ -18,11 +18,12 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from sqjax._shapes import other_axes
 from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, aligned
 from sqjax.numerics.formats import scale_from_absmax, to_format
 from sqjax.program.primitives import COPIES
 from sqjax.program.registry import Leaf, Registry
-from sqjax.runtime.kinds import CACHES, is_cache, refuse_cache
+from sqjax.runtime.kinds import CACHES, is_cache
 from sqjax.runtime.shared_rules import (
     barrier,
     copy,
@@ -66,8 +67,8 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Any:
     """A cast to another float dtype changes what the cache stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return refuse_cache(equation, leaf)
-    return Leaf(leaf.path, replace(leaf.value, dtype=jnp.dtype(dtype)))
+        return None
+    return leaf.holding(replace(leaf.value, dtype=jnp.dtype(dtype)))
 
 
 @CACHE_RULES.register(("broadcast_in_dim",), CACHES)
@@ -102,7 +103,7 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
     permuted = equation.params["dimensions"] is not None
     found = None if permuted else leaf.value.reshape(result.shape)
     if found is None:
-        return refuse_cache(equation, leaf)
+        return None
     # `QTensor.reshape` stores axes of size 1 first, but a cache is stored as it is seen.
     values, scale = (
         found.values.transpose(found.axes),
@@ -115,9 +116,8 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
 
 
 @CACHE_RULES.register(("slice",), CACHES)
-def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-    # Never None, as a slice of groups would be, because a cache has none.
-    return Leaf(leaf.path, leaf.value.slice(slices_of(equation)))
+def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+    return leaf.holding(leaf.value.slice(slices_of(equation)))
 
 
 @CACHE_RULES.register(("dynamic_slice",), CACHES)
@@ -158,14 +158,14 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     token (batch, 1, heads, 16): its absmax over the last axis gives scales (batch, 1, heads, 1).
     """
     if not is_cache(leaf):  # a cache is written to a float array
-        return refuse_cache(equation, leaf, new)
+        return None
     part = new.value if is_cache(new) else _quantized_like(leaf.value, new)
     if part is None:
-        return refuse_cache(equation, leaf)
+        return None
     values, scale = leaf.value.values, leaf.value.scale
     # A cache that is written to another must have its scales along the same axes.
     if list(part.scale.shape) != _scale_sizes(part.values.shape, scale):
-        return refuse_cache(equation, leaf)
+        return None
     return _changed(
         leaf,
         lax.dynamic_update_slice(values, part.values, starts),
@@ -183,7 +183,7 @@ def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
     """
     shared = []
     for axis, size in enumerate(cache.values.shape):
-        if size > 1 and cache.scale.shape[axis] == 1:
+        if size > cache.scale.shape[axis]:
             shared.append(axis)
             if x.shape[axis] != size:
                 return None
@@ -206,17 +206,17 @@ def _select(
     pairs = zip(cases, fills[1:], strict=True)
     parts = [_values_and_scale(case, fill, leaf.value) for case, fill in pairs]
     if None in parts:
-        return refuse_cache(equation, leaf)
+        return None
     values, scales = zip(*parts, strict=True)
     # select_n takes arrays of one shape, and so it must be for the scales too.
     if len({scale.shape for scale in scales}) > 1:
-        return refuse_cache(equation, leaf)
+        return None
     chosen = lax.select_n(which, *values)
     if jnp.ndim(which) == 0:  # one choice for all elements
         return _changed(leaf, chosen, lax.select_n(which, *scales))
     # Element by element there can be one scale only: the other cases must be zeros.
     if sum(map(is_cache, cases)) > 1:
-        return refuse_cache(equation, leaf)
+        return None
     return _changed(leaf, chosen, leaf.value.scale)
 
 
@@ -241,14 +241,11 @@ def _is_zero(x: Any) -> bool:
 
 @CACHE_RULES.register(("dot_general",), CACHES)
 @sharded_as_the_result
-def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
+def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
     """int8 x int8 -> int32 of an activation, quantized here, with a cache on either side."""
-    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
-        return refuse_cache(equation, lhs, rhs)
 
     def product(x, leaf, dimensions):
-        out = _dot_of_cache(x, leaf.value, dimensions)
-        return refuse_cache(equation, leaf) if out is None else out
+        return _dot_of_cache(x, leaf.value, dimensions)
 
     return on_either_side(equation, lhs, rhs, product)
 
@@ -265,7 +262,7 @@ def _dot_of_cache(
     """
     (x_axes, axes), (_, batch) = dimensions
     scale = cache.scale
-    free = [a for a in range(cache.ndim) if a not in (*axes, *batch)]
+    free = other_axes(cache.ndim, axes, batch)
     x = x.astype(jnp.float32)
     if _varies(scale, axes):
         # A scale for each token and output could multiply neither x nor the sums.
@@ -314,10 +311,7 @@ def _as_x(
     in_order_of_x = [partner[x_axis] for x_axis in sorted(partner)]
     moved = scale.transpose(*in_order_of_x, *free)
     moved = moved.reshape([scale.shape[a] for a in in_order_of_x])
-    without_partner = [
-        x_axis for x_axis in range(rank) if x_axis not in partner
-    ]
-    return jnp.expand_dims(moved, without_partner)
+    return jnp.expand_dims(moved, other_axes(rank, of_x))
 
 
 # The rest -----------------------------------------------------------------------------------------

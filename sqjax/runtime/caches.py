@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sqjax._names import first_matches
@@ -41,16 +42,17 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
         for path, x in zip(paths, leaves, strict=True)
         if _can_be_quantized(x)
     ]
-    matches = first_matches([pattern], able, "quantize_cache pattern")
-    chosen = [path for path in able if matches[path] is not None]
-    if not chosen:
+    if not able:
         raise ValueError(
             f"quantize_cache: expected float arrays of rank 2 or more, got {paths}; give it the "
             "tree that holds the keys and values"
         )
+    matches = first_matches([pattern], able, "quantize_cache pattern")
 
     def quantized(path: str, x: Any) -> Any:
-        return QTensor.quantize(jnp.asarray(x), (-1,)) if path in chosen else x
+        if matches.get(path) is None:
+            return x
+        return QTensor.quantize(jnp.asarray(x), (-1,))
 
     return map_named(quantized, cache)
 
@@ -86,9 +88,7 @@ def _cache_leaf(name: str, x: QTensor) -> Leaf:
         ValueError: it is no int8 array with plain scales.
     """
     x.check(name)
-    groups_or_zeros = [
-        part for part in (x.group, x.zero, x.group_scale) if part is not None
-    ]
+    groups_or_zeros = jax.tree.leaves((x.group, x.zero, x.group_scale))
     if x.fmt != INT8 or groups_or_zeros:
         raise ValueError(
             f"{name}: expected an int8 array with symmetric scales, as quantize_cache makes them, "

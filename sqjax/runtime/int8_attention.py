@@ -7,6 +7,7 @@ leaf again. So a batched matmul in which no operand is a leaf is one of two acti
 import functools
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import jax
@@ -160,18 +161,15 @@ def _has_batched(equation: JaxprEqn) -> bool:
     if _is_batched(equation):
         return True
     programs = _programs_among(list(equation.params.values()))
-    return any(
-        _has_batched(inner) for program in programs for inner in program.eqns
-    )
+    equations = chain.from_iterable(program.eqns for program in programs)
+    return any(map(_has_batched, equations))
 
 
 def _programs_among(values: list[Any]) -> list[Jaxpr]:
     """The programs among an equation's parameters, and in the tuples and lists among these."""
     programs = []
-    for value in values:
-        if isinstance(value, tuple | list):
-            programs += _programs_among(list(value))
-        elif isinstance(value, ClosedJaxpr):
+    for value in jax.tree.leaves(values):
+        if isinstance(value, ClosedJaxpr):
             programs.append(value.jaxpr)
         elif isinstance(value, Jaxpr):
             programs.append(value)

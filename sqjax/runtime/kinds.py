@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from sqjax.program.registry import Kind, Leaf
 from sqjax.program.subprograms import shard_map_in, source_of
@@ -43,19 +44,10 @@ def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
     if tensor.axes[0] != 0 or tensor.scale.shape[0] == 0:
         return refuse_weight(equation, leaf)
 
-    def for_each_step(part: Any) -> Any:
-        return (
-            None
-            if part is None
-            else jnp.broadcast_to(part, (length, *part.shape[1:]))
-        )
+    def for_each_step(scales: Array) -> Array:
+        return jnp.broadcast_to(scales, (length, *scales.shape[1:]))
 
-    tensor = replace(
-        tensor,
-        scale=for_each_step(tensor.scale),
-        zero=for_each_step(tensor.zero),
-        group_scale=for_each_step(tensor.group_scale),
-    )
+    tensor = tensor.map_scales(for_each_step)
     return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
 
 

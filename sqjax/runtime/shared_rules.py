@@ -67,8 +67,8 @@ def on_either_side(
     equation: JaxprEqn,
     lhs: Any,
     rhs: Any,
-    product: Callable[[Array, Leaf, DimensionNumbers], Array],
-) -> Array:
+    product: Callable[[Array, Leaf, DimensionNumbers], Array | None],
+) -> Array | None:
     """A `dot_general` of an array and a leaf, whichever side the leaf is on.
 
     `product(array, leaf, dimension_numbers)` is asked for the product with the leaf on the right.
@@ -76,12 +76,19 @@ def on_either_side(
     result of a `dot_general` has the batch axes, then the free axes of its left operand, then those
     of its right one. So for w @ x with w: (out, in) and x: (in, tokens) the product is (tokens,
     out) and the result (out, tokens).
+
+    None where both are leaves, or `product` gives None.
     """
+    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
+        return None
     (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
     if isinstance(rhs, Leaf):
         out = product(lhs, rhs, ((l_axes, r_axes), (l_batch, r_batch)))
     else:
         out = product(rhs, lhs, ((r_axes, l_axes), (r_batch, l_batch)))
+    if out is None:
+        return None
+    if isinstance(lhs, Leaf):
         # From (batch, free of rhs, free of lhs) to (batch, free of lhs, free of rhs).
         batch = len(l_batch)
         free = lhs.value.ndim - len(l_axes) - batch

@@ -1,7 +1,8 @@
 """What each primitive does to a quantized weight; a primitive without a rule is refused.
 
 A rule is called as rule(equation, *operands), where the weight is a `Leaf` that holds a
-`QuantWeight`. It returns an array, or a leaf where the result is a quantized weight still.
+`QuantWeight`. It returns an array, or a leaf where the result is a quantized weight still; None
+where it does not serve, and the weight is refused.
 """
 
 import math
@@ -17,7 +18,7 @@ from sqjax.program.primitives import COPIES, RESHARDINGS
 from sqjax.program.registry import Leaf, Registry
 from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
-from sqjax.runtime.kinds import WEIGHTS, refuse_weight
+from sqjax.runtime.kinds import WEIGHTS
 from sqjax.runtime.shared_rules import (
     barrier,
     copy,
@@ -47,10 +48,8 @@ def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
 
 @WEIGHT_RULES.register(("dot_general",), WEIGHTS)
 @sharded_as_the_result
-def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
+def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
     """int8 x int8 -> int32 (or as the weight's scheme has it), with the weight on either side."""
-    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
-        return refuse_weight(equation, lhs, rhs)
 
     def product(x, leaf, dimensions):
         return quantized_dot_general(x, leaf.value, dimensions, leaf.path)
@@ -62,14 +61,14 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array:
 @sharded_as_the_result
 def _ragged_dot(
     equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any
-) -> Array:
+) -> Array | None:
     """Each row is multiplied with one matrix of a stack, in the formats of the scheme."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
     sums_over_inner = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
     split_by_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
     if isinstance(lhs, Leaf) or not (sums_over_inner and split_by_rows):
-        return refuse_weight(equation, lhs, rhs, group_sizes)
+        return None
     result: Any = equation.outvars[0].aval
     out = quantized_ragged_dot(lhs, rhs.value, group_sizes, rhs.path)
     return out.astype(result.dtype)
@@ -77,12 +76,12 @@ def _ragged_dot(
 
 @WEIGHT_RULES.register(("gather",), WEIGHTS)
 @sharded_as_the_result
-def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array:
+def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array | None:
     """Rows of an embedding, by integer indices: these are never quantized."""
     # A matmul would check the weight; nothing else here does.
     leaf.value.tensor.check(leaf.path)
     if not gathers_rows(equation, leaf.value, indices):
-        return refuse_weight(equation, leaf)
+        return None
     return gathered(equation, leaf.value, indices)
 
 
@@ -90,46 +89,36 @@ def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array:
 
 
 @WEIGHT_RULES.register(("transpose",), WEIGHTS)
-def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
     # Only the order of the logical axes changes: the values stay as matrix units read them.
     tensor = leaf.value.tensor.transpose(equation.params["permutation"])
-    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+    return leaf.holding(replace(leaf.value, tensor=tensor))
 
 
 @WEIGHT_RULES.register(("convert_element_type",), WEIGHTS)
-def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
     """A cast to another float dtype changes what the weight stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return refuse_weight(equation, leaf)
+        return None
     tensor = replace(leaf.value.tensor, dtype=jnp.dtype(dtype))
-    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+    return leaf.holding(replace(leaf.value, tensor=tensor))
 
 
 @WEIGHT_RULES.register(("slice",), WEIGHTS)
-def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
     """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
-    weight = sliced(leaf.value, slices_of(equation))
-    return (
-        refuse_weight(equation, leaf)
-        if weight is None
-        else Leaf(leaf.path, weight)
-    )
+    return leaf.holding(sliced(leaf.value, slices_of(equation)))
 
 
 @WEIGHT_RULES.register(("reshape", "squeeze", "broadcast_in_dim"), WEIGHTS)
-def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
     """reshape, squeeze, and the broadcast_in_dim that only adds axes of size 1."""
     result: Any = equation.outvars[0].aval
     repeats = math.prod(result.shape) != math.prod(leaf.value.shape)
     if repeats or not _keeps_order(equation):
-        return refuse_weight(equation, leaf)
-    weight = reshaped(leaf.value, result.shape)
-    return (
-        refuse_weight(equation, leaf)
-        if weight is None
-        else Leaf(leaf.path, weight)
-    )
+        return None
+    return leaf.holding(reshaped(leaf.value, result.shape))
 
 
 def _keeps_order(equation: JaxprEqn) -> bool:

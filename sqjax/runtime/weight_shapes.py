@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from sqjax.weights.qtensor import QTensor
-from sqjax.weights.quant_weight import Outliers, QuantWeight
+from sqjax.weights.quant_weight import QuantWeight
 
 
 def sliced(weight: QuantWeight, slices: Sequence[slice]) -> QuantWeight | None:
@@ -33,38 +33,29 @@ def sliced(weight: QuantWeight, slices: Sequence[slice]) -> QuantWeight | None:
     """
     tensor = weight.tensor.slice(slices)
     # In the order of the stored axes, which the other arrays' axes follow.
-    stored = [slices[weight.tensor.axes.index(a)] for a in range(weight.ndim)]
+    stored = weight.tensor.as_stored(slices)
     if tensor is None or not _whole_channels(weight, stored):
         return None
 
     def of_lead(x: Any, own: int) -> Any:
         """Slices the first axes of an array, as those of the values; its last `own` axes stay."""
-        return None if x is None else x[tuple(stored[: x.ndim - own])]
+        return x[tuple(stored[: x.ndim - own])]
 
-    input_scale = of_lead(weight.input_scale, 0)
-    smoothing = of_lead(weight.smoothing, weight.contracted)
-    outliers = weight.outliers
-    if outliers is not None:
-        outliers = Outliers(
-            of_lead(outliers.channels, 1), of_lead(outliers.weight, 1)
-        )
-    return replace(
-        weight,
-        tensor=tensor,
-        input_scale=input_scale,
-        smoothing=smoothing,
-        outliers=outliers,
+    return weight.with_tensor(
+        tensor,
+        input_scale=lambda x: of_lead(x, 0),
+        smoothing=lambda x: of_lead(x, weight.contracted),
+        channels=lambda x: of_lead(x, 1),
+        outlier_weight=lambda x: of_lead(x, 1),
     )
 
 
 def _whole_channels(weight: QuantWeight, stored: Sequence[slice]) -> bool:
     """Whether slices of the stored axes take all of the contracted channels."""
-    sizes = weight.tensor.values.shape
-    for axis in range(weight.ndim - weight.contracted, weight.ndim):
-        every_index = range(sizes[axis])
-        if len(every_index[stored[axis]]) < sizes[axis]:
-            return False
-    return True
+    first = weight.ndim - weight.contracted
+    sizes = weight.tensor.values.shape[first:]
+    pairs = zip(sizes, stored[first:], strict=True)
+    return all(len(range(size)[taken]) == size for size, taken in pairs)
 
 
 def reshaped(weight: QuantWeight, shape: tuple[int, ...]) -> QuantWeight | None:
@@ -147,28 +138,16 @@ def _with_batch_axes(
     """The weight with a reshaped tensor, and its other arrays reshaped to fit."""
     first = tensor.ndim - contracted
     outer, channels = tensor.values.shape[:first], tensor.values.shape[first:]
-    input_scale, smoothing, outliers = (
-        weight.input_scale,
-        weight.smoothing,
-        weight.outliers,
-    )
-    if outliers is not None:
-        count = outliers.channels.shape[-1]
-        outliers = Outliers(
-            outliers.channels.reshape(*batch, count),
-            outliers.weight.reshape(*outer, count),
-        )
-    if smoothing is not None:
-        smoothing = smoothing.reshape(*batch, *channels)
-    if input_scale is not None:
+
+    def of_matrices(scale: Any) -> Any:
         # One scale for all matrices stays a scalar, however many batch axes there are.
-        one_for_all = input_scale.ndim == 0
-        input_scale = input_scale.reshape(() if one_for_all else batch)
-    return replace(
-        weight,
-        tensor=tensor,
-        input_scale=input_scale,
-        smoothing=smoothing,
-        contracted=contracted,
-        outliers=outliers,
+        return scale.reshape(batch) if scale.ndim else scale
+
+    changed = weight.with_tensor(
+        tensor,
+        input_scale=of_matrices,
+        smoothing=lambda x: x.reshape(*batch, *channels),
+        channels=lambda x: x.reshape(*batch, x.shape[-1]),
+        outlier_weight=lambda x: x.reshape(*outer, x.shape[-1]),
     )
+    return replace(changed, contracted=contracted)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from sqjax._shapes import other_axes
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import (
     Matrix,
@@ -55,11 +56,16 @@ def quantized_dot_general(
     (_, w_axes), (_, w_batch) = dimensions
     check_contraction(weight, w_axes, w_batch, where)
     axes = _axes_of(x.ndim, weight.tensor.axes, dimensions)
-    batch_sizes = [x.shape[a] for a in axes.batch]
-    free_sizes = [x.shape[a] for a in axes.free]
-    inner = math.prod(x.shape[a] for a in axes.contracted)
-    rows = x.transpose(*axes.batch, *axes.free, *axes.contracted)
-    rows = rows.reshape(math.prod(batch_sizes), math.prod(free_sizes), inner)
+    moved = x.transpose(*axes.batch, *axes.free, *axes.contracted)
+    after_batch = len(axes.batch)
+    after_free = after_batch + len(axes.free)
+    batch_sizes = moved.shape[:after_batch]
+    free_sizes = moved.shape[after_batch:after_free]
+    rows = moved.reshape(
+        math.prod(batch_sizes),
+        math.prod(free_sizes),
+        math.prod(moved.shape[after_free:]),
+    )
 
     multiply = partial(_multiply, weight.recipe)
     operands = rows, *matrices(weight, len(w_axes), len(w_batch))
@@ -98,22 +104,25 @@ def _axes_of(
 ) -> _Axes:
     """`_Axes` for an x of some rank and a weight whose logical axis i is stored as `stored[i]`."""
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
-    batch_order = sorted(range(len(w_batch)), key=lambda i: stored[w_batch[i]])
-    partners = sorted(zip([stored[a] for a in w_axes], x_axes, strict=True))
-    free = [a for a in range(x_ndim) if a not in (*x_axes, *x_batch)]
-    outer = [a for a in range(len(stored)) if a not in (*w_axes, *w_batch)]
-    batch = len(w_batch)
+    batch = _as_partners(x_batch, w_batch, stored)
+    free = other_axes(x_ndim, x_axes, x_batch)
+    outer = other_axes(len(stored), w_axes, w_batch)
+    after_batch = len(batch)
     of_result = [
-        *[batch_order.index(i) for i in range(batch)],
-        *range(batch, batch + len(free)),
+        *map(batch.index, x_batch),
+        *range(after_batch, after_batch + len(free)),
         *[len(free) + stored[a] for a in outer],
     ]
-    return _Axes(
-        [x_batch[i] for i in batch_order],
-        free,
-        [a for _, a in partners],
-        of_result,
-    )
+    contracted = _as_partners(x_axes, w_axes, stored)
+    return _Axes(batch, free, contracted, of_result)
+
+
+def _as_partners(
+    x_axes: Sequence[int], w_axes: Sequence[int], stored: Sequence[int]
+) -> list[int]:
+    """Axes of x in the order in which the weight stores their partners."""
+    partner = dict(zip(x_axes, w_axes, strict=True))
+    return sorted(x_axes, key=lambda axis: stored[partner[axis]])
 
 
 def _multiply(
@@ -127,8 +136,7 @@ def _multiply(
 
     The other channels are multiplied in the recipe's formats, with zeros where the outliers were.
     """
-    if smoothing is not None:
-        rows = rows.astype(jnp.float32) / smoothing[None, :]
+    rows = _smoothed(rows, smoothing)
     if outliers is None:
         return product(recipe, rows, matrix)
     large = rows[:, outliers.channels]
@@ -138,6 +146,13 @@ def _multiply(
         large, weight, LAST_AXES, preferred_element_type=jnp.float32
     )
     return product(recipe, rest, matrix) + in_float
+
+
+def _smoothed(rows: Array, smoothing: Array | None) -> Array:
+    """X / s, or X where there is no smoothing at run time."""
+    if smoothing is None:
+        return rows
+    return rows.astype(jnp.float32) / smoothing[None, :]
 
 
 def check_contraction(
@@ -170,9 +185,8 @@ def check_contraction(
         )
     longest = math.prod(tensor.values.shape[tensor.ndim - len(w_axes) :])
     if tensor.group is not None and tensor.scale.shape[-1] > 1:
-        longest = min(
-            longest, tensor.group
-        )  # because each group has a sum of its own
+        # Each group has a sum of its own.
+        longest = min(longest, tensor.group)
     if longest > LONGEST_CONTRACTION and not tensor.fmt.floating:
         raise ValueError(
             f"{where}: contracts {longest} channels; int32 sums are exact up to "
@@ -188,13 +202,10 @@ def _is_stored_for(
     contracted = sorted(tensor.axes[a] for a in w_axes)
     batch = sorted(tensor.axes[a] for a in w_batch)
     first = tensor.ndim - len(contracted)
-    if contracted != list(range(first, tensor.ndim)) or batch != list(
-        range(len(batch))
-    ):
-        return False
-    return (
-        tensor.group is not None or math.prod(tensor.scale.shape[first:]) == 1
-    )
+    places = [*batch, *contracted]
+    wanted = [*range(len(batch)), *range(first, tensor.ndim)]
+    one_scale = math.prod(tensor.scale.shape[first:]) == 1
+    return places == wanted and (one_scale or tensor.group is not None)
 
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:
@@ -224,40 +235,36 @@ def matrices(
     stack, outputs = math.prod(batch_sizes), math.prod(outer_sizes)
     inner = math.prod(values.shape[first:])
 
+    def of_every_matrix(x: Any, *own: int) -> Any:
+        """(stack, *own) of an array that each matrix has, or one for all."""
+        return jnp.broadcast_to(x, (*batch_sizes, *own)).reshape(stack, *own)
+
     def stacked(scales: Any) -> Any:
         """Scales, or zero points, as (stack, outputs, groups)."""
-        if scales is None:
-            return None
         groups = scales.shape[first:]
         every = jnp.broadcast_to(scales, (*batch_sizes, *outer_sizes, *groups))
         return every.reshape(stack, outputs, math.prod(groups))
 
-    input_scale, smoothing, outliers = (
-        weight.input_scale,
-        weight.smoothing,
-        weight.outliers,
+    def smoothing_of_every_matrix(s: Any) -> Any:
+        shared = s.size == inner
+        lead = () if shared else batch_sizes
+        return of_every_matrix(s.reshape(*lead, inner), inner)
+
+    changed = weight.with_tensor(
+        tensor.map_scales(stacked),
+        input_scale=of_every_matrix,
+        smoothing=smoothing_of_every_matrix,
+        channels=lambda x: of_every_matrix(x, x.shape[-1]),
+        outlier_weight=lambda x: x.reshape(stack, outputs, x.shape[-1]),
     )
-    if input_scale is not None:
-        input_scale = jnp.broadcast_to(input_scale, batch_sizes).reshape(stack)
-    if smoothing is not None:
-        own = (1,) * batch if smoothing.size == inner else batch_sizes
-        smoothing = jnp.broadcast_to(
-            smoothing.reshape(*own, inner), (*batch_sizes, inner)
-        )
-        smoothing = smoothing.reshape(stack, inner)
-    if outliers is not None:
-        count = outliers.channels.shape[-1]
-        channels = jnp.broadcast_to(outliers.channels, (*batch_sizes, count))
-        weight_of = outliers.weight.reshape(stack, outputs, count)
-        outliers = Outliers(channels.reshape(stack, count), weight_of)
     matrix = Matrix(
         codes=values.reshape(stack, outputs, inner),
-        zero=stacked(tensor.zero),
-        group_scale=stacked(tensor.group_scale),
-        scale=stacked(tensor.scale),
-        input_scale=input_scale,
+        zero=changed.tensor.zero,
+        group_scale=changed.tensor.group_scale,
+        scale=changed.tensor.scale,
+        input_scale=changed.input_scale,
     )
-    return matrix, smoothing, outliers
+    return matrix, changed.smoothing, changed.outliers
 
 
 def quantized_ragged_dot(
@@ -282,19 +289,20 @@ def quantized_ragged_dot(
             channels, or has groups where activations are quantized.
     """
     check_contraction(weight, (1,), (), where)
-    problem = None
-    if weight.tensor.axes != (0, 2, 1):
-        problem = "a ragged dot needs a stack of matrices; give this site a rule of None"
-    elif weight.outliers is not None:
-        problem = "a ragged dot has no outlier channels; give this site a scheme without outliers"
-    elif weight.activations is not None and weight.tensor.scale.shape[-1] > 1:
-        problem = (
-            "a ragged dot of quantized activations takes weights per channel; give this site such "
-            "a scheme"
-        )
-    if problem:
-        raise ValueError(f"{where}: {problem}")
-    if weight.smoothing is not None:
-        x = x.astype(jnp.float32) / weight.smoothing[None, :]
+    has_groups = weight.tensor.scale.shape[-1] > 1
+    problems = {
+        "a ragged dot needs a stack of matrices; give this site a rule of None": (
+            weight.tensor.axes != (0, 2, 1)
+        ),
+        "a ragged dot has no outlier channels; give this site a scheme without outliers": (
+            weight.outliers is not None
+        ),
+        "a ragged dot of quantized activations takes weights per channel; give this site such a "
+        "scheme": weight.activations is not None and has_groups,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"{where}: {problem}")
+    x = _smoothed(x, weight.smoothing)
     stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
     return ragged_product(weight.recipe, x, stack, group_sizes)

@@ -3,14 +3,18 @@
 On shapes and plain arrays: `QTensor` is built on this.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sqjax._shapes import runs
+from sqjax._shapes import other_axes, runs
 from sqjax.numerics.formats import Granularity
+
+#: The group sizes that errors offer.
+_USUAL_GROUPS = (16, 32, 64, 128, 256)
 
 
 class Sharing(NamedTuple):
@@ -71,11 +75,10 @@ def lay_out(
         ValueError: the granularity is unknown, or its groups do not fit.
     """
     contracting = tuple(sorted(a % x.ndim for a in contracting))
-    outer = [a for a in range(x.ndim) if a not in (*contracting, *batch)]
-    stored_axes = (*batch, *outer, *contracting)
-    order = tuple(stored_axes.index(a) - x.ndim for a in range(x.ndim))
+    outer = other_axes(x.ndim, contracting, batch)
+    stored = [*batch, *outer, *contracting]
     sharing = _sharing(x, contracting, len(batch), granularity)
-    return Layout(x.transpose(stored_axes), shortest(order), sharing)
+    return Layout(x.transpose(stored), order_of(stored), sharing)
 
 
 def _sharing(
@@ -83,10 +86,13 @@ def _sharing(
 ) -> Sharing:
     """What shares a scale; `contracting` is sorted."""
     last = x.shape[contracting[-1]]
-    if granularity == "per_channel":
-        return Sharing(tuple(range(-len(contracting), 0)), None, last)
-    if granularity == "per_tensor":
-        return Sharing(tuple(range(batch - x.ndim, 0)), None, last)
+    shared_axes = {
+        "per_channel": len(contracting),
+        "per_tensor": x.ndim - batch,
+    }
+    if granularity in shared_axes:
+        first = -shared_axes[granularity]
+        return Sharing(tuple(range(first, 0)), None, last)
     if not isinstance(granularity, int) or granularity < 1:
         raise ValueError(
             f"quantize: expected per_channel, per_tensor or a group size, got {granularity!r}"
@@ -94,14 +100,26 @@ def _sharing(
     group = min(granularity, last)
     # With several contracted axes a group may not reach into the next row of the last one.
     if last % group and len(contracting) > 1:
-        fitting = ", ".join(
-            str(g) for g in (32, 64, 128, last) if last % g == 0
-        )
         raise ValueError(
             f"quantize: groups of {granularity} do not divide the {last} elements of the last of "
-            f"several contracted axes; sizes that do: {fitting}"
+            f"several contracted axes; sizes that do: {group_sizes_for(last)}"
         )
     return Sharing((), group, last)
+
+
+def group_sizes_for(length: int) -> str:
+    """The usual group sizes that divide a length, and the length itself, as a text for errors."""
+    sizes = sorted({*_USUAL_GROUPS, length})
+    return ", ".join(str(size) for size in sizes if length % size == 0)
+
+
+def order_of(stored: Sequence[int]) -> tuple[int, ...]:
+    """The `order` of an array, given the logical axis of each stored one.
+
+    A kernel (experts, in, out) that is stored as [0, 2, 1] has the order (-1, -2).
+    """
+    places = [stored.index(axis) for axis in range(len(stored))]
+    return shortest(tuple(place - len(stored) for place in places))
 
 
 def shortest(order: tuple[int, ...]) -> tuple[int, ...]:
@@ -118,7 +136,7 @@ def shortest(order: tuple[int, ...]) -> tuple[int, ...]:
 class Run(NamedTuple):
     """Consecutive stored axes, and the new logical axes that a reshape makes of them."""
 
-    stored: list[int]
+    stored: slice
     logical: list[int]
 
 
@@ -144,12 +162,12 @@ def reshape_runs(
         [old_shape[a] for a in old], [new_shape[a] for a in new]
     ):
         stored = [axes[old[a]] for a in sources]
-        first = stored[0]
-        if stored != list(range(first, first + len(stored))):
+        first, end = stored[0], stored[0] + len(stored)
+        if stored != list(range(first, end)):
             return None
-        found.append(Run(stored, [new[a] for a in targets]))
-    found.sort(key=lambda run: run.stored)
-    return [Run([], ones), *found]
+        found.append(Run(slice(first, end), [new[a] for a in targets]))
+    found.sort(key=lambda run: run.stored.start)
+    return [Run(slice(0, 0), ones), *found]
 
 
 def _by_size(shape: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -179,13 +197,11 @@ def reshaped_scale(
     """
     sizes: list[int] = []
     for run in into:
-        own = [scale[a] for a in run.stored]
-        before = [values[a] for a in run.stored]
+        own, before = list(scale[run.stored]), list(values[run.stored])
         after = [new_shape[a] for a in run.logical]
-        if all(n == 1 for n in own):
-            sizes += [1] * len(
-                after
-            )  # all of them share a scale, and go on sharing it
+        if math.prod(own) == 1:
+            # All of them share a scale, and go on sharing it.
+            sizes += [1] * len(after)
         elif own == before:
             sizes += after  # each has its own
         elif group is not None and _keeps_groups(own, before, after, group):
@@ -203,8 +219,6 @@ def _keeps_groups(
     In groups of 4, (2, 12) may become (24,) or (6, 4), but (2, 10) can not become (20,): its groups
     of 4, 4 and 2 would not be groups of 4.
     """
-    if own[:-1] != before[:-1]:
-        return False
-    return before == after or (
-        before[-1] % group == 0 and after[-1] % group == 0
-    )
+    whole_groups = before[-1] % group == after[-1] % group == 0
+    same_scales = own[:-1] == before[:-1]
+    return same_scales and (before == after or whole_groups)

@@ -1,8 +1,9 @@
 """`QTensor`: narrow values and float scales that stand for a float array."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from sqjax.numerics.formats import (
 from sqjax.weights.layout import (
     Sharing,
     lay_out,
+    order_of,
     reshape_runs,
     reshaped_scale,
     shortest,
@@ -34,6 +36,13 @@ from sqjax.weights.text import tensor_text
 #: What the first of two levels may use of int8: a second level that rounds in steps of up to 16
 #: then stays inside 127 (QServe, Lin et al. 2024, arXiv 2405.04532).
 FIRST_LEVEL = Format("int8", INT8.dtype, 119.0)
+
+#: The dtypes of the arrays beside the values.
+_SCALE_DTYPES: dict[str, np.dtype] = {
+    "scale": np.dtype(np.float32),
+    "zero": np.dtype(np.int8),
+    "group_scale": np.dtype(np.int8),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -200,19 +209,25 @@ class QTensor:
             if self.fmt == INT4
             else last * self.fmt.dtype.itemsize
         )
-        total = math.prod(rows) * row_bytes
-        for x in self._scales().values():
-            total += math.prod(x.shape) * x.dtype.itemsize
-        return total
+        scales = jax.tree.leaves(self._scales())
+        of_scales = [math.prod(x.shape) * x.dtype.itemsize for x in scales]
+        return math.prod(rows) * row_bytes + sum(of_scales)
 
     def _scales(self) -> dict[str, Any]:
-        """The arrays beside the values that are there, by name."""
-        scales = {
+        """The arrays beside the values, by name; None where there is none."""
+        return {
             "scale": self.scale,
             "zero": self.zero,
             "group_scale": self.group_scale,
         }
-        return {name: x for name, x in scales.items() if x is not None}
+
+    def map_scales(self, change: Callable[[Any], Any]) -> "QTensor":
+        """The tensor with `change` made to its scales, and to its zero points if it has any."""
+        return replace(self, **jax.tree.map(change, self._scales()))
+
+    def as_stored(self, of_logical: Sequence[Any]) -> list[Any]:
+        """What is given for each logical axis, in the order of the stored axes."""
+        return [of_logical[self.axes.index(axis)] for axis in range(self.ndim)]
 
     def stored_as(self, dtype: DTypeLike) -> "QTensor":
         """int4 values as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); others as they are."""
@@ -246,29 +261,20 @@ class QTensor:
         None if it would take a part of the axis that is in groups, because a group of which a part
         is gone is no group of this size any more.
         """
-        of_stored = dict(zip(self.axes, slices, strict=True))
-        last = self.ndim - 1
-        length = self.values.shape[last]
-        all_of_last = range(length)[of_stored[last]] == range(length)
+        stored = self.as_stored(slices)
+        length = self.values.shape[-1]
+        all_of_last = range(length)[stored[-1]] == range(length)
         if self.group is not None and not all_of_last:
             return None
 
         def part(x):
-            chosen = []
-            for axis, size in enumerate(x.shape):
-                one_for_all = size == 1 or (
-                    axis == last and self.group is not None
-                )
-                chosen.append(slice(None) if one_for_all else of_stored[axis])
-            return x[tuple(chosen)]
+            # A slice that takes all channels takes all of their groups too.
+            pairs = zip(x.shape, stored, strict=True)
+            own = [slice(None) if size == 1 else taken for size, taken in pairs]
+            return x[tuple(own)]
 
-        values = self.values[
-            tuple(of_stored[axis] for axis in range(self.ndim))
-        ]
-        scales: dict[str, Any] = {
-            name: part(x) for name, x in self._scales().items()
-        }
-        return replace(self, values=values, **scales)
+        values = self.values[tuple(stored)]
+        return replace(self.map_scales(part), values=values)
 
     def reshape(self, shape: tuple[int, ...]) -> "QTensor | None":
         """The logical reshape, of values and scales.
@@ -279,36 +285,24 @@ class QTensor:
         into = reshape_runs(self.axes, self.shape, shape)
         if into is None or not shape:
             return None
-        sizes = {}
+        old = self.values.shape
+        changed = {}
         for name, x in self._scales().items():
-            found = reshaped_scale(
-                x.shape, self.values.shape, self.group, into, shape
-            )
-            if found is None:
+            if x is None:
+                continue
+            sizes = reshaped_scale(x.shape, old, self.group, into, shape)
+            if sizes is None:
                 return None
-            sizes[name] = found
-        changed: dict[str, Any] = {}
-        for name, x in self._scales().items():
-            changed[name] = x.reshape(sizes[name])
-        stored = [axis for run in into for axis in run.logical]
-        order = tuple(
-            stored.index(axis) - len(shape) for axis in range(len(shape))
-        )
-        changed["values"] = self.values.reshape(
-            [shape[axis] for axis in stored]
-        )
-        return replace(self, order=shortest(order), **changed)
+            changed[name] = x.reshape(sizes)
+        stored = list(chain.from_iterable(run.logical for run in into))
+        values = self.values.reshape([shape[axis] for axis in stored])
+        return replace(self, values=values, order=order_of(stored), **changed)
 
     def check(self, where: str) -> None:
         """Raises ValueError, naming `where`, if an invariant does not hold."""
         problem = self._problem_of_values()
-        dtypes = {
-            "scale": jnp.float32,
-            "zero": jnp.int8,
-            "group_scale": jnp.int8,
-        }
         for name, x in self._scales().items():
-            problem = problem or self._problem_of_scale(name, x, dtypes[name])
+            problem = problem or self._problem_of_scale(name, x)
         if problem:
             raise ValueError(
                 f"{where}: not a valid QTensor: {problem}; quantize the float leaf again"
@@ -328,10 +322,13 @@ class QTensor:
             return f"a group size of 1 or more expected, got {self.group}"
         return None
 
-    def _problem_of_scale(self, name: str, x: Any, dtype: Any) -> str | None:
+    def _problem_of_scale(self, name: str, x: Any) -> str | None:
         """What is wrong with scales or zero points."""
+        if x is None:
+            return None
+        dtype = _SCALE_DTYPES[name]
         if x.dtype != dtype:
-            return f"{name} must be {jnp.dtype(dtype).name}, got {x.dtype.name}: was the tree cast?"
+            return f"{name} must be {dtype.name}, got {x.dtype.name}: was the tree cast?"
         if x.ndim != self.values.ndim:
             return f"{name} of rank {self.values.ndim} expected, got shape {x.shape}"
         sizes = list(self.values.shape)

@@ -1,6 +1,7 @@
 """A matmul weight as it is stored, and how the activations that meet it are quantized."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +86,32 @@ class QuantWeight:
     def ndim(self) -> int:
         """The logical rank of the float weight."""
         return self.tensor.ndim
+
+    def with_tensor(
+        self,
+        tensor: QTensor,
+        *,
+        input_scale: Callable[[Any], Any],
+        smoothing: Callable[[Any], Any],
+        channels: Callable[[Any], Any],
+        outlier_weight: Callable[[Any], Any],
+    ) -> "QuantWeight":
+        """The weight with another tensor, and what is beside it changed by one function each.
+
+        What the weight does not have is not asked for: its function is not called.
+        """
+        outliers = self.outliers
+        if outliers is not None:
+            outliers = Outliers(
+                channels(outliers.channels), outlier_weight(outliers.weight)
+            )
+        return replace(
+            self,
+            tensor=tensor,
+            input_scale=jax.tree.map(input_scale, self.input_scale),
+            smoothing=jax.tree.map(smoothing, self.smoothing),
+            outliers=outliers,
+        )
 
     @property
     def recipe(self) -> Recipe:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sqjax._shapes import other_axes
 from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax
+from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
@@ -59,6 +61,54 @@ def outlier_channels(
     # An array has one size, so every matrix takes as many as the one that has most.
     largest = np.argsort(-flat, axis=-1, kind="stable")[..., :count]
     return jnp.asarray(np.sort(largest, axis=-1), jnp.int32)
+
+
+class Beside(NamedTuple):
+    """What a scheme stores beside a weight because of the activations that were measured.
+
+    Attributes:
+        smoothing: s for smoothing at run time, or None.
+        outliers: the outlier channels, or None.
+    """
+
+    smoothing: Array | None
+    outliers: Array | None
+
+
+def measured(
+    path: str,
+    weight: Array,
+    axes: tuple[int, ...],
+    scheme: Scheme,
+    absmax: Any,
+    batch: int,
+    smoothing: Array | None = None,
+) -> Beside:
+    """What `quantize_weight` takes as smoothing and outliers, from the activations' absmax.
+
+    Args:
+        path: the leaf's name in errors.
+        weight: float.
+        axes: its batch axes, then its contracted ones: those of `absmax`.
+        scheme: what is asked for.
+        absmax: max |X_j|; None will do for a scheme that is not `measured`.
+        batch: how many batch axes.
+        smoothing: s from elsewhere, if the scheme has no alpha.
+
+    Raises:
+        ValueError: outliers are asked for under jit; names the leaf.
+    """
+    if scheme.smoothing is not None:
+        magnitudes = jnp.moveaxis(jnp.abs(weight), axes, range(len(axes)))
+        outputs = tuple(range(len(axes), weight.ndim))
+        largest = jnp.max(magnitudes.astype(jnp.float32), axis=outputs)
+        smoothing = smoothing_scales(absmax, largest, scheme.smoothing)
+    if scheme.outliers is None:
+        return Beside(smoothing, None)
+    # The quantizer sees X / s, so outliers are what is large after smoothing.
+    seen = absmax if smoothing is None else absmax / smoothing
+    channels = outlier_channels(path, seen, scheme.outliers, batch)
+    return Beside(smoothing, channels)
 
 
 @partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
@@ -182,7 +232,7 @@ def _split(
         channels: (*batch, n) positions along the flattened contracted axes.
         dtype: of the outliers' weight.
     """
-    outer = [a for a in range(weight.ndim) if a not in (*batch, *contracting)]
+    outer = other_axes(weight.ndim, batch, contracting)
     as_stored = weight.transpose(*batch, *outer, *contracting)
     first = weight.ndim - len(contracting)
     flat = as_stored.reshape(*as_stored.shape[:first], -1)

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from sqjax.numerics.formats import FORMATS, INT4, INT8, Format, Granularity
 from sqjax.numerics.ranges import Range, is_range
@@ -19,11 +19,15 @@ Part = TypeVar("Part", bound="_Part")
 class _Part:
     """What `Scheme` and its parts share: `replace`, and a repr that calls the constructor."""
 
+    #: The fields that the repr shows even where they are the defaults.
+    _always_shown: ClassVar[tuple[str, ...]] = ()
+
     def __repr__(self) -> str:
         arguments = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if field.name in self._always_shown
+            or getattr(self, field.name) != field.default
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
@@ -32,12 +36,13 @@ class _Part:
         return dataclasses.replace(self, **changes)
 
 
-def _refusal(part: Any, field: str, expected: str) -> ValueError:
-    """The error that names the field of `part`, what was expected there, and what came."""
-    came = getattr(part, field)
-    return ValueError(
-        f"{type(part).__name__}.{field}: expected {expected}, got {came!r}"
-    )
+def _require(holds: bool, part: Any, field: str, expected: str) -> None:
+    """Unless it holds, raises ValueError with the field of `part`, what is expected, what came."""
+    if not holds:
+        came = getattr(part, field)
+        raise ValueError(
+            f"{type(part).__name__}.{field}: expected {expected}, got {came!r}"
+        )
 
 
 def _is_number(x: Any) -> bool:
@@ -57,14 +62,16 @@ class _Weight(_Part):
 
     def __post_init__(self) -> None:
         size = self.group_size
-        if size is not None and (type(size) is not int or size < 1):
-            meaning = "an int of 1 or more (channels in a group), or None (one scale for an output)"
-            raise _refusal(self, "group_size", meaning)
-        if not isinstance(self.per_tensor, bool):
-            raise _refusal(self, "per_tensor", "True or False")
-        if self.per_tensor and size is not None:
-            meaning = "None with per_tensor=True (a tensor has one scale, or one for each group)"
-            raise _refusal(self, "group_size", meaning)
+        fits = size is None or (type(size) is int and size >= 1)
+        meaning = "an int of 1 or more (channels in a group), or None (one scale for an output)"
+        _require(fits, self, "group_size", meaning)
+
+        is_bool = isinstance(self.per_tensor, bool)
+        _require(is_bool, self, "per_tensor", "True or False")
+
+        one_of_both = size is None or not self.per_tensor
+        meaning = "None with per_tensor=True (a tensor has one scale, or one for each group)"
+        _require(one_of_both, self, "group_size", meaning)
 
     @property
     def granularity(self) -> Granularity:
@@ -133,12 +140,11 @@ class Int4(_Weight):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("zero_point", "two_level"):
-            if not isinstance(getattr(self, field), bool):
-                raise _refusal(self, field, "True or False")
-        if self.two_level and self.group_size is None:
-            raise _refusal(
-                self, "group_size", "a group size with two_level=True"
-            )
+            is_bool = isinstance(getattr(self, field), bool)
+            _require(is_bool, self, field, "True or False")
+        has_groups = self.group_size is not None or not self.two_level
+        meaning = "a group size with two_level=True"
+        _require(has_groups, self, "group_size", meaning)
 
     @property
     def fmt(self) -> Format:
@@ -173,8 +179,8 @@ class Float8(_Weight):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in ("e4m3", "e5m2"):
-            raise _refusal(self, "format", "'e4m3' or 'e5m2'")
+        known = self.format in ("e4m3", "e5m2")
+        _require(known, self, "format", "'e4m3' or 'e5m2'")
 
     @property
     def fmt(self) -> Format:
@@ -192,8 +198,8 @@ class _Activation(_Part):
     format: ActivationFormat = "int8"
 
     def __post_init__(self) -> None:
-        if self.format not in ("int8", "e4m3", "e5m2"):
-            raise _refusal(self, "format", "'int8', 'e4m3' or 'e5m2'")
+        known = self.format in ("int8", "e4m3", "e5m2")
+        _require(known, self, "format", "'int8', 'e4m3' or 'e5m2'")
 
     @property
     def fmt(self) -> Format:
@@ -265,9 +271,8 @@ class Static(_Activation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_range(self.range):
-            ranges = "'absmax', 'mse', or a percentile as a fraction in (0.0, 1.0] such as 0.9999"
-            raise _refusal(self, "range", ranges)
+        ranges = "'absmax', 'mse', or a percentile as a fraction in (0.0, 1.0] such as 0.9999"
+        _require(is_range(self.range), self, "range", ranges)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -318,37 +323,27 @@ class Scheme(_Part):
             activation to smooth, got 0.5
     """
 
+    _always_shown = ("weight", "activation")
+
     weight: Int8 | Int4 | Float8 = Int8()
     activation: PerToken | PerTensor | Static | Indices | None = PerToken()
     smoothing: float | None = None
     outliers: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Int8 | Int4 | Float8):
-            raise _refusal(
-                self, "weight", "Int8(...), Int4(...) or Float8(...)"
-            )
-        if self.activation is not None and not isinstance(
-            self.activation, _Activation | Indices
-        ):
-            kinds = (
-                "PerToken(...), PerTensor(...), Static(...), Indices() or None"
-            )
-            raise _refusal(self, "activation", kinds)
+        is_weight = isinstance(self.weight, Int8 | Int4 | Float8)
+        kinds = "Int8(...), Int4(...) or Float8(...)"
+        _require(is_weight, self, "weight", kinds)
+
+        is_activation = isinstance(
+            self.activation, _Activation | Indices | None
+        )
+        kinds = "PerToken(...), PerTensor(...), Static(...), Indices() or None"
+        _require(is_activation, self, "activation", kinds)
         self._check_formats()
         self._check_smoothing()
         self._check_outliers()
         self._check_range()
-
-    def __repr__(self) -> str:
-        # The two main fields are shown even where they are the defaults, because they say what the
-        # scheme is.
-        text = f"Scheme(weight={self.weight!r}, activation={self.activation!r}"
-        if self.smoothing is not None:
-            text += f", smoothing={self.smoothing!r}"
-        if self.outliers is not None:
-            text += f", outliers={self.outliers!r}"
-        return text + ")"
 
     @property
     def quantizes_activation(self) -> bool:
@@ -366,50 +361,50 @@ class Scheme(_Part):
     @property
     def measured(self) -> bool:
         """Whether it needs to know the ranges of the activations that `calibrate` saw."""
-        static = isinstance(self.activation, Static)
-        return static or self.smoothing is not None or self.outliers is not None
+        return isinstance(self.activation, Static) or self._changes_activation
+
+    @property
+    def _changes_activation(self) -> bool:
+        """Whether the quantizer sees something else than X: X / s, or X without its outliers."""
+        return self.smoothing is not None or self.outliers is not None
 
     def _check_formats(self) -> None:
         """A product takes two operands of one kind: integers (int4 becomes int8), or float8."""
-        two_level = isinstance(self.weight, Int4) and self.weight.two_level
-        if not isinstance(self.activation, _Activation):
-            if two_level:
-                why = "because two levels need them (without them leave two_level out)"
-                raise _refusal(self, "activation", f"int8 activations, {why}")
-            return
-        if self.weight.fmt.floating != self.activation.fmt.floating:
+        if isinstance(self.activation, _Activation):
+            same = self.weight.fmt.floating == self.activation.fmt.floating
             kinds = "int8 activations go with int8 or int4 weights, float8 ones with float8 weights"
             meaning = f"a format that goes with {self.weight!r} ({kinds})"
-            raise _refusal(self, "activation", meaning)
+            _require(same, self, "activation", meaning)
+        elif isinstance(self.weight, Int4):
+            why = "because two levels need them (without them leave two_level out)"
+            meaning = f"int8 activations, {why}"
+            _require(not self.weight.two_level, self, "activation", meaning)
 
     def _check_smoothing(self) -> None:
         if self.smoothing is None:
             return
-        if not _is_number(self.smoothing) or not 0 <= self.smoothing <= 1:
-            raise _refusal(self, "smoothing", "an alpha in [0, 1], or None")
-        if isinstance(self.activation, Indices):
-            meaning = "None, because embeddings that are looked up have no activation to smooth"
-            raise _refusal(self, "smoothing", meaning)
+        is_alpha = _is_number(self.smoothing) and 0 <= self.smoothing <= 1
+        _require(is_alpha, self, "smoothing", "an alpha in [0, 1], or None")
+        meets_activations = not isinstance(self.activation, Indices)
+        meaning = "None, because embeddings that are looked up have no activation to smooth"
+        _require(meets_activations, self, "smoothing", meaning)
 
     def _check_outliers(self) -> None:
         if self.outliers is None:
             return
-        if not _is_number(self.outliers) or not self.outliers > 0:
-            raise _refusal(self, "outliers", "a threshold above 0, or None")
-        if not self.quantizes_activation:
-            meaning = "None, because the activation stays float: it has no outliers to take apart"
-            raise _refusal(self, "outliers", meaning)
+        is_threshold = _is_number(self.outliers) and self.outliers > 0
+        _require(is_threshold, self, "outliers", "a threshold above 0, or None")
+        meaning = "None, because the activation stays float: it has no outliers to take apart"
+        _require(self.quantizes_activation, self, "outliers", meaning)
 
     def _check_range(self) -> None:
-        if self.needs_histogram and (
-            self.smoothing is not None or self.outliers is not None
-        ):
-            why = (
-                "because any other range comes from the histogram of X, not of X / s or of X "
-                "without outliers (or smooth the parameters)"
-            )
-            meaning = f"range='absmax' with smoothing at run time and with outliers, {why}"
-            raise _refusal(self, "activation", meaning)
+        sees_the_range = not (self.needs_histogram and self._changes_activation)
+        why = (
+            "because any other range comes from the histogram of X, not of X / s or of X "
+            "without outliers (or smooth the parameters)"
+        )
+        meaning = f"range='absmax' with smoothing at run time and with outliers, {why}"
+        _require(sees_the_range, self, "activation", meaning)
 
 
 #: W8A8 at the paper's efficiency level O1: per-token dynamic activations (the most accurate).

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sqjax._shapes import mesh_axes
 from sqjax._trees import PyTree, named_leaves
-from sqjax.weights.quant_weight import Outliers, QuantWeight, is_quantized
+from sqjax.weights.layout import group_sizes_for
+from sqjax.weights.quant_weight import QuantWeight, is_quantized
 
 
 def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
@@ -66,54 +67,45 @@ def weight_specs(
     Raises:
         ValueError: the spec is longer than the leaf's rank; names the leaf `where`.
     """
-    tensor, entries = weight.tensor, list(spec)
-    if len(entries) > tensor.ndim:
-        raise ValueError(
-            f"{where}: expected a spec of at most {tensor.ndim} entries for its shape, got {spec}"
-        )
-    entries += [None] * (tensor.ndim - len(entries))
-    stored = [entries[tensor.axes.index(a)] for a in range(tensor.ndim)]
+    tensor = weight.tensor
+    stored = tensor.as_stored(_entries(spec, tensor.shape, where))
     first = tensor.ndim - weight.contracted
     outer, inner = stored[:first], stored[first:]
 
-    def of_scales(scales: Any) -> Any:
+    def of_scales(scales: Any) -> PartitionSpec:
         """Scales are sharded along the axes on which they have more than one entry."""
-        if scales is None:
-            return None
         sizes = zip(stored, scales.shape, strict=True)
         return PartitionSpec(
             *[entry if size > 1 else None for entry, size in sizes]
         )
 
-    specs = replace(
-        tensor,
-        values=PartitionSpec(*stored),
-        scale=of_scales(tensor.scale),
-        zero=of_scales(tensor.zero),
-        group_scale=of_scales(tensor.group_scale),
+    def of_matrices(x: Any, *own: Any) -> PartitionSpec:
+        """The axes of a stack come first, as in the values; then those of each matrix's array."""
+        return PartitionSpec(*outer[: x.ndim - len(own)], *own)
+
+    specs = replace(tensor.map_scales(of_scales), values=PartitionSpec(*stored))
+    # A device needs all outlier channels of its matrices, because x is indexed with them.
+    return weight.with_tensor(
+        specs,
+        input_scale=of_matrices,
+        smoothing=lambda x: of_matrices(x, *inner),
+        channels=lambda x: of_matrices(x, None),
+        outlier_weight=lambda x: of_matrices(x, None),
     )
-    # What is beside the tensor has the axes of a stack first, which are the first of its values.
-    input_scale, smoothing, outliers = (
-        weight.input_scale,
-        weight.smoothing,
-        weight.outliers,
-    )
-    if input_scale is not None:
-        input_scale = PartitionSpec(*outer[: input_scale.ndim])
-    if smoothing is not None:
-        smoothing = PartitionSpec(*outer[: smoothing.ndim - len(inner)], *inner)
-    if outliers is not None:
-        # A device needs all outlier channels of its matrices, because x is indexed with them.
-        batch = outliers.channels.ndim - 1
-        channels = PartitionSpec(*outer[:batch], None)
-        outliers = Outliers(channels, PartitionSpec(*outer, None))
-    return replace(
-        weight,
-        tensor=specs,
-        input_scale=input_scale,
-        smoothing=smoothing,
-        outliers=outliers,
-    )
+
+
+def _entries(spec: PartitionSpec, shape: Sequence[int], path: str) -> list[Any]:
+    """A spec's entry for every axis: P("model") for an array of rank 2 has "model" and None.
+
+    Raises:
+        ValueError: the spec has more entries than there are axes.
+    """
+    missing = len(shape) - len(spec)
+    if missing < 0:
+        raise ValueError(
+            f"{path}: expected a spec of at most {len(shape)} entries for {shape}, got {spec}"
+        )
+    return [*spec, *[None] * missing]
 
 
 def _is_sharding(x: Any) -> bool:
@@ -129,13 +121,9 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
         )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     spec = PartitionSpec() if spec is None else spec
-    if len(spec) > len(leaf.shape):
-        raise ValueError(
-            f"{path}: expected a spec of at most {len(leaf.shape)} entries for {leaf.shape}, got "
-            f"{spec}"
-        )
+    entries = _entries(spec, leaf.shape, path)
     if isinstance(sharding, NamedSharding):
-        _check_divides(leaf.shape, sharding, path)
+        _check_divides(leaf.shape, entries, sharding.mesh.shape, path)
     if not isinstance(leaf, QuantWeight):
         return sharding
     specs = weight_specs(leaf, spec, path)
@@ -145,16 +133,21 @@ def _of_leaf(leaf: Any, sharding: Any, path: str) -> Any:
     return specs
 
 
+def _blocks(entry: Any, sizes: Mapping[str, int]) -> int:
+    """Into how many blocks an entry of a spec cuts its axis, on a mesh of these sizes."""
+    return math.prod(sizes[name] for name in mesh_axes(entry))
+
+
 def _check_divides(
-    shape: Sequence[int], sharding: NamedSharding, path: str
+    shape: Sequence[int],
+    entries: Sequence[Any],
+    sizes: Mapping[str, int],
+    path: str,
 ) -> None:
-    """Raises ValueError if an axis of the leaf can not be sharded as the sharding asks."""
-    for axis, (size, entry) in enumerate(
-        zip(shape, sharding.spec, strict=False)
-    ):
-        devices = 1
-        for name in mesh_axes(entry):
-            devices *= sharding.mesh.shape[name]
+    """Raises ValueError if an axis of the leaf can not be cut into equal blocks."""
+    pairs = zip(shape, entries, strict=True)
+    for axis, (size, entry) in enumerate(pairs):
+        devices = _blocks(entry, sizes)
         if size % devices:
             raise ValueError(
                 f"{path}: its axis {axis} of size {size} can not be sharded into {devices} blocks "
@@ -175,19 +168,15 @@ def check_groups(
         sizes: {mesh axis: how many devices}.
         path: the leaf's name in errors.
     """
-    devices = math.prod(
-        sizes[name] for name in mesh_axes(specs.tensor.values[-1])
-    )
-    length, group = leaf.tensor.values.shape[-1], leaf.tensor.group
-    if group is None or group >= length or devices == 1:
-        return
+    devices = _blocks(specs.tensor.values[-1], sizes)
+    length = leaf.tensor.values.shape[-1]
     block = length // devices
-    if block % group:
-        fitting = [g for g in (16, 32, 64, 128, 256) if block % g == 0] or [
-            block
-        ]
+    # Without groups any channel may be the first of a block.
+    group = leaf.tensor.group or 1
+    several = devices > 1 and group < length
+    if several and block % group:
         raise ValueError(
             f"{path}: its {length} contracted channels can not be sharded into {devices} blocks of "
             f"whole groups of {group}; choose a group size that divides {block}: "
-            f"{', '.join(map(str, fitting))}"
+            f"{group_sizes_for(block)}"
         )

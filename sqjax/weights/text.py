@@ -29,14 +29,14 @@ def weight_text(weight: Any) -> str:
     if weight.activations is not None:
         activations = f"{weight.activation_format} {weight.activations}"
     scales = _grouping(tensor) or [_granularity(weight)]
+    channels: Any = getattr(weight.outliers, "channels", None)
+    count = channels.shape[-1] if _is_array(channels) else "some"
+    beside = {
+        "smoothing at run time": weight.smoothing,
+        f"{count} outlier channels": weight.outliers,
+    }
     parts = [_kind(tensor), *scales, f"activations {activations}"]
-    if weight.smoothing is not None:
-        parts.append("smoothing at run time")
-    if weight.outliers is not None:
-        channels: Any = getattr(weight.outliers, "channels", None)
-        count = channels.shape[-1] if _is_array(channels) else "some"
-        parts.append(f"{count} outlier channels")
-    return _listed("QuantWeight", parts)
+    return _listed("QuantWeight", parts + _of_what_is_there(beside))
 
 
 def _listed(name: str, parts: list[str]) -> str:
@@ -49,14 +49,18 @@ def _kind(tensor: Any) -> str:
 
 def _grouping(tensor: Any) -> list[str]:
     """What is said of groups, zero points and second levels."""
-    parts = []
-    if tensor.group is not None:
-        parts.append(f"groups of {tensor.group}")
-    if tensor.group_scale is not None:
-        parts.append("integer group scales")
-    if tensor.zero is not None:
-        parts.append("zero points")
-    return parts
+    return _of_what_is_there(
+        {
+            f"groups of {tensor.group}": tensor.group,
+            "integer group scales": tensor.group_scale,
+            "zero points": tensor.zero,
+        }
+    )
+
+
+def _of_what_is_there(parts: dict[str, Any]) -> list[str]:
+    """The texts of those parts that are not None."""
+    return [text for text, part in parts.items() if part is not None]
 
 
 def _granularity(weight: Any) -> str:
