@@ -22,6 +22,7 @@ from sqjax.numerics.formats import (
     INT4,
     INT8,
     Format,
+    absmax,
     scale_from_absmax,
     to_codes,
     to_format,
@@ -220,17 +221,20 @@ def encode(
     if kind.codes == "float":
         return Slots(vectors)
     wide = _groups(vectors.astype(jnp.float32), kind)
+    largest = absmax(wide, -1)[..., 0]
     # Codes are made with the scale as it is stored, because that is the one that decodes them.
     zero = None
     if kind.zero_point:
         low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
         scale, zero = zero_point_range(low, high)
+        # A minimum or maximum may have lost a NaN: see `absmax`.
+        scale = jnp.where(jnp.isnan(largest), jnp.nan, scale)
         stored_scale = _stored_scale(scale, kind)
         step = stored_scale.astype(jnp.float32)[..., None]
         codes = to_codes(wide, step, zero[..., None])
     else:
         fmt = _CODES[kind.codes]
-        scale = scale_from_absmax(jnp.max(jnp.abs(wide), axis=-1), fmt)
+        scale = scale_from_absmax(largest, fmt)
         stored_scale = _stored_scale(scale, kind)
         step = stored_scale.astype(jnp.float32)[..., None]
         codes = to_format(wide, step, fmt)

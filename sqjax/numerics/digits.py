@@ -8,7 +8,7 @@ A row x with the scale s = absmax / 127 is s (q1 + q2 / 254 + q3 / 254^2 + ...),
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from sqjax.numerics.formats import scale_from_absmax, to_format
+from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
 
 #: How many times less a digit counts than the one before.
 BASE = 254.0
@@ -25,7 +25,7 @@ def two_digits(
     Returns:
         (digits, scale): all rows of high digits, then all rows of low ones; a scale for each row.
     """
-    scale = scale_from_absmax(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
+    scale = scale_from_absmax(absmax(rows, -1))
     high = to_format(rows, scale)
     remainder = rows / scale - high.astype(jnp.float32)
     low = to_format(remainder, jnp.float32(1 / BASE))
@@ -44,8 +44,7 @@ def three_digits(
     Returns:
         (digits, scales): all rows of first digits, then all of second, then all of third ones.
     """
-    absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0)
-    scale = scale_from_absmax(absmax.astype(jnp.float32))
+    scale = scale_from_absmax(absmax(x, 1))
     rest = x.astype(jnp.float32)
     digits, scales = [], []
     for _ in range(3):

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Shaped
 
-from sqjax.numerics.formats import INT4, scale_from_absmax, to_format
+from sqjax._shapes import other_axes
+from sqjax.numerics.formats import (
+    INT4,
+    absmax,
+    scale_from_absmax,
+    shared_scale,
+    to_format,
+)
 
 #: The longest contraction whose int32 sum of products of two int8 in [-127, 127] cannot overflow.
 LONGEST_CONTRACTION = (2**31 - 1) // 127**2
@@ -74,9 +81,14 @@ def int8_dot(
             "per_tensor": one for each operand.
         lhs, rhs: float arrays. Their contraction must be no longer than `LONGEST_CONTRACTION`.
     """
-    (l_axes, r_axes), _ = dimensions
-    l_codes, l_scale = _quantized(lhs, l_axes, granularity)
-    r_codes, r_scale = _quantized(rhs, r_axes, granularity)
+    (l_axes, r_axes), batch = dimensions
+    mirrored = (r_axes, l_axes), batch[::-1]
+    l_codes, l_scale = _quantized(
+        _only_read(lhs, rhs, dimensions), l_axes, granularity
+    )
+    r_codes, r_scale = _quantized(
+        _only_read(rhs, lhs, mirrored), r_axes, granularity
+    )
     sums = lax.dot_general(
         l_codes, r_codes, dimensions, preferred_element_type=jnp.int32
     )
@@ -103,13 +115,45 @@ def _quantized(
     x: Float[Array, "*s"], contracted: Any, granularity: str
 ) -> tuple[Int8[Array, "*s"], Float[Array, "..."]]:
     """(int8 codes, scales of size 1 along the contracted axes)."""
-    shared = tuple(contracted) if granularity == "per_token" else None
-    absmax = jnp.max(jnp.abs(x), axis=shared, keepdims=True, initial=0.0)
-    scale = scale_from_absmax(absmax)
-    kept = [
-        1 if axis in contracted else size for axis, size in enumerate(x.shape)
-    ]
-    return to_format(x, scale), jnp.broadcast_to(scale, kept)
+    of_rows = absmax(x, tuple(contracted))
+    scales = {"per_token": scale_from_absmax, "per_tensor": shared_scale}
+    scale = scales[granularity](of_rows)
+    return to_format(x, scale), scale
+
+
+def _only_read(x: Array, other: Array, dimensions: DimensionNumbers) -> Array:
+    """x with 0 in place of what meets nothing but zeros in `other`; NaN stays.
+
+    The product stays as it was. But the values of padding tokens, whose weights are all 0, do not
+    make the others' scale coarser.
+    """
+    (_, axes), (_, batch) = dimensions
+    free = other_axes(other.ndim, axes, batch)
+    read = jnp.any(jnp.abs(other) > 0, axis=free, keepdims=True)
+    read = beside_lhs(read, x.ndim, dimensions)
+    return jnp.where(read | jnp.isnan(x), x, jnp.zeros((), x.dtype))
+
+
+def beside_lhs(of_rhs: Array, rank: int, dimensions: DimensionNumbers) -> Array:
+    """Numbers of rhs in a shape that broadcasts against lhs, each axis where lhs has its partner.
+
+    For values v: (batch, slots, heads, 16) with scales (batch, slots, heads, 1), and as lhs the
+    weights (batch, heads, queries, slots) of "bhqk,bkhd->bhqd", the scales become (batch, heads, 1,
+    slots).
+
+    Args:
+        of_rhs: of rhs's rank, and of size 1 along its free axes.
+        rank: of lhs.
+        dimensions: of the product of lhs and rhs.
+    """
+    (l_axes, r_axes), (l_batch, r_batch) = dimensions
+    of_lhs = (*l_axes, *l_batch)
+    partner = dict(zip(of_lhs, (*r_axes, *r_batch), strict=True))
+    in_order_of_lhs = [partner[axis] for axis in sorted(partner)]
+    free = other_axes(of_rhs.ndim, r_axes, r_batch)
+    moved = of_rhs.transpose(*in_order_of_lhs, *free)
+    moved = moved.reshape(moved.shape[: len(in_order_of_lhs)])
+    return jnp.expand_dims(moved, other_axes(rank, of_lhs))
 
 
 def aligned(
@@ -134,7 +178,7 @@ def aligned(
 
 def _batch_first(scale: Array, batch: Any, contracted: Any) -> Array:
     """A scale with the batch axes first, then the free ones, without the contracted ones."""
-    free = [a for a in range(scale.ndim) if a not in (*batch, *contracted)]
+    free = other_axes(scale.ndim, batch, contracted)
     kept = [*batch, *free]
     moved = scale.transpose(*kept, *contracted)
     return moved.reshape([scale.shape[a] for a in kept])

@@ -1,10 +1,12 @@
 """Number formats and their scales: the arithmetic of quantization on plain arrays."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int8, Shaped
 
 #: How many elements share a scale: an output's, all, or so many consecutive channels of an output
@@ -53,6 +55,21 @@ def container(fmt: Format) -> np.dtype:
     )
 
 
+def absmax(
+    x: Shaped[Array, "..."], axis: int | Sequence[int] | None
+) -> Float[Array, "..."]:
+    """max |x| along some axes (None: all), which stay with size 1; NaN where one of them is NaN.
+
+    Not jnp.max of floats, because XLA:CPU's maximum loses NaN where it is computed in vectors
+    (https://github.com/openxla/xla/issues/21461). Without their signs, floats are in the order of
+    their bits, infinity above all numbers and NaN above infinity, so the bits are compared.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    without_sign = bits & jnp.int32(0x7FFFFFFF)
+    largest = jnp.max(without_sign, axis=axis, keepdims=True, initial=0)
+    return lax.bitcast_convert_type(largest, jnp.float32)
+
+
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 #: The codes of int4 with a zero point: 16 of them.
 _LOWEST, _HIGHEST = -8.0, 7.0
@@ -63,6 +80,19 @@ def scale_from_absmax(
 ) -> Float[Array, "*s"]:
     """scale = absmax / bound in float32; 1 where that is zero or subnormal (a dead channel)."""
     return _alive(absmax.astype(jnp.float32) / fmt.bound)
+
+
+def shared_scale(
+    absmax_of_rows: Float[Array, "*s"], fmt: Format = INT8
+) -> Float[Array, "*s"]:
+    """One scale for all rows, from the largest of their absmaxes; NaN for a row that has no scale.
+
+    A row that holds NaN or infinity is NaN by itself, and does not touch the others, because it may
+    be one that nobody reads: that of a padding token which attends to nothing.
+    """
+    finite = jnp.isfinite(absmax_of_rows)
+    largest = jnp.max(jnp.where(finite, absmax_of_rows, 0.0), initial=0.0)
+    return jnp.where(finite, scale_from_absmax(largest, fmt), jnp.nan)
 
 
 def _alive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:

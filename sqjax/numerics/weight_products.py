@@ -14,7 +14,9 @@ from sqjax.numerics.formats import (
     FORMATS,
     Format,
     FormatName,
+    absmax,
     scale_from_absmax,
+    shared_scale,
     to_format,
 )
 
@@ -159,9 +161,9 @@ def activation_scale(
     input_scale: Float[Array, ""] | None,
     fmt: Format,
 ) -> Float[Array, "..."]:
-    """absmax / bound of each row, (rows, 1), or of the whole array, (1, 1); or the static scale.
+    """The scale of each row, (rows, 1): absmax / bound of the row or of all rows, or `input_scale`.
 
-    The static scale is `input_scale` as (1, 1).
+    NaN for a row that holds NaN, because the integers that are made of it would be ordinary ones.
 
     Raises:
         ValueError: static activations without an `input_scale`.
@@ -171,10 +173,18 @@ def activation_scale(
             raise ValueError(
                 "static activations need an input_scale: quantize with the statistics of calibrate"
             )
-        return input_scale.reshape(1, 1)
-    axis = 1 if activations == "per_token" else None
-    absmax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
-    return scale_from_absmax(absmax, fmt)
+        return static_scale(x, input_scale)
+    of_rows = absmax(x, 1)
+    if activations == "per_tensor":
+        return shared_scale(of_rows, fmt)
+    return scale_from_absmax(of_rows, fmt)
+
+
+def static_scale(
+    x: Float[Array, "rows inner"], scale: Float[Array, "..."]
+) -> Float[Array, "rows 1"]:
+    """A scale that is known, () or (rows, 1), for each row; NaN for a row that holds NaN."""
+    return jnp.where(jnp.isnan(absmax(x, 1)), jnp.nan, scale)
 
 
 def _in_groups(
@@ -322,7 +332,7 @@ def ragged_product(
         )
     fmt = FORMATS[recipe.fmt]
     if recipe.activations == "static" and stack.input_scale is not None:
-        x_scale = stack.input_scale[row][:, None]
+        x_scale = static_scale(x, stack.input_scale[row][:, None])
     else:
         x_scale = activation_scale(
             x, recipe.activations, stack.input_scale, fmt

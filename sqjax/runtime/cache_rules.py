@@ -19,8 +19,13 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax._shapes import other_axes
-from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, aligned
-from sqjax.numerics.formats import scale_from_absmax, to_format
+from sqjax.numerics.dots import (
+    LONGEST_CONTRACTION,
+    DimensionNumbers,
+    aligned,
+    beside_lhs,
+)
+from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
 from sqjax.program.primitives import COPIES
 from sqjax.program.registry import Leaf, Registry
 from sqjax.runtime.kinds import CACHES, is_cache
@@ -187,8 +192,7 @@ def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
             shared.append(axis)
             if x.shape[axis] != size:
                 return None
-    absmax = jnp.max(jnp.abs(x), axis=tuple(shared), keepdims=True)
-    scale = scale_from_absmax(absmax)
+    scale = scale_from_absmax(absmax(x, tuple(shared)))
     return QTensor(to_format(x, scale), scale, order=(), dtype=cache.dtype)
 
 
@@ -268,16 +272,14 @@ def _dot_of_cache(
         # A scale for each token and output could multiply neither x nor the sums.
         if _varies(scale, free):
             return None
-        x = x * _as_x(scale, x.ndim, free, dimensions)
+        x = x * beside_lhs(scale, x.ndim, dimensions)
         scale = jnp.ones(
             (1,) * cache.ndim, jnp.float32
         )  # none is left for the sums
     products = math.prod(x.shape[a] for a in x_axes)
     if products > LONGEST_CONTRACTION:
         return None
-    magnitudes = jnp.abs(x)
-    absmax = jnp.max(magnitudes, axis=tuple(x_axes), keepdims=True, initial=0.0)
-    x_scale = scale_from_absmax(absmax)
+    x_scale = scale_from_absmax(absmax(x, tuple(x_axes)))
     codes = to_format(x, x_scale)
     sums = lax.dot_general(
         codes, cache.values, dimensions, preferred_element_type=jnp.int32
@@ -289,29 +291,6 @@ def _dot_of_cache(
 def _varies(scale: Array, axes: Sequence[int]) -> bool:
     """Whether there is more than one scale along some of the axes."""
     return any(scale.shape[a] > 1 for a in axes)
-
-
-def _as_x(
-    scale: Array, rank: int, free: list[int], dimensions: DimensionNumbers
-) -> Array:
-    """The cache's scales in a shape that broadcasts against x, each axis where x has its partner.
-
-    For values v: (batch, slots, heads, 16) with scales (batch, slots, heads, 1), and x the weights
-    (batch, heads, queries, slots) of "bhqk,bkhd->bhqd", the scales become (batch, heads, 1, slots).
-
-    Args:
-        scale: of size 1 along the free axes.
-        rank: of x.
-        free: the cache's axes that are neither contracted nor batch axes.
-        dimensions: of the product of x and the cache.
-    """
-    (x_axes, axes), (x_batch, batch) = dimensions
-    of_x, of_cache = (*x_axes, *x_batch), (*axes, *batch)
-    partner = dict(zip(of_x, of_cache, strict=True))
-    in_order_of_x = [partner[x_axis] for x_axis in sorted(partner)]
-    moved = scale.transpose(*in_order_of_x, *free)
-    moved = moved.reshape([scale.shape[a] for a in in_order_of_x])
-    return jnp.expand_dims(moved, other_axes(rank, of_x))
 
 
 # The rest -----------------------------------------------------------------------------------------

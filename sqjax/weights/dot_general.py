@@ -139,12 +139,11 @@ def _multiply(
     rows = _smoothed(rows, smoothing)
     if outliers is None:
         return product(recipe, rows, matrix)
-    large = rows[:, outliers.channels]
+    # In float32, because XLA:CPU can not run a product of bfloat16 that is merged with a gather.
+    large = rows[:, outliers.channels].astype(jnp.float32)
     rest = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
-    weight = outliers.weight.astype(rows.dtype)
-    in_float = lax.dot_general(
-        large, weight, LAST_AXES, preferred_element_type=jnp.float32
-    )
+    weight = outliers.weight.astype(jnp.float32)
+    in_float = lax.dot_general(large, weight, LAST_AXES)
     return product(recipe, rest, matrix) + in_float
 
 

@@ -245,7 +245,7 @@ class PerTensor(_Activation):
 class Static(_Activation):
     """Activations with one scale, which calibration has found: the fastest.
 
-    What lies beyond its range is clipped; NaN becomes 0.
+    What lies beyond its range is clipped; a row that holds NaN is NaN.
 
     Attributes:
         range: what the scale covers: "absmax", the largest |x| that calibration saw; "mse", the

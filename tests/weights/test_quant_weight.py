@@ -480,7 +480,8 @@ def test_groups_that_devices_would_cut_are_refused_with_the_sizes_that_fit(schem
     fn, qparams, x = grouped(192, 64, scheme)
     cut = {"w": NamedSharding(mesh(), P("model"))}
     with pytest.raises(
-        ValueError, match=r"^w: its 192 .* 2 blocks of whole groups of 64; .* divides 96: 16, 32, 96$"
+        ValueError,
+        match=r"^w: its 192 .* 2 blocks of whole groups of 64; .* divides 96: 16, 32, 96$",
     ):
         sq.shardings(qparams, cut)
     fn, fitting, x = grouped(192, 32, scheme)
