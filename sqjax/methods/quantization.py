@@ -15,7 +15,7 @@ from jaxtyping import Array
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, map_named
 from sqjax.calibration.calibrate import calibrate
-from sqjax.calibration.stats import Stats, weight_absmax
+from sqjax.calibration.stats import Stats
 from sqjax.folding.apply import fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.methods.described import check_leaves
