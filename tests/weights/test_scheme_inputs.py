@@ -424,7 +424,8 @@ def test_groups_that_do_not_fit_several_contracted_axes_name_the_leaf_and_sizes_
     params, x = {"out": {"w": normal(3, 96, 4)}}, normal(2, 3, 96)
     stats = sq.calibrate(net, params, [x])
     with pytest.raises(
-        ValueError, match=r"^out/w: quantize: groups of 64 do not divide the 96 .* that do: 16, 32, 96"
+        ValueError,
+        match=r"^out/w: quantize: groups of 64 do not divide the 96 .* that do: 16, 32, 96",
     ):
         sq.quantize(params, stats, sq.W4A16_G64)
     for size in (32, 96):
