@@ -20,6 +20,14 @@ from sqjax.models.attention import (
     visible,
 )
 from sqjax.models.cache import KVCache, write
+from sqjax.models.fields import (
+    EPSILON,
+    FLAG,
+    POSITIVE,
+    SIZE,
+    SIZE_OR_NONE,
+    wrong,
+)
 from sqjax.models.fusing import fused_name
 from sqjax.models.slots import Slots
 from sqjax.models.stacking import check_layers, layer_of
@@ -47,6 +55,25 @@ class Positions(NamedTuple):
     in_row: Array
 
 
+#: What each field of `LlamaConfig` must be.
+_FIELDS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_layers": SIZE,
+    "num_heads": SIZE,
+    "num_kv_heads": SIZE,
+    "head_dim": SIZE,
+    "rope_theta": POSITIVE,
+    "rms_norm_eps": EPSILON,
+    "tie_embeddings": FLAG,
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+    "max_length": SIZE,
+    "sliding_window": SIZE_OR_NONE,
+}
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The sizes of a Llama model. Hashable, so that it may be a static argument of `jax.jit`.
@@ -55,8 +82,9 @@ class LlamaConfig:
     that is None.
 
     Raises:
-        ValueError: if a size is not positive, the query heads are not a multiple of the key/value
-            heads, or ``head_dim`` is odd (the rotary embedding pairs its two halves).
+        ValueError: if a size is not a positive whole number, a number is not finite, the query
+            heads are not a multiple of the key/value heads, or ``head_dim`` is odd (the rotary
+            embedding pairs its two halves).
     """
 
     vocab_size: int
@@ -75,28 +103,10 @@ class LlamaConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_length",
-            "rope_theta",
-        )
-        for name in positive:
+        for name, what in _FIELDS.items():
             value = getattr(self, name)
-            if value <= 0:
-                raise ValueError(
-                    f"LlamaConfig.{name}: expected a positive number, got {value}"
-                )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                "LlamaConfig.sliding_window: expected at least 1 or None, "
-                f"got {self.sliding_window}"
-            )
+            if not what.holds(value):
+                raise ValueError(f"LlamaConfig.{wrong(name, value, what)}")
         # Each key head serves as many query heads.
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

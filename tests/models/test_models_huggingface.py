@@ -1,69 +1,13 @@
 """Hugging Face directories written with safetensors and read back; everything that must be refused."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
+from hf_directories import CONFIG, shard, tensors, write
 
 from sqjax.models import Model, load
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 31,
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "max_position_embeddings": 128,
-}
-
-
-def tensors(config=CONFIG, dtype=np.float32):
-    """A checkpoint's tensors, (out, in), spelled out from the configuration alone."""
-    h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h), "model.norm.weight": (h,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], h)
-    for i in range(config["num_hidden_layers"]):
-        layer = {
-            "self_attn.q_proj": (q, h),
-            "self_attn.k_proj": (kv, h),
-            "self_attn.v_proj": (kv, h),
-            "self_attn.o_proj": (h, q),
-            "mlp.gate_proj": (f, h),
-            "mlp.up_proj": (f, h),
-            "mlp.down_proj": (h, f),
-            "input_layernorm": (h,),
-            "post_attention_layernorm": (h,),
-        }
-        biased = ("self_attn",) * config["attention_bias"] + ("mlp",) * config["mlp_bias"]
-        for name, shape in layer.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-            if name.startswith(biased or "-"):
-                shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def write(directory, config=CONFIG, weights=None):
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors(config) if weights is None else weights, directory / "model.safetensors")
-    return directory
 
 
 def expected_tree(weights):
@@ -115,29 +59,26 @@ def test_biases(tmp_path):
     assert model.config.mlp_bias
 
 
-def test_tied_embeddings_ignore_a_stored_head_and_rotary_buffers(tmp_path):
+ANGLES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_what_follows_from_the_rest_is_compared(tmp_path, dtype):
     config = CONFIG | {"tie_word_embeddings": True}
+    weights = tensors(config, dtype)
     extra = {
-        "lm_head.weight": np.ones((31, 12), np.float32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32),
+        "lm_head.weight": weights["model.embed_tokens.weight"],
+        ANGLES: np.array([1, 5000**-0.5], dtype),
     }
-    _, params = load(write(tmp_path, config, tensors(config) | extra))
-    assert_same(params, tensors(config))
-
-
-def shard(directory, weights, config=CONFIG):
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    names = sorted(weights)
-    files = {
-        "model-00001-of-00002.safetensors": names[::2],
-        "model-00002-of-00002.safetensors": names[1::2],
-    }
-    for file, part in files.items():
-        save_file({name: weights[name] for name in part}, directory / file)
-    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
+    _, params = load(write(tmp_path, config, weights | extra))
+    assert_same(params, weights)
+    for name, message in {
+        "lm_head.weight": "expected model.embed_tokens.weight, because tie_word_embeddings is true",
+        ANGLES: "expected the angles of rope_theta = 5000; got other numbers",
+    }.items():
+        other = extra | {name: (extra[name] * 1.5).astype(dtype)}
+        with pytest.raises(ValueError, match=f"1 problem.*\n.*{name}: {message}"):
+            load(write(tmp_path, config, weights | other))
 
 
 def test_shards(tmp_path):

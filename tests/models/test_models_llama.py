@@ -242,8 +242,8 @@ def test_an_unknown_token_is_not_silently_another():
     [
         ({"num_kv_heads": 4}, "num_heads: expected a multiple of num_kv_heads = 4, got 6"),
         ({"head_dim": 7}, "head_dim: expected an even number, got 7"),
-        ({"num_layers": 0}, "num_layers: expected a positive number, got 0"),
-        ({"rope_theta": -1.0}, "rope_theta: expected a positive number, got -1.0"),
+        ({"num_layers": 0}, "num_layers: expected a whole number from 1 to 2147483647, got 0"),
+        ({"rope_theta": -1.0}, "rope_theta: expected a finite number above 0, got -1.0"),
     ],
 )
 def test_impossible_configurations(change, message):

@@ -63,6 +63,28 @@ def test_directory(tmp_path):
     assert from_directory(tmp_path).encode("abc 123") == original.encode("abc 123")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": None}, "tokens: expected a list, got none"),
+        ({"tokens": [1, 2]}, "tokens: expected a list of texts"),
+        ({"token_type": [3]}, "as many different tokens as types"),
+        ({"merges": ["ab"]}, "expected merges of two parts"),
+        ({"merges": ["z z"]}, "expected merges of its own tokens"),
+        ({"eos_token_id": 99}, "end: expected token ids below"),
+        ({"eos_token_id": "1"}, "eos_token_id: expected a token id"),
+    ],
+)
+def test_gguf_fields_that_are_none(change, message):
+    with pytest.raises(ValueError, match=f"tokenizer in the GGUF file: .*{message}"):
+        from_gguf_metadata(metadata(**change))
+
+
+def test_gguf_has_several_ends():
+    tokenizer = from_gguf_metadata(metadata(eot_token_id=0, eom_token_id=1))
+    assert (tokenizer.eos_id, tokenizer.ends) == (1, (1, 0))
+
+
 def test_damaged_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer"):

@@ -1,15 +1,32 @@
 """Reads a Llama model from a GGUF file (llama.cpp's format), dequantized."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from sqjax.files.opening import open_file
+from sqjax.models.checkpoints.gguf_file import (
+    Block,
+    Header,
+    StoredTensor,
+    read_header,
+    read_tensor,
+)
 from sqjax.models.checkpoints.mapping import assemble, raise_problems
+from sqjax.models.fields import (
+    EPSILON,
+    POSITIVE,
+    SIZE,
+    Key,
+    is_whole,
+    read_fields,
+)
 from sqjax.models.llama import LlamaConfig
 from sqjax.models.model import Params
 
@@ -40,24 +57,32 @@ TABLE = [
     (r"output\.weight", r"lm_head.weight"),
 ]
 
-# LlamaConfig's field -> GGUF's key, which must be there.
-SIZES = {
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "num_layers": "llama.block_count",
-    "num_heads": "llama.attention.head_count",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "max_length": "llama.context_length",
-}
-# Keys that may be missing: the model's own sizes then follow from the others.
-OPTIONAL = {
-    "llama.attention.head_count_kv",
-    "llama.attention.key_length",
-    "llama.attention.value_length",
-    "llama.rope.dimension_count",
-    "llama.rope.freq_base",
-    "llama.vocab_size",
-}
+# What is read of the metadata. The default of a head's size and of the key/value heads follows from
+# the other sizes.
+_HEADS_KV = "llama.attention.head_count_kv"
+_HEAD_DIM = "llama.attention.key_length"
+KEYS = (
+    Key("llama.embedding_length", "hidden_size", SIZE, required=True),
+    Key("llama.feed_forward_length", "intermediate_size", SIZE, required=True),
+    Key("llama.block_count", "num_layers", SIZE, required=True),
+    Key("llama.attention.head_count", "num_heads", SIZE, required=True),
+    Key(
+        "llama.attention.layer_norm_rms_epsilon",
+        "rms_norm_eps",
+        EPSILON,
+        required=True,
+    ),
+    Key("llama.context_length", "max_length", SIZE, required=True),
+    Key(_HEADS_KV, "num_kv_heads", SIZE),
+    Key(_HEAD_DIM, "head_dim", SIZE),
+    Key("llama.rope.freq_base", "rope_theta", POSITIVE, 10000.0),
+)
+# Keys that say again what the rest says: they must agree with it.
+AGAIN = (
+    Key("llama.attention.value_length", "value_length", SIZE),
+    Key("llama.rope.dimension_count", "rotated", SIZE),
+    Key("llama.vocab_size", "vocab_size", SIZE),
+)
 # Keys that would change what the model computes, with the values that do not.
 WITHOUT_EFFECT = {
     "llama.rope.scaling.type": "none",
@@ -67,43 +92,144 @@ WITHOUT_EFFECT = {
 }
 
 
+class _Part(NamedTuple):
+    """One file of a checkpoint: its path, the opened file, and its header."""
+
+    path: Path
+    file: BinaryIO
+    header: Header
+
+
 def read_gguf(
     path: Path, dtype: DTypeLike = jnp.float32
 ) -> tuple[LlamaConfig, Params, dict[str, Any]]:
     """Reads a file: the configuration, the parameters, and all metadata, the tokenizer's too.
 
-    Quantized tensors are dequantized to float32 and then cast to ``dtype``.
+    Of a checkpoint in parts, which are named as model-00001-of-00003.gguf, any part may be named:
+    all are read. Quantized tensors are dequantized to float32 and then cast to ``dtype``.
 
     Raises:
-        ValueError: if the file is not a GGUF file or not a complete Llama model; every problem is
-            listed.
+        ValueError: if a file is not a GGUF file, a part is missing, or all together are not a
+            complete Llama model; every problem is listed.
         ImportError: if the `gguf` package is not installed.
     """
     package = _import_gguf()
-    try:
-        reader = package.GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise ValueError(
-            f"{path}: expected a GGUF file, got {error or 'a damaged one'}; fetch it again"
-        ) from error
-    metadata = {name: value.contents() for name, value in reader.fields.items()}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    shapes = {}
-    for name, tensor in stored.items():
-        # GGUF writes the fastest axis first: a matrix of 96 rows and 64 columns is [64, 96].
-        shapes[name] = tuple(int(size) for size in tensor.shape[::-1])
-    config = read_config(str(path), metadata, shapes)
-
-    def read(name: str) -> np.ndarray:
-        array = package.dequantize(stored[name].data, stored[name].tensor_type)
-        return _in_halves(name, array, config)
-
-    tensors = {
-        name: (_huggingface_name(name), shape) for name, shape in shapes.items()
+    blocks = {
+        int(kind): Block(*sizes)
+        for kind, sizes in package.GGML_QUANT_SIZES.items()
     }
-    problems = _unreadable(reader.tensors, package.dequantize)
-    params = assemble(str(path), config, tensors, read, dtype, problems)
+    with contextlib.ExitStack() as opened:
+        parts = [_open(path, blocks, opened)]
+        others = _paths_of_parts(parts[0])
+        if others:
+            parts = [_open(other, blocks, opened) for other in others]
+            _check_parts(parts)
+        stored = _tensors_of(parts)
+        metadata = parts[0].header.metadata
+        shapes = {name: tensor.shape for name, (_, tensor) in stored.items()}
+        config = read_config(str(path), metadata, shapes)
+
+        def read(name: str) -> np.ndarray:
+            part, tensor = stored[name]
+            kind = package.GGMLQuantizationType(tensor.kind)
+            raw = read_tensor(
+                part.file, part.header, tensor, blocks[tensor.kind]
+            )
+            array = package.dequantize(raw, kind).reshape(tensor.shape)
+            return _in_halves(name, array, config)
+
+        tensors = {
+            name: (_huggingface_name(name), shape)
+            for name, shape in shapes.items()
+        }
+        problems = _unreadable(stored, package)
+        params = assemble(str(path), config, tensors, read, dtype, problems)
     return config, params, metadata
+
+
+def _open(
+    path: Path, blocks: dict[int, Block], opened: contextlib.ExitStack
+) -> _Part:
+    """One file, which stays open until `opened` ends."""
+    file = opened.enter_context(open_file(path))
+    try:
+        return _Part(path, file, read_header(file, blocks))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a GGUF file, got {error}; fetch it again"
+        ) from error
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def _paths_of_parts(part: _Part) -> list[Path]:
+    """The files of a checkpoint of which one part is known; [] for a checkpoint in one file.
+
+    Raises:
+        ValueError: some of them are missing, or the name does not say where they are.
+    """
+    count = part.header.metadata.get("split.count", 1)
+    named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", part.path.name)
+    of_name = int(named[3]) if named else 1
+    if not is_whole(count) or max(count, 1) != of_name:
+        raise ValueError(
+            f"{part.path}: expected a file that is whole, or parts that are named as "
+            f"model-00001-of-00003.gguf, got split.count = {count!r}; give all parts the names "
+            "that they were made with"
+        )
+    if named is None or of_name == 1:
+        return []
+    paths = [
+        part.path.with_name(f"{named[1]}-{i + 1:05d}-of-{of_name:05d}.gguf")
+        for i in range(of_name)
+    ]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{part.path}: expected all {of_name} parts beside each other, {len(missing)} are "
+            f"missing: {missing[:5]}; fetch them"
+        )
+    return paths
+
+
+def _check_parts(parts: list[_Part]) -> None:
+    """Raises ValueError unless these are all parts of one checkpoint, in order."""
+    for number, part in enumerate(parts):
+        metadata = part.header.metadata
+        got = metadata.get("split.no"), metadata.get("split.count")
+        if got != (number, len(parts)):
+            raise ValueError(
+                f"{part.path}: expected split.no and split.count to be {(number, len(parts))}, "
+                f"got {got}; fetch it again"
+            )
+    found = sum(len(part.header.tensors) for part in parts)
+    stated = parts[0].header.metadata.get("split.tensors.count", found)
+    if stated != found:
+        raise ValueError(
+            f"{parts[0].path}: expected {stated} tensors (split.tensors.count) in all parts, got "
+            f"{found}; fetch them again"
+        )
+
+
+def _tensors_of(
+    parts: list[_Part],
+) -> dict[str, tuple[_Part, StoredTensor]]:
+    """{name: the part that holds it, the tensor} of all parts."""
+    stored: dict[str, tuple[_Part, StoredTensor]] = {}
+    for part in parts:
+        for tensor in part.header.tensors:
+            if tensor.name in stored:
+                other, _ = stored[tensor.name]
+                raise ValueError(
+                    f"{part.path}: expected each tensor in one part, got {tensor.name}, which is "
+                    f"in {other.path.name} too; fetch both again"
+                )
+            stored[tensor.name] = part, tensor
+    return stored
+
+
+# The configuration --------------------------------------------------------------------------------
 
 
 def read_config(
@@ -116,46 +242,58 @@ def read_config(
     Args:
         source: the file, for the error message.
         metadata: the file's keys and values.
-        shapes: the shape of each tensor, by GGUF's name.
+        shapes: the shape of each tensor of all parts, by GGUF's name.
 
     Raises:
-        ValueError: listing every key that is missing, or that asks for something the model here
-            does not do.
+        ValueError: listing every key that is missing, that is not what it must be, or that asks for
+            something the model here does not do.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(
             f"{source}: expected general.architecture 'llama', got {architecture!r}"
         )
-    missing = [key for key in SIZES.values() if key not in metadata]
-    problems = [f"{key}: expected a number, got none" for key in missing]
-    raise_problems(source, problems + _unsupported_keys(metadata))
-    sizes = {field: metadata[key] for field, key in SIZES.items()}
-    usual_head_dim = sizes["hidden_size"] // sizes["num_heads"]
-    head_dim = metadata.get("llama.attention.key_length", usual_head_dim)
-    problems = []
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        got = metadata.get(key, head_dim)
-        if got != head_dim:
-            problems.append(
-                f"{key}: expected the head size {head_dim}, got {got}"
-            )
+    fields, problems = read_fields(metadata, KEYS)
+    again, other_problems = read_fields(metadata, AGAIN)
+    problems += other_problems + _unsupported_keys(metadata)
     raise_problems(source, problems)
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
     # Where there is no embedding, which `assemble` reports as missing, any size serves.
-    stated_vocab_size = metadata.get("llama.vocab_size", 1)
-    vocab_size, *_ = shapes.get("token_embd.weight", (stated_vocab_size,))
-    return LlamaConfig(
-        **sizes,
-        num_kv_heads=metadata.get(
-            "llama.attention.head_count_kv", sizes["num_heads"]
-        ),
-        head_dim=head_dim,
-        vocab_size=vocab_size,
-        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-        tie_embeddings="output.weight" not in shapes,
-        attention_bias="blk.0.attn_q.bias" in shapes,
-        mlp_bias="blk.0.ffn_gate.bias" in shapes,
-    )
+    stated = again["vocab_size"]
+    fields["vocab_size"], *_ = shapes.get("token_embd.weight", (stated or 1,))
+    raise_problems(source, _contradictions(fields, again))
+    for name in ("rms_norm_eps", "rope_theta"):
+        fields[name] = float(fields[name])  # a file may write a whole number
+    try:
+        return LlamaConfig(
+            **fields,
+            tie_embeddings="output.weight" not in shapes,
+            attention_bias="blk.0.attn_q.bias" in shapes,
+            mlp_bias="blk.0.ffn_gate.bias" in shapes,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _contradictions(
+    fields: Mapping[str, Any], again: Mapping[str, Any]
+) -> list[str]:
+    """One problem for each key that says something else than the rest."""
+    expected = {
+        "value_length": ("the head size", fields["head_dim"]),
+        "rotated": ("the head size", fields["head_dim"]),
+        "vocab_size": ("the embedding's rows", fields["vocab_size"]),
+    }
+    problems = []
+    for key in AGAIN:
+        what, size = expected[key.field]
+        got = again[key.field]
+        if got not in (None, size):
+            problems.append(f"{key.key}: expected {what} {size}, got {got}")
+    return problems
 
 
 def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
@@ -164,7 +302,7 @@ def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
     A key that nobody here has heard of is one of them, because ignoring it could make a model that
     loads and computes something else.
     """
-    known = {*SIZES.values(), *OPTIONAL}
+    known = {key.key for key in (*KEYS, *AGAIN)}
     problems = []
     for key in sorted(metadata.keys() - known):
         if key.startswith("llama.") and metadata[key] != WITHOUT_EFFECT.get(
@@ -201,16 +339,23 @@ def _in_halves(name: str, array: np.ndarray, config: LlamaConfig) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def _unreadable(tensors: list, dequantize: Callable) -> list[str]:
-    """One problem for each tensor of a type that cannot be dequantized, tried on its first row."""
+def _unreadable(
+    stored: Mapping[str, tuple[_Part, StoredTensor]], package: Any
+) -> list[str]:
+    """One problem for each tensor of a type that cannot be dequantized, tried on a row of zeros."""
     problems = []
-    for tensor in tensors:
+    for name, (_, tensor) in stored.items():
         try:
-            dequantize(tensor.data[:1], tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
+            kind = package.GGMLQuantizationType(tensor.kind)
+            _, row_bytes = package.GGML_QUANT_SIZES[kind]
+            package.dequantize(np.zeros((1, row_bytes), np.uint8), kind)
+        except (ValueError, KeyError):
             problems.append(
-                f"{tensor.name}: expected a type that `gguf` can read, got {kind}"
+                f"{name}: expected a type of ggml, got number {tensor.kind}"
+            )
+        except NotImplementedError:
+            problems.append(
+                f"{name}: expected a type that `gguf` can read, got {kind.name}"
             )
     return problems
 

@@ -1,33 +1,65 @@
 """Reads a Llama model from a Hugging Face directory: config.json and safetensors; no pickle."""
 
-import json
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
+from sqjax.files.arrays import STORED, DeclaredArray
+from sqjax.files.header import Entry, Header, read_header
+from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.mapping import assemble, raise_problems
+from sqjax.models.fields import (
+    EPSILON,
+    FLAG,
+    IDS,
+    MAPPING,
+    POSITIVE,
+    SIZE,
+    TEXTS,
+    Key,
+    beyond,
+    read_fields,
+    wrong,
+)
+from sqjax.models.json_files import read_object
 from sqjax.models.llama import LlamaConfig
 from sqjax.models.model import Params
 
-# config.json's key -> the field of LlamaConfig.
-SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-}
+# What is read of config.json. The defaults of a head's size and of the key/value heads follow from
+# the other sizes.
+KEYS = (
+    Key("vocab_size", "vocab_size", SIZE, required=True),
+    Key("hidden_size", "hidden_size", SIZE, required=True),
+    Key("intermediate_size", "intermediate_size", SIZE, required=True),
+    Key("num_hidden_layers", "num_layers", SIZE, required=True),
+    Key("num_attention_heads", "num_heads", SIZE, required=True),
+    Key("num_key_value_heads", "num_kv_heads", SIZE),
+    Key("head_dim", "head_dim", SIZE),
+    Key("rms_norm_eps", "rms_norm_eps", EPSILON, 1e-6),
+    Key("tie_word_embeddings", "tie_embeddings", FLAG, False),
+    Key("attention_bias", "attention_bias", FLAG, False),
+    Key("mlp_bias", "mlp_bias", FLAG, False),
+    Key("max_position_embeddings", "max_length", SIZE, 2048),
+    Key("sliding_window", "sliding_window", SIZE),
+)
+# What is looked at, and fills no field.
+BESIDE = (
+    Key("rope_theta", "rope_theta", POSITIVE),
+    Key("rope_scaling", "rope_scaling", MAPPING),
+    Key("rope_parameters", "rope_parameters", MAPPING),
+    Key("layer_types", "layer_types", TEXTS),
+    Key("eos_token_id", "eos_token_id", IDS),
+)
 # Keys that would change what the model computes, with the values that do not (None for no value).
 WITHOUT_EFFECT: dict[str, tuple] = {
     "hidden_act": ("silu", "swish", None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
-    "layer_types": (None,),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -43,40 +75,114 @@ def read_huggingface(
             are listed.
     """
     config_file = directory / "config.json"
-    config = read_config(_read_json(config_file), source=str(config_file))
-    files: dict[str, Any] = {}
-    for path in weight_files(directory):
-        reader = _open(path)
-        names: list[str] = reader.keys()
-        for name in names:
-            files[name] = reader
-    tensors = {}
+    config = read_config(read_object(config_file), source=str(config_file))
+    with contextlib.ExitStack() as opened:
+        stored, problems = _stored(directory, opened)
+        used = {}
+        for name, tensor in stored.items():
+            problems += _wrong_dtype(name, tensor)
+            if not _is_redundant(name, config):
+                used[name] = tensor
+        tensors = {
+            name: (name, tensor.entry.shape) for name, tensor in used.items()
+        }
+
+        def read(name: str) -> np.ndarray:
+            return used[name].read()
+
+        params = assemble(
+            str(directory), config, tensors, read, dtype, problems
+        )
+        problems = []
+        for name in stored.keys() - used.keys():
+            problems += _contradiction(name, stored, config)
+        raise_problems(str(directory), problems)
+        return config, params
+
+
+class _Stored(NamedTuple):
+    """A tensor of a checkpoint: the opened file that it is in, and what the header says of it."""
+
+    file: BinaryIO
+    entry: Entry
+
+    def read(self) -> np.ndarray:
+        """The array."""
+        array = DeclaredArray(STORED[self.entry.dtype], self.entry.shape)
+        return array.read(self.file, self.entry.first)
+
+
+def _stored(
+    directory: Path, opened: contextlib.ExitStack
+) -> tuple[dict[str, _Stored], list[str]]:
+    """({name: tensor}, problems) of all files, which stay open until `opened` ends.
+
+    Headers alone are read: no array before every shape has been checked.
+    """
+    found: dict[str, _Stored] = {}
+    place: dict[str, str] = {}
     problems = []
-    for name, reader in files.items():
-        if _is_redundant(name, config):
-            continue
-        # The header alone: no array is read before every shape has been checked.
-        header = reader.get_slice(name)
-        tensors[name] = (name, tuple(header.get_shape()))
-        if header.get_dtype() not in FLOATS:
+    paths, weight_map = weight_files(directory)
+    for path in paths:
+        file = opened.enter_context(open_file(path))
+        for name, entry in _header(path, file).tensors.items():
+            if name in found:
+                problems.append(
+                    f"{name}: expected it in one file, got it in {place[name]} and {path.name}"
+                )
+            found[name] = _Stored(file, entry)
+            place[name] = path.name
+    for name in weight_map.keys() | (place.keys() if weight_map else ()):
+        expected, got = weight_map.get(name), place.get(name)
+        if expected != got:
             problems.append(
-                f"{name}: expected a dtype of {FLOATS}, got {header.get_dtype()}"
+                f"{name}: expected it in {expected}, as the index says, got it in {got}"
             )
+    return found, sorted(problems)
 
-    def read(name: str) -> np.ndarray:
-        return files[name].get_tensor(name)
 
-    return config, assemble(
-        str(directory), config, tensors, read, dtype, problems
-    )
+def _wrong_dtype(name: str, tensor: _Stored) -> list[str]:
+    if tensor.entry.dtype in FLOATS:
+        return []
+    return [f"{name}: expected a dtype of {FLOATS}, got {tensor.entry.dtype}"]
+
+
+# Tensors that follow from the rest ----------------------------------------------------------------
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ANGLES = ".rotary_emb.inv_freq"
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
-    """Whether a tensor follows from the rest, so that the file's copy of it is not read."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return True  # the model computes it from rope_theta
-    # A tied head is the embedding, whatever the file stores under its name.
-    return config.tie_embeddings and name == "lm_head.weight"
+    """Whether a tensor follows from the rest, so that it is compared and not used."""
+    return name.endswith(_ANGLES) or (config.tie_embeddings and name == _HEAD)
+
+
+def _contradiction(
+    name: str, stored: Mapping[str, _Stored], config: LlamaConfig
+) -> list[str]:
+    """One problem if a tensor that follows from the rest says something else."""
+    if name == _HEAD:
+        expected = stored[_EMBEDDING].read()
+        what = (
+            f"{_EMBEDDING}, because tie_word_embeddings is true; say false there if the head is "
+            "one of its own"
+        )
+        tolerance = 0.0
+    else:
+        pairs = np.arange(0, config.head_dim, 2) / config.head_dim
+        expected = np.power(float(config.rope_theta), -pairs)
+        what = f"the angles of rope_theta = {config.rope_theta:g}"
+        tolerance = 0.01  # in bfloat16 they have 8 bits
+    got = stored[name].read()
+    if got.shape == expected.shape and np.allclose(
+        got.astype(np.float64), expected.astype(np.float64), tolerance, 0.0
+    ):
+        return []
+    return [f"{name}: expected {what}; got other numbers"]
+
+
+# The configuration --------------------------------------------------------------------------------
 
 
 def read_config(
@@ -85,8 +191,8 @@ def read_config(
     """Translates ``config.json``.
 
     Raises:
-        ValueError: listing every key that is missing, or that asks for something the model here
-            does not do.
+        ValueError: listing every key that is missing, that is not what it must be, or that asks for
+            something the model here does not do.
     """
     model_type = config.get("model_type")
     if model_type not in ("llama", "mistral"):
@@ -94,33 +200,35 @@ def read_config(
             f"{source}: expected model_type 'llama' or 'mistral', got {model_type!r}; sqjax "
             "quantizes any JAX function, so use another model through its own JAX code"
         )
-    missing = [key for key in SIZES if config.get(key) is None]
-    problems = [f"{key}: expected a number, got none" for key in missing]
-    problems += _unsupported_keys(config)
-    window = config.get("sliding_window")
+    fields, problems = read_fields(config, KEYS)
+    beside, other_problems = read_fields(config, BESIDE)
+    problems += other_problems + _unsupported_keys(config)
+    raise_problems(source, problems)
+    window = fields["sliding_window"]
     if window is not None and model_type != "mistral":
         problems.append(
             f"sliding_window = {window!r}: not supported for {model_type!r}, only for 'mistral'"
         )
-    theta, rope_problems = _rope_theta(config)
-    raise_problems(source, problems + rope_problems)
-    heads = config["num_attention_heads"]
-    return LlamaConfig(
-        **{field: config[key] for key, field in SIZES.items()},
-        num_kv_heads=_value(config, "num_key_value_heads", heads),
-        head_dim=_value(config, "head_dim", config["hidden_size"] // heads),
-        rope_theta=float(theta),
-        rms_norm_eps=_value(config, "rms_norm_eps", 1e-6),
-        tie_embeddings=_value(config, "tie_word_embeddings", False),
-        attention_bias=_value(config, "attention_bias", False),
-        mlp_bias=_value(config, "mlp_bias", False),
-        max_length=_value(config, "max_position_embeddings", 2048),
-        sliding_window=window,
+    theta, rope_problems = _rope_theta(beside)
+    problems += rope_problems + _other_layers(beside, fields["num_layers"])
+    problems += beyond(
+        "eos_token_id", beside["eos_token_id"], fields["vocab_size"]
     )
+    raise_problems(source, problems)
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    # A file may write a whole number.
+    fields["rms_norm_eps"] = float(fields["rms_norm_eps"])
+    try:
+        return LlamaConfig(**fields, rope_theta=theta)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: the shards its index names, or the single one.
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """(the safetensors files, the index's file of each tensor); {} where there is no index.
 
     Raises:
         ValueError: if there is none, or the index names files that are not in the directory.
@@ -128,13 +236,20 @@ def weight_files(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return [single], {}
     if not index.is_file():
         raise ValueError(
             f"{directory}: expected model.safetensors or model.safetensors.index.json, got neither "
             "(pickled weights are not read: save the model with safetensors)"
         )
-    names = sorted(set(_read_json(index)["weight_map"].values()))
+    weight_map: Any = read_object(index).get("weight_map")
+    if not MAPPING.holds(weight_map) or not TEXTS.holds(
+        list(weight_map.values())
+    ):
+        raise ValueError(
+            f"{index}: expected a weight_map of names and files, got {weight_map!r}; fetch it again"
+        )
+    names = sorted(set(weight_map.values()))
     problems = []
     for name in names:
         # A name with folders in it could lead out of the directory.
@@ -144,25 +259,39 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{name}: expected this file beside the index, got none"
             )
     raise_problems(str(index), problems)
-    return [directory / name for name in names]
+    return [directory / name for name in names], weight_map
 
 
-def _rope_theta(config: Mapping[str, Any]) -> tuple[float, list[str]]:
+def _rope_theta(beside: Mapping[str, Any]) -> tuple[float, list[str]]:
     """rope_theta from where older or newer transformers write it, and problems with positions.
 
     Older ones write "rope_theta" beside "rope_scaling", newer ones both inside "rope_parameters".
     """
-    theta = _value(config, "rope_theta", None)
+    theta = beside["rope_theta"]
     problems = []
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key) or {}
+        rope = beside[key] or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             problems.append(
                 f"{key} = {rope!r}: not supported, positions would be wrong; expected 'default'"
             )
-        theta = rope.get("rope_theta", theta)
-    return 10000.0 if theta is None else theta, problems
+        stated = rope.get("rope_theta")
+        if stated is not None and not POSITIVE.holds(stated):
+            problems.append(wrong(f"{key}: rope_theta", stated, POSITIVE))
+        elif stated is not None:
+            theta = stated
+    return 10000.0 if theta is None else float(theta), problems
+
+
+def _other_layers(beside: Mapping[str, Any], layers: int) -> list[str]:
+    """One problem unless every layer has the usual attention, which says nothing new."""
+    kinds = beside["layer_types"]
+    if kinds is None or kinds == ["full_attention"] * layers:
+        return []
+    return [
+        f"layer_types = {kinds!r}: not supported; expected {layers} times 'full_attention'"
+    ]
 
 
 def _unsupported_keys(config: Mapping[str, Any]) -> list[str]:
@@ -170,41 +299,18 @@ def _unsupported_keys(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for key, harmless in WITHOUT_EFFECT.items():
         value = config.get(key)
-        # Layer types say nothing new where every layer has the usual attention.
-        is_usual = (
-            key == "layer_types" and value and set(value) == {"full_attention"}
-        )
-        if value not in harmless and not is_usual:
+        if value not in harmless:
             problems.append(
                 f"{key} = {value!r}: not supported (would be ignored)"
             )
     return problems
 
 
-def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """A key's value; config.json writes null for "the default"."""
-    return default if config.get(key) is None else config[key]
-
-
-def _open(path: Path):
-    """A safetensors file, of which nothing but the header has been read."""
+def _header(path: Path, file: BinaryIO) -> Header:
+    """The header of a safetensors file."""
     try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a safetensors file, got {error}; fetch it again"
-        ) from error
-
-
-def _read_json(path: Path) -> Any:
-    """What a JSON file of the checkpoint holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path}: expected this file, got none; it belongs to the checkpoint"
-        ) from error
+        return read_header(file)
     except ValueError as error:
         raise ValueError(
-            f"{path}: expected JSON, got {error}; fetch it again"
+            f"{path}: expected a safetensors file, got {error}; fetch it again"
         ) from error

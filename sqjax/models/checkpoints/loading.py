@@ -41,12 +41,14 @@ def load(
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
         ImportError: if reading it needs a package that is not installed.
     """
+    _check_arguments(path_or_name, dtype)
     path = (
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
     )
     if path.is_dir():
         config, params = read_huggingface(path, dtype)
-        return Model(config, tokenizer.from_directory(path)), params
+        found = tokenizer.from_directory(path, config.vocab_size)
+        return Model(config, found), params
     if path.is_file() and path.suffix == ".gguf":
         config, params, metadata = read_gguf(path, dtype)
         return Model(config, _gguf_tokenizer(metadata)), params
@@ -55,6 +57,23 @@ def load(
         f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
         f"with config.json and model.safetensors; got {got}"
     )
+
+
+def _check_arguments(path_or_name: Any, dtype: Any) -> None:
+    """Raises ValueError for what is no path and for what is no dtype of floats."""
+    if not isinstance(path_or_name, str | Path):
+        raise ValueError(
+            f"load: expected one of {sorted(NAMES)} or a path, got {path_or_name!r}"
+        )
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(
+            f"load: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
+            "parameters afterwards"
+        )
 
 
 def _gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer | None:

@@ -3,16 +3,18 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from sqjax.models.llama import LlamaConfig
-from sqjax.models.model import Model, Params
+from sqjax.models.model import Params
 
 Shape = tuple[int, ...]
+
+#: How many problems an error lists.
+_PROBLEMS_SHOWN = 30
 
 # Hugging Face's tensor name -> path in the tree, and whether the matrix must be transposed: it is
 # stored as (out, in), and Flax's kernels are (in, out).
@@ -87,9 +89,16 @@ def _match(
 
     Nothing is read: the shapes in the file's header are compared with the model's.
     """
-    expected_leaves = flatten_dict(parameter_shapes(config), sep="/")
+    layers = _layers_in(name for name, _ in tensors.values())
     matched: dict[str, tuple[str, bool]] = {}
     problems = []
+    if config.num_layers > layers:
+        problems.append(
+            f"expected the tensors of {config.num_layers} layers, got those of {layers}"
+        )
+    # Of as many layers as there are, because any number may be declared.
+    present = min(config.num_layers, layers)
+    expected_leaves = parameter_shapes(config, present)
     for own_name, (name, shape) in tensors.items():
         path, transposed = translate(name) or ("", False)
         if path not in expected_leaves:
@@ -104,7 +113,7 @@ def _match(
             )
             continue
         matched[path] = own_name, transposed
-        expected = expected_leaves[path].shape
+        expected = expected_leaves[path]
         if transposed:
             expected = expected[::-1]
         if shape != expected:
@@ -116,16 +125,63 @@ def _match(
     return matched, problems
 
 
-def parameter_shapes(config: LlamaConfig) -> Params:
-    """The parameter tree with a `jax.ShapeDtypeStruct` in the place of every array."""
-    return jax.eval_shape(Model(config).init, jax.random.key(0))
+def _layers_in(names: Iterable[str]) -> int:
+    """How many layers the names of tensors speak of."""
+    found = set()
+    for name in names:
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match:
+            found.add(match[1])
+    return len(found)
+
+
+def parameter_shapes(
+    config: LlamaConfig, layers: int | None = None
+) -> dict[str, Shape]:
+    """{path: shape} of every parameter, of so many layers (None: of all).
+
+    For a hidden size of 64 and two heads of 16, layers/0/self_attn/q_proj/kernel is (64, 32).
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    dense = [
+        ("self_attn/q_proj", hidden, queries, config.attention_bias),
+        ("self_attn/k_proj", hidden, keys, config.attention_bias),
+        ("self_attn/v_proj", hidden, keys, config.attention_bias),
+        ("self_attn/o_proj", queries, hidden, config.attention_bias),
+        ("mlp/gate_proj", hidden, inner, config.mlp_bias),
+        ("mlp/up_proj", hidden, inner, config.mlp_bias),
+        ("mlp/down_proj", inner, hidden, config.mlp_bias),
+    ]
+    in_layer: dict[str, Shape] = {
+        "input_layernorm/weight": (hidden,),
+        "post_attention_layernorm/weight": (hidden,),
+    }
+    for name, rows, columns, has_bias in dense:
+        in_layer[f"{name}/kernel"] = (rows, columns)
+        if has_bias:
+            in_layer[f"{name}/bias"] = (columns,)
+    shapes: dict[str, Shape] = {
+        "model/embed_tokens/embedding": (config.vocab_size, hidden),
+        "model/norm/weight": (hidden,),
+    }
+    if not config.tie_embeddings:
+        shapes["lm_head/kernel"] = (hidden, config.vocab_size)
+    for number in range(config.num_layers if layers is None else layers):
+        for name, shape in in_layer.items():
+            shapes[f"model/layers/{number}/{name}"] = shape
+    return shapes
 
 
 def raise_problems(source: str, problems: list[str]) -> None:
-    """Raises one ValueError with all problems, if there are any."""
+    """Raises one ValueError with all problems (the first of very many), if there are any."""
     if problems:
+        lines = problems[:_PROBLEMS_SHOWN]
+        if len(problems) > len(lines):
+            lines = [*lines, f"and {len(problems) - len(lines)} more"]
         raise ValueError(
             f"{source} does not hold the model that its configuration describes; "
             f"{len(problems)} problem(s), so use a complete checkpoint of a supported model:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(lines)
         )

@@ -104,8 +104,8 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
         ValueError: an id that is not in the vocabulary, or a text that is not exactly one token.
     """
     if stop is None:
-        end = None if model.tokenizer is None else model.tokenizer.eos_id
-        return np.array([] if end is None else [end], np.int32)
+        ends = () if model.tokenizer is None else model.tokenizer.ends
+        return np.array(ends, np.int32)
     is_single = isinstance(stop, str) or np.ndim(stop) == 0
     found = [
         _stop_id(model, token) for token in ([stop] if is_single else stop)

@@ -1,0 +1,150 @@
+"""What the fields of a configuration must be, as data: `LlamaConfig` and both readers check by it.
+
+A configuration comes from a file, where a field may be anything at all. Each is checked once,
+before anybody computes with it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: The largest size of an array's axis, and the largest float32.
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+
+
+class What(NamedTuple):
+    """What a field must be: in words, and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def is_whole(x: Any) -> bool:
+    """Whether x is a whole number; a bool is none here, nor is 32.0."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_size(x: Any) -> bool:
+    return is_whole(x) and 1 <= x <= _LARGEST_SIZE
+
+
+def _is_positive(x: Any) -> bool:
+    return _is_number(x) and 0 < x <= _LARGEST_FLOAT  # which NaN is not
+
+
+def _is_epsilon(x: Any) -> bool:
+    return _is_number(x) and 0 <= x <= _LARGEST_FLOAT
+
+
+def _is_flag(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+def _is_size_or_none(x: Any) -> bool:
+    return x is None or _is_size(x)
+
+
+def _is_id(x: Any) -> bool:
+    return is_whole(x) and 0 <= x <= _LARGEST_SIZE
+
+
+def _are_ids(x: Any) -> bool:
+    if isinstance(x, list):
+        return len(x) > 0 and all(map(_is_id, x))
+    return _is_id(x)
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _is_mapping(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list) and all(map(_is_text, x))
+
+
+def _are_whole(x: Any) -> bool:
+    return isinstance(x, list) and all(map(is_whole, x))
+
+
+SIZE = What(f"a whole number from 1 to {_LARGEST_SIZE}", _is_size)
+SIZE_OR_NONE = What(f"{SIZE.expected}, or none", _is_size_or_none)
+POSITIVE = What("a finite number above 0", _is_positive)
+EPSILON = What("a finite number of at least 0", _is_epsilon)
+FLAG = What("true or false", _is_flag)
+ID = What("a token id", _is_id)
+IDS = What("a token id, or a list of some", _are_ids)
+TEXT = What("a text", _is_text)
+TEXTS = What("a list of texts", _are_texts)
+WHOLE_NUMBERS = What("a list of whole numbers", _are_whole)
+MAPPING = What("an object with names", _is_mapping)
+
+
+class Key(NamedTuple):
+    """A key of a file's configuration.
+
+    Attributes:
+        key: its name there.
+        field: the field that it fills.
+        what: what its value must be.
+        default: the value where the file has none, or has null.
+        required: whether there is no default.
+    """
+
+    key: str
+    field: str
+    what: What
+    default: Any = None
+    required: bool = False
+
+
+def read_fields(
+    values: Mapping[str, Any], keys: Sequence[Key]
+) -> tuple[dict[str, Any], list[str]]:
+    """({field: value}, problems): the values of some keys, with one problem for each wrong one.
+
+    A wrong value is not among the fields.
+    """
+    found = {}
+    problems = []
+    for key in keys:
+        value = values.get(key.key)
+        if value is None and key.required:
+            problems.append(f"{key.key}: expected a number, got none")
+        elif value is None:
+            found[key.field] = key.default
+        elif key.what.holds(value):
+            found[key.field] = value
+        else:
+            problems.append(wrong(key.key, value, key.what))
+    return found, problems
+
+
+def wrong(name: str, value: Any, what: What) -> str:
+    """The text that says what was expected of a field, and what came."""
+    text = repr(value)
+    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    return f"{name}: expected {what.expected}, got {shown}"
+
+
+def beyond(name: str, ids: Any, vocab_size: int) -> list[str]:
+    """One problem if a token id, or one of a list, is not in the vocabulary; None is fine."""
+    if ids is None:
+        return []
+    several = ids if isinstance(ids, list) else [ids]
+    outside = [i for i in several if i >= vocab_size]
+    if not outside:
+        return []
+    return [
+        f"{name}: expected token ids below the vocabulary's size {vocab_size}, got {outside[0]}"
+    ]

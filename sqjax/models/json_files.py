@@ -1,0 +1,38 @@
+"""JSON files of a checkpoint, each of which holds one object."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sqjax.files.opening import open_file
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: there is no such file, it is no ordinary file, or it holds something else;
+            names it.
+    """
+    try:
+        with open_file(path) as file:
+            found = json.loads(file.read().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: expected this file, got none; it belongs to the checkpoint"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected JSON, got {error}; fetch it again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: expected JSON of an object with names, got a {type(found).__name__}; "
+            "fetch it again"
+        )
+    return found
+
+
+def read_object_if_there(path: Path) -> dict[str, Any]:
+    """As `read_object`; of a file that is not there, an empty object."""
+    return read_object(path) if path.exists() else {}
