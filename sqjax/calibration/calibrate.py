@@ -12,7 +12,7 @@ from sqjax._trees import PyTree, check_arrays, check_finite
 from sqjax.calibration.analysis import Analyses, Arguments, Fn
 from sqjax.calibration.proof import prove
 from sqjax.calibration.recorder import Recorder
-from sqjax.calibration.stats import Stats
+from sqjax.calibration.stats import FEW_TOKENS, Stats
 from sqjax.folding.graph import Graph
 from sqjax.program.trace import array_leaves
 
@@ -41,8 +41,8 @@ def calibrate(
     3. Record: max |X_j| and sum |X_j| of every channel j of every site, over the tokens of all
        batches. A batch of other shapes is analysed too, and a group that does not fold there is
        refused.
-    4. Warn: of a layer or expert of a stack that no token reached. Nothing is known of its
-       activations, so its smoothing scales stay 1.
+    4. Warn: of a site, layer or expert that no token reached, and of experts that only few
+       reached: little is known of their activations.
 
     A site that is refused is still calibrated, and can be quantized; it is only not smoothed.
     `print(stats.graph)` lists the groups and says why each other site is in none;
@@ -108,7 +108,7 @@ def calibrate(
     graph = prove(first, params, array_leaves(first_batches), first.graph)
 
     # Record: one function and one batch at a time, so that only one batch is in memory.
-    recorder = Recorder(analyses, graph, mask, histogram)
+    recorder = Recorder(analyses, first, graph, mask, histogram)
     for which, stream in enumerate(streams):
         shown = tqdm(
             stream, desc="calibrating", unit="batch", disable=not progress
@@ -169,13 +169,36 @@ def _check_has_something_to_do(graph: Graph) -> None:
 
 
 def _warn_of_unreached(stats: Stats) -> None:
-    """Warns of layers and experts that no token reached."""
-    unreached = stats.unreached
-    if unreached:
-        named = ", ".join(
-            f"{path}{list(entries)}" for path, entries in unreached.items()
+    """Warns of sites, layers and experts that no token reached, or only few."""
+    unseen: list[str] = []
+    zeros: list[str] = []
+    for path, entries in stats.unreached.items():
+        without_tokens = entries == ((),) and not stats.count[path]
+        of_a_stack = entries != ((),)
+        text = f"{path}{list(entries)}" if of_a_stack else path
+        (unseen if without_tokens or of_a_stack else zeros).append(text)
+    if unseen:
+        _warn(
+            f"no token reached {', '.join(unseen)}; smoothing scales stay 1 there, unless another "
+            "site shares them. A static scheme lends an expert the largest range of the others, "
+            "and refuses a whole site"
         )
-        warnings.warn(
-            f"calibrate: no token reached {named}; these keep s = 1 there",
-            stacklevel=3,
+    if zeros:
+        _warn(
+            f"every activation was zero at {', '.join(zeros)} (a norm's gain of 0, or an input "
+            "that is always zeros?); nothing is known of these, and a static scheme refuses them"
         )
+    few = [
+        f"{path}{list(entry)} ({tokens})"
+        for path, entry, tokens in stats.scarce(FEW_TOKENS)
+    ]
+    if few:
+        _warn(
+            f"less than {FEW_TOKENS} tokens reached {', '.join(few)}; smoothing scales are drawn "
+            "towards 1 there, unless another site or expert shares them, because so few tokens say "
+            "little of the largest: calibrate on more"
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"calibrate: {text}", stacklevel=4)

@@ -1,6 +1,6 @@
 """`observe`: runs a program, and records what each of its sites sees."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from jaxtyping import Array
 from sqjax.calibration.analysis import Analysis
 from sqjax.calibration.site_layout import SiteLayout
 from sqjax.folding.graph import Site
+from sqjax.folding.labels import sizes_along
 from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
 from sqjax.program.build import Atom, Var
@@ -44,6 +45,7 @@ class Measurement(NamedTuple):
         absmax: max |x| over the tokens, float32, the shape of the probe's axes.
         abs_sum: sum |x| over the tokens, the same shape.
         tokens: how many tokens there were, int32.
+        reached: how many tokens were not all zeros, for each matrix, int32, (*batch,).
         counts: how many |x| lie in each bin of a `Histogram`, uint32, (*batch, BINS); None unless
             asked for.
     """
@@ -51,6 +53,7 @@ class Measurement(NamedTuple):
     absmax: Array
     abs_sum: Array
     tokens: Array
+    reached: Array
     counts: Array | None = None
 
 
@@ -60,6 +63,7 @@ class Observation(NamedTuple):
     absmax: Array
     abs_sum: Array
     tokens: Array
+    reached: Array
     histogram: Histogram | None = None
 
 
@@ -70,7 +74,11 @@ def combine(a: Observation, b: Observation) -> Observation:
         histogram = a.histogram + b.histogram
     absmax = jnp.maximum(a.absmax, b.absmax)
     return Observation(
-        absmax, a.abs_sum + b.abs_sum, a.tokens + b.tokens, histogram
+        absmax,
+        a.abs_sum + b.abs_sum,
+        a.tokens + b.tokens,
+        a.reached + b.reached,
+        histogram,
     )
 
 
@@ -98,10 +106,14 @@ def observe(
         _check_mask(program, places, differing, mask)
 
     probes = _probes(analysis, histogram)
-    measures = {
+    measures: dict[Var, Callable[[Array], Any]] = {
         var: partial(_measure_all, probes=sorted(wanted), mask=mask)
         for var, wanted in probes.items()
     }
+    for place in places:
+        sizes = _sizes_of_experts(program, place)
+        if sizes is not None:
+            measures.setdefault(sizes, jnp.asarray)
     outputs, measured = evaluate(program, leaves, inputs, measures)
 
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
@@ -111,16 +123,23 @@ def observe(
             _probe(program, place, histogram)
         ]
         along = differing.get(place.activation, frozenset())
-        seen_at.append(
-            (place, _as_channels(program, place, measurement, along))
-        )
+        seen = _as_channels(program, place, measurement, along)
+        sizes = _sizes_of_experts(program, place)
+        if sizes is not None:
+            reached = _of_experts(program, place, measured[sizes], along)
+            seen = seen._replace(reached=reached)
+        seen_at.append((place, seen))
     observations = _by_site(seen_at)
 
     # Keys are found with the channels of their site, so nothing is to be rearranged.
     for key in analysis.keys:
         measurement = measured[key.activation][Probe(key.axes)]
-        absmax, abs_sum, tokens, _ = measurement
-        observations[key.site] = Observation(absmax, abs_sum, jnp.max(tokens))
+        observations[key.site] = Observation(
+            measurement.absmax,
+            measurement.abs_sum,
+            jnp.max(measurement.tokens),
+            jnp.max(measurement.reached),
+        )
     return outputs, observations
 
 
@@ -173,18 +192,59 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
         rows = np.prod(token_shape[fitted.ndim :], dtype=int)
         tokens = jnp.sum(fitted, dtype=jnp.int32) * jnp.int32(rows)
 
+    # The zeros that the mask has written reach nothing, and are in no bin: they need no care here.
+    matrices = range(len(token_axes), len(token_axes) + probe.batch)
+    features = tuple(range(matrices.stop, magnitude.ndim))
+    is_reached = (magnitude > 0).any(features)
+    reached = is_reached.sum(token_axes, dtype=jnp.int32)
+
     counts = None
     if probe.histogram:
-        # The zeros that the mask has written are in no bin, so they need no care here.
-        matrices = range(len(token_axes), len(token_axes) + probe.batch)
         matrices_first = jnp.moveaxis(magnitude, matrices, range(probe.batch))
         counts = count(matrices_first, probe.batch)
     return Measurement(
         magnitude.max(token_axes, initial=0),
         magnitude.sum(token_axes),
         tokens,
+        reached,
         counts,
     )
+
+
+def experts_of(program: Program, place: Place) -> tuple[int, ...]:
+    """(how many experts a ragged dot chooses among,); () for other matmuls."""
+    if place.equation.name != "ragged_dot_general":
+        return ()
+    _, leaf = sides_of(program, place.equation)
+    return sizes_along(program.shape(leaf.var), leaf.stack)
+
+
+def _sizes_of_experts(program: Program, place: Place) -> Var | None:
+    """The operand of a ragged dot that says how many rows each expert gets.
+
+    None for other matmuls, and where it lives in another body than the activation.
+    """
+    if not experts_of(program, place):
+        return None
+    sizes = place.equation.inputs[2]
+    if not isinstance(sizes, Var) or len(program.shape(sizes)) != 1:
+        return None
+    scopes = program.scopes
+    return sizes if scopes[sizes] == scopes[place.activation] else None
+
+
+def _of_experts(
+    program: Program, place: Place, sizes: Array, differing: MeshAxes
+) -> Array:
+    """How many rows each expert of a ragged dot got: int32, (*batch, experts).
+
+    Example: the sizes (3, 0, 5) of 8 rows and 3 experts, at each of 2 layers that a scan runs over,
+    are measured as (2, 3), which is what is returned.
+    """
+    batch = len(place.site.batch)
+    experts = sizes.shape[-1]
+    layout = SiteLayout.of(program, place, differing, batch, experts)
+    return layout.arranged(layout.total(sizes.astype(jnp.int32)))
 
 
 def _fitted(mask: Array, token_shape: tuple[int, ...]) -> Array | None:
@@ -210,16 +270,21 @@ def _as_channels(
     absmax = layout.arranged(layout.largest(measurement.absmax))
     abs_sum = layout.arranged(layout.total(measurement.abs_sum))
     tokens = layout.total(measurement.tokens).max(initial=0)
+    # There is one number for each matrix of the site's stack: its channel axes are the batch axes.
+    each = SiteLayout.of(program, place, differing, len(site.batch))
+    reached = each.arranged(each.total(measurement.reached))
+    # A ragged dot says itself how many rows each expert gets; else all may be for each of them.
+    if experts := experts_of(program, place):
+        spread = reached.reshape((*reached.shape, 1))
+        reached = jnp.broadcast_to(spread, reached.shape + experts)
     if measurement.counts is None:
-        return Observation(absmax, abs_sum, tokens)
+        return Observation(absmax, abs_sum, tokens, reached)
 
-    # A histogram is one for each matrix of the site's stack, so its channel axes are the batch axes
-    # alone.
     stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
     counts = stack.arranged(stack.total(measurement.counts))
     largest = jnp.max(absmax, axis=site.feature_axes)
     return Observation(
-        absmax, abs_sum, tokens, Histogram.counted(counts, largest)
+        absmax, abs_sum, tokens, reached, Histogram.counted(counts, largest)
     )
 
 

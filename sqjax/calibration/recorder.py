@@ -16,7 +16,7 @@ from sqjax.calibration.analysis import (
     common_groups,
     shapes_of,
 )
-from sqjax.calibration.observe import Observation, combine, observe
+from sqjax.calibration.observe import Observation, combine, experts_of, observe
 from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Graph, Site
@@ -38,6 +38,7 @@ class Recorder:
     def __init__(
         self,
         analyses: Analyses,
+        first: Analysis,
         graph: Graph,
         mask: Callable[..., Any] | None,
         histogram: bool,
@@ -47,9 +48,13 @@ class Recorder:
         self._recorded = frozenset((*graph.sites, *graph.keys))
         self._expected: dict[int, frozenset[Site]] = {}
         self._steps: dict[tuple[int, str], Callable[..., Totals]] = {}
-        self.totals = self._nothing_seen()
+        self.totals = self._nothing_seen(first)
 
-    def _nothing_seen(self) -> Totals:
+    def _nothing_seen(self, first: Analysis) -> Totals:
+        experts = {
+            place.site.path: experts_of(first.program, place)
+            for place in first.places
+        }
         totals: Totals = {}
         for site in sorted(self._recorded):
             zeros = jnp.zeros(site.channels, jnp.float32)
@@ -57,8 +62,10 @@ class Recorder:
             histogram = None
             if self._histogram and site in self.graph.sites:
                 histogram = Histogram.empty(site.channels[: len(site.batch)])
+            stack = site.channels[: len(site.batch)]
+            reached = jnp.zeros(stack + experts.get(site.path, ()), jnp.int32)
             totals[site.path] = Observation(
-                zeros, zeros, jnp.int32(0), histogram
+                zeros, zeros, jnp.int32(0), reached, histogram
             )
         return totals
 
@@ -124,7 +131,9 @@ class Recorder:
             ValueError: an activation was NaN or infinite; it names the site.
         """
         absmax, abs_sum, count, histograms = {}, {}, {}, {}  # of every path
+        reached = {}
         for path, seen in self.totals.items():
+            reached[path] = seen.reached
             absmax[path] = seen.absmax
             abs_sum[path] = seen.abs_sum
             count[path] = seen.tokens
@@ -149,6 +158,7 @@ class Recorder:
             self.graph,
             histograms,
             leaf_sizes(leaves),
+            reached,
         )
 
 

@@ -16,6 +16,9 @@ from sqjax.folding.graph import Graph, Site
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
 
+#: Experts that less tokens reached are warned of.
+FEW_TOKENS = 32
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Stats:
         graph: the sites, the groups, and why the other sites are in none (static, hashable).
         leaf_sizes: {leaf: (max |w|, mean |w|)} of the parameters that were calibrated, float32: by
             these it is seen later whether other parameters are meant.
+        reached: {site: how many tokens were not all zeros}, int32, one for each matrix of its
+            stack: (layers, experts), also of the experts of a `ragged_dot`.
         histogram: {site: `Histogram` of |X|, one for each matrix of a stack} if
             `calibrate(..., histogram=True)` asked for it, else empty. `fold_stats` leaves them as
             they are, because the histogram of X says nothing about that of X / s.
@@ -70,22 +75,70 @@ class Stats:
     graph: Graph = field(metadata={"static": True})
     histogram: dict[str, Histogram] = field(default_factory=dict)
     leaf_sizes: dict[str, Any] = field(default_factory=dict)
+    reached: dict[str, Any] = field(default_factory=dict)
 
     @property
     def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """{site: the layers and experts of its stack that saw nothing but zeros}.
+        """{site: the matrices of its stack that saw nothing but zeros}.
 
-        Their smoothing scales stay 1. Example: {"experts/up": ((0, 3), (5, 1))} says that no token
-        reached expert 3 of layer 0, nor expert 1 of layer 5.
+        Example: {"experts/up": ((0, 3), (5, 1)), "vision": ((),)} says that no token reached expert
+        3 of layer 0, nor expert 1 of layer 5; and that none reached "vision", which is one matrix.
         """
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
-        stacks = [site for site in self.graph.sites if site.batch]
-        for site in stacks:
-            seen = np.asarray(self.absmax[site.path])
-            unseen = np.argwhere(~seen.any(axis=site.feature_axes)).tolist()
+        for site in self.graph.sites:
+            unseen = np.argwhere(self._tokens_of(site) == 0).tolist()
             if unseen:
                 found[site.path] = tuple(map(tuple, unseen))
         return found
+
+    def scarce(self, few: int) -> list[tuple[str, tuple[int, ...], int]]:
+        """(site, expert, its tokens) of the experts that some tokens reached, but less than `few`.
+
+        Only of stacks that have a matrix with more: else nobody asked for more.
+        """
+        found = []
+        for site in self.graph.sites:
+            tokens = self._tokens_of(site)
+            if tokens.max(initial=0) < few:
+                continue
+            for entry in np.argwhere((tokens > 0) & (tokens < few)):
+                found.append(
+                    (
+                        site.path,
+                        tuple(entry.tolist()),
+                        int(tokens[tuple(entry)]),
+                    )
+                )
+        return found
+
+    def trust(self, site: Site) -> Array:
+        """How far a site's ranges are believed: 1, but of experts that few tokens reached n / 32.
+
+        Where no expert of the stack saw 32 tokens, nobody asked for more: then an eighth of the
+        most are enough. float32, the channels' shape.
+        """
+        if site.path not in self.reached:
+            return jnp.ones(site.channels, jnp.float32)
+        tokens = jnp.asarray(self.reached[site.path])
+        # The experts of a ragged dot share one activation, and all of its tokens count.
+        summed = tokens.sum(range(len(site.batch), tokens.ndim))
+        of_matrix = summed.astype(jnp.float32)
+        most = jnp.max(of_matrix, initial=0)
+        enough = jnp.where(most >= FEW_TOKENS, FEW_TOKENS, most / 8)
+        trust = jnp.clip(of_matrix / jnp.maximum(enough, 1e-3), 0, 1)
+        # A single matrix has no others to be compared with.
+        if not site.batch:
+            trust = jnp.ones_like(trust)
+        spread = trust.reshape(trust.shape + (1,) * len(site.axes))
+        return jnp.broadcast_to(spread.astype(jnp.float32), site.channels)
+
+    def _tokens_of(self, site: Site) -> np.ndarray:
+        """How many tokens reached each matrix of a site's stack."""
+        if site.path in self.reached:
+            return np.asarray(self.reached[site.path])
+        # Statistics from before these numbers were kept: some token, or none.
+        alive = np.asarray(self.absmax[site.path]).any(axis=site.feature_axes)
+        return np.where(alive, np.iinfo(np.int32).max, 0)
 
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of both calibrations of one model.
@@ -119,6 +172,7 @@ class Stats:
             self.graph,
             histogram,
             self.leaf_sizes,
+            jax.tree.map(jnp.add, self.reached, other.reached),
         )
 
     def _check_same_parameters(self, other: "Stats") -> None:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sqjax._names import first_matches
-from sqjax._trees import PyTree, check_finite, map_named
+from sqjax._trees import PyTree, check_finite, is_concrete, map_named
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
-from sqjax.folding.apply import fold, leaves_by_path
+from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.methods.described import check_leaves
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
@@ -140,9 +141,15 @@ def _first_schemes(
 
 
 def _quantized(
-    params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
+    params: PyTree,
+    stats: Stats,
+    schemes: Mapping[str, Scheme],
+    folded: Mapping[str, Array] | None = None,
 ) -> PyTree:
-    """The tree with these leaves quantized, each by its scheme."""
+    """The tree with these leaves quantized, each by its scheme.
+
+    `folded` holds the smoothing scales of the params: `stats.folded`, if it is None.
+    """
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     sites = {
@@ -151,26 +158,73 @@ def _quantized(
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     described = [sites[path] for path in schemes if schemes[path].measured]
     check_leaves(params, stats, described, _STATIC_ADVICE)
+    _check_reached(stats, schemes)
+    s_of_site = expand(stats.folded if folded is None else folded, stats.graph)
 
     def changed(path: str, leaf: Any) -> Any:
         if path not in schemes:
             return leaf
-        return _quantized_leaf(leaf, sites[path], schemes[path], stats)
+        s = s_of_site.get(path)
+        return _quantized_leaf(leaf, sites[path], schemes[path], stats, s)
 
     return map_named(changed, params)
 
 
-def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
-    """One weight, with what its scheme takes from the statistics."""
+def _check_reached(stats: Stats, schemes: Mapping[str, Scheme]) -> None:
+    """Raises ValueError where a static range is asked for of a site that saw nothing but zeros."""
+    static = [
+        path
+        for path, scheme in schemes.items()
+        if isinstance(scheme.activation, Static)
+    ]
+    for path in static:
+        seen = stats.absmax[path]
+        if is_concrete(seen) and not np.asarray(seen).any():
+            tokens = int(stats.count[path])
+            saw = f"{tokens} tokens, all zeros" if tokens else "no token"
+            raise ValueError(
+                f"{path}: calibration saw {saw} here, so there is no range for a static scale; "
+                "calibrate on batches that reach it, or give it a dynamic scheme or None: "
+                f"{{{path!r}: sq.W8A8, '.*': ...}}"
+            )
+
+
+def _lent(absmax: Array, site: Site, stats: Stats, s: Array | None) -> Array:
+    """The channels' ranges, where few tokens or none reached a matrix drawn to those of the others.
+
+    The others' ranges are lent as they were before smoothing, and divided by the matrix' own s.
+    Example: expert 0 saw X up to 8 and has s = 4; expert 1 saw nothing and has s = 1. Expert 1 may
+    see X / 1 = 8, though expert 0 sees X / 4 = 2 only.
+    """
+    if not site.batch:
+        return absmax
+    trust = stats.trust(site)
+    before = absmax if s is None else absmax * s
+    last = len(site.batch) - 1
+    others = jnp.max(before, axis=last, keepdims=True)
+    anywhere = jnp.max(before, axis=range(last + 1), keepdims=True)
+    others = jnp.where(others > 0, others, anywhere)
+    lent = trust * before + (1 - trust) * others
+    lent = lent if s is None else lent / s
+    return jnp.where(trust < 1, lent, absmax)
+
+
+def _quantized_leaf(
+    leaf: Any, site: Site, scheme: Scheme, stats: Stats, folded: Array | None
+) -> Any:
+    """One weight, with what its scheme takes from the statistics.
+
+    `folded` is the smoothing scale of each of its channels, None if it has none.
+    """
     leaf = jnp.asarray(leaf)
     absmax: Any = stats.absmax[site.path] if scheme.measured else None
     beside = measured(
         site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
     )
-    if isinstance(scheme.activation, Static) and scheme.needs_histogram:
-        absmax = stats.input_range(
-            site.path, scheme.activation.range, scheme.activation.fmt
-        )
+    if isinstance(scheme.activation, Static):
+        absmax = _lent(absmax, site, stats, folded)
+        if scheme.needs_histogram:
+            absmax = _range_or(absmax, site, scheme.activation, stats)
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -182,6 +236,14 @@ def _quantized_leaf(leaf: Any, site: Site, scheme: Scheme, stats: Stats) -> Any:
             site.batch,
             beside.outliers,
         )
+
+
+def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
+    """The range of each matrix from its histogram; from the absmax where few tokens are in it."""
+    found = stats.input_range(site.path, how.range, how.fmt)
+    largest = jnp.max(absmax, axis=site.feature_axes)
+    enough = stats.trust(site).min(axis=site.feature_axes) == 1
+    return jnp.where(enough & (found > 0), found, largest)
 
 
 def smoothquant(
@@ -244,7 +306,7 @@ def smoothquant(
         )
     else:
         stats = fold_stats(stats, s)
-    return _quantized(folded, stats, schemes)
+    return _quantized(folded, stats, schemes, s)
 
 
 def _needs_histograms(rules: Rules) -> bool:

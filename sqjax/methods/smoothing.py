@@ -25,7 +25,7 @@ from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import check_scales, expand, fold, leaves_by_path
 from sqjax.folding.graph import Group, Site
 from sqjax.methods.described import check_weights
-from sqjax.numerics.smoothing import smoothing_scales
+from sqjax.numerics.smoothing import believable, smoothing_scales
 
 Alpha = Any  # a number (or a traced scalar), or a mapping from name patterns to numbers
 
@@ -55,7 +55,9 @@ def scales(
     is the error of the quantized model, so try 0.5, 0.7 and 0.85.
 
     Where we deviate: a channel that calibration never saw alive gets s = 1. The authors' code gives
-    it 1e-5, which multiplies the norm by 100,000.
+    it 1e-5, which multiplies the norm by 100,000. A channel below 1/64 of the median channel is
+    taken to be like that one (`sqjax.numerics.smoothing.believable`). And an expert that few tokens
+    reached, n < 32, has s^(n / 32), because so few say little of the largest.
 
     Args:
         params: the calibrated parameters. All groups' scales come from these, so their order does
@@ -138,11 +140,13 @@ class Maxima(NamedTuple):
             have none.
         x_absmax: max |X_j|.
         w_absmax: max |W_j|.
+        trust: from 0 (no token was seen) to 1 (enough were).
     """
 
     scale_of: Any
     x_absmax: Array
     w_absmax: Array
+    trust: Array
 
 
 def _maxima_of_sites(
@@ -152,9 +156,13 @@ def _maxima_of_sites(
     found = []
     for path, labels in group.sites:
         scale_of = labels.array.ravel()
-        x_absmax = stats.absmax[path].ravel()
-        w_absmax = weight_absmax(sites[path], leaves[path]).ravel()
-        found.append(Maxima(scale_of, x_absmax, w_absmax))
+        site = sites[path]
+        x_absmax = believable(
+            replicated(stats.absmax[path]), len(site.batch)
+        ).ravel()
+        w_absmax = weight_absmax(site, leaves[path]).ravel()
+        trust = stats.trust(site).ravel()
+        found.append(Maxima(scale_of, x_absmax, w_absmax, trust))
     return found
 
 
@@ -174,7 +182,8 @@ def _key_scales(
         # way to a leaf.
         path, labels = group.sites[0]
         absmax = stats.absmax[path].ravel()
-        maxima = Maxima(labels.array.ravel(), absmax, jnp.ones_like(absmax))
+        ones = jnp.ones_like(absmax)
+        maxima = Maxima(labels.array.ravel(), absmax, ones, ones)
         s[group.name] = _group_scales(
             [maxima], exponent, group.size, round_scales
         )
@@ -191,11 +200,14 @@ def _group_scales(
     2, 2] the two scales are made of the maxima [4, 2].
     """
     # Entry 0 takes the channels without a scale, and is dropped.
-    x_absmax = w_absmax = jnp.zeros(size + 1, jnp.float32)
+    x_absmax = w_absmax = trust = jnp.zeros(size + 1, jnp.float32)
     for site in sites:
         x_absmax = x_absmax.at[site.scale_of].max(replicated(site.x_absmax))
         w_absmax = w_absmax.at[site.scale_of].max(replicated(site.w_absmax))
+        trust = trust.at[site.scale_of].max(replicated(site.trust))
     s = smoothing_scales(x_absmax[1:], w_absmax[1:], alpha)
+    # Drawn towards 1 where few tokens were seen. (A power of 1 may round.)
+    s = jnp.where(trust[1:] < 1, s ** trust[1:], s)
     if round_scales == "pow2":
         return jnp.exp2(jnp.round(jnp.log2(s)))
     return s

@@ -14,6 +14,40 @@ from jaxtyping import Array
 FLOOR = 1e-5
 
 
+#: Below this part of the median channel's range a channel was not seen alive.
+NEXT_TO_NOTHING = 1 / 64
+
+
+def believable(x_absmax: Array, batch: int) -> Array:
+    """Ranges of channels; what is next to nothing is taken to be the median channel's.
+
+    Say that calibration saw a channel at 1e-6 where the others are at 1. Taken at its word it gets
+    an s of 0.001. On the day that it is 1 it is 1000 after the division by s, and all other
+    channels of that token round to 0. With the s of the median channel it is 1. Nothing is lost
+    where it stays small. Ranges above 1/64 of the median stay as they are, and so does 0.
+
+    Args:
+        x_absmax: max |X_j|, float32: batch axes, then those of the channels.
+        batch: how many batch axes there are: each matrix has its own median.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.numerics.smoothing import believable
+        >>> believable(jnp.array([64.0, 2.0, 64.0, 1e-6, 0.0]), 0).tolist()
+        [64.0, 2.0, 64.0, 2.0, 0.0]
+    """
+    flat = x_absmax.reshape(*x_absmax.shape[:batch], -1)
+    if not flat.size:
+        return x_absmax
+    alive = flat > 0
+    ascending = jnp.sort(jnp.where(alive, flat, jnp.inf), axis=-1)
+    # Of an even number of channels the smaller one of the two in the middle.
+    middle = jnp.maximum(alive.sum(-1, keepdims=True) - 1, 0) // 2
+    median = jnp.take_along_axis(ascending, middle, axis=-1)
+    too_small = alive & (flat < median * jnp.float32(NEXT_TO_NOTHING))
+    return jnp.where(too_small, median, flat).reshape(x_absmax.shape)
+
+
 def smoothing_scales(x_absmax: Array, w_absmax: Array, alpha: Any) -> Array:
     """s_j = max |X_j|^alpha / max |W_j|^(1 - alpha), elementwise: float32, the arguments' shape.
 

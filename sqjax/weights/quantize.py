@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sqjax._shapes import other_axes
 from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax
-from sqjax.numerics.smoothing import smoothing_scales
+from sqjax.numerics.smoothing import believable, smoothing_scales
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
@@ -102,7 +102,8 @@ def measured(
         magnitudes = jnp.moveaxis(jnp.abs(weight), axes, range(len(axes)))
         outputs = tuple(range(len(axes), weight.ndim))
         largest = jnp.max(magnitudes.astype(jnp.float32), axis=outputs)
-        smoothing = smoothing_scales(absmax, largest, scheme.smoothing)
+        seen = believable(absmax, batch)
+        smoothing = smoothing_scales(seen, largest, scheme.smoothing)
     if scheme.outliers is None:
         return Beside(smoothing, None)
     # The quantizer sees X / s, so outliers are what is large after smoothing.

@@ -269,7 +269,8 @@ def test_masks_of_tokens_that_experts_share(flat):
 
 def test_a_mask_of_nothing_but_padding_leaves_every_channel_dead():
     fn = lambda p, x, mask: x @ p["a"]
-    stats = sq.calibrate(fn, PARAMS, [(PADDED, jnp.zeros((3, 3), bool))], mask=of_mask)
+    with pytest.warns(UserWarning, match="no token reached a; "):
+        stats = sq.calibrate(fn, PARAMS, [(PADDED, jnp.zeros((3, 3), bool))], mask=of_mask)
     assert int(stats.count["a"]) == 0
     np.testing.assert_array_equal(stats.absmax["a"], np.zeros(WIDTH))
 
