@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from sqjax.models.fields import SIZE
 from sqjax.numerics.formats import (
     E4M3,
     INT4,
@@ -69,7 +70,8 @@ class CacheFormat:
     keys: str = "plain"
 
     def __post_init__(self):
-        if self.codes not in ("float", *_CODES):
+        names = ("float", *_CODES)
+        if not isinstance(self.codes, str) or self.codes not in names:
             raise ValueError(
                 f"CacheFormat: expected 'float' or one of {sorted(_CODES)}, got {self.codes!r}"
             )
@@ -77,7 +79,7 @@ class CacheFormat:
             raise ValueError(
                 f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}"
             )
-        if self.group is not None and self.group < 1:
+        if self.group is not None and not SIZE.holds(self.group):
             raise ValueError(
                 f"CacheFormat: expected a group of at least one channel, got {self.group}"
             )
@@ -123,7 +125,7 @@ def cache_format(kind: str | CacheFormat) -> CacheFormat:
     """
     if isinstance(kind, CacheFormat):
         return kind
-    if kind not in CACHE_FORMATS:
+    if not isinstance(kind, str) or kind not in CACHE_FORMATS:
         raise ValueError(
             f"cache: expected one of {sorted(CACHE_FORMATS)} or a CacheFormat, got {kind!r}"
         )

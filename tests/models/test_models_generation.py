@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_llama import GROUPED, Letters, random_params
+from untyped import untyped
 
 import sqjax as sq
 from sqjax.models import CacheFormat, Model, generate, greedy
-from sqjax.models.decoding.generation import check_counts
+from sqjax.models.decoding.generation import check_counts, program_sizes
 from sqjax.models.decoding.sampling import restrict
 
 CONFIG = replace(GROUPED, num_layers=2, tie_embeddings=False)
@@ -259,6 +260,64 @@ def test_settings_compile_nothing_anew(trees):
     assert _advance._cache_size() == before
 
 
+@pytest.mark.parametrize(
+    ("longest", "steps", "chunk", "expected"),
+    [
+        (1, 1, None, (64, 64, 64)),
+        (64, 64, None, (64, 64, 64)),
+        (65, 65, None, (128, 128, 128)),
+        (70, 5, 50, (100, 50, 64)),
+        (70, 5, 16384, (128, 128, 64)),  # a chunk beyond the prompt is the prompt
+        (1990, 5, None, (2000, 2000, 64)),  # as is the model's length
+        (7, 1990, None, (64, 64, 2000)),
+        (1990, 5, 16384, (2000, 2000, 64)),
+    ],
+)
+def test_lengths_are_rounded_up_but_not_past_the_model(longest, steps, chunk, expected):
+    assert program_sizes(longest, steps, chunk, 2000, exact=False) == expected
+    exact = program_sizes(longest, steps, None, 2000, exact=True)
+    assert exact == (longest, longest, expected[2])
+
+
+def test_another_length_and_other_steps_compile_nothing_anew(trees, uncached):
+    from sqjax.models.decoding import generation
+
+    model = Model(replace(CONFIG, num_layers=1))
+    one = random_params(model)
+
+    def programs(prompt, steps, **how):
+        generate(model, one, prompt, steps, **how)
+        return generation._prefill._cache_size(), generation._advance._cache_size()
+
+    first = programs([1, 2, 3], 5)
+    for length, steps in ((1, 1), (4, 9), (40, 20)):
+        assert programs([7] * length, steps) == first
+    assert programs([7] * 9, 3, chunk=16384) == first
+    # A callback sees as many tokens as were asked for, though there is room for more.
+    seen = []
+    got = generate(model, one, [1, 2], 5, stream=lambda _, new: seen.extend(new), stream_every=4)
+    assert [seen] == got.tokens
+    assert len(seen) == 5
+
+
+def test_activations_that_share_a_scale_are_not_padded(monkeypatch, trees):
+    from sqjax.models.decoding import generation
+
+    shapes = []
+
+    def seen(model, params, ids, *_):
+        shapes.append(ids.shape)
+        raise StopIteration
+
+    monkeypatch.setattr(generation, "_prefill", seen)
+    tensor = sq.QTensor.quantize(jnp.ones((2, 2)), (0,))
+    for activations in ("per_tensor", "per_token"):
+        weight = sq.QuantWeight(tensor, None, None, activations)
+        with pytest.raises(StopIteration):
+            generate(MODEL, trees["float"] | {"head": weight}, PROMPTS, STEPS)
+    assert shapes == [(3, 7), (3, 64)]
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +339,30 @@ def test_settings_compile_nothing_anew(trees):
         ([1], {"top_k": 0}, "top_k to be a whole number of at least 1, got 0"),
         ([1], {"top_p": 1.5}, "top_p above 0 and at most 1, got 1.5"),
         ([1], {"seed": [1, 2]}, "one for each of 1 prompts, got 2"),
+        ([1], {"seed": 2**70}, "seeds to be whole numbers of 32 bits, got 1180591620717411303424"),
+        ([1], {"seed": 1.5}, "seeds to be whole numbers of 32 bits, got 1.5"),
+        ([1], {"seed": [2**40]}, "seeds to be whole numbers of 32 bits"),
+        ([1], {"stop": [[1]]}, r"stop: expected the ids or texts of tokens, got \[1\]"),
+        ([1], {"stop": {1}}, r"stop: expected the ids or texts of tokens, got \{1\}"),
+        ([1], {"stop": 1.5}, "stop: expected the ids or texts of tokens, got 1.5"),
+        ([1], {"temperature": "1"}, "expected temperature to be a number, got '1'"),
+        ([1], {"temperature": None}, "expected temperature to be a number, got None"),
+        ([1], {"temperature": float("nan")}, "a temperature of at least 0, got nan"),
+        ([1], {"top_p": "1"}, "expected top_p to be a number, got '1'"),
+        ([1], {"top_p": float("nan")}, "top_p above 0 and at most 1, got nan"),
+        ([1], {"stream": 3}, "expected stream to be a function, got 3"),
+        ([1], {"cache": ["int8"]}, r"cache: expected one of .*got \['int8'\]"),
+        (None, {}, "prompts: expected a text, a sequence .*got NoneType"),
+        (5, {}, "prompts: expected a text, a sequence .*got int"),
+        ({1, 2}, {}, "prompts: expected a text, a sequence .*got set"),
+        ({"a": 1}, {}, "prompts: expected a text, a sequence .*got dict"),
+        (b"abc", {}, "prompts: expected a text, a sequence .*got bytes"),
+        (np.int32(3), {}, "prompts: expected a text, a sequence .*got int32"),
+        ("\ud800", {}, r"prompts\[0\]: expected a text of Unicode"),
+        ([None], {}, r"prompts\[0\]: expected at least one token in a flat sequence"),
+        ([[1], {2}], {}, r"prompts\[1\]: expected at least one token in a flat sequence"),
+        ([[1, [2, 3]]], {}, r"prompts\[0\]: expected token ids, got \[1, \[2, 3\]\]"),
+        ([[2**70]], {}, r"prompts\[0\]: expected integer token ids, got object"),
         ([1], {"cache": "int3"}, "cache: expected one of .*got 'int3'"),
         (
             [1],
@@ -289,7 +372,7 @@ def test_settings_compile_nothing_anew(trees):
     ],
 )
 def test_bad_input(prompts, change, message):
-    with pytest.raises(ValueError, match=message):
+    with untyped(), pytest.raises(ValueError, match=message):
         generate(MODEL, {}, prompts, **{"steps": STEPS, **change})
 
 

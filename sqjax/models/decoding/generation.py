@@ -23,6 +23,11 @@ from sqjax.models.model import Model, Params, TokenIds, cache_for
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.quant_weight import is_quantized
+
+#: Lengths of prompts and numbers of steps are rounded up to a multiple of it, because each length
+#: has a program of its own, which takes longer to compile than to run.
+BUCKET = 64
 
 #: Called with a row's number and its new tokens; what is true ends that row.
 Stream = Callable[[int, list[int]], object]
@@ -75,14 +80,15 @@ def generate(
     """Continues prompts by up to `steps` tokens each.
 
     The prefill is one compiled program and all steps are another, a loop that ends when every row
-    has met a stop token. Both are compiled once for each model, batch size, `steps`, `cache`,
-    `chunk` and padded length. Other sampling settings, and as many other stop tokens, compile
-    nothing anew.
+    has met a stop token. Both are compiled once for each model, batch size, `cache`, `chunk`,
+    length of the prompts and number of steps, where lengths and steps are rounded up to a multiple
+    of 64 (up to ``config.max_length``). Other sampling settings, and as many other stop tokens,
+    compile nothing anew.
 
-    Prompts may differ in length: shorter ones are padded on the left, and no token attends to
-    padding. So a batch gives what its rows give one by one, but for the rounding of sums, for
-    schemes that give all activations one scale ("per_tensor"), and for caches whose keys' channels
-    are those of the first chunk.
+    Prompts are padded on the left to one rounded length, and no token attends to padding. So a
+    batch gives what its rows give one by one, but for the rounding of sums, for schemes that give
+    all activations one scale ("per_tensor": their prompts are padded to the longest one only), and
+    for caches whose keys' channels are those of the first chunk.
 
     Args:
         model: a `Model`.
@@ -100,9 +106,9 @@ def generate(
         seed: of the draws. An int seeds all rows (row r with its own stream); a sequence seeds each
             row, so that a row draws the same tokens in any batch.
         cache: how keys and values are stored: "float", "int8", "e4m3", "int4" or a `CacheFormat`.
-        chunk: read the prompts in pieces of so many tokens, which bounds the prefill's memory; None
-            for all at once. Prompts whose lengths round up to the same multiple of it share one
-            compiled program.
+        chunk: read the prompts in pieces of so many tokens, which bounds the prefill's memory;
+            None, or more than the prompts have, for all at once. Prompts whose lengths round up to
+            the same multiple of it share one compiled program.
         stream: called as stream(row, tokens) with the new tokens of each row as they come. If it
             returns something true the row ends there.
         stream_every: the loop is left so often, in steps, to call `stream`.
@@ -126,22 +132,42 @@ def generate(
         check_counts("generate", top_k=top_k)
     if chunk is not None:
         check_counts("generate", chunk=chunk)
+    if stream is not None and not callable(stream):
+        raise ValueError(
+            f"generate: expected stream to be a function, got {stream!r}"
+        )
     rows = prompt_rows(model, prompts)
     ends = stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
-    ids, padding = _padded(model, rows, steps, chunk)
+    _check_length(model, rows, steps)
     kind = cache_format(cache)
     keys = _row_keys(seed, len(rows))
     params = unstack_layers(params)
-    size = chunk or ids.shape[1]
+    sizes = program_sizes(
+        max(map(len, rows)),
+        steps,
+        chunk,
+        model.config.max_length,
+        exact=_share_a_scale(params),
+    )
+    ids, padding = pad_left(rows, sizes.tokens)
     state = _prefill(
-        model, params, ids, padding, keys, how, ends, size, steps, kind
+        model,
+        params,
+        ids,
+        padding,
+        keys,
+        how,
+        ends,
+        sizes.chunk,
+        sizes.room,
+        kind,
     )
     if stream is None:
         state = _advance(model, params, state, how, ends, jnp.int32(steps))
     else:
         state = _advance_and_tell(
-            model, params, state, how, ends, stream, stream_every
+            model, params, state, how, ends, stream, stream_every, steps
         )
     tokens = _new_tokens(state, np.zeros(len(rows), int))
     _check_finite(state)
@@ -161,14 +187,14 @@ def _advance_and_tell(
     ends: np.ndarray,
     stream: Stream,
     every: int,
+    steps: int,
 ) -> _State:
     """The loop in pieces of `every` steps, with the new tokens told to the callback after each.
 
     Every piece is the same compiled program, which is given the state and may reuse its memory,
     so that the cache is not copied.
     """
-    batch, steps = state.out.shape
-    told = np.zeros(batch, int)
+    told = np.zeros(len(state.out), int)
     while True:
         new_tokens = _new_tokens(state, told)
         told = np.array(state.counts)
@@ -181,9 +207,8 @@ def _advance_and_tell(
             state = state._replace(stopped=stopped)
         if int(state.step) >= steps or np.all(state.stopped):
             return state
-        state = _advance(
-            model, params, state, how, ends, state.step + jnp.int32(every)
-        )
+        until = jnp.minimum(state.step + jnp.int32(every), jnp.int32(steps))
+        state = _advance(model, params, state, how, ends, until)
 
 
 def _new_tokens(state: _State, told: np.ndarray) -> list[list[int]]:
@@ -217,10 +242,19 @@ def check_counts(where: str, **counts: Any) -> None:
             )
 
 
+def check_number(name: str, x: Any) -> None:
+    """Raises ValueError unless this is one number."""
+    if np.ndim(x) or not np.issubdtype(np.asarray(x).dtype, np.number):
+        raise ValueError(f"generate: expected {name} to be a number, got {x!r}")
+
+
 def _sampling(
     model: Model, temperature: float, top_k: int | None, top_p: float | None
 ) -> Sampling | None:
     """How tokens are drawn; None for greedy decoding."""
+    check_number("temperature", temperature)
+    if top_p is not None:
+        check_number("top_p", top_p)
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(
             f"generate: expected a temperature of at least 0, got {temperature}"
@@ -239,31 +273,85 @@ def _sampling(
     )
 
 
-def _padded(
-    model: Model, rows: list[np.ndarray], steps: int, chunk: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as one array and their padding, as `pad_left`, once it is sure that they fit."""
-    longest = max(len(row) for row in rows)
+def _check_length(model: Model, rows: list[np.ndarray], steps: int) -> None:
+    """Raises ValueError if the longest prompt and its new tokens are more than the model takes."""
+    longest = max(map(len, rows))
     most = model.config.max_length
     if longest + steps > most:
         raise ValueError(
             f"generate: expected prompt and new tokens to be at most {most} (config.max_length), "
             f"got {longest} + {steps}; shorten the prompt or take fewer steps"
         )
-    return pad_left(rows, 1 if chunk is None else chunk)
+
+
+class Sizes(NamedTuple):
+    """The sizes that programs are compiled for.
+
+    Attributes:
+        tokens: the length that prompts are padded to.
+        chunk: how many of them are read at once; it divides `tokens`.
+        room: new tokens that there is room for.
+    """
+
+    tokens: int
+    chunk: int
+    room: int
+
+
+def program_sizes(
+    longest: int, steps: int, chunk: int | None, most: int, exact: bool
+) -> Sizes:
+    """The sizes for prompts of at most `longest` tokens: many lengths have the same.
+
+    With 70 tokens and 5 steps of a model of 2048 tokens they are (128, 128, 64), and with a chunk
+    of 50 they are (100, 50, 64).
+
+    Args:
+        longest: the tokens of the longest prompt.
+        steps: the new tokens that are asked for.
+        chunk: how many tokens may be read at once; None for all.
+        most: the model's length, beyond which nothing is rounded up.
+        exact: whether padding would change results, so that there is none beside the longest.
+    """
+    room = min(_rounded_up(steps, BUCKET), most)
+    at_once = min(_rounded_up(longest, 1 if exact else BUCKET), most)
+    # A larger chunk would be mostly padding.
+    if chunk is None or chunk >= at_once:
+        return Sizes(at_once, at_once, room)
+    return Sizes(_rounded_up(longest, chunk), int(chunk), room)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _share_a_scale(params: Params) -> bool:
+    """Whether some activations have one scale for all rows: then padding has a say in it."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    return any(
+        getattr(leaf, "activations", None) == "per_tensor" for leaf in leaves
+    )
 
 
 def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
     """A random key for each row: from one seed and the row's number, or from the row's own seed."""
+    several = list(seed) if np.ndim(seed) else [seed]
+    for one in several:
+        # Numbers of 32 bits are what jax makes keys of.
+        if not hasattr(one, "__index__") or not -(2**31) <= one < 2**32:
+            raise ValueError(
+                f"generate: expected seeds to be whole numbers of 32 bits, got {one!r}; take "
+                "seed % 2**32"
+            )
     if np.ndim(seed) == 0:
         key = jax.random.key(operator.index(seed))
         numbers = jnp.arange(rows, dtype=jnp.uint32)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    if len(seed) != rows:
+    if len(several) != rows:
         raise ValueError(
-            f"generate: expected one seed, or one for each of {rows} prompts, got {len(seed)}"
+            f"generate: expected one seed, or one for each of {rows} prompts, got {len(several)}"
         )
-    return jnp.stack([jax.random.key(s) for s in seed])
+    return jnp.stack([jax.random.key(operator.index(s)) for s in several])
 
 
 @partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))

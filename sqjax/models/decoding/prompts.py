@@ -1,12 +1,14 @@
 """Prompts of unequal length as one array, and the tokens that end a text."""
 
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
 
+import jax
 import numpy as np
 
 from sqjax.models.model import Model
-from sqjax.models.tokenizer import Tokenizer
+from sqjax.models.tokenizer import Tokenizer, check_text
 
 #: A text or token ids, several of either, or an array of ids, (tokens,) or (batch, tokens).
 Prompts = Any
@@ -22,31 +24,54 @@ def prompt_rows(model: Model, prompts: Prompts) -> list[np.ndarray]:
             a model without a tokenizer.
     """
     several = [prompts] if _is_single(prompts) else prompts
-    rows = [_ids(model, prompt) for prompt in several]
-    if not rows:
+    if len(several) == 0:
         raise ValueError("prompts: expected at least one, got none")
-    for number, row in enumerate(rows):
+    rows = []
+    for number, prompt in enumerate(several):
+        where = f"prompts[{number}]"
+        row = _ids(model, prompt, where)
         if row.ndim != 1 or row.size == 0:
             raise ValueError(
-                f"prompts[{number}]: expected at least one token in a flat sequence, "
+                f"{where}: expected at least one token in a flat sequence, "
                 f"got ids of shape {row.shape}"
             )
-        check_tokens(model, row, f"prompts[{number}]")
-    return [row.astype(np.int32) for row in rows]
+        check_tokens(model, row, where)
+        rows.append(row.astype(np.int32))
+    return rows
 
 
 def _is_single(prompts: Prompts) -> bool:
     """Whether this is one text or one flat sequence of ids, rather than several of either."""
     if isinstance(prompts, str):
         return True
+    is_array = isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim > 0
+    is_several = isinstance(prompts, Sequence) and not isinstance(
+        prompts, bytes
+    )
+    if not is_array and not is_several:
+        raise ValueError(
+            "prompts: expected a text, a sequence of token ids, or several of either, got "
+            f"{type(prompts).__name__}"
+        )
     if len(prompts) == 0 or isinstance(prompts[0], str):
         return False
-    return np.ndim(prompts[0]) == 0
+    # A number, or an array of one: what is neither is a prompt of its own, or refused as one.
+    return isinstance(prompts[0], Number) or (
+        isinstance(prompts[0], np.ndarray | jax.Array) and prompts[0].ndim == 0
+    )
+
+
+def _array(ids: Any, where: str) -> np.ndarray:
+    """Ids as an array; nested sequences of unequal lengths are none."""
+    try:
+        return np.asarray(ids)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where}: expected token ids, got {ids!r}") from error
 
 
 def check_tokens(model: Model, ids: Any, where: str) -> None:
     """Raises ValueError, naming `where`, if ids are not integers in the model's vocabulary."""
-    ids = np.asarray(ids)
+    ids = _array(ids, where)
     size = model.config.vocab_size
     if ids.size > 0 and not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
@@ -60,10 +85,11 @@ def check_tokens(model: Model, ids: Any, where: str) -> None:
         )
 
 
-def _ids(model: Model, prompt: Any) -> np.ndarray:
+def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
     """The ids of one prompt, which is a text or ids already."""
     if not isinstance(prompt, str):
-        return np.asarray(prompt)
+        return _array(prompt, where)
+    check_text(prompt, where)
     if model.tokenizer is None:
         raise ValueError(
             "prompts: the model has no tokenizer; give token ids in place of texts"
@@ -81,15 +107,13 @@ def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def pad_left(
-    rows: Sequence[np.ndarray], multiple: int
+    rows: Sequence[np.ndarray], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one array (batch, tokens), with zeros before the shorter ones, and how many.
 
-    The number of tokens is rounded up to a multiple of `multiple`. For example rows [7, 8, 9] and
-    [5] with multiple 4 become [[0, 7, 8, 9], [0, 0, 0, 5]] with padding [1, 3].
+    For example rows [7, 8, 9] and [5] with 4 tokens become [[0, 7, 8, 9], [0, 0, 0, 5]] with
+    padding [1, 3].
     """
-    longest = max(len(row) for row in rows)
-    tokens = -(-longest // multiple) * multiple
     padding = np.array([tokens - len(row) for row in rows], np.int32)
     padded = np.zeros((len(rows), tokens), np.int32)
     for number, row in enumerate(rows):
@@ -117,7 +141,12 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
 def _stop_id(model: Model, token: Any) -> Any:
     """The id of one stop token, which is a text or an id already."""
     if not isinstance(token, str):
+        if not hasattr(token, "__index__") or np.ndim(token):
+            raise ValueError(
+                f"stop: expected the ids or texts of tokens, got {token!r}"
+            )
         return token
+    check_text(token, "stop")
     if model.tokenizer is None:
         raise ValueError(
             f"stop: {token!r} is a text, and the model has no tokenizer; give its id"

@@ -82,6 +82,11 @@ class _Requests:
         counts = []  # how many pairs each text gives
         for request in requests:
             begin, ids = encode_pair(self.model, "", request.args[0])
+            if not ids:
+                raise ValueError(
+                    f"loglikelihood_rolling: expected a text of at least one token, got "
+                    f"{request.args[0]!r}"
+                )
             pairs = rolling_pairs(ids, begin[-1], self.model.config.max_length)
             all_pairs += pairs
             counts.append(len(pairs))

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from sqjax.models.decoding.prompts import check_tokens
 from sqjax.models.evaluation.scoring import next_logprobs
+from sqjax.models.fields import SIZE
 from sqjax.models.model import Model, Params
 from sqjax.models.slots import CacheFormat, cache_format
 
@@ -26,7 +27,7 @@ def windows(
         ValueError: the text is too short, or the length is not positive.
     """
     ids = np.asarray(ids, np.int32)
-    if length < 1:
+    if not SIZE.holds(length):
         raise ValueError(
             f"windows: expected a length of at least 1, got {length}"
         )
@@ -102,6 +103,7 @@ def _windows_of(
     length: int | None,
 ) -> np.ndarray:
     """The windows that `perplexity` reads, (windows, length), checked."""
+    check_tokens(model, tokens, "perplexity")
     ids = np.asarray(tokens)
     expected_ndim = 2 if length is None else 1
     if ids.ndim != expected_ndim:
@@ -109,7 +111,6 @@ def _windows_of(
             "perplexity: expected windows (windows, length), or ids and a length, got tokens of "
             f"shape {ids.shape} and length {length}"
         )
-    check_tokens(model, ids, "perplexity")
     rows = ids if length is None else windows(ids, length)
     if len(rows) < 1 or rows.shape[1] < 2:
         raise ValueError(

@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.decoding.prompts import check_tokens, encode_alone
+from sqjax.models.fields import SIZE, is_whole
 from sqjax.models.model import Model, Params
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
+from sqjax.models.tokenizer import check_text
 from sqjax.runtime.quantized import quantized
 
 #: Sequences are padded to a multiple of so many tokens, so that few shapes are compiled.
@@ -158,15 +160,15 @@ def loglikelihoods(
     Args:
         model: a `Model`.
         params: its parameters, float or quantized.
-        pairs: (context ids, continuation ids); a context has at least one token, a continuation may
-            be empty.
+        pairs: (context ids, continuation ids), of at least one token each.
         cache: None, or the format of the cache through which everything is read, as in
             `next_logprobs`.
         batch: how many sequences are read at once.
 
     Raises:
         ValueError: ids that are not in the vocabulary, an empty context, a continuation that is
-            longer than ``config.max_length``, a batch of less than 1, or logits that are NaN.
+            empty (its likelihood of 1 would say nothing) or longer than ``config.max_length``, a
+            batch of less than 1, or logits that are NaN.
 
     Examples:
         >>> import jax
@@ -177,7 +179,7 @@ def loglikelihoods(
         >>> one.logprob < 0
         True
     """
-    if batch < 1:
+    if not SIZE.holds(batch):
         raise ValueError(
             f"loglikelihoods: expected a batch of at least 1, got {batch}"
         )
@@ -226,10 +228,11 @@ def _sequence(
     for name, ids in (("context", context), ("continuation", continuation)):
         check_tokens(model, ids, f"pairs[{number}], {name}")
     most = model.config.max_length
-    if len(context) < 1 or len(continuation) > most:
+    if len(context) < 1 or not 1 <= len(continuation) <= most:
         raise ValueError(
             f"pairs[{number}]: expected a context of at least one token and a continuation of at "
-            f"most {most} (config.max_length), got {len(context)} and {len(continuation)}"
+            f"least one and at most {most} (config.max_length), got {len(context)} and "
+            f"{len(continuation)}; a text that merges into the token before it leaves none"
         )
     return [*context, *continuation][-(most + 1) :]
 
@@ -280,6 +283,8 @@ def encode_pair(
         raise ValueError(
             "scoring texts: the model has no tokenizer; call loglikelihoods with token ids"
         )
+    check_text(context, "scoring texts, context")
+    check_text(continuation, "scoring texts, continuation")
     if context == "":
         end = model.tokenizer.eos_id
         begin = model.tokenizer.encode("") or ([] if end is None else [end])
@@ -311,16 +316,19 @@ def multiple_choice(
 
     Raises:
         ValueError: also for no questions, a question of fewer than two choices, an empty choice, or
-            an answer that is not among them.
+            an answer that is not among them; a choice that merges into its context.
     """
+    questions = list(questions)
     for number, question in enumerate(questions):
         _check_question(number, question)
     if not questions:
         raise ValueError("questions: expected at least one, got none")
     pairs = []
-    for question in questions:
+    for number, question in enumerate(questions):
         for choice in question.choices:
-            pairs.append(encode_pair(model, question.context, choice))
+            pair = encode_pair(model, question.context, choice)
+            _check_scored(number, choice, pair)
+            pairs.append(pair)
     likelihoods = iter(
         loglikelihoods(model, params, pairs, cache=cache, batch=batch)
     )
@@ -338,16 +346,35 @@ def multiple_choice(
     )
 
 
+def _check_scored(
+    number: int, choice: str, pair: tuple[list[int], list[int]]
+) -> None:
+    """Raises ValueError for a choice of which no token is left to be scored."""
+    _, continuation = pair
+    if not continuation:
+        raise ValueError(
+            f"questions[{number}]: the choice {choice!r} merges into the last token of its "
+            "context, so that no token is left to be scored; let the choice begin with a whole "
+            "word (the end of the context moved into every choice)"
+        )
+
+
 def _check_question(number: int, question: Question) -> None:
     """Raises ValueError for a question that can not be answered."""
-    choices, answer = question.choices, question.answer
-    if (
-        len(choices) < 2
-        or not all(choices)
-        or answer not in range(len(choices))
-    ):
+    where = f"questions[{number}]"
+    context, choices, answer = question
+    # A text is a sequence of texts too: each of its letters would be a choice.
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
         raise ValueError(
-            f"questions[{number}]: expected at least two choices, none of them empty, and the "
+            f"{where}: expected several texts as choices, got {choices!r}"
+        )
+    check_text(context, f"{where}, context")
+    for choice in choices:
+        check_text(choice, f"{where}, choices")
+    is_among = is_whole(answer) and answer in range(len(choices))
+    if len(choices) < 2 or not all(choices) or not is_among:
+        raise ValueError(
+            f"{where}: expected at least two choices, none of them empty, and the "
             f"number of the right one, got {len(choices)} choices {list(choices)} and answer "
             f"{answer}"
         )
