@@ -22,10 +22,12 @@ from sqjax.commands import layouts
 from sqjax.commands.defaults import MODEL
 from sqjax.commands.layouts import LIKE_QWIX, QWIX, SECONDS
 from sqjax.commands.records import Row, this_machine
+from sqjax.commands.shared import check_length
 from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import quantize
 from sqjax.models import LlamaConfig, Model, fuse, load
 from sqjax.models.cache import KVCache
+from sqjax.models.checkpoints.loading import check_source
 from sqjax.models.llama import Llama
 from sqjax.runtime.quantized import quantized
 from sqjax.weights import schemes
@@ -104,7 +106,13 @@ def benchmark(
         size: how much.
         models: names or paths that `sqjax.models.load` takes, or "llama-shaped", a random model of
             8 layers.
+
+    Raises:
+        ValueError: there is no such model, or it takes too few tokens.
     """
+    for name in models:
+        if name != LLAMA_SHAPED:
+            check_source(name)
     device = f"on {jax.devices()[0].device_kind}"
     print(f"{this_machine()}, {device}, jax {jax.__version__}", flush=True)
     matmul = square_matmul(size)
@@ -149,6 +157,7 @@ def timed_rows(
 
 def whole_model(name: str, model: Model, params: Any, size: Size) -> list[Row]:
     """Prompts of several lengths read into an empty cache, and one step with a full one."""
+    check_length(model, max(*size.prompts, size.slots), "prompts")
     variants, notes = model_variants(model, params)
     columns = {}
     for tokens in size.prompts:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sqjax.commands.defaults import ALPHA, MODEL
-from sqjax.commands.records import Row, make_record, write_record
+from sqjax.commands.records import (
+    Row,
+    check_writable,
+    make_record,
+    write_record,
+)
+
+#: The exit status of a command that Ctrl-C ended, as shells have it.
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.record is not None:
             # Before the run: a path that can not be written should not cost minutes of measuring.
-            options.record.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(options.record)
         rows = options.run(options)
         if options.record is not None:
             seconds = time.perf_counter() - start
@@ -26,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"sqjax: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("sqjax: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 

@@ -11,7 +11,12 @@ from jaxtyping import Array, Int
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
 from sqjax.commands.records import Row
-from sqjax.commands.shared import text_windows, weight_bytes, where
+from sqjax.commands.shared import (
+    check_length,
+    text_windows,
+    weight_bytes,
+    where,
+)
 from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import smoothquant
 from sqjax.models import load
@@ -27,6 +32,10 @@ from sqjax.weights.schemes import W8A8
 CONTEXT = 512
 #: The format of the cache for each form of the weights whose steps are timed.
 CACHE_OF = {"float32": "float", "W8A8": "int8"}
+
+
+#: The tokens of a window of text that the W8A8 parameters are calibrated on, and how many.
+CALIBRATION = (256, 4)
 
 
 class Size(NamedTuple):
@@ -102,10 +111,10 @@ def run(
     """Prints both tables, or `only` "accuracy" or "speed", and returns the record's rows.
 
     Raises:
-        ValueError: there is no such model, or it has no tokenizer.
+        ValueError: there is no such model, it has no tokenizer, or it takes too few tokens.
     """
-    size = QUICK if quick else Size()
     model, params = load(name)
+    size = fitting(model, QUICK if quick else Size(), only)
     variants = {"float32": params, "W8A8": w8a8(model, params)}
     print(where(name), flush=True)
     rows: list[Row] = []
@@ -124,9 +133,38 @@ def run(
     return rows
 
 
+def fitting(model: Model, size: Size, only: str | None = None) -> Size:
+    """The size without contexts that are too long for the model, which are printed.
+
+    A model of 1024 tokens can not step 16 times after 1024 of them. Everything that the tables need
+    of the model is looked at here, before any of it is measured.
+
+    Raises:
+        ValueError: the model has no tokenizer, or takes too few tokens for what stays.
+    """
+    text_windows(model, "calibration", *CALIBRATION)
+    check_length(model, CALIBRATION[0], "windows of text")
+    if only != "speed":
+        text_windows(model, "evaluation", size.length, size.windows)
+        check_length(model, size.length, "windows of text")
+    if only == "accuracy":
+        return size
+    check_length(model, CONTEXT + size.steps, "a context and its steps")
+    most = model.config.max_length - size.steps
+    contexts = tuple(c for c in size.contexts if c <= most)
+    left_out = [c for c in size.contexts if c > most]
+    if left_out:
+        print(
+            f"left out: contexts of {left_out} tokens, because the model takes "
+            f"{model.config.max_length} with the {size.steps} steps"
+        )
+    return size._replace(contexts=contexts)
+
+
 def w8a8(model: Model, params: Params) -> Params:
     """Smoothed W8A8 parameters, calibrated on text that comes with the package."""
-    batches = [row[None] for row in text_windows(model, "calibration", 256, 4)]
+    windows = text_windows(model, "calibration", *CALIBRATION)
+    batches = [row[None] for row in windows]
     return smoothquant(model.apply, params, batches, ALPHA, W8A8)
 
 

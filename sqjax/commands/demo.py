@@ -12,7 +12,14 @@ from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
-from sqjax.commands.shared import text_windows, weight_bytes, where
+from sqjax.commands.shared import (
+    NO_TOKENIZER,
+    check_alpha,
+    check_length,
+    text_windows,
+    weight_bytes,
+    where,
+)
 from sqjax.commands.timing import interleaved
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize
@@ -78,9 +85,12 @@ def demo(
         The table's rows, float32 first.
 
     Raises:
-        ValueError: there is no such model, or it has no tokenizer.
+        ValueError: alpha is out of range, there is no such model, it has no tokenizer, or it takes
+            too few tokens.
     """
+    check_alpha(alpha)
     model, params = load(model_name)
+    _check_model(model, size)
     calibration = text_windows(model, "calibration", LENGTH, size.calibration)
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
@@ -120,6 +130,16 @@ def demo(
     return rows
 
 
+def _check_model(model: Model, size: Size) -> None:
+    """Raises ValueError for a model that some part of the demo can not run."""
+    if model.tokenizer is None:
+        raise ValueError(NO_TOKENIZER)
+    check_length(model, LENGTH, "windows of text")
+    check_length(model, PREFILL, "a prompt")
+    answer = len(model.tokenizer.encode(PROMPT)) + size.generated
+    check_length(model, answer, "a prompt and its continuation")
+
+
 def _what_folds(stats: Stats) -> str:
     """How many matmuls there are, and how many fold groups."""
     graph = stats.graph
@@ -157,7 +177,8 @@ def measure_speed(
     Prefill reads 256 tokens into a cache; decode is greedy generation after the demo's prompt,
     batch 1.
     """
-    ids = jnp.asarray(np.arange(PREFILL)[None] + 1000, jnp.int32)
+    numbers = (np.arange(PREFILL) + 1000) % model.config.vocab_size
+    ids = jnp.asarray(numbers[None], jnp.int32)
     prompt = _prompt_ids(model)
     cache = model.init_cache(1, PREFILL)
     read = jax.jit(quantized(model.decode))

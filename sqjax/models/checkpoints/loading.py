@@ -42,6 +42,7 @@ def load(
         ImportError: if reading it needs a package that is not installed.
     """
     _check_arguments(path_or_name, dtype)
+    check_source(path_or_name)
     path = (
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
     )
@@ -49,9 +50,19 @@ def load(
         config, params = read_huggingface(path, dtype)
         found = tokenizer.from_directory(path, config.vocab_size)
         return Model(config, found), params
-    if path.is_file() and path.suffix == ".gguf":
-        config, params, metadata = read_gguf(path, dtype)
-        return Model(config, _gguf_tokenizer(metadata)), params
+    config, params, metadata = read_gguf(path, dtype)
+    return Model(config, _gguf_tokenizer(metadata)), params
+
+
+def check_source(path_or_name: str | Path) -> None:
+    """Raises ValueError if this is none of what `load` takes; nothing is read.
+
+    A name passes, a path must be a directory or a .gguf file that is there.
+    """
+    path = Path(path_or_name)
+    is_gguf = path.is_file() and path.suffix == ".gguf"
+    if path_or_name in NAMES or path.is_dir() or is_gguf:
+        return
     got = "another kind of file" if path.exists() else "no such path"
     raise ValueError(
         f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
