@@ -57,9 +57,10 @@ def calibrate(
             argument. Some thousand tokens like those the model will see are enough, because only
             maxima and means are kept. Shapes may differ from batch to batch (each new shape
             compiles once). For several functions: one iterable for each.
-        mask: mask(*batch) gives booleans of shape (batch, tokens), or of the tokens' shape: False
-            for padding, whose activations do not count. An activation without these axes (a pooled
-            one) counts whole.
+        mask: mask(*batch) gives booleans of the shape of the tokens, (batch, tokens) say, as they
+            are in the batch: False for padding, whose activations do not count. The tokens are
+            followed through the program, wherever it moves them; where several flow together (a
+            pooled activation), what holds a real one counts. What can not be followed is warned of.
         groups: {a site's path: the paths of the leaves that shall absorb its scale}: groups stated
             by hand, where the search would choose others. They pass the same certificate and proof.
             The rest is found as always.
@@ -78,7 +79,7 @@ def calibrate(
         ValueError: there are no batches; a batch does not fit `fn`; a parameter, a batch or an
             activation holds NaN or infinity; there is no matmul of an activation with a leaf; a
             stated group does not hold; a site of the first batch's program is missing in a later
-            one's.
+            one's; the mask fits none of the inputs.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq

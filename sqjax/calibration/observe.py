@@ -1,5 +1,6 @@
 """`observe`: runs a program, and records what each of its sites sees."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ from jaxtyping import Array
 
 from sqjax.calibration.analysis import Analysis
 from sqjax.calibration.site_layout import SiteLayout
+from sqjax.calibration.tokens import Follower, Lost, counts, mark_inputs
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import sizes_along
 from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
 from sqjax.program.build import Atom, Var
-from sqjax.program.evaluate import evaluate
+from sqjax.program.evaluate import Mark, evaluate
 from sqjax.program.facts import Program
 from sqjax.program.replication import MeshAxes, varying
 
@@ -94,7 +96,8 @@ def observe(
     Args:
         analysis: the program, and what is to be observed in it.
         leaves, inputs: the values of its leaves, and of its other inputs.
-        mask: booleans of shape (batch, tokens): False for tokens that do not count.
+        mask: booleans of shape (batch, tokens): False for tokens that do not count. They are
+            followed through the program (`sqjax.calibration.tokens`).
         histogram: whether to make a histogram of |x| at every site too.
 
     Returns:
@@ -107,14 +110,22 @@ def observe(
 
     probes = _probes(analysis, histogram)
     measures: dict[Var, Callable[[Array], Any]] = {
-        var: partial(_measure_all, probes=sorted(wanted), mask=mask)
+        var: partial(_measure_all, probes=sorted(wanted))
         for var, wanted in probes.items()
     }
     for place in places:
         sizes = _sizes_of_experts(program, place)
         if sizes is not None:
-            measures.setdefault(sizes, jnp.asarray)
-    outputs, measured = evaluate(program, leaves, inputs, measures)
+            measures.setdefault(sizes, _whole)
+    followed: dict[str, Any] = {}
+    lost: dict[Var, str] = {}
+    if mask is not None:
+        for var, look in measures.items():
+            measures[var] = partial(_look, var=var, look=look, lost=lost)
+        marks = mark_inputs(program, mask)
+        followed = {"marks": marks, "follow": Follower(program)}
+    outputs, measured = evaluate(program, leaves, inputs, measures, **followed)
+    _warn_of_lost(places, lost)
 
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
@@ -160,20 +171,46 @@ def _probe(program: Program, place: Place, histogram: bool) -> Probe:
 
 
 def _measure_all(
-    x: Array, probes: Sequence[Probe], mask: Array | None
+    x: Array, counted: Array | None = None, *, probes: Sequence[Probe]
 ) -> dict[Probe, Measurement]:
-    return {probe: measure(x, probe, mask) for probe in probes}
+    return {probe: measure(x, probe, counted) for probe in probes}
 
 
-def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
+def _whole(x: Array, counted: Array | None = None) -> Array:
+    return jnp.asarray(x)
+
+
+def _look(
+    x: Array, mark: Mark, *, var: Var, look: Callable[..., Any], lost: dict
+) -> Any:
+    """Looks at what counts of an activation; notes where that is not known any more."""
+    if isinstance(mark, Lost):
+        lost[var] = mark.reason
+    return look(x, counts(x, mark))
+
+
+def _warn_of_lost(places: Iterable[Place], lost: Mapping[Var, str]) -> None:
+    names: dict[str, list[str]] = {}
+    for place in places:
+        if place.activation in lost:
+            names.setdefault(lost[place.activation], []).append(place.name)
+    for reason, sites in names.items():
+        warnings.warn(
+            f"calibrate: the mask could not be followed to {', '.join(dict.fromkeys(sites))}: "
+            f"{reason}; every token counts there, padding too",
+            stacklevel=2,
+        )
+
+
+def measure(
+    x: Array, probe: Probe, counted: Array | None = None
+) -> Measurement:
     """Statistics of the channels of an activation, over all its other axes.
 
-    A mask of shape (batch, tokens) picks the tokens that count of an activation whose other axes
-    begin with (batch, tokens), or are (batch * tokens,); an activation without these axes counts
-    whole.
+    `counted` says which elements count, where not all do: booleans that broadcast against x.
 
     Example: x of shape (batch 2, tokens 7, channels 16) with Probe(axes=(2,)) gives an absmax of
-    shape (16,), and tokens = 14. With a mask of shape (2, 7) tokens is the number of True in it.
+    shape (16,), and tokens = 14. With booleans of shape (2, 7, 1) tokens is the number of True.
     """
     axes = probe.axes
     channels_last = jnp.moveaxis(x, axes, range(-len(axes), 0))
@@ -182,15 +219,13 @@ def measure(x: Array, probe: Probe, mask: Array | None = None) -> Measurement:
     token_shape = magnitude.shape[: len(token_axes)]
     tokens = jnp.int32(np.prod(token_shape, dtype=int))
 
-    fitted = None if mask is None else _fitted(mask, token_shape)
-    if fitted is not None:
-        with_channels = fitted.reshape(
-            fitted.shape + (1,) * (magnitude.ndim - fitted.ndim)
-        )
-        magnitude = jnp.where(with_channels, magnitude, 0)
-        # One entry of the mask may stand for several rows: the heads of a token, say.
-        rows = np.prod(token_shape[fitted.ndim :], dtype=int)
-        tokens = jnp.sum(fitted, dtype=jnp.int32) * jnp.int32(rows)
+    if counted is not None:
+        fitted = jnp.moveaxis(counted, axes, range(-len(axes), 0))
+        magnitude = jnp.where(fitted, magnitude, 0)
+        of_rows = fitted.any(range(len(token_shape), magnitude.ndim))
+        # One boolean may stand for several rows: the heads of a token, say.
+        rows = np.prod(token_shape, dtype=int) // max(of_rows.size, 1)
+        tokens = jnp.sum(of_rows, dtype=jnp.int32) * jnp.int32(rows)
 
     # The zeros that the mask has written reach nothing, and are in no bin: they need no care here.
     matrices = range(len(token_axes), len(token_axes) + probe.batch)

@@ -4,15 +4,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
 from sqjax.program.build import Atom, Body, Equation, Scopes, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import Scan, ShardMap, emit
 
-#: {variable: what to make of its value}.
-Probes = Mapping[Var, Callable[[Array], Any]]
+#: {variable: what to make of its value; with marks, of its value and its mark}.
+Probes = Mapping[Var, Callable[..., Any]]
+#: What is known of a value's elements beside the value: an array that broadcasts against it, None
+#: for nothing, or a pytree without arrays.
+Mark = Any
+#: The marks of an equation's results, from (equation, operands, results, marks of the operands).
+Follow = Callable[
+    [Equation, Sequence[Any], Sequence[Any], Sequence[Mark]], Sequence[Mark]
+]
 #: {variable: what its probe has made of it}.
 Seen = dict[Var, Any]
 #: {variable: its value}, in one scope.
@@ -24,8 +32,17 @@ def evaluate(
     leaves: Iterable[Any],
     inputs: Iterable[Any],
     probes: Probes,
+    marks: Mapping[Var, Mark] | None = None,
+    follow: Follow | None = None,
 ) -> tuple[list[Any], Seen]:
     """Runs a program on its leaves and inputs.
+
+    Args:
+        program: the program.
+        leaves, inputs: the values of its leaves, and of its other inputs.
+        probes: what to look at.
+        marks, follow: marks of inputs, and how they pass through an equation; probes then see the
+            mark of what they look at, too.
 
     Returns:
         What the function returns (flat), and {variable: what its probe made of it}; for a variable
@@ -35,8 +52,8 @@ def evaluate(
     """
     given = zip(program.inputs, [*leaves, *inputs], strict=True)
     env: Env = {**program.constants, **dict(given)}
-    run = _Run(program, probes)
-    seen = run.equations(program.main, env, ())
+    run = _Run(program, probes, follow)
+    seen = run.equations(program.main, env, dict(marks or {}), ())
     return _read(env, program.results), seen
 
 
@@ -46,14 +63,25 @@ def _read(env: Env, atoms: Iterable[Atom]) -> list[Any]:
     ]
 
 
+def _marks_of(marks: Mapping[Var, Mark], atoms: Iterable[Atom]) -> list[Mark]:
+    return [
+        marks.get(atom) if isinstance(atom, Var) else None for atom in atoms
+    ]
+
+
 class _Run(NamedTuple):
     """A run of a program with its probes."""
 
     program: Program
     probes: Probes
+    follow: Follow | None
 
     def equations(
-        self, equations: Sequence[Equation], env: Env, scopes: Scopes
+        self,
+        equations: Sequence[Equation],
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
     ) -> Seen:
         """Adds what the equations make to `env`; returns what probes here and in bodies see."""
         seen: Seen = {}
@@ -61,26 +89,42 @@ class _Run(NamedTuple):
             operands = _read(env, equation.inputs)
             if equation.body is None:
                 results = emit(equation.origin, *operands)
+                if self.follow is not None:
+                    given = _marks_of(marks, equation.inputs)
+                    made = self.follow(equation, operands, results, given)
+                    marks.update(zip(equation.outputs, made, strict=True))
             else:
                 results, within = self._through_body(
-                    equation.body, operands, env, scopes
+                    equation, operands, env, marks, scopes
                 )
                 seen |= within
             env.update(zip(equation.outputs, results, strict=True))
         # Probes look once all is computed, because a variable may be an input of this scope.
         for v, look in self.probes.items():
             if self.program.scopes[v] == scopes and v in env:
-                seen[v] = look(env[v])
+                beside = () if self.follow is None else (marks.get(v),)
+                seen[v] = look(env[v], *beside)
         return seen
 
     def _through_body(
-        self, body: Body, operands: Sequence[Any], env: Env, scopes: Scopes
+        self,
+        equation: Equation,
+        operands: Sequence[Any],
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
-        """(the results of a scan or shard_map, what probes in its body see)."""
+        """(the results of a scan or shard_map, what probes in its body see); adds their marks."""
+        assert equation.body is not None
+        body = equation.body
         inside = (*scopes, *body.scopes)
-        if isinstance(body.call, Scan):
+        if isinstance(body.call, ShardMap):
+            return self._shard_map(equation, body.call, operands, marks, inside)
+        if self.follow is None:
             return self._scan(body, body.call, operands, env, inside)
-        return self._shard_map(body, body.call, operands, inside)
+        return self._scan_with_marks(
+            equation, body.call, operands, env, marks, inside
+        )
 
     def _scan(
         self,
@@ -96,27 +140,135 @@ class _Run(NamedTuple):
             # A body reads the outer variables too: a scan's constants are those themselves.
             given = zip(body.inputs, [*carry, *slices], strict=True)
             inner = {**env, **dict(given)}
-            seen = self.equations(body.equations, inner, scopes)
+            seen = self.equations(body.equations, inner, {}, scopes)
             outputs = _read(inner, body.outputs)
             return outputs[: scan.carry], (outputs[scan.carry :], seen)
 
         carry, (ys, seen) = scan.run(step, first, xs)
         return [*carry, *ys], seen
 
+    def _scan_with_marks(
+        self,
+        equation: Equation,
+        scan: Scan,
+        operands: Sequence[Any],
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
+    ) -> tuple[list[Any], Seen]:
+        """A scan whose body follows marks too.
+
+        What is carried from step to step keeps its marks: (batch, tokens, 1) of the activations
+        that layer after layer computes. But if the scan runs over the marked axis itself (over the
+        tokens, say), each step is marked by its own slices alone, and what it carries by nothing.
+        """
+        assert equation.body is not None
+        body = equation.body
+        _, first, xs = scan.sort(operands)
+        _, of_first, of_xs = scan.sort(_marks_of(marks, equation.inputs))
+        over_marks = any(_is_array(m) and m.shape[0] > 1 for m in of_xs)
+        carried: list[Mark] = [None if over_marks else m for m in of_first]
+        sliced = [m if _is_array(m) else None for m in of_xs]
+        sliced = [
+            None
+            if m is None
+            else jnp.broadcast_to(m, (scan.length, *m.shape[1:]))
+            for m in sliced
+        ]
+
+        def step(carry, slices):
+            values, of_carry = carry
+            parts, of_parts = slices
+            given = zip(body.inputs, [*values, *parts], strict=True)
+            inner = {**env, **dict(given)}
+            known = [
+                _joined(kept, static)
+                for kept, static in zip(
+                    [*of_carry, *of_parts], [*carried, *of_xs], strict=True
+                )
+            ]
+            within = {**marks, **dict(zip(body.inputs, known, strict=True))}
+            seen = self.equations(body.equations, inner, within, scopes)
+            outputs = _read(inner, body.outputs)
+            made = _marks_of(within, body.outputs)
+            return (outputs[: scan.carry], made[: scan.carry]), (
+                outputs[scan.carry :],
+                seen,
+                made[scan.carry :],
+            )
+
+        # The marks of what is carried may grow from step to step, until they are as they were.
+        while not over_marks:
+            arrays = [m if _is_array(m) else None for m in carried]
+            (_, after), _ = jax.eval_shape(
+                lambda values, of_carry, parts, of_parts: step(
+                    (values, of_carry), (parts, of_parts)
+                ),
+                list(first),
+                arrays,
+                [jax.tree.map(lambda x: x[0], x) for x in xs],
+                [None if m is None else m[0] for m in sliced],
+            )
+            grown = [
+                _grown(before, new)
+                for before, new in zip(carried, after, strict=True)
+            ]
+            if all(map(_same_kind, grown, carried)):
+                break
+            carried = grown
+
+        def run_step(carry, slices):
+            (values, after), ys = step(carry, slices)
+            if over_marks:
+                return [values, carry[1]], ys
+            kept = [
+                jnp.broadcast_to(0 if new is None else new, before.shape)
+                if _is_array(before)
+                else None
+                for before, new in zip(carry[1], after, strict=True)
+            ]
+            return [values, kept], ys
+
+        start = [m if _is_array(m) else None for m in carried]
+        (carry, last), (ys, seen, of_ys) = scan.run(
+            run_step, [list(first), start], [list(xs), sliced]
+        )
+        of_carry = [
+            _joined(kept, static)
+            for kept, static in zip(last, carried, strict=True)
+        ]
+        marks.update(zip(equation.outputs, [*of_carry, *of_ys], strict=True))
+        return [*carry, *ys], seen
+
     def _shard_map(
         self,
-        body: Body,
+        equation: Equation,
         shards: ShardMap,
         operands: Sequence[Any],
+        marks: dict[Var, Mark],
         scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
         # Only the program's constants come from outside, because all else is an operand of the
-        # shard_map.
+        # shard_map. Marks are the same on all devices, or they are left outside.
+        assert equation.body is not None
+        body = equation.body
         constants = self.program.constants
+        given = _marks_of(marks, equation.inputs)
+        whole = [
+            m
+            if _is_array(m) and _is_whole(m, shards.sharded_axes(spec))
+            else None
+            for m, spec in zip(given, shards.in_specs, strict=True)
+        ]
+        if self.follow is not None:
+            made = self.follow(equation, operands, (), given)
+            marks.update(zip(equation.outputs, made, strict=True))
 
         def block(*blocks):
-            inner = {**constants, **dict(zip(body.inputs, blocks, strict=True))}
-            seen = self.equations(body.equations, inner, scopes)
+            values, known = blocks[: len(operands)], blocks[len(operands) :]
+            inner = {**constants, **dict(zip(body.inputs, values, strict=True))}
+            within = dict(zip(body.inputs, known, strict=True))
+            seen = self.equations(body.equations, inner, within, scopes)
             # A leading axis of size 1 for each mesh axis: the devices' parts are put together along
             # it.
             lead = (1,) * len(shards.sizes)
@@ -124,4 +276,35 @@ class _Run(NamedTuple):
             return _read(inner, body.outputs), of_device
 
         out_specs = [*shards.out_specs], PartitionSpec(*shards.sizes)
-        return shards.run(block, shards.in_specs, out_specs, operands)
+        in_specs = (*shards.in_specs, *(PartitionSpec() for _ in whole))
+        return shards.run(block, in_specs, out_specs, (*operands, *whole))
+
+
+def _is_array(mark: Mark) -> bool:
+    return hasattr(mark, "shape")
+
+
+def _is_whole(mark: Mark, sharded: Mapping[int, Any]) -> bool:
+    """Whether all devices hold one mark: it does not differ along the axes that are sharded."""
+    return all(mark.shape[axis] == 1 for axis in sharded)
+
+
+def _joined(kept: Mark, static: Mark) -> Mark:
+    """A mark inside a loop: the array that goes round, or what is no array and stays as it was."""
+    return static if kept is None and not _is_array(static) else kept
+
+
+def _grown(before: Mark, after: Mark) -> Mark:
+    """A mark that holds for both: in a shape that both broadcast to."""
+    if not _is_array(after):
+        return after if before is None else before
+    if not _is_array(before):
+        return jnp.zeros(after.shape, after.dtype)
+    shape = np.broadcast_shapes(before.shape, after.shape)
+    return jnp.broadcast_to(before, shape)
+
+
+def _same_kind(a: Mark, b: Mark) -> bool:
+    if _is_array(a) and _is_array(b):
+        return a.shape == b.shape
+    return type(a) is type(b)
