@@ -201,6 +201,7 @@ def test_benchmark_checks_the_names_first(monkeypatch):
         benchmark.benchmark(benchmark.QUICK, ("llama-shaped", "no/such"))
 
 
+@pytest.mark.slow
 def test_the_head_may_stay_float():
     params = {"q_proj": jnp.ones((8, 4)), "lm_head": jnp.ones((4, 6))}
     stats = sq.calibrate(lambda p, x: x @ p["q_proj"] @ p["lm_head"], params, [jnp.ones((2, 8))])
@@ -212,6 +213,7 @@ def test_the_head_may_stay_float():
     assert isinstance(tree["lm_head"], sq.QuantWeight)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_tree_count_int4_as_half_a_byte():
     params = {"w": jnp.ones((128, 4)), "b": jnp.ones(4)}
     floats = 4 * 4  # the bias; and also the scales of the weight's channels

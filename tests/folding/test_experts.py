@@ -439,6 +439,7 @@ def test_one_activation_for_all_experts_is_the_integer_product_of_numpy():
 @pytest.mark.parametrize(
     "sizes", [(5, 5, 5), (15, 0, 0), (0, 4, 11), (0, 0, 15), (7, 0, 8), (3, 3, 3)]
 )
+@pytest.mark.slow
 def test_a_ragged_dot_is_the_integer_product_of_numpy(sizes):
     """Rows beyond the last group give zeros, as lax.ragged_dot's do."""
     x, w = stacked_operands()
@@ -495,6 +496,7 @@ OFFSETS = {  # what stands for the gain of a norm, given its leaf; the constant
 
 
 @pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.slow
 def test_gains_of_a_constant_plus_w_absorb(name):
     gain, constant = OFFSETS[name]
     fn = lambda p, x: (rms(x) * jnp.reshape(gain(p["n"]), (1, WIDTH))) @ p["w"]

@@ -427,7 +427,7 @@ OPT = pytest.param(opt, marks=[pytest.mark.huggingface, pytest.mark.slow])
 found = functools.cache(lambda build: (case := build(), graph_of(case.fn, case.params, *case.args)))
 
 
-@pytest.mark.parametrize("build", [*LAWFUL, OPT])
+@pytest.mark.parametrize("build", [*slow_but(LAWFUL, attention, fused_qkv, batch_norm), OPT])
 def test_groups_are_those_written_by_hand(build):
     case, graph = found(build)
     got = {

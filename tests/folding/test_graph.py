@@ -34,6 +34,7 @@ def graph():
     return sq.calibrate(gated, PARAMS, [normal(5, 4)]).graph
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_every_group(graph):
     lines = str(graph).splitlines()
     assert lines[0] == "2 groups, 3 sites"
@@ -93,6 +94,7 @@ def product(p, x):
     return ((x @ p["a"]) * (x @ p["b"])) @ p["c"]
 
 
+@pytest.mark.slow
 def test_a_stated_group_takes_the_place_of_the_one_found():
     found = sq.calibrate(product, PRODUCT, [BATCH])
     stated = sq.calibrate(product, PRODUCT, [BATCH], groups={"c": ["b"]})
@@ -156,6 +158,7 @@ def test_keys_are_looked_for_only_when_asked(llama):
     assert_trees_all_close(sq.smooth(params, stats, 0.5), sq.smooth(params, plain, 0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scales_between_keys_and_queries(llama):
     """Tied over rotary pairs (i, i + 2), one vector a key head, shared by its three query heads."""
     _, stats = llama
@@ -191,6 +194,7 @@ def rotated_keys(params, ids, layer=0):
     return np.concatenate(turned, -1)
 
 
+@pytest.mark.slow
 def test_scales_are_the_keys_absmax_to_the_exponent(llama):
     params, stats = llama
     name = stats.graph.keys[0].path

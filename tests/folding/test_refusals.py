@@ -518,6 +518,7 @@ def test_odd_programs(name):
     assert re.search(expected, str(graph_of(fn, params, X)))
 
 
+@pytest.mark.slow
 def test_a_search_that_would_branch_for_ever_gives_up(monkeypatch):
     """Twenty free choices, then one that can not be met: without a budget, 2^20 tries."""
     params = {f"{n}{i}": normal(4, 4, seed=i) for i in range(20) for n in "ab"} | {

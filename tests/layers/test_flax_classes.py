@@ -510,6 +510,7 @@ def test_query_heads_that_read_one_value_head_share_its_scales(build, heads):
     assert shape[1] == heads
 
 
+@pytest.mark.slow
 def test_one_plus_w_absorbs_affinely():
     """(1 + w') s = 1 + w."""
     _, _, params, stats = built(gemma)

@@ -249,6 +249,7 @@ def test_dtypes_are_those_of_nn_dense(x, param, dtype, expected):
     assert 1e-3 < error < 0.05
 
 
+@pytest.mark.slow
 def test_param_dtype_is_that_of_the_parameters_that_init_makes():
     x = normal(5, 16, dtype=jnp.bfloat16)
     params = QuantDense(8, param_dtype=jnp.bfloat16).init(jax.random.key(0), x)["params"]
@@ -343,6 +344,7 @@ def test_every_scheme_runs_and_is_trained_around(scheme, error):
 
 
 @each_preset
+@pytest.mark.slow
 def test_init_measures_its_input_for_every_scheme(scheme, error):
     x = layer(128, 16, bias=False)[1]
     module = QuantDense(16, use_bias=False, scheme=scheme)
@@ -550,6 +552,7 @@ def test_dense_general_runs_every_scheme(name, scheme, error):
 
 @pytest.mark.usefixtures("multiply_like_flax")
 @pytest.mark.parametrize("name", slow_but(["merge heads", "batches"], "merge heads"))
+@pytest.mark.slow
 def test_dense_general_smoothed_by_powers_of_two_is_the_layer(name):
     fields, params, x, absmax = general(name)
     batch, inputs = len(fields.get("batch_dims", ())), absmax.ndim

@@ -77,6 +77,7 @@ def test_scales_that_are_not_above_0_are_refused(stats, wrong):
             act()
 
 
+@pytest.mark.slow
 def test_float16_takes_its_own_statistics():
     """A weight times a small s is one of float16's smallest numbers, which have few digits."""
     spread = jnp.geomspace(1e-5, 1, 16)[None]

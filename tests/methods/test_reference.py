@@ -95,6 +95,7 @@ def test_float_logits(model):
     assert error(run(model.fn, model.params, model.arrays), model.arrays["logits"]) < 2e-6
 
 
+@pytest.mark.slow
 def test_absmax_of_every_linear(model):
     stored = {
         key.removeprefix("absmax/"): value
@@ -170,6 +171,7 @@ def test_quantized_models_lose_as_much_as_pytorchs(model, alpha, key, rules):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.slow
 def test_smoothing_is_what_saves_static_int8(model, alpha):
     """And with the statistics of the wrong parameters it is refused."""
     losses = []

@@ -223,6 +223,7 @@ def test_fold_multiplies_sites_and_divides_absorbers():
         pytest.param(llama, 0.5, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_smoothing_changes_the_parameters_but_not_the_function(case, alpha):
     case = case()
     smoothed = sq.smooth(case.params, case.stats, alpha)

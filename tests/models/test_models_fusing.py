@@ -92,6 +92,7 @@ def test_one_kernel_gives_the_outputs_of_its_parts_side_by_side(form):
 
 
 @pytest.mark.parametrize("form", slow_but(("O3", "float", "outliers", "W4A8"), "O3"))
+@pytest.mark.slow
 def test_is_the_same_function_with_fewer_matmuls(form):
     params = params_in(form)
     one, fn = fuse(params), jax.jit(sq.quantized(MODEL.apply))

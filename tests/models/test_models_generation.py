@@ -244,6 +244,7 @@ def test_seeds(trees):
     assert draw(PROMPTS[::-1], [7, 6, 5])[::-1] == by_row
 
 
+@pytest.mark.slow
 def test_the_coldest_draw_and_the_narrowest_are_greedy(trees, uncached):
     cold = ({"temperature": t} for t in (1e-4, 1e-9, 1e-11, 1e-38, 1e-45))
     for how in (*cold, {"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_p": 1e-6}):

@@ -208,6 +208,7 @@ def test_smoothquant_of_a_stack():
 
 
 @pytest.mark.parametrize("scheme", slow_but(["float", "O3"], "O3"))
+@pytest.mark.slow
 def test_kernels_of_a_stack_are_fused(scheme):
     apart, stacked = trees(scheme)
     assert_alike(unstack_layers(fuse(stacked)), fuse(apart))

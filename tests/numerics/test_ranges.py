@@ -73,6 +73,7 @@ def same(a, b):
 # Histograms -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_numpy():
     """Also of values that are edges, just below edges, subnormal, zero, and beyond all bins."""
     below = np.nextafter(EDGES, np.float32(0))
@@ -197,6 +198,7 @@ def brute_force(x, fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", slow_but(list(VALUES), "heavy", "outlier"))
+@pytest.mark.slow
 def test_the_range_of_least_error_is_that_of_the_raw_values(name, fmt):
     """Within a bin, and never worse than absmax. Float8, whose error has many minima: within 3% of those tried."""
     x = values(name)
@@ -272,6 +274,7 @@ def test_a_site_has_the_histogram_of_its_activations():
     assert np.abs(moved).max() <= 1  # matmuls of other shapes may round over an edge
 
 
+@pytest.mark.slow
 def test_histograms_are_off_unless_asked_for_and_change_nothing_else():
     plain, stats = of_all_batches(False), of_all_batches(True)
     assert plain.histogram == {}
@@ -449,6 +452,7 @@ def test_the_range_of_least_error_has_less_error_in_the_output_than_absmax():
     assert errors["mse"] < errors[0.9999]
 
 
+@pytest.mark.slow
 def test_refusals_of_schemes():
     plain = of_all_batches(False)
     for how in ("mse", 0.999):

@@ -48,7 +48,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("size", "length", "weight"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "length", "weight"),
+    [
+        pytest.param(
+            *case, marks=() if case[0] in ((1, 32, 128), (5, 37, 96)) else pytest.mark.slow
+        )
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_int32_sums_are_exact_and_scaled_in_float32(size, length, weight):
     (rows, outputs, channels), (dtype, zeros) = size, WEIGHTS[weight]
     groups = channels // length
@@ -80,6 +89,7 @@ def test_int32_sums_are_exact_and_scaled_in_float32(size, length, weight):
     ("x_dtype", "weight"),
     [(jnp.bfloat16, "int8"), (jnp.bfloat16, "int4 with zeros"), (jnp.float16, "int4")],
 )
+@pytest.mark.slow
 def test_float_activations_meet_the_integers_in_float32(weight, x_dtype):
     dtype, zeros = WEIGHTS[weight]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 256)), x_dtype)

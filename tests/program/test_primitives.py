@@ -73,6 +73,7 @@ def test_a_weight_behind_an_identity_is_a_site_that_folds(case):
     sq.verify(fn, params, smoothed, x)
 
 
+@pytest.mark.slow
 def test_a_weight_behind_an_identity_runs_in_int8(case):
     params, x, stats = case
     qparams = sq.quantize(params, stats, sq.W8A8)

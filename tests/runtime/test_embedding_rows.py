@@ -39,6 +39,7 @@ TAKES = {
 
 
 @pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
+@pytest.mark.slow
 def test_rows_are_those_of_the_dequantized_table_out_of_range_too(weights):
     """Every way to take them, from tables whose rows are vectors and matrices, in one program."""
     tables = {"vectors": normal(6, 8), "matrices": normal(6, 2, 4)}

@@ -425,6 +425,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(activations, smoothing):
     assert not np.allclose(grad, g @ w.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_derivatives_agree():
     x, w = normal(4, 16), normal(16, 3, seed=1)
     fn, weight = dense(x, w)
@@ -440,6 +441,7 @@ def test_jit_equals_eager(activations):
     np.testing.assert_allclose(jax.jit(fn)(x, weight), fn(x, weight), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_inputs_equals_a_loop():
     x = jnp.asarray(numpy_int8.away_from_ties(normal(3, 5, 12), 2))
     fn, weight = dense(x[0], normal(12, 7, seed=1))

@@ -53,6 +53,7 @@ def test_stands_for_the_rounded_array(layout, granularity):
 
 
 @pytest.mark.parametrize("permutation", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
+@pytest.mark.slow
 def test_a_transpose_moves_no_value(permutation):
     q = QTensor.quantize(normal(6, 4, 3), (0,))
     t = q.transpose(permutation)
@@ -165,6 +166,7 @@ def test_check_names_the_place_and_the_problem(problem):
         BROKEN[problem].check("mlp/kernel")
 
 
+@pytest.mark.slow
 def test_a_cast_of_the_whole_tree_is_caught_where_the_tensor_is_used():
     fn = lambda p, x: x @ p["layer"]["kernel"]
     params, x = {"layer": {"kernel": normal(6, 4)}}, normal(2, 6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.numerics.formats import E4M3, INT4
@@ -68,6 +69,7 @@ def test_nibbles_of_another_length_are_refused(length):
 
 
 @made
+@pytest.mark.slow
 def test_one_scale_for_every_group_and_a_shorter_last_one(how):
     q = MADE[how](normal(20, 6), (0,), 8)
     assert (q.values.shape, q.shape, q.group) == ((6, 20), (20, 6), 8)
@@ -100,6 +102,7 @@ def test_each_group_is_quantized_by_itself(how):
     assert (np.asarray(sq.dequantize(q))[9] != np.asarray(sq.dequantize(other))[9]).any()
 
 
+@pytest.mark.slow
 def test_nbytes_of_int4_is_half_a_byte_an_element():
     q = QTensor.quantize(normal(21, 6), (0,), 8, INT4, (), True)
     assert q.nbytes == 6 * 11 + 6 * 3 * 4 + 6 * 3
@@ -162,6 +165,7 @@ def test_a_zero_point_in_another_format_is_refused():
 
 @pytest.mark.parametrize("permutation", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
 @made
+@pytest.mark.slow
 def test_a_transpose_moves_no_value(how, permutation):
     q = MADE[how](normal(20, 3, 4), (0,), 8)
     t = q.transpose(permutation)
@@ -171,6 +175,7 @@ def test_a_transpose_moves_no_value(how, permutation):
 
 
 @made
+@pytest.mark.slow
 def test_slices_of_outputs_are_those_of_the_dequantized_array_and_of_channels_are_refused(how):
     q = MADE[how](normal(20, 6, 4), (0,), 8)
     floats = np.asarray(sq.dequantize(q))
@@ -199,7 +204,9 @@ RESHAPES = {  # shape, contracted axes, group, new shape, whether it is possible
 }
 
 
-@pytest.mark.parametrize("case", RESHAPES)
+@pytest.mark.parametrize(
+    "case", slow_but(list(RESHAPES), "outputs split", "channels split at groups", "mixed")
+)
 @made
 def test_reshapes_are_those_of_the_dequantized_array_or_refused(how, case):
     shape, contracting, group, new, possible = RESHAPES[case]

@@ -120,6 +120,7 @@ def other_model():
 
 
 @each_format
+@pytest.mark.slow
 def test_vmap_over_inputs_and_over_weights(name):
     qparams, run, params, x = quantized_model(name)
     rows = jax.jit(jax.vmap(lambda row: run(qparams, row[None, :])[0]))(x)
