@@ -3,7 +3,7 @@
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -19,6 +19,12 @@ def kind_of(mode: int) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode))
 
 
+def check_path(path: Any) -> None:
+    """Raises ValueError if this is no path: None, or a number."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"expected a path, got {path!r}")
+
+
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """The opened file. Whoever reads header and data from it reads them of one file.
 
@@ -26,8 +32,9 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a directory, a FIFO, a device or a socket.
+        ValueError: it is no path, or a directory, a FIFO, a device or a socket.
     """
+    check_path(path)
     path = Path(path)
     _check_kind(path, path.stat().st_mode)
     # A FIFO that has come in the meantime would block until somebody writes to it.

@@ -18,7 +18,7 @@ from sqjax._trees import PyTree, named_leaves
 from sqjax.files.arrays import STORED, DeclaredArray, shown
 from sqjax.files.aside import written_aside
 from sqjax.files.header import Entry, Header, read_header
-from sqjax.files.opening import open_file
+from sqjax.files.opening import check_path, open_file
 from sqjax.files.structure import check_like, is_quantized_leaf
 from sqjax.files.tree_json import NO_TREE, from_json, to_json
 from sqjax.files.weight_checks import check_values
@@ -61,6 +61,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         >>> same["w"].values.tolist(), same["w"].order == params["w"].order
         ([[127, 64], [-64, 127]], True)
     """
+    check_path(path)
     # Past links, because the renaming at the end would replace a link and not the file behind it.
     file = Path(os.path.realpath(path))
     if file.is_dir() or not file.parent.is_dir():
@@ -132,7 +133,7 @@ def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(same, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    file = Path(path)
+    file = path
     declared: dict[str, DeclaredArray] = {}
     try:
         with open_file(file) as opened:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sqjax.models.cache import KVCache, empty_cache
+from sqjax.models.fields import SIZE, wrong
 from sqjax.models.llama import Llama, LlamaConfig
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class Model:
             ValueError: if there are more tokens than ``config.max_length``, or the parameters'
                 layers are not as many as the configuration says, apart or in one stack.
         """
+        check_ids(ids)
         self._check_length(ids.shape[1])
         variables = {"params": params}
         logits, _ = Llama(self.config).apply(variables, jnp.asarray(ids))
@@ -79,6 +81,9 @@ class Model:
         Raises:
             ValueError: if ``length`` is more than ``config.max_length``, or there is no such kind.
         """
+        for name, size in (("batch", batch), ("length", length)):
+            if not SIZE.holds(size):
+                raise ValueError(wrong(name, size, SIZE))
         self._check_length(length)
         return cache_for(self.config, batch, length, dtype, kind, chunk)
 
@@ -117,8 +122,8 @@ class Model:
     def _check_cache(self, ids: TokenIds, cache: KVCache) -> None:
         """Raises ValueError if the cache is another model's, or has no room for these tokens."""
         config = self.config
+        check_ids(ids)
         rows, tokens = ids.shape
-        _check_some(tokens)
         expected = (
             config.num_layers,
             rows,
@@ -152,7 +157,6 @@ class Model:
             )
 
     def _check_length(self, tokens: int) -> None:
-        _check_some(tokens)
         if tokens > self.config.max_length:
             raise ValueError(
                 f"tokens: expected at most {self.config.max_length} (config.max_length), got "
@@ -161,9 +165,20 @@ class Model:
             )
 
 
-def _check_some(tokens: int) -> None:
-    if tokens < 1:
-        raise ValueError("tokens: expected at least one, got none")
+def check_ids(ids: Any) -> None:
+    """Raises ValueError unless these are token ids, (batch, tokens), of at least one token."""
+    shape = getattr(ids, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise ValueError(
+            f"ids: expected an array (batch, tokens), got {shape or type(ids).__name__}; "
+            "make one with jnp.asarray([ids])"
+        )
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids: expected integers, got {ids.dtype}")
+    if 0 in shape:
+        raise ValueError(
+            f"tokens: expected at least one, got none: ids of shape {shape}"
+        )
 
 
 def cache_for(

@@ -83,6 +83,10 @@ class CacheFormat:
             raise ValueError(
                 f"CacheFormat: expected a group of at least one channel, got {self.group}"
             )
+        if not isinstance(self.zero_point, bool):
+            raise ValueError(
+                f"CacheFormat.zero_point: expected True or False, got {self.zero_point!r}"
+            )
         if self.codes == "float" and (self.group or self.keys != "plain"):
             raise ValueError(
                 "CacheFormat: a float cache has no scales; leave group and keys out"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqjax.files.opening import open_file
 from sqjax.models.fields import (
     ID,
     IDS,
@@ -178,11 +179,13 @@ def from_directory(
         ImportError: if `tokenizers` is not installed.
     """
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     tokenizers = _import_tokenizers()
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        with open_file(path) as file:
+            text = file.read().decode("utf-8")
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises bare Exception
         raise ValueError(
             f"{path}: expected a tokenizer of the `tokenizers` package, got {error}"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import SafetensorError
+from untyped import untyped
 
 import sqjax as sq
 from sqjax.files import aside, safetensors
@@ -43,6 +44,13 @@ def test_a_device_is_neither_read_nor_replaced():
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     with pytest.raises(ValueError, match=r"expected a file, got a device"):
         sq.load(os.devnull)
+
+
+@pytest.mark.parametrize("path", [None, 5, ["x"]])
+def test_what_is_no_path(path):
+    for call in (lambda: sq.load(path), lambda: sq.save(path, TREE)):
+        with untyped(), pytest.raises(ValueError, match="expected a path, got"):
+            call()
 
 
 def test_a_directory_is_no_file(tmp_path):

@@ -394,7 +394,7 @@ def test_a_window_hides_what_lies_before_it():
         ),
         (
             lambda: replace(WIDE, sliding_window=0),
-            "sliding_window: expected at least 1 or None, got 0",
+            "sliding_window: expected a whole number .* or none, got 0",
         ),
     ],
 )

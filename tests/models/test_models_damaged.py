@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 import struct
 import time
 from dataclasses import replace
 
 import hf_directories as of_hf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -110,6 +112,52 @@ def test_a_configuration_made_by_hand_is_checked_too(change):
     [(name, _)] = change.items()
     with untyped(), pytest.raises(ValueError, match=rf"LlamaConfig\.{name}: expected"):
         replace(LlamaConfig(31, 12, 20, 2, 6, 2, 4), **change)
+
+
+def test_what_a_mistral_leaves_out_is_what_transformers_takes(tmp_path):
+    """A window of 4096 and 8 key/value heads, where a Llama has none and as many as heads."""
+    left_out = ("sliding_window", "num_key_value_heads", "max_position_embeddings")
+    config = {key: value for key, value in of_hf.CONFIG.items() if key not in left_out}
+    config |= {"model_type": "mistral", "num_attention_heads": 8, "head_dim": 4}
+    weights = of_hf.tensors(of_hf.CONFIG | config | {"num_key_value_heads": 8})
+    found = load(of_hf.write(tmp_path, config, weights))[0].config
+    assert (found.sliding_window, found.num_kv_heads, found.max_length) == (4096, 8, 131072)
+    config |= {"sliding_window": None}
+    assert load(of_hf.write(tmp_path, config, weights))[0].config.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "number"),
+    [
+        (np.float64, jnp.float32, 1e39),
+        (np.float32, jnp.float16, 7e4),
+        (jnp.bfloat16, jnp.float16, 7e4),
+    ],
+)
+def test_a_number_that_would_become_infinite(tmp_path, stored, dtype, number):
+    weights = of_hf.tensors(dtype=stored)
+    load(of_hf.write(tmp_path, weights=weights), dtype)
+    weights["model.norm.weight"][3] = -number
+    of_hf.write(tmp_path, weights=weights)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: expected numbers up to .* wider"):
+        load(tmp_path, dtype)
+    weights["model.norm.weight"][3] = np.inf  # what the file says is kept
+    load(of_hf.write(tmp_path, weights=weights), dtype)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs are those of POSIX")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_fifo_in_a_directory_is_not_waited_for(tmp_path, name):
+    of_hf.write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        load(tmp_path)
+
+
+def test_a_path_that_is_too_long():
+    with pytest.raises(ValueError, match="got no such path"):
+        load("a" * 5000)
 
 
 # What is declared ---------------------------------------------------------------------------------

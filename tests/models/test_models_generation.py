@@ -347,6 +347,8 @@ def test_activations_that_share_a_scale_are_not_padded(monkeypatch, trees):
         ([1], {"stop": {1}}, r"stop: expected the ids or texts of tokens, got \{1\}"),
         ([1], {"stop": 1.5}, "stop: expected the ids or texts of tokens, got 1.5"),
         ([1], {"temperature": "1"}, "expected temperature to be a number, got '1'"),
+        ([1], {"temperature": 1j}, "expected temperature to be a number, got 1j"),
+        ([1], {"steps": True}, "steps to be a whole number of at least 1, got True"),
         ([1], {"temperature": None}, "expected temperature to be a number, got None"),
         ([1], {"temperature": float("nan")}, "a temperature of at least 0, got nan"),
         ([1], {"top_p": "1"}, "expected top_p to be a number, got '1'"),

@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from slow import slow_but
 from tiny_llama import GROUPED, compiled, random_ids, random_params
+from untyped import untyped
 
 from sqjax.models import Model, greedy
 
@@ -276,3 +277,26 @@ def test_greedy_refuses_nothing_to_do_and_too_much():
         greedy(model, params, random_ids(1, 0), 2)
     with pytest.raises(ValueError, match="at most 64"):
         greedy(model, params, random_ids(1, 60), 5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 2]], r"ids: expected an array \(batch, tokens\), got list"),
+        (np.array([1, 2]), r"ids: expected an array \(batch, tokens\), got \(2,\)"),
+        (np.zeros((1, 2), np.float32), "ids: expected integers, got float32"),
+        (np.zeros((0, 2), np.int32), r"expected at least one, got none: ids of shape \(0, 2\)"),
+    ],
+)
+def test_ids_that_are_none(ids, message):
+    model = Model(GROUPED)
+    for method in (model.apply, model.decode, model.read):
+        cache = () if method == model.apply else (None,)
+        with untyped(), pytest.raises(ValueError, match=message):
+            method({}, ids, *cache)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (1, 4.0), (1, 0), (True, 4), (1, None)])
+def test_a_cache_of_no_size(sizes):
+    with untyped(), pytest.raises(ValueError, match=r"(batch|length): expected a whole number"):
+        Model(GROUPED).init_cache(*sizes)

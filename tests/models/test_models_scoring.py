@@ -223,11 +223,15 @@ def test_a_window_longer_than_the_model(params, cache):
     [
         (([], [1]), r"pairs\[0\]: expected a context of at least one token"),
         (([1], [1] * 65), r"at least one and at most 64 \(config\.max_length\), got 1 and 65"),
+        ((5, [1]), r"pairs\[0\], context: expected a flat sequence of token ids, got 5"),
+        (([1], [[2]]), r"pairs\[0\], continuation: expected a flat sequence"),
+        (([1],), r"pairs\[0\]: expected \(context ids, continuation ids\), got"),
+        (("ab", "cd"), r"pairs\[0\], context: expected a flat sequence of token ids, got 'ab'"),
         (([1], [61]), r"pairs\[0\], continuation: expected token ids from 0 to 60, got 61"),
     ],
 )
 def test_loglikelihoods_refuse(params, pair, message):
-    with pytest.raises(ValueError, match=message):
+    with untyped(), pytest.raises(ValueError, match=message):
         loglikelihoods(MODEL, params, [pair])
 
 
@@ -323,6 +327,7 @@ def test_what_begins_every_text_is_never_asked_for(harness, params):
             Question("a", ["b", "c"], 2),
             "the number of the right one, got 2 choices .* and answer 2",
         ),
+        (("a", ["b", "c"], 0), r"questions\[0\]: expected a Question\(context, choices, answer\)"),
         (Question("w1", "w2", 0), "expected several texts as choices, got 'w2'"),
         (Question("a", {"b", "c"}, 0), "expected several texts as choices"),
         (Question("a", ["b", 3], 0), r"questions\[0\], choices: expected a text, got int"),

@@ -55,6 +55,15 @@ BESIDE = (
     Key("layer_types", "layer_types", TEXTS),
     Key("eos_token_id", "eos_token_id", IDS),
 )
+# What a key that is not there means, where it is not what KEYS says: as transformers has it.
+ABSENT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+}
 # Keys that would change what the model computes, with the values that do not (None for no value).
 WITHOUT_EFFECT: dict[str, tuple] = {
     "hidden_act": ("silu", "swish", None),
@@ -195,11 +204,12 @@ def read_config(
             something the model here does not do.
     """
     model_type = config.get("model_type")
-    if model_type not in ("llama", "mistral"):
+    if not isinstance(model_type, str) or model_type not in ABSENT:
         raise ValueError(
             f"{source}: expected model_type 'llama' or 'mistral', got {model_type!r}; sqjax "
             "quantizes any JAX function, so use another model through its own JAX code"
         )
+    config = {**ABSENT[model_type], **config}
     fields, problems = read_fields(config, KEYS)
     beside, other_problems = read_fields(config, BESIDE)
     problems += other_problems + _unsupported_keys(config)

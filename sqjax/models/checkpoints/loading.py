@@ -1,5 +1,6 @@
 """`load`: a model and its parameters from a file, a directory or a name."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,11 +60,12 @@ def check_source(path_or_name: str | Path) -> None:
 
     A name passes, a path must be a directory or a .gguf file that is there.
     """
-    path = Path(path_or_name)
-    is_gguf = path.is_file() and path.suffix == ".gguf"
-    if path_or_name in NAMES or path.is_dir() or is_gguf:
+    # os.path's functions, because Path's raise where a path is too long to be one.
+    path = str(path_or_name)
+    is_gguf = path.endswith(".gguf") and os.path.isfile(path)
+    if path in NAMES or os.path.isdir(path) or is_gguf:
         return
-    got = "another kind of file" if path.exists() else "no such path"
+    got = "another kind of file" if os.path.exists(path) else "no such path"
     raise ValueError(
         f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
         f"with config.json and model.safetensors; got {got}"

@@ -76,10 +76,26 @@ def assemble(
     leaves = {}
     for path, (own_name, transposed) in matched.items():
         array = read(own_name)
+        _check_range(source, own_name, array, dtype)
         leaves[path] = jnp.asarray(
             array.T if transposed else array, dtype=dtype
         )
     return unflatten_dict(leaves, sep="/")
+
+
+def _check_range(
+    source: str, name: str, array: np.ndarray, dtype: DTypeLike
+) -> None:
+    """Raises ValueError if a number would become infinite in the dtype that is asked for."""
+    bound = float(jnp.finfo(dtype).max)
+    if float(jnp.finfo(array.dtype).max) <= bound:
+        return
+    largest = np.max(np.abs(array), where=np.isfinite(array), initial=0)
+    if largest > bound:
+        raise ValueError(
+            f"{source}: {name}: expected numbers up to {bound:.3g}, the range of "
+            f"{jnp.dtype(dtype).name}, got {largest:.3g}; load it in a wider dtype"
+        )
 
 
 def _match(

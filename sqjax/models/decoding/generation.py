@@ -236,7 +236,8 @@ def _check_finite(state: _State) -> None:
 def check_counts(where: str, **counts: Any) -> None:
     """Raises ValueError, naming `where`, unless each of these is a whole number of at least 1."""
     for name, count in counts.items():
-        if not hasattr(count, "__index__") or operator.index(count) < 1:
+        is_number = hasattr(count, "__index__") and not isinstance(count, bool)
+        if not is_number or operator.index(count) < 1:
             raise ValueError(
                 f"{where}: expected {name} to be a whole number of at least 1, got {count!r}"
             )
@@ -244,7 +245,7 @@ def check_counts(where: str, **counts: Any) -> None:
 
 def check_number(name: str, x: Any) -> None:
     """Raises ValueError unless this is one number."""
-    if np.ndim(x) or not np.issubdtype(np.asarray(x).dtype, np.number):
+    if np.ndim(x) or np.asarray(x).dtype.kind not in "iuf":
         raise ValueError(f"generate: expected {name} to be a number, got {x!r}")
 
 

@@ -186,7 +186,12 @@ def loglikelihoods(
     kind = None if cache is None else cache_format(cache)
     sequences = []
     counts = []  # how many tokens of each sequence, at its end, are asked for
-    for number, (context, continuation) in enumerate(pairs):
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(
+                f"pairs[{number}]: expected (context ids, continuation ids), got {pair!r}"
+            )
+        context, continuation = pair
         sequences.append(_sequence(model, number, context, continuation))
         counts.append(len(continuation))
     likelihoods: dict[int, Likelihood] = {}
@@ -226,6 +231,10 @@ def _sequence(
     That is one token more than ``config.max_length``, because the last one is a target only.
     """
     for name, ids in (("context", context), ("continuation", continuation)):
+        if np.ndim(ids) != 1:
+            raise ValueError(
+                f"pairs[{number}], {name}: expected a flat sequence of token ids, got {ids!r}"
+            )
         check_tokens(model, ids, f"pairs[{number}], {name}")
     most = model.config.max_length
     if len(context) < 1 or not 1 <= len(continuation) <= most:
@@ -362,6 +371,10 @@ def _check_scored(
 def _check_question(number: int, question: Question) -> None:
     """Raises ValueError for a question that can not be answered."""
     where = f"questions[{number}]"
+    if not isinstance(question, Question):
+        raise ValueError(
+            f"{where}: expected a Question(context, choices, answer), got {question!r}"
+        )
     context, choices, answer = question
     # A text is a sequence of texts too: each of its letters would be a choice.
     if isinstance(choices, str) or not isinstance(choices, Sequence):
