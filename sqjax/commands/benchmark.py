@@ -40,10 +40,13 @@ PRESETS = {
     "W4A16": schemes.W4A16,
     "W4A8": schemes.W4A8,
 }
+#: What the row says where qwix is missing, which is no error: the other rows stand.
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
+#: The ceiling of every int8 row: codes that are there already, and sums that nobody scales.
 BARE = "bare int8 dot_general"
 #: A random model for machines that should not download one.
 LLAMA_SHAPED = "llama-shaped"
+#: The widths of SmolLM2-135M, with eight of its thirty layers and a vocabulary like Llama's.
 LLAMA_CONFIG = LlamaConfig(32000, 576, 1536, 8, 9, 3, 64)
 
 
@@ -110,6 +113,7 @@ def benchmark(
     Raises:
         ValueError: there is no such model, or it takes too few tokens.
     """
+    # Before anything is measured, because that takes minutes.
     for name in models:
         if name != LLAMA_SHAPED:
             check_source(name)
@@ -183,11 +187,13 @@ def model_variants(
     model: Model, params: Any
 ) -> tuple[dict[str, Variant], dict[str, str]]:
     """({row: the model in this form}, {row: why there is none})."""
+    # What a user would deploy without quantization.
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     variants = {
         "float32": Variant(model.decode, params),
         "bfloat16": Variant(model.decode, half, jnp.bfloat16),
     }
+    # Any tokens do: the scales change what is computed, and not how long it takes.
     stats = calibrate(model.apply, params, [_ids(model, 64)])
     for name, scheme in PRESETS.items():
         plain = Variant(
@@ -219,6 +225,7 @@ def qwix_variant(model: Model, params: Any) -> Variant:
         head = {"kernel": params["model"]["embed_tokens"]["embedding"].T}
         model = Model(replace(model.config, tie_embeddings=False))
         params = {**params, "lm_head": head}
+    # Matmuls only, as in our own rows; the embedding table stays float in both.
     rule = qwix.QuantizationRule(
         op_names=("dot_general",), weight_qtype=jnp.int8, act_qtype=jnp.int8
     )
@@ -253,6 +260,7 @@ def _prefills(
     ids = _ids(model, tokens)
     runs: dict[str, Callable[[], Any]] = {}
     for name, variant in variants.items():
+        # As long as the prompt, so that no variant attends to empty slots.
         cache = model.init_cache(1, tokens, variant.dtype)
         runs[name] = partial(
             jax.jit(variant.decode), variant.params, ids, cache
@@ -274,6 +282,7 @@ def decode_steps(
 
     def run():
         for _ in range(size.short):
+            # One slot is free: the step writes into the last, and reads all of them.
             full = held.pop()._replace(length=jnp.int32(size.slots - 1))
             logits, grown = decode(variant.params, token, full)
             held.append(grown)
@@ -301,6 +310,7 @@ def random_model() -> tuple[Model, Any]:
 def square_matmul(size: Size) -> list[Row]:
     """A matmul in float and in each scheme, quantizing included, beside a bare int8 dot."""
     n = size.square
+    # The most rows that are asked for; fewer are a slice of these.
     shape = max(size.rows), n
     activations = _random_int8(shape, seed=0)
     weight = jnp.resize(_random_int8(shape, seed=1), (n, n))
@@ -345,11 +355,13 @@ def matvecs(size: Size) -> list[Row]:
 
 def matmul_variants(inner: int, outer: int) -> dict[str, MatmulVariant]:
     """{row: x -> x @ w} for one (inner, outer) weight in float and in every preset."""
+    # Outputs of about 1, as of an initialised layer.
     params = {
         "w": jax.random.normal(jax.random.key(2), (inner, outer)) * inner**-0.5
     }
     half = {"w": params["w"].astype(jnp.bfloat16)}
     stats = calibrate(_matmul, params, [jnp.asarray(_activation(4, inner))])
+    # Parameters are arguments: closed over, they would be constants that XLA may fold.
     float_run = jax.jit(_matmul)
     quantized_run = jax.jit(quantized(_matmul))
     variants = {

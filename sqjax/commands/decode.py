@@ -179,6 +179,7 @@ def accuracy(
     tokens = text_windows(model, "evaluation", size.length, size.windows)
     rows = []
     for weights, tree in variants.items():
+        # The baseline: what the model gives with no cache at all.
         plain = perplexity(model, tree, tokens)
         rows.append(Accuracy("caches", weights, "none", plain, 0.0))
         for name, kind in CACHE_FORMATS.items():
@@ -196,8 +197,10 @@ def speed(
     model: Model, variants: Mapping[str, Params], size: Size
 ) -> list[Speed]:
     """Decode of all variants at each batch size, then at each context with batch 1."""
+    # One thing changes at a time: first the batch, then the context.
     cases = [(batch, CONTEXT) for batch in size.batches]
     cases += [(1, context) for context in size.contexts if context != CONTEXT]
+    # The same machine at the same hour, because both are shared with others.
     bandwidth = copy_bandwidth(size.copied)
     rows = []
     for batch, context in cases:
@@ -206,6 +209,7 @@ def speed(
         for weights, tree in variants.items():
             kind = CACHE_OF[weights]
             cache = model.init_cache(batch, context + size.steps, kind=kind)
+            # Empty slots are read too: their scores are masked after the product.
             bytes_of_cache = batch * cache.capacity * cache.bytes_per_token
             bytes_read[weights] = weight_bytes(tree) + bytes_of_cache
             decoders[weights] = _Decoder(
@@ -283,7 +287,7 @@ def copy_bandwidth(megabytes: int, repeats: int = 7) -> float:
 
     The array is larger than the processor's caches, as a model's weights are.
     """
-    floats = megabytes * 2**20 // 4
+    floats = megabytes * 2**20 // 4  # of four bytes each
     held = [jnp.ones((floats,), jnp.float32)]
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
 
@@ -292,4 +296,5 @@ def copy_bandwidth(megabytes: int, repeats: int = 7) -> float:
         return held[0]
 
     seconds = interleaved({"pass": run}, repeats, "copy")["pass"]
+    # Every byte is read once and written once.
     return 2 * held[0].nbytes / seconds

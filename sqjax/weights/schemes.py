@@ -331,6 +331,7 @@ class Scheme(_Part):
     outliers: float | None = None
 
     def __post_init__(self) -> None:
+        # Each field alone comes first, because the checks of pairs below read several.
         is_weight = isinstance(self.weight, Int8 | Int4 | Float8)
         kinds = "Int8(...), Int4(...) or Float8(...)"
         _require(is_weight, self, "weight", kinds)
@@ -383,6 +384,7 @@ class Scheme(_Part):
     def _check_smoothing(self) -> None:
         if self.smoothing is None:
             return
+        # NaN is outside too, because every comparison with it is false.
         is_alpha = _is_number(self.smoothing) and 0 <= self.smoothing <= 1
         _require(is_alpha, self, "smoothing", "an alpha in [0, 1], or None")
         meets_activations = not isinstance(self.activation, Indices)
@@ -413,12 +415,14 @@ W8A8_O1 = Scheme(weight=Int8(), activation=PerToken())
 W8A8_O2 = Scheme(weight=Int8(), activation=PerTensor())
 #: O3: per-tensor static activations (the fastest; smoothing matters most here).
 W8A8_O3 = Scheme(weight=Int8(), activation=Static())
+#: The usual choice.
 W8A8 = W8A8_O1
 #: W8A8 in which channels with |x| > 6 in calibration stay float: LLM.int8(), composes with
 #: smoothing.
 W8A8_OUTLIERS = Scheme(weight=Int8(), activation=PerToken(), outliers=6.0)
 #: float8 weights and per-token activations.
 FP8 = Scheme(weight=Float8(format="e4m3"), activation=PerToken(format="e4m3"))
+#: The same in the float8 of wider range and coarser steps.
 FP8_E5M2 = Scheme(
     weight=Float8(format="e5m2"), activation=PerToken(format="e5m2")
 )
@@ -426,6 +430,7 @@ FP8_E5M2 = Scheme(
 W8A16 = Scheme(weight=Int8(), activation=None)
 #: int4 weights in groups with a zero point, float activations.
 W4A16 = Scheme(weight=Int4(group_size=128, zero_point=True), activation=None)
+#: Smaller groups: nearer to the float weights, and a little larger.
 W4A16_G64 = Scheme(weight=Int4(group_size=64, zero_point=True), activation=None)
 #: int4 weights that expand to int8 in integers, int8 per-token activations.
 W4A8 = Scheme(
