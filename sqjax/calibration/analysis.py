@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from sqjax._trees import PyTree, named_leaves
 from sqjax.folding.attention_keys import Keys, find_keys
@@ -20,11 +20,14 @@ from sqjax.folding.graph import Graph, Group, Site
 from sqjax.folding.groups import Survey
 from sqjax.folding.sites import Place
 from sqjax.program.facts import Program
-from sqjax.program.trace import is_array, trace
+from sqjax.program.repeatable import Repeated
+from sqjax.program.trace import is_array
 
 Fn = Callable[..., Any]
 #: The arguments of a function after params.
 Arguments = tuple[Any, ...]
+#: Lists of Python numbers up to this length are static arguments (sizes, axes); longer ones data.
+LONGEST_LIST = 16
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Analyses:
         self.stated, self.attention = stated, attention
         self._shared = shared_arrays(params)
         self._alone: dict[tuple[int, str], Analysis] = {}
+        self._first: list[Repeated] = []
 
     def alone(self, which: int, args: Arguments, number: int) -> Analysis:
         """The analysis of one function on batch `number`: made once for batches of its shapes."""
@@ -113,10 +117,19 @@ class Analyses:
 
         return self._analysis(every, tuple(batches), number)
 
+    def check_repeatable(self) -> None:
+        """Raises ValueError if a function is another program each time it is called.
+
+        Asked last, and of the first batches only, because it may trace these once more.
+        """
+        for repeated in self._first:
+            repeated.check()
+
     def _analysis(self, fn: Fn, args: Arguments, number: int) -> Analysis:
-        survey = Survey.of(
-            traced_program(fn, self.params, args, number), self._shared
-        )
+        repeated = traced_program(fn, self.params, args, number)
+        if number == 0:
+            self._first.append(repeated)
+        survey = Survey.of(Program(repeated.traced), self._shared)
         keys = find_keys(survey) if self.attention else []
         return Analysis(survey, keys, self.stated)
 
@@ -137,23 +150,71 @@ def _arrays_to(describe: Callable[[Any], Any], args: Arguments) -> PyTree:
 
 def traced_program(
     fn: Fn, params: PyTree, args: Arguments, number: int
-) -> Program:
-    """The program of fn(params, *args).
+) -> Repeated:
+    """fn(params, *args), traced.
 
     Raises:
         ValueError: fn fails on these arguments; it names the batch and its shapes.
     """
     try:
-        traced, _ = trace(fn, params, args, {})
+        repeated = Repeated(fn, params, args)
     # Whatever fn raises: a TypeError of two arguments for one, a shape that does not fit, ...
     except Exception as error:
-        shapes = _arrays_to(jnp.shape, args)
         raise ValueError(
-            f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes {shapes}; "
-            "a batch is one argument, or a tuple of fn's arguments after params. "
-            f"{type(error).__name__}: {error}"
+            f"calibration batch {number}: fn(params, *batch) failed on inputs of shapes "
+            f"{described(args)}; a batch is one argument, or a tuple of fn's arguments after "
+            f"params{_hint(args)}. {type(error).__name__}: {error}"
         ) from error
-    return Program(traced)
+    return repeated
+
+
+def described(args: Any) -> str:
+    """The shapes of the arrays in a batch as a text; of lists of numbers how many there are.
+
+    Example: (jnp.ones((2, 5)), [1, 2, 3], True) is "((2, 5), [3 numbers], True)".
+    """
+    if is_array(args):
+        return str(np.shape(args))
+    if isinstance(args, Mapping):
+        inside = [f"{key!r}: {described(args[key])}" for key in args]
+        return "{" + ", ".join(inside) + "}"
+    if isinstance(args, list) and _numbers_in(args):
+        return f"[{_numbers_in(args)} numbers]"
+    if isinstance(args, tuple | list):
+        inside = [described(x) for x in args[:20]]
+        text = ", ".join([*inside, "..."] if len(args) > 20 else inside)
+        if isinstance(args, list):
+            return f"[{text}]"
+        return f"({text},)" if len(args) == 1 else f"({text})"
+    return repr(args)[:80]
+
+
+def _numbers_in(args: Any) -> int:
+    """How many Python numbers a nested list holds; 0 if it holds anything else."""
+    leaves = jax.tree.leaves(args)
+    plain = all(isinstance(x, int | float) for x in leaves)
+    return len(leaves) if plain else 0
+
+
+def check_no_numbers(args: Arguments, number: int) -> None:
+    """Raises ValueError for a nested list of numbers, which would be constants of the program."""
+    for position, arg in enumerate(args):
+        if isinstance(arg, list) and _numbers_in(arg) > LONGEST_LIST:
+            raise ValueError(
+                f"calibration batch {number}, argument {position}: a list of {_numbers_in(arg)} "
+                "numbers is compiled into the program as constants, anew for every batch; pass an "
+                "array: np.asarray(batch)"
+            )
+
+
+def _hint(args: Arguments) -> str:
+    """What else may be wrong with a batch of several arguments."""
+    if len(args) < 2:
+        return ""
+    return (
+        f" (this tuple gives fn {len(args)} of them; if some are for training, labels say, leave "
+        "them out: ((x,) for x, y in loader))"
+    )
 
 
 def shared_arrays(params: PyTree) -> dict[str, str]:

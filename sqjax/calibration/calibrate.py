@@ -9,7 +9,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sqjax._trees import PyTree, check_arrays, check_finite
-from sqjax.calibration.analysis import Analyses, Arguments, Fn
+from sqjax.calibration.analysis import (
+    Analyses,
+    Arguments,
+    Fn,
+    check_no_numbers,
+    described,
+)
 from sqjax.calibration.proof import prove
 from sqjax.calibration.recorder import Recorder
 from sqjax.calibration.stats import FEW_TOKENS, Stats
@@ -117,7 +123,8 @@ def calibrate(
         for number, batch in enumerate(shown):
             recorder.record(which, _arguments(batch, number), number)
 
-    # Warn.
+    # Warn, and refuse what is no program.
+    analyses.check_repeatable()
     stats = recorder.stats()
     _warn_of_unreached(stats)
     return stats
@@ -127,15 +134,62 @@ def _one_iterable_each(
     fn: Fn | Sequence[Fn], batches: Iterable[Any]
 ) -> tuple[list[Fn], list[Iterable[Any]]]:
     """The functions, and the iterable of batches of each."""
-    if callable(fn):
-        return [fn], [batches]
+    if callable(fn) or hasattr(fn, "apply"):
+        function: Any = fn
+        _check_function(function)
+        _check_batches(batches)
+        return [function], [batches]
     functions, iterables = list(fn), list(batches)
+    for function in functions:
+        _check_function(function)
+    for iterable in iterables:
+        _check_batches(iterable)
     if len(functions) != len(iterables):
         raise ValueError(
             f"calibrate: {len(functions)} functions, but {len(iterables)} iterables of batches; "
             "pass one iterable of batches for each function"
         )
     return functions, iterables
+
+
+def _check_function(fn: Any) -> None:
+    """Raises ValueError for a model where its function is expected."""
+    kind = type(fn).__name__
+    if (
+        not isinstance(fn, type)
+        and hasattr(fn, "apply")
+        and hasattr(fn, "init")
+    ):
+        raise ValueError(
+            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
+            "lambda p, *batch: model.apply(p, *batch)"
+        )
+    modules = [base.__module__.partition(".")[0] for base in type(fn).__mro__]
+    if "transformers" in modules:
+        raise ValueError(
+            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
+            "lambda p, ids: model(ids, params=p).logits"
+        )
+    if "flax" in modules:
+        raise ValueError(
+            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
+            "sqjax.nnx.functional(model)'s function, or lambda p, *batch: model.apply(p, *batch)"
+        )
+
+
+def _check_batches(batches: Any) -> None:
+    """Raises ValueError for one batch where an iterable of batches is expected."""
+    if hasattr(batches, "shape") or isinstance(batches, Mapping | str):
+        raise ValueError(
+            f"calibrate: expected an iterable of batches, got one, of shapes {described(batches)}, "
+            "which would be walked row by row; did you mean [batch], a list of that one? (If each "
+            "row is a batch: list(batches))"
+        )
+    if batches is None or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"calibrate: expected an iterable of batches, got {type(batches).__name__}; pass a "
+            "list of them"
+        )
 
 
 def _open(batches: Iterable[Any]) -> tuple[Arguments, Iterable[Any]]:
@@ -151,6 +205,7 @@ def _open(batches: Iterable[Any]) -> tuple[Arguments, Iterable[Any]]:
 def _arguments(batch: Any, number: int) -> Arguments:
     """The arguments of fn after params that a batch stands for, checked for NaN and infinity."""
     args = batch if isinstance(batch, tuple) else (batch,)
+    check_no_numbers(args, number)
     # An additive mask holds -inf. Where that reaches a site, the activation is refused.
     check_finite(args, f"calibration batch {number}, input", but=-np.inf)
     return args

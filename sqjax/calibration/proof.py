@@ -16,6 +16,9 @@ from sqjax.folding.apply import expand, fold
 from sqjax.folding.graph import Graph, Group
 from sqjax.program.facts import Program
 
+#: Primitives that run the user's Python while the program runs.
+CALLBACKS = ("pure_callback", "io_callback")
+
 
 def prove(
     analysis: Analysis, params: PyTree, inputs: list[Any], graph: Graph
@@ -34,10 +37,18 @@ def prove(
     alone.
 
     Raises:
-        ValueError: the groups that pass one by one fail together.
+        ValueError: the groups that pass one by one fail together; or two runs on the same inputs
+            differ.
     """
     trial = Trial(analysis, params, inputs, graph)
-    if trial.passes(graph.groups):
+    calls_back = any(e.name in CALLBACKS for e in analysis.program.equations)
+    passes = trial.passes(graph.groups)
+    if not (passes and not calls_back) and not trial.repeats():
+        raise ValueError(
+            "calibrate: fn returned two different results on the same inputs (a callback that "
+            "draws or counts?), so nothing can be proved of it; pass what differs as an argument"
+        )
+    if passes:
         return graph
 
     sound = [group for group in graph.groups if trial.passes([group])]
@@ -91,6 +102,10 @@ class Trial:
         self._run = jax.jit(partial(_run_folded, analysis, graph))
         self._params, self._inputs = params, inputs
         self.expected = self._results(self.ones)
+
+    def repeats(self) -> bool:
+        """Whether a second run on the same inputs gives the same bits."""
+        return self.passes([])
 
     def passes(self, groups: Sequence[Group]) -> bool:
         """Whether the same bits come out with powers of two folded into these groups."""

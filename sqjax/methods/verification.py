@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sqjax._trees import PyTree, named_leaves
 from sqjax.program.facts import Program
-from sqjax.program.trace import trace
+from sqjax.program.repeatable import Repeated
+from sqjax.program.trace import Traced, is_array, trace
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.qtensor import tensor_type
-from sqjax.weights.quant_weight import weight_type
+from sqjax.weights.quant_weight import is_quantized, weight_type
 
 #: Largest relative error to accept of a right fold, by the coarsest precision of the program. In
 #: half precision rounding hides wrong folds: trust `calibrate`'s bitwise proof there.
@@ -21,6 +23,9 @@ TOLERANCES = {
     "bfloat16": 1e-1,
     "float16": 2e-2,
 }
+
+#: Below it an output counts as zeros.
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def verify(
@@ -40,17 +45,19 @@ def verify(
         inputs: one batch, as `fn` takes it after params.
         tolerance: the largest error to accept. By default that of a right fold in the coarsest
             precision that `fn` computes in: 1e-4 in float32, 1e-1 in bfloat16, 2e-2 in float16,
-            1e-5 in float64.
+            1e-5 in float64. Half precision may differ by more, if the same program in float32 says
+            that `after` is about as near to it as `before`.
 
     Returns:
-        The largest relative error: max |after - before| / max |before| of an output, of all outputs
-            the largest.
+        The largest error of an output: max |after - before| / max |before|. What is far larger than
+        the rest and the same in both (the -1e9 of a mask or of a padded vocabulary) is left out of
+        that maximum. Of an output of integers, the share that differs.
 
     Raises:
         ValueError: an output differs by more than the tolerance, or is not finite where it was; it
             names the output. After `smooth` alone this means that the fold is wrong for these
             inputs: please report that. After `quantize` it means that the scheme loses more than
-            you allow.
+            you allow. Or `fn` is another program each time it is called.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -60,33 +67,90 @@ def verify(
         >>> sq.verify(fn, params, smoothed, x) < 1e-6
         True
     """
+    repeated = Repeated(fn, before, inputs, weight_type, tensor_type)
+    repeated.check()
     run = jax.jit(lambda params: quantized(fn)(params, *inputs))
     paths, expected, _ = named_leaves(run(before))
     _, got, _ = named_leaves(run(after))
-    if tolerance is None:
-        tolerance = _tolerance(fn, before, inputs)
+    coarse = _coarsest(repeated.traced)
+    allowed = TOLERANCES[coarse] if tolerance is None else tolerance
 
-    worst = 0.0
+    errors = {}
     for path, a, b in zip(paths, expected, got, strict=True):
-        error = _relative_error(_as_float64(a), _as_float64(b))
-        worst = max(worst, error)
-        # Not "error > tolerance": NaN is no small error.
-        if not error <= tolerance:
-            raise ValueError(
-                f"verify: output {path or '(the array itself)'} differs by "
-                f"{error:.3g} > {tolerance:.3g}"
-            )
-    return worst
+        errors[path] = _error(a, b)
+    # Not "error > tolerance": NaN is no small error.
+    wrong = [path for path, error in errors.items() if not error <= allowed]
+    if wrong:
+        advice = _advice(after, coarse) if tolerance is None else ""
+        if tolerance is None and coarse in ("bfloat16", "float16"):
+            exact = _in_float32(fn, before, inputs)
+            if exact is not None:
+                was = max(map(_error, exact, expected))
+                now = max(map(_error, exact, got))
+                # A right fold rounds other numbers, but none more coarsely.
+                if now <= 2 * was:
+                    return max(errors.values())
+                advice += (
+                    f"; beside the same program in float32 it is off by {now:.3g}, and was by "
+                    f"{was:.3g} before: more than rounding"
+                )
+        path = wrong[0]
+        raise ValueError(
+            f"verify: output {path or '(the array itself)'} differs by "
+            f"{errors[path]:.3g} > {allowed:.3g}{advice}"
+        )
+    return max(errors.values(), default=0.0)
 
 
-def _tolerance(
-    fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]
-) -> float:
-    """The tolerance of the coarsest precision that a program computes in anywhere."""
-    traced, _ = trace(fn, params, inputs, {}, weight_type, tensor_type)
+def _advice(after: PyTree, coarse: str) -> str:
+    """What to do about a difference: a quantized tree needs a tolerance of its own."""
+    leaves = jax.tree.leaves(after, is_leaf=is_quantized)
+    if not any(map(is_quantized, leaves)):
+        return f", what a right fold may differ by in {coarse}"
+    return (
+        f", what a fold may differ by in {coarse}; but these parameters are quantized: say how "
+        "much they may lose, verify(..., tolerance=0.05). For the error site by site quantize one "
+        "at a time: {path: verify(fn, params, quantize(params, stats, {path: scheme}), *inputs, "
+        "tolerance=1.0) for path in ...}"
+    )
+
+
+def _coarsest(traced: Traced) -> str:
+    """The coarsest precision that a program computes in anywhere."""
     dtypes = {str(getattr(aval, "dtype", "")) for aval in Program(traced).avals}
-    known = [TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES]
-    return max(known, default=TOLERANCES["float32"])
+    known = [dtype for dtype in TOLERANCES if dtype in dtypes]
+    return max(known, key=TOLERANCES.__getitem__, default="float32")
+
+
+def _in_float32(
+    fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]
+) -> list[Any] | None:
+    """What a program in half precision returns in float32; None if it is not to be had so.
+
+    Where `fn` itself casts to half precision it is not, nor of quantized parameters.
+    """
+
+    def wide(x: Any) -> Any:
+        half = is_array(x) and x.dtype in (jnp.bfloat16, jnp.float16)
+        return jnp.asarray(x, jnp.float32) if half else x
+
+    if not all(map(is_array, jax.tree.leaves(params))):
+        return None
+    widened, arguments = jax.tree.map(wide, (params, inputs))
+    try:
+        traced, _ = trace(fn, widened, arguments, {})
+        if _coarsest(traced) in ("bfloat16", "float16"):
+            return None
+        return jax.tree.leaves(jax.jit(fn)(widened, *arguments))
+    except (TypeError, ValueError):  # fn takes no other dtypes
+        return None
+
+
+def _error(expected: Any, got: Any) -> float:
+    """How far one output is from another, relative to the size of the first."""
+    if not jnp.issubdtype(jnp.asarray(expected).dtype, jnp.inexact):
+        return float(np.mean(np.asarray(expected) != np.asarray(got)))
+    return _relative_error(_as_float64(expected), _as_float64(got))
 
 
 def _as_float64(x: Any) -> np.ndarray:
@@ -101,7 +165,7 @@ def _relative_error(expected: np.ndarray, got: np.ndarray) -> float:
     """max |got - expected| / max |expected|; infinity where one is finite and the other is not.
 
     The scale is that of the whole output, because single elements near 0 have large relative errors
-    for no reason.
+    for no reason. But it is the scale of what matters: see `_apart`.
     """
     finite = np.isfinite(expected)
     same_elsewhere = np.array_equal(
@@ -109,7 +173,29 @@ def _relative_error(expected: np.ndarray, got: np.ndarray) -> float:
     )
     if not same_elsewhere or not np.isfinite(got[finite]).all():
         return float("inf")
-    difference = np.max(np.abs(got - expected), where=finite, initial=0.0)
-    size = np.max(np.abs(expected), where=finite, initial=0.0)
+    size = np.abs(expected[finite])
+    difference = np.abs(got[finite] - expected[finite])
+    apart = _apart(size, difference)
+    parts = ((size[chosen], difference[chosen]) for chosen in (~apart, apart))
     # An output of zeros has no size: any difference is a large error, none is 0.
-    return float(difference / max(size, np.finfo(np.float32).tiny))
+    return max(
+        float(d.max(initial=0) / max(s.max(initial=0), TINY)) for s, d in parts
+    )
+
+
+def _apart(size: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    """The elements that are no measure for the others, because they are far larger.
+
+    These are constants of the program, like the -1e9 of a mask: more than 100 times the typical
+    element and the same in both runs. Or more than 10,000 times, and above 10,000 at all. The
+    typical one is the median of the sizes that occur, each counted once, because a constant may
+    fill most of an output.
+    """
+    step = -(-size.size // 100_000)
+    occurring = np.unique(size[::step])
+    occurring = occurring[occurring > 0]
+    if not occurring.size:
+        return np.zeros(size.shape, bool)
+    typical = float(np.median(occurring))
+    constant = (size > 100 * typical) & (difference == 0)
+    return constant | (size > max(1e4 * typical, 1e4))
