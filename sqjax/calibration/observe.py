@@ -130,9 +130,7 @@ def observe(
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
     for place in places:
-        measurement = measured[place.activation][
-            _probe(program, place, histogram)
-        ]
+        measurement = measured[place.activation][_probe(place, histogram)]
         along = differing.get(place.activation, frozenset())
         seen = _as_channels(program, place, measurement, along)
         sizes = _sizes_of_experts(program, place)
@@ -158,16 +156,15 @@ def _probes(analysis: Analysis, histogram: bool) -> dict[Var, set[Probe]]:
     """{activation: what to measure of it}: sites that share one mostly share the probe too."""
     probes: dict[Var, set[Probe]] = {}
     for place in analysis.places:
-        probe = _probe(analysis.program, place, histogram)
+        probe = _probe(place, histogram)
         probes.setdefault(place.activation, set()).add(probe)
     for key in analysis.keys:
         probes.setdefault(key.activation, set()).add(Probe(key.axes))
     return probes
 
 
-def _probe(program: Program, place: Place, histogram: bool) -> Probe:
-    activation, _ = sides_of(program, place.equation)
-    return Probe(place.axes, len(activation.batch), histogram)
+def _probe(place: Place, histogram: bool) -> Probe:
+    return Probe(place.axes, place.batch, histogram)
 
 
 def _measure_all(

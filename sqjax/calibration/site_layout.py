@@ -166,6 +166,6 @@ def _parts(
         if (
             axis not in scanned
         ):  # a scan takes one index at a time: within a step nothing remains
-            yield Part(i, view.shape[axis], own=axis not in picked)
+            yield Part(i, place.block[i], own=axis not in picked)
     for i, size in enumerate(tail, start=kept):
         yield Part(i, size, own=True)

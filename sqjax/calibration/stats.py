@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from sqjax._trees import is_concrete, is_float
 from sqjax.folding.graph import Graph, Site
+from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
 
@@ -248,15 +249,22 @@ def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
     Example: a leaf of shape (3 layers, 8 inputs, 5 outputs) that is contracted along its axis 1
     gives (3, 8).
     """
-    return _absmax_along(leaf, site.channel_axes)
+    return _absmax_of(leaf, leaf_channels(site))
 
 
 def weight_absmaxes(
     sites: Iterable[Site], leaves: Mapping[str, Any]
 ) -> dict[str, Array]:
     """{site: `weight_absmax` of its leaf}, all by one compiled program."""
-    kept = tuple((site.path, site.channel_axes) for site in sites)
-    return _absmaxes_along({path: leaves[path] for path, _ in kept}, kept)
+    kept = tuple((site.path, leaf_channels(site)) for site in sites)
+    return _absmaxes_of({path: leaves[path] for path, _ in kept}, kept)
+
+
+def leaf_channels(site: Site) -> Channels:
+    """Where the channels of a site are in its leaf."""
+    if site.kernel is None:
+        return Channels(site.channel_axes)
+    return Channels(site.channel_axes, site.kernel.groups, site.kernel.outputs)
 
 
 def leaf_sizes(leaves: Mapping[str, Any]) -> dict[str, Array]:
@@ -279,16 +287,12 @@ def _sizes(leaves: dict[str, Array]) -> dict[str, Array]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _absmaxes_along(
-    leaves: dict[str, Array], kept: tuple[tuple[str, tuple[int, ...]], ...]
+def _absmaxes_of(
+    leaves: dict[str, Array], kept: tuple[tuple[str, Channels], ...]
 ) -> dict[str, Array]:
-    return {path: _absmax_along(leaves[path], axes) for path, axes in kept}
+    return {path: _absmax_of(leaves[path], where) for path, where in kept}
 
 
 @partial(jax.jit, static_argnums=1)
-def _absmax_along(x: ArrayLike, kept: tuple[int, ...]) -> Array:
-    """max |x| over all axes but `kept`, which come in that order."""
-    magnitude = jnp.abs(x).astype(jnp.float32)
-    kept_first = jnp.moveaxis(magnitude, kept, range(len(kept)))
-    others = tuple(range(len(kept), kept_first.ndim))
-    return jnp.max(kept_first, axis=others)
+def _absmax_of(leaf: ArrayLike, channels: Channels) -> Array:
+    return channel_absmax(jnp.asarray(leaf), channels)

@@ -115,6 +115,21 @@ def _wrong_dtypes(weight: QuantWeight) -> str | None:
     return None
 
 
+def _own_of_smoothing(
+    weight: QuantWeight, inner: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The axes of one matrix's s: those of its contracted channels, `inner`.
+
+    A convolution's kernel has an entry for every channel of the image and none for the taps of its
+    window: for inner (3, 3, 64) it is (1, 1, 64), in 2 groups (1, 1, 128), and the outputs' number
+    where it is depthwise, with inner (3, 3, 1).
+    """
+    *ones, channels = tuple(weight.smoothing.shape)[-len(inner) :] or (0,)
+    fits = any(size and channels % size == 0 for size in inner)
+    of_kernel = len(inner) > 1 and ones == [1] * (len(inner) - 1)
+    return (*ones, channels) if of_kernel and fits else inner
+
+
 def _wrong_shapes(weight: QuantWeight) -> str | None:
     """Beside the tensor every array has the first axes of a stack, then axes of its own.
 
@@ -123,10 +138,12 @@ def _wrong_shapes(weight: QuantWeight) -> str | None:
     sizes = tuple(weight.tensor.values.shape)
     first = len(sizes) - weight.contracted
     outer, inner = sizes[:first], sizes[first:]
-    expected = [
+    expected: list[tuple[str, Any, tuple[int, ...]]] = [
         ("input_scale", weight.input_scale, ()),
-        ("smoothing", weight.smoothing, inner),
     ]
+    if weight.smoothing is not None:
+        own = _own_of_smoothing(weight, inner)
+        expected.append(("smoothing", weight.smoothing, own))
     if weight.outliers is not None:
         channels, rows = weight.outliers
         expected.append(("channels", channels, tuple(channels.shape[-1:])))

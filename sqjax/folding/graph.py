@@ -38,6 +38,21 @@ class LabelMap(NamedTuple):
         return np.frombuffer(self.data, np.int32).reshape(self.shape)
 
 
+class Kernel(NamedTuple):
+    """What a site's leaf is that is the kernel of a convolution.
+
+    Attributes:
+        summed: its axes that the convolution sums over: the window, and the input channels.
+        groups: in how many groups the channels are, each with outputs of its own; 1 also where
+            every output reads one channel (depthwise) and the channels are counted as outputs.
+        outputs: the axis of all groups' outputs; of no meaning without groups.
+    """
+
+    summed: tuple[int, ...]
+    groups: int = 1
+    outputs: int = -1
+
+
 class Site(NamedTuple):
     """A leaf that an activation is multiplied with.
 
@@ -46,15 +61,25 @@ class Site(NamedTuple):
         axes: its contracted axes.
         channels: the sizes of `batch`, then of `axes`: the shape of the site's statistics.
         batch: its axes that hold one matrix each: layers that a scan runs over, experts.
+        kernel: what it is as the kernel of a convolution; None for a matmul. `axes` is then the
+            axis of the channels alone, and in groups `channels` counts those of all groups.
 
-    Example: a stack of weights of shape (layers, experts, inputs, outputs) = (2, 3, 4, 5), each
-    multiplied as x @ w, is the site with `axes` (2,), `channels` (2, 3, 4) and `batch` (0, 1).
+    Examples: a stack of weights of shape (layers, experts, inputs, outputs) = (2, 3, 4, 5), each
+    multiplied as x @ w, is the site with `axes` (2,), `channels` (2, 3, 4) and `batch` (0, 1). A
+    kernel (3, 3, 64, 128) over images of 64 channels has `axes` (2,), `channels` (64,) and a
+    `kernel` with `summed` (0, 1, 2). A depthwise kernel (3, 3, 1, 64) has `axes` (3,).
     """
 
     path: str
     axes: tuple[int, ...]
     channels: tuple[int, ...]
     batch: tuple[int, ...] = ()
+    kernel: Kernel | None = None
+
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """The axes along which the leaf's elements share a quantizer's scale."""
+        return self.axes if self.kernel is None else self.kernel.summed
 
     @property
     def channel_axes(self) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ class Stack(NamedTuple):
         )
         read = np.broadcast_to(-take_axes(activation, place.axes), read_shape)
         # Axes of the leaf that are seen at one index (a layer of a stack) come first, with size 1.
-        block = sizes_along(view.shape, axes)
+        block = place.block
         taken = len(view.taken)
         read = read.reshape((1,) * taken + block[taken:])
         own = _repeated(read, block, channels)

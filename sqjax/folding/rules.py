@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sqjax.folding import labels as lab
+from sqjax.folding.convolution_rules import convolve, pool
 from sqjax.folding.labels import Labels
 from sqjax.folding.moves import MOVES, UNDO
 from sqjax.folding.search import Closure, Refused, Rule
@@ -26,6 +27,7 @@ from sqjax.program.build import Atom, Equation
 from sqjax.program.primitives import (
     COMPARISONS,
     IDENTITIES,
+    POOLINGS,
     REDUCTIONS,
     SUMS_AND_MAXIMA,
 )
@@ -347,4 +349,6 @@ RULES: dict[str, Rule] = {
     "div": _divide,
     "dot_general": _dot,
     "ragged_dot_general": _dot,
+    "conv_general_dilated": convolve,
+    **dict.fromkeys(POOLINGS, pool),
 }

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax._shapes import sizes_along
+from sqjax.folding.convolutions import Convolution
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
@@ -17,6 +18,8 @@ from sqjax.program.views import View
 
 #: The matmuls that can be sites.
 MATMULS = ("dot_general", "ragged_dot_general")
+#: A convolution of an activation with a leaf is a site too.
+CONVOLUTION = "conv_general_dilated"
 
 
 class Place(NamedTuple):
@@ -29,6 +32,7 @@ class Place(NamedTuple):
         axes: the activation's batch and contracted axes, in the order of the leaf's. Along these it
             has the site's channels, but for the steps of scans around it.
         view: how the matmul sees the leaf.
+        batch: how many of `axes`, the first ones, are batch axes.
 
     Example: scores = einsum("tec,ecf->tef", x, w) of 8 tokens and 3 experts with 4 channels is a
     place of the site w with `batch` (0,), `axes` (1,) and `channels` (3, 4); its activation is x,
@@ -40,6 +44,15 @@ class Place(NamedTuple):
     activation: Var
     axes: tuple[int, ...]
     view: View
+    batch: int = 0
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The sizes of the site's channel axes at one step of a scan, on one device."""
+        sizes = sizes_along(self.view.shape, self.site.channel_axes)
+        kernel = self.site.kernel
+        groups = 1 if kernel is None else kernel.groups
+        return (*sizes[:-1], sizes[-1] * groups)
 
     @property
     def entry(self) -> tuple[Any, ...]:
@@ -112,8 +125,9 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     refused: dict[str, str] = {}
     in_loops: dict[str, str] = {}
     for equation in program.equations:
-        if equation.name in MATMULS:
-            found, reasons = _of_matmul(program, equation)
+        if equation.name in MATMULS or equation.name == CONVOLUTION:
+            of = _of_convolution if equation.name == CONVOLUTION else _of_matmul
+            found, reasons = of(program, equation)
             places += found
             refused.update(reasons)
             continue
@@ -160,14 +174,9 @@ def _place(
     activation: Var,
 ) -> Place | str:
     """A leaf's matmul as a `Place`, or why it is none."""
-    if leaf in program.offsets:
-        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
-    view = program.views.get(leaf)
-    if view is None:
-        maker = program.maker.get(program.scanned.get(leaf, leaf))
-        if maker is None:
-            return f"{equation} multiplies it in {program.avals[leaf].dtype}"
-        return f"{equation} multiplies what {maker} makes of it"
+    view = _view_of(program, equation, leaf)
+    if isinstance(view, str):
+        return view
 
     # The leaf's axes, and the activation's that meet them, in the order of the leaf.
     own_batch, its_batch = _in_order(view, me.batch, other.batch)
@@ -178,18 +187,51 @@ def _place(
     if batch is None or not axes:
         maker = program.maker.get(leaf)
         return f"{equation} contracts parts or mixtures of its axes (through {maker})"
+    # The layers that scans run over, or the index of one of them, are batch axes too.
+    batch = (*(taken.axis for taken in view.taken), *batch)
+    channels = sizes_along(view.full_shape, (*batch, *axes))
+    site = Site(view.path, axes, channels, batch)
+    its_axes = its_batch + its_contracted
+    return Place(site, equation, activation, its_axes, view, len(its_batch))
+
+
+def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
+    """How a product sees a leaf, or why what it multiplies is none."""
+    if leaf in program.offsets:
+        return f"{equation} multiplies {program.offsets[leaf]:g} + it"
+    view = program.views.get(leaf)
+    if view is None:
+        maker = program.maker.get(program.scanned.get(leaf, leaf))
+        if maker is None:
+            return f"{equation} multiplies it in {program.avals[leaf].dtype}"
+        return f"{equation} multiplies what {maker} makes of it"
     # An index into a sharded axis picks another matrix on every device.
     sharded = {block.axis for block in view.blocks}
     if not sharded.isdisjoint(taken.axis for taken in view.fixed):
         return (
             f"{equation} multiplies another one of its matrices on every device"
         )
+    return view
 
-    # The layers that scans run over, or the index of one of them, are batch axes too.
-    batch = (*(taken.axis for taken in view.taken), *batch)
-    channels = sizes_along(view.full_shape, (*batch, *axes))
-    site = Site(view.path, axes, channels, batch)
-    return Place(site, equation, activation, its_batch + its_contracted, view)
+
+def _of_convolution(
+    program: Program, equation: Equation
+) -> tuple[list[Place], dict[str, str]]:
+    """The place of a convolution (none, or one), and {leaf: why it is no site here}."""
+    image, leaf = equation.inputs
+    if not program.is_activation(image):
+        return [], dict(_not_looked_into(program, equation))
+    if not program.is_of_leaves(leaf):
+        return [], dict(_picked(program, equation, leaf, image))
+    found = _view_of(program, equation, leaf)
+    convolution = Convolution.of(program, equation)
+    if isinstance(found, View):
+        site = convolution.site(found)
+        if isinstance(site, Site):
+            axes = (convolution.channels,)
+            return [Place(site, equation, image, axes, found)], {}
+        found = site
+    return [], dict.fromkeys(program.leaves_behind(leaf), f"{found}")
 
 
 def _in_order(
@@ -228,8 +270,8 @@ def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
     )  # while, cond, custom kernels
     if opaque:
         why = f"{equation} reads it, and is not looked into: not calibrated, it stays float"
-    elif equation.name == "conv_general_dilated":
-        why = f"{equation} is a convolution: it stays float"
+    elif equation.name == CONVOLUTION:
+        why = f"{equation} convolves it, but not as a kernel: it stays float"
     else:
         return {}
     read = program.from_leaves.intersection(equation.inputs)

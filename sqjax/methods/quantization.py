@@ -16,11 +16,13 @@ from jaxtyping import Array
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, is_concrete, map_named
 from sqjax.calibration.calibrate import calibrate
-from sqjax.calibration.stats import Stats
+from sqjax.calibration.stats import Stats, leaf_channels, weight_absmax
 from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.methods.described import check_leaves
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
+from sqjax.numerics.smoothing import smoothing_scales
+from sqjax.weights.convolution import quantize_kernel
 from sqjax.weights.quantize import measured, named, quantize_weight
 from sqjax.weights.schemes import W8A8, Indices, Scheme, Static
 
@@ -218,13 +220,12 @@ def _quantized_leaf(
     """
     leaf = jnp.asarray(leaf)
     absmax: Any = stats.absmax[site.path] if scheme.measured else None
+    if site.kernel is not None:
+        return _quantized_kernel(leaf, site, scheme, stats, absmax, folded)
     beside = measured(
         site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
     )
-    if isinstance(scheme.activation, Static):
-        absmax = _lent(absmax, site, stats, folded)
-        if scheme.needs_histogram:
-            absmax = _range_or(absmax, site, scheme.activation, stats)
+    absmax = _covered(absmax, site, scheme, stats, folded)
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -238,12 +239,46 @@ def _quantized_leaf(
         )
 
 
+def _covered(
+    absmax: Any, site: Site, scheme: Scheme, stats: Stats, folded: Array | None
+) -> Any:
+    """What a static range shall cover: the absmax, or the range that the scheme takes from the
+    histogram; other schemes take the absmax as it is.
+    """
+    if not isinstance(scheme.activation, Static):
+        return absmax
+    absmax = _lent(absmax, site, stats, folded)
+    if scheme.needs_histogram:
+        return _range_or(absmax, site, scheme.activation, stats)
+    return absmax
+
+
 def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
     """The range of each matrix from its histogram; from the absmax where few tokens are in it."""
     found = stats.input_range(site.path, how.range, how.fmt)
     largest = jnp.max(absmax, axis=site.feature_axes)
     enough = stats.trust(site).min(axis=site.feature_axes) == 1
     return jnp.where(enough & (found > 0), found, largest)
+
+
+def _quantized_kernel(
+    leaf: Array,
+    site: Site,
+    scheme: Scheme,
+    stats: Stats,
+    absmax: Any,
+    folded: Array | None,
+) -> Any:
+    """The kernel of a convolution, with what its scheme takes from the statistics."""
+    s = None
+    if scheme.smoothing is not None:
+        largest = weight_absmax(site, leaf)
+        s = smoothing_scales(absmax, largest, scheme.smoothing)
+    absmax = _covered(absmax, site, scheme, stats, folded)
+    with named(site.path):
+        return quantize_kernel(
+            leaf, site.summed, leaf_channels(site), scheme, absmax, s
+        )
 
 
 def smoothquant(

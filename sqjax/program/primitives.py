@@ -46,3 +46,6 @@ COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
 #: Sums and maxima over whole axes, and running ones along an axis.
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
 RUNNING = ("cumsum", "cummax", "cummin")
+
+#: Sums and maxima under a window that moves over an array.
+POOLINGS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")

@@ -143,10 +143,18 @@ def _with_batch_axes(
         # One scale for all matrices stays a scalar, however many batch axes there are.
         return scale.reshape(batch) if scale.ndim else scale
 
+    def of_channels(smoothing: Any) -> Any:
+        # A convolution's s has an entry for every channel, but none for the taps of its window.
+        own = smoothing.shape[smoothing.ndim - weight.contracted :]
+        if math.prod(own) == math.prod(channels):
+            return smoothing.reshape(*batch, *channels)
+        ones = (1,) * (contracted - 1)
+        return smoothing.reshape(*batch, *ones, own[-1])
+
     changed = weight.with_tensor(
         tensor,
         input_scale=of_matrices,
-        smoothing=lambda x: x.reshape(*batch, *channels),
+        smoothing=of_channels,
         channels=lambda x: x.reshape(*batch, x.shape[-1]),
         outlier_weight=lambda x: x.reshape(*outer, x.shape[-1]),
     )

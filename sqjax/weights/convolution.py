@@ -7,11 +7,12 @@ result back into the caller's layout.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sqjax.numerics.channels import Channels, spread_channels
 from sqjax.numerics.convolution import Kernel, Window, convolution
 from sqjax.numerics.dots import LONGEST_CONTRACTION
 from sqjax.weights.qtensor import QTensor
@@ -19,38 +20,13 @@ from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import quantize_weight
 from sqjax.weights.schemes import Scheme
 
-
-class KernelAxes(NamedTuple):
-    """What the axes of a convolution's kernel are.
-
-    Attributes:
-        inputs: the axis of the input channels (of one group's, where there are groups).
-        outputs: the axis of the output channels, whose scales are their own.
-        window: the axes of the window.
-        groups: how many groups of channels there are.
-        batch: axes that hold one kernel each (layers that a scan runs over).
-
-    Example: a Flax kernel (3, 3, 64, 128) has the inputs 2, the outputs 3, the window (0, 1).
-    """
-
-    inputs: int
-    outputs: int
-    window: tuple[int, ...]
-    groups: int = 1
-    batch: tuple[int, ...] = ()
-
-    @property
-    def summed(self) -> tuple[int, ...]:
-        """The axes that a convolution sums over, ascending: they share a scale."""
-        return tuple(sorted((self.inputs, *self.window)))
-
-
 # Quantizing ---------------------------------------------------------------------------------------
 
 
 def quantize_kernel(
     kernel: Float[Array, "..."],
-    axes: KernelAxes,
+    summed: tuple[int, ...],
+    channels: Channels,
     scheme: Scheme,
     absmax: Float[Array, "..."] | None = None,
     smoothing: Float[Array, "..."] | None = None,
@@ -58,11 +34,13 @@ def quantize_kernel(
     """A convolution's kernel, quantized: a scale for every output channel.
 
     Args:
-        kernel: float.
-        axes: what its axes are.
+        kernel: float, for example Flax's (*window, inputs, outputs).
+        summed: the axes that the convolution sums over, all but that of the outputs: they share a
+            scale.
+        channels: where the image's channels are in it; the axes before those of the channels hold
+            one kernel each (layers that a scan runs over).
         scheme: how.
-        absmax: max |X_j| of every channel of the image, (*batch, channels), for static schemes. In
-            groups these are more channels than the kernel has inputs.
+        absmax: max |X_j| of every channel of the image, (*batch, channels), for static schemes.
         smoothing: s of every channel, (*batch, channels), for smoothing at run time: the kernel is
             multiplied by s here, and the image divided by it.
 
@@ -74,62 +52,18 @@ def quantize_kernel(
             "outlier channels are for matmuls, and this is a convolution's kernel; give it a "
             f"scheme without outliers: {scheme.replace(outliers=None)!r}"
         )
+    batch = channels.axes[:-1]
     if smoothing is None:
-        return quantize_weight(
-            kernel, axes.summed, scheme, absmax, batch=axes.batch
-        )
+        return quantize_weight(kernel, summed, scheme, absmax, batch=batch)
     s = smoothing.astype(jnp.float32)
-    smoothed = kernel.astype(jnp.float32) * along_kernel(s, axes, kernel)
+    smoothed = kernel.astype(jnp.float32) * spread_channels(s, channels, kernel)
     seen = None if absmax is None else absmax / s
-    weight = quantize_weight(
-        smoothed, axes.summed, scheme, seen, batch=axes.batch
-    )
+    weight = quantize_weight(smoothed, summed, scheme, seen, batch=batch)
     tensor = replace(weight.tensor, dtype=kernel.dtype)
-    # As many axes as are stored for the sum, so that what counts axes from the end fits.
-    stacked = len(axes.batch)
-    sizes = [1] * len(axes.summed)
-    sizes[axes.summed.index(axes.inputs)] = s.shape[-1]
-    own = s.reshape(*s.shape[:stacked], *sizes)
+    # As many axes as are stored for the sum, because what slices a stack counts them from the end.
+    ones = (1,) * (len(summed) - 1)
+    own = s.reshape(*s.shape[:-1], *ones, s.shape[-1])
     return replace(weight, tensor=tensor, smoothing=own)
-
-
-def along_kernel(
-    channels: Float[Array, "..."], axes: KernelAxes, kernel: Any
-) -> Float[Array, "..."]:
-    """Numbers of every channel, (*batch, channels), in a shape that broadcasts against the kernel.
-
-    Example: 4 channels in 2 groups, a kernel (3, 3, 2, 6): outputs 0, 1, 2 read the channels 0, 1
-    and the others 2, 3. So [a, b, c, d] becomes (1, 1, 2, 6), [[a, a, a, c, c, c], [b, b, b, d, d,
-    d]].
-    """
-    lead = channels.shape[: len(axes.batch)]
-    outputs = kernel.shape[axes.outputs]
-    by_group = channels.reshape(*lead, axes.groups, -1)
-    of_inputs = jnp.moveaxis(by_group, -2, -1)
-    if axes.groups > 1:
-        of_inputs = jnp.repeat(of_inputs, outputs // axes.groups, axis=-1)
-    # (*batch, inputs, outputs); then the window's axes, and all of them to their places.
-    spread = of_inputs.reshape(*of_inputs.shape, *[1] * len(axes.window))
-    places = (*axes.batch, axes.inputs, axes.outputs, *axes.window)
-    return jnp.moveaxis(spread, range(spread.ndim), places)
-
-
-def channel_absmax(
-    kernel: Float[Array, "..."], axes: KernelAxes
-) -> Float[Array, "*batch channels"]:
-    """max |W_j| over all that meets channel j of the image: float32.
-
-    Example: of a depthwise kernel (3, 3, 1, 8) the 8 maxima over the window.
-    """
-    places = (*axes.batch, axes.outputs, axes.inputs, *axes.window)
-    magnitude = jnp.abs(kernel).astype(jnp.float32).transpose(places)
-    stacked = len(axes.batch)
-    lead, inputs = magnitude.shape[:stacked], magnitude.shape[stacked + 1]
-    by_group = magnitude.reshape(
-        *lead, axes.groups, -1, inputs, *[kernel.shape[a] for a in axes.window]
-    )
-    others = (stacked + 1, *range(stacked + 3, by_group.ndim))
-    return jnp.max(by_group, axis=others).reshape(*lead, -1)
 
 
 # Running ------------------------------------------------------------------------------------------

@@ -636,9 +636,9 @@ def vision_transformer():
         (8, [f"{block}/norm_2/bias", f"{block}/norm_2/scale"], [f"{block}/fc1/kernel"]),
         (8, ["params/norm/bias", "params/norm/scale"], ["params/head/kernel"]),
     ]
-    refused = {"params__patches__kernel": "convolution", "params__block__fc2__kernel": "`"}
+    refused = {"params__patches__kernel": "input", "params__block__fc2__kernel": "`"}
     return case(
-        module.apply, params, (images,), (normal(1, 8, 8, 3, seed=1),), groups, 7, **refused
+        module.apply, params, (images,), (normal(1, 8, 8, 3, seed=1),), groups, 8, **refused
     )
 
 

@@ -7,7 +7,7 @@ outputs and a wrong one changes many.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,7 +18,7 @@ import pytest
 from dags import Dag, Step, evaluate, function
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_programs import numbers, random_dag
+from random_programs import numbers, random_dag, random_image_dag
 
 import sqjax as sq
 from sqjax.folding import groups as grouping
@@ -33,8 +33,8 @@ from sqjax.program.trace import trace
 PROGRAMS, TAPE = 1200, 200
 
 
-def drawn(seed: int, number: int) -> Dag:
-    return random_dag(np.random.default_rng([seed, number]).integers(0, 2**16, TAPE))
+def drawn(seed: int, number: int, draw: Callable[..., Dag] = random_dag) -> Dag:
+    return draw(np.random.default_rng([seed, number]).integers(0, 2**16, TAPE))
 
 
 def program_of(dag: Dag) -> Program:
@@ -122,13 +122,16 @@ def check_sites(
         run(dag, dag.leaves, other_inputs(dag)),
     ]
     for old, new, other in zip(*runs, strict=True):
-        for me in (0, 1) if old.op == "dot" else ():
+        for me in {"dot": (0, 1), "conv": (1,)}.get(old.op, ()):
             site = sites.get(named.get(id(old.operands[me]), ""))
             if site is None or same(old.operands[1 - me], other.operands[1 - me]):
                 continue  # no site, or no activation
-            axes = [
-                axis for pair in old.params for axis in zip(pair[me], pair[1 - me], strict=True)
-            ]
+            if old.op == "dot":
+                axes = [
+                    axis for pair in old.params for axis in zip(pair[me], pair[1 - me], strict=True)
+                ]
+            else:  # the channels' axis of the image, whichever of the kernel's counts them
+                axes = [(site.axes[0], old.params[0][0][1])]
             factors = (
                 np.concatenate([[1.0], s])[dict(group.sites)[site.path].array]
                 if site.path in dict(group.sites)
@@ -181,13 +184,13 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
 # The bulk run -------------------------------------------------------------------------------------
 
 
-def survey(seed: int, count: int) -> Counter:
+def survey(seed: int, count: int, draw: Callable[..., Dag] = random_dag) -> Counter:
     """Checks `count` programs; how many groups and sites there were, and how many groups reached
     each operation.
     """
     tally: Counter = Counter()
     for number in range(count):
-        dag = drawn(seed, number)
+        dag = drawn(seed, number, draw)
         graph = find_graph(Survey.of(program_of(dag), {}))
         groups = check(dag, graph, np.random.default_rng([seed, number, 1]))
         tally.update(groups=len(groups), sites=len(graph.sites), refused=len(graph.refused))
@@ -249,6 +252,20 @@ def test_every_fold_of_a_random_program_is_exact():
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
 
 
+def test_every_fold_around_convolutions_is_exact():
+    tally = survey(7, 40, random_image_dag)
+    assert tally["groups"] >= 20
+    assert tally["conv"] >= 20
+    assert tally["pool"] >= 2
+
+
+@pytest.mark.slow
+def test_every_fold_around_many_convolutions_is_exact():
+    tally = survey(8, 1000, random_image_dag)
+    assert tally["conv"] >= 600
+    assert tally["pool"] >= 40
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 2**16 - 1), max_size=TAPE))
 def test_every_fold_of_a_program_that_can_shrink_is_exact(tape):
@@ -265,8 +282,9 @@ def test_numpy_and_jax_agree_on_the_programs():
     are few.
     """
     agree = 0
-    for number in range(50):
-        dag = drawn(1, number)
+    draws = [random_dag] * 50 + [random_image_dag] * 30
+    for number, draw in enumerate(draws):
+        dag = drawn(1, number, draw)
         expected = run(dag, dag.leaves, dag.inputs)[-1].operands
         with jax.enable_x64(True):
             got = jax.jit(function(dag))(dag.leaves, *dag.inputs)
@@ -283,7 +301,7 @@ def test_numpy_and_jax_agree_on_the_programs():
         )
         assert close, dag
         agree += close
-    assert agree == 50
+    assert agree == len(draws)
 
 
 def is_number(x: object) -> bool:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from convolutions_in_numpy import convolve
 from jax import lax
 
 
@@ -151,6 +152,39 @@ def _cumulative(numpy_op):
     return run
 
 
+def _conv(params, x, w):
+    """A convolution in any layout: to channels last, and back."""
+    (of_x, of_w, of_y), strides, padding, groups = params
+    images = x.transpose(of_x[0], *of_x[2:], of_x[1])
+    kernel = w.transpose(*of_w[2:], of_w[1], of_w[0])
+    ones = (1,) * len(strides)
+    y = convolve(images, kernel, strides, padding, ones, ones, groups)
+    return np.moveaxis(y, range(y.ndim), (of_y[0], *of_y[2:], of_y[1])).copy()
+
+
+def _lax_conv(params, x, w):
+    specs, strides, padding, groups = params
+    numbers = lax.ConvDimensionNumbers(*specs)
+    return lax.conv_general_dilated(
+        x, w, strides, padding, dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def _pool(params, x):
+    """Maxima or sums under a window; the padding is -inf or 0."""
+    how, sizes, strides, padding = params
+    wide = np.pad(x, padding, constant_values=-np.inf if how == "max" else 0.0)
+    windows = np.lib.stride_tricks.sliding_window_view(wide, sizes)
+    kept = windows[tuple(slice(None, None, stride) for stride in strides)]
+    return getattr(kept, how)(tuple(range(x.ndim, 2 * x.ndim)))
+
+
+def _lax_pool(params, x):
+    how, *where = params
+    start, by = (-jnp.inf, lax.max) if how == "max" else (0.0, lax.add)
+    return lax.reduce_window(x, np.asarray(start, x.dtype), by, *where)
+
+
 #: Every operation in NumPy and in JAX, called as f(params, *operands).
 OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "neg": (lambda _, x: -x, lambda _, x: lax.neg(x)),
@@ -201,6 +235,8 @@ OPERATIONS: dict[str, tuple[Callable, Callable]] = {
     "reduce_max": (lambda a, x: x.max(a), lambda a, x: jnp.max(x, a)),
     "reduce_min": (lambda a, x: x.min(a), lambda a, x: jnp.min(x, a)),
     "dot": (_einsum, lambda d, x, y: lax.dot_general(x, y, d)),
+    "conv": (_conv, _lax_conv),
+    "pool": (_pool, _lax_pool),
     "gather": (
         lambda a, x, ids: np.take(x, ids, a),
         lambda a, x, ids: jnp.take(x, ids, a, mode="clip"),

@@ -337,6 +337,42 @@ def matmul(b: Builder, v: int) -> int:
     return b.add("dot", w, v, params=((places[0], contracted), (places[1], batch)))
 
 
+def convolution(b: Builder, v: int) -> int:
+    """v, as images with channels last or first, and a kernel of leaves: plain, depthwise, in
+    groups.
+    """
+    shape, tape = b.shape(v), b.tape
+    if len(shape) < 3:
+        raise Rejected
+    last = len(shape) - 1
+    of_image = (0, last, *range(1, last)) if tape(3) else tuple(range(last + 1))
+    channels = shape[of_image[1]]
+    groups = tape.pick([1, channels, *(g for g in (2, 3) if channels % g == 0), 1])
+    outputs = groups * tape.pick([1, 2, 2] if groups > 1 else [4, 2, 3])
+    window = [1 + tape(min(shape[a], 2)) for a in of_image[2:]]
+    kernel = [*window, channels // groups, outputs]
+    of_kernel = (last, last - 1, *range(last - 1))
+    if tape(3) == 2:  # (outputs, inputs, *window)
+        kernel, of_kernel = [outputs, channels // groups, *window], tuple(range(last + 1))
+    of_result = of_image if tape(4) else tuple(reversed(of_image))
+    strides = tuple(1 + (tape(3) == 2) for _ in window)
+    padding = tuple(tape.pick([(0, 0), (1, 0), (1, 1)]) for _ in window)
+    specs = of_image, of_kernel, of_result
+    return b.add("conv", v, b.weight(kernel), params=(specs, strides, padding, groups))
+
+
+def pool(b: Builder, v: int) -> int:
+    """Maxima or sums under a window along one or two axes."""
+    shape, tape = b.shape(v), b.tape
+    if not shape:
+        raise Rejected
+    axes = {tape(len(shape)), tape(len(shape))}
+    sizes = tuple(min(2, n) if a in axes else 1 for a, n in enumerate(shape))
+    strides = tuple(1 + tape(2) if a in axes else 1 for a in range(len(shape)))
+    padding = tuple((tape(2), 0) if n > 1 else (0, 0) for n in sizes)
+    return b.add("pool", v, params=(tape.pick(["max", "sum"]), sizes, strides, padding))
+
+
 def two_matmuls(b: Builder, v: int) -> int:
     """Two sites that read one activation, put together: a gate, a sum, or attention scores."""
     x, y = matmul(b, v), matmul(b, v)
@@ -752,3 +788,17 @@ def random_dag(numbers_: Iterable[int]) -> Dag:
         if _is_float(x) and b.nodes[k].op not in ("leaf", "input", "constant")
     ]
     return b.finish([v, *([tape.pick(seen[::-1])] if seen and tape(8) == 7 else [])])
+
+
+def random_image_dag(numbers_: Iterable[int]) -> Dag:
+    """The same of images: convolutions and pooling among all the rest."""
+    tape = Tape(numbers_)
+    shape = tape.pick([(1, 3, 4), (2, 3, 2, 4), (1, 4, 2, 3), (2, 4, 6), (1, 2, 3, 4)])
+    b = Builder(tape, [numbers(11, size=shape), np.array([1, 0], np.int32)])
+    v = b.inputs[0]
+    for _ in range(1 + tape(3)):
+        v = b.step([*PRODUCERS, (8, convolution)], v)
+        for _ in range(tape(3)):
+            v = b.step([*OUTER, (12, leaky), (24, pool), (4, convolution)], v)
+        v = b.step(AFTER, b.step([*MATMULS, (16, convolution)], v))
+    return b.finish([v])

@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.convolution import EXACT_IN_FLOAT32, Window, convolve
-from sqjax.weights.convolution import (
-    KernelAxes,
-    channel_absmax,
-    quantize_kernel,
-    quantized_convolution,
-)
+from sqjax.weights.convolution import quantize_kernel, quantized_convolution
 from sqjax.weights.qtensor import dequantize
 from sqjax.weights.schemes import Int4, Int8, PerTensor, PerToken, Scheme, Static
 
@@ -121,8 +117,12 @@ def params_of(case):
 
 
 def axes_of(case):
+    """(the axes that are summed over, where the channels are)."""
     outputs, inputs, *window = numbers_of(case).rhs_spec
-    return KernelAxes(inputs, outputs, tuple(window), case.groups)
+    summed = tuple(sorted((inputs, *window)))
+    if case.groups == case.x[-1] == case.kernel[-1]:
+        return summed, Channels((outputs,))
+    return summed, Channels((inputs,), case.groups, outputs)
 
 
 def reference(case, x, kernel):
@@ -201,7 +201,7 @@ def test_quantized_convolutions_are_those_of_numpy():
             expected[name, kind] = result.transpose(layout.result)
             weight = quantize_kernel(
                 jnp.asarray(kernel.transpose(layout.kernel), jnp.float32),
-                axes_of(case),
+                *axes_of(case),
                 Scheme(activation=activation),
                 absmax=jnp.asarray(np.abs(image).max(tuple(range(image.ndim - 1)))),
             )
@@ -232,7 +232,7 @@ def test_other_weights_are_their_float_kernels():
     """Weight-only is the float convolution with the dequantized kernel; groups and zero points too."""
     case = CASES["1d"]
     x, kernel = (jnp.asarray(a, jnp.float32) for a in normal_operands(case))
-    weights = {name: quantize_kernel(kernel, axes_of(case), s) for name, s in SCHEMES.items()}
+    weights = {name: quantize_kernel(kernel, *axes_of(case), s) for name, s in SCHEMES.items()}
     run = jax.jit(
         lambda ws: {k: quantized_convolution(x, w, params_of(case), k) for k, w in ws.items()}
     )
@@ -257,8 +257,8 @@ def test_smoothing_at_run_time_divides_the_image(name):
     smoothed = jnp.asarray(kernel * by_output.T, jnp.float32)
     x, kernel, s = (jnp.asarray(a, jnp.float32) for a in (x, kernel, s))
     scheme, params = Scheme(), params_of(case)
-    at_run_time = quantize_kernel(kernel, axes_of(case), scheme, smoothing=s)
-    before = quantize_kernel(smoothed, axes_of(case), scheme)
+    at_run_time = quantize_kernel(kernel, *axes_of(case), scheme, smoothing=s)
+    before = quantize_kernel(smoothed, *axes_of(case), scheme)
     got = quantized_convolution(x, at_run_time, params, "w")
     expected = quantized_convolution(x / s.reshape(1, 1, 1, -1), before, params, "w")
     np.testing.assert_array_equal(got, expected)
@@ -266,17 +266,17 @@ def test_smoothing_at_run_time_divides_the_image(name):
 
 def test_channel_maxima_follow_the_groups():
     kernel = np.arange(1.0, 13).reshape(1, 2, 6) * [1, -1, 1, 1, 1, 1]
-    found = channel_absmax(jnp.asarray(kernel, jnp.float32), KernelAxes(1, 2, (0,), 2))
+    found = channel_absmax(jnp.asarray(kernel, jnp.float32), Channels((1,), 2, 2))
     # Outputs 0, 1, 2 read the channels 0 and 1, outputs 3, 4, 5 the channels 2 and 3.
     assert found.tolist() == [3.0, 9.0, 6.0, 12.0]
-    depthwise = channel_absmax(jnp.asarray(kernel, jnp.float32), KernelAxes(0, 2, (1,), 6))
+    depthwise = channel_absmax(jnp.asarray(kernel, jnp.float32), Channels((2,)))
     assert depthwise.tolist() == [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]
 
 
 def test_the_derivative_is_that_of_the_float_convolution():
     case = CASES["strides"]
     x, kernel = (jnp.asarray(a, jnp.float32) for a in normal_operands(case))
-    weight = quantize_kernel(kernel, axes_of(case), Scheme())
+    weight = quantize_kernel(kernel, *axes_of(case), Scheme())
     params = params_of(case)
 
     ours = jax.jit(jax.grad(lambda x: (quantized_convolution(x, weight, params, "w") * 3).sum()))(x)
@@ -299,12 +299,12 @@ def test_what_has_no_quantized_form_is_refused():
     with pytest.raises(
         ValueError, match=r"outlier channels are for matmuls.*scheme without outliers"
     ):
-        quantize_kernel(kernel, axes, Scheme(outliers=6.0))
-    weight = quantize_kernel(kernel, axes, Scheme())
+        quantize_kernel(kernel, *axes, Scheme(outliers=6.0))
+    weight = quantize_kernel(kernel, *axes, Scheme())
     with pytest.raises(
         ValueError, match="w: a convolution with batch_group_count=2 has no quantized"
     ):
         quantized_convolution(x, weight, {**params, "batch_group_count": 2}, "w")
-    other = quantize_kernel(kernel, KernelAxes(3, 2, (0, 1)), Scheme())
+    other = quantize_kernel(kernel, (0, 1, 3), Channels((3,)), Scheme())
     with pytest.raises(ValueError, match="w: a convolution with the output axis 3, but its scales"):
         quantized_convolution(x, other, params, "w")
