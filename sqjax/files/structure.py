@@ -69,13 +69,7 @@ def check_like(found: PyTree, like: PyTree) -> None:
     """
     paths, leaves, treedef = named_leaves(found, is_leaf=is_quantized_leaf)
     names, expected, structure = named_leaves(like, is_leaf=is_quantized_leaf)
-    if paths != names:
-        missing = [name for name in names if name not in set(paths)]
-        extra = [path for path in paths if path not in set(names)]
-        raise ValueError(
-            f"expected the leaves of `like`; the file lacks {missing[:_SHOWN]} and has "
-            f"{extra[:_SHOWN]} beside them, so give the tree that was saved, or one like it"
-        )
+    _check_paths(paths, names)
     problems = []
     for path, leaf, other in zip(paths, leaves, expected, strict=True):
         if not _fits(leaf, other):
@@ -89,6 +83,18 @@ def check_like(found: PyTree, like: PyTree) -> None:
             "the file does not hold a tree like `like`: "
             f"{'; '.join(problems[:_SHOWN])}"
         )
+
+
+def _check_paths(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Raises ValueError unless the leaves of the file are those of `like`."""
+    if paths == names:
+        return
+    missing = sorted(set(names).difference(paths))
+    extra = sorted(set(paths).difference(names))
+    raise ValueError(
+        f"expected the leaves of `like`; the file lacks {missing[:_SHOWN]} and has "
+        f"{extra[:_SHOWN]} beside them, so give the tree that was saved, or one like it"
+    )
 
 
 def _is_same(treedef: Any, other: Any) -> bool:

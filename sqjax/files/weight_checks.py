@@ -75,16 +75,18 @@ def _wrong_classes(weight: QuantWeight) -> str | None:
 
 def _wrong_activations(weight: QuantWeight) -> str | None:
     is_static = weight.activations == "static"
+    is_quantized = weight.activations is not None
     if is_static and weight.input_scale is None:
         return "static activations need an input_scale, got none"
-    if weight.input_scale is not None and not is_static:
-        return f"an input_scale needs static activations, got {weight.activations!r}"
-    if weight.activations is not None:
-        return None
-    if weight.outliers is not None:
-        return "outliers need quantized activations, got none"
-    if weight.tensor.group_scale is not None:
-        return "two levels need quantized activations, got none"
+    of_levels = weight.tensor.group_scale
+    needs = [
+        ("an input_scale needs static", weight.input_scale, is_static),
+        ("outliers need quantized", weight.outliers, is_quantized),
+        ("two levels need quantized", of_levels, is_quantized),
+    ]
+    for what, part, is_met in needs:
+        if part is not None and not is_met:
+            return f"{what} activations, got {weight.activations!r}"
     return None
 
 

@@ -90,6 +90,11 @@ WHOLE_NUMBERS = What("a list of whole numbers", _are_whole)
 MAPPING = What("an object with names", _is_mapping)
 
 
+def one_of(*names: str) -> What:
+    """What is one of some names."""
+    return What(f"one of {names}", lambda x: _is_text(x) and x in names)
+
+
 class Key(NamedTuple):
     """A key of a file's configuration.
 

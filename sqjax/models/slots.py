@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from sqjax.models.fields import SIZE
+from sqjax.models.fields import FLAG, SIZE_OR_NONE, What, one_of, wrong
 from sqjax.numerics.formats import (
     E4M3,
     INT4,
@@ -34,6 +34,18 @@ from sqjax.numerics.int4 import pack_halves, unpack_halves
 #: What may be done to keys before they are encoded; see `CacheFormat`.
 KEYS = ("plain", "channels", "rotated")
 _CODES: dict[str, Format] = {"int8": INT8, "e4m3": E4M3, "int4": INT4}
+#: What each field of `CacheFormat` must be.
+_FIELDS = {
+    "codes": What(
+        f"'float' or one of {sorted(_CODES)}",
+        one_of("float", *_CODES).holds,
+    ),
+    "group": What(
+        "a group of at least one channel, or None", SIZE_OR_NONE.holds
+    ),
+    "zero_point": FLAG,
+    "keys": one_of(*KEYS),
+}
 
 
 @dataclass(frozen=True)
@@ -70,23 +82,10 @@ class CacheFormat:
     keys: str = "plain"
 
     def __post_init__(self):
-        names = ("float", *_CODES)
-        if not isinstance(self.codes, str) or self.codes not in names:
-            raise ValueError(
-                f"CacheFormat: expected 'float' or one of {sorted(_CODES)}, got {self.codes!r}"
-            )
-        if self.keys not in KEYS:
-            raise ValueError(
-                f"CacheFormat.keys: expected one of {KEYS}, got {self.keys!r}"
-            )
-        if self.group is not None and not SIZE.holds(self.group):
-            raise ValueError(
-                f"CacheFormat: expected a group of at least one channel, got {self.group}"
-            )
-        if not isinstance(self.zero_point, bool):
-            raise ValueError(
-                f"CacheFormat.zero_point: expected True or False, got {self.zero_point!r}"
-            )
+        for name, what in _FIELDS.items():
+            value = getattr(self, name)
+            if not what.holds(value):
+                raise ValueError(f"CacheFormat.{wrong(name, value, what)}")
         if self.codes == "float" and (self.group or self.keys != "plain"):
             raise ValueError(
                 "CacheFormat: a float cache has no scales; leave group and keys out"

@@ -82,6 +82,8 @@ _GGUF_KEYS = (
     Key("tokenizer.ggml.eot_token_id", "end_of_turn", ID),
     Key("tokenizer.ggml.eom_token_id", "end_of_message", ID),
 )
+_LISTS = ("tokens", "kinds", "merges")
+_ENDS = ("end", "end_of_turn", "end_of_message")
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -126,33 +128,39 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
             user_defined.append(_added(tokenizers, token, special=False))
     backend.add_special_tokens(control)
     backend.add_tokens(user_defined)
-    ends = [fields["end"], fields["end_of_turn"], fields["end_of_message"]]
-    return _tokenizer(backend, ends)
+    return _tokenizer(backend, [fields[name] for name in _ENDS])
 
 
 def _gguf_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the metadata, each what it must be, and all of one length."""
     fields, problems = read_fields(metadata, _GGUF_KEYS)
-    for name in ("tokens", "kinds", "merges"):
+    for name in _LISTS:
         if fields.get(name, ()) is None:
             problems.append(f"{name}: expected a list, got none")
-    if not problems:
-        tokens, kinds = fields["tokens"], fields["kinds"]
-        if len(set(tokens)) < len(tokens) or len(kinds) != len(tokens):
-            problems.append(
-                f"expected as many different tokens as types, got {len(set(tokens))} of "
-                f"{len(tokens)} tokens and {len(kinds)} types"
-            )
-        odd = [merge for merge in fields["merges"] if " " not in merge]
-        if odd:
-            problems.append(f"expected merges of two parts, got {odd[0]!r}")
-        for name in ("end", "end_of_turn", "end_of_message"):
-            problems += beyond(name, fields[name], len(tokens))
+    problems = problems or _misfits(fields)
     if problems:
         raise ValueError(
             f"tokenizer in the GGUF file: {'; '.join(problems)}; fetch the file again"
         )
     return fields
+
+
+def _misfits(fields: Mapping[str, Any]) -> list[str]:
+    """One problem for each field that does not go with the tokens."""
+    tokens, kinds = fields["tokens"], fields["kinds"]
+    different = len(set(tokens))
+    problems = []
+    if not different == len(tokens) == len(kinds):
+        problems.append(
+            f"expected as many different tokens as types, got {different} of {len(tokens)} "
+            f"tokens and {len(kinds)} types"
+        )
+    odd = [merge for merge in fields["merges"] if " " not in merge]
+    if odd:
+        problems.append(f"expected merges of two parts, got {odd[0]!r}")
+    for name in _ENDS:
+        problems += beyond(name, fields[name], len(tokens))
+    return problems
 
 
 def _tokenizer(backend: Any, ends: Iterable[int | None]) -> Tokenizer:

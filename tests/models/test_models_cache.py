@@ -379,7 +379,7 @@ def test_a_window_hides_what_lies_before_it():
         ),
         (lambda: CacheFormat("float", group=8), "a float cache has no scales"),
         (lambda: CacheFormat("int8", keys="turned"), "expected one of .*got 'turned'"),
-        (lambda: CacheFormat("int8", group=0), "a group of at least one channel, got 0"),
+        (lambda: CacheFormat("int8", group=0), "a group of at least one channel, or None, got 0"),
         (
             lambda: Model(WIDE).init_cache(1, 4, kind="int2"),
             r"expected one of \['e4m3', 'float', 'int4', 'int8'\]",

@@ -127,19 +127,14 @@ def generate(
         >>> [len(row) for row in generated.tokens]
         [5, 5]
     """
-    check_counts("generate", steps=steps, stream_every=stream_every)
-    if top_k is not None:
-        check_counts("generate", top_k=top_k)
-    if chunk is not None:
-        check_counts("generate", chunk=chunk)
-    if stream is not None and not callable(stream):
-        raise ValueError(
-            f"generate: expected stream to be a function, got {stream!r}"
-        )
+    counts = {"top_k": top_k, "chunk": chunk}
+    given = {name: n for name, n in counts.items() if n is not None}
+    check_counts("generate", steps=steps, stream_every=stream_every, **given)
     rows = prompt_rows(model, prompts)
     ends = stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
     _check_length(model, rows, steps)
+    _check_stream(stream)
     kind = cache_format(cache)
     keys = _row_keys(seed, len(rows))
     params = unstack_layers(params)
@@ -163,12 +158,9 @@ def generate(
         sizes.room,
         kind,
     )
-    if stream is None:
-        state = _advance(model, params, state, how, ends, jnp.int32(steps))
-    else:
-        state = _advance_and_tell(
-            model, params, state, how, ends, stream, stream_every, steps
-        )
+    state = _continue(
+        model, params, state, how, ends, stream, stream_every, steps
+    )
     tokens = _new_tokens(state, np.zeros(len(rows), int))
     _check_finite(state)
     texts = (
@@ -179,21 +171,23 @@ def generate(
     return Generated(tokens, np.asarray(state.stopped).tolist(), texts)
 
 
-def _advance_and_tell(
+def _continue(
     model: Model,
     params: Params,
     state: _State,
     how: Sampling | None,
     ends: np.ndarray,
-    stream: Stream,
+    stream: Stream | None,
     every: int,
     steps: int,
 ) -> _State:
-    """The loop in pieces of `every` steps, with the new tokens told to the callback after each.
+    """The loop; for a callback in pieces of `every` steps, after each of which it is told tokens.
 
     Every piece is the same compiled program, which is given the state and may reuse its memory,
     so that the cache is not copied.
     """
+    if stream is None:
+        return _advance(model, params, state, how, ends, jnp.int32(steps))
     told = np.zeros(len(state.out), int)
     while True:
         new_tokens = _new_tokens(state, told)
@@ -282,6 +276,14 @@ def _check_length(model: Model, rows: list[np.ndarray], steps: int) -> None:
         raise ValueError(
             f"generate: expected prompt and new tokens to be at most {most} (config.max_length), "
             f"got {longest} + {steps}; shorten the prompt or take fewer steps"
+        )
+
+
+def _check_stream(stream: Any) -> None:
+    """Raises ValueError if this is neither None nor a function."""
+    if stream is not None and not callable(stream):
+        raise ValueError(
+            f"generate: expected stream to be a function, got {stream!r}"
         )
 
 

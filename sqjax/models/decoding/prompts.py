@@ -44,21 +44,26 @@ def _is_single(prompts: Prompts) -> bool:
     """Whether this is one text or one flat sequence of ids, rather than several of either."""
     if isinstance(prompts, str):
         return True
-    is_array = isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim > 0
-    is_several = isinstance(prompts, Sequence) and not isinstance(
-        prompts, bytes
-    )
-    if not is_array and not is_several:
+    if not _is_sequence(prompts):
         raise ValueError(
             "prompts: expected a text, a sequence of token ids, or several of either, got "
             f"{type(prompts).__name__}"
         )
-    if len(prompts) == 0 or isinstance(prompts[0], str):
-        return False
-    # A number, or an array of one: what is neither is a prompt of its own, or refused as one.
-    return isinstance(prompts[0], Number) or (
-        isinstance(prompts[0], np.ndarray | jax.Array) and prompts[0].ndim == 0
-    )
+    return len(prompts) > 0 and _is_number(prompts[0])
+
+
+def _is_sequence(x: Any) -> bool:
+    """Whether x has an order: a set has none, and bytes are no ids."""
+    if isinstance(x, np.ndarray | jax.Array):
+        return x.ndim > 0
+    return isinstance(x, Sequence) and not isinstance(x, bytes)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a number, or an array of one."""
+    if isinstance(x, np.ndarray | jax.Array):
+        return x.ndim == 0
+    return isinstance(x, Number)
 
 
 def _array(ids: Any, where: str) -> np.ndarray:

@@ -184,16 +184,9 @@ def loglikelihoods(
             f"loglikelihoods: expected a batch of at least 1, got {batch}"
         )
     kind = None if cache is None else cache_format(cache)
-    sequences = []
-    counts = []  # how many tokens of each sequence, at its end, are asked for
-    for number, pair in enumerate(pairs):
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(
-                f"pairs[{number}]: expected (context ids, continuation ids), got {pair!r}"
-            )
-        context, continuation = pair
-        sequences.append(_sequence(model, number, context, continuation))
-        counts.append(len(continuation))
+    asked = [_asked(model, number, pair) for number, pair in enumerate(pairs)]
+    sequences = [sequence for sequence, _ in asked]
+    counts = [count for _, count in asked]
     likelihoods: dict[int, Likelihood] = {}
     for numbers in _batches([len(sequence) for sequence in sequences], batch):
         together = [sequences[number] for number in numbers]
@@ -208,42 +201,52 @@ def loglikelihoods(
         for row, number in enumerate(numbers):
             # The token at position i of a sequence is the target at i - 1.
             end = int(padding[row]) + len(sequences[number]) - 1
-            asked = slice(end - counts[number], end)
-            total = float(logprobs[row, asked].sum(dtype=np.float64))
-            if np.isnan(total):
-                raise ValueError(
-                    f"pairs[{number}]: the logits are NaN; check the parameters and their scales"
-                )
-            likelihoods[number] = Likelihood(
-                total, bool(is_likeliest[row, asked].all())
+            span = slice(end - counts[number], end)
+            likelihoods[number] = _likelihood(
+                number, logprobs[row, span], is_likeliest[row, span]
             )
     return [likelihoods[number] for number in range(len(sequences))]
 
 
-def _sequence(
-    model: Model,
-    number: int,
-    context: Sequence[int],
-    continuation: Sequence[int],
-) -> list[int]:
-    """Context and continuation, shortened on the left to what the model reads at once.
+def _likelihood(
+    number: int, logprobs: np.ndarray, is_likeliest: np.ndarray
+) -> Likelihood:
+    """The likelihood of the tokens that a pair asks for."""
+    total = float(logprobs.sum(dtype=np.float64))
+    if np.isnan(total):
+        raise ValueError(
+            f"pairs[{number}]: the logits are NaN; check the parameters and their scales"
+        )
+    return Likelihood(total, bool(is_likeliest.all()))
 
-    That is one token more than ``config.max_length``, because the last one is a target only.
+
+def _asked(model: Model, number: int, pair: Pair) -> tuple[list[int], int]:
+    """(context and continuation in one, how many tokens at its end are asked for).
+
+    It is shortened on the left to what the model reads at once: one token more than
+    ``config.max_length``, because the last one is a target only.
     """
+    where = f"pairs[{number}]"
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(
+            f"{where}: expected (context ids, continuation ids), got {pair!r}"
+        )
+    context, continuation = pair
     for name, ids in (("context", context), ("continuation", continuation)):
         if np.ndim(ids) != 1:
             raise ValueError(
-                f"pairs[{number}], {name}: expected a flat sequence of token ids, got {ids!r}"
+                f"{where}, {name}: expected a flat sequence of token ids, got {ids!r}"
             )
-        check_tokens(model, ids, f"pairs[{number}], {name}")
+        check_tokens(model, ids, f"{where}, {name}")
     most = model.config.max_length
     if len(context) < 1 or not 1 <= len(continuation) <= most:
         raise ValueError(
-            f"pairs[{number}]: expected a context of at least one token and a continuation of at "
+            f"{where}: expected a context of at least one token and a continuation of at "
             f"least one and at most {most} (config.max_length), got {len(context)} and "
             f"{len(continuation)}; a text that merges into the token before it leaves none"
         )
-    return [*context, *continuation][-(most + 1) :]
+    sequence = [*context, *continuation][-(most + 1) :]
+    return sequence, len(continuation)
 
 
 def _batch(
