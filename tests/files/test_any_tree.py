@@ -1,6 +1,7 @@
 """Trees of containers that JSON has not: written by path, and read into a tree like the one saved."""
 
 import dataclasses
+import functools
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ def numbers(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@functools.cache
 def trees():
     x = numbers(2, 3)
     return {
@@ -63,7 +65,14 @@ def trees():
     }
 
 
-TREES = trees()
+NAMES = (
+    *("dataclass", "the tree itself", "unnamed", "namedtuple"),
+    *("ordered", "frozen", "state", "boxed"),
+)
+
+
+def test_every_tree_is_tried():
+    assert set(NAMES) == set(trees())
 
 
 def assert_same(found, expected):
@@ -73,9 +82,9 @@ def assert_same(found, expected):
         assert a.dtype == b.dtype
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tree_of_any_containers_comes_back(tmp_path, name):
-    tree, file = TREES[name], tmp_path / "x"
+    tree, file = trees()[name], tmp_path / "x"
     sq.save(file, tree)
     assert_same(sq.load(file, like=tree), tree)
     # Shapes are enough, and containers are all that is taken from there.
@@ -103,26 +112,26 @@ def test_a_quantized_module_comes_back_into_a_float_one(tmp_path):
     np.testing.assert_array_equal(sq.quantized(fn)(found, x), sq.quantized(fn)(qparams, x))
 
 
-@pytest.mark.parametrize(
-    ("like", "message"),
-    [
-        (
-            {"a": Pair(numbers(2, 3), None)},
-            r"a: it is a Dense .*got Pair with \['first', 'second'\]",
-        ),
-        ({"a": 3}, r"a: it is a Dense .*got int with \[\]"),
-        ({}, r"a: it is a Dense .*got none with \[\]"),
-        ({"a": Dense(numbers(3, 2), None)}, r"a/kernel: expected float32 \(3, 2\), got .*\(2, 3\)"),
-        ({"a": Dense(numbers(2, 3) > 0, None)}, r"a/kernel: expected bool .*got float32"),
-        ({"a": Dense(numbers(2, 3), numbers(3))}, r"the file lacks \['a/bias'\]"),
-        ({"a": Dense(numbers(2, 3), None), "b": numbers(1)}, r"the file lacks \['b'\]"),
-        (FrozenDict({"a": Dense(numbers(2, 3), None)}), "expected the containers .*FrozenDict"),
-    ],
-)
-def test_a_tree_that_is_not_like_it_is_refused(tmp_path, like, message):
+def other_trees():
+    """{what `load` says: a tree that is not like the saved one}."""
+    x = numbers(2, 3)
+    return {
+        r"a: it is a Dense .*got Pair with \['first', 'second'\]": {"a": Pair(x, None)},
+        r"a: it is a Dense .*got int with \[\]": {"a": 3},
+        r"a: it is a Dense .*got none with \[\]": {},
+        r"a/kernel: expected float32 \(3, 2\), got .*\(2, 3\)": {"a": Dense(x.T, None)},
+        r"a/kernel: expected bool .*got float32": {"a": Dense(x > 0, None)},
+        r"the file lacks \['a/bias'\]": {"a": Dense(x, x[0])},
+        r"the file lacks \['b'\]": {"a": Dense(x, None), "b": x},
+        "expected the containers .*FrozenDict": FrozenDict({"a": Dense(x, None)}),
+    }
+
+
+def test_a_tree_that_is_not_like_it_is_refused(tmp_path):
     sq.save(tmp_path / "x", {"a": Dense(numbers(2, 3), None)})
-    with pytest.raises(ValueError, match=rf"load: .*x: .*{message}"):
-        sq.load(tmp_path / "x", like=like)
+    for message, like in other_trees().items():
+        with pytest.raises(ValueError, match=rf"load: .*x: .*{message}"):
+            sq.load(tmp_path / "x", like=like)
 
 
 def test_a_plain_tree_is_compared_too(tmp_path):
@@ -145,21 +154,20 @@ def cyclic():
     return tree
 
 
-REFUSED = {
-    "masked": (
-        {"a": np.ma.masked_array([1.0, 2.0], [True, False])},
-        r"a: expected a plain array, got MaskedArray.*save x.filled",
-    ),
-    "matrix": ({"a": np.zeros((2, 2)).view(type("Mine", (np.ndarray,), {}))}, "a: .*got Mine"),
-    "half a pair": ({"\ud800": numbers(1)}, "expected keys all str or all int"),
-    "deep": (deep(5000), "nested too deeply"),
-    "cyclic": (cyclic(), "nested too deeply, or holds itself"),
-}
+def refused():
+    return {
+        r"a: expected a plain array, got MaskedArray.*save x.filled": {
+            "a": np.ma.masked_array([1.0, 2.0], [True, False])
+        },
+        "a: .*got Mine": {"a": np.zeros((2, 2)).view(type("Mine", (np.ndarray,), {}))},
+        "expected keys all str or all int": {"\ud800": numbers(1)},
+        "nested too deeply": deep(5000),
+        "nested too deeply, or holds itself": cyclic(),
+    }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_lost_is_refused(tmp_path, case):
-    tree, message = REFUSED[case]
-    with pytest.raises(ValueError, match=rf"save: .*x: .*{message}"):
-        sq.save(tmp_path / "x", tree)
+def test_what_would_be_lost_is_refused(tmp_path):
+    for message, tree in refused().items():
+        with pytest.raises(ValueError, match=rf"save: .*x: .*{message}"):
+            sq.save(tmp_path / "x", tree)
     assert not list(tmp_path.iterdir())

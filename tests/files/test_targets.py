@@ -18,7 +18,7 @@ import sqjax as sq
 from sqjax.files import aside, safetensors
 
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, modes and locks are those of POSIX")
-TREE = {"a": jnp.arange(4.0)}
+TREE = {"a": np.arange(4, dtype=np.float32)}
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from untyped import untyped
 
 import sqjax as sq
 from sqjax.models import CacheFormat, Model, generate, greedy
-from sqjax.models.decoding.generation import check_counts, program_sizes
+from sqjax.models.decoding.generation import check_counts
 from sqjax.models.decoding.sampling import restrict
+from sqjax.models.decoding.sizes import program_sizes
 
 CONFIG = replace(GROUPED, num_layers=2, tie_embeddings=False)
 MODEL = Model(CONFIG)

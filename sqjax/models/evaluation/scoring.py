@@ -185,27 +185,43 @@ def loglikelihoods(
         )
     kind = None if cache is None else cache_format(cache)
     asked = [_asked(model, number, pair) for number, pair in enumerate(pairs)]
-    sequences = [sequence for sequence, _ in asked]
-    counts = [count for _, count in asked]
     likelihoods: dict[int, Likelihood] = {}
-    for numbers in _batches([len(sequence) for sequence in sequences], batch):
-        together = [sequences[number] for number in numbers]
-        ids, padding = _batch(
-            together, batch, model.config.max_length, kind is not None
+    for numbers in _batches([len(sequence) for sequence, _ in asked], batch):
+        together = [asked[number][0] for number in numbers]
+        logprobs, is_likeliest, padding = _read(
+            model, params, together, batch, kind
         )
-        padding_of_cache = None if kind is None else padding
-        scored = next_logprobs(
-            model, params, ids[:, :-1], ids[:, 1:], kind, None, padding_of_cache
-        )
-        logprobs, is_likeliest = map(np.asarray, scored)
         for row, number in enumerate(numbers):
             # The token at position i of a sequence is the target at i - 1.
-            end = int(padding[row]) + len(sequences[number]) - 1
-            span = slice(end - counts[number], end)
+            sequence, count = asked[number]
+            end = int(padding[row]) + len(sequence) - 1
+            span = slice(end - count, end)
             likelihoods[number] = _likelihood(
                 number, logprobs[row, span], is_likeliest[row, span]
             )
-    return [likelihoods[number] for number in range(len(sequences))]
+    return [likelihoods[number] for number in range(len(asked))]
+
+
+def _read(
+    model: Model,
+    params: Params,
+    together: list[list[int]],
+    batch: int,
+    kind: CacheFormat | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `next_logprobs` says of some sequences, and how many zeros stand before each."""
+    is_cached = kind is not None
+    ids, padding = _batch(together, batch, model.config.max_length, is_cached)
+    scored = next_logprobs(
+        model,
+        params,
+        ids[:, :-1],
+        ids[:, 1:],
+        kind,
+        padding=padding if is_cached else None,
+    )
+    logprobs, is_likeliest = map(np.asarray, scored)
+    return logprobs, is_likeliest, padding
 
 
 def _likelihood(
