@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 
 
 def first_matches(
-    patterns: Iterable[str], names: Iterable[str], what: str
+    patterns: Iterable[str],
+    names: Iterable[str],
+    what: str,
+    also: Sequence[str] = (),
 ) -> dict[str, str | None]:
     """For every name the first pattern that `re.search` finds in it, or None.
 
@@ -17,6 +20,7 @@ def first_matches(
         patterns: regular expressions, the first of which wins.
         names: paths of leaves, or other names.
         what: what a pattern is called in errors.
+        also: words that may be said in place of patterns, for the near misses.
 
     Raises:
         ValueError: a pattern that is not a regular expression, or that matches no name (near misses
@@ -28,7 +32,8 @@ def first_matches(
         matches = _matches(pattern, names, what)
         if not matches:
             raise ValueError(
-                f"{what} {pattern!r} matches nothing. Near misses: {near_misses(pattern, names)}"
+                f"{what} {pattern!r} matches nothing. Near misses: "
+                f"{near_misses(pattern, [*also, *names])}"
             )
         for name in matches:
             if found[name] is None:
@@ -41,8 +46,13 @@ def _matches(pattern: str, names: Sequence[str], what: str) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
+        hint = ""
+        if "*" in pattern:
+            hint = (
+                f"; for a part of a name give the part: {pattern.strip('*')!r}"
+            )
         raise ValueError(
-            f"{what} {pattern!r} is not a regular expression: {error}"
+            f"{what} {pattern!r} is not a regular expression: {error}{hint}"
         ) from error
     return list(filter(expression.search, names))
 

@@ -263,7 +263,8 @@ def _matching(
     paths: list[str] = []
     for group in groups:
         paths += dict(group.sites)
-    found = first_matches(patterns, paths, "groups pattern")
+    words = ("all", "norm")
+    found = first_matches(patterns, paths, "groups pattern", also=words)
     chosen = []
     for group in groups:
         if any(found[path] is not None for path, _ in group.sites):

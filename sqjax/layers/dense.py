@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import measured, named, quantize_weight
-from sqjax.weights.schemes import Indices, Scheme, Static
+from sqjax.weights.schemes import Indices, Scheme, Static, scheme_of
 
 
 def dense(
@@ -99,6 +99,7 @@ def quantize_kernel(
         ValueError: the kernel has no features, a vector is misshapen, the scheme is one for
             embeddings, or needs an absmax that is missing; names `where`.
     """
+    scheme = scheme_of(scheme, where)
     _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
     problem = _problem(scheme, absmax, smoothing)
     if problem:

@@ -13,6 +13,15 @@ from sqjax.folding.apply import leaves_by_path, unfold
 from sqjax.folding.graph import Site
 
 
+def check_stats(stats: Any, what: str) -> None:
+    """Raises ValueError if these are no statistics."""
+    if not isinstance(stats, Stats):
+        raise ValueError(
+            f"{what}: expected the Stats that sqjax.calibrate(fn, params, batches) returns, got "
+            f"{type(stats).__name__}"
+        )
+
+
 def check_weights(
     params: PyTree, stats: Stats, sites: Iterable[Site], advice: str
 ) -> None:

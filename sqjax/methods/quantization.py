@@ -19,14 +19,16 @@ from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats, leaf_channels, weight_absmax
 from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
-from sqjax.methods.described import check_leaves
+from sqjax.methods.described import check_leaves, check_stats
 from sqjax.methods.smoothing import Alpha, fold_stats, scales
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.convolution import quantize_kernel
+from sqjax.weights.quant_weight import check_float
 from sqjax.weights.quantize import measured, named, quantize_weight
-from sqjax.weights.schemes import W8A8, Indices, Scheme, Static
+from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
 
-Rules = Scheme | Mapping[str, Scheme | None]
+#: One scheme for all sites, or one by name pattern; presets also by their names, "W8A8".
+Rules = Scheme | str | Mapping[str, Scheme | str | None]
 
 _STATIC_ADVICE = (
     "static activation scales, outliers, or smoothing at run time, would be wrong. Pass "
@@ -47,10 +49,11 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         stats: their statistics. Static schemes need those of *these* params: after `smooth`, pass
             `fold_stats(stats, scales(...))`, or let `smoothquant` do it all.
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None
-            (stay float). The first pattern found in a site's path wins; a site that none matches
-            stays float. A scheme with `smoothing` (an alpha) smooths its sites at run time, with s
-            from these statistics and params. A scheme for embeddings (activation=Indices()) is
-            sought among these only, other schemes among the sites only, None among both.
+            (stay float); a preset also by its name, "W8A8". The first pattern found in a site's
+            path wins; a site that none matches stays float. A scheme with `smoothing` (an alpha)
+            smooths its sites at run time, with s from these statistics and params. A scheme for
+            embeddings (activation=Indices()) is sought among these only, other schemes among the
+            sites only, None among both.
 
     Returns:
         A tree with the same paths.
@@ -60,7 +63,8 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
 
             - params are not the calibrated tree (a leaf is missing, is new, has another shape):
               pass those, or calibrate these.
-            - params hold NaN or infinity.
+            - params hold NaN or infinity, or are quantized already.
+            - a rule is no `Scheme`, and no preset's name.
             - a pattern is no regular expression, or is found in no site's path: near misses are
               listed.
             - static scales, outliers, or smoothing at run time, asked of statistics that do not
@@ -82,37 +86,44 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
+    check_stats(stats, "quantize")
     return _quantized(params, stats, _schemes(stats.graph, scheme))
 
 
-def _schemes(graph: Graph, rules: Rules) -> dict[str, Scheme]:
+def _schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
     """{leaf: its scheme} for the sites and the embedding tables that are quantized.
 
     Example: of a graph with the sites "q" and "head", and the table "embed", the rules {"head":
     None, "embed": EMBEDDING_INT8, ".*": W8A8} give {"q": W8A8, "embed": EMBEDDING_INT8}. The ".*"
     does not reach the table, because W8A8 is no scheme for one.
     """
-    rules = _by_pattern(rules)
+    by_pattern = _by_pattern(rules)
     sites = [site.path for site in graph.sites]
     tables = [table.path for table in graph.tables]
 
     # None is said of sites and tables alike, so such a pattern may be found in either of them.
-    floats = [pattern for pattern, scheme in rules.items() if scheme is None]
+    floats = [pattern for pattern, rule in by_pattern.items() if rule is None]
     first_matches(
         floats, [*sites, *tables], "quantize rule"
     )  # raises, and says what is near
 
-    of_sites = _rules_for(sites, rules, are_tables=False)
-    of_tables = _rules_for(tables, rules, are_tables=True)
+    of_sites = _rules_for(sites, by_pattern, are_tables=False)
+    of_tables = _rules_for(tables, by_pattern, are_tables=True)
     schemes = _first_schemes(of_sites, sites, "quantize rule")
     return schemes | _first_schemes(
         of_tables, tables, "quantize rule for embeddings"
     )
 
 
-def _by_pattern(rules: Rules) -> Mapping[str, Scheme | None]:
+def _by_pattern(rules: Any) -> dict[str, Scheme | None]:
     """Rules as a mapping: one scheme for all is one whose pattern is found everywhere."""
-    return rules if isinstance(rules, Mapping) else {"": rules}
+    if not isinstance(rules, Mapping):
+        return {"": scheme_of(rules, "quantize")}
+    schemes: dict[str, Scheme | None] = {}
+    for pattern, rule in rules.items():
+        where = f"quantize rule {pattern!r}"
+        schemes[pattern] = None if rule is None else scheme_of(rule, where)
+    return schemes
 
 
 def _rules_for(
@@ -152,6 +163,7 @@ def _quantized(
 
     `folded` holds the smoothing scales of the params: `stats.folded`, if it is None.
     """
+    check_float(params, "quantize")
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     sites = {

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sqjax._names import first_matches
@@ -24,8 +26,9 @@ from sqjax._trees import PyTree, check_finite, is_concrete, replicated
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import check_scales, expand, fold, leaves_by_path
 from sqjax.folding.graph import Group, Site
-from sqjax.methods.described import check_weights
+from sqjax.methods.described import check_stats, check_weights
 from sqjax.numerics.smoothing import believable, smoothing_scales
+from sqjax.weights.quant_weight import check_float
 
 Alpha = Any  # a number (or a traced scalar), or a mapping from name patterns to numbers
 
@@ -85,7 +88,7 @@ def scales(
             - params hold NaN or infinity.
             - the statistics do not describe these params, which were smoothed or trained since:
               start from the calibrated ones, or calibrate these.
-            - alpha, or a number of the mapping, is outside [0, 1].
+            - alpha, a number of the mapping, or attention is no number in [0, 1].
             - a pattern is no regular expression, or is found in no site's path: near misses are
               listed.
             - no pattern of alpha is found in any site of a group: end the mapping with ".*".
@@ -102,8 +105,14 @@ def scales(
         >>> sq.scales(params, stats, alpha=0.5)["w"].tolist()
         [1.0, 4.0]
     """
+    check_stats(stats, "scales")
+    check_float(params, "scales")
     leaves = leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
+    if round_scales not in (None, "pow2"):
+        raise ValueError(
+            f"round_scales: expected 'pow2' or None, got {round_scales!r}"
+        )
     chosen = stats.graph.select(groups)
     alphas = _alphas(alpha, chosen)
     check_weights(params, stats, _sites_of(chosen, stats), _SMOOTHED_ADVICE)
@@ -167,9 +176,10 @@ def _maxima_of_sites(
 
 
 def _key_scales(
-    stats: Stats, exponent: float, round_scales: str | None
+    stats: Stats, exponent: Any, round_scales: str | None
 ) -> dict[str, Array]:
     """s_j = max|K_j|^exponent for the keys of attention: the formula with weights of 1."""
+    _check_in_unit_interval("attention", exponent)
     groups = [group for group in stats.graph.groups if group.keys]
     if not groups:
         raise ValueError(
@@ -222,7 +232,8 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
     """
     by_pattern = alpha if isinstance(alpha, Mapping) else {"": alpha}
     for pattern, value in by_pattern.items():
-        _check_in_unit_interval(pattern, value)
+        what = f"alpha for {pattern!r}" if pattern else "alpha"
+        _check_in_unit_interval(what, value)
 
     groups = list(groups)
     if not groups:  # nothing to smooth; no pattern can be found
@@ -254,13 +265,13 @@ def _first_pattern(
     return None
 
 
-def _check_in_unit_interval(pattern: str, alpha: Any) -> None:
+def _check_in_unit_interval(what: str, alpha: Any) -> None:
+    if not is_concrete(alpha):
+        return
+    is_number = isinstance(alpha, Real | np.ndarray | jax.Array)
     # Not "alpha < 0 or alpha > 1": NaN is outside, too.
-    if is_concrete(alpha) and not 0 <= float(alpha) <= 1:
-        named = f" for {pattern!r}" if pattern else ""
-        raise ValueError(
-            f"alpha{named}: expected a number in [0, 1], got {alpha}"
-        )
+    if not (is_number and 0 <= float(alpha) <= 1):
+        raise ValueError(f"{what}: expected a number in [0, 1], got {alpha!r}")
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:

@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
 
@@ -30,7 +32,8 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     trees it is `fn` itself.
 
     Wrap it in jax.jit, because outside of it every call traces `fn` anew. The same `fn` gives the
-    same wrapper, so jit keeps its cache; the last 256 functions are remembered.
+    same wrapper, so jit keeps its cache: a function keeps its wrapper as long as it lives itself,
+    anything else that can be called (a bound method) as long as you hold the wrapper.
 
     Where a quantized weight itself flows into a function with a custom derivative, that derivative
     is lost. The matmul's own derivative is straight-through (in a scan, jax keeps that for first
@@ -48,10 +51,32 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[1.0, 2.0]]
     """
+    if isinstance(fn, FunctionType):
+        return _of_function(fn)
     try:
-        return _cached(fn)
+        known = _WRAPPERS.get(fn)
     except TypeError:  # an fn that can not be hashed can not be remembered
         return _wrap(fn)
+    if known is None:
+        known = _WRAPPERS[fn] = _wrap(fn)
+    return known
+
+
+#: The wrappers that somebody holds, by what they wrap: the same for the same, because jit's own
+#: cache goes by the function's identity. With the last holder a wrapper goes, and what it wraps.
+_WRAPPERS: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
+
+
+def _of_function(fn: FunctionType) -> Callable[..., Any]:
+    """The wrapper of a function of Python, which holds it: both go when nobody holds either."""
+    known = fn.__dict__.get(_ATTRIBUTE)
+    # What `functools.wraps` made of this function has a copy of its attributes.
+    if known is None or known.__wrapped__ is not fn:
+        known = fn.__dict__[_ATTRIBUTE] = _wrap(fn)
+    return known
+
+
+_ATTRIBUTE = "__sqjax_quantized__"
 
 
 def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +102,3 @@ def _wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree_util.tree_unflatten(traced.treedef, outputs)
 
     return wrapper
-
-
-# The same wrapper for the same function, because jit's own cache goes by the function's identity.
-_cached = functools.lru_cache(maxsize=256)(_wrap)

@@ -31,6 +31,7 @@ from sqjax.weights.layout import (
     reshaped_scale,
     shortest,
 )
+from sqjax.weights.no_array import NoArray
 from sqjax.weights.text import tensor_text
 
 #: What the first of two levels may use of int8: a second level that rounds in steps of up to 16
@@ -47,7 +48,7 @@ _SCALE_DTYPES: dict[str, np.dtype] = {
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class QTensor:
+class QTensor(NoArray):
     """A quantized array: (values - zero) * group_scale * scale, seen as a float array.
 
     Invariants (`check` holds them):
@@ -78,6 +79,11 @@ class QTensor:
         >>> w.shape, w.values.dtype.name
         ((2, 2), 'int8')
     """
+
+    _instead = (
+        "a quantized array is an argument of sqjax.quantized(fn); as a float array it is "
+        "sqjax.dequantize(tensor)"
+    )
 
     values: Any  # an Array; a ShapeDtypeStruct, a sharding, ... where jax maps over the tree
     scale: Any

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from sqjax._shapes import sharded_as
+from sqjax._trees import named_leaves
 from sqjax.numerics.formats import FormatName
 from sqjax.numerics.weight_products import Activations, Recipe
+from sqjax.weights.no_array import NoArray
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.text import weight_text
 
@@ -33,7 +35,7 @@ class Outliers(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
-class QuantWeight:
+class QuantWeight(NoArray):
     """A matmul weight as it is stored, and how the activations that meet it are quantized.
 
     Attributes:
@@ -58,6 +60,11 @@ class QuantWeight:
         >>> w.shape, w.tensor.values.shape, w.activations
         ((2, 3), (3, 2), 'per_token')
     """
+
+    _instead = (
+        "a quantized weight runs in sqjax.quantized(fn)(params, ...), not in fn(params, ...); its "
+        "float array is sqjax.dequantize(weight.tensor)"
+    )
 
     tensor: QTensor
     input_scale: Any
@@ -124,6 +131,17 @@ class QuantWeight:
 def is_quantized(x: Any) -> bool:
     """Whether a leaf is a quantized weight: what our tree utilities take as `is_leaf`."""
     return isinstance(x, QuantWeight)
+
+
+def check_float(params: Any, what: str) -> None:
+    """Raises ValueError, naming the leaf, if some leaf of a tree is quantized already."""
+    paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_quantized(leaf):
+            raise ValueError(
+                f"{what}: expected float parameters, but {path or 'the tree'} is quantized "
+                f"already: {leaf!r}; pass the float tree that it was made of"
+            )
 
 
 def weight_type(x: Any) -> jax.ShapeDtypeStruct | None:

@@ -1,6 +1,7 @@
 """`Scheme`: how a site is quantized, the small classes that it is made of, and the presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
@@ -394,8 +395,12 @@ class Scheme(_Part):
     def _check_outliers(self) -> None:
         if self.outliers is None:
             return
-        is_threshold = _is_number(self.outliers) and self.outliers > 0
-        _require(is_threshold, self, "outliers", "a threshold above 0, or None")
+        # Not NaN, and not infinity, which no channel exceeds: that is None.
+        is_threshold = (
+            _is_number(self.outliers) and 0 < self.outliers < math.inf
+        )
+        meaning = "a finite threshold above 0, or None"
+        _require(is_threshold, self, "outliers", meaning)
         meaning = "None, because the activation stays float: it has no outliers to take apart"
         _require(self.quantizes_activation, self, "outliers", meaning)
 
@@ -442,3 +447,35 @@ EMBEDDING_INT8 = Scheme(weight=Int8(), activation=Indices())
 EMBEDDING_INT4 = Scheme(
     weight=Int4(group_size=64, zero_point=True), activation=Indices()
 )
+
+#: The presets by their names, which rules may say in place of them.
+PRESETS = {
+    "W8A8": W8A8,
+    "W8A8_O1": W8A8_O1,
+    "W8A8_O2": W8A8_O2,
+    "W8A8_O3": W8A8_O3,
+    "W8A8_OUTLIERS": W8A8_OUTLIERS,
+    "FP8": FP8,
+    "FP8_E5M2": FP8_E5M2,
+    "W8A16": W8A16,
+    "W4A16": W4A16,
+    "W4A16_G64": W4A16_G64,
+    "W4A8": W4A8,
+    "EMBEDDING_INT8": EMBEDDING_INT8,
+    "EMBEDDING_INT4": EMBEDDING_INT4,
+}
+
+
+def scheme_of(given: Any, where: str) -> Scheme:
+    """A scheme itself, or the preset of this name.
+
+    Raises:
+        ValueError: it is neither; names `where`.
+    """
+    scheme = PRESETS.get(given, given) if isinstance(given, str) else given
+    if not isinstance(scheme, Scheme):
+        raise ValueError(
+            f"{where}: expected a Scheme such as sqjax.W8A8, or the name of a preset "
+            f"({', '.join(PRESETS)}), got {given!r}"
+        )
+    return scheme
