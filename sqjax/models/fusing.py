@@ -53,8 +53,10 @@ def _with_one_layer(
 
     As they are if the module has not all of these layers, or they can not be one.
     """
-    layers = [module.get(name, {}) for name in names]
-    have_kernels = all("kernel" in layer for layer in layers)
+    layers: list[Any] = [module.get(name) for name in names]
+    have_kernels = all(
+        isinstance(layer, Mapping) and "kernel" in layer for layer in layers
+    )
     if not have_kernels or not _can_be_one(layers):
         return module
     others = {

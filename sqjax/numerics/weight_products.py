@@ -251,11 +251,21 @@ def weight_only(
     On a CPU a few rows are multiplied digit by digit: see `_by_digits`.
     """
     few = DIGIT_ROWS if matrix.scale.shape[1] == 1 else FEW_ROWS
-    if x.shape[0] > few or jnp.issubdtype(matrix.codes.dtype, jnp.floating):
+    if not _at_most(few, x.shape[0]) or jnp.issubdtype(
+        matrix.codes.dtype, jnp.floating
+    ):
         return _converted(x, matrix, group)
     on_cpu = partial(_by_digits, group=group)
     otherwise = partial(_converted, group=group)
     return lax.platform_dependent(x, matrix, cpu=on_cpu, default=otherwise)
+
+
+def _at_most(limit: int, rows: Any) -> bool:
+    """Whether there are so few rows. Not if their number is symbolic, as `jax.export` may have it.
+
+    Then one program serves all numbers of rows, so it must be the one for many.
+    """
+    return isinstance(rows, int) and rows <= limit
 
 
 def _converted(
@@ -277,7 +287,8 @@ def _converted(
     groups = matrix.scale.shape[1]
     if groups == 1:
         return dot(x, matrix.integers(group)) * matrix.scale.T
-    if group is None or x.shape[1] % group or not 1 < x.shape[0] <= FEW_ROWS:
+    some_rows = _at_most(FEW_ROWS, x.shape[0]) and x.shape[0] > 1
+    if group is None or x.shape[1] % group or not some_rows:
         return dot(x, matrix.dequantized(group))
     codes = matrix.integers(group).reshape(-1, groups, group)
     sums = jax.vmap(dot, in_axes=1)(x.reshape(-1, groups, group), codes)

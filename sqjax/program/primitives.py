@@ -10,9 +10,24 @@ weight that one of them loses on its way is no site, or can not run in int8.
 #: operands with results.
 COPIES = ("copy", "copy_p", "stop_gradient", "name", "optimization_barrier")
 
-#: The same numbers, laid out in another way over devices, or (`pvary`) only said to differ between
-#: them.
-RESHARDINGS = ("sharding_constraint", "reshard", "mesh_cast", "pvary")
+#: Only the type changes: it says that the numbers may differ between devices (`pvary`), or that
+#: their sum over devices is meant. jax 0.10 has some of these names with "_p".
+RETYPINGS = (
+    "pvary",
+    "reduced_vary_cast",
+    "reduced_vary_cast_p",
+    "vary_unreduced_cast",
+    "vary_unreduced_cast_p",
+)
+
+#: The same numbers, laid out in another way in memory or over devices, or of another type there.
+RESHARDINGS = (
+    "sharding_constraint",
+    "layout_constraint",
+    "reshard",
+    "mesh_cast",
+    *RETYPINGS,
+)
 
 #: The results are the operands.
 IDENTITIES = (*COPIES, *RESHARDINGS)

@@ -28,7 +28,8 @@ def run(
 
     Equations that meet no special value are emitted again as they were, custom gradients included.
     """
-    return rules.leave(_walk(program.jaxpr, program.consts, operands, rules))
+    results = _walk(program.jaxpr, program.consts, operands, rules, {})
+    return rules.leave(results)
 
 
 def _walk(
@@ -36,11 +37,15 @@ def _walk(
     consts: Sequence[Any],
     operands: Sequence[Any],
     rules: Registry,
+    known_fills: Mapping[Any, Any],
 ) -> list[Any]:
-    """The results of a program, special values among them as they are."""
+    """The results of a program, special values among them as they are.
+
+    `known_fills` says which numbers fill its inputs, as far as known: see `_note_fills`.
+    """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
-    fills: dict[Any, Any] = {}
+    fills = dict(known_fills)
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else env[atom]
@@ -65,7 +70,11 @@ def _apply(
     if not special and not rules.concerns(equation):
         return emit(equation, *operands)
     if (inner := inner_program(equation)) is not None:
-        return _walk(inner.jaxpr, inner.consts, operands, rules)
+        numbers = zip(
+            inner.jaxpr.invars, _fills_of(equation, fills), strict=True
+        )
+        known = {v: number for v, number in numbers if number is not None}
+        return _walk(inner.jaxpr, inner.consts, operands, rules, known)
     if (through := _BODIES.get(equation.primitive.name)) is not None:
         return through(equation, operands, rules)
     results = _by_rule(equation, operands, fills, rules)
@@ -84,10 +93,16 @@ def _by_rule(
     rule = rules.rule(equation, operands)
     if not rule.fills:
         return rule.run(equation, *operands)
-    numbers = []
-    for v in equation.invars:
-        numbers.append(v.val if isinstance(v, Literal) else fills.get(v))
+    numbers = _fills_of(equation, fills)
     return rule.run(equation, *operands, fills=numbers)
+
+
+def _fills_of(equation: JaxprEqn, fills: Mapping[Any, Any]) -> list[Any]:
+    """The number that fills each operand, or None where none is known."""
+    return [
+        v.val if isinstance(v, Literal) else fills.get(v)
+        for v in equation.invars
+    ]
 
 
 def _note_fills(

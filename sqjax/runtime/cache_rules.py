@@ -162,7 +162,8 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     For example a cache (batch, slots, heads, 16) with scales (batch, slots, heads, 1) gets one
     token (batch, 1, heads, 16): its absmax over the last axis gives scales (batch, 1, heads, 1).
     """
-    if not is_cache(leaf):  # a cache is written to a float array
+    # A cache is written to a float array, or a weight to a cache.
+    if not is_cache(leaf) or (isinstance(new, Leaf) and not is_cache(new)):
         return None
     part = new.value if is_cache(new) else _quantized_like(leaf.value, new)
     if part is None:
@@ -180,18 +181,59 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     )
 
 
+@CACHE_RULES.register(("scatter",), CACHES)
+def _scatter(equation: JaxprEqn, leaf: Any, indices: Any, new: Any) -> Any:
+    """cache.at[rows, slots].set(new): new vectors are quantized, and so are written with a scale.
+
+    For example a cache (batch, slots, heads, 16) with scales (batch, slots, heads, 1) gets for each
+    row a token (rows, heads, 16). Its absmax over the last axis gives scales (rows, heads, 1).
+    """
+    if not is_cache(leaf) or isinstance(new, Leaf):
+        return None
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    values, scale = leaf.value.values, leaf.value.scale
+    # Where each axis of the cache is among those of `new`, if it is a whole axis there.
+    without = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    whole = other_axes(values.ndim, without)
+    place = dict(zip(whole, numbers.update_window_dims, strict=True))
+    shared = _shared_axes(leaf.value)
+    # All that shares a scale must be written at once, because the rest would need another.
+    written_sizes = [new.shape[place[a]] for a in shared if a in place]
+    if written_sizes != [values.shape[a] for a in shared]:
+        return None
+    scales = scale_from_absmax(absmax(new, tuple(place[a] for a in shared)))
+
+    def written(array: Array, part: Array) -> Array:
+        return lax.scatter(
+            array,
+            indices,
+            part,
+            numbers,
+            indices_are_sorted=params["indices_are_sorted"],
+            unique_indices=params["unique_indices"],
+            mode=params["mode"],
+        )
+
+    codes = to_format(new, scales)
+    return _changed(leaf, written(values, codes), written(scale, scales))
+
+
+def _shared_axes(cache: QTensor) -> list[int]:
+    """The axes along which elements share a scale."""
+    sizes = zip(cache.values.shape, cache.scale.shape, strict=True)
+    return [axis for axis, (size, own) in enumerate(sizes) if size > own]
+
+
 def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
     """An array with its scales along the same axes as a cache.
 
     None if it is only a part of the cache along an axis that shares a scale: the part would need
     another scale than the rest.
     """
-    shared = []
-    for axis, size in enumerate(cache.values.shape):
-        if size > cache.scale.shape[axis]:
-            shared.append(axis)
-            if x.shape[axis] != size:
-                return None
+    shared = _shared_axes(cache)
+    if any(x.shape[axis] != cache.values.shape[axis] for axis in shared):
+        return None
     scale = scale_from_absmax(absmax(x, tuple(shared)))
     return QTensor(to_format(x, scale), scale, order=(), dtype=cache.dtype)
 

@@ -53,10 +53,16 @@ def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
 
 def _weight_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
     """The PartitionSpecs of a weight's arrays in a shard_map, given that of the float leaf."""
+    weight = leaf.value
+    specs = weight_specs(weight, spec, leaf.path)
+    along_channels = specs.tensor.values[weight.ndim - weight.contracted :]
     # Outlier channels are counted from the first channel of the whole leaf, not of a block.
-    if leaf.value.outliers is not None:
-        return refuse_weight(equation, leaf)
-    specs = weight_specs(leaf.value, spec, leaf.path)
+    if weight.outliers is not None and any(along_channels):
+        raise ValueError(
+            f"{leaf.path}: has outlier channels, which need all of its channels on a device, but "
+            f"the shard_map at {source_of(equation)} shards the channels by {spec}; shard the "
+            "outputs, or give this site a scheme without outliers"
+        )
     shards = shard_map_in(equation)
     sizes = {} if shards is None else shards.sizes
     check_groups(leaf.value, specs, sizes, leaf.path)
@@ -88,7 +94,11 @@ def is_cache(x: Any) -> bool:
 
 def refuse_cache(equation: JaxprEqn, *operands: Any) -> Any:
     """Raises ValueError: there is no rule for a quantized argument here."""
-    leaf = next(x for x in operands if is_cache(x))
+    leaves = [x for x in operands if isinstance(x, Leaf)]
+    weights = [x for x in leaves if not is_cache(x)]
+    if weights:
+        return refuse_weight(equation, *weights)
+    leaf = leaves[0]
     raise ValueError(
         f"{leaf.path}: a quantized argument, but `{equation.primitive.name}` at "
         f"{source_of(equation)} has no rule for quantized values; keep this array in float"

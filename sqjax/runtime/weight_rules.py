@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from sqjax.program.primitives import COPIES, RESHARDINGS
+from sqjax.program.primitives import COPIES, RESHARDINGS, RETYPINGS
 from sqjax.program.registry import Leaf, Registry
 from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
@@ -135,4 +135,4 @@ def _keeps_order(equation: JaxprEqn) -> bool:
 WEIGHT_RULES.register(("conv_general_dilated",), WEIGHTS)(convolve)
 WEIGHT_RULES.register((*COPIES, *RESHARDINGS), WEIGHTS)(copy)
 WEIGHT_RULES.register(("optimization_barrier",), WEIGHTS)(barrier)
-WEIGHT_RULES.register(("pvary",), WEIGHTS)(pvary)
+WEIGHT_RULES.register(RETYPINGS, WEIGHTS)(pvary)

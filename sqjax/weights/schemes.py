@@ -119,8 +119,7 @@ class Int4(_Weight):
         zero_point: whether the range is that of the weights, [min, max], and not [-absmax, absmax].
         two_level: whether the groups have integer scales below one float scale for every output, so
             that the weights expand to int8 in integers: w = scale * group_scale * (q - zero)
-            (QServe, Lin et al. 2024, arXiv 2405.04532). It needs a group size. Zero points are part
-            of it, whatever `zero_point` says.
+            (QServe, Lin et al. 2024, arXiv 2405.04532). It needs a group size and zero points.
 
     Raises:
         ValueError: a field is of another type, out of range, or does not go with the others; the
@@ -146,6 +145,11 @@ class Int4(_Weight):
         has_groups = self.group_size is not None or not self.two_level
         meaning = "a group size with two_level=True"
         _require(has_groups, self, "group_size", meaning)
+        has_zeros = self.zero_point or not self.two_level
+        meaning = (
+            "True with two_level=True, because two levels have zero points"
+        )
+        _require(has_zeros, self, "zero_point", meaning)
 
     @property
     def fmt(self) -> Format:

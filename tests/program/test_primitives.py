@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sqjax as sq
@@ -30,6 +31,7 @@ WAYS = {  # what a function may do to a weight before it multiplies with it
     "sharding_constraint": lambda w, x: lax.with_sharding_constraint(
         w, NamedSharding(MESH, PartitionSpec())
     ),
+    "layout_constraint": lambda w, x: with_layout_constraint(w, Layout((1, 0))),
     "barrier": lambda w, x: lax.optimization_barrier(w),
     "barrier beside an activation": barrier_beside,
     "barrier of a transposed weight": lambda w, x: lax.optimization_barrier((x, w.T))[1].T,

@@ -197,6 +197,60 @@ def test_a_mask_may_fill_with_zeros_only(jit):
             jit(sq.quantized(lambda p, c, fill=fill: fn(p, c, fill)))({}, held)
 
 
+@pytest.mark.parametrize("zeros_are", ["an argument", "made in a call"])
+def test_a_mask_in_a_call_is_told_of_zeros_made_outside(zeros_are):
+    """`jnp.where` is a call, and what it is given may have been filled before."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+
+    @jax.jit
+    def masked(cache, zeros):
+        if zeros_are == "made in a call":
+            zeros = jnp.zeros_like(zeros)
+        return jnp.where(jnp.arange(4)[:, None] < 2, cache, zeros)
+
+    def fn(p, cache):
+        return masked(cache["c"], jnp.zeros((4, 8))) @ jnp.ones((8, 1))
+
+    got = jax.jit(sq.quantized(fn))({}, sq.quantize_cache({"c": x}))
+    expected = rounded(x).sum(-1) * (np.arange(4) < 2)
+    np.testing.assert_allclose(got[:, 0], expected, atol=1e-5)
+
+
+def test_tokens_scattered_into_a_cache_are_quantized():
+    """cache.at[rows, slots].set(new): every row writes to a slot of its own."""
+    rng = np.random.default_rng(0)
+    before, new = rng.normal(size=(3, 5, 2, 8)), rng.normal(size=(3, 2, 8))
+    rows, slots = np.arange(3), np.array([4, 0, 2])
+
+    def fn(p, cache, new):
+        keys = cache["k"].at[rows, slots].set(new)
+        return jnp.einsum("bshd,hd->bsh", keys, jnp.ones((2, 8))), {"k": keys}
+
+    held = sq.quantize_cache({"k": jnp.asarray(before, jnp.float32)})
+    sums, after = jax.jit(sq.quantized(fn))({}, held, jnp.asarray(new, jnp.float32))
+    expected = rounded(before)
+    expected[rows, slots] = rounded(new)
+    assert after["k"].values.dtype == jnp.int8
+    np.testing.assert_allclose(sq.dequantize(after["k"]), expected, atol=1e-5)
+    np.testing.assert_allclose(sums, expected.sum(-1), atol=0.05)
+
+
+def test_a_scatter_of_parts_of_what_shares_a_scale_is_refused():
+    held = sq.quantize_cache({"k": jnp.zeros((3, 8))})
+    for write in (lambda k: k.at[:, 2].set(1.0), lambda k: k.at[0, :4].set(jnp.ones(4))):
+        with pytest.raises(ValueError, match=r"^0/0/k: a quantized argument, but `"):
+            sq.quantized(lambda p, c, write=write: write(c["k"]))({}, held)
+
+
+def test_a_quantized_weight_written_into_a_cache_is_named():
+    params, x = {"w": jnp.ones((4, 8))}, jnp.ones((2, 4))
+    stats = sq.calibrate(lambda p, x: x @ p["w"], params, [x])
+    held = sq.quantize_cache({"k": jnp.zeros((4, 8))})
+    fn = lambda p, c: lax.dynamic_update_slice(c["k"], p["w"], (0, 0))
+    with pytest.raises(ValueError, match=r"^w: quantized, but `dynamic_update_slice` at"):
+        sq.quantized(fn)(sq.quantize(params, stats), held)
+
+
 def test_what_has_no_rule_is_refused_with_its_name():
     held = sq.quantize_cache({"key": jnp.ones((2, 4)), "n": jnp.int32(3)})
     with pytest.raises(

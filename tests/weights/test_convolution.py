@@ -224,7 +224,7 @@ SCHEMES = {
     "zero points": Scheme(weight=Int4(zero_point=True), activation=None),
     "per tensor": Scheme(weight=Int8(per_tensor=True), activation=None),
     "groups": Scheme(weight=Int8(group_size=2)),
-    "two levels": Scheme(weight=Int4(group_size=2, two_level=True)),
+    "two levels": Scheme(weight=Int4(group_size=2, zero_point=True, two_level=True)),
 }
 
 

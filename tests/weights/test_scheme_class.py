@@ -104,6 +104,12 @@ UNFIT = [  # what is made, the field that is named, what is expected there, what
     (lambda: plain.Int4(two_level="yes"), "Int4.two_level", "True or False", "'yes'"),
     (lambda: plain.Int4(two_level=True), "Int4.group_size", "a group size with two_level=", "None"),
     (
+        lambda: plain.Int4(two_level=True, group_size=64),
+        "Int4.zero_point",
+        "True with two_level=True, because two levels have zero points",
+        "False",
+    ),
+    (
         lambda: plain.Int4(two_level=True, per_tensor=True),
         "Int4.group_size",
         "a group size with two_level=",
