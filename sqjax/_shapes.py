@@ -71,14 +71,16 @@ def sharded_as(
     """The type `plain`, sharded as the array `stored` is: axis i as its axis `axes[i]`.
 
     Only meshes with explicit axes say in an array's type how it is sharded; elsewhere the type
-    stays as it is.
+    stays as it is. Inside a shard_map it also says over which mesh axes the numbers vary.
 
     Example: a transposed view of a stored array with the spec P("model", None) has axes (1, 0) and
     P(None, "model")."""
     if not isinstance(stored, jax.Array):
         return plain
-    sharding = jax.typeof(stored).sharding
+    stored_type = jax.typeof(stored)
+    sharding, manual = stored_type.sharding, stored_type.manual_axis_type
     entries = [sharding.spec[a] for a in axes]
-    if not any(entries):
+    if not any(entries) and not manual.varying:
         return plain
-    return plain.update(sharding=sharding.update(spec=PartitionSpec(*entries)))
+    moved = sharding.update(spec=PartitionSpec(*entries))
+    return plain.update(sharding=moved, manual_axis_type=manual)

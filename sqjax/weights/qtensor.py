@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sqjax._shapes import sharded_as
 from sqjax.numerics.formats import (
     INT4,
     INT8,
@@ -382,8 +383,7 @@ def is_tensor(x: Any) -> bool:
 
 def tensor_type(x: Any) -> jax.ShapeDtypeStruct | None:
     """The type of the float array that a `QTensor` stands for; None for anything else."""
-    return (
-        jax.ShapeDtypeStruct(x.shape, x.dtype)
-        if isinstance(x, QTensor)
-        else None
-    )
+    if not isinstance(x, QTensor):
+        return None
+    plain = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return sharded_as(plain, x.values, x.axes)

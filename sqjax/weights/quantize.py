@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from sqjax._shapes import other_axes
@@ -19,6 +20,7 @@ from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 from sqjax.weights.schemes import Int4, PerTensor, PerToken, Scheme, Static
+from sqjax.weights.sharding import explicit_shardings
 
 #: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float,
 #: and for indices.
@@ -112,7 +114,6 @@ def measured(
     return Beside(smoothing, channels)
 
 
-@partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
 def quantize_weight(
     weight: Array,
     contracting: tuple[int, ...],
@@ -139,6 +140,37 @@ def quantize_weight(
         outliers: (batch, n) channels that are multiplied in float: positions along the flattened
             contracted axes.
     """
+    run = partial(
+        _quantize_weight, contracting=contracting, scheme=scheme, batch=batch
+    )
+    arrays = weight, absmax, smoothing, outliers
+    sharding: Any = jax.typeof(weight).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    if not explicit or not any(sharding.spec):
+        return run(*arrays)
+    # Types say there how arrays are sharded, and few steps in groups can say it of their results.
+    made = jax.eval_shape(run, *jax.tree.map(_without_sharding, arrays))
+    return jax.sharding.auto_axes(
+        run, out_sharding=explicit_shardings(made, sharding)
+    )(*arrays)
+
+
+def _without_sharding(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@partial(jax.jit, static_argnames=("contracting", "scheme", "batch"))
+def _quantize_weight(
+    weight: Array,
+    absmax: Array | None,
+    smoothing: Array | None,
+    outliers: Array | None,
+    *,
+    contracting: tuple[int, ...],
+    scheme: Scheme,
+    batch: tuple[int, ...],
+) -> QuantWeight:
+    """`quantize_weight` where arrays may be sharded as the compiler likes."""
     dtype = weight.dtype
     contracting = tuple(sorted(a % weight.ndim for a in contracting))
     if smoothing is not None:

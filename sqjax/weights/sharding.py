@@ -94,6 +94,30 @@ def weight_specs(
     )
 
 
+def explicit_shardings(
+    weight: QuantWeight, sharding: NamedSharding
+) -> QuantWeight:
+    """The `QuantWeight` of the NamedShardings of a weight's arrays, given that of the float leaf.
+
+    An axis that its mesh axes do not divide is not sharded: 3 groups on 2 devices.
+
+    Args:
+        weight: the weight, or its shapes.
+        sharding: of the float leaf.
+    """
+    specs = weight_specs(weight, sharding.spec, "weight")
+
+    def fitting(x: Any, spec: PartitionSpec) -> NamedSharding:
+        pairs = zip(x.shape, _entries(spec, x.shape, "weight"), strict=True)
+        kept = [
+            None if size % _blocks(entry, sharding.mesh.shape) else entry
+            for size, entry in pairs
+        ]
+        return sharding.update(spec=PartitionSpec(*kept))
+
+    return jax.tree.map(fitting, weight, specs)
+
+
 def _entries(spec: PartitionSpec, shape: Sequence[int], path: str) -> list[Any]:
     """A spec's entry for every axis: P("model") for an array of rank 2 has "model" and None.
 

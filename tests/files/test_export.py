@@ -81,3 +81,22 @@ def test_a_decoder_keeps_every_int8_matmul():
     assert set(program.platforms) == set(PLATFORMS)
     got = program.call(jax.tree.leaves((qparams, ids)))
     np.testing.assert_allclose(got, jax.jit(run)(qparams, ids), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16_G64", "W8A8"])
+def test_one_program_for_any_number_of_rows(scheme):
+    """A symbolic batch: no code may ask in Python whether there are few rows."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(128, 16)), jnp.float32)}
+    fn = lambda p, x: x @ p["w"]
+    stats = sq.calibrate(fn, params, [jnp.ones((2, 128))])
+    qparams = sq.quantize(params, stats, scheme)
+    (rows,) = export.symbolic_shape("rows")
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qparams)
+    x_type = jax.ShapeDtypeStruct((rows, 128), jnp.float32)
+    program = export.export(jax.jit(sq.quantized(fn)))(types, x_type)
+    weight = np.asarray(sq.dequantize(qparams["w"].tensor), np.float64)
+    for count in (1, 40):
+        x = np.random.default_rng(count).normal(size=(count, 128)).astype(np.float32)
+        exact = x @ weight
+        error = np.abs(program.call(qparams, jnp.asarray(x)) - exact).max()
+        assert error < (0.02 if scheme == "W8A8" else 1e-5) * np.abs(exact).max()

@@ -556,3 +556,64 @@ def test_shardings_that_do_not_fit():
         ValueError, match="w: expected a NamedSharding, a PartitionSpec or None, got int"
     ):
         sq.shardings(qparams, {"w": 3})
+
+
+# What is quantized inside a shard_map, or on a mesh with explicit axes ------------------------------------------------
+
+
+def rounded_weights(qparams):
+    """The weights that a quantized tree stands for, in float64."""
+    return {n: np.asarray(sq.dequantize(w.tensor), np.float64) for n, w in qparams.items()}
+
+
+def megatron(p, x):
+    return jnp.maximum(x @ p["w1"], 0) @ p["w2"]
+
+
+SPLIT = {"w1": P(None, "model"), "w2": P("model", None)}
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+def test_quantized_in_a_shard_map_takes_blocks_of_weights_that_vary_over_devices(scheme):
+    """`jax.shard_map(quantized(fn))`: a leaf's type says that its numbers differ from device to device."""
+    params = {"w1": normal(8, 16), "w2": normal(16, 8)}
+    x = normal(4, 8, seed=3)
+    stats = sq.calibrate(megatron, params, [x])
+    weight = sq.Int4(group_size=8, zero_point=True) if scheme == "W4A16" else sq.Int8()
+    qparams = sq.quantize(params, stats, sq.W8A16.replace(weight=weight))
+    block = sq.quantized(lambda p, x: lax.psum(megatron(p, x), "model"))
+    got = jax.jit(on_devices(block, (sq.shardings(qparams, SPLIT), P())))(qparams, x)
+    w = rounded_weights(qparams)
+    exact = np.maximum(np.asarray(x, np.float64) @ w["w1"], 0) @ w["w2"]
+    np.testing.assert_allclose(got, exact, atol=2e-5 * np.abs(exact).max())
+
+
+def test_outlier_channels_in_a_shard_map():
+    """Outputs may be sharded. Channels may not, because x is indexed by its outlier channels."""
+    params, x = {"w1": normal(8, 16)}, normal(4, 8, seed=3).at[:, 2].multiply(20)
+    fn = lambda p, x: x @ p["w1"]
+    scheme = sq.W8A8_OUTLIERS
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [x]), scheme)
+    by_outputs = on_devices(fn, ({"w1": P(None, "model")}, P()), P(None, "model"))
+    got = jax.jit(sq.quantized(by_outputs))(qparams, x)
+    exact = np.asarray(x, np.float64) @ np.asarray(params["w1"], np.float64)
+    assert np.abs(got - exact).max() < 0.05
+    summed = lambda p, x: lax.psum(fn(p, x), "model")
+    by_channels = on_devices(summed, ({"w1": P("model", None)}, P(None, "model")))
+    with pytest.raises(ValueError, match=r"^w1: has outlier channels, which need all of its"):
+        jax.eval_shape(sq.quantized(by_channels), qparams, x)
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)], ids=str)
+def test_groups_of_a_leaf_that_is_sharded_on_explicit_axes(spec):
+    """The codes and scales are those of the leaf on one device, and stay sharded as it is."""
+    params, x = {"w": normal(12, 8)}, normal(4, 12)
+    stats = sq.calibrate(lambda p, x: x @ p["w"], params, [x])
+    where = NamedSharding(mesh(AxisType.Explicit), spec)
+    for weight in (sq.Int4(group_size=4, zero_point=True), sq.Int8(group_size=8)):
+        scheme = sq.W8A16.replace(weight=weight)
+        expected = sq.quantize(params, stats, scheme)["w"].tensor
+        with jax.set_mesh(where.mesh):
+            got = sq.quantize(jax.device_put(params, {"w": where}), stats, scheme)["w"].tensor
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        assert got.values.sharding.spec == P(*reversed(spec))
