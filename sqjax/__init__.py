@@ -44,6 +44,7 @@ from sqjax.weights.schemes import (
     Static,
 )
 from sqjax.weights.sharding import shardings
+from sqjax.weights.training import merge, split
 
 __all__ = [
     "EMBEDDING_INT4",
@@ -76,6 +77,7 @@ __all__ = [
     "fold_stats",
     "int8_attention",
     "load",
+    "merge",
     "quantize",
     "quantize_cache",
     "quantized",
@@ -84,6 +86,7 @@ __all__ = [
     "shardings",
     "smooth",
     "smoothquant",
+    "split",
     "verify",
 ]
 

@@ -156,9 +156,24 @@ UNFIT = [  # what is made, the field that is named, what is expected there, what
         "None, because",
         "0.5",
     ),
-    (lambda: plain.W8A8.replace(outliers=0.0), "Scheme.outliers", "a threshold above 0, or", "0.0"),
-    (lambda: plain.W8A8.replace(outliers=float("nan")), "Scheme.outliers", "a threshold", "nan"),
-    (lambda: plain.W8A8.replace(outliers="6"), "Scheme.outliers", "a threshold above 0", "'6'"),
+    (
+        lambda: plain.W8A8.replace(outliers=0.0),
+        "Scheme.outliers",
+        "a finite threshold above 0, or",
+        "0.0",
+    ),
+    (
+        lambda: plain.W8A8.replace(outliers=float("nan")),
+        "Scheme.outliers",
+        "a finite threshold",
+        "nan",
+    ),
+    (
+        lambda: plain.W8A8.replace(outliers="6"),
+        "Scheme.outliers",
+        "a finite threshold above 0",
+        "'6'",
+    ),
     (lambda: plain.W8A16.replace(outliers=6.0), "Scheme.outliers", "None, because the act", "6.0"),
     (
         lambda: plain.Scheme(activation=plain.Static(range="mse"), outliers=6.0),
