@@ -224,6 +224,8 @@ def test_the_public_names_are_these():
             "Stats",
             "dequantize",
             "shardings",
+            "split",
+            "merge",
             "int8_attention",
             "quantize_cache",
             "save",
