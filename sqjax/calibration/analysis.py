@@ -178,15 +178,20 @@ def described(args: Any) -> str:
     if isinstance(args, Mapping):
         inside = [f"{key!r}: {described(args[key])}" for key in args]
         return "{" + ", ".join(inside) + "}"
-    if isinstance(args, list) and _numbers_in(args):
-        return f"[{_numbers_in(args)} numbers]"
     if isinstance(args, tuple | list):
-        inside = [described(x) for x in args[:20]]
-        text = ", ".join([*inside, "..."] if len(args) > 20 else inside)
-        if isinstance(args, list):
-            return f"[{text}]"
-        return f"({text},)" if len(args) == 1 else f"({text})"
+        return _described_sequence(args)
     return repr(args)[:80]
+
+
+def _described_sequence(args: Sequence[Any]) -> str:
+    is_list = isinstance(args, list)
+    if is_list and _numbers_in(args):
+        return f"[{_numbers_in(args)} numbers]"
+    inside = [described(x) for x in args[:20]]
+    text = ", ".join([*inside, "..."] if len(args) > 20 else inside)
+    if is_list:
+        return f"[{text}]"
+    return f"({text},)" if len(args) == 1 else f"({text})"
 
 
 def _numbers_in(args: Any) -> int:

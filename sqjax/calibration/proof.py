@@ -43,11 +43,8 @@ def prove(
     trial = Trial(analysis, params, inputs, graph)
     calls_back = any(e.name in CALLBACKS for e in analysis.program.equations)
     passes = trial.passes(graph.groups)
-    if not (passes and not calls_back) and not trial.repeats():
-        raise ValueError(
-            "calibrate: fn returned two different results on the same inputs (a callback that "
-            "draws or counts?), so nothing can be proved of it; pass what differs as an argument"
-        )
+    if calls_back or not passes:
+        trial.check_repeats()
     if passes:
         return graph
 
@@ -57,8 +54,15 @@ def prove(
             "calibrate: groups that fold exactly one by one do not fold together; "
             "please report this program"
         )
+    return _without_the_others(graph, sound, in_float16(analysis.program))
+
+
+def _without_the_others(
+    graph: Graph, sound: Sequence[Group], float16: bool
+) -> Graph:
+    """The graph with the groups in `sound` only; the sites of the others are refused."""
     reason = "folding it with powers of two changed a bit of fn's output"
-    if in_float16(analysis.program):
+    if float16:
         reason += (
             " (float16 loses bits of very small and very large numbers: "
             "bfloat16 or float32 parameters may pass)"
@@ -103,9 +107,14 @@ class Trial:
         self._params, self._inputs = params, inputs
         self.expected = self._results(self.ones)
 
-    def repeats(self) -> bool:
-        """Whether a second run on the same inputs gives the same bits."""
-        return self.passes([])
+    def check_repeats(self) -> None:
+        """Raises ValueError if a second run on the same inputs does not give the same bits."""
+        if not self.passes([]):
+            raise ValueError(
+                "calibrate: fn returned two different results on the same inputs (a callback that "
+                "draws or counts?), so nothing can be proved of it; pass what differs as an "
+                "argument"
+            )
 
     def passes(self, groups: Sequence[Group]) -> bool:
         """Whether the same bits come out with powers of two folded into these groups."""

@@ -81,15 +81,15 @@ def verify(
     # Not "error > tolerance": NaN is no small error.
     wrong = [path for path, error in errors.items() if not error <= allowed]
     if wrong:
-        advice = _advice(after, coarse) if tolerance is None else ""
-        if tolerance is None and coarse in ("bfloat16", "float16"):
-            exact = _in_float32(fn, before, inputs)
+        advice = ""
+        if tolerance is None:
+            exact = _in_float32(fn, before, inputs, coarse)
+            was, now = (_worst(exact, outputs) for outputs in (expected, got))
+            # A right fold rounds other numbers, but none more coarsely.
+            if exact is not None and now <= 2 * was:
+                return max(errors.values())
+            advice = _advice(after, coarse)
             if exact is not None:
-                was = max(map(_error, exact, expected))
-                now = max(map(_error, exact, got))
-                # A right fold rounds other numbers, but none more coarsely.
-                if now <= 2 * was:
-                    return max(errors.values())
                 advice += (
                     f"; beside the same program in float32 it is off by {now:.3g}, and was by "
                     f"{was:.3g} before: more than rounding"
@@ -122,13 +122,23 @@ def _coarsest(traced: Traced) -> str:
     return max(known, key=TOLERANCES.__getitem__, default="float32")
 
 
+def _worst(expected: list[Any] | None, got: list[Any]) -> float:
+    """The largest error of the outputs; 0 if there is nothing to compare them with."""
+    return max(map(_error, expected or [], got), default=0.0)
+
+
 def _in_float32(
-    fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]
+    fn: Callable[..., Any],
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    coarse: str,
 ) -> list[Any] | None:
     """What a program in half precision returns in float32; None if it is not to be had so.
 
     Where `fn` itself casts to half precision it is not, nor of quantized parameters.
     """
+    if coarse not in ("bfloat16", "float16"):
+        return None
 
     def wide(x: Any) -> Any:
         half = is_array(x) and x.dtype in (jnp.bfloat16, jnp.float16)

@@ -122,9 +122,8 @@ class _Run(NamedTuple):
             return self._shard_map(equation, body.call, operands, marks, inside)
         if self.follow is None:
             return self._scan(body, body.call, operands, env, inside)
-        return self._scan_with_marks(
-            equation, body.call, operands, env, marks, inside
-        )
+        loop = _MarkedScan.of(self, equation, env, marks, inside)
+        return loop.results(operands)
 
     def _scan(
         self,
@@ -145,99 +144,6 @@ class _Run(NamedTuple):
             return outputs[: scan.carry], (outputs[scan.carry :], seen)
 
         carry, (ys, seen) = scan.run(step, first, xs)
-        return [*carry, *ys], seen
-
-    def _scan_with_marks(
-        self,
-        equation: Equation,
-        scan: Scan,
-        operands: Sequence[Any],
-        env: Env,
-        marks: dict[Var, Mark],
-        scopes: Scopes,
-    ) -> tuple[list[Any], Seen]:
-        """A scan whose body follows marks too.
-
-        What is carried from step to step keeps its marks: (batch, tokens, 1) of the activations
-        that layer after layer computes. But if the scan runs over the marked axis itself (over the
-        tokens, say), each step is marked by its own slices alone, and what it carries by nothing.
-        """
-        assert equation.body is not None
-        body = equation.body
-        _, first, xs = scan.sort(operands)
-        _, of_first, of_xs = scan.sort(_marks_of(marks, equation.inputs))
-        over_marks = any(_is_array(m) and m.shape[0] > 1 for m in of_xs)
-        carried: list[Mark] = [None if over_marks else m for m in of_first]
-        sliced = [m if _is_array(m) else None for m in of_xs]
-        sliced = [
-            None
-            if m is None
-            else jnp.broadcast_to(m, (scan.length, *m.shape[1:]))
-            for m in sliced
-        ]
-
-        def step(carry, slices):
-            values, of_carry = carry
-            parts, of_parts = slices
-            given = zip(body.inputs, [*values, *parts], strict=True)
-            inner = {**env, **dict(given)}
-            known = [
-                _joined(kept, static)
-                for kept, static in zip(
-                    [*of_carry, *of_parts], [*carried, *of_xs], strict=True
-                )
-            ]
-            within = {**marks, **dict(zip(body.inputs, known, strict=True))}
-            seen = self.equations(body.equations, inner, within, scopes)
-            outputs = _read(inner, body.outputs)
-            made = _marks_of(within, body.outputs)
-            return (outputs[: scan.carry], made[: scan.carry]), (
-                outputs[scan.carry :],
-                seen,
-                made[scan.carry :],
-            )
-
-        # The marks of what is carried may grow from step to step, until they are as they were.
-        while not over_marks:
-            arrays = [m if _is_array(m) else None for m in carried]
-            (_, after), _ = jax.eval_shape(
-                lambda values, of_carry, parts, of_parts: step(
-                    (values, of_carry), (parts, of_parts)
-                ),
-                list(first),
-                arrays,
-                [jax.tree.map(lambda x: x[0], x) for x in xs],
-                [None if m is None else m[0] for m in sliced],
-            )
-            grown = [
-                _grown(before, new)
-                for before, new in zip(carried, after, strict=True)
-            ]
-            if all(map(_same_kind, grown, carried)):
-                break
-            carried = grown
-
-        def run_step(carry, slices):
-            (values, after), ys = step(carry, slices)
-            if over_marks:
-                return [values, carry[1]], ys
-            kept = [
-                jnp.broadcast_to(0 if new is None else new, before.shape)
-                if _is_array(before)
-                else None
-                for before, new in zip(carry[1], after, strict=True)
-            ]
-            return [values, kept], ys
-
-        start = [m if _is_array(m) else None for m in carried]
-        (carry, last), (ys, seen, of_ys) = scan.run(
-            run_step, [list(first), start], [list(xs), sliced]
-        )
-        of_carry = [
-            _joined(kept, static)
-            for kept, static in zip(last, carried, strict=True)
-        ]
-        marks.update(zip(equation.outputs, [*of_carry, *of_ys], strict=True))
         return [*carry, *ys], seen
 
     def _shard_map(
@@ -278,6 +184,118 @@ class _Run(NamedTuple):
         out_specs = [*shards.out_specs], PartitionSpec(*shards.sizes)
         in_specs = (*shards.in_specs, *(PartitionSpec() for _ in whole))
         return shards.run(block, in_specs, out_specs, (*operands, *whole))
+
+
+class _MarkedScan(NamedTuple):
+    """A scan whose body follows marks too.
+
+    What is carried from step to step keeps its marks: (batch, tokens, 1) of the activations that
+    layer after layer computes. But if the scan runs over the marked axis itself (over the tokens,
+    say), each step is marked by its own slices alone, and what it carries by nothing.
+
+    Attributes:
+        run: the run that it is part of.
+        equation, scan: the scan.
+        env, marks: what the body sees of the outside; the marks of the results are added.
+        scopes: of the body.
+        carried, of_xs: the marks of what is carried, and of what the scan runs over.
+        over_marks: whether it runs over a marked axis.
+    """
+
+    run: _Run
+    equation: Equation
+    scan: Scan
+    env: Env
+    marks: dict[Var, Mark]
+    scopes: Scopes
+    carried: list[Mark]
+    of_xs: list[Mark]
+    over_marks: bool
+
+    @classmethod
+    def of(
+        cls,
+        run: _Run,
+        equation: Equation,
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
+    ) -> "_MarkedScan":
+        """The scan of an equation, with the marks of its operands."""
+        assert equation.body is not None
+        scan: Any = equation.body.call
+        _, of_first, of_xs = scan.sort(_marks_of(marks, equation.inputs))
+        over_marks = any(_is_array(m) and m.shape[0] > 1 for m in of_xs)
+        carried = [None] * len(of_first) if over_marks else of_first
+        return cls(
+            run, equation, scan, env, marks, scopes, carried, of_xs, over_marks
+        )
+
+    def results(self, operands: Sequence[Any]) -> tuple[list[Any], Seen]:
+        """(the results of the scan, what probes in its body see)."""
+        _, first, xs = self.scan.sort(operands)
+        slices = [list(xs), [self._sliced(mark) for mark in self.of_xs]]
+        loop = self._settled(first, slices)
+
+        def step(carry, slices):
+            (values, made), ys = loop._step(carry, slices)
+            kept = list(map(_kept, loop.carried, made))
+            return [values, kept], ys
+
+        start = [list(first), list(map(_array, loop.carried))]
+        (carry, kept), (ys, seen, of_ys) = self.scan.run(step, start, slices)
+        of_carry = list(map(_joined, kept, loop.carried))
+        made = zip(self.equation.outputs, [*of_carry, *of_ys], strict=True)
+        self.marks.update(made)
+        return [*carry, *ys], seen
+
+    def _sliced(self, mark: Mark) -> Mark:
+        """A mark of what is sliced, one for each step."""
+        if not _is_array(mark):
+            return None
+        return jnp.broadcast_to(mark, (self.scan.length, *mark.shape[1:]))
+
+    def _step(self, carry: Any, slices: Any) -> tuple[Any, Any]:
+        """One step: ((values, marks) carried on, (values, what is seen, marks) of its slices)."""
+        assert self.equation.body is not None
+        body, count = self.equation.body, self.scan.carry
+        (values, of_values), (parts, of_parts) = carry, slices
+        inner = {
+            **self.env,
+            **dict(zip(body.inputs, [*values, *parts], strict=True)),
+        }
+        static = [*self.carried, *self.of_xs]
+        known = map(_joined, [*of_values, *of_parts], static)
+        within = {**self.marks, **dict(zip(body.inputs, known, strict=True))}
+        seen = self.run.equations(body.equations, inner, within, self.scopes)
+        outputs = _read(inner, body.outputs)
+        made = _marks_of(within, body.outputs)
+        after = outputs[:count], made[:count]
+        return after, (outputs[count:], seen, made[count:])
+
+    def _settled(self, first: Sequence[Any], slices: Any) -> "_MarkedScan":
+        """The same once the shapes of the carried marks grow no further from step to step."""
+        if self.over_marks or not self.scan.length:
+            return self
+        start = [list(first), list(map(_array, self.carried))]
+        one = jax.tree.map(lambda x: x[0], slices)
+        (_, after), _ = jax.eval_shape(self._step, start, one)
+        grown = list(map(_grown, self.carried, after))
+        if all(map(_same_kind, grown, self.carried)):
+            return self
+        return self._replace(carried=grown)._settled(first, slices)
+
+
+def _array(mark: Mark) -> Mark:
+    return mark if _is_array(mark) else None
+
+
+def _kept(before: Mark, made: Mark) -> Mark:
+    """A carried mark after a step, in the shape that it had before; None if it is no array."""
+    if not _is_array(before):
+        return None
+    made = made if _is_array(made) else jnp.zeros_like(before)
+    return jnp.broadcast_to(made, before.shape)
 
 
 def _is_array(mark: Mark) -> bool:

@@ -142,21 +142,30 @@ def _difference(a: ClosedJaxpr, b: ClosedJaxpr) -> str | None:
         if not _same(x, y)
     }
     for ours, theirs in zip(first.eqns, second.eqns, strict=False):
-        where = f"`{ours.primitive.name}` at {source_of(ours)}"
-        if ours.primitive.name != theirs.primitive.name:
-            return f"{where} was `{theirs.primitive.name}` then"
-        for atom, other in zip(ours.invars, theirs.invars, strict=False):
-            drawn = not isinstance(atom, Literal) and atom in changed
-            if drawn or not _same_literal(atom, other):
-                return f"{where} reads another constant"
-        pairs = zip(_within(ours), _within(theirs), strict=False)
-        for inner, again in pairs:
-            difference = _difference(inner, again)
-            if difference is not None:
-                return difference
+        difference = _difference_at(ours, theirs, changed)
+        if difference is not None:
+            return difference
     if len(first.eqns) != len(second.eqns):
         return f"it has {len(second.eqns)} equations, and had {len(first.eqns)}"
     return "it returns another constant" if changed else None
+
+
+def _difference_at(
+    ours: JaxprEqn, theirs: JaxprEqn, changed: set[Any]
+) -> str | None:
+    """The difference of two equations, `changed` being the constants that differ already."""
+    where = f"`{ours.primitive.name}` at {source_of(ours)}"
+    if ours.primitive.name != theirs.primitive.name:
+        return f"{where} was `{theirs.primitive.name}` then"
+    for atom, other in zip(ours.invars, theirs.invars, strict=False):
+        drawn = not isinstance(atom, Literal) and atom in changed
+        if drawn or not _same_literal(atom, other):
+            return f"{where} reads another constant"
+    for inner, again in zip(_within(ours), _within(theirs), strict=False):
+        difference = _difference(inner, again)
+        if difference is not None:
+            return difference
+    return None
 
 
 def _same_literal(a: Any, b: Any) -> bool:

@@ -1,5 +1,6 @@
 """What an equation runs: the programs in calls, scans, shard_maps ..., alike on every JAX."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -208,6 +209,35 @@ def listed(equation: JaxprEqn, results: Any) -> list[Any]:
     return results if equation.primitive.multiple_results else [results]
 
 
+#: Libraries of layers: a line of theirs says less than the line of the user that called them.
+LIBRARIES = ("flax", "haiku", "equinox", "haliax", "einops", "penzai")
+_NOT_THE_USERS = (*LIBRARIES, "jax", "jaxtyping", "beartype")
+
+
 def source_of(equation: JaxprEqn) -> str:
-    """Where the user's program made this equation: "file:line (function)"."""
-    return source_info_util.summarize(equation.source_info)
+    """Where the user's program made this equation: "file:line (function)".
+
+    Of frames in libraries of layers the one that called these is named, with theirs behind it: a
+    Dense of a user's module is "model.py:12 (__call__), in flax/linen/linear.py:700 (__call__)".
+    """
+    summary = source_info_util.summarize(equation.source_info)
+    within = _library_of(summary)
+    if within is None:
+        return summary
+    traceback: Any = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if f"{os.sep}sqjax{os.sep}program{os.sep}" in frame.file_name:
+            break  # what follows called the library's caller from outside: no line of the model
+        if _library_of(frame.file_name) is None:
+            inner = summary[summary.rindex(f"{os.sep}{within}{os.sep}") + 1 :]
+            place = f"{frame.file_name}:{frame.line_num}"
+            return f"{place} ({frame.function_name}), in {inner}"
+    return summary
+
+
+def _library_of(file: str) -> str | None:
+    """The library of layers that a file is of."""
+    for name in _NOT_THE_USERS:
+        if f"site-packages{os.sep}{name}{os.sep}" in file:
+            return name
+    return None
