@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sqjax._trees import PyTree, check_arrays, check_finite
+from sqjax._trees import PyTree, check_arrays, check_finite, is_concrete
 from sqjax.calibration.analysis import (
     Analyses,
     Arguments,
@@ -19,7 +19,7 @@ from sqjax.calibration.analysis import (
 from sqjax.calibration.proof import prove
 from sqjax.calibration.recorder import Recorder
 from sqjax.calibration.stats import FEW_TOKENS, Stats
-from sqjax.folding.graph import Graph
+from sqjax.folding.graph import Graph, Group
 from sqjax.program.trace import array_leaves
 
 
@@ -244,6 +244,11 @@ def _warn_of_unreached(stats: Stats) -> None:
             f"every activation was zero at {', '.join(zeros)} (a norm's gain of 0, or an input "
             "that is always zeros?); nothing is known of these, and a static scheme refuses them"
         )
+    _warn_of_few(stats)
+    _warn_of_blank(stats)
+
+
+def _warn_of_few(stats: Stats) -> None:
     few = [
         f"{path}{list(entry)} ({tokens})"
         for path, entry, tokens in stats.scarce(FEW_TOKENS)
@@ -256,5 +261,24 @@ def _warn_of_unreached(stats: Stats) -> None:
         )
 
 
+def _warn_of_blank(stats: Stats) -> None:
+    blank = [
+        group.name
+        for group in stats.graph.groups
+        if not group.keys and _is_blank(group, stats)
+    ]
+    if blank:
+        _warn(
+            f"all weights are zero behind {', '.join(blank)}: the proof had nothing to compare "
+            "there. Calibrate trained parameters, or verify the fold once there are some"
+        )
+
+
+def _is_blank(group: Group, stats: Stats) -> bool:
+    """Whether all weights of a group's sites are zero: whatever is folded, 0 comes out."""
+    absmax = [stats.weight_absmax[path] for path, _ in group.sites]
+    return all(is_concrete(x) and not np.asarray(x).any() for x in absmax)
+
+
 def _warn(text: str) -> None:
-    warnings.warn(f"calibrate: {text}", stacklevel=4)
+    warnings.warn(f"calibrate: {text}", stacklevel=5)

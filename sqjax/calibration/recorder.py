@@ -1,5 +1,6 @@
 """`Recorder`: running totals of what the sites see, batch after batch."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from sqjax.folding.graph import Graph, Site
 from sqjax.numerics.ranges import Histogram
 from sqjax.program.trace import array_leaves
 
+#: So many different shapes of batches are warned of.
+MANY_SHAPES = 8
 #: {site: what it saw}.
 Totals = dict[str, Observation]
 
@@ -75,6 +78,13 @@ class Recorder:
         # One compiled step for batches of one shape, whichever of them comes first.
         if key not in self._steps:
             self._steps[key] = self._compile(which, args, number)
+            if len(self._steps) == MANY_SHAPES:
+                warnings.warn(
+                    f"calibrate: batches of {MANY_SHAPES} different shapes so far, each of which "
+                    "is compiled anew: pad them to one length and pass mask=, or sort them into "
+                    "a few lengths",
+                    stacklevel=3,
+                )
         mask = None
         if self._mask is not None:
             mask = jnp.asarray(self._mask(*args), bool)

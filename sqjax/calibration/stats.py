@@ -17,12 +17,14 @@ from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
 
+#: Sites that a printed `Stats` lists.
+MOST_ROWS = 40
 #: Experts that less tokens reached are warned of.
 FEW_TOKENS = 32
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """Calibration statistics: for each site what the channels of its activation X were like.
 
@@ -62,6 +64,10 @@ class Stats:
         >>> stats = first.merge(second)
         >>> stats.absmax["w"].tolist(), int(stats.count["w"])
         ([3.0, 16.0], 2)
+        >>> print(stats)
+        1 sites, 1 groups
+          tokens  max |X|  max / median  site
+               2       16          1.68  w
         >>> print(stats.graph)
         1 groups, 1 sites
           scales  absorbed by  sites
@@ -77,6 +83,31 @@ class Stats:
     histogram: dict[str, Histogram] = field(default_factory=dict)
     leaf_sizes: dict[str, Any] = field(default_factory=dict)
     reached: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """A table with a row for every site; of more than 40 the first ones."""
+        head = f"{len(self.graph.sites)} sites, {len(self.graph.groups)} groups"
+        rows = [("tokens", "max |X|", "max / median", "site")]
+        rows += [self._row(site) for site in self.graph.sites[:MOST_ROWS]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [head]
+        for *numbers, path in rows:
+            cells = [x.rjust(n) for x, n in zip(numbers, widths, strict=False)]
+            lines.append("  ".join(["", *cells, path]))
+        more = len(self.graph.sites) - MOST_ROWS
+        if more > 0:
+            lines.append(f"  ... and {more} sites more")
+        return "\n".join(lines)
+
+    def _row(self, site: Site) -> tuple[str, str, str, str]:
+        absmax, tokens = self.absmax[site.path], self.count[site.path]
+        if not is_concrete(absmax) or not is_concrete(tokens):
+            return "?", "?", "?", site.path
+        channels = np.asarray(absmax)
+        largest = float(channels.max(initial=0))
+        alive = channels[channels > 0]
+        ratio = largest / float(np.median(alive)) if alive.size else 0.0
+        return str(int(tokens)), f"{largest:.3g}", f"{ratio:.3g}", site.path
 
     @property
     def unreached(self) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -1,6 +1,7 @@
 """`Graph`: what folding found in a program, as plain hashable data (strings, numbers, tuples)."""
 
 import math
+import re
 from collections.abc import Iterable
 from itertools import filterfalse
 from operator import attrgetter
@@ -250,10 +251,35 @@ class Graph(NamedTuple):
                     absorbers.ljust(widths[1]),
                 )
                 lines.append(f"  {scales}  {absorbers}  {sites}")
-        lines += [
-            f"  refused {path}: {reason}" for path, reason in self.refused
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._refusals()])
+
+    def _refusals(self) -> list[str]:
+        """A line for each refused leaf; one for all that differ by the numbers in them only.
+
+        Example: of 12 layers refused for one reason the line reads "refused layers/{0, 1, 2, 3,
+        ...}/up: ... (12 alike; this is of the first)".
+        """
+        alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for path, reason in self.refused:
+            kind = _NUMBER.sub("#", path), _NUMBER.sub("#", reason)
+            alike.setdefault(kind, []).append((path, reason))
+        lines = []
+        for refusals in alike.values():
+            if len(refusals) < 3:
+                lines += [f"  refused {path}: {why}" for path, why in refusals]
+                continue
+            paths = [path for path, _ in refusals[:4]]
+            named = braced(paths)
+            if len(refusals) > 4:
+                shortened = named.replace("}", ", ...}", 1)
+                named = shortened if "}" in named else f"{named}, ..."
+            lines.append(
+                f"  refused {named}: {refusals[0][1]} ({len(refusals)} alike; this is of the first)"
+            )
+        return lines
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 def _matching(

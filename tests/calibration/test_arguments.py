@@ -1,6 +1,9 @@
 """What `calibrate` says of a model, one array, a loader's pairs or a list in place of its arguments."""
 
+import re
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,3 +42,63 @@ def test_wrong_arguments_are_told(function, batches, match):
 def test_values_of_lists_are_not_printed():
     with pytest.raises(ValueError, match=r"failed on inputs of shapes \(\(5, 6\), \[3 numbers\]\)"):
         sq.calibrate(fn, PARAMS, [(X, [1, 2, 3])])
+
+
+# What is printed, and warned of ---------------------------------------------------------------------
+
+
+def test_statistics_print_as_a_table():
+    params = {"gain": jnp.ones(6), "w": jnp.ones((6, 3)), "v": jnp.ones((3, 2))}
+    fn = lambda p, x: ((x * p["gain"][None]) @ p["w"]) @ p["v"]
+    stats = sq.calibrate(fn, params, [X.at[0, 1].set(-8.0)])
+    assert str(stats) == repr(stats)
+    assert str(stats).splitlines() == [
+        "2 sites, 2 groups",
+        "  tokens  max |X|  max / median  site",
+        "       5        8             8  w",
+        "       5        6             1  v",
+    ]
+
+
+def test_layers_refused_alike_are_one_line():
+    params = {f"layer{i}": jnp.eye(6) for i in range(7)}
+
+    def net(p, x):
+        for i in range(7):
+            x = jnp.tanh(x @ p[f"layer{i}"])
+        return x
+
+    lines = str(sq.calibrate(net, params, [X]).graph).splitlines()
+    assert len(lines) == 3
+    assert "refused layer0: its scale would reach input 0 of fn" in lines[1]
+    assert re.search(r"refused layer1, layer2, .*\.\.\.: `tanh` at .* \(6 alike; this is", lines[2])
+
+
+def test_many_lengths_are_warned_of():
+    batches = [jnp.ones((n, 6)) for n in range(1, 10)]
+    with pytest.warns(UserWarning, match=r"batches of 8 different shapes.*pass mask=") as warned:
+        sq.calibrate(fn, PARAMS, batches)
+    assert len(warned) == 1
+
+
+def test_a_proof_that_compared_nothing_says_so():
+    params = {"gain": jnp.ones(6), "w": jnp.zeros((6, 3))}
+    with pytest.warns(UserWarning, match="all weights are zero behind w: the proof had nothing"):
+        sq.calibrate(lambda p, x: (x * p["gain"][None]) @ p["w"], params, [X])
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm(use_scale=False, use_bias=False)(x)
+        return nn.Dense(3, name="head")(h)
+
+
+def test_refusals_name_the_line_of_the_user_before_that_of_a_library():
+    model, x = Net(), jax.random.normal(jax.random.key(1), (5, 6))
+    params = model.init(jax.random.key(0), x)
+    graph = sq.calibrate(lambda p, x: model.apply(p, x), params, [x]).graph
+    reason = dict(graph.refused)["params/head/kernel"]
+    assert re.search(
+        r"at .*test_arguments\.py:\d+ \(.*__call__\), in flax/linen/normalization\.py:\d+", reason
+    )
