@@ -55,22 +55,37 @@ def convolve(c: Closure, e: Equation) -> None:
     if e.params["batch_group_count"] != 1:
         raise Refused(f"{e} has a batch_group_count")
     image, kernel, result = _operands(c, e)
-    x, w, y = (operand.core(c) for operand in (image, kernel, result))
-    if x is not None and w is not None and _cancelled(x, w):
-        x = w = None
-    if x is not None and _must_meet(c, image, kernel, x, y):
-        _meet_kernel(c, e, image, kernel, x)
-        x = None
-    if w is not None and varies(w, [2]):
-        _meet_image(c, e, image, kernel, w)
-        w = None
+    x, w = _passing(c, e, image, kernel, result)
     if x is not None:
         result.put(c, x)
     if w is not None:
         result.put(c, w.reshape(1, *w.shape[:2]))
     y = result.core(c)
     if y is not None:
-        _carry_back(c, e, (image, kernel), y, (x is not None, w is not None))
+        carry = x is not None, w is not None
+        _carry_back(c, e, (image, kernel), y, carry)
+
+
+def _passing(
+    c: Closure,
+    e: Equation,
+    image: _Operand,
+    kernel: _Operand,
+    result: _Operand,
+) -> tuple[Labels | None, Labels | None]:
+    """The labels of the image and of the kernel that pass on to the result; the others meet their
+    opposites in the other operand.
+    """
+    x, w = image.core(c), kernel.core(c)
+    if x is not None and w is not None and _cancelled(x, w):
+        return None, None
+    if x is not None and _must_meet(c, image, kernel, x, result.core(c)):
+        _meet_kernel(c, e, image, kernel, x)
+        x = None
+    if w is not None and varies(w, [2]):
+        _meet_image(c, e, image, kernel, w)
+        w = None
+    return x, w
 
 
 def _operands(c: Closure, e: Equation) -> tuple[_Operand, _Operand, _Operand]:

@@ -99,24 +99,38 @@ class Convolution(NamedTuple):
         summed_axes = (self.kernel.second, *self.kernel.others)
         in_order = sorted(summed_axes, key=view.position_of)
         summed = view.whole_axes(in_order)
-        outputs = view.whole_axes([self.kernel.first])
-        channels = view.whole_axes([self.kernel.second])
+        counted = self.kernel.second
         if self.is_depthwise:
-            channels = outputs
-        if not summed or channels is None or len(channels) != 1:
+            counted = self.kernel.first
+        channels = _axis(view, counted)
+        if not summed or channels is None:
             return (
                 f"{self.equation} is a convolution whose channels, or sums, are parts or mixtures "
                 "of its axes: it stays float"
             )
-        kernel = Kernel(summed)
-        if self.groups > 1 and not self.is_depthwise:
-            if outputs is None or len(outputs) != 1 or view.blocks:
-                return (
-                    f"{self.equation} is a convolution in groups whose outputs are no whole axis "
-                    "of it: it stays float"
-                )
-            kernel = Kernel(summed, self.groups, outputs[0])
+        kernel = self._in_groups(summed, view)
+        if isinstance(kernel, str):
+            return kernel
         batch = tuple(taken.axis for taken in view.taken)
-        sizes = sizes_along(view.full_shape, (*batch, *channels))
+        sizes = sizes_along(view.full_shape, (*batch, channels))
         every = (*sizes[:-1], sizes[-1] * kernel.groups)
-        return Site(view.path, channels, every, batch, kernel)
+        return Site(view.path, (channels,), every, batch, kernel)
+
+    def _in_groups(self, summed: tuple[int, ...], view: View) -> Kernel | str:
+        """What the leaf is as a kernel, or why it can be none."""
+        if self.groups == 1 or self.is_depthwise:
+            return Kernel(summed)
+        outputs = _axis(view, self.kernel.first)
+        # On every device the groups would be other ones.
+        if outputs is None or view.blocks:
+            return (
+                f"{self.equation} is a convolution in groups whose outputs are no whole axis of it: "
+                "it stays float"
+            )
+        return Kernel(summed, self.groups, outputs)
+
+
+def _axis(view: View, axis: int) -> int | None:
+    """The one leaf's axis that an axis of a view is, whole; None if it is none, or several."""
+    whole = view.whole_axes([axis])
+    return whole[0] if whole is not None and len(whole) == 1 else None

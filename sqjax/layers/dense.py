@@ -101,7 +101,7 @@ def quantize_kernel(
     """
     scheme = scheme_of(scheme, where)
     _check_shapes(kernel, absmax, smoothing, where, contracted, batch)
-    problem = _problem(scheme, absmax, smoothing)
+    problem = problem_of_scheme(scheme, absmax, smoothing)
     if problem:
         raise ValueError(f"{where}: {problem}")
     if absmax is not None:
@@ -146,7 +146,7 @@ def _check_shapes(
             )
 
 
-def _problem(
+def problem_of_scheme(
     scheme: Scheme, absmax: Array | None, smoothing: Array | None
 ) -> str | None:
     """Why a single layer can not be quantized so, and what to do instead; None if it can."""

@@ -141,8 +141,7 @@ def convolve(
     shape = _result_shape(x.shape, kernel.shape, window)
     if 0 in (*shape, kernel.size):
         return jnp.zeros(shape, _kind(x))
-    taps = math.prod(kernel.shape[1:-1])
-    if window.groups > 1 and kernel.shape[-1] == 1 and taps <= MOST_TAPS:
+    if _is_depthwise(kernel.shape, window):
         return _by_taps(x, kernel, window)
     if jnp.issubdtype(x.dtype, jnp.floating):
         return _by_xla(x, kernel, window)
@@ -150,6 +149,17 @@ def convolve(
         return _in_groups(x, kernel, window)
     if _reads_pixels_once(kernel.shape[1:-1], window):
         return _as_matmul(x, kernel, window)
+    return _in_float32_or_by_rows(x, kernel, window)
+
+
+def _is_depthwise(kernel: Sequence[int], window: Window) -> bool:
+    """Whether every output reads one channel, by so few taps that they can be written out."""
+    taps = math.prod(kernel[1:-1])
+    return window.groups > 1 and kernel[-1] == 1 and taps <= MOST_TAPS
+
+
+def _in_float32_or_by_rows(x: Array, kernel: Array, window: Window) -> Array:
+    """On CPUs in float32 where that is exact and fast; else as matmuls of rows."""
     by_rows = partial(_by_rows, window=window)
     # XLA:CPU has a fast float convolution for images, but not for 1 or 3 axes of positions, nor
     # for dilated images.

@@ -37,7 +37,7 @@ def graph_of(fn, params, *inputs) -> Graph:
 
 # Sites --------------------------------------------------------------------------------------------
 
-X = normal(2, 5, 6, 4)
+X = np.random.default_rng(0).normal(size=(2, 5, 6, 4)).astype(np.float32)
 SITES = {
     "plain": (
         lambda p, x: conv(x, p["w"]),
