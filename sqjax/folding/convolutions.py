@@ -124,8 +124,8 @@ class Convolution(NamedTuple):
         # On every device the groups would be other ones.
         if outputs is None or view.blocks:
             return (
-                f"{self.equation} is a convolution in groups whose outputs are no whole axis of it: "
-                "it stays float"
+                f"{self.equation} is a convolution in groups whose outputs are no whole axis of "
+                "it: it stays float"
             )
         return Kernel(summed, self.groups, outputs)
 
