@@ -441,6 +441,17 @@ def test_a_flipped_byte_never_hangs_and_never_escapes(tmp_path, seed):
             read_header(file, BLOCKS)
 
 
+def test_a_tokenizer_that_is_none_is_a_warning_with_the_file(tmp_path):
+    """GGUF without tokens: the model itself can be used with ids."""
+    metadata = of_gguf.METADATA | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+    path = of_gguf.write(tmp_path / "model.gguf", metadata=metadata)
+    with pytest.warns(
+        UserWarning, match=r"model\.gguf: .* without a tokenizer: .*tokens: expected a"
+    ):
+        model, _ = load(path)
+    assert model.tokenizer is None
+
+
 # Ends ---------------------------------------------------------------------------------------------
 
 tokenizers = pytest.importorskip("tokenizers")

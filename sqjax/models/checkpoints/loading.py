@@ -52,7 +52,7 @@ def load(
         found = tokenizer.from_directory(path, config.vocab_size)
         return Model(config, found), params
     config, params, metadata = read_gguf(path, dtype)
-    return Model(config, _gguf_tokenizer(metadata)), params
+    return Model(config, _gguf_tokenizer(path, metadata)), params
 
 
 def check_source(path_or_name: str | Path) -> None:
@@ -89,7 +89,9 @@ def _check_arguments(path_or_name: Any, dtype: Any) -> None:
         )
 
 
-def _gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
+def _gguf_tokenizer(
+    path: Path, metadata: Mapping[str, Any]
+) -> tokenizer.Tokenizer | None:
     """The file's tokenizer. One that cannot be rebuilt is a warning and not an error, because the
     model itself can be used with token ids."""
     if "tokenizer.ggml.model" not in metadata:
@@ -98,6 +100,7 @@ def _gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizer.Tokenizer | None:
         return tokenizer.from_gguf_metadata(metadata)
     except ValueError as error:
         warnings.warn(
-            f"the model was loaded without a tokenizer: {error}", stacklevel=3
+            f"{path}: the model was loaded without a tokenizer: {error}",
+            stacklevel=3,
         )
         return None
