@@ -75,25 +75,19 @@ def verify(
     coarse = _coarsest(repeated.traced)
     allowed = TOLERANCES[coarse] if tolerance is None else tolerance
 
-    errors = {}
-    for path, a, b in zip(paths, expected, got, strict=True):
-        errors[path] = _error(a, b)
+    found = map(_error, expected, got)
+    errors = dict(zip(paths, found, strict=True))
     # Not "error > tolerance": NaN is no small error.
     wrong = [path for path, error in errors.items() if not error <= allowed]
+    advice = ""
+    if wrong and tolerance is None:
+        exact = _in_float32(fn, before, inputs, coarse)
+        was, now = _worst(exact, expected), _worst(exact, got)
+        # A right fold rounds other numbers, but none more coarsely.
+        if 0 < now <= 2 * was:
+            wrong = []
+        advice = _advice(after, coarse, was, now)
     if wrong:
-        advice = ""
-        if tolerance is None:
-            exact = _in_float32(fn, before, inputs, coarse)
-            was, now = (_worst(exact, outputs) for outputs in (expected, got))
-            # A right fold rounds other numbers, but none more coarsely.
-            if exact is not None and now <= 2 * was:
-                return max(errors.values())
-            advice = _advice(after, coarse)
-            if exact is not None:
-                advice += (
-                    f"; beside the same program in float32 it is off by {now:.3g}, and was by "
-                    f"{was:.3g} before: more than rounding"
-                )
         path = wrong[0]
         raise ValueError(
             f"verify: output {path or '(the array itself)'} differs by "
@@ -102,16 +96,26 @@ def verify(
     return max(errors.values(), default=0.0)
 
 
-def _advice(after: PyTree, coarse: str) -> str:
-    """What to do about a difference: a quantized tree needs a tolerance of its own."""
+def _advice(after: PyTree, coarse: str, was: float, now: float) -> str:
+    """What to do about a difference.
+
+    A quantized tree needs a tolerance of its own. `was` and `now` are the errors beside a run in
+    float32; 0 where there is none.
+    """
     leaves = jax.tree.leaves(after, is_leaf=is_quantized)
-    if not any(map(is_quantized, leaves)):
-        return f", what a right fold may differ by in {coarse}"
+    if any(map(is_quantized, leaves)):
+        return (
+            f", what a fold may differ by in {coarse}; but these parameters are quantized: say how "
+            "much they may lose, verify(..., tolerance=0.05). For the error site by site quantize "
+            "one at a time: {path: verify(fn, params, quantize(params, stats, {path: scheme}), "
+            "*inputs, tolerance=1.0) for path in ...}"
+        )
+    allowed = f", what a right fold may differ by in {coarse}"
+    if not now:
+        return allowed
     return (
-        f", what a fold may differ by in {coarse}; but these parameters are quantized: say how "
-        "much they may lose, verify(..., tolerance=0.05). For the error site by site quantize one "
-        "at a time: {path: verify(fn, params, quantize(params, stats, {path: scheme}), *inputs, "
-        "tolerance=1.0) for path in ...}"
+        f"{allowed}; beside the same program in float32 it is off by {now:.3g}, and was by "
+        f"{was:.3g} before: more than rounding"
     )
 
 

@@ -2,12 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sqjax as sq
 
-PARAMS = {"gain": jnp.ones(256), "w": jax.random.normal(jax.random.key(1), (256, 8)) / 16}
-X = jnp.abs(jax.random.normal(jax.random.key(0), (16, 256)))
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "gain": np.ones(256, np.float32),
+    "w": RNG.normal(size=(256, 8)).astype(np.float32) / 16,
+}
+X = jnp.asarray(np.abs(RNG.normal(size=(16, 256))), jnp.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])

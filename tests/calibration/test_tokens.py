@@ -19,7 +19,6 @@ X = jnp.asarray(np.where(LEFT[..., None], REAL, 1e3))
 W = jnp.asarray(RNG.normal(size=(WIDTH, WIDTH)), jnp.float32)
 STACK = jnp.asarray(RNG.normal(size=(EXPERTS, WIDTH, WIDTH)), jnp.float32)
 EXPERT = jnp.asarray(RNG.integers(0, EXPERTS, (BATCH, TOKENS)))
-SECOND = (EXPERT + 1) % EXPERTS
 TOKENS_THAT_COUNT = REAL[LEFT]
 
 

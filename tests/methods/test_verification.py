@@ -9,9 +9,9 @@ import sqjax as sq
 
 PARAMS = {
     "n": jnp.ones(16),
-    "head": jax.random.normal(jax.random.key(0), (16, 50)),
+    "head": jnp.asarray(np.random.default_rng(0).normal(size=(16, 50)), jnp.float32),
 }
-X = jax.random.normal(jax.random.key(1), (4, 16))
+X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 16)), jnp.float32)
 FILLS = [-1e9, -1e4, float(jnp.finfo(jnp.float32).min), 1e6]
 
 
