@@ -5,6 +5,7 @@ ones into Markdown. Each function here takes rows as a record holds them (`sqjax
 and returns a `Table`, which has two forms, `text` and `markdown`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -87,20 +88,24 @@ def schemes(rows: Sequence[Row]) -> Table:
 
 def models(rows: Sequence[Row]) -> Table:
     """Prefill and decode of the first model that was measured, as ratios to float32."""
-    of_models = [row for row in rows if row["table"] == "model"]
-    return speeds(
-        [row for row in of_models if row["model"] == of_models[0]["model"]]
-    )
+    of_models = _of_table("model", rows)
+    first = of_models[0]["model"]
+    return speeds([row for row in of_models if row["model"] == first])
 
 
 def matvecs(rows: Sequence[Row]) -> Table:
     """One row of activations times a large weight, as ratios to float32."""
-    return speeds([row for row in rows if row["table"] == "matvec"])
+    return speeds(_of_table("matvec", rows))
 
 
 def matmuls(rows: Sequence[Row]) -> Table:
     """A square W8A8 matmul, as ratios to the int8 `dot_general` alone."""
-    return speeds([row for row in rows if row["table"] == "matmul"])
+    return speeds(_of_table("matmul", rows))
+
+
+def _of_table(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one of a record's tables."""
+    return [row for row in rows if row["table"] == name]
 
 
 def speeds(rows: Sequence[Row]) -> Table:
@@ -114,15 +119,19 @@ def speeds(rows: Sequence[Row]) -> Table:
     titles = ("", *(key.removesuffix(SECONDS) for key in keys))
     lines = []
     for row in rows:
-        if "note" in row:
-            cells = [row["note"], *[""] * (len(keys) - 1)]
-        else:
-            cells = []
-            for key in keys:
-                ratio = times(rows[0][key] / row[key])
-                cells.append(f"{ratio} ({1e3 * row[key]:.2f})")
-        lines.append((row["name"], *cells))
+        lines.append((row["name"], *_speeds_of(row, rows[0], keys)))
     return Table(titles, [*lines, *_ratios_to_qwix(rows, keys)])
+
+
+def _speeds_of(row: Row, first: Row, keys: Sequence[str]) -> list[str]:
+    """The cells of one row: ratios to the first row, and milliseconds."""
+    if "note" in row:
+        return [row["note"], *[""] * (len(keys) - 1)]
+    cells = []
+    for key in keys:
+        ratio = times(first[key] / row[key])
+        cells.append(f"{ratio} ({1e3 * row[key]:.2f})")
+    return cells
 
 
 def _ratios_to_qwix(
@@ -132,13 +141,12 @@ def _ratios_to_qwix(
     measured = {row["name"]: row for row in rows if "note" not in row}
     if QWIX not in measured:
         return []
+    of_qwix = measured[QWIX]
     lines = []
-    for name in LIKE_QWIX:
-        if name in measured:
-            ratios = [
-                times(measured[QWIX][key] / measured[name][key]) for key in keys
-            ]
-            lines.append((f"{name} to qwix", *ratios))
+    for name in filter(measured.__contains__, LIKE_QWIX):
+        seconds = measured[name]
+        ratios = [times(of_qwix[key] / seconds[key]) for key in keys]
+        lines.append((f"{name} to qwix", *ratios))
     return lines
 
 
@@ -153,11 +161,10 @@ def caches(rows: Sequence[Row]) -> Table:
     titles = ("cache", "bytes a token", "float32 weights", "W8A8 weights")
     perplexities: dict[str, dict[str, float]] = {}
     bytes_per_token: dict[str, float] = {}
-    for row in rows:
-        if row["table"] == "caches":
-            of_cache = perplexities.setdefault(row["cache"], {})
-            of_cache[row["weights"]] = row["perplexity"]
-            bytes_per_token[row["cache"]] = row["bytes_per_token"]
+    for row in _of_table("caches", rows):
+        of_cache = perplexities.setdefault(row["cache"], {})
+        of_cache[row["weights"]] = row["perplexity"]
+        bytes_per_token[row["cache"]] = row["bytes_per_token"]
     plain = perplexities.pop("none")
     lines: list[tuple[str, ...]] = []
     lines.append(
@@ -186,10 +193,9 @@ def steps(rows: Sequence[Row]) -> Table:
         "floor",
     )
     cases: dict[tuple[int, int], dict[str, Row]] = {}
-    for row in rows:
-        if row["table"] == "steps":
-            case = row["batch"], row["context_tokens"]
-            cases.setdefault(case, {})[row["weights"]] = row
+    for row in _of_table("steps", rows):
+        case = row["batch"], row["context_tokens"]
+        cases.setdefault(case, {})[row["weights"]] = row
     lines = []
     for batch, context in sorted(cases):
         by_weights = cases[batch, context]
@@ -207,35 +213,34 @@ def steps(rows: Sequence[Row]) -> Table:
 
 # A GPU ----------------------------------------------------------------------------------------
 
-#: Kernels of a product that starts from int8 activations, and the names of their rows after the
-#: shape. Where one was tried with several block sizes, the fastest is shown.
+#: Kernels of a product that starts from int8 activations: patterns of their rows' part and name, in
+#: which SHAPE stands for the shape. Where one was tried with several block sizes, the fastest is
+#: shown.
 GPU_KERNELS = {
-    "bfloat16, PyTorch": "torch bf16",
-    "int8 without scales, PyTorch `_int_mm`": "torch _int_mm",
-    "W8A8, XLA": "XLA",
-    "W8A8, `sqjax.triton.matmul`": "W8A8 (",
-    "W8A8, Triton by hand": "triton W8A8 (",
-    "W8A8, Mosaic prototype": "mosaic W8A8",
-    "W4A16 in groups, `sqjax.triton.matmul`": "W4A16 (",
-    "W4A16 in groups, Mosaic prototype": "mosaic W4A16 groups",
+    "bfloat16, PyTorch": r"torch SHAPE torch bf16$",
+    "int8 without scales, PyTorch `_int_mm`": r"torch SHAPE torch _int_mm$",
+    "W8A8, XLA": r"mosaic W8A8 SHAPE XLA$",
+    "W8A8, `sqjax.triton.matmul`": r"pallas SHAPE W8A8 \(",
+    "W8A8, Triton by hand": r"torch SHAPE triton W8A8 \(",
+    "W8A8, Mosaic prototype": r"mosaic (W8A8 SHAPE (?!XLA)|swapped SHAPE W8A8 )",
+    "W4A16 in groups, `sqjax.triton.matmul`": r"pallas SHAPE W4A16 \(",
+    "W4A16 in groups, Mosaic prototype": r"mosaic swapped SHAPE W4A16 groups ",
 }
 
 
 def gpu_matmuls(rows: Sequence[Row]) -> Table:
     """The kernels' time of one product, 4,096 to 14,336 channels, for some numbers of rows."""
     times_of: dict[str, dict[int, float]] = {}
-    for row in rows:
+    compared = [row for row in rows if "to_bf16" in row]
+    for row in compared:
         shape, _, name = row["name"].partition(" ")
-        if (
-            row["part"] == "matmul"
-            and shape.endswith("x4096x14336")
-            and "to_bf16" in row
-        ):
-            times_of.setdefault(name, {})[int(shape.split("x")[0])] = row["us"]
+        count, _, channels = shape.partition("x")
+        if channels == "4096x14336":
+            times_of.setdefault(name, {})[int(count)] = row["us"]
     counts = sorted(times_of["bf16"])
     titles = (
         "",
-        *(f"{count} rows" if count > 1 else "1 row" for count in counts),
+        *(f"{count} rows".replace("1 rows", "1 row") for count in counts),
     )
     lines = []
     for name, by_count in times_of.items():
@@ -272,45 +277,22 @@ def gpu_kernels(rows: Sequence[Row]) -> Table:
     """Kernels of one product beside each other, at 2,048 and at 16 rows."""
     counts = (2048, 16)
     lines = []
-    for label, name in GPU_KERNELS.items():
+    for label, pattern in GPU_KERNELS.items():
         cells = []
         for count in counts:
-            found = [
-                row["us"]
-                for row in rows
-                if _kernel(row) == (f"{count}x4096x14336", name)
-            ]
-            cells.append(f"{min(found):.0f} us" if found else "")
+            named = pattern.replace("SHAPE", f"{count}x4096x14336")
+            cells.append(_fastest(rows, named))
         lines.append((label, *cells))
     return Table(("", "2048 rows", "16 rows"), lines)
 
 
-def _kernel(row: Row) -> tuple[str, str] | None:
-    """A row's shape, and which of the names of `GPU_KERNELS` is its.
-
-    For example "W8A8 2048x4096x14336 128x256" of the part "mosaic" is ("2048x4096x14336",
-    "mosaic W8A8"), and "16x4096x14336 W4A16 (16, 32, 4, 5)" of the part "pallas" is
-    ("16x4096x14336", "W4A16 (").
-    """
-    if "us" not in row:
-        return None
-    words = row["name"].split()
-    if row["part"] == "mosaic":
-        at = next(
-            i
-            for i, word in enumerate(words)
-            if "x4096x" in word or "x14336x" in word
-        )
-        scheme = " ".join(
-            word
-            for word in words[at + 1 :]
-            if word in ("W8A8", "W4A16", "groups")
-        )
-        return words[at], "XLA" if words[
-            -1
-        ] == "XLA" else f"mosaic {scheme or words[at - 1]}"
-    name = row["name"].removeprefix(words[0]).strip()
-    return words[0], name.partition("(")[0] + ("(" if "(" in name else "")
+def _fastest(rows: Sequence[Row], pattern: str) -> str:
+    """The least time of the rows whose part and name match; nothing where none does."""
+    found = []
+    for row in rows:
+        if "us" in row and re.match(pattern, f"{row['part']} {row['name']}"):
+            found.append(row["us"])
+    return f"{min(found):.0f} us" if found else ""
 
 
 # Cells ----------------------------------------------------------------------------------------
