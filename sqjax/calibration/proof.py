@@ -99,7 +99,9 @@ class Trial:
         self.ones: dict[str, Array] = {}
         self.powers: dict[str, Array] = {}
         for group in graph.groups:
-            drawn = 2.0 ** draw.choice(exponents, group.size)
+            # Where leaves carry a root of s, that must be a power of two as well.
+            exponent = group.degree * draw.choice(exponents, group.size)
+            drawn = 2.0**exponent
             self.ones[group.name] = jnp.ones(group.size, jnp.float32)
             self.powers[group.name] = jnp.asarray(drawn, jnp.float32)
 

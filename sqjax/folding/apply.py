@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from sqjax._trees import PyTree, is_concrete, map_named, named_leaves
 from sqjax.folding.graph import Graph
+from sqjax.folding.labels import Labels, channels_and_degrees
 
 
 def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def _scaled(
     for group in graph.groups:
         if group.name in s:
             for path, labels in group.leaves:
-                factor = s[group.name], sign * labels.array
-                factors.setdefault(path, []).append(factor)
+                parts = _by_degree(s[group.name], sign * labels.array)
+                factors.setdefault(path, []).extend(parts)
     offsets = dict(graph.offsets)
 
     def scaled(path: str, leaf: Any) -> Any:
@@ -124,6 +125,20 @@ def _scaled(
         return _scale_leaf(leaf, factors[path], offsets.get(path, 0.0))
 
     return map_named(scaled, params)
+
+
+def _by_degree(s: Array, labels: Labels) -> list[tuple[Array, Labels]]:
+    """(d-th root of s, labels) for every degree d of roots in labels, which become plain ones."""
+    channels, degrees = channels_and_degrees(labels)
+    parts = []
+    for degree in np.unique(degrees):
+        plain = np.where(degrees == degree, np.sign(labels) * channels, 0)
+        root = s
+        # Degrees are powers of two, and square roots are exact where s is such a power of two.
+        for _ in range(int(degree).bit_length() - 1):
+            root = jnp.sqrt(root)
+        parts.append((root, plain))
+    return parts
 
 
 @partial(jax.jit, static_argnames="offset")

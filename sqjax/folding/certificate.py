@@ -70,7 +70,7 @@ def _fixed(program: Program, var: Var) -> str | None:
         return f"{program.outputs[var]} would be rescaled"
     if var in program.barred:
         return program.barred[var]
-    if not program.is_float(var):
+    if not program.is_scalable(var):
         return (
             f"a value of dtype {program.avals[var].dtype} can not be rescaled"
         )

@@ -1,5 +1,7 @@
 """Tables: leaves that a function only looks rows up in (embeddings that are no head)."""
 
+from dataclasses import replace
+
 from sqjax.folding.graph import Site
 from sqjax.program.build import Equation, Var
 from sqjax.program.facts import Program
@@ -35,28 +37,29 @@ def _is_table(program: Program, variables: list[Var]) -> bool:
     looked_up = False
     for var in variables:
         for equation in program.readers.get(var, ()):
-            if _is_lookup(program, var, equation):
+            if is_lookup(program, var, equation):
                 looked_up = True
-            elif not _is_passed_on(program, var, equation):
+            elif not is_passed_on(program, var, equation):
                 return False
     is_returned = not program.outputs.keys().isdisjoint(variables)
     return looked_up and not is_returned
 
 
-def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
+def is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether all that an equation makes of a leaf is seen as that leaf."""
     results = [y for y in equation.outputs if var in equation.behind(y)]
     is_seen = program.views.keys() >= set(results)
     return equation.body is None and bool(results) and is_seen
 
 
-def _is_lookup(program: Program, var: Var, equation: Equation) -> bool:
+def is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     """Whether an equation takes whole rows of a leaf that is seen as it is."""
     view = program.views[var]
     if equation.name != "gather" or equation.inputs[0] != var:
         return False
-    # A transposed or sliced leaf has no rows to look up.
-    if len(view.shape) < 2 or view != View.of(view.path, view.shape):
+    # A transposed or sliced leaf has no rows to look up; a multiple of it has.
+    as_it_is = View.of(view.path, view.shape)
+    if len(view.shape) < 2 or replace(view, scaled=False) != as_it_is:
         return False
     numbers, sizes = (
         equation.params["dimension_numbers"],

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sqjax._names import braced, first_matches, near_misses
+from sqjax.folding.labels import channels_and_degrees
 
 
 class LabelMap(NamedTuple):
@@ -130,6 +131,16 @@ class Group(NamedTuple):
         return tuple(
             path for path, labels in self.leaves if (labels.array < 0).any()
         )
+
+    @property
+    def degree(self) -> int:
+        """The degree of the roots of its scales that leaves carry, all together: 2 where r**2 is
+        divided by s, and a leaf before r by the square root of s.
+        """
+        degrees = [
+            channels_and_degrees(labels.array)[1] for _, labels in self.leaves
+        ]
+        return math.lcm(*np.unique(np.concatenate(degrees, None)).tolist())
 
     def account(self, path: str) -> list[str]:
         """Lines that tell which part a leaf has in the group; none if it has none."""

@@ -17,6 +17,7 @@ from sqjax.folding.certificate import certify
 from sqjax.folding.graph import Group, LabelMap
 from sqjax.folding.labels import (
     Labels,
+    channels_and_degrees,
     other_axes,
     put_axes,
     varies,
@@ -239,6 +240,12 @@ def _at_place(stack: Stack, place: Place, activation: Labels | None) -> Labels:
             f"its scale passes through {place.site.path} at {place.equation}"
         )
     labels = stack.of_site(place, activation)
+    _, degrees = channels_and_degrees(labels)
+    if (degrees > 1).any():
+        raise Refused(
+            f"{place.equation} multiplies {place.name} with what is squared elsewhere: "
+            "only a root of its scale may pass"
+        )
     if (labels < 0).any():
         raise Refused(
             f"its scale would multiply what {place.name} reads at {place.equation}"

@@ -8,7 +8,9 @@ writes the answer as one integer for each element of every variable that is conc
     +(c + 1)  the element is multiplied by s[c],
     -(c + 1)  the element is divided by s[c].
 
-(c + 1 because 0 is taken, and because 0 has no sign.) A *label array* holds the labels of one
+(c + 1 because 0 is taken, and because 0 has no sign.) Where y = r**2 is divided by s, r is divided
+by the square root of s. So a label may mean a root: with c + 1 + (d - 1) * DEGREE in place of
+c + 1 the element is scaled by the d-th root of s[c]. A *label array* holds the labels of one
 variable and has the variable's rank. Along an axis on which the labels do not vary it has size 1,
 because then its size does not depend on the number of tokens or layers.
 
@@ -32,6 +34,11 @@ from sqjax._shapes import Shape, runs, sizes_along
 
 Labels = np.ndarray
 
+#: What is added to a label for each degree of a root above 1: more than any group has channels.
+DEGREE = 1 << 27
+#: The highest degree whose labels an int32 holds.
+HIGHEST_DEGREE = 15
+
 
 def compress(labels: Labels) -> Labels:
     """Gives every axis along which the labels are constant the size 1: [[1, 2], [1, 2]] becomes
@@ -42,6 +49,34 @@ def compress(labels: Labels) -> Labels:
         if (labels == first).all():
             labels = first
     return labels
+
+
+def channels_and_degrees(labels: Labels) -> tuple[Labels, Labels]:
+    """(c + 1, d) of labels that mean the d-th root of s[c]; (0, 1) where there is no label."""
+    beyond_one = np.asarray(np.maximum(np.abs(labels) - 1, 0) // DEGREE)
+    channels = np.asarray(np.abs(labels) - beyond_one * DEGREE)
+    return channels, np.asarray(beyond_one + 1)
+
+
+def root(labels: Labels, degree: int) -> Labels | None:
+    """The labels of x, where x**degree has these; None where the root is of too high a degree."""
+    _, degrees = channels_and_degrees(labels)
+    if degrees.max(initial=1) * degree > HIGHEST_DEGREE:
+        return None
+    more = degrees * (degree - 1)
+    return np.asarray(labels + np.sign(labels) * more * DEGREE)
+
+
+def power(labels: Labels, exponent: int) -> Labels | None:
+    """The labels of x**exponent; None where that would be a power of s, for which there is none.
+
+    Example: the square of the square root of s[0] is s[0]; of s[0] itself there is no square.
+    """
+    channels, degrees = channels_and_degrees(labels)
+    left, rest = np.divmod(degrees, exponent)
+    if rest[labels != 0].any():
+        return None
+    return np.asarray(np.sign(labels) * (channels + (left - 1) * DEGREE))
 
 
 def other_axes(ndim: int, axes: Sequence[int]) -> list[int]:

@@ -6,6 +6,8 @@ results really change like that when the operands do. It finds nothing, so it is
 of the search, and it knows nothing of these: where both are wrong, they must be wrong in two ways
 that agree.
 
+How a label is written is said in `sqjax.folding.labels`; that is all that is taken from there.
+
 Example: for y = x * gain with the labels x: 0, gain: [-1, -2], y: [[-1, -2]] the law of `mul` adds
 the labels of the factors and compares. With y: [[-1, -1]] it does not hold, because the second
 column is divided by s[1] in fact.
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax._shapes import runs
+from sqjax.folding.labels import DEGREE
 from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.replication import REDUCING, reduced_axes
@@ -73,7 +76,7 @@ class Claim(NamedTuple):
         0.
         """
         for i in range(len(self.xs))[start:stop]:
-            if not self.program.is_zero(self.equation.inputs[i]):
+            if not self.program.is_scale_free(self.equation.inputs[i]):
                 yield i, self.xs[i]
 
 
@@ -195,6 +198,22 @@ def _accumulated(params: dict, x: Labels, y: Labels) -> bool:
     return _constant(x, [params["axis"]]) and _equal(x, y)
 
 
+def _transformed(params: dict, x: Labels, y: Labels) -> bool:
+    """Each element along the last axes is a sum over all of them."""
+    count = len(params["fft_lengths"])
+    axes = range(x.ndim - count, x.ndim)
+    return _constant(x, axes) and _equal(_first(x, axes), y)
+
+
+def _tiled(params: dict, x: Labels, y: Labels) -> bool:
+    """The operand's labels, over and over; an axis without labels has one index for all."""
+    reps = list(params["reps"])
+    for a in range(x.ndim):
+        if _constant(x, [a]) and _constant(y, [a]):
+            x, y, reps[a] = _first(x, [a]), _first(y, [a]), 1
+    return _equal(np.tile(x, reps), y)
+
+
 def _sliced_anywhere(params: dict, x: Labels, y: Labels) -> bool:
     """Wherever the slice starts its labels must be the same; then those of the first slice are
     they.
@@ -251,7 +270,7 @@ def _movement(statement: Callable[[dict, Labels, Labels], bool]) -> Law:
         program, equation = claim.program, claim.equation
         # What a cast makes of s x is s times what it makes of x among floats only.
         floats = map(
-            program.is_float, (equation.inputs[0], equation.outputs[0])
+            program.is_scalable, (equation.inputs[0], equation.outputs[0])
         )
         if not all(floats) or any(map(np.any, claim.xs[1:])):
             return False
@@ -290,7 +309,7 @@ def _pad(claim: Claim) -> bool:
     narrowest = np.min(
         padding, initial=0
     )  # a negative width takes elements off
-    if narrowest < 0 or not claim.program.is_zero(value):
+    if narrowest < 0 or not claim.program.is_scale_free(value):
         return False
     [x, _], [y] = claim.whole_xs(), claim.whole_ys()
     after_the_padding = tuple(
@@ -298,6 +317,70 @@ def _pad(claim: Claim) -> bool:
     )
     inside = y[after_the_padding][tuple(map(slice, x.shape))]
     return _equal(inside, x)
+
+
+def _stack(claim: Claim) -> bool:
+    """Every operand that is not zero carries the result's labels at its place."""
+    axis, pieces = claim.params["axis"], claim.whole_xs()
+    [y] = claim.whole_ys()
+    return all(_equal(y.take(i, axis), pieces[i]) for i, _ in claim.terms())
+
+
+def _scatter(claim: Claim) -> bool:
+    """Updates are written anywhere into the operand, or added to it: one label at each place of the
+    axes that are not written at indices.
+
+    Example: x of (3, 4), written into (5, 4) at rows: labels may vary along the axis 1 of both.
+    """
+    numbers = claim.params["dimension_numbers"]
+    *_, updates = claim.whole_xs()
+    [y] = claim.whole_ys()
+    dropped = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = _other_axes(y.ndim, dropped)
+    whole = {}
+    for a, b in zip(windows, numbers.update_window_dims, strict=True):
+        at_indices = a in numbers.scatter_dims_to_operand_dims
+        if not at_indices and y.shape[a] == updates.shape[b]:
+            whole[a] = b
+    elsewhere = _other_axes(y.ndim, whole)
+    row = _first(y, elsewhere).squeeze(elsewhere)
+    written = _beside_in_order(row, list(whole.values()), updates.shape)
+    expected = {0: _first(y, elsewhere), 2: written}
+    carried = all(
+        _equal(expected[i], x) for i, x in claim.terms() if i in expected
+    )
+    return _constant(y, elsewhere) and carried and not claim.xs[1].any()
+
+
+def _beside_in_order(
+    row: Labels, axes: Sequence[int], shape: Sequence[int]
+) -> Labels:
+    """The labels, axis i at `axes[i]`, whatever their order, repeated along all other axes."""
+    order = np.argsort(axes)
+    ascending = [axes[i] for i in order]
+    return _beside(row.transpose(order), ascending, shape)
+
+
+def _sorted(claim: Claim) -> bool:
+    """One label all along each line that is sorted; the results carry the operands' labels."""
+    line = [claim.params["dimension"]]
+    lines = all(_constant(x, line) for x in claim.xs)
+    return lines and _all_equal(claim.xs, claim.ys)
+
+
+def _top(claim: Claim) -> bool:
+    """One label all along the line of which the largest are taken; their indices carry none."""
+    x, values = claim.xs[0], claim.ys[0]
+    line = [claim.params.get("axis", x.ndim - 1)]
+    indices = claim.ys[1]
+    carried = _constant(x, line) and _equal(_first(x, line), values)
+    return carried and not indices.any()
+
+
+def _which(claim: Claim) -> bool:
+    """One label all along the line in which the largest is sought; its index carries none."""
+    x, index = claim.xs[0], claim.ys[0]
+    return _constant(x, claim.params["axes"]) and not index.any()
 
 
 def _update(claim: Claim) -> bool:
@@ -325,7 +408,7 @@ def _unlabelled_result(claim: Claim) -> bool:
 
 def _compare(claim: Claim) -> bool:
     """A comparison with zero is one of signs, which are the same after division by s > 0."""
-    with_zero = any(map(claim.program.is_zero, claim.equation.inputs))
+    with_zero = any(map(claim.program.is_scale_free, claim.equation.inputs))
     return with_zero and _unlabelled_result(claim)
 
 
@@ -370,8 +453,34 @@ def _product(a: Labels, b: Labels) -> Labels | None:
 
 def _multiply(claim: Claim) -> bool:
     """Exponents add."""
+    x, other = claim.equation.inputs
+    if x == other:
+        return _raised(claim, 2)
     product = _product(*claim.xs)
     return product is not None and _equal(product, claim.ys[0])
+
+
+def _square(claim: Claim) -> bool:
+    return _raised(claim, 2)
+
+
+def _integer_power(claim: Claim) -> bool:
+    return _raised(claim, claim.params["y"])
+
+
+def _raised(claim: Claim, exponent: int) -> bool:
+    """Exponents are multiplied: (t x)^n = t^n x^n, so where x carries the (n d)-th root of s[c]
+    its n-th power carries the d-th root.
+    """
+    x, y = claim.xs[0], claim.ys[0]
+    if exponent < 1 or x.shape != y.shape:
+        return False
+    # |label| - 1 is c + (degree - 1) * DEGREE.
+    beyond_x, channel_x = np.divmod(np.abs(x) - 1, DEGREE)
+    beyond_y, channel_y = np.divmod(np.abs(y) - 1, DEGREE)
+    is_root = beyond_x + 1 == exponent * (beyond_y + 1)
+    same = (np.sign(x) == np.sign(y)) & (channel_x == channel_y)
+    return bool((((x == 0) & (y == 0)) | (same & is_root)).all())
 
 
 def _divide(claim: Claim) -> bool:
@@ -536,6 +645,23 @@ LAWS: dict[str, Law] = {
     ),
     "split": _split,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "tile": _movement(_tiled),
+    "fft": _movement(_transformed),
+    **dict.fromkeys(("real", "imag"), _movement(_kept)),
+    **dict.fromkeys(
+        (
+            "scatter",
+            "scatter-add",
+            "scatter-sub",
+            "scatter-min",
+            "scatter-max",
+        ),
+        _scatter,
+    ),
+    "sort": _sorted,
+    "top_k": _top,
+    **dict.fromkeys(("argmax", "argmin"), _which),
     "pad": _pad,
     "dynamic_update_slice": _update,
     **dict.fromkeys(("add", "add_any", "sub", "max", "min"), _alike),
@@ -544,6 +670,8 @@ LAWS: dict[str, Law] = {
     **dict.fromkeys(REDUCING, _collective),
     "select_n": _select,
     "mul": _multiply,
+    "square": _square,
+    "integer_pow": _integer_power,
     "div": _divide,
     "sign": _unlabelled_result,
     "optimization_barrier": _pairwise,

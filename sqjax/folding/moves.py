@@ -80,6 +80,18 @@ def _running(
     return None if varies(labels, [params["axis"]]) else labels
 
 
+def _transform(
+    labels: Labels, params: dict, old: Shape, new: Shape
+) -> Labels | None:
+    """A Fourier transform is linear, and mixes the elements along its axes."""
+    return None if varies(labels, _transformed_axes(params, old)) else labels
+
+
+def _tile(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    times = np.where(np.greater(labels.shape, 1), params["reps"], 1)
+    return np.tile(labels, times)
+
+
 def _dynamic_slice(
     labels: Labels, params: dict, old: Shape, new: Shape
 ) -> Labels | None:
@@ -118,12 +130,16 @@ MOVES: dict[str, Callable[[Labels, dict, Shape, Shape], Labels | None]] = {
     "rev": _reverse,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "tile": _tile,
+    "fft": _transform,
     **dict.fromkeys(RUNNING, _running),
     **dict.fromkeys(IDENTITIES, _same),
-    # A result in another dtype, or of another sign, is divided by s > 0 where the operand is.
+    # A result in another dtype, or of another sign, is divided by s > 0 where the operand is. So is
+    # the real part of a complex number.
     **dict.fromkeys(
         ("convert_element_type", "reduce_precision", "neg", "abs"), _same
     ),
+    **dict.fromkeys(("real", "imag"), _same),
 }
 
 
@@ -192,6 +208,24 @@ def _undo_running(
     return tie(labels, [params["axis"]])
 
 
+def _undo_transform(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
+    return tie(labels, _transformed_axes(params, old))
+
+
+def _undo_tile(
+    labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
+) -> Labels:
+    """All copies of an element carry one label.
+
+    As (copies, size) for each axis, the copies lie along the even axes.
+    """
+    copies = np.stack([params["reps"], old], axis=1).ravel().tolist()
+    even = tuple(range(0, len(copies), 2))
+    return tie(reshape(labels, new, tuple(copies)), even).squeeze(even)
+
+
 def _undo_dynamic_slice(
     labels: Labels, params: dict, old: Shape, new: Shape, tie: Tie
 ) -> Labels:
@@ -220,6 +254,8 @@ UNDO: dict[str, Callable[[Labels, dict, Shape, Shape, Tie], Labels]] = {
     "rev": _undo_reverse,
     "dynamic_slice": _undo_dynamic_slice,
     "gather": _undo_gather,
+    "tile": _undo_tile,
+    "fft": _undo_transform,
     **dict.fromkeys(RUNNING, _undo_running),
 }
 
@@ -233,6 +269,30 @@ def _slices(params: dict) -> list[slice]:
     starts, limits = params["start_indices"], params["limit_indices"]
     strides = params["strides"] or (1,) * len(starts)
     return list(map(slice, starts, limits, strides))
+
+
+def _transformed_axes(params: dict, old: Shape) -> list[int]:
+    """The axes of a Fourier transform: the last ones."""
+    return list(range(len(old) - len(params["fft_lengths"]), len(old)))
+
+
+def scattered_axes(
+    params: dict, operand: Shape, updates: Shape
+) -> dict[int, int]:
+    """{axis of the operand: axis of the updates} of the axes that a scatter writes whole.
+
+    Example: zeros((5, 4)).at[ids].set(x) with x of shape (3, 4) writes the axis 1 of the operand
+    whole, which is the axis 1 of x, and the axis 0 at the indices.
+    """
+    numbers = params["dimension_numbers"]
+    gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = other_axes(len(operand), gone)
+    chosen = numbers.scatter_dims_to_operand_dims
+    whole = {}
+    for a, b in zip(windows, numbers.update_window_dims, strict=True):
+        if operand[a] == updates[b] and a not in chosen:
+            whole[a] = b
+    return whole
 
 
 def _whole_axes(params: dict, old: Shape) -> dict[int, int]:

@@ -23,7 +23,12 @@ from typing import NamedTuple
 import numpy as np
 
 from sqjax._shapes import sizes_along
-from sqjax.folding.labels import Labels, put_axes, take_axes
+from sqjax.folding.labels import (
+    Labels,
+    channels_and_degrees,
+    put_axes,
+    take_axes,
+)
 from sqjax.folding.sites import Place
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
@@ -62,7 +67,10 @@ class Stack(NamedTuple):
                 axes = place.site.channel_axes
                 dividing = place.view.dividing.items()
                 scopes &= {scope for scope, axis in dividing if axis in axes}
-        largest = [np.abs(labels).max() for labels in found.values()]
+        largest = []
+        for labels in found.values():
+            channels, _ = channels_and_degrees(labels)
+            largest.append(channels.max())
         return cls(program, tuple(sorted(scopes)), int(max(largest)))
 
     @property

@@ -20,7 +20,7 @@ import numpy as np
 from sqjax.folding import labels as lab
 from sqjax.folding.convolution_rules import convolve, pool
 from sqjax.folding.labels import Labels
-from sqjax.folding.moves import MOVES, UNDO
+from sqjax.folding.moves import MOVES, UNDO, scattered_axes
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
 from sqjax.program.build import Atom, Equation
@@ -29,6 +29,7 @@ from sqjax.program.primitives import (
     IDENTITIES,
     POOLINGS,
     REDUCTIONS,
+    SCATTERS,
     SUMS_AND_MAXIMA,
 )
 from sqjax.program.replication import REDUCING, reduced_axes
@@ -71,6 +72,17 @@ def _concatenate(c: Closure, e: Equation) -> None:
     _put_together(c, y, e.inputs, axis, sizes)
 
 
+def _stack(c: Closure, e: Equation) -> None:
+    """Every operand carries the labels at its place along the new axis."""
+    y, axis = e.outputs[0], e.params["axis"]
+    ones = [1] * len(e.inputs)
+    pieces = lab.split(c.written(y), axis, ones)
+    for x, piece in zip(e.inputs, pieces, strict=True):
+        c.put(x, piece.squeeze(axis))
+    operands = [np.expand_dims(c.written(x), axis) for x in e.inputs]
+    c.put(y, lab.concatenate(operands, axis, ones))
+
+
 def _take_apart(
     c: Closure,
     whole: Atom,
@@ -105,7 +117,7 @@ def _pad(c: Closure, e: Equation) -> None:
     narrowest = np.min(
         padding, initial=0
     )  # a negative width takes elements off
-    if narrowest < 0 or not c.program.is_zero(value):
+    if narrowest < 0 or not c.program.is_scale_free(value):
         raise Refused(f"{e} pads it with something else than zeros")
     shape = c.program.shape(x)
     c.carry(x, y, lambda labels: lab.pad(labels, padding, shape))
@@ -123,6 +135,61 @@ def _update(c: Closure, e: Equation) -> None:
         c.program.shape(operand), c.program.shape(update)
     )
     _share(c, [operand, update, e.outputs[0]], tied_along=written)
+
+
+def _scatter(c: Closure, e: Equation) -> None:
+    """Updates are written somewhere into an operand, or added to it: all carry the same labels.
+
+    These may vary along the axes that are written whole only. Example: zeros((5, 4)).at[ids].set(x)
+    with labels [[1, 2, 3, 4]] on x has them on the result too; the zeros carry any.
+    """
+    operand, _, updates = e.inputs
+    y = e.outputs[0]
+    shapes = c.program.shape(operand), c.program.shape(updates)
+    whole = scattered_axes(e.params, *shapes)
+    sides = [
+        (operand, list(whole)),
+        (updates, list(whole.values())),
+        (y, list(whole)),
+    ]
+    for source, axes in sides:
+        labels = c.written(source)
+        others = lab.other_axes(labels.ndim, axes)
+        if source != y and lab.varies(labels, others):
+            raise Refused(f"{e} does not take its channels whole")
+        tied = c.tie_along(labels, others)
+        row = lab.take_axes(tied, axes)
+        for target, places in sides:
+            c.put(target, lab.put_axes(row, places, c.rank(target)))
+
+
+def _sort(c: Closure, e: Equation) -> None:
+    """A line keeps its order when all of it is divided by one s > 0, and what goes along keeps its
+    labels if they are the same all along the line.
+    """
+    for x, y in zip(e.inputs, e.outputs, strict=True):
+        _keep_along(c, e, x, y, e.params["dimension"])
+
+
+def _top(c: Closure, e: Equation) -> None:
+    """The largest of a line; which they are does not depend on a scale of the whole line."""
+    x, y = e.inputs[0], e.outputs[0]
+    _keep_along(c, e, x, y, e.params.get("axis", c.rank(x) - 1))
+
+
+def _keep_along(c: Closure, e: Equation, x: Atom, y: Atom, axis: int) -> None:
+    """The result carries the operand's labels, which must be one all along an axis."""
+    if lab.varies(c.written(x), [axis]):
+        raise Refused(f"{e} compares its channels")
+    c.put(y, c[x])
+    c.carry(y, x, lambda labels: c.tie_along(labels, [axis]))
+
+
+def _largest(c: Closure, e: Equation) -> None:
+    """Where the largest of a line is does not depend on a scale of the whole line."""
+    labels = c.written(e.inputs[0])
+    if lab.varies(labels, e.params["axes"]):
+        raise Refused(f"{e} compares its channels")
 
 
 def _pairwise(c: Closure, e: Equation) -> None:
@@ -177,7 +244,7 @@ def _sign(c: Closure, e: Equation) -> None:
 
 def _compare(c: Closure, e: Equation) -> None:
     """x > 0 does not change when x is divided by s > 0: no label passes."""
-    if not any(c.program.is_zero(x) for x in e.inputs):
+    if not any(c.program.is_scale_free(x) for x in e.inputs):
         raise Refused(f"{e} compares it")
 
 
@@ -186,6 +253,9 @@ def _multiply(c: Closure, e: Equation) -> None:
     say.
     """
     y = e.outputs[0]
+    if e.inputs[0] == e.inputs[1]:
+        _raise(c, e, 2)
+        return
     scaled = [x for x in e.inputs if c[x] is not None]
     if len(scaled) == 2:  # s times s: there is no label for a square
         raise Refused(f"{e} multiplies two values of that scale")
@@ -195,6 +265,41 @@ def _multiply(c: Closure, e: Equation) -> None:
     labels = c[y]
     if not scaled and labels is not None:
         c.choose(e, [(x, labels) for x in e.inputs])
+
+
+def _square(c: Closure, e: Equation) -> None:
+    """The operand carries the square root of what its square carries."""
+    _raise(c, e, 2)
+
+
+def _power(c: Closure, e: Equation) -> None:
+    """The operand carries the n-th root of what its n-th power carries."""
+    _raise(c, e, e.params["y"])
+
+
+def _raise(c: Closure, e: Equation, exponent: int) -> None:
+    x, y = e.inputs[0], e.outputs[0]
+    if exponent not in (
+        2,
+        4,
+        8,
+    ):  # other roots are not exact, so nothing would prove them
+        raise Refused(f"{e} stands in the way")
+
+    def forwards(labels: Labels) -> Labels:
+        raised = lab.power(labels, exponent)
+        if raised is None:  # s times s: there is no label for a square
+            raise Refused(f"{e} multiplies two values of that scale")
+        return raised
+
+    def backwards(labels: Labels) -> Labels:
+        rooted = lab.root(labels, exponent)
+        if rooted is None:
+            raise Refused(f"{e} takes too high a power")
+        return rooted
+
+    c.carry(x, y, forwards)
+    c.carry(y, x, backwards)
 
 
 def _divide(c: Closure, e: Equation) -> None:
@@ -337,6 +442,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(IDENTITIES, _pairwise),
     "split": _split,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "sort": _sort,
+    "top_k": _top,
+    **dict.fromkeys(("argmax", "argmin"), _largest),
+    **dict.fromkeys(SCATTERS, _scatter),
     "pad": _pad,
     "dynamic_update_slice": _update,
     **dict.fromkeys(REDUCING, _collective),
@@ -346,6 +456,8 @@ RULES: dict[str, Rule] = {
     "select_n": _select,
     "sign": _sign,
     "mul": _multiply,
+    "square": _square,
+    "integer_pow": _power,
     "div": _divide,
     "dot_general": _dot,
     "ragged_dot_general": _dot,

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sqjax.folding.labels import Labels
+from sqjax.folding.labels import Labels, channels_and_degrees
 from sqjax.folding.ties import Ties
 from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
@@ -154,8 +154,12 @@ class Closure:
         Raises:
             Refused: it is a literal, or can not carry such labels.
         """
-        # A zero is zero at any scale, so it needs no label and carries any.
-        if labels is None or not labels.any() or self.program.is_zero(atom):
+        # A zero is zero at any scale, and infinity infinity: they need no label and carry any.
+        if (
+            labels is None
+            or not labels.any()
+            or self.program.is_scale_free(atom)
+        ):
             return
         if not isinstance(atom, Var):
             raise Refused(
@@ -205,7 +209,8 @@ class Closure:
         Example: [1, 0] and [2, 3] give [1, 3], with channels 0 and 1 tied.
 
         Raises:
-            Refused: an element has a positive label in one and a negative one in the other.
+            Refused: an element has a positive label in one and a negative one in the other, or a
+                scale in one and a root in the other.
         """
         a, b = np.broadcast_arrays(a, b)
         both = (a != 0) & (b != 0)
@@ -215,11 +220,11 @@ class Closure:
             )
         differ = both & (a != b)
         if differ.any():
-            channels_a, channels_b = (
-                np.abs(a[differ]) - 1,
-                np.abs(b[differ]) - 1,
-            )
-            self.ties.join(channels_a, channels_b)
+            channels_a, degrees_a = channels_and_degrees(a[differ])
+            channels_b, degrees_b = channels_and_degrees(b[differ])
+            if (degrees_a != degrees_b).any():
+                raise Refused("an element would carry a scale and its root")
+            self.ties.join(channels_a - 1, channels_b - 1)
         return np.where(a == 0, b, a)
 
     def tie_along(self, labels: Labels, axes: Iterable[int]) -> Labels:
@@ -261,7 +266,7 @@ class Closure:
             return program.barred[var]
         if var in program.roots:
             return f"its scale would reach {program.roots[var]}"
-        if not program.is_float(var):
+        if not program.is_scalable(var):
             return f"its scale would reach a value of dtype {program.avals[var].dtype}"
         return None
 
@@ -314,11 +319,10 @@ class Closure:
             return
 
         def rank(option: tuple[Var, Labels]) -> tuple[int, bool]:
-            """Those that tie the fewest channels first; among equals, leaves first."""
+            """Those that tie the fewest channels first; among equals, what is no activation."""
             var, labels = option
-            return -self._distinct(
-                var, labels
-            ), var not in self.program.from_leaves
+            is_activation = var not in self.program.steady
+            return -self._distinct(var, labels), is_activation
 
         # Labels that arrive before the queue is empty may decide it.
         self._undecided.append((equation, sorted(possible, key=rank)))

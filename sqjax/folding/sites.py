@@ -7,6 +7,7 @@ import numpy as np
 
 from sqjax._shapes import sizes_along
 from sqjax.folding.convolutions import Convolution
+from sqjax.folding.embeddings import is_lookup, is_passed_on
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
@@ -134,6 +135,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
         looping = equation.name in ("while", "cond")
         reasons_of = in_loops if looping else refused
         reasons_of.update(_not_looked_into(program, equation))
+    refused.update(_read_otherwise(program, places))
     refused.update(_read_in_two_ways(places))
     places = [p for p in places if p.site.path not in refused]
     # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
@@ -157,42 +159,62 @@ def _of_matmul(
         if not program.is_of_leaves(leaf):
             refused.update(_picked(program, equation, leaf, activation))
             continue
-        place = _place(program, equation, me, other, leaf, activation)
-        if isinstance(place, Place):
-            places.append(place)
-        else:
+        meeting = _Meeting(program, equation, me, other, leaf, activation)
+        for place in meeting.places():
+            if isinstance(place, Place):
+                places.append(place)
+                continue
             refused.update(dict.fromkeys(program.leaves_behind(leaf), place))
     return places, refused
 
 
-def _place(
-    program: Program,
-    equation: Equation,
-    me: Side,
-    other: Side,
-    leaf: Var,
-    activation: Var,
-) -> Place | str:
-    """A leaf's matmul as a `Place`, or why it is none."""
-    view = _view_of(program, equation, leaf)
-    if isinstance(view, str):
-        return view
+class _Meeting(NamedTuple):
+    """A matmul of something that is made of leaves with an activation.
 
-    # The leaf's axes, and the activation's that meet them, in the order of the leaf.
-    own_batch, its_batch = _in_order(view, me.batch, other.batch)
-    own_contracted, its_contracted = _in_order(
-        view, me.contracted, other.contracted
-    )
-    batch, axes = view.whole_axes(own_batch), view.whole_axes(own_contracted)
-    if batch is None or not axes:
-        maker = program.maker.get(leaf)
-        return f"{equation} contracts parts or mixtures of its axes (through {maker})"
-    # The layers that scans run over, or the index of one of them, are batch axes too.
-    batch = (*(taken.axis for taken in view.taken), *batch)
-    channels = sizes_along(view.full_shape, (*batch, *axes))
-    site = Site(view.path, axes, channels, batch)
-    its_axes = its_batch + its_contracted
-    return Place(site, equation, activation, its_axes, view, len(its_batch))
+    Attributes:
+        program: the program that it is in.
+        equation: the matmul.
+        me, other: its operands, `me` being the one made of leaves.
+        leaf, activation: their variables.
+    """
+
+    program: Program
+    equation: Equation
+    me: Side
+    other: Side
+    leaf: Var
+    activation: Var
+
+    def places(self) -> list[Place | str]:
+        """Its places, or why it is none.
+
+        One place, or one for each leaf where leaves are concatenated along the outputs, because
+        x @ [a, b] is [x @ a, x @ b].
+        """
+        joined = self.program.joined.get(self.leaf)
+        if joined is not None and joined.axis in self.me.free:
+            return list(map(self._place, joined.views))
+        view = _view_of(self.program, self.equation, self.leaf)
+        return [view if isinstance(view, str) else self._place(view)]
+
+    def _place(self, view: View) -> Place | str:
+        """The matmul with a view of a leaf as a `Place`, or why it is none."""
+        equation, me, other = self.equation, self.me, self.other
+        # The leaf's axes, and the activation's that meet them, in the order of the leaf.
+        own_batch, its_batch = _in_order(view, me.batch, other.batch)
+        own, its = _in_order(view, me.contracted, other.contracted)
+        batch, axes = view.whole_axes(own_batch), view.whole_axes(own)
+        if batch is None or not axes:
+            maker = self.program.maker.get(self.leaf)
+            return f"{equation} contracts parts or mixtures of its axes (through {maker})"
+        # The layers that scans run over, or the index of one of them, are batch axes too.
+        batch = (*(taken.axis for taken in view.taken), *batch)
+        channels = sizes_along(view.full_shape, (*batch, *axes))
+        site = Site(view.path, axes, channels, batch)
+        its_axes = its_batch + its
+        return Place(
+            site, equation, self.activation, its_axes, view, len(its_batch)
+        )
 
 
 def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
@@ -260,6 +282,43 @@ def _read_in_two_ways(places: Sequence[Place]) -> dict[str, str]:
             )
         elif first.view.stacked != place.view.stacked:
             refused[path] = f"{place.equation} reads its layers in another way"
+    return refused
+
+
+def _read_otherwise(
+    program: Program, places: Sequence[Place]
+) -> dict[str, str]:
+    """{leaf: why it is no site} of weights that something else reads too, or that fn returns.
+
+    A quantized weight can be multiplied with, and rows of it can be looked up, but its elements are
+    nowhere: a sum of their squares, say, needs the float leaf. Example: fn returns x @ w and
+    (w**2).sum(): w stays float.
+    """
+    refused: dict[str, str] = {}
+    matmuls = {(place.site.path, id(place.equation)) for place in places}
+    axes_of = {place.site.path: place.site.axes for place in places}
+    seen = [(var, view.path) for var, view in program.views.items()]
+    for var, joined in program.joined.items():
+        seen += [(var, view.path) for view in joined.views]
+    for var, path in seen:
+        if path not in axes_of:
+            continue
+        if var in program.outputs:
+            refused[path] = f"it is {program.outputs[var]} too: it stays float"
+        for equation in program.readers.get(var, []):
+            by_rows = 0 not in axes_of[path]
+            fits = (
+                (path, id(equation)) in matmuls
+                or equation.runs_a_program
+                or (by_rows and is_lookup(program, var, equation))
+                or not program.joined.keys().isdisjoint(equation.outputs)
+                or is_passed_on(program, var, equation)
+            )
+            if not fits:
+                refused[path] = (
+                    f"{equation} reads it too, and a quantized weight has no elements to read: it "
+                    "stays float"
+                )
     return refused
 
 
@@ -339,7 +398,10 @@ def _moved(
 
 def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
     """The sites whose product reaches an output of fn through no other site."""
-    weights = {p.equation.outputs[0]: p.site.path for p in places}
+    weights: dict[Var, set[str]] = {}
+    for place in places:
+        product = place.equation.outputs[0]
+        weights.setdefault(product, set()).add(place.site.path)
     heads: set[str] = set()
     _reach(program.main, set(program.results), weights, heads)
     return frozenset(heads)
@@ -348,7 +410,7 @@ def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
 def _reach(
     equations: Sequence[Equation],
     reaching: set[Atom],
-    weights: Mapping[Var, str],
+    weights: Mapping[Var, set[str]],
     heads: set[str],
 ) -> None:
     """Walks equations backwards from what they return, up to the sites.
@@ -356,18 +418,17 @@ def _reach(
     Args:
         equations: in order.
         reaching: what reaches an output through no site; the variables found are added.
-        weights: {variable: the site whose product it is}.
+        weights: {variable: the sites whose product it is}.
         heads: the sites met, which are added.
     """
     for equation in reversed(equations):
         if reaching.isdisjoint(equation.outputs):
             continue
-        path = weights.get(equation.outputs[0])
+        paths = weights.get(equation.outputs[0])
         body = equation.body
-        if path is not None:
-            heads.add(
-                path
-            )  # and no further: what it reads passes through this site
+        if paths is not None:
+            # And no further: what it reads passes through these sites.
+            heads |= paths
         elif body is None:
             reaching.update(equation.variables)
         elif isinstance(body.call, ShardMap):
@@ -381,7 +442,7 @@ def _reach_into(
     equation: Equation,
     body: Body,
     reaching: set[Atom],
-    weights: Mapping[Var, str],
+    weights: Mapping[Var, set[str]],
     heads: set[str],
 ) -> None:
     """The same through a shard_map, which runs once, so its body is walked like the rest."""
@@ -392,7 +453,7 @@ def _reach_into(
     reaching.update(operand for operand, v in given if v in inner)
 
 
-def _holds_a_site(body: Body, weights: Mapping[Var, str]) -> bool:
+def _holds_a_site(body: Body, weights: Mapping[Var, set[str]]) -> bool:
     """Whether a product with a site's leaf is made somewhere in a body."""
     return any(
         not weights.keys().isdisjoint(e.outputs) for e in body.everything

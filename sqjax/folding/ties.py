@@ -2,7 +2,12 @@
 
 import numpy as np
 
-from sqjax.folding.labels import Labels, compress
+from sqjax.folding.labels import (
+    DEGREE,
+    Labels,
+    channels_and_degrees,
+    compress,
+)
 
 
 class Ties:
@@ -25,10 +30,10 @@ class Ties:
 
     def of(self, labels: Labels) -> Labels:
         """The labels with every channel replaced by the one that stands for it."""
-        channels = (
-            np.abs(labels) - 1
-        )  # -1 where there is no label, which is sorted out below
-        standing = np.sign(labels) * (self.roots[channels] + 1)
+        channels, degrees = channels_and_degrees(labels)
+        # 0 where there is no label, which is sorted out below.
+        first = self.roots[channels - 1] + 1
+        standing = np.sign(labels) * (first + (degrees - 1) * DEGREE)
         return compress(np.where(labels == 0, 0, standing))
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import Literal
 from jaxtyping import Array
 
 from sqjax._trees import PyTree, named_leaves
-from sqjax.program.subprograms import inner_program
+from sqjax.program.subprograms import handed_through
 from sqjax.program.trace import trace
 from sqjax.weights.qtensor import tensor_type
 from sqjax.weights.quant_weight import is_quantized
@@ -104,8 +103,12 @@ class Functional:
         traced, _ = trace(
             states_around_call, {}, inputs, {}, of_args=tensor_type
         )
-        program = traced.jaxpr.jaxpr
-        sources = _sources(program, program.invars)
+        inputs_of = traced.jaxpr.jaxpr.invars
+        handed = handed_through(traced.jaxpr)
+        # For every output the input that it is, or a new object.
+        sources = []
+        for i in range(len(traced.jaxpr.jaxpr.outvars)):
+            sources.append(inputs_of[handed[i]] if i in handed else object())
         before, after = jax.tree.unflatten(traced.treedef, sources)
         changed = _differing(before, after)
         if changed:
@@ -113,7 +116,7 @@ class Functional:
                 f"{changed[0]}: the call changes this variable ({len(changed)} in all), and a "
                 "pure function would lose that; call module.eval() before sqjax.nnx.functional "
                 "(dropout and batch statistics), switch the cache off, or pass discard=True if "
-                "the change may be lost (what nnx.scan or nnx.cond hands back counts as changed)"
+                "the change may be lost"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -238,31 +241,6 @@ def _differing(
         if list(map(id, new)) != list(map(id, old)):
             names.append(name)
     return names
-
-
-def _sources(jaxpr: Any, inputs: list[Any]) -> list[Any]:
-    """For every output of a program: the input that it is, or a new object.
-
-    An output is an input if the program passes it on untouched, through calls too. For
-    f(a, b) = (jit(lambda x: x)(a), b + 1) the answer is [a, a new object].
-    """
-    sources = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def source_of(atom: Any) -> Any:
-        if isinstance(atom, Literal):
-            return object()
-        return sources.setdefault(atom, object())
-
-    for equation in jaxpr.eqns:
-        inner = inner_program(equation)
-        # Only a call runs its inner program once; of loops and branches outputs count as new.
-        if inner is None:
-            results = [object() for _ in equation.outvars]
-        else:
-            operands = [source_of(atom) for atom in equation.invars]
-            results = _sources(inner.jaxpr, operands)
-        sources.update(zip(equation.outvars, results, strict=True))
-    return [source_of(atom) for atom in jaxpr.outvars]
 
 
 def _identical(a: Any, b: Any) -> bool:

@@ -18,10 +18,13 @@ from sqjax.program.subprograms import (
     Scan,
     ShardMap,
     inner_program,
+    kept,
+    passed_on,
     plain,
     scan_in,
     shard_map_in,
     source_of,
+    with_handed,
 )
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS
@@ -290,6 +293,13 @@ class _Builder:
         )
         if (same := self._same_view(equation)) is not None:
             return [], [same]
+        handed = passed_on(eqn)
+        made = [results[i] for i in kept(len(results), handed)]
+        if (scan := scan_in(eqn)) is not None:
+            given = tuple(scan.given(operands))
+            equation = equation._replace(inputs=given, outputs=tuple(made))
+        # What a loop only hands through is the operand itself, before and after it.
+        results = with_handed(operands, made, handed)
         return [self._with_body(equation)], results
 
     def _same_view(self, equation: Equation) -> Var | None:

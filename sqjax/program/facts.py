@@ -1,16 +1,33 @@
 """`Program`: what is known of the variables of a traced function."""
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
 
+from sqjax._trees import is_concrete
 from sqjax.program.build import Atom, Equation, Var, all_equations, build
 from sqjax.program.entries import Entry, entries
-from sqjax.program.primitives import KEEP_A_FILL, PICKS
+from sqjax.program.primitives import (
+    KEEP_A_FILL,
+    KEEP_JOINED,
+    MULTIPLES,
+    PICKS,
+)
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS, View
+
+
+class Joined(NamedTuple):
+    """Leaves that the program has concatenated: views of them, along an axis of the result.
+
+    Example: `concatenate([q, k], 1)` of leaves (8, 4) and (8, 2) has the axis 1 and two views.
+    """
+
+    axis: int
+    views: tuple[View, ...]
 
 
 class Program:
@@ -32,12 +49,15 @@ class Program:
         barred: {variable: why it can carry no scale}.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
         from_leaves: variables computed from leaves and literals alone.
+        steady: variables that no input of fn has a part in: made of leaves, literals and captured
+            arrays.
         picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of
             a stack.
         scanned: {variable of a body: the variable computed from leaves of which it is a slice or
             block}.
         views: {variable: View} of the variables that are a leaf, seen through
             `sqjax.program.views`.
+        joined: {variable: Joined} of the variables that are leaves, concatenated.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
@@ -65,10 +85,14 @@ class Program:
         self.barred: dict[Var, str] = {}
         self.maker: dict[Var, Equation] = {}
         self.readers: dict[Var, list[Equation]] = {}
-        self.from_leaves: set[Var] = set(self.leaves)
+        # A captured number is as good as a literal.
+        numbers = [v for v in self.constants if not self.shape(v)]
+        self.from_leaves: set[Var] = {*self.leaves, *numbers}
+        self.steady: set[Var] = {*self.leaves, *self.constants}
         self.picked: dict[Var, Equation] = {}
         self.scanned: dict[Var, Var] = {}
         self.views: dict[Var, View] = {}
+        self.joined: dict[Var, Joined] = {}
         self.leaf_views: dict[Var, View] = {}
         for v, path in self.leaves.items():
             self.leaf_views[v] = View.of(path, self.shape(v))
@@ -76,9 +100,12 @@ class Program:
         for v in filter(self.is_float, self.leaves):
             self.views[v] = self.leaf_views[v]
         self._fills: dict[Var, np.ndarray] = {}
-        self._whole: dict[
-            Var, Var
-        ] = {}  # {slice or block of a leaf: what it is a slice or block of}
+        for v in filter(self.is_float, self.constants):
+            if _holds_only_zeros(self.constants[v]):
+                self._fills[v] = np.zeros((), self.avals[v].dtype)
+        # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
+        self._seen_from: dict[Var, Var] = {}
+        self._whole: dict[Var, Var] = {}
         self._visit(self.main)
         for equation in self.equations:
             for v in set(equation.read):
@@ -117,13 +144,14 @@ class Program:
         if not self.is_of_leaves(outer):
             return
         self.from_leaves.add(inner)
+        self.steady.add(inner)
         self.scanned[inner] = outer
         view = entry.view(self.views[outer]) if outer in self.views else None
         if view is None:
             return
         self.views[inner] = view
         if view.leaf_axes is not None:
-            self._whole[inner] = outer
+            self._whole[inner] = self._seen_from[inner] = outer
             self._stands_for_leaf(inner, view)
             self.roots.pop(inner, None)
 
@@ -133,14 +161,61 @@ class Program:
     def _pass_on(self, equation: Equation, y: Var) -> None:
         """What is known of one result of an equation without a body."""
         sources = equation.behind(y)
-        if sources and self.from_leaves.issuperset(sources):
+        if self.steady.issuperset(sources):
+            self.steady.add(y)
+        # A number beside leaves changes nothing; a number alone counts, but no array of literals,
+        # because a state that begins with zeros is an activation.
+        beside = [v for v in sources if not self._is_number(v)]
+        is_number = not sources and self._is_single(y)
+        of_leaves = self.from_leaves.issuperset
+        if is_number or any(vs and of_leaves(vs) for vs in (sources, beside)):
             self.from_leaves.add(y)
         if equation.name in PICKS and self.is_of_leaves(equation.inputs[0]):
             self.picked[y] = equation
         if equation.name in KEEP_A_FILL:
             self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
-        if equation.name in VIEWS and len(sources) == 1:
-            self._pass_view(equation, sources[0], y)
+        self._pass_joined(equation, y)
+        x = self._seen(equation, y) if equation.name in VIEWS else None
+        if x is not None:
+            self._pass_view(equation, x, y)
+
+    def _pass_joined(self, equation: Equation, y: Var) -> None:
+        """Views that are concatenated stay themselves; casts and transposes change each alike."""
+        are_views = self.views.keys() >= set(equation.inputs)
+        if equation.name == "concatenate" and are_views:
+            views = tuple(self.views[x] for x in equation.variables)
+            # One matrix of a stack may be another one on every device.
+            if not any(view.fixed for view in views):
+                self.joined[y] = Joined(equation.params["dimension"], views)
+        if equation.name not in KEEP_JOINED:
+            return
+        [first] = equation.inputs
+        if not isinstance(first, Var) or first not in self.joined:
+            return
+        axis, views = self.joined[first]
+        if equation.name == "transpose":
+            axis = equation.params["permutation"].index(axis)
+        rule = VIEWS[equation.name]
+        changed = (rule(view, equation.params, (), ()) for view in views)
+        self.joined[y] = Joined(axis, tuple(filter(None, changed)))
+
+    def _seen(self, equation: Equation, y: Var) -> Var | None:
+        """The operand of which a result may be a view: the only one, but for a number."""
+        for position in MULTIPLES.get(equation.name, ()):
+            if self._is_number(equation.inputs[1 - position]):
+                operand = equation.inputs[position]
+                return operand if isinstance(operand, Var) else None
+        sources = equation.behind(y)
+        is_one = len(sources) == 1 and equation.name not in MULTIPLES
+        return sources[0] if is_one else None
+
+    def _is_number(self, atom: Atom) -> bool:
+        """Whether an operand is one number, known by its value or made of leaves and literals."""
+        known = self._number(atom) is not None
+        return known or (self._is_single(atom) and self.is_of_leaves(atom))
+
+    def _is_single(self, atom: Atom) -> bool:
+        return math.prod(self.shape(atom)) == 1
 
     def _pass_view(self, equation: Equation, x: Var, y: Var) -> None:
         """A view of a leaf is that leaf; a view of what was picked from a leaf is picked too."""
@@ -153,6 +228,7 @@ class Program:
         view = rule(self.views[x], equation.params, old, new)
         if view is not None:
             self.views[y] = view
+            self._seen_from[y] = x
 
     def _pass_fill(self, x: Atom, y: Var) -> None:
         """Copies of one number are that number."""
@@ -217,20 +293,16 @@ class Program:
         """Whether an operand is a whole leaf which nothing else reads, nor another view of it."""
         if not isinstance(atom, Var) or atom not in self.views:
             return False
-        is_whole = self.views[atom].leaf_axes is not None
+        view = self.views[atom]
+        is_whole = view.leaf_axes is not None and not view.scaled
         return is_whole and self.read_once(self.chain(atom))
 
     def chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
         chain = [var]
-        while True:
-            first = chain[0]
-            if first in self.maker:
-                chain.insert(0, self.maker[first].behind(first)[0])
-            elif first in self._whole:
-                chain.insert(0, self._whole[first])
-            else:
-                return chain
+        while chain[0] in self._seen_from:
+            chain.insert(0, self._seen_from[chain[0]])
+        return chain
 
     def read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
@@ -246,6 +318,13 @@ class Program:
         """Whether an operand is known to hold only zeros."""
         number = self._number(atom)
         return number is not None and not number.any()
+
+    def is_scale_free(self, atom: Atom) -> bool:
+        """Whether an operand is known to be the same at any scale: 0 everywhere, or infinite."""
+        number = self._number(atom)
+        return number is not None and bool(
+            np.all((number == 0) | np.isinf(number))
+        )
 
     def touching(self, *variables: Var) -> list[Equation]:
         """The equations in which any of these variables stands: its maker, then its readers."""
@@ -296,12 +375,24 @@ class Program:
         return tuple(self._type(atom).shape)
 
     def is_float(self, atom: Atom) -> bool:
-        """Whether an operand may carry a scale; float8 may not: it has too few exponents."""
+        """Whether an operand holds floats; float8 does not count: it has too few exponents."""
         dtype = self._type(atom).dtype
-        return (
-            jax.numpy.issubdtype(dtype, jax.numpy.floating)
-            and dtype.itemsize > 1
-        )
+        is_floating = jax.numpy.issubdtype(dtype, jax.numpy.floating)
+        return is_floating and dtype.itemsize > 1
+
+    def is_scalable(self, atom: Atom) -> bool:
+        """Whether an operand may carry a scale: floats, and complex numbers."""
+        dtype = self._type(atom).dtype
+        is_complex = jax.numpy.issubdtype(dtype, jax.numpy.complexfloating)
+        return is_complex or self.is_float(atom)
+
+
+def _holds_only_zeros(array: Any) -> bool:
+    """Whether fn has captured an array of zeros, as the bias of a layer that has none may be."""
+    if not is_concrete(array):
+        return False
+    with jax.ensure_compile_time_eval():
+        return not jax.numpy.any(array)
 
 
 def _why_too_coarse(

@@ -43,11 +43,18 @@ MOVEMENTS = (
     "rev",
 )
 
+#: A leaf times or by a number is the leaf, of which every element is that many times larger: at
+#: which positions the leaf may stand, the number being the other operand.
+MULTIPLES = {"mul": (0, 1), "div": (0,)}
+
 #: Elements of the first operand, at indices that are only known when the program runs.
 PICKS = ("dynamic_slice", "gather")
 
 #: What fills the operand fills the result, in the result's dtype.
 KEEP_A_FILL = (*IDENTITIES, *MOVEMENTS, "convert_element_type")
+
+#: Of concatenated weights each is changed alone, whatever its shape.
+KEEP_JOINED = ("transpose", "convert_element_type", "copy", "name")
 
 #: Sums, differences and maxima of operands, element by element.
 SUMS_AND_MAXIMA = ("add", "add_any", "sub", "max", "min")
@@ -64,3 +71,13 @@ RUNNING = ("cumsum", "cummax", "cummin")
 
 #: Sums and maxima under a window that moves over an array.
 POOLINGS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+
+#: Updates written into an operand at indices that are only known when the program runs: in place of
+#: its elements, added to them, or compared with them.
+SCATTERS = (
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter-min",
+    "scatter-max",
+)

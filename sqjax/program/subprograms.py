@@ -1,14 +1,14 @@
 """What an equation runs: the programs in calls, scans, shard_maps ..., alike on every JAX."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import PartitionSpec
 
 from sqjax._shapes import mesh_axes
@@ -27,18 +27,43 @@ CALLS = {
 
 
 class Scan(NamedTuple):
-    """A scan: step(consts, carry, slices of xs) -> (carry, slices of ys), run `length` times."""
+    """A scan: step(consts, carry, slices of xs) -> (carry, slices of ys), run `length` times.
+
+    What every step hands through unchanged is no result of it. A carry that stays what it was is a
+    constant; ys that are the slices of an operand are that operand. So a stack of layers that
+    `nnx.scan` takes in and gives back is only read.
+
+    Attributes:
+        program: one step, without what it hands through.
+        consts, carry: how many of its operands are of these kinds.
+        length: the number of steps.
+        options: the other arguments of `lax.scan`.
+        order: which operand of the equation is consts, carry, xs, in this order.
+        handed: {result of the equation: operand of the equation} of what is handed through.
+    """
 
     program: ClosedJaxpr
     consts: int
     carry: int
     length: int
     options: dict[str, Any]
+    order: tuple[int, ...]
+    handed: dict[int, int]
+
+    def given(self, operands: Sequence[Any]) -> list[Any]:
+        """The equation's operands in the order of `program`: consts, carry, xs."""
+        return [operands[i] for i in self.order]
+
+    def results(
+        self, operands: Sequence[Any], made: Sequence[Any]
+    ) -> list[Any]:
+        """All results of the equation, given its operands and what the steps have made."""
+        return with_handed(operands, made, self.handed)
 
     def sort(
         self, operands: Sequence[Any]
     ) -> tuple[list[Any], list[Any], list[Any]]:
-        """(consts, carry, xs) among a scan's operands."""
+        """(consts, carry, xs) among a scan's operands, which are in the order of `program`."""
         split = self.consts + self.carry
         return (
             list(operands[: self.consts]),
@@ -149,12 +174,26 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
     else:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "unroll")}
+    program = program_in(equation, params["jaxpr"])
+    handed = {}
+    for result, operand in handed_through(program).items():
+        same_carry = result < carry and operand == consts + result
+        same_slices = result >= carry and operand >= consts + carry
+        if same_carry or same_slices:
+            handed[result] = operand
+    count = len(equation.invars)
+    fixed = [handed[result] for result in handed if result < carry]
+    changing = [i for i in range(consts, consts + carry) if i not in fixed]
+    xs = range(consts + carry, count)
+    order = (*range(consts), *fixed, *changing, *xs)
     return Scan(
-        program_in(equation, params["jaxpr"]),
-        consts,
-        carry,
+        only_made(program, order, handed),
+        consts + len(fixed),
+        len(changing),
         params["length"],
         options,
+        order,
+        handed,
     )
 
 
@@ -180,6 +219,145 @@ def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
     )
 
 
+class While(NamedTuple):
+    """A while loop: body(carry) runs as long as test(carry) holds.
+
+    Attributes:
+        test, body: programs of their own constants and of the carry, with what is handed through
+            among it; the body returns the rest only.
+        of_test, of_body: how many constants each has: these are the first operands.
+        handed: {position in the carry: operand of the equation} of what the body leaves as it is.
+    """
+
+    test: ClosedJaxpr
+    body: ClosedJaxpr
+    of_test: int
+    of_body: int
+    handed: dict[int, int]
+
+    def sort(
+        self, operands: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """(constants of the test, constants of the body, what changes) among its operands."""
+        of_test, rest = operands[: self.of_test], operands[self.of_test :]
+        of_body, carry = rest[: self.of_body], rest[self.of_body :]
+        changing = [carry[i] for i in kept(len(carry), self.handed)]
+        return list(of_test), list(of_body), changing
+
+    def carry(
+        self, operands: Sequence[Any], changing: Sequence[Any]
+    ) -> list[Any]:
+        """The whole carry, given the operands and what changes."""
+        return with_handed(operands, changing, self.handed)
+
+
+def while_in(equation: JaxprEqn) -> While:
+    """What a while loop runs."""
+    params = equation.params
+    test = program_in(equation, params["cond_jaxpr"])
+    body = program_in(equation, params["body_jaxpr"])
+    of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
+    handed = {}
+    for result, operand in handed_through(body).items():
+        if operand == of_body + result:
+            handed[result] = of_test + operand
+    order = range(len(body.in_avals))
+    return While(test, only_made(body, order, handed), of_test, of_body, handed)
+
+
+class Cond(NamedTuple):
+    """A cond or switch: of its branches one runs, on the operands after the index.
+
+    Attributes:
+        branches: programs, without what all of them hand through.
+        handed: {result: operand of the equation} of that.
+    """
+
+    branches: tuple[ClosedJaxpr, ...]
+    handed: dict[int, int]
+
+    def results(
+        self, operands: Sequence[Any], made: Sequence[Any]
+    ) -> list[Any]:
+        """All results of the equation, given its operands and what the branches have made."""
+        return with_handed(operands, made, self.handed)
+
+
+def cond_in(equation: JaxprEqn) -> Cond:
+    """What a cond or switch chooses from."""
+    branches = [program_in(equation, b) for b in equation.params["branches"]]
+    by_all = set.intersection(
+        *(set(handed_through(branch).items()) for branch in branches)
+    )
+    handed = {result: 1 + operand for result, operand in by_all}
+    order = range(len(equation.invars) - 1)
+    made = tuple(only_made(branch, order, handed) for branch in branches)
+    return Cond(made, handed)
+
+
+def handed_through(program: ClosedJaxpr) -> dict[int, int]:
+    """{result: operand} of the results of a program that are one of its operands as it is.
+
+    Also through calls and loops in it. Example: f(a, b) = (jit(lambda x: x)(a), b + 1) has {0: 0}.
+    """
+    jaxpr = program.jaxpr
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        for result, operand in passed_on(equation).items():
+            given = equation.invars[operand]
+            if not isinstance(given, Literal) and given in source:
+                source[equation.outvars[result]] = source[given]
+    found = {}
+    for i, v in enumerate(jaxpr.outvars):
+        if not isinstance(v, Literal) and v in source:
+            found[i] = source[v]
+    return found
+
+
+def passed_on(equation: JaxprEqn) -> dict[int, int]:
+    """{result: operand} of the results of a call, loop or branch that are an operand as it is."""
+    if (inner := inner_program(equation)) is not None:
+        return handed_through(inner)
+    of_kind: dict[str, Callable[[JaxprEqn], Any]] = {
+        "scan": scan_in,
+        "while": while_in,
+        "cond": cond_in,
+    }
+    find = of_kind.get(equation.primitive.name)
+    return {} if find is None else find(equation).handed
+
+
+def only_made(
+    program: ClosedJaxpr, order: Sequence[int], handed: Container[int]
+) -> ClosedJaxpr:
+    """A program with its operands in another order, and without some of its results."""
+    jaxpr = program.jaxpr
+    invars = [jaxpr.invars[i] for i in order]
+    outvars = [jaxpr.outvars[i] for i in kept(len(jaxpr.outvars), handed)]
+    reduced = jaxpr.replace(
+        invars=invars,
+        outvars=outvars,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return ClosedJaxpr(reduced, program.consts)
+
+
+def kept(count: int, handed: Container[int]) -> list[int]:
+    """The positions, of so many, that are not handed through."""
+    return [i for i in range(count) if i not in handed]
+
+
+def with_handed(
+    operands: Sequence[Any], made: Sequence[Any], handed: Mapping[int, int]
+) -> list[Any]:
+    """What is made, with the operands that are handed through where they belong among it."""
+    rest = iter(made)
+    together = []
+    for i in range(len(made) + len(handed)):
+        together.append(operands[handed[i]] if i in handed else next(rest))
+    return together
+
+
 def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
     """A jaxpr among an equation's parameters.
 
@@ -201,7 +379,9 @@ def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
 def emit(equation: JaxprEqn, *operands: Any) -> list[Any]:
     """The results of the equation itself, on other operands."""
     params = equation.primitive.get_bind_params(equation.params)
-    return listed(equation, equation.primitive.bind(*operands, **params))
+    # In its own context: on a mesh that an `auto_axes` or a shard_map around it has changed.
+    with equation.ctx.manager:
+        return listed(equation, equation.primitive.bind(*operands, **params))
 
 
 def listed(equation: JaxprEqn, results: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
 
 from sqjax._shapes import sharded_as
 from sqjax._trees import named_leaves
@@ -93,7 +94,19 @@ def trace(
     jaxpr, out = jax.make_jaxpr(flat_fn, return_shape=True)(
         leaf_types, input_types
     )
-    return Traced(jaxpr, paths, jax.tree.structure(out)), inputs
+    return Traced(_alive(jaxpr), paths, jax.tree.structure(out)), inputs
+
+
+def _alive(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The program without dead code; its inputs stay, whether it reads them or not.
+
+    Here, because all walks must agree on what a program reads: a leaf whose norm is computed and
+    thrown away is read by its matmul only.
+    """
+    jaxpr = program.jaxpr
+    wanted = [True] * len(jaxpr.outvars)
+    alive, _ = partial_eval.dce_jaxpr(jaxpr, wanted, instantiate=True)
+    return ClosedJaxpr(alive, program.consts)
 
 
 def _type_of_leaf(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqjax._shapes import Shape, runs, sizes_along
-from sqjax.program.primitives import IDENTITIES
+from sqjax.program.primitives import IDENTITIES, MULTIPLES
 
 
 class Piece(NamedTuple):
@@ -69,6 +69,7 @@ class View:
         taken: the leaf's axes that are seen at one index only, in the order in which they went.
         blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the
             major one first.
+        scaled: whether this is a multiple of the leaf: 2 * w, w / sqrt(8) or -w.
     """
 
     path: str
@@ -77,6 +78,7 @@ class View:
     sliced: frozenset[int] = frozenset()
     taken: tuple[Taken, ...] = ()
     blocks: tuple[Block, ...] = ()
+    scaled: bool = False
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
@@ -247,6 +249,11 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
     return view
 
 
+def _multiple(view: View, params: dict, old: Shape, new: Shape) -> View | None:
+    """A product with a number, where that does not broadcast the leaf."""
+    return replace(view, scaled=True) if old == new else None
+
+
 def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     """Axes of size 1 go. One that a slice has left of an axis is an index: w[3] is squeeze(w[3:4]).
 
@@ -373,6 +380,7 @@ VIEWS: dict[str, ViewRule] = {
     **dict.fromkeys(IDENTITIES, _keep),
     "transpose": _transpose,
     "convert_element_type": _keep,
+    **dict.fromkeys(("neg", *MULTIPLES), _multiple),
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "slice": _slice,

@@ -12,12 +12,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from sqjax.program.primitives import KEEP_A_FILL
 from sqjax.program.registry import Leaf, Registry
 from sqjax.program.subprograms import (
+    cond_in,
     emit,
     inner_program,
     listed,
-    program_in,
     scan_in,
     shard_map_in,
+    while_in,
 )
 
 
@@ -136,7 +137,7 @@ def _scan(
 ) -> list[Any]:
     """A scan gives one layer's arrays of a stacked leaf to each step."""
     scan: Any = scan_in(equation)
-    consts, first, xs = scan.sort(operands)
+    consts, first, xs = scan.sort(scan.given(operands))
 
     def step(carry, slices):
         outputs = run(scan.program, [*consts, *carry, *slices], rules)
@@ -144,7 +145,7 @@ def _scan(
 
     sliced = rules.slices(equation, xs, scan.length)
     carry, ys = scan.run(step, rules.carry(equation, first), sliced)
-    return [*carry, *ys]
+    return scan.results(operands, [*carry, *ys])
 
 
 def _shard_map(
@@ -168,20 +169,20 @@ def _while(
     equation: JaxprEqn, operands: list[Any], rules: Registry
 ) -> list[Any]:
     """Leaves are constants of the loop, of its test or of its body."""
-    params = equation.params
-    test, body = (
-        program_in(equation, params[name])
-        for name in ("cond_jaxpr", "body_jaxpr")
-    )
-    # The operands are the test's constants, the body's constants, and what is carried.
-    after_test = params["cond_nconsts"]
-    after_body = after_test + params["body_nconsts"]
-    of_test, of_body = operands[:after_test], operands[after_test:after_body]
-    return lax.while_loop(
-        lambda carry: run(test, [*of_test, *carry], rules)[0],
-        lambda carry: run(body, [*of_body, *carry], rules),
-        rules.carry(equation, operands[after_body:]),
-    )
+    loop = while_in(equation)
+    of_test, of_body, first = loop.sort(operands)
+
+    def test(changing):
+        carry = loop.carry(operands, changing)
+        [goes_on] = run(loop.test, [*of_test, *carry], rules)
+        return goes_on
+
+    def body(changing):
+        carry = loop.carry(operands, changing)
+        return run(loop.body, [*of_body, *carry], rules)
+
+    last = lax.while_loop(test, body, rules.carry(equation, first))
+    return loop.carry(operands, last)
 
 
 def _cond(
@@ -189,14 +190,12 @@ def _cond(
 ) -> list[Any]:
     """Each branch runs with the leaves it is given."""
     index, *given = operands
-    programs = [
-        program_in(equation, branch) for branch in equation.params["branches"]
-    ]
+    choice = cond_in(equation)
     branches = [
         lambda program=program: run(program, given, rules)
-        for program in programs
+        for program in choice.branches
     ]
-    return lax.switch(index, branches)
+    return choice.results(operands, lax.switch(index, branches))
 
 
 _BODIES = {

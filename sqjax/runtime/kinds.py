@@ -1,14 +1,16 @@
-"""The two kinds of quantized values that a program may meet.
+"""The kinds of quantized values that a program may meet.
 
 A quantized weight is a parameter: a `Leaf` that holds a `QuantWeight`. A quantized cache is an
-array among the other arguments: a `Leaf` that holds a `QTensor`. Here stands what becomes of both
-where they enter or leave a program, a loop or a shard_map. What each primitive does to them is in
-`weight_rules` and `cache_rules`.
+array among the other arguments: a `Leaf` that holds a `QTensor`. Weights that the function has
+concatenated are a `Leaf` that holds a `JoinedWeight`. Here stands what becomes of these where they
+enter or leave a program, a loop or a shard_map. What each primitive does to them is in
+`weight_rules`, `cache_rules` and `joined_weights`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
@@ -80,6 +82,42 @@ WEIGHTS = Kind(
     otherwise=refuse_weight,
     slices=_weight_slices,
     specs=_weight_specs,
+    carry=refuse_weight,
+    leave=_refuse_returned_weight,
+)
+
+# Concatenated weights -----------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class JoinedWeight:
+    """Weights that the function has concatenated: each stays what it is, and is multiplied alone.
+
+    Attributes:
+        pieces: arrays, and leaves that hold quantized weights, in order.
+        axis: the logical axis along which they are concatenated.
+    """
+
+    pieces: tuple[Any, ...]
+    axis: int = field(metadata={"static": True})
+
+
+def _refuse_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Any:
+    return refuse_weight(equation, leaf)
+
+
+def _refuse_joined_specs(
+    equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec
+) -> Any:
+    return refuse_weight(equation, leaf)
+
+
+JOINED = Kind(
+    JoinedWeight,
+    otherwise=refuse_weight,
+    slices=_refuse_slices,
+    specs=_refuse_joined_specs,
     carry=refuse_weight,
     leave=_refuse_returned_weight,
 )

@@ -14,13 +14,14 @@ from sqjax.program.trace import trace
 from sqjax.program.walk import run
 from sqjax.runtime.cache_rules import CACHE_RULES
 from sqjax.runtime.caches import cache_leaves
+from sqjax.runtime.joined_weights import JOINED_RULES
 from sqjax.runtime.kinds import is_cache
 from sqjax.runtime.weight_rules import WEIGHT_RULES, weight_leaves
 from sqjax.weights.qtensor import is_tensor, tensor_type
 from sqjax.weights.quant_weight import is_quantized, weight_type
 
 #: What primitives do to quantized values. An equation that meets both kinds belongs to the cache.
-RULES = Registry.joined(CACHE_RULES, WEIGHT_RULES)
+RULES = Registry.joined(CACHE_RULES, WEIGHT_RULES, JOINED_RULES)
 
 
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:

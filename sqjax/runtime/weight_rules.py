@@ -129,6 +129,56 @@ def _keeps_order(equation: JaxprEqn) -> bool:
     return axes == sorted(axes)
 
 
+# Multiples: the number belongs to the weight's scale ----------------------------------------------
+
+
+@WEIGHT_RULES.register(("neg",), WEIGHTS)
+def _negate(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    return Leaf(leaf.path, leaf.value.times(-1.0))
+
+
+@WEIGHT_RULES.register(("mul",), WEIGHTS, fills=True)
+def _multiply(
+    equation: JaxprEqn, lhs: Any, rhs: Any, *, fills: Sequence[Any]
+) -> Any:
+    """A weight times a number, on either side."""
+    leaf, other, fill = lhs, rhs, fills[1]
+    if not isinstance(lhs, Leaf):
+        leaf, other, fill = rhs, lhs, fills[0]
+    factor = _number(other, fill)
+    if factor is None or _repeats(equation, leaf):
+        return None
+    return Leaf(leaf.path, leaf.value.times(factor))
+
+
+@WEIGHT_RULES.register(("div",), WEIGHTS, fills=True)
+def _divide(
+    equation: JaxprEqn, weight: Any, divisor: Any, *, fills: Sequence[Any]
+) -> Any:
+    """A weight divided by a number; nothing is divided by a weight."""
+    number = None
+    if isinstance(weight, Leaf):
+        number = _number(divisor, fills[1])
+    if number is None or _repeats(equation, weight):
+        return None
+    return Leaf(weight.path, weight.value.times(1 / number))
+
+
+def _repeats(equation: JaxprEqn, leaf: Leaf) -> bool:
+    """Whether a result has other elements than the weight, which is broadcast to it."""
+    result: Any = equation.outvars[0].aval
+    return result.shape != leaf.value.shape
+
+
+def _number(x: Any, fill: Any) -> Any:
+    """The one number that an operand is or is filled with; None if it is none."""
+    if fill is not None:
+        return fill
+    if isinstance(x, Leaf) or jnp.size(x) != 1:
+        return None
+    return jnp.reshape(x, ())
+
+
 # The rest -----------------------------------------------------------------------------------------
 # Barriers take several values at once, some of them no leaves, so they are no copies of one.
 

@@ -262,6 +262,12 @@ class QTensor(NoArray):
         order = tuple(self.axes[axis] - self.ndim for axis in permutation)
         return replace(self, order=shortest(order))
 
+    def times(self, factor: Any) -> "QTensor":
+        """The tensor times a number: its scale is that many times larger, and may be negative."""
+        return replace(
+            self, scale=self.scale * jnp.asarray(factor, jnp.float32)
+        )
+
     def slice(self, slices: Sequence[slice]) -> "QTensor | None":
         """The logical slice: values, and scales along the axes that have them.
 

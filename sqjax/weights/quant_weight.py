@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sqjax._shapes import sharded_as
@@ -119,6 +120,17 @@ class QuantWeight(NoArray):
             smoothing=jax.tree.map(smoothing, self.smoothing),
             outliers=outliers,
         )
+
+    def times(self, factor: Any) -> "QuantWeight":
+        """The weight times a number. What the activations are divided by stays what it was."""
+        outliers = self.outliers
+        if outliers is not None:
+            weight = outliers.weight * jnp.asarray(
+                factor, outliers.weight.dtype
+            )
+            outliers = outliers._replace(weight=weight)
+        tensor = self.tensor.times(factor)
+        return replace(self, tensor=tensor, outliers=outliers)
 
     @property
     def recipe(self) -> Recipe:

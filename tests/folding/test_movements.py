@@ -61,6 +61,11 @@ def slicing(data, shape):
     )
 
 
+def tiling(data, shape):
+    reps = tuple(data.draw(st.integers(1, 3)) for _ in shape)
+    return lambda x: lax.tile(x, reps)
+
+
 def factorings(size):
     """Every shape of up to four axes with `size` elements, axes of size 1 among them."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
@@ -78,6 +83,7 @@ MOVEMENTS = {
     "broadcast_in_dim": broadcasting,
     "slice": slicing,
     "convert_element_type": lambda data, shape: lambda x: lax.convert_element_type(x, jnp.float32),
+    "tile": tiling,
     "copy": lambda data, shape: lambda x: lax.copy_p.bind(x),
 }
 
@@ -91,7 +97,7 @@ class Shapes:
     def shape(self, var):
         return self.shapes[var]
 
-    def is_float(self, var):
+    def is_scalable(self, var):
         return True
 
 
@@ -140,6 +146,12 @@ def running(function):
     return draw
 
 
+def transforming(data, shape):
+    count = data.draw(st.integers(1, min(len(shape), 3)))
+    kind = {"fft_type": lax.FftType.RFFT, "fft_lengths": shape[-count:]}
+    return lambda x: lax.fft_p.bind(x, **kind)
+
+
 def slicing_dynamically(data, shape):
     sizes = [data.draw(st.integers(1, n)) for n in shape]
     starts = [data.draw(st.integers(-1, n)) for n in shape]  # jax clamps them
@@ -180,6 +192,7 @@ SCALINGS = {  # name: (the primitive, how to draw it, whether it may refuse labe
     "cumsum": ("cumsum", running(lax.cumsum), True),
     "cummax": ("cummax", running(lax.cummax), True),
     "cummin": ("cummin", running(lax.cummin), True),
+    "fft": ("fft", transforming, True),
     "dynamic_slice": ("dynamic_slice", slicing_dynamically, True),
     "gather": ("gather", gathering, True),
     "gather in a batch": ("gather", gathering_in_batch, True),
@@ -267,6 +280,8 @@ def test_labels_are_refused_along_just_these_axes(name, function, axes):
 
 def test_every_move_has_a_test():
     placement = {
+        "real",
+        "imag",
         "copy_p",
         "sharding_constraint",
         "name",

@@ -26,6 +26,7 @@ from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group
 from sqjax.folding.groups import Survey
+from sqjax.folding.labels import DEGREE
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
@@ -50,17 +51,22 @@ def other_inputs(dag: Dag) -> list[np.ndarray]:
 # Folds in NumPy -----------------------------------------------------------------------------------
 
 
-def powers_of_two(rng: np.random.Generator, size: int) -> np.ndarray:
-    """One scale a channel, none of them 1."""
-    return 2.0 ** (rng.integers(1, 4, size) * rng.choice([-1, 1], size))
+def powers_of_two(rng: np.random.Generator, size: int, degree: int = 1) -> np.ndarray:
+    """One scale a channel, none of them 1, whose roots of this degree are powers of two as well."""
+    return 2.0 ** (degree * rng.integers(1, 4, size) * rng.choice([-1, 1], size))
 
 
 def rescaled(
     leaf: np.ndarray, labels: np.ndarray, s: np.ndarray, offset: float = 0.0
 ) -> np.ndarray:
-    """The leaf times s[c] where its label is c + 1, divided by it where it is -(c + 1)."""
-    factors = np.concatenate([[1.0], s])
-    return (offset + leaf) * factors[labels.clip(min=0)] / factors[(-labels).clip(min=0)] - offset
+    """The leaf times s[c] where its label is c + 1, divided by it where it is -(c + 1); by its d-th
+    root where (d - 1) * DEGREE has been added to that.
+    """
+    magnitude = np.abs(labels)
+    beyond_one = np.maximum(magnitude - 1, 0) // DEGREE
+    factors = np.concatenate([[1.0], s])[magnitude - beyond_one * DEGREE]
+    factors = factors ** (np.sign(labels) / (1.0 + beyond_one))
+    return (offset + leaf) * factors - offset
 
 
 def folded(
@@ -159,7 +165,7 @@ def check(dag: Dag, graph: Graph, rng: np.random.Generator) -> list[set[str]]:
     """Fails unless each group, and all of them at once, fold exactly; the operations that each
     group reaches.
     """
-    s = {group.name: powers_of_two(rng, group.size) for group in graph.groups}
+    s = {g.name: powers_of_two(rng, g.size, g.degree) for g in graph.groups}
     found = []
     for group in graph.groups:
         leaves = folded(dag, graph, s, [group])
@@ -316,7 +322,8 @@ def test_a_wrong_fold_is_seen():
         dag = drawn(2, number)
         graph = find_graph(Survey.of(program_of(dag), {}))
         for group in graph.groups:
-            s = {group.name: powers_of_two(np.random.default_rng(number), group.size)}
+            rng = np.random.default_rng(number)
+            s = {group.name: powers_of_two(rng, group.size, group.degree)}
             for path, _ in group.leaves:
                 leaves = folded(dag, graph, s, [group]) | {path: dag.leaves[path]}
                 wrong += 1
@@ -352,7 +359,9 @@ def test_fold_does_the_same_as_numpy():
         graph = find_graph(Survey.of(program_of(dag), {}))
         if not graph.groups:
             continue
-        s = {g.name: powers_of_two(np.random.default_rng(number), g.size) for g in graph.groups}
+        rngs = [np.random.default_rng(number) for _ in graph.groups]
+        drawn_for = zip(graph.groups, rngs, strict=True)
+        s = {g.name: powers_of_two(rng, g.size, g.degree) for g, rng in drawn_for}
         leaves = {path: jnp.asarray(x, jnp.float32) for path, x in dag.leaves.items()}
         got = sq.fold(leaves, graph, {name: jnp.asarray(x, jnp.float32) for name, x in s.items()})
         for path, x in folded(dag, graph, s).items():
@@ -414,8 +423,8 @@ def leaves_of(case: Certified, labels: Mapping) -> dict[str, np.ndarray] | None:
     touched = {v: paths[v] for v in {*labels, *case.labels} if v in paths}
     if any(sum(p == path for p in paths.values()) > 1 for path in touched.values()):
         return None
-    size = max(int(np.abs(x).max()) for x in (*labels.values(), *case.labels.values()))
-    s = powers_of_two(np.random.default_rng(size), size)
+    size = max(int((np.abs(x) % DEGREE).max()) for x in (*labels.values(), *case.labels.values()))
+    s = powers_of_two(np.random.default_rng(size), size, degree=8)
     changed = {
         path: rescaled(case.dag.leaves[path], labels[v], s)
         for v, path in touched.items()

@@ -74,16 +74,16 @@ def mixed_up(p, x):
 
 
 UNLAWFUL = {
-    "square": Unlawful(
-        lambda p, x: (x @ p["a"]) ** 2 @ p["b"],
+    "cube": Unlawful(
+        lambda p, x: (x @ p["a"]) ** 3 @ p["b"],
         AB,
         (X,),
         "b",
-        rf"`(square|integer_pow)` at {HERE}",
+        rf"`integer_pow` at {HERE}",
         COLUMNS_THEN_ROWS,
     ),
-    "u * u": Unlawful(
-        lambda p, x: (u := x @ p["a"]) * u @ p["b"],
+    "u * u * u": Unlawful(
+        lambda p, x: (u := x @ p["a"]) * u * u @ p["b"],
         AB,
         (X,),
         "b",
@@ -421,7 +421,11 @@ ODD = {
         {**NB, "k": normal(1, 1, 3, 3)},
         "1 of 4 channels  k            b",
     ),
-    "sort": (lambda p, x: jnp.sort(x * p["n"][None], -1) @ p["b"], NB, "`sort` at"),
+    "sort": (
+        lambda p, x: jnp.sort(x * p["n"][None], -1) @ p["b"],
+        NB,
+        "1 of 4 channels  n            b",
+    ),
     "gather of channels": (
         lambda p, x: (x * p["n"][None])[:, ORDER] @ p["b"],
         NB,
@@ -437,7 +441,11 @@ ODD = {
         NB,
         "       4  n            b",
     ),
-    "scatter": (lambda p, x: (x * p["n"][None]).at[0].add(1.0) @ p["b"], NB, "`scatter-add` at"),
+    "scatter": (
+        lambda p, x: (x * p["n"][None]).at[0].add(1.0) @ p["b"],
+        NB,
+        "refused b: the constant 1.0 would have to be rescaled",
+    ),
     "callback": (
         lambda p, x: (jax.debug.print("{}", p["n"][0]), (x * p["n"][None]) @ p["b"])[1],
         NB,

@@ -112,7 +112,12 @@ def test_a_barrier_passes_on_one_operand_each():
     assert program.views[v].leaf_axes == (1, 0)
     assert program.from_leaves.intersection(barrier.outputs) == {w, v}
     assert y not in program.views
-    assert [program.is_zero(result) for result in barrier.outputs] == [False, False, False, True]
+    assert [program.is_scale_free(result) for result in barrier.outputs] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert [program.leaves_behind(result) for result in (v, y)] == [{"v"}, set()]
 
 

@@ -1,0 +1,78 @@
+"""Weights that the function concatenates: x @ [a, b] runs as [x @ a, x @ b].
+
+So each piece keeps its own scheme, scales and smoothing, and a piece may be float.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array
+
+from sqjax.program.primitives import KEEP_JOINED
+from sqjax.program.registry import Leaf, Registry
+from sqjax.program.subprograms import emit
+from sqjax.runtime.kinds import JOINED, WEIGHTS, JoinedWeight, refuse_weight
+from sqjax.runtime.weight_rules import WEIGHT_RULES
+
+JOINED_RULES = Registry(WEIGHTS, JOINED)
+
+
+@JOINED_RULES.register(("concatenate",), WEIGHTS)
+def _concatenate(equation: JaxprEqn, *pieces: Any) -> Leaf:
+    axis = equation.params["dimension"]
+    first = next(x for x in pieces if isinstance(x, Leaf))
+    return Leaf(first.path, JoinedWeight(pieces, axis))
+
+
+@JOINED_RULES.register(KEEP_JOINED, JOINED)
+def _of_each(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+    """A cast or a transpose, of each piece alone."""
+    joined = leaf.value
+    axis = joined.axis
+    if equation.primitive.name == "transpose":
+        axis = equation.params["permutation"].index(axis)
+    pieces = tuple(_alone(equation, piece) for piece in joined.pieces)
+    return Leaf(leaf.path, JoinedWeight(pieces, axis))
+
+
+@JOINED_RULES.register(("dot_general",), JOINED)
+def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
+    """The product with each piece, side by side where its outputs are in the result.
+
+    Example: x of (tokens, 8) with [q, k] of (8, 4 + 2), along the axis 1: products of (tokens, 4)
+    and (tokens, 2), along the axis 1 of the result.
+    """
+    (contracted, batch) = equation.params["dimension_numbers"]
+    me = 0 if _is_joined(lhs) else 1
+    leaf, other = (lhs, rhs)[me], (lhs, rhs)[1 - me]
+    gone = (*contracted[me], *batch[me])
+    if isinstance(other, Leaf) or leaf.value.axis in gone:
+        return None
+    free = [a for a in range(_rank(leaf)) if a not in gone]
+    before = len(batch[0])  # of its free axes, in the result
+    if me == 1:
+        before += jnp.ndim(lhs) - len(contracted[0]) - len(batch[0])
+    products = []
+    for piece in leaf.value.pieces:
+        operands = (piece, other) if me == 0 else (other, piece)
+        products.append(_alone(equation, *operands))
+    return jnp.concatenate(products, before + free.index(leaf.value.axis))
+
+
+def _is_joined(x: Any) -> bool:
+    return isinstance(x, Leaf) and isinstance(x.value, JoinedWeight)
+
+
+def _rank(leaf: Leaf) -> int:
+    """How many axes the concatenated weight has: as many as each piece."""
+    piece = leaf.value.pieces[0]
+    return piece.value.ndim if isinstance(piece, Leaf) else jnp.ndim(piece)
+
+
+def _alone(equation: JaxprEqn, *operands: Any) -> Any:
+    """The equation on one piece: by its rule where that is quantized."""
+    if not any(isinstance(x, Leaf) for x in operands):
+        return emit(equation, *operands)[0]
+    result = WEIGHT_RULES.rule(equation, operands).run(equation, *operands)
+    return refuse_weight(equation, *operands) if result is None else result

@@ -1,0 +1,107 @@
+"""A weight times or by a number is a site: the number belongs to the weight's scale."""
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from traced import normal
+
+import sqjax as sq
+
+X, W = normal(6, 16), normal(16, 12)
+CAPTURED = jnp.float32(3.0)
+
+#: What the function multiplies x with, and the number that this is times w.
+MULTIPLES = {
+    "a literal": (lambda p: p["w"] * 2.0, 2),
+    "a literal on the left": (lambda p: 0.25 * p["w"], 0.25),
+    "an integer": (lambda p: p["w"] * 1, 1),
+    "a quotient": (lambda p: p["w"] / 8**0.5, 8**-0.5),
+    "a root that the program takes": (lambda p: p["w"] / jnp.sqrt(8.0), 8**-0.5),
+    "a number that fn captured": (lambda p: p["w"] * CAPTURED, 3),
+    "a filled array": (lambda p: p["w"] * jnp.full((16, 12), 0.5), 0.5),
+    "a negative one": (lambda p: p["w"] * -4.0, -4),
+    "the sign": (lambda p: -p["w"], -1),
+    "a leaf of one number": (lambda p: p["w"] * p["gain"], 1.5),
+    "twice, beside a transpose": (lambda p: ((p["w"] * 2.0).T / 4.0).T, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", MULTIPLES)
+def test_a_multiple_of_a_weight_runs_in_int8(case):
+    multiple, number = MULTIPLES[case]
+    params = {"w": W, "gain": jnp.full((1, 1), 1.5)}
+
+    def fn(p, x):
+        return x @ multiple(p)
+
+    stats = sq.calibrate(fn, params, [X])
+    assert [site.path for site in stats.graph.sites] == ["w"]
+    qparams = sq.quantize(params, stats)
+    run = sq.quantized(fn)
+    assert [dot.dtypes for dot in jaxprs.dots(jaxprs.of(run, qparams, X))] == [jaxprs.INT8_DOT]
+    # What the stored integers stand for, times the number, in float64.
+    weight = np.asarray(sq.dequantize(qparams["w"].tensor), np.float64)
+    rows = np.asarray(X, np.float64)
+    scale = np.abs(rows).max(axis=1, keepdims=True) / 127
+    expected = np.round(rows / scale) * scale @ weight * number
+    np.testing.assert_allclose(jax.jit(run)(qparams, X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8_OUTLIERS", "W8A8_O3", "W4A8"])
+def test_other_schemes_take_the_number_too(scheme):
+    x, w = normal(6, 128).at[:, 3].mul(40), normal(128, 12)
+    fns = [lambda p, x: x @ p["w"], lambda p, x: x @ (p["w"] * -0.5)]
+    stats = [sq.calibrate(fn, {"w": w}, [x]) for fn in fns]
+    plain, scaled = (
+        jax.jit(sq.quantized(fn))(sq.quantize({"w": w}, s, getattr(sq, scheme)), x)
+        for fn, s in zip(fns, stats, strict=True)
+    )
+    np.testing.assert_allclose(scaled, -0.5 * plain, rtol=1e-6)
+
+
+def test_a_scale_passes_to_a_multiple_and_the_norm_absorbs_it():
+    params = {"norm": jnp.ones((1, 16)), "w": W}
+
+    def fn(p, x):
+        return (x * p["norm"]) @ (p["w"] * 2.0)
+
+    stats = sq.calibrate(fn, params, [X.at[:, 2].mul(50)])
+    assert [group.absorbers for group in stats.graph.groups] == [("norm",)]
+    smoothed = sq.smooth(params, stats, 0.5)
+    assert not np.allclose(smoothed["w"], W)
+    np.testing.assert_allclose(fn(smoothed, X), fn(params, X), rtol=1e-5, atol=1e-4)
+
+
+def test_a_layer_of_a_stack_that_was_multiplied_as_a_whole():
+    params = {"stack": normal(3, 16, 16)}
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"] / 4.0)[0]
+
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [X]))
+    got, expected = jax.jit(sq.quantized(fn))(qparams, X), fn(params, X)
+    assert 0 < np.abs(got - expected).max() < 0.03
+
+
+def test_one_plus_a_multiple_is_not_one_plus_the_leaf():
+    params = {"norm": jnp.ones((1, 16)), "w": W}
+
+    def fn(p, x):
+        return (x * (1 + 2.0 * p["norm"])) @ p["w"]
+
+    stats = sq.calibrate(fn, params, [X])
+    assert stats.graph.offsets == ()
+    assert not stats.graph.groups
+
+
+@pytest.mark.parametrize("wrong", [lambda p: 2.0 / p["w"], lambda p: p["w"] * p["columns"]])
+def test_what_is_no_multiple_stays_float(wrong):
+    params = {"w": W, "columns": jnp.arange(1.0, 13.0)[None]}
+
+    def fn(p, x):
+        return x @ wrong(p)
+
+    with pytest.raises(ValueError, match=r"w: `dot_general` at .* multiplies what `(div|mul)` at"):
+        sq.calibrate(fn, params, [X])
