@@ -11,8 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from sqjax._serialized import serialized
 from sqjax._trees import is_concrete, is_float
-from sqjax.folding.graph import Graph, Site
+from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site
 from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
@@ -23,6 +24,7 @@ MOST_ROWS = 40
 FEW_TOKENS = 32
 
 
+@serialized(Graph, Site, Group, LabelMap, Kernel, Channels)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Stats:

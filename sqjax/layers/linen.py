@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sqjax._serialized import tell_flax
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.schemes import W8A8, Scheme
+
+tell_flax()
 
 Initializer = Callable[..., Any]
 

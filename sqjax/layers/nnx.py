@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from sqjax._serialized import tell_flax
 from sqjax._trees import PyTree
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
 from sqjax.layers.nnx_functional import Functional as Functional
@@ -17,6 +18,8 @@ from sqjax.layers.nnx_functional import functional as functional
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.quant_weight import is_quantized
 from sqjax.weights.schemes import W8A8, Scheme
+
+tell_flax()
 
 
 class QuantModule(nnx.Module):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -52,6 +53,11 @@ class KVCache(NamedTuple):
             total += sum(array.nbytes for array in slots.token_arrays())
         rows = self.padding.shape[0]
         return total / (self.capacity * rows)
+
+
+export.register_namedtuple_serialization(
+    KVCache, serialized_name="sqjax.KVCache"
+)
 
 
 def empty_cache(

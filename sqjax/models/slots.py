@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from sqjax._serialized import serialized
 from sqjax.models.fields import FLAG, SIZE_OR_NONE, What, one_of, wrong
 from sqjax.numerics.formats import (
     E4M3,
@@ -59,8 +60,9 @@ class CacheFormat:
         zero_point: int4 only: whether a group's 16 codes span its own [min, max] and not
             [-absmax, absmax].
         keys: what is done to keys before they are encoded, because a few channels of keys are much
-            larger than the others. It depends on the first tokens that the row reads at once.
-            "plain": nothing. "channels": each channel is divided by its largest magnitude in these
+            larger than the others (those with a large bias, as Qwen's). It depends on the first
+            tokens that the row reads at once. None: "rotated", and "plain" for floats. "plain":
+            nothing. "channels": each channel is divided by its largest magnitude in these
             tokens (a later token may exceed it: its own scale then grows). "rotated": each
             channel's mean over these tokens is subtracted, which adds the same number to all scores
             of a query and so changes no softmax; then an orthogonal matrix spreads large channels
@@ -79,9 +81,12 @@ class CacheFormat:
     codes: str = "float"
     group: int | None = None
     zero_point: bool = False
-    keys: str = "plain"
+    keys: str | None = None
 
     def __post_init__(self):
+        if self.keys is None:
+            usual = "plain" if self.codes == "float" else "rotated"
+            object.__setattr__(self, "keys", usual)
         for name, what in _FIELDS.items():
             value = getattr(self, name)
             if not what.holds(value):
@@ -116,7 +121,7 @@ CACHE_FORMATS = {
     "float": CacheFormat(),
     "int8": CacheFormat("int8"),
     "e4m3": CacheFormat("e4m3"),
-    "int4": CacheFormat("int4", group=16, zero_point=True, keys="rotated"),
+    "int4": CacheFormat("int4", group=16, zero_point=True),
 }
 
 
@@ -135,6 +140,7 @@ def cache_format(kind: str | CacheFormat) -> CacheFormat:
     return CACHE_FORMATS[kind]
 
 
+@serialized(CacheFormat)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from sqjax._serialized import serialized
 from sqjax.numerics.formats import INT8, Format
 
 #: How a static range is chosen: the absmax, the range of least squared error, or a percentile as a
@@ -40,6 +41,7 @@ EDGES = np.append(
 _SHRINKING = (2.0 ** (-np.arange(16 * PARTS) / PARTS)).astype(np.float32)
 
 
+@serialized()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Histogram:

@@ -22,6 +22,10 @@ def quantize_cache(cache: PyTree, pattern: str = "") -> PyTree:
     but the last: for keys and values of shape (batch, slots, heads, head_dim) that is one for every
     token and head. Anything else stays.
 
+    One channel that is much larger than the others, as keys with a large bias have, takes their
+    digits: with it 20 times as large, a tenth of their size is lost. Quantize the values alone
+    then (`pattern="value"`), or take the cache of `sqjax.models`, which rotates keys first.
+
     Args:
         cache: the tree that `fn` takes and returns, for example what `init_cache` of a Hugging Face
             Flax model gives.

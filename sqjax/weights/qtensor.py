@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sqjax._serialized import known_to_flax
 from sqjax._shapes import sharded_as
 from sqjax.numerics.formats import (
     INT4,
@@ -47,6 +48,7 @@ _SCALE_DTYPES: dict[str, np.dtype] = {
 }
 
 
+@known_to_flax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QTensor(NoArray):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sqjax._serialized import known_to_flax
 from sqjax._shapes import sharded_as
 from sqjax._trees import named_leaves
 from sqjax.numerics.formats import FormatName
@@ -34,6 +35,7 @@ class Outliers(NamedTuple):
     weight: Any
 
 
+@known_to_flax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QuantWeight(NoArray):

@@ -1,7 +1,7 @@
 """Where a quantized tree lives on a mesh, given the shardings of the float tree."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
     Args:
         qparams: what `quantize` returned (or `jax.eval_shape` of it).
         of_float: for every leaf of the float tree its NamedSharding or PartitionSpec; None: one
-            copy on every device.
+            copy on every device. Of flax's boxed leaves, what `nn.get_partition_spec` or
+            `nn.get_sharding` gives.
 
     Returns:
         The tree of `qparams` with a NamedSharding (or PartitionSpec, or None) for every array: for
@@ -46,17 +47,28 @@ def shardings(qparams: PyTree, of_float: PyTree) -> PyTree:
     """
     paths, leaves, treedef = named_leaves(qparams, is_leaf=is_quantized)
     names, specs, _ = named_leaves(of_float, is_leaf=_is_sharding)
-    if names != paths:
-        odd = sorted(set(paths).symmetric_difference(names))
+    # By name, because keys 2 and 10 come in another order than "2" and "10".
+    given = dict(zip(names, specs, strict=True))
+    own_names = [_name_of_box(path, given) for path in paths]
+    odd = sorted(set(own_names).symmetric_difference(names))
+    if odd:
         raise ValueError(
             "shardings: expected one for every leaf of the float tree; the trees differ at "
             f"{odd[:5]}"
         )
-    found = [
-        _of_leaf(x, s, path)
-        for path, x, s in zip(paths, leaves, specs, strict=True)
-    ]
+    found = []
+    for path, name, x in zip(paths, own_names, leaves, strict=True):
+        found.append(_of_leaf(x, given[name], path))
     return jax.tree_util.tree_unflatten(treedef, found)
+
+
+def _name_of_box(path: str, names: Container[str]) -> str:
+    """The name under which a leaf's sharding is given: its own, or that of flax's box around it.
+
+    `nn.get_partition_spec` says of the box "kernel" how its leaf "kernel/value" is sharded.
+    """
+    box = path.removesuffix("/value")
+    return box if path not in names and box in names else path
 
 
 def weight_specs(

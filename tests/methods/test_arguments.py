@@ -1,5 +1,6 @@
 """Arguments that are refused, with the sentence that says what to do; what is accepted by name."""
 
+import functools
 import gc
 import inspect
 import weakref
@@ -16,41 +17,60 @@ def fn(p, x):
     return (x * p["norm"][None]) @ p["w"]
 
 
-PARAMS = {"norm": jnp.ones(8), "w": jnp.eye(8)}
-X = jnp.arange(16.0).reshape(2, 8)
-STATS = sq.calibrate(fn, PARAMS, [X])
-QPARAMS = sq.quantize(PARAMS, STATS)
+@functools.cache
+def params():
+    return {"norm": jnp.ones(8), "w": jnp.eye(8)}
+
+
+@functools.cache
+def x():
+    return jnp.arange(16.0).reshape(2, 8)
+
+
+@functools.cache
+def stats():
+    return sq.calibrate(fn, params(), [x()])
+
+
+@functools.cache
+def qparams():
+    return sq.quantize(params(), stats())
+
+
 #: As users have them: the type checks with which tests run refuse wrong types sooner.
 quantize, scales = inspect.unwrap(sq.quantize), inspect.unwrap(sq.scales)
 EXPECTED_SCHEME = r"expected a Scheme such as sqjax.W8A8, or the name of a preset \(W8A8, .*got "
 
 
 def test_presets_by_name():
-    by_name = sq.quantize(PARAMS, STATS, {"w": "W8A8_O3", ".*": None})
-    by_itself = sq.quantize(PARAMS, STATS, sq.W8A8_O3)
+    by_name = sq.quantize(params(), stats(), {"w": "W8A8_O3", ".*": None})
+    by_itself = sq.quantize(params(), stats(), sq.W8A8_O3)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), by_name, by_itself)
     assert all(jax.tree.leaves(same))
-    assert sq.quantize(PARAMS, STATS, "W4A16")["w"].tensor.fmt.name == "int4"
-    assert sq.smoothquant(fn, PARAMS, [X], scheme="FP8")["w"].activation_format == "e4m3"
+    assert sq.quantize(params(), stats(), "W4A16")["w"].tensor.fmt.name == "int4"
+    assert sq.smoothquant(fn, params(), [x()], scheme="FP8")["w"].activation_format == "e4m3"
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: quantize(PARAMS, STATS, "W9A9"), f"quantize: {EXPECTED_SCHEME}'W9A9'"),
-        (lambda: quantize(PARAMS, STATS, None), f"quantize: {EXPECTED_SCHEME}None"),
-        (lambda: quantize(PARAMS, STATS, {"w": 8}), f"quantize rule 'w': {EXPECTED_SCHEME}8"),
-        (lambda: quantize(PARAMS, None), "quantize: expected the Stats .* got NoneType"),
-        (lambda: scales(PARAMS, QPARAMS), "scales: expected the Stats .* got dict"),
-        (lambda: quantize(QPARAMS, STATS), "quantize: .* w is quantized already: QuantWeight"),
-        (lambda: scales(QPARAMS, STATS), "scales: .* w is quantized already: QuantWeight"),
-        (lambda: scales(PARAMS, STATS, "0.5"), r"alpha: expected a number in \[0, 1\], .*'0.5'"),
-        (lambda: scales(PARAMS, STATS, {"w": None}), "alpha for 'w': expected a number .*None"),
-        (lambda: scales(PARAMS, STATS, attention="x"), "attention: expected a number .*'x'"),
-        (lambda: scales(PARAMS, STATS, round_scales="pow3"), "round_scales: .* got 'pow3'"),
-        (lambda: scales(PARAMS, STATS, groups="norms"), "'norms' matches nothing. .*'norm'"),
+        (lambda: quantize(params(), stats(), "W9A9"), f"quantize: {EXPECTED_SCHEME}'W9A9'"),
+        (lambda: quantize(params(), stats(), None), f"quantize: {EXPECTED_SCHEME}None"),
+        (lambda: quantize(params(), stats(), {"w": 8}), f"quantize rule 'w': {EXPECTED_SCHEME}8"),
+        (lambda: quantize(params(), None), "quantize: expected the Stats .* got NoneType"),
+        (lambda: scales(params(), qparams()), "scales: expected the Stats .* got dict"),
+        (lambda: quantize(qparams(), stats()), "quantize: .* w is quantized already: QuantWeight"),
+        (lambda: scales(qparams(), stats()), "scales: .* w is quantized already: QuantWeight"),
         (
-            lambda: quantize(PARAMS, STATS, {"*w*": sq.W8A8}),
+            lambda: scales(params(), stats(), "0.5"),
+            r"alpha: expected a number in \[0, 1\], .*'0.5'",
+        ),
+        (lambda: scales(params(), stats(), {"w": None}), "alpha for 'w': expected a number .*None"),
+        (lambda: scales(params(), stats(), attention="x"), "attention: expected a number .*'x'"),
+        (lambda: scales(params(), stats(), round_scales="pow3"), "round_scales: .* got 'pow3'"),
+        (lambda: scales(params(), stats(), groups="norms"), "'norms' matches nothing. .*'norm'"),
+        (
+            lambda: quantize(params(), stats(), {"*w*": sq.W8A8}),
             r"'\*w\*' is not a regular expression: .*for a part of a name give the part: 'w'",
         ),
         (lambda: sq.W8A8.replace(outliers=float("inf")), "Scheme.outliers: .*finite .*got inf"),
@@ -68,28 +88,28 @@ def test_refusals(call, sentence):
         np.asarray,
         jnp.asarray,
         jnp.sum,
-        lambda w: X @ w,
-        lambda w: np.asarray(X) @ w,
-        lambda w: w @ X,
+        lambda w: x() @ w,
+        lambda w: np.asarray(x()) @ w,
+        lambda w: w @ x(),
         lambda w: 2 * w,
         lambda w: w[0],
-        lambda w: jnp.einsum("ab,bc->ac", X, w),
-        lambda w: jax.jit(fn)(PARAMS | {"w": w}, X),
+        lambda w: jnp.einsum("ab,bc->ac", x(), w),
+        lambda w: jax.jit(fn)(params() | {"w": w}, x()),
     ],
 )
 def test_a_quantized_weight_used_as_an_array_names_quantized(use):
     with pytest.raises(TypeError, match=r"QuantWeight\(\(8, 8\).* runs in sqjax.quantized\(fn\)"):
-        use(QPARAMS["w"])
+        use(qparams()["w"])
 
 
 @pytest.mark.parametrize("name", ["T", "astype", "at", "reshape"])
 def test_what_only_arrays_have_names_quantized(name):
     with pytest.raises(AttributeError, match=rf"has no '{name}': .*sqjax.quantized\(fn\)"):
-        getattr(QPARAMS["w"], name)
+        getattr(qparams()["w"], name)
     with pytest.raises(AttributeError, match="'QuantWeight' object has no attribute 'colour'"):
-        _ = QPARAMS["w"].colour
+        _ = qparams()["w"].colour
     with pytest.raises(TypeError, match=r"QTensor\(.* argument of sqjax.quantized\(fn\)"):
-        X @ QPARAMS["w"].tensor
+        x() @ qparams()["w"].tensor
 
 
 @pytest.mark.parametrize("kind", ["function", "method"])
@@ -104,7 +124,7 @@ def test_what_quantized_wraps_is_not_kept_alive(kind):
         return (x @ p["w"], holder)[0]
 
     wrapped = {"function": function, "method": holder.method}[kind]
-    jax.jit(sq.quantized(wrapped))(QPARAMS, X)
+    jax.jit(sq.quantized(wrapped))(qparams(), x())
     assert sq.quantized(wrapped) is sq.quantized(wrapped)
     alive = weakref.ref(holder)
     del holder, function, wrapped

@@ -18,7 +18,15 @@ from sqjax.models import CacheFormat, Model
 from sqjax.models import attention as attention_module
 from sqjax.models.attention import attend, visible
 from sqjax.models.cache import empty_cache, write
-from sqjax.models.slots import CACHE_FORMATS, Slots, decoded, encode, integers, rotation
+from sqjax.models.slots import (
+    CACHE_FORMATS,
+    Slots,
+    cache_format,
+    decoded,
+    encode,
+    integers,
+    rotation,
+)
 from sqjax.numerics.digits import two_digits
 
 WIDE = replace(GROUPED, head_dim=32, hidden_size=48)
@@ -26,6 +34,7 @@ ONE_LAYER = replace(WIDE, num_layers=1)
 KINDS = {
     **CACHE_FORMATS,
     "int8 by group": CacheFormat("int8", group=8),
+    "int8 plain keys": CacheFormat("int8", keys="plain"),
     "int8 key channels": CacheFormat("int8", keys="channels"),
     "int4 symmetric": CacheFormat("int4", group=16),
     "int4 key channels": CacheFormat("int4", group=8, zero_point=True, keys="channels"),
@@ -433,3 +442,23 @@ def test_a_full_cache_is_seen_outside_jit(window, slots, held, tokens, room):
         ValueError, match=f"expected room for {tokens} tokens, got {room}; make a longer one"
     ):
         model.decode({}, random_ids(1, tokens), cache)
+
+
+# One large channel of the keys -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "e4m3"])
+@pytest.mark.parametrize("bias", [20.0, 300.0])
+def test_a_large_channel_of_the_keys_does_not_take_the_others_digits(kind, bias):
+    """Scores q . k of keys with a bias in one channel: the softmax is nearly that of float keys."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(1, 1, 12, 64))
+    keys[..., 5] += bias
+    queries = rng.normal(size=(1, 1, 3, 64))
+    slots = empty_cache(1, 1, 1, 12, 64, jnp.float32, cache_format(kind)).keys[0]
+    zero, positions = jnp.int32(0), jnp.arange(12, dtype=jnp.int32)[None]
+    filled = write(slots, jnp.asarray(keys, jnp.float32), zero, positions, ring=False)
+    got = np.asarray(decoded(filled), np.float64)
+    expected, scores = (queries @ np.swapaxes(k, -1, -2) / 8 for k in (keys, got))
+    centred = [s - s.mean(-1, keepdims=True) for s in (expected, scores)]
+    assert np.abs(centred[0] - centred[1]).max() < {"int8": 0.05, "e4m3": 0.25}[kind]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -539,6 +540,27 @@ def test_shardings_of_a_stack_with_smoothing_and_static_scales():
     assert found["w"].tensor.values == P("data", None, "model")
     assert found["w"].tensor.scale == P("data", None, None)
     assert (found["w"].input_scale, found["w"].smoothing) == (P("data"), P("data", "model"))
+
+
+@pytest.mark.parametrize("wrap", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_shardings_of_boxed_leaves(wrap):
+    """Flax's boxes stay around quantized leaves; what flax says of a box is said of its leaf."""
+    init = wrap(nn.initializers.lecun_normal(), (None, "model"))
+    module, x = nn.Dense(4, kernel_init=init), normal(2, 6)
+    params = module.init(jax.random.key(0), x)
+    qparams = sq.quantize(params, sq.calibrate(module.apply, params, [x]))
+    found = sq.shardings(qparams, nn.get_partition_spec(params))
+    boxed = nn.unbox(found)["params"]["kernel"].tensor
+    assert (boxed.values, boxed.scale) == (P("model", None), P("model", None))
+    where = sq.shardings(qparams, nn.get_sharding(params, mesh()))
+    moved = jax.device_put(qparams, where)
+    exact = np.asarray(module.apply(params, x), np.float64)
+    assert np.abs(jax.jit(sq.quantized(module.apply))(moved, x) - exact).max() < 0.05
+
+
+def test_shardings_are_found_by_name_whatever_the_order_of_keys():
+    tree = {2: jnp.ones(2), 10: jnp.ones(4)}
+    assert sq.shardings(tree, {"10": P("model"), "2": P()}) == {2: P(), 10: P("model")}
 
 
 def test_shardings_that_do_not_fit():

@@ -1,5 +1,6 @@
 """Training around quantized weights: what is trained, what stays, and the gradients."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -23,18 +24,28 @@ def fn(p, x):
     return h @ p["w"] + (h @ p["lora"]["a"]) @ p["lora"]["b"]
 
 
-PARAMS = {
-    "norm": 1 + normal(16),
-    "w": normal(16, 8),
-    "lora": {"a": normal(16, 2), "b": normal(2, 8)},
-    "steps": jnp.int32(3),
-}
-X = normal(4, 16, seed=1)
-STATS = sq.calibrate(fn, PARAMS, [X])
+@functools.cache
+def params():
+    return {
+        "norm": 1 + normal(16),
+        "w": normal(16, 8),
+        "lora": {"a": normal(16, 2), "b": normal(2, 8)},
+        "steps": jnp.int32(3),
+    }
+
+
+@functools.cache
+def x():
+    return normal(4, 16, seed=1)
+
+
+@functools.cache
+def stats():
+    return sq.calibrate(fn, params(), [x()])
 
 
 def quantize(scheme):
-    return sq.quantize(PARAMS, STATS, {"lora": None, ".*": scheme})
+    return sq.quantize(params(), stats(), {"lora": None, ".*": scheme})
 
 
 def test_what_is_trained_and_what_stays():
@@ -59,19 +70,19 @@ def test_the_gradient_is_that_of_the_float_matmul_with_the_quantized_weight(sche
     trained, frozen = sq.split(qparams)
 
     def loss(trained):
-        return sq.quantized(fn)(sq.merge(trained, frozen), X).sum()
+        return sq.quantized(fn)(sq.merge(trained, frozen), x()).sum()
 
     got = jax.jit(jax.grad(loss))(trained)
     w = np.asarray(sq.dequantize(qparams["w"].tensor), np.float64)
-    x, norm, a, b = (np.asarray(v, np.float64) for v in (X, PARAMS["norm"], *_adapters()))
-    np.testing.assert_allclose(got["norm"], x.sum(0) * (w + a @ b).sum(1), rtol=1e-4, atol=1e-4)
-    of_a = (x * norm).sum(0)[:, None] * b.sum(1)
+    rows, norm, a, b = (np.asarray(v, np.float64) for v in (x(), params()["norm"], *_adapters()))
+    np.testing.assert_allclose(got["norm"], rows.sum(0) * (w + a @ b).sum(1), rtol=1e-4, atol=1e-4)
+    of_a = (rows * norm).sum(0)[:, None] * b.sum(1)
     np.testing.assert_allclose(got["lora"]["a"], of_a, rtol=1e-4, atol=1e-4)
     assert got["w"] is None
 
 
 def _adapters():
-    return PARAMS["lora"]["a"], PARAMS["lora"]["b"]
+    return params()["lora"]["a"], params()["lora"]["b"]
 
 
 def test_optax_trains_the_floats_only():
@@ -81,7 +92,7 @@ def test_optax_trains_the_floats_only():
 
     @jax.jit
     def step(trained, state):
-        loss = lambda t: jnp.mean(sq.quantized(fn)(sq.merge(t, frozen), X) ** 2)
+        loss = lambda t: jnp.mean(sq.quantized(fn)(sq.merge(t, frozen), x()) ** 2)
         value, gradient = jax.value_and_grad(loss)(trained)
         changes, state = optimizer.update(gradient, state, trained)
         return optax.apply_updates(trained, changes), state, value
