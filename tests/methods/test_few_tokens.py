@@ -75,7 +75,8 @@ ALIKE = {
     "down": np.stack([np.asarray(normal(3, HIDDEN, WIDTH))] * EXPERTS) / 6,
 }
 WIDE = np.where(np.arange(WIDTH) == 2, 8, 1).astype(np.float32)
-ROUTED = jnp.asarray(np.asarray(normal(4, EXPERTS, TOKENS, WIDTH)) * WIDE)
+# All see the same, so that what is lent is what the borrower would have seen.
+ROUTED = jnp.asarray(np.stack([np.asarray(normal(4, TOKENS, WIDTH)) * WIDE] * EXPERTS))
 
 
 def experts(p, x):
