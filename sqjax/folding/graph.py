@@ -248,6 +248,12 @@ class Graph(NamedTuple):
     def __str__(self) -> str:
         """A table with a row for every group, and the refused leaves with their reasons."""
         lines = [f"{len(self.groups)} groups, {len(self.sites)} sites"]
+        floats = len(self._not_sites())
+        if floats:
+            every = len(self.sites) + floats
+            lines[0] += (
+                f": {len(self.sites)} of {every} leaves that matmuls read; the others stay float"
+            )
         if self.groups:
             rows = [
                 ("scales", "absorbed by", "sites"),
@@ -271,7 +277,14 @@ class Graph(NamedTuple):
         ...}/up: ... (12 alike; this is of the first)".
         """
         alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        absorbers = self._absorbers()
+        sites = {site.path for site in self.sites}
         for path, reason in self.refused:
+            # A leaf that absorbs does what it can; of a site its own activation is meant.
+            if path in absorbers and path not in sites:
+                continue
+            if path in absorbers:
+                reason += "; it absorbs another site's scale all the same"
             kind = _NUMBER.sub("#", path), _NUMBER.sub("#", reason)
             alike.setdefault(kind, []).append((path, reason))
         lines = []
@@ -288,6 +301,15 @@ class Graph(NamedTuple):
                 f"  refused {named}: {refusals[0][1]} ({len(refusals)} alike; this is of the first)"
             )
         return lines
+
+    def _absorbers(self) -> set[str]:
+        return {path for group in self.groups for path in group.absorbers}
+
+    def _not_sites(self) -> set[str]:
+        """The refused leaves that are no sites: a matmul reads them in a way that is not known."""
+        sites = {site.path for site in self.sites}
+        leaves = {path.partition("[")[0] for path, _ in self.refused}
+        return leaves - sites - self._absorbers()
 
 
 _NUMBER = re.compile(r"\d+")

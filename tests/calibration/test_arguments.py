@@ -102,3 +102,19 @@ def test_refusals_name_the_line_of_the_user_before_that_of_a_library():
     assert re.search(
         r"at .*test_arguments\.py:\d+ \(.*__call__\), in flax/linen/normalization\.py:\d+", reason
     )
+
+
+def test_a_sum_tells_how_many_matmuls_stay_float():
+    """Here one of three leaves is a site; the others are multiplied with something first."""
+    params = {"w": jnp.ones((6, 3)), "a": jnp.ones((6, 3)), "b": jnp.ones((6, 3))}
+    fn = lambda p, x: x @ p["w"] + x @ jnp.tanh(p["a"]) + x @ jnp.tanh(p["b"])
+    first = str(sq.calibrate(fn, params, [X]).graph).splitlines()[0]
+    assert first == "0 groups, 1 sites: 1 of 3 leaves that matmuls read; the others stay float"
+
+
+def test_a_refused_site_that_absorbs_says_so():
+    params = {"v": jnp.eye(6) + 1, "o": jnp.ones((6, 3))}
+    graph = sq.calibrate(lambda p, x: (x @ p["v"]) @ p["o"], params, [X]).graph
+    assert "refused v: its scale would reach input 0 of fn; it absorbs another site's scale" in str(
+        graph
+    )
