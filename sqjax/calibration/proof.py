@@ -102,8 +102,9 @@ class Trial:
             # Where leaves carry a root of s, that must be a power of two as well.
             exponent = group.degree * draw.choice(exponents, group.size)
             drawn = 2.0**exponent
-            self.ones[group.name] = jnp.ones(group.size, jnp.float32)
-            self.powers[group.name] = jnp.asarray(drawn, jnp.float32)
+            ones = np.ones(group.size, np.float32)
+            self.ones[group.name] = jnp.asarray(ones)
+            self.powers[group.name] = jnp.asarray(drawn.astype(np.float32))
 
         self._run = jax.jit(partial(_run_folded, analysis, graph))
         self._params, self._inputs = params, inputs

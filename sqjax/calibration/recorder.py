@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from sqjax._trees import check_finite
@@ -60,15 +61,17 @@ class Recorder:
         }
         totals: Totals = {}
         for site in sorted(self._recorded):
-            zeros = jnp.zeros(site.channels, jnp.float32)
+            # From numpy, because jnp.zeros compiles a program for every shape.
+            zeros = jnp.asarray(np.zeros(site.channels, np.float32))
             # Keys are no sites: they have no weight to quantize, so nobody asks for their range.
             histogram = None
             if self._histogram and site in self.graph.sites:
                 histogram = Histogram.empty(site.channels[: len(site.batch)])
             stack = site.channels[: len(site.batch)]
-            reached = jnp.zeros(stack + experts.get(site.path, ()), jnp.int32)
+            shape = stack + experts.get(site.path, ())
+            reached = jnp.asarray(np.zeros(shape, np.int32))
             totals[site.path] = Observation(
-                zeros, zeros, jnp.int32(0), reached, histogram
+                zeros, zeros, jnp.asarray(np.int32(0)), reached, histogram
             )
         return totals
 
@@ -151,14 +154,15 @@ class Recorder:
                 histograms[path] = seen.histogram
         # Not batch by batch: a check waits for the device. Maxima keep an infinity. Only the sums
         # keep a NaN, because a CPU's vectorised maximum passes over it.
-        absmax = jax.tree.map(_with_nan_of, absmax, abs_sum)
+        absmax = _with_nan_of(absmax, abs_sum)
         check_finite(absmax, "activation at")
 
         leaves = leaves_by_path(self._analyses.params, self.graph)
         weights = weight_absmaxes(self.graph.sites, leaves)
         folded = {}
         for group in self.graph.groups:
-            folded[group.name] = jnp.ones(group.size, jnp.float32)
+            ones = np.ones(group.size, np.float32)
+            folded[group.name] = jnp.asarray(ones)
         return Stats(
             absmax,
             abs_sum,
@@ -172,6 +176,13 @@ class Recorder:
         )
 
 
-def _with_nan_of(absmax: Array, abs_sum: Array) -> Array:
+@jax.jit
+def _with_nan_of(
+    absmax: dict[str, Array], abs_sum: dict[str, Array]
+) -> dict[str, Array]:
     """Maxima, NaN where the sum of the same numbers is."""
-    return jnp.where(jnp.isnan(abs_sum), jnp.float32(jnp.nan), absmax)
+    nan = jnp.float32(jnp.nan)
+    return {
+        path: jnp.where(jnp.isnan(abs_sum[path]), nan, largest)
+        for path, largest in absmax.items()
+    }
