@@ -287,19 +287,9 @@ class Graph(NamedTuple):
                 reason += "; it absorbs another site's scale all the same"
             kind = _NUMBER.sub("#", path), _NUMBER.sub("#", reason)
             alike.setdefault(kind, []).append((path, reason))
-        lines = []
+        lines: list[str] = []
         for refusals in alike.values():
-            if len(refusals) < 3:
-                lines += [f"  refused {path}: {why}" for path, why in refusals]
-                continue
-            paths = [path for path, _ in refusals[:4]]
-            named = braced(paths)
-            if len(refusals) > 4:
-                shortened = named.replace("}", ", ...}", 1)
-                named = shortened if "}" in named else f"{named}, ..."
-            lines.append(
-                f"  refused {named}: {refusals[0][1]} ({len(refusals)} alike; this is of the first)"
-            )
+            lines += _lines_of(refusals)
         return lines
 
     def _absorbers(self) -> set[str]:
@@ -310,6 +300,20 @@ class Graph(NamedTuple):
         sites = {site.path for site in self.sites}
         leaves = {path.partition("[")[0] for path, _ in self.refused}
         return leaves - sites - self._absorbers()
+
+
+def _lines_of(refusals: list[tuple[str, str]]) -> list[str]:
+    """A line for each of (path, reason); one for three or more that are alike."""
+    if len(refusals) < 3:
+        return [f"  refused {path}: {reason}" for path, reason in refusals]
+    named = braced([path for path, _ in refusals[:4]])
+    if len(refusals) > 4:
+        shortened = named.replace("}", ", ...}", 1)
+        named = shortened if "}" in named else f"{named}, ..."
+    _, reason = refusals[0]
+    return [
+        f"  refused {named}: {reason} ({len(refusals)} alike; this is of the first)"
+    ]
 
 
 _NUMBER = re.compile(r"\d+")

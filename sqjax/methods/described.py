@@ -37,11 +37,9 @@ def check_weights(
     # Values that a jitted function has closed over are known, though tracing is under way.
     with jax.ensure_compile_time_eval():
         original = _original(params, stats)
-        slack = _slack(params, stats)
+        slacks = _slack(params, stats, sites)
         maxima = weight_absmaxes(sites, original)
-        slacks = weight_absmaxes(sites, slack)
-        compared = jax.device_get((maxima, slacks, stats.weight_absmax))
-    of_now, slacks, of_then = compared
+        of_now, of_then = jax.device_get((maxima, stats.weight_absmax))
     for site in sites:
         path = site.path
         now, then = of_now[path], of_then[path]
@@ -96,7 +94,13 @@ def _known(params: PyTree, stats: Stats) -> bool:
 
 def _original(params: PyTree, stats: Stats) -> dict[str, Any]:
     """{path: leaf} before `stats.folded` was folded in, up to rounding."""
-    before = unfold(params, stats.graph, stats.folded)
+    # Most statistics are those of the calibrated model: then nothing is to be copied.
+    s = {
+        name: scale
+        for name, scale in stats.folded.items()
+        if np.any(np.asarray(scale) != 1)
+    }
+    before = unfold(params, stats.graph, s) if s else params
     return leaves_by_path(before, stats.graph)
 
 
@@ -105,12 +109,20 @@ def _tolerance(leaf: Any) -> float:
     return 4 * float(jnp.finfo(leaf.dtype).eps) + 1e-5
 
 
-def _slack(params: PyTree, stats: Stats) -> dict[str, Any]:
-    """{path: by how much rounding to the smallest numbers can have moved each weight}.
+def _slack(
+    params: PyTree, stats: Stats, sites: list[Site]
+) -> dict[str, np.ndarray]:
+    """{site: by how much rounding to the smallest numbers can have moved max |W_j|}.
 
     Example: float16 holds multiples of 2^-24 near 0. A weight of 0.05 with an s of 1e-5 is stored
-    as 5e-7, which is rounded by up to 3e-8; undoing s makes that an error of 0.003.
+    as 5e-7, which is rounded by up to 3e-8; undoing s makes that an error of 0.003. Other formats
+    hold numbers that are far smaller than any weight.
     """
+    leaves = leaves_by_path(params, stats.graph)
+    if all(leaves[site.path].dtype != jnp.float16 for site in sites):
+        return {
+            site.path: np.zeros(site.channels, np.float32) for site in sites
+        }
 
     def smallest(path: str, leaf: Any) -> Any:
         if not is_float(leaf):
@@ -119,7 +131,6 @@ def _slack(params: PyTree, stats: Stats) -> dict[str, Any]:
         return jnp.full(leaf.shape, step, jnp.float32)
 
     steps = map_named(smallest, params)
-    if all(leaf.dtype != jnp.float16 for leaf in jax.tree.leaves(params)):
-        return leaves_by_path(steps, stats.graph)  # far below all weights
     graph = stats.graph._replace(offsets=())
-    return leaves_by_path(unfold(steps, graph, stats.folded), stats.graph)
+    unfolded = leaves_by_path(unfold(steps, graph, stats.folded), stats.graph)
+    return jax.device_get(weight_absmaxes(sites, unfolded))
