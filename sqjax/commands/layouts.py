@@ -295,6 +295,48 @@ def _fastest(rows: Sequence[Row], pattern: str) -> str:
     return f"{min(found):.0f} us" if found else ""
 
 
+# Convolutions ---------------------------------------------------------------------------------
+
+
+def convolutional_models(rows: Sequence[Row]) -> Table:
+    """A line for each model and scheme: how many test images it tells right, and its size."""
+    titles = ("model", "", "scheme", "right", "MB", "smaller")
+    lines = []
+    whole: dict[str, int] = {}  # {model: the bytes of its float32 parameters}
+    for row in rows:
+        if "accuracy" not in row:
+            continue  # a row of the speeds
+        size = row["weight_bytes"]
+        ratio = whole.setdefault(row["model"], size) / size
+        lines.append(
+            (
+                row["model"],
+                row["framework"],
+                row["scheme"],
+                f"{100 * row['accuracy']:.1f}%",
+                f"{size / 1e6:.2f}",
+                times(ratio),
+            )
+        )
+    return Table(titles, lines)
+
+
+def convolution_speeds(rows: Sequence[Row]) -> Table:
+    """A line for each convolution: float32, XLA's int8, ours; the last with its ratio to float."""
+    titles = ("convolution", "float32", "int8 by XLA", "W8A8", "to float32")
+    lines = []
+    for row in rows:
+        if "convolution" not in row:
+            continue  # a row of the models
+        seconds = [
+            row[f"{name}_seconds"] for name in ("float", "xla_int8", "ours")
+        ]
+        cells = map(milliseconds, seconds)
+        ratio = times(seconds[0] / seconds[2])
+        lines.append((row["convolution"], *cells, ratio))
+    return Table(titles, lines)
+
+
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -325,4 +367,6 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "gpu matmuls": gpu_matmuls,
     "gpu model": gpu_model,
     "gpu kernels": gpu_kernels,
+    "convolutional models": convolutional_models,
+    "convolution speeds": convolution_speeds,
 }
