@@ -117,7 +117,8 @@ def _quantized(
     """(int8 codes, scales of size 1 along the contracted axes)."""
     of_rows = absmax(x, tuple(contracted))
     scales = {"per_token": scale_from_absmax, "per_tensor": shared_scale}
-    scale = scales[granularity](of_rows)
+    finite = jnp.isfinite(of_rows)
+    scale = jnp.where(finite, scales[granularity](of_rows), jnp.nan)
     return to_format(x, scale), scale
 
 

@@ -84,15 +84,15 @@ def scale_from_absmax(
 
 def shared_scale(
     absmax_of_rows: Float[Array, "*s"], fmt: Format = INT8
-) -> Float[Array, "*s"]:
-    """One scale for all rows, from the largest of their absmaxes; NaN for a row that has no scale.
+) -> Float[Array, ""]:
+    """One scale for all rows, (), from the largest of their absmaxes that are finite.
 
-    A row that holds NaN or infinity is NaN by itself, and does not touch the others, because it may
-    be one that nobody reads: that of a padding token which attends to nothing.
+    A row that holds NaN or infinity does not touch the others, because it may be one that nobody
+    reads: that of a padding token which attends to nothing.
     """
     finite = jnp.isfinite(absmax_of_rows)
     largest = jnp.max(jnp.where(finite, absmax_of_rows, 0.0), initial=0.0)
-    return jnp.where(finite, scale_from_absmax(largest, fmt), jnp.nan)
+    return scale_from_absmax(largest, fmt)
 
 
 def _alive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, narrow_dot
@@ -176,15 +176,31 @@ def activation_scale(
         return static_scale(x, input_scale)
     of_rows = absmax(x, 1)
     if activations == "per_tensor":
-        return shared_scale(of_rows, fmt)
+        shared = shared_scale(of_rows, fmt)
+        return _nan_where(~jnp.isfinite(of_rows), shared)
     return scale_from_absmax(of_rows, fmt)
 
 
 def static_scale(
     x: Float[Array, "rows inner"], scale: Float[Array, "..."]
 ) -> Float[Array, "rows 1"]:
-    """A scale that is known, () or (rows, 1), for each row; NaN for a row that holds NaN."""
-    return jnp.where(jnp.isnan(absmax(x, 1)), jnp.nan, scale)
+    """A scale that is known, () or (rows, 1), for each row; see `_nan_where`."""
+    return _nan_where(jnp.isnan(absmax(x, 1)), scale)
+
+
+def _nan_where(lost: Bool[Array, "rows 1"], scale: Array) -> Array:
+    """The scale of each row; on a CPU NaN for rows that are lost.
+
+    Not on a GPU, because a product whose rows have scales that are computed is written to memory in
+    float32 before it is scaled. There NaN is taken as 0.
+    """
+    said = lax.platform_dependent(
+        lost,
+        cpu=lambda lost: lost,
+        # Of `lost`, because in a shard_map both must vary over the same devices.
+        default=lambda lost: lost & False,
+    )
+    return jnp.where(said, jnp.nan, scale)
 
 
 def _in_groups(

@@ -233,6 +233,9 @@ class PerToken(_Activation):
 class PerTensor(_Activation):
     """Activations with one scale for all tokens, computed at run time.
 
+    A row that holds NaN or infinity has no part in it. It is NaN on a CPU; on a GPU, where that
+    would take time, NaN is taken as 0.
+
     Attributes:
         format: "int8", or with float8 weights "e4m3" or "e5m2".
 
@@ -250,7 +253,8 @@ class PerTensor(_Activation):
 class Static(_Activation):
     """Activations with one scale, which calibration has found: the fastest.
 
-    What lies beyond its range is clipped; a row that holds NaN is NaN.
+    What lies beyond its range is clipped. A row that holds NaN is NaN on a CPU; on a GPU, where
+    that would take time, its NaN are taken as 0.
 
     Attributes:
         range: what the scale covers: "absmax", the largest |x| that calibration saw; "mse", the
