@@ -8,6 +8,7 @@ To be read in this order:
     rules       what each primitive does with labels (with moves and ties, its helpers)
     certificate the proof that the labels found are lawful, by laws that know nothing of the search
     laws        what each primitive's operands and results must carry, read by the certificate
+                (with claims and convolution_laws)
     groups      labels on variables as a fold group: which leaves absorb, which sites are smoothed
     per_step    one scale vector for each step of a scan, or for each device
     find_graph  all groups of a program, as data (graph); attention_keys, embeddings: two more finds

@@ -38,7 +38,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sqjax.folding.laws import LAWS, Claim, Labels
+from sqjax.folding.claims import Claim, Labels
+from sqjax.folding.laws import LAWS
 from sqjax.program.build import Var
 from sqjax.program.facts import Program
 

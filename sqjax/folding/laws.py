@@ -13,135 +13,29 @@ the labels of the factors and compares. With y: [[-1, -1]] it does not hold, bec
 column is divided by s[1] in fact.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from sqjax._shapes import runs
+from sqjax.folding.claims import (
+    Claim,
+    Labels,
+    Law,
+    all_carry,
+    all_equal,
+    are_equal,
+    beside,
+    first_along,
+    has_one_label,
+    is_constant,
+    other_axes,
+    product_of,
+)
+from sqjax.folding.convolution_laws import convolve, pool
 from sqjax.folding.labels import DEGREE
-from sqjax.program.build import Atom, Equation, Var
-from sqjax.program.facts import Program
 from sqjax.program.replication import REDUCING, reduced_axes
-
-#: Of size 1 along an axis on which the labels do not vary, or of the variable's own size there.
-Labels = np.ndarray
-
-
-class Claim(NamedTuple):
-    """What the labels claim of one equation: operands with the labels `xs` make results with the
-    labels `ys`.
-    """
-
-    program: Program
-    equation: Equation
-    xs: list[Labels]
-    ys: list[Labels]
-
-    @classmethod
-    def of(
-        cls, program: Program, equation: Equation, labels: Mapping[Var, Labels]
-    ) -> "Claim":
-        """The claim of these labels; a variable without labels, or a literal, has the label 0."""
-
-        def labels_of(atom: Atom) -> Labels:
-            if isinstance(atom, Var) and atom in labels:
-                return labels[atom]
-            ndim = len(program.shape(atom))
-            return np.zeros((1,) * ndim, int)
-
-        xs = list(map(labels_of, equation.inputs))
-        ys = list(map(labels_of, equation.outputs))
-        return cls(program, equation, xs, ys)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The equation's parameters."""
-        return self.equation.params
-
-    def whole_xs(self) -> list[Labels]:
-        """The operands' labels, written out at the operands' shapes."""
-        shapes = map(self.program.shape, self.equation.inputs)
-        return list(map(np.broadcast_to, self.xs, shapes))
-
-    def whole_ys(self) -> list[Labels]:
-        """The results' labels, written out at the results' shapes."""
-        shapes = map(self.program.shape, self.equation.outputs)
-        return list(map(np.broadcast_to, self.ys, shapes))
-
-    def terms(
-        self, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, Labels]]:
-        """(number, labels) of the operands that are not known to be zero: 0 times any scale is
-        0.
-        """
-        for i in range(len(self.xs))[start:stop]:
-            if not self.program.is_scale_free(self.equation.inputs[i]):
-                yield i, self.xs[i]
-
-
-Law = Callable[[Claim], bool]
-
-
-# Label arrays, compared ---------------------------------------------------------------------------
-# `np.broadcast_to` writes a label array out at its variable's shape, but stores nothing more: along
-# an axis where the labels are repeated its stride is 0. NumPy's transposes, slices and flips keep
-# such strides. So the laws of movements can be stated on whole arrays, as plain NumPy, and cost
-# what the small ones cost.
-
-
-def _small(labels: Labels) -> Labels:
-    """The labels with size 1 along every axis of stride 0, along which they are repeated."""
-    return _first(labels, np.flatnonzero(np.equal(labels.strides, 0)).tolist())
-
-
-def _first(labels: Labels, axes: Iterable[int]) -> Labels:
-    """The labels at the first index of each of these axes, which keep size 1."""
-    index: list[Any] = [slice(None)] * labels.ndim
-    for a in axes:
-        index[a] = slice(0, 1)
-    index.append(
-        ...
-    )  # so that the result is an array even where there is no axis
-    return labels[tuple(index)]
-
-
-def _equal(a: Labels, b: Labels) -> bool:
-    """Equal element by element; a scalar stands beside any rank."""
-    if a.ndim != b.ndim and 0 not in (a.ndim, b.ndim):
-        return False
-    return bool((_small(a) == _small(b)).all())
-
-
-def _constant(labels: Labels, axes: Iterable[int]) -> bool:
-    """Whether the labels are the same all along each of these axes."""
-    return _equal(labels, _first(labels, axes))
-
-
-def _all_equal(a: Iterable[Labels], b: Iterable[Labels]) -> bool:
-    """Whether the arrays are equal one by one."""
-    return all(map(_equal, a, b))
-
-
-def _all_carry(terms: Iterable[tuple[int, Labels]], labels: Labels) -> bool:
-    """Whether each of the (numbered) terms carries these labels."""
-    return all(_equal(term, labels) for _, term in terms)
-
-
-def _other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
-    """The axes of an array of this rank that are not among `axes`."""
-    return tuple(sorted(set(range(ndim)) - set(axes)))
-
-
-def _beside(
-    labels: Labels, axes: Sequence[int], shape: Sequence[int]
-) -> Labels:
-    """The labels, axis i at `axes[i]` (which ascend), repeated along all other axes of an array of
-    this shape.
-    """
-    others = _other_axes(len(shape), axes)
-    return np.broadcast_to(np.expand_dims(labels, others), shape)
-
 
 # Movements ----------------------------------------------------------------------------------------
 # Each element of the result is one of the operand's, or made of several with one label. The
@@ -150,11 +44,11 @@ def _beside(
 
 
 def _kept(params: dict, x: Labels, y: Labels) -> bool:
-    return _equal(x, y)
+    return are_equal(x, y)
 
 
 def _transposed(params: dict, x: Labels, y: Labels) -> bool:
-    return _equal(x.transpose(params["permutation"]), y)
+    return are_equal(x.transpose(params["permutation"]), y)
 
 
 def _reshaped(params: dict, x: Labels, y: Labels) -> bool:
@@ -168,17 +62,17 @@ def _reshaped(params: dict, x: Labels, y: Labels) -> bool:
     if x.size == 0:
         return True
     for sources, targets in runs(x.shape, y.shape):
-        if _constant(x, sources) and _constant(y, targets):
-            x, y = _first(x, sources), _first(y, targets)
+        if is_constant(x, sources) and is_constant(y, targets):
+            x, y = first_along(x, sources), first_along(y, targets)
     return bool((x.ravel() == y.ravel()).all())
 
 
 def _squeezed(params: dict, x: Labels, y: Labels) -> bool:
-    return _equal(x.squeeze(tuple(params["dimensions"])), y)
+    return are_equal(x.squeeze(tuple(params["dimensions"])), y)
 
 
 def _broadcast(params: dict, x: Labels, y: Labels) -> bool:
-    return _equal(_beside(x, params["broadcast_dimensions"], y.shape), y)
+    return are_equal(beside(x, params["broadcast_dimensions"], y.shape), y)
 
 
 def _sliced(params: dict, x: Labels, y: Labels) -> bool:
@@ -186,32 +80,32 @@ def _sliced(params: dict, x: Labels, y: Labels) -> bool:
     index = tuple(
         map(slice, params["start_indices"], params["limit_indices"], strides)
     )
-    return _equal(x[index], y)
+    return are_equal(x[index], y)
 
 
 def _reversed(params: dict, x: Labels, y: Labels) -> bool:
-    return _equal(np.flip(x, params["dimensions"]), y)
+    return are_equal(np.flip(x, params["dimensions"]), y)
 
 
 def _accumulated(params: dict, x: Labels, y: Labels) -> bool:
     """A running sum or maximum is made of elements along one axis, which must carry one label."""
-    return _constant(x, [params["axis"]]) and _equal(x, y)
+    return is_constant(x, [params["axis"]]) and are_equal(x, y)
 
 
 def _transformed(params: dict, x: Labels, y: Labels) -> bool:
     """Each element along the last axes is a sum over all of them."""
     count = len(params["fft_lengths"])
     axes = range(x.ndim - count, x.ndim)
-    return _constant(x, axes) and _equal(_first(x, axes), y)
+    return is_constant(x, axes) and are_equal(first_along(x, axes), y)
 
 
 def _tiled(params: dict, x: Labels, y: Labels) -> bool:
     """The operand's labels, over and over; an axis without labels has one index for all."""
     reps = list(params["reps"])
     for a in range(x.ndim):
-        if _constant(x, [a]) and _constant(y, [a]):
-            x, y, reps[a] = _first(x, [a]), _first(y, [a]), 1
-    return _equal(np.tile(x, reps), y)
+        if is_constant(x, [a]) and is_constant(y, [a]):
+            x, y, reps[a] = first_along(x, [a]), first_along(y, [a]), 1
+    return are_equal(np.tile(x, reps), y)
 
 
 def _sliced_anywhere(params: dict, x: Labels, y: Labels) -> bool:
@@ -220,7 +114,7 @@ def _sliced_anywhere(params: dict, x: Labels, y: Labels) -> bool:
     """
     partly = np.flatnonzero(np.not_equal(x.shape, y.shape)).tolist()
     at_the_start = x[tuple(map(slice, y.shape))]
-    return _constant(x, partly) and _equal(at_the_start, y)
+    return is_constant(x, partly) and are_equal(at_the_start, y)
 
 
 def _gathered(params: dict, x: Labels, y: Labels) -> bool:
@@ -240,11 +134,11 @@ def _gathered(params: dict, x: Labels, y: Labels) -> bool:
     if x.size == 0:  # every index is out of range: there is the fill value only
         return not y.any()
     whole = _taken_whole(params, x.shape)
-    picked = _other_axes(x.ndim, whole)
-    if not _constant(x, picked):
+    picked = other_axes(x.ndim, whole)
+    if not is_constant(x, picked):
         return False
-    row = _first(x, picked).squeeze(picked)
-    return _equal(_beside(row, list(whole.values()), y.shape), y)
+    row = first_along(x, picked).squeeze(picked)
+    return are_equal(beside(row, list(whole.values()), y.shape), y)
 
 
 def _taken_whole(params: dict, shape: Sequence[int]) -> dict[int, int]:
@@ -252,7 +146,7 @@ def _taken_whole(params: dict, shape: Sequence[int]) -> dict[int, int]:
     numbers = params["dimension_numbers"]
     # The windows' axes are the operand's, without those that are dropped, in their order.
     dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    windows = _other_axes(len(shape), dropped)
+    windows = other_axes(len(shape), dropped)
     whole: dict[int, int] = {}
     for a, b in zip(windows, numbers.offset_dims, strict=True):
         is_whole = params["slice_sizes"][a] == shape[a]
@@ -284,7 +178,7 @@ def _split(claim: Claim) -> bool:
     """Every result is its part of the operand."""
     [x] = claim.whole_xs()
     parts = _parts(x, claim.params["axis"], claim.params["sizes"])
-    return _all_equal(parts, claim.whole_ys())
+    return all_equal(parts, claim.whole_ys())
 
 
 def _concatenate(claim: Claim) -> bool:
@@ -292,7 +186,7 @@ def _concatenate(claim: Claim) -> bool:
     axis, pieces = claim.params["dimension"], claim.whole_xs()
     [y] = claim.whole_ys()
     parts = _parts(y, axis, [piece.shape[axis] for piece in pieces])
-    return all(_equal(parts[i], pieces[i]) for i, _ in claim.terms())
+    return all(are_equal(parts[i], pieces[i]) for i, _ in claim.terms())
 
 
 def _parts(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
@@ -316,14 +210,14 @@ def _pad(claim: Claim) -> bool:
         slice(before, None, 1 + between) for before, _, between in padding
     )
     inside = y[after_the_padding][tuple(map(slice, x.shape))]
-    return _equal(inside, x)
+    return are_equal(inside, x)
 
 
 def _stack(claim: Claim) -> bool:
     """Every operand that is not zero carries the result's labels at its place."""
     axis, pieces = claim.params["axis"], claim.whole_xs()
     [y] = claim.whole_ys()
-    return all(_equal(y.take(i, axis), pieces[i]) for i, _ in claim.terms())
+    return all(are_equal(y.take(i, axis), pieces[i]) for i, _ in claim.terms())
 
 
 def _scatter(claim: Claim) -> bool:
@@ -336,20 +230,20 @@ def _scatter(claim: Claim) -> bool:
     *_, updates = claim.whole_xs()
     [y] = claim.whole_ys()
     dropped = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    windows = _other_axes(y.ndim, dropped)
+    windows = other_axes(y.ndim, dropped)
     whole = {}
     for a, b in zip(windows, numbers.update_window_dims, strict=True):
         at_indices = a in numbers.scatter_dims_to_operand_dims
         if not at_indices and y.shape[a] == updates.shape[b]:
             whole[a] = b
-    elsewhere = _other_axes(y.ndim, whole)
-    row = _first(y, elsewhere).squeeze(elsewhere)
+    elsewhere = other_axes(y.ndim, whole)
+    row = first_along(y, elsewhere).squeeze(elsewhere)
     written = _beside_in_order(row, list(whole.values()), updates.shape)
-    expected = {0: _first(y, elsewhere), 2: written}
+    expected = {0: first_along(y, elsewhere), 2: written}
     carried = all(
-        _equal(expected[i], x) for i, x in claim.terms() if i in expected
+        are_equal(expected[i], x) for i, x in claim.terms() if i in expected
     )
-    return _constant(y, elsewhere) and carried and not claim.xs[1].any()
+    return is_constant(y, elsewhere) and carried and not claim.xs[1].any()
 
 
 def _beside_in_order(
@@ -358,14 +252,14 @@ def _beside_in_order(
     """The labels, axis i at `axes[i]`, whatever their order, repeated along all other axes."""
     order = np.argsort(axes)
     ascending = [axes[i] for i in order]
-    return _beside(row.transpose(order), ascending, shape)
+    return beside(row.transpose(order), ascending, shape)
 
 
 def _sorted(claim: Claim) -> bool:
     """One label all along each line that is sorted; the results carry the operands' labels."""
     line = [claim.params["dimension"]]
-    lines = all(_constant(x, line) for x in claim.xs)
-    return lines and _all_equal(claim.xs, claim.ys)
+    lines = all(is_constant(x, line) for x in claim.xs)
+    return lines and all_equal(claim.xs, claim.ys)
 
 
 def _top(claim: Claim) -> bool:
@@ -373,14 +267,14 @@ def _top(claim: Claim) -> bool:
     x, values = claim.xs[0], claim.ys[0]
     line = [claim.params.get("axis", x.ndim - 1)]
     indices = claim.ys[1]
-    carried = _constant(x, line) and _equal(_first(x, line), values)
+    carried = is_constant(x, line) and are_equal(first_along(x, line), values)
     return carried and not indices.any()
 
 
 def _which(claim: Claim) -> bool:
     """One label all along the line in which the largest is sought; its index carries none."""
     x, index = claim.xs[0], claim.ys[0]
-    return _constant(x, claim.params["axes"]) and not index.any()
+    return is_constant(x, claim.params["axes"]) and not index.any()
 
 
 def _update(claim: Claim) -> bool:
@@ -393,12 +287,17 @@ def _update(claim: Claim) -> bool:
     operand, update = map(claim.program.shape, claim.equation.inputs[:2])
     written = np.flatnonzero(np.not_equal(operand, update)).tolist()
     [y] = claim.ys
-    return _constant(y, written) and _all_carry(
-        claim.terms(stop=2), _first(y, written)
+    return is_constant(y, written) and all_carry(
+        claim.terms(stop=2), first_along(y, written)
     )
 
 
 # Arithmetic ---------------------------------------------------------------------------------------
+
+
+def _never(claim: Claim) -> bool:
+    """No label may be near."""
+    return not any(map(np.any, (*claim.xs, *claim.ys)))
 
 
 def _unlabelled_result(claim: Claim) -> bool:
@@ -414,7 +313,7 @@ def _compare(claim: Claim) -> bool:
 
 def _pairwise(claim: Claim) -> bool:
     """Every result is one operand."""
-    return _all_equal(claim.xs, claim.ys)
+    return all_equal(claim.xs, claim.ys)
 
 
 def _collective(claim: Claim) -> bool:
@@ -428,7 +327,7 @@ def _collective(claim: Claim) -> bool:
 
 def _alike(claim: Claim) -> bool:
     """Sum, maximum: every term that is not zero carries the result's labels."""
-    return _all_carry(claim.terms(), claim.ys[0])
+    return all_carry(claim.terms(), claim.ys[0])
 
 
 def _select(claim: Claim) -> bool:
@@ -436,19 +335,7 @@ def _select(claim: Claim) -> bool:
     labels.
     """
     condition = claim.xs[0]
-    return not condition.any() and _all_carry(claim.terms(start=1), claim.ys[0])
-
-
-def _product(a: Labels, b: Labels) -> Labels | None:
-    """The labels of a product: at most one factor's scale stays, or two opposite ones cancel.
-
-    Example: 0 and -2 give -2; 2 and -2 give 0; 1 and -2 are s[0] / s[1], for which there is no
-    label: None.
-    """
-    a, b = np.broadcast_arrays(a, b)
-    # Two labels of one sign would be s[0] s[1]; opposite ones of two channels s[0] / s[1].
-    lawful = (a == 0) | (b == 0) | (a == -b)
-    return np.asarray(a + b) if lawful.all() else None
+    return not condition.any() and all_carry(claim.terms(start=1), claim.ys[0])
 
 
 def _multiply(claim: Claim) -> bool:
@@ -456,8 +343,8 @@ def _multiply(claim: Claim) -> bool:
     x, other = claim.equation.inputs
     if x == other:
         return _raised(claim, 2)
-    product = _product(*claim.xs)
-    return product is not None and _equal(product, claim.ys[0])
+    product = product_of(*claim.xs)
+    return product is not None and are_equal(product, claim.ys[0])
 
 
 def _square(claim: Claim) -> bool:
@@ -486,21 +373,14 @@ def _raised(claim: Claim, exponent: int) -> bool:
 def _divide(claim: Claim) -> bool:
     """Exponents subtract."""
     dividend, divisor = claim.xs
-    quotient = _product(dividend, np.asarray(-divisor))
-    return quotient is not None and _equal(quotient, claim.ys[0])
+    quotient = product_of(dividend, np.asarray(-divisor))
+    return quotient is not None and are_equal(quotient, claim.ys[0])
 
 
 def _reduce(claim: Claim) -> bool:
     """All that is added up or compared carries one label: the result's."""
     axes = tuple(claim.params["axes"])
-    return _one_label(claim.xs[0], axes, claim.ys[0])
-
-
-def _one_label(labels: Labels, axes: tuple[int, ...], result: Labels) -> bool:
-    """Whether labels are the same all along some axes, and without these axes are the result's."""
-    return _constant(labels, axes) and _equal(
-        _first(labels, axes).squeeze(axes), result
-    )
+    return has_one_label(claim.xs[0], axes, claim.ys[0])
 
 
 def _dot(claim: Claim) -> bool:
@@ -520,8 +400,8 @@ def _products(numbers: Any, lhs: Labels, rhs: Labels, result: Labels) -> bool:
     result carries 0.
     """
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = numbers
-    lhs_free = _other_axes(lhs.ndim, (*lhs_contracted, *lhs_batch))
-    rhs_free = _other_axes(rhs.ndim, (*rhs_contracted, *rhs_batch))
+    lhs_free = other_axes(lhs.ndim, (*lhs_contracted, *lhs_batch))
+    rhs_free = other_axes(rhs.ndim, (*rhs_contracted, *rhs_batch))
     lhs = lhs.transpose(*lhs_batch, *lhs_free, *lhs_contracted)
     rhs = rhs.transpose(*rhs_batch, *rhs_free, *rhs_contracted)
 
@@ -530,10 +410,10 @@ def _products(numbers: Any, lhs: Labels, rhs: Labels, result: Labels) -> bool:
     begin_contracted = begin_rhs + len(rhs_free)
     lhs = np.expand_dims(lhs, tuple(range(begin_rhs, begin_contracted)))
     rhs = np.expand_dims(rhs, tuple(range(begin_lhs, begin_rhs)))
-    product = _product(lhs, rhs)
+    product = product_of(lhs, rhs)
     if product is None:
         return False
-    return _one_label(
+    return has_one_label(
         product, tuple(range(begin_contracted, product.ndim)), result
     )
 
@@ -544,78 +424,25 @@ def _ragged_dot(claim: Claim) -> bool:
     (lhs_contracted, rhs_contracted), batch = numbers.dot_dimension_numbers
     stack = tuple(numbers.rhs_group_dimensions)
     lhs, rhs = claim.xs[:2]
-    if any(batch) or not stack or not _constant(rhs, stack):
+    if any(batch) or not stack or not is_constant(rhs, stack):
         return False
-    one_matrix = _first(rhs, stack).squeeze(stack)
-    kept = _other_axes(rhs.ndim, stack)
+    one_matrix = first_along(rhs, stack).squeeze(stack)
+    kept = other_axes(rhs.ndim, stack)
     contracted = lhs_contracted, tuple(map(kept.index, rhs_contracted))
     no_batch = (), ()
     return _products((contracted, no_batch), lhs, one_matrix, claim.ys[0])
 
 
-def _convolve(claim: Claim) -> bool:
-    """All products that are added up carry one label: the result's.
-
-    They are added up over the taps of the window and over the channels of a group. No label may
-    vary over positions and taps, so what is left is a table of products with the axes (images,
-    groups, outputs of a group, channels of a group).
-
-    Example: 2 channels in 2 groups, one output each: the image [-1, -2] and the kernel's outputs
-    [1, 2] are (1, 2, 1, 1) both, their product is 0 everywhere, and so must be the result.
-    """
-    params, numbers = claim.params, claim.params["dimension_numbers"]
-    [x, w], [y] = claim.xs, claim.ys
-    over_positions = (
-        (x, numbers.lhs_spec),
-        (w, numbers.rhs_spec),
-        (y, numbers.out_spec),
-    )
-    if params["batch_group_count"] != 1:
-        return False
-    if not all(_constant(a, spec[2:]) for a, spec in over_positions):
-        return False
-    x, w, y = (_first_two(a, spec) for a, spec in over_positions)
-    groups = params["feature_group_count"]
-    # From (images, channels), (outputs, channels of a group) and (images, outputs).
-    x = np.expand_dims(_apart(x, 1, groups), 2)
-    w = np.expand_dims(_apart(w, 0, groups), 0)
-    y = _apart(y, 1, groups)
-    product = _product(x, w)
-    return product is not None and _one_label(product, (3,), y)
-
-
-def _first_two(labels: Labels, spec: Sequence[int]) -> Labels:
-    """The labels along the first two axes of a spec, which do not vary along the others."""
-    others = tuple(range(2, len(spec)))
-    return _first(labels.transpose(spec), others).squeeze(others)
-
-
-def _apart(labels: Labels, axis: int, groups: int) -> Labels:
-    """The labels with an axis split into (groups, what is in a group)."""
-    size = labels.shape[axis]
-    sizes = (1, 1) if size == 1 else (groups, size // groups)
-    return labels.reshape(
-        *labels.shape[:axis], *sizes, *labels.shape[axis + 1 :]
-    )
-
-
-def _pool(claim: Claim) -> bool:
-    """All under a window carry one label, that of the window's place; padding carries any."""
-    [old] = map(claim.program.shape, claim.equation.inputs)
-    [new] = map(claim.program.shape, claim.equation.outputs)
-    sizes, padding = claim.params["window_dimensions"], claim.params["padding"]
-    touched = [
-        axis
-        for axis, size in enumerate(sizes)
-        if size > 1 or any(padding[axis]) or old[axis] != new[axis]
-    ]
-    [x], [y] = claim.xs, claim.ys
-    constant = _constant(x, touched) and _constant(y, touched)
-    return constant and _equal(_first(x, touched), _first(y, touched))
-
-
 # The names stand here once more, apart from the tables that the search reads: a primitive that gets
 # into one of those by mistake has no law here.
+#
+# Element by element the operand again, in another dtype, or laid out in another way; and s > 0 comes
+# out of a negation, of a magnitude, of a real part: |s x| = s |x|.
+_KEEP = """
+neg abs real imag convert_element_type reduce_precision copy copy_p name stop_gradient
+sharding_constraint layout_constraint reshard mesh_cast pvary reduced_vary_cast reduced_vary_cast_p
+"""
+_SCATTERS = "scatter scatter-add scatter-sub scatter-min scatter-max"
 LAWS: dict[str, Law] = {
     "transpose": _movement(_transposed),
     "reshape": _movement(_reshaped),
@@ -626,39 +453,15 @@ LAWS: dict[str, Law] = {
     "dynamic_slice": _movement(_sliced_anywhere),
     "gather": _movement(_gathered),
     **dict.fromkeys(("cumsum", "cummax", "cummin"), _movement(_accumulated)),
-    # s > 0 comes out of a negation and of a magnitude: |s x| = s |x|.
-    **dict.fromkeys(("neg", "abs"), _movement(_kept)),
-    **dict.fromkeys(
-        ("convert_element_type", "reduce_precision", "copy", "copy_p"),
-        _movement(_kept),
-    ),
-    **dict.fromkeys(
-        (
-            "sharding_constraint",
-            "reshard",
-            "mesh_cast",
-            "pvary",
-            "name",
-            "stop_gradient",
-        ),
-        _movement(_kept),
-    ),
+    **dict.fromkeys(_KEEP.split(), _movement(_kept)),
+    # What they make is still to be summed over devices, which may have scales of their own.
+    **dict.fromkeys(("vary_unreduced_cast", "vary_unreduced_cast_p"), _never),
     "split": _split,
     "concatenate": _concatenate,
     "stack": _stack,
     "tile": _movement(_tiled),
     "fft": _movement(_transformed),
-    **dict.fromkeys(("real", "imag"), _movement(_kept)),
-    **dict.fromkeys(
-        (
-            "scatter",
-            "scatter-add",
-            "scatter-sub",
-            "scatter-min",
-            "scatter-max",
-        ),
-        _scatter,
-    ),
+    **dict.fromkeys(_SCATTERS.split(), _scatter),
     "sort": _sorted,
     "top_k": _top,
     **dict.fromkeys(("argmax", "argmin"), _which),
@@ -677,8 +480,8 @@ LAWS: dict[str, Law] = {
     "optimization_barrier": _pairwise,
     "dot_general": _dot,
     "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _convolve,
+    "conv_general_dilated": convolve,
     **dict.fromkeys(
-        ("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _pool
+        ("reduce_window_sum", "reduce_window_max", "reduce_window_min"), pool
     ),
 }

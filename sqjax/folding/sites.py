@@ -1,6 +1,6 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -297,29 +297,42 @@ def _read_otherwise(
     refused: dict[str, str] = {}
     matmuls = {(place.site.path, id(place.equation)) for place in places}
     axes_of = {place.site.path: place.site.axes for place in places}
-    seen = [(var, view.path) for var, view in program.views.items()]
-    for var, joined in program.joined.items():
-        seen += [(var, view.path) for view in joined.views]
-    for var, path in seen:
-        if path not in axes_of:
-            continue
+    for var, path in _seen_as(program, axes_of):
         if var in program.outputs:
             refused[path] = f"it is {program.outputs[var]} too: it stays float"
         for equation in program.readers.get(var, []):
             by_rows = 0 not in axes_of[path]
-            fits = (
-                (path, id(equation)) in matmuls
-                or equation.runs_a_program
-                or (by_rows and is_lookup(program, var, equation))
-                or not program.joined.keys().isdisjoint(equation.outputs)
-                or is_passed_on(program, var, equation)
-            )
-            if not fits:
+            looked_up = by_rows and is_lookup(program, var, equation)
+            multiplied = (path, id(equation)) in matmuls
+            passed_on = _is_passed_on(program, var, equation)
+            if not (multiplied or looked_up or passed_on):
                 refused[path] = (
                     f"{equation} reads it too, and a quantized weight has no elements to read: it "
                     "stays float"
                 )
     return refused
+
+
+def _seen_as(
+    program: Program, paths: Container[str]
+) -> Iterator[tuple[Var, str]]:
+    """(variable, leaf) of the variables that are one of these leaves, or hold it among others."""
+    for var, view in program.views.items():
+        if view.path in paths:
+            yield var, view.path
+    for var, joined in program.joined.items():
+        own = {view.path for view in joined.views}
+        yield from ((var, path) for path in sorted(own) if path in paths)
+
+
+def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
+    """Whether what an equation makes of a leaf is seen as that leaf, or as one of several; loops
+    and branches pass leaves to what they run.
+    """
+    if equation.runs_a_program:
+        return True
+    joins = not program.joined.keys().isdisjoint(equation.outputs)
+    return joins or is_passed_on(program, var, equation)
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:

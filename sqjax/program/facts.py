@@ -94,18 +94,11 @@ class Program:
         self.views: dict[Var, View] = {}
         self.joined: dict[Var, Joined] = {}
         self.leaf_views: dict[Var, View] = {}
-        for v, path in self.leaves.items():
-            self.leaf_views[v] = View.of(path, self.shape(v))
-        # Tables of integers are leaves, but nothing scales them.
-        for v in filter(self.is_float, self.leaves):
-            self.views[v] = self.leaf_views[v]
         self._fills: dict[Var, np.ndarray] = {}
-        for v in filter(self.is_float, self.constants):
-            if _holds_only_zeros(self.constants[v]):
-                self._fills[v] = np.zeros((), self.avals[v].dtype)
         # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
         self._seen_from: dict[Var, Var] = {}
         self._whole: dict[Var, Var] = {}
+        self._begin()
         self._visit(self.main)
         for equation in self.equations:
             for v in set(equation.read):
@@ -122,6 +115,17 @@ class Program:
     def equations(self) -> Iterator[Equation]:
         """All equations, those of a body before the one that runs it."""
         return all_equations(self.main)
+
+    def _begin(self) -> None:
+        """What is known of the leaves and of captured arrays before any equation."""
+        for v, path in self.leaves.items():
+            self.leaf_views[v] = View.of(path, self.shape(v))
+        # Tables of integers are leaves, but nothing scales them.
+        for v in filter(self.is_float, self.leaves):
+            self.views[v] = self.leaf_views[v]
+        for v in filter(self.is_float, self.constants):
+            if _holds_only_zeros(self.constants[v]):
+                self._fills[v] = np.zeros((), self.avals[v].dtype)
 
     # In order of execution, because what is known of a result follows from what is known of the
     # operands.
@@ -160,7 +164,21 @@ class Program:
 
     def _pass_on(self, equation: Equation, y: Var) -> None:
         """What is known of one result of an equation without a body."""
-        sources = equation.behind(y)
+        self._pass_origin(equation.behind(y), y)
+        if equation.name in PICKS and self.is_of_leaves(equation.inputs[0]):
+            self.picked[y] = equation
+        if equation.name in KEEP_A_FILL:
+            self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
+        if equation.name == "concatenate":
+            self._join(equation, y)
+        if equation.name in KEEP_JOINED:
+            self._pass_joined(equation, y)
+        x = self._seen(equation, y) if equation.name in VIEWS else None
+        if x is not None:
+            self._pass_view(equation, x, y)
+
+    def _pass_origin(self, sources: Sequence[Var], y: Var) -> None:
+        """What a result is made of: of leaves, or at least of no input."""
         if self.steady.issuperset(sources):
             self.steady.add(y)
         # A number beside leaves changes nothing; a number alone counts, but no array of literals,
@@ -170,25 +188,18 @@ class Program:
         of_leaves = self.from_leaves.issuperset
         if is_number or any(vs and of_leaves(vs) for vs in (sources, beside)):
             self.from_leaves.add(y)
-        if equation.name in PICKS and self.is_of_leaves(equation.inputs[0]):
-            self.picked[y] = equation
-        if equation.name in KEEP_A_FILL:
-            self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
-        self._pass_joined(equation, y)
-        x = self._seen(equation, y) if equation.name in VIEWS else None
-        if x is not None:
-            self._pass_view(equation, x, y)
+
+    def _join(self, equation: Equation, y: Var) -> None:
+        """Views of leaves that are concatenated stay themselves."""
+        if not self.views.keys() >= set(equation.inputs):
+            return
+        views = tuple(self.views[x] for x in equation.variables)
+        # One matrix of a stack may be another one on every device.
+        if not any(view.fixed for view in views):
+            self.joined[y] = Joined(equation.params["dimension"], views)
 
     def _pass_joined(self, equation: Equation, y: Var) -> None:
-        """Views that are concatenated stay themselves; casts and transposes change each alike."""
-        are_views = self.views.keys() >= set(equation.inputs)
-        if equation.name == "concatenate" and are_views:
-            views = tuple(self.views[x] for x in equation.variables)
-            # One matrix of a stack may be another one on every device.
-            if not any(view.fixed for view in views):
-                self.joined[y] = Joined(equation.params["dimension"], views)
-        if equation.name not in KEEP_JOINED:
-            return
+        """A cast or a transpose of concatenated leaves changes each alike."""
         [first] = equation.inputs
         if not isinstance(first, Var) or first not in self.joined:
             return

@@ -175,12 +175,7 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "unroll")}
     program = program_in(equation, params["jaxpr"])
-    handed = {}
-    for result, operand in handed_through(program).items():
-        same_carry = result < carry and operand == consts + result
-        same_slices = result >= carry and operand >= consts + carry
-        if same_carry or same_slices:
-            handed[result] = operand
+    handed = _handed_by_steps(program, consts, carry)
     count = len(equation.invars)
     fixed = [handed[result] for result in handed if result < carry]
     changing = [i for i in range(consts, consts + carry) if i not in fixed]
@@ -195,6 +190,23 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
         order,
         handed,
     )
+
+
+def _handed_by_steps(
+    step: ClosedJaxpr, consts: int, carry: int
+) -> dict[int, int]:
+    """{result: operand} of what all steps of a scan hand through, given one step.
+
+    A carry must come back at its own place, ys must be the slices of one of the xs.
+    """
+    handed = {}
+    for result, operand in handed_through(step).items():
+        is_carry = result < carry
+        same_carry = operand == consts + result
+        same_slices = operand >= consts + carry
+        if same_carry if is_carry else same_slices:
+            handed[result] = operand
+    return handed
 
 
 def shard_map_in(equation: JaxprEqn) -> ShardMap | None:

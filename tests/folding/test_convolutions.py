@@ -11,10 +11,11 @@ import pytest
 from jax import lax
 
 import sqjax as sq
+from sqjax.folding.claims import Claim
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Kernel, Site
 from sqjax.folding.groups import Survey
-from sqjax.folding.laws import LAWS, Claim
+from sqjax.folding.laws import LAWS
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 

@@ -14,9 +14,11 @@ from jax import lax
 from label_arrays import SIZES, applied, full, labelled
 
 from sqjax.folding import moves
+from sqjax.folding.claims import Claim
 from sqjax.folding.labels import compress
-from sqjax.folding.laws import LAWS, Claim
+from sqjax.folding.laws import LAWS
 from sqjax.program.build import Equation, Var
+from sqjax.program.primitives import IDENTITIES
 
 
 def permuting_reshape(x):
@@ -279,18 +281,7 @@ def test_labels_are_refused_along_just_these_axes(name, function, axes):
 
 
 def test_every_move_has_a_test():
-    placement = {
-        "real",
-        "imag",
-        "copy_p",
-        "sharding_constraint",
-        "name",
-        "stop_gradient",
-        "pvary",
-        "reshard",
-        "mesh_cast",
-        "optimization_barrier",
-    }  # these keep values and labels
+    placement = {"real", "imag", *IDENTITIES}  # these keep values and labels
     assert set(moves.MOVES) == set(MOVEMENTS) | placement | {
         primitive for primitive, _, _ in SCALINGS.values()
     }

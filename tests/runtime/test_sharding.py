@@ -588,7 +588,7 @@ def rounded_weights(qparams):
     return {n: np.asarray(sq.dequantize(w.tensor), np.float64) for n, w in qparams.items()}
 
 
-def megatron(p, x):
+def on_columns_and_rows(p, x):
     return jnp.maximum(x @ p["w1"], 0) @ p["w2"]
 
 
@@ -600,10 +600,10 @@ def test_quantized_in_a_shard_map_takes_blocks_of_weights_that_vary_over_devices
     """`jax.shard_map(quantized(fn))`: a leaf's type says that its numbers differ from device to device."""
     params = {"w1": normal(8, 16), "w2": normal(16, 8)}
     x = normal(4, 8, seed=3)
-    stats = sq.calibrate(megatron, params, [x])
+    stats = sq.calibrate(on_columns_and_rows, params, [x])
     weight = sq.Int4(group_size=8, zero_point=True) if scheme == "W4A16" else sq.Int8()
     qparams = sq.quantize(params, stats, sq.W8A16.replace(weight=weight))
-    block = sq.quantized(lambda p, x: lax.psum(megatron(p, x), "model"))
+    block = sq.quantized(lambda p, x: lax.psum(on_columns_and_rows(p, x), "model"))
     got = jax.jit(on_devices(block, (sq.shardings(qparams, SPLIT), P())))(qparams, x)
     w = rounded_weights(qparams)
     exact = np.maximum(np.asarray(x, np.float64) @ w["w1"], 0) @ w["w2"]
