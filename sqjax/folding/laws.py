@@ -436,8 +436,8 @@ def _ragged_dot(claim: Claim) -> bool:
 # The names stand here once more, apart from the tables that the search reads: a primitive that gets
 # into one of those by mistake has no law here.
 #
-# Element by element the operand again, in another dtype, or laid out in another way; and s > 0 comes
-# out of a negation, of a magnitude, of a real part: |s x| = s |x|.
+# Element by element the operand again, in another dtype or layout; and s > 0 comes out of a
+# negation, of a magnitude, of a real part: |s x| = s |x|.
 _KEEP = """
 neg abs real imag convert_element_type reduce_precision copy copy_p name stop_gradient
 sharding_constraint layout_constraint reshard mesh_cast pvary reduced_vary_cast reduced_vary_cast_p
