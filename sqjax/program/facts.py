@@ -154,6 +154,8 @@ class Program:
         if view is None:
             return
         self.views[inner] = view
+        # Whether the leaf is read outside the body too is only known once all equations are
+        # visited: `_bar_unless_read_there` asks that of what is noted here.
         if view.leaf_axes is not None:
             self._whole[inner] = self._seen_from[inner] = outer
             self._stands_for_leaf(inner, view)
@@ -179,6 +181,7 @@ class Program:
 
     def _pass_origin(self, sources: Sequence[Var], y: Var) -> None:
         """What a result is made of: of leaves, or at least of no input."""
+        # Also where there are no sources at all: an iota is the same for every batch.
         if self.steady.issuperset(sources):
             self.steady.add(y)
         # A number beside leaves changes nothing; a number alone counts, but no array of literals,
@@ -205,8 +208,11 @@ class Program:
             return
         axis, views = self.joined[first]
         if equation.name == "transpose":
+            # Axis i of the result is the old axis permutation[i], so the old axis stands at its
+            # index.
             axis = equation.params["permutation"].index(axis)
         rule = VIEWS[equation.name]
+        # These rules look at no shapes, so none are given.
         changed = (rule(view, equation.params, (), ()) for view in views)
         self.joined[y] = Joined(axis, tuple(filter(None, changed)))
 
@@ -245,6 +251,7 @@ class Program:
         """Copies of one number are that number."""
         number = self._number(x)
         dtype = self.avals[y].dtype
+        # Keys of jax.random have a dtype of their own, to which no number can be cast.
         is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
         if number is not None and not is_key:
             self._fills[y] = number.astype(dtype)
@@ -266,6 +273,7 @@ class Program:
 
         `parts` has an entry for each body of the family that is given it.
         """
+        # Each body that is given the whole leaf is one reader of it; a reader more is outside.
         *before, last = self.chain(whole)
         if not self.read_once(before) or self._reads(last) != len(parts):
             body = (
@@ -280,6 +288,7 @@ class Program:
     def _note_offset(self, equation: Equation) -> None:
         """c + w stands for the leaf w if w has no other reader: w' = (c + w) / s - c scales it."""
         [y] = equation.outputs
+        # Either operand may be the number: c + w, and w + c.
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
             number = self._number(other)
             if number is None or not number.any():
@@ -291,6 +300,7 @@ class Program:
             offset = float(number.item())
             self._stands_for_leaf(y, view)
             self.offsets[y] = offset
+            # A leaf is made by no equation, so that a walk up the program ends at the sum.
             del self.maker[y]
             passed = [*self.chain(leaf), y]
             dtypes = [self.avals[v].dtype for v in passed]
@@ -402,6 +412,7 @@ def _holds_only_zeros(array: Any) -> bool:
     """Whether fn has captured an array of zeros, as the bias of a layer that has none may be."""
     if not is_concrete(array):
         return False
+    # Now, even if the caller is being traced, because the answer decides what the graph is.
     with jax.ensure_compile_time_eval():
         return not jax.numpy.any(array)
 
@@ -415,12 +426,14 @@ def _why_too_coarse(
     2^-8, so that the subtraction is exact in float32; c must be such a multiple too. Example: 1 + w
     in float32 passes, 1 + w in bfloat16 and 0.1 + w do not.
     """
+    # A cast to bfloat16 between leaf and sum loses the same bits as a sum in bfloat16.
     narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
     if narrow.itemsize < 4:
         return (
             f"{equation} computes {offset:g} + {path}, in {narrow} too coarse to rescale: "
             "keep this leaf, and that sum, in float32"
         )
+    # Multiples of 2^-8 up to 2^8 take 16 bits, and float32 has 24: room for the leaf's own bits.
     if abs(offset) > 256 or not (offset * 256).is_integer():
         return f"{equation} adds {offset:g}, with which a sum can not be rescaled exactly"
     return None

@@ -48,11 +48,14 @@ class Repeated:
         self._fn = fn
         self._rest: tuple[Any, ...] = params, args, {}, of_params, of_args
         self._alive: list[weakref.ref[Any]] = []
+        # Every draw moves the generator on: its state tells of a draw without a second trace.
         before = _state_of_numpy()
         self.traced, _ = trace(self._watched, *self._rest)
         self._draws = before != _state_of_numpy()
 
     def _watched(self, *args: Any) -> Any:
+        # A tracer dies with its trace. One that lives on is kept by fn, which may read it when it
+        # is called again; the reference is weak, so that it is not this list that keeps it alive.
         for x in jax.tree.leaves(args):
             if isinstance(x, jax.core.Tracer):
                 self._alive.append(weakref.ref(x))
@@ -68,11 +71,15 @@ class Repeated:
             raise NotRepeatableError(
                 f"fn draws from np.random while it runs: {_ADVICE}"
             )
+        # Most programs hold nothing that may have been drawn. They are spared the second trace,
+        # which takes seconds for a large model.
         first = self.traced.jaxpr
         kept = any(ref() is not None for ref in self._alive)
         if not kept and not _may_be_drawn(first):
             return
         second = trace(self._fn, *self._rest)[0].jaxpr
+        # Under an outer jit its tracers are constants of both programs. A new one is the first
+        # trace's.
         known = set(map(id, first.consts))
         for value in second.consts:
             if isinstance(value, jax.core.Tracer) and id(value) not in known:
@@ -110,6 +117,8 @@ def _has_many_digits(value: Any) -> bool:
     number = np.asarray(value)
     if number.size != 1 or not np.issubdtype(number.dtype, np.floating):
         return number.size > 1
+    # Five digits, read back in the number's own dtype: the float32 0.1 is 0.100000001 as a Python
+    # float, but "1.e-01" gives the same float32 again.
     typed = np.format_float_scientific(number.item(), precision=4)
     return bool(np.isfinite(number) and number.dtype.type(typed) != number)
 
@@ -136,6 +145,7 @@ def _within(equation: JaxprEqn) -> list[ClosedJaxpr]:
 def _difference(a: ClosedJaxpr, b: ClosedJaxpr) -> str | None:
     """The first difference of two programs, as a text; None if they are the same."""
     first, second = a.jaxpr, b.jaxpr
+    # Constants by their variables, so that the line that reads a changed one can be named.
     changed = {
         v
         for v, x, y in zip(first.constvars, a.consts, b.consts, strict=False)
@@ -186,5 +196,6 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if jax.dtypes.issubdtype(getattr(a, "dtype", int), jax.dtypes.extended):
         return True  # keys of jax.random, whose bits are no array's
+    # NaN is not equal to itself: where a is NaN, whatever b holds counts as alike.
     same = np.asarray(a) == np.asarray(b)
     return bool(np.all(same | (np.asarray(a) != np.asarray(a))))

@@ -129,6 +129,7 @@ def inner_program(equation: JaxprEqn) -> ClosedJaxpr | None:
 
 
 def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
+    # As the slices that older versions of jax trace in its place, for which all rules exist.
     axis = equation.params["axis"]
     stack: Any = equation.invars[0].aval
 
@@ -141,6 +142,7 @@ def _unstacked(equation: JaxprEqn) -> ClosedJaxpr:
     program = jax.make_jaxpr(slices)(
         jax.ShapeDtypeStruct(stack.shape, stack.dtype)
     )
+    # The slices were traced here just now: they get the line of the user's program.
     equations = [
         e.replace(source_info=equation.source_info) for e in program.eqns
     ]
@@ -214,6 +216,7 @@ def shard_map_in(equation: JaxprEqn) -> ShardMap | None:
     if equation.primitive.name != "shard_map":
         return None
     params = equation.params
+    # Not all manual axes: a map within another one runs over its own axes only.
     mesh, manual = params["mesh"], params["newly_manual_axes"]
     sizes = {name: size for name, size in mesh.shape.items() if name in manual}
     options = {
@@ -271,6 +274,9 @@ def while_in(equation: JaxprEqn) -> While:
     of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
     handed = {}
     for result, operand in handed_through(body).items():
+        # The equation has the operands (test's constants, body's constants, carry), the body all
+        # but the first of these; so an operand of the body stands `of_test` further in the
+        # equation.
         if operand == of_body + result:
             handed[result] = of_test + operand
     order = range(len(body.in_avals))
@@ -298,9 +304,11 @@ class Cond(NamedTuple):
 def cond_in(equation: JaxprEqn) -> Cond:
     """What a cond or switch chooses from."""
     branches = [program_in(equation, b) for b in equation.params["branches"]]
+    # Any branch may be the one that runs, so only what all of them hand through is known.
     by_all = set.intersection(
         *(set(handed_through(branch).items()) for branch in branches)
     )
+    # The first operand of the equation is the index, which no branch is given.
     handed = {result: 1 + operand for result, operand in by_all}
     order = range(len(equation.invars) - 1)
     made = tuple(only_made(branch, order, handed) for branch in branches)
@@ -346,6 +354,7 @@ def only_made(
     jaxpr = program.jaxpr
     invars = [jaxpr.invars[i] for i in order]
     outvars = [jaxpr.outvars[i] for i in kept(len(jaxpr.outvars), handed)]
+    # The debug names are those of the old operands and results, which are others now.
     reduced = jaxpr.replace(
         invars=invars,
         outvars=outvars,
@@ -390,6 +399,7 @@ def program_in(equation: JaxprEqn, jaxpr: Any) -> ClosedJaxpr:
 
 def emit(equation: JaxprEqn, *operands: Any) -> list[Any]:
     """The results of the equation itself, on other operands."""
+    # Some primitives are bound with functions in place of the jaxprs that an equation shows.
     params = equation.primitive.get_bind_params(equation.params)
     # In its own context: on a mesh that an `auto_axes` or a shard_map around it has changed.
     with equation.ctx.manager:

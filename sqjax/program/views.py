@@ -104,6 +104,7 @@ class View:
         Example: an axis of 12, sharded over 2 devices of mesh axis 1 and then over 3 of mesh axis
         2, has blocks of 2. From one device to the next these are 6 and 2 apart: {1: 6, 2: 2}.
         """
+        # A scan over an axis moves on by one index a step, inside the block that a device has.
         found = [
             (scan, 1) for scan, taken in self.stacked.items() if taken == axis
         ]
@@ -143,10 +144,13 @@ class View:
             if piece.stride != inside:
                 return False
             inside *= piece.size
+        # Example: an axis of 512 as the pieces (stride 64, size 8) and (stride 1, size 64):
+        # `inside` is 1, then 64, then 512, which is all of it.
         return inside == self.shape[axis] and axis not in self.sliced
 
     def position_of(self, axis: int) -> tuple[int, int]:
         """Where an axis of the view begins in the leaf: sorts axes into the leaf's order."""
+        # The stride is negated, because the major piece of an axis has the largest.
         starts = [(piece.axis, -piece.stride) for piece in self.axes[axis]]
         return min(starts, default=(-1, 0))
 
@@ -195,6 +199,7 @@ class View:
         shape = list(self.shape)
         axes = list(self.axes)
         for block in new:
+            # Where two mesh axes shard one axis, each divides what is left: 12, 6, 2.
             shape[block.axis] //= block.devices
             axes = [_one_part(pieces, block) for pieces in axes]
         blocks = (*self.blocks, *new)
@@ -278,6 +283,7 @@ def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
 
 def _expand(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     """broadcast_in_dim where it only adds axes of size 1."""
+    # More elements than before means that the leaf is repeated, so one number has several places.
     if math.prod(old) != math.prod(new):
         return None
     axes: list[tuple[Piece, ...]] = [()] * len(new)
@@ -306,6 +312,7 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
             and piece.axis not in view.sliced
         ):
             return None
+        # A slice of a slice counts in the first's strides: w[2:8:2][1:3] begins at 2 + 2 * 1.
         start = piece.start + piece.stride * params["start_indices"][a]
         stride = (
             piece.stride * strides[a] if after > 1 else 1
@@ -321,6 +328,8 @@ def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     Example: (768, 512) -> (768, 8, 64) has two runs of axes with equal products, 768 = 768 and 512
     = 8 * 64. The first stays; in the second the piece of 512 becomes two.
     """
+    # `dimensions` is a transpose within lax.reshape. Of an array without elements all products are
+    # 0, so no runs of axes can be told apart.
     if params.get("dimensions") is not None or 0 in old:
         return None
     axes: list[tuple[Piece, ...]] = []
@@ -349,6 +358,7 @@ def _regroup(
     # What a slice has left of an axis is not split further, because a piece has one start only.
     if view.sliced.intersection(piece.axis for piece in pieces):
         return None
+    # Axes of size 1 hold no choice of index: old ones are left out, new ones get no piece.
     waiting = deque(piece for piece in pieces if piece.size > 1)
     regrouped: list[tuple[Piece, ...]] = []
     for size in sizes:
@@ -362,6 +372,8 @@ def _regroup(
             elif (
                 piece.size % missing == 0
             ):  # its major part; the rest is for the next axis
+                # [512] for (8, 64): the axis of 8 gets the stride 64, and a piece of 64 with the
+                # stride 1 waits.
                 rest = piece.size // missing
                 own.append(Piece(piece.axis, piece.stride * rest, missing))
                 waiting.appendleft(piece._replace(size=rest))
