@@ -187,6 +187,7 @@ def _described_sequence(args: Sequence[Any]) -> str:
     is_list = isinstance(args, list)
     if is_list and _numbers_in(args):
         return f"[{_numbers_in(args)} numbers]"
+    # Twenty are enough to see what kind of batch this is; a long list would bury the message.
     inside = [described(x) for x in args[:20]]
     text = ", ".join([*inside, "..."] if len(args) > 20 else inside)
     if is_list:
@@ -233,6 +234,7 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
     first: dict[int, str] = {}
     shared: dict[str, str] = {}
     for path, leaf in zip(paths, leaves, strict=True):
+        # By identity: two arrays of equal numbers may still be scaled apart.
         other = first.setdefault(id(leaf), path)
         if other != path:
             shared[path] = other
@@ -246,6 +248,7 @@ def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
     The sites of a lost group are refused. Two groups are the same one if folding them does the same
     to the parameters and to the statistics.
     """
+    # By what they do, because the names of groups may differ from program to program.
     there = {_effect(group, other) for group in other.groups}
     kept: list[Group] = []
     lost: list[Group] = []

@@ -107,6 +107,7 @@ class Stats:
             return "?", "?", "?", site.path
         channels = np.asarray(absmax)
         largest = float(channels.max(initial=0))
+        # Without channels that are always 0, because many of these would make the median 0.
         alive = channels[channels > 0]
         ratio = largest / float(np.median(alive)) if alive.size else 0.0
         return str(int(tokens)), f"{largest:.3g}", f"{ratio:.3g}", site.path
@@ -159,6 +160,7 @@ class Stats:
         of_matrix = summed.astype(jnp.float32)
         most = jnp.max(of_matrix, initial=0)
         enough = jnp.where(most >= FEW_TOKENS, FEW_TOKENS, most / 8)
+        # Where no token reached any matrix of the stack this is 0 / 1e-3, and not the NaN of 0 / 0.
         trust = jnp.clip(of_matrix / jnp.maximum(enough, 1e-3), 0, 1)
         # A single matrix has no others to be compared with.
         if not site.batch:

@@ -101,6 +101,7 @@ def _largest(marks: Sequence[Array | None]) -> Array:
 def _summed(mark: Array, axes: Sequence[int]) -> Array:
     """The mark of a sum over axes: REAL if something real is in it; the axes are dropped."""
     axes = tuple(axes)
+    # Not the largest mark, which PADDING would be: a mean over real tokens and padding counts.
     real = (mark == REAL).any(axes)
     return jnp.where(real, jnp.int8(REAL), mark.max(axes, initial=NOTHING))
 
@@ -133,6 +134,8 @@ def _reshape(call: Call, marks: _Known) -> list[Mark] | None:
     if 0 in old:
         return [None]
     written, target = list(old), list(new)
+    # Example: a mark (2, 7, 1) of x (2, 7, 16) becomes (14, 1) where x becomes (14, 16), because
+    # only the first run, 2 * 7 = 14, is written out.
     for sources, targets in runs(old, new):
         if _varying(mark).isdisjoint(sources):
             for a in sources:
@@ -160,6 +163,7 @@ def _slice(call: Call, marks: _Known) -> list[Mark]:
     ends = zip(
         params["start_indices"], params["limit_indices"], strides, strict=True
     )
+    # An axis of size 1 stands for all its positions, so that there is nothing to cut from it.
     index = [
         slice(*end) if size > 1 else slice(None)
         for end, size in zip(ends, mark.shape, strict=True)
@@ -174,6 +178,7 @@ def _reverse(call: Call, marks: _Known) -> list[Mark]:
 def _pad(call: Call, marks: _Known) -> list[Mark]:
     config = call.params["padding_config"]
     padded = [a for a, widths in enumerate(config) if any(widths)]
+    # What is put around is of no token, so the mark varies along these axes from now on.
     mark = _full(marks[0], call.shape(), padded)
     return [lax.pad(mark, jnp.int8(NOTHING), config)]
 
@@ -229,6 +234,8 @@ def _sort(call: Call, marks: _Known) -> list[Mark]:
     axis = call.params["dimension"]
     if all(axis not in _varying(m) for m in marks):
         return list(marks)
+    # lax.sort takes operands of one shape; the marks follow the values as operands that are no
+    # keys.
     every = range(len(call.shape()))
     full = [_full(m, call.shape(), every) for m in marks]
     ordered = lax.sort(
@@ -246,6 +253,7 @@ def _top_k(call: Call, marks: _Known) -> list[Mark]:
     axis = call.params.get("axis", len(shape) - 1) % len(shape)
     if axis not in _varying(mark):
         return [mark, mark]
+    # The second result of top_k holds the indices of what was chosen.
     full = _full(mark, shape, range(len(shape)))
     chosen = jnp.take_along_axis(full, call.results[1], axis)
     return [chosen, chosen]
@@ -259,6 +267,7 @@ def _dynamic_slice(call: Call, marks: _Known) -> list[Mark]:
     full = _full(mark, old, [a for a in cut if a in _varying(mark)])
     starts, sizes = [], []
     for a, start in enumerate(call.operands[1:]):
+        # Along an axis of size 1 every start is 0: lax would clamp another one to it anyhow.
         here = a in cut and full.shape[a] > 1
         starts.append(start if here else jnp.zeros_like(start))
         sizes.append(new[a] if here else full.shape[a])
@@ -268,6 +277,8 @@ def _dynamic_slice(call: Call, marks: _Known) -> list[Mark]:
 def _update(call: Call, marks: _Known) -> list[Mark]:
     old, part = call.shape(), call.shape(1)
     cut = [a for a in range(len(old)) if old[a] != part[a]]
+    # Written out where the part is put in, and where either mark varies; elsewhere both have size
+    # 1.
     axes = {*cut, *_varying(marks[0]), *_varying(marks[1])}
     operand, update = (
         _full(marks[0], old, [*axes]),
@@ -287,6 +298,7 @@ def _gather(call: Call, marks: _Known) -> list[Mark]:
     if of_indices is not None:
         window = call.params["dimension_numbers"].offset_dims
         batch = other_axes(len(call.new), window)
+        # The last axis of the indices holds one coordinate each, and all of them are one token's.
         last = _summed(of_indices, [of_indices.ndim - 1])
         placed = last.reshape(last.shape + (1,) * len(window))
         made.append(placed.transpose(np.argsort([*batch, *window])))
@@ -324,6 +336,7 @@ def _scatter(call: Call, marks: _Known) -> list[Mark]:
     written = _full(marks[2], update, range(len(update)))
     blank = jnp.zeros(operand, jnp.int8)
 
+    # A maximum of ones and zeros, because several updates may meet one place, in any order.
     def hit(code: int) -> Array:
         chosen = (written == code).astype(jnp.int8)
         return lax.scatter_max(
@@ -336,6 +349,7 @@ def _scatter(call: Call, marks: _Known) -> list[Mark]:
     )
     if call.equation.name == "scatter":
         return [added]
+    # Added to padding (2) something real (1) is padding still, as in any sum of two elements.
     return [jnp.where(added == REAL, jnp.maximum(added, into), added)]
 
 
@@ -370,6 +384,7 @@ def _paired(sides: Sequence[Any], batch: int, contracted: int) -> Array:
     (left, _, n, _), (right, _, m, _) = sides
     summed = range(left.ndim - contracted, left.ndim)
     of_right = range(right.ndim - contracted, right.ndim)
+    # Where no mark varies along what is summed, all pairs of a sum have one mark: the larger one.
     if not _varying(left).intersection(summed) | _varying(right).intersection(
         of_right
     ):
@@ -386,6 +401,8 @@ def _paired(sides: Sequence[Any], batch: int, contracted: int) -> Array:
         valid = jnp.ones_like(mark, bool) if chosen is None else chosen
         lead, inner = mark.shape[: batch + free], mark.shape[batch + free :]
         rows = int(np.prod(lead[batch:])), int(np.prod(inner))
+        # Counts as matmuls of zeros and ones: of all pairs, of those without padding, and of those
+        # of nothing at all. What is in one count and not in the next is padding, or real.
         stack = [valid, valid & (mark != PADDING), valid & (mark == NOTHING)]
         flat.append(
             [x.reshape(*lead[:batch], *rows).astype(jnp.float32) for x in stack]

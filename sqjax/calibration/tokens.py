@@ -66,6 +66,8 @@ def mark_inputs(program: Program, mask: Array) -> dict[Var, Array]:
         shape = program.shape(var)
         shapes.append(shape)
         of_input = codes
+        # Else the tokens may be in one row, as for a model without a batch axis: (14, 16) for (2,
+        # 7).
         if shape[: mask.ndim] != mask.shape:
             if shape[:1] != (mask.size,):
                 continue
@@ -107,6 +109,7 @@ class Follower:
         """The marks of an equation's results."""
         outputs = equation.outputs
         if not any(map(_is_array, marks)):
+            # What is no array is `Lost`, or None where no token has flowed in.
             lost = [m for m in marks if m is not None]
             return [lost[0] if lost else None] * len(outputs)
         call = Call(self._program, self._sparse, equation, operands, results)
@@ -126,6 +129,8 @@ def _sparse(program: Program) -> frozenset[Var]:
         given = [
             v in sparse or is_boolean(program, v) for v in equation.variables
         ]
+        # A product is 0 where one factor is, but a matmul only where both choose: a one-hot row
+        # times activations is a sum of these, and says nothing of which tokens are meant.
         chosen = {
             "mul": any(given),
             "dot_general": len(given) == 2 and all(given),

@@ -83,6 +83,7 @@ def as_stored(x: np.ndarray) -> np.ndarray:
     """An array as the file holds it: int4 two to a byte, anything else as it is."""
     if x.dtype != INT4.dtype:
         return x
+    # A scalar is stored as a row of one: `DeclaredArray.rows` reads it in the same way.
     return pack_int4(np.atleast_1d(x))
 
 

@@ -35,6 +35,7 @@ def directory_beside(parent: Path) -> Iterator[Path]:
     scratch = made
     with contextlib.ExitStack() as until_the_end:
         try:
+            # Elsewhere a directory that holds an open file can not be renamed.
             if os.name == "posix":
                 lock = until_the_end.enter_context((made / "lock").open("xb"))
                 _locks(lock)
@@ -66,6 +67,7 @@ def written_aside(file: Path) -> Iterator[Path]:
         with aside.open("rb+") as written:
             # Before the renaming: a crash leaves the old file or the new.
             os.fsync(written.fileno())
+        # In one step, because both are in one file system: a reader finds the old file or the new.
         os.replace(aside, file)
 
 

@@ -50,11 +50,13 @@ def read_header(file: BinaryIO) -> Header:
     """
     size = size_of(file)
     file.seek(0)
+    # The format begins with this number: 64 bits, unsigned, the lowest byte first.
     length = int.from_bytes(file.read(8), "little")
     # Before the header is read, because a wrong length could ask for all memory.
     if size < 8 or length > min(size - 8, _LONGEST):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     declared = _json(file.read(length))
+    # The one name that is no tensor's, says the format.
     metadata = declared.pop("__metadata__", {})
     if not _is_text_by_text(metadata):
         raise ValueError(f"metadata that are not text by name: {metadata!r}")
@@ -129,6 +131,8 @@ def _check_no_gaps(
 ) -> None:
     """Raises ValueError unless the tensors fill the file, one after the other."""
     spans = sorted((entry.first, entry.last) for entry in tensors.values())
+    # The format allows no holes, because bytes that no tensor owns could be a file of another kind.
+    # Example: two tensors of 8 bytes after a header that ends at 100 are (100, 108), (108, 116).
     edges = [(data_start, data_start), *spans, (size, size)]
     for (_, before), (after, _) in itertools.pairwise(edges):
         if before != after:

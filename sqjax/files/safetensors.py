@@ -96,6 +96,7 @@ def _write(
     try:
         save_file(tensors, aside, metadata)
     except SafetensorError as error:
+        # The library has a class of its own for a full disk, which a caller would not expect.
         raise OSError(f"save: {path}: {error}") from error
 
 
@@ -160,6 +161,7 @@ def _read(
     def read_next() -> np.ndarray:
         name, struct = next(arrays)
         array = declared[name].read(opened, header.tensors[name].first)
+        # The struct says what memory holds: int8 for the file's int4, on a CPU.
         return array.astype(struct.dtype, copy=False)
 
     paths, leaves, treedef = named_leaves(abstract, is_leaf=is_quantized_leaf)

@@ -45,6 +45,7 @@ def children(x: Any) -> Children:
     def is_below(y: Any) -> bool:
         return y is not x
 
+    # All that is not x itself counts as a leaf, so that this stops at the children.
     flat, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_below)
     by_key = {}
     for keys, child in flat:
@@ -69,6 +70,7 @@ def check_like(found: PyTree, like: PyTree) -> None:
     """
     paths, leaves, treedef = named_leaves(found, is_leaf=is_quantized_leaf)
     names, expected, structure = named_leaves(like, is_leaf=is_quantized_leaf)
+    # The paths first, because the leaves are compared pair by pair below.
     _check_paths(paths, names)
     problems = []
     for path, leaf, other in zip(paths, leaves, expected, strict=True):

@@ -157,6 +157,7 @@ def to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
 def _dict_to_json(
     keys: Keys, node: dict[Any, Any], tensors: dict[str, np.ndarray]
 ) -> Any:
+    # jax sorts the keys of a dict, and text can not be compared with integers.
     types = {type(key) for key in node}
     if types not in (set(), {str}, {int}) or not all(map(_is_unicode, node)):
         raise ValueError(
@@ -194,8 +195,10 @@ def _array_to_json(keys: Keys, x: Any, tensors: dict[str, np.ndarray]) -> Any:
             f"{shown(path)}: two leaves have this path, or safetensors keeps it to itself; "
             "rename a key"
         )
+    # The format is row-major, whatever the order in memory is.
     array = np.asarray(x, order="C")
     tensors[path] = as_stored(array)
+    # What the array is in the tree, because the file has int4 of (3, 7) as uint8 of (3, 4).
     return [array.dtype.name, list(array.shape)]
 
 

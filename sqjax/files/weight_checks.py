@@ -153,6 +153,8 @@ def _wrong_shapes(weight: QuantWeight) -> str | None:
     for name, x, own in expected:
         if x is None:
             continue
+        # As many axes of the stack as the array has beyond its own; none where all matrices share
+        # it.
         stack = outer[: max(len(x.shape) - len(own), 0)]
         if tuple(x.shape) not in (own, (*stack, *own)):
             return f"{name} of shape {(*stack, *own)} expected, got {tuple(x.shape)}"
@@ -237,6 +239,7 @@ def _wrong_expansion(tensor: QTensor) -> str | None:
     if tensor.group_scale is None:
         return None
     zero, step = map(_spread_like(tensor), (tensor.zero, tensor.group_scale))
+    # In int16, because the largest that may stand there is (7 + 8) * 127 = 1905.
     expanded = (tensor.values.astype(np.int16) - zero) * step
     return _out_of_range(
         "(values - zero) * group_scale", expanded, -_LARGEST, _LARGEST
@@ -269,6 +272,7 @@ def _wrong_outliers(weight: QuantWeight) -> str | None:
         return None
     channels, rows = weight.outliers
     inner = weight.tensor.values.shape[weight.ndim - weight.contracted :]
+    # Channels are counted through all contracted axes as one: 0 to 511 for inner (8, 64).
     last = float(np.prod(inner)) - 1.0
     problem = _out_of_range("channels", channels, 0.0, last)
     if problem is not None:
@@ -290,6 +294,7 @@ _PARTS_OF_WEIGHT = (
 )
 _PARTS_OF_TENSOR = (_wrong_levels, _wrong_logical_dtype)
 _VALUES_OF_WEIGHT = (_wrong_input_scale, _wrong_smoothing, _wrong_outliers)
+# In this order: what is expanded are codes, zero points and scales that are in range.
 _VALUES_OF_TENSOR = (
     _wrong_codes,
     _wrong_scale,

@@ -24,6 +24,7 @@ class What(NamedTuple):
 
 def is_whole(x: Any) -> bool:
     """Whether x is a whole number; a bool is none here, nor is 32.0."""
+    # JSON's true becomes a bool, which Python counts among the integers.
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
@@ -123,6 +124,7 @@ def read_fields(
     found = {}
     problems = []
     for key in keys:
+        # null is the same as no key: Hugging Face writes it for what was never set.
         value = values.get(key.key)
         if value is None and key.required:
             problems.append(f"{key.key}: expected a number, got none")
@@ -146,6 +148,7 @@ def beyond(name: str, ids: Any, vocab_size: int) -> list[str]:
     """One problem if a token id, or one of a list, is not in the vocabulary; None is fine."""
     if ids is None:
         return []
+    # Llama 3 has a list of tokens that end a text, and earlier models have one.
     several = ids if isinstance(ids, list) else [ids]
     outside = [i for i in several if i >= vocab_size]
     if not outside:

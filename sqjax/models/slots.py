@@ -296,6 +296,7 @@ def decoded(slots: Slots) -> Float[Array, "batch kv_heads slots head_dim"]:
         return vectors
     if slots.format.keys == "channels":
         return vectors * _factors(slots)
+    # The matrix is orthogonal, so that its transpose turns back.
     turned_back = jnp.matmul(
         vectors, rotation(slots.head_dim).T, precision="highest"
     )
@@ -326,6 +327,7 @@ def first_channels(slots: Slots, new: Array, positions: Array) -> Array:
         seen = total / jnp.maximum(
             count, 1
         )  # a row of padding alone has the mean 0
+    # Position 0 is a row's first token; a row with padding before that begins at -1.
     row_begins = positions[:, 0] <= 0
     return jnp.where(row_begins[:, None, None], seen, slots.channel)
 
@@ -367,6 +369,7 @@ def rotation(size: int) -> Float[Array, "size size"]:
     """
     rows = np.arange(size)[:, None]
     columns = np.arange(size)[None, :]
+    # DCT-II: entry (n, k) is cos(pi (n + 1/2) k / size), each column divided by its length.
     angles = np.pi * (rows + 0.5) * columns / size
     lengths = np.sqrt(np.where(columns == 0, 1, 2) / size)
     return jnp.asarray(np.cos(angles) * lengths, jnp.float32)

@@ -203,6 +203,9 @@ def _handed_by_steps(
     """
     handed = {}
     for result, operand in handed_through(step).items():
+        # With one constant w, a carry (a, b) and slices x a step has the operands (w, a, b, x) and
+        # the results (a, b, y): result 0 is handed through if it is operand 1. A y that is w at
+        # every step is no operand of the scan, but a stack of copies.
         is_carry = result < carry
         same_carry = operand == consts + result
         same_slices = operand >= consts + carry

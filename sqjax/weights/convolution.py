@@ -57,6 +57,7 @@ def quantize_kernel(
         return quantize_weight(kernel, summed, scheme, absmax, batch=batch)
     s = smoothing.astype(jnp.float32)
     smoothed = kernel.astype(jnp.float32) * spread_channels(s, channels, kernel)
+    # What is quantized at run time is the image divided by s, so its largest values are too.
     seen = None if absmax is None else absmax / s
     weight = quantize_weight(smoothed, summed, scheme, seen, batch=batch)
     tensor = replace(weight.tensor, dtype=kernel.dtype)
@@ -95,12 +96,15 @@ def quantized_convolution(
             f"{where}: a convolution with batch_group_count={params['batch_group_count']} has no "
             "quantized form; give this site a rule of None to keep it in float"
         )
+    # jax's spec has the axes of (batch, channels, *window). For NHWC it is (0, 3, 1, 2), which
+    # gives (0, 1, 2, 3) here: nothing moves.
     of_image = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     of_result = (
         numbers.out_spec[0],
         *numbers.out_spec[2:],
         numbers.out_spec[1],
     )
+    # Of a kernel in Flax's order, (height, width, inputs, outputs), the spec is (3, 2, 0, 1).
     outputs, inputs, *positions = numbers.rhs_spec
     _check(weight, outputs, where)
 
@@ -141,6 +145,7 @@ def _check(weight: QuantWeight, outputs: int, where: str) -> None:
         raise ValueError(
             f"{where}: {problem}; give this site a rule of None to keep it in float"
         )
+    # An output sums over all axes but its own: 3 * 3 * 64 = 576 for a kernel (3, 3, 64, 128).
     products = math.prod(tensor.shape) // max(tensor.shape[outputs], 1)
     one_sum = tensor.group is None or tensor.scale.shape[-1] == 1
     if products > LONGEST_CONTRACTION and one_sum and not tensor.fmt.floating:

@@ -108,6 +108,8 @@ def _axes_of(
     free = other_axes(x_ndim, x_axes, x_batch)
     outer = other_axes(len(stored), w_axes, w_batch)
     after_batch = len(batch)
+    # An outer axis is stored behind the batch axes. In the product the free axes of x stand in
+    # between, so that it is as many places further.
     of_result = [
         *map(batch.index, x_batch),
         *range(after_batch, after_batch + len(free)),
@@ -303,5 +305,6 @@ def quantized_ragged_dot(
         if found:
             raise ValueError(f"{where}: {problem}")
     x = _smoothed(x, weight.smoothing)
+    # Without its smoothing, by which x has been divided already.
     stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
     return ragged_product(weight.recipe, x, stack, group_sizes)
