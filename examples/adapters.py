@@ -1,4 +1,4 @@
-"""Training around quantized weights: low-rank adapters beside int4 kernels, a norm before them."""
+"""Trains adapters beside int4 kernels, and a norm before them: python examples/adapters.py"""
 
 import jax
 import jax.numpy as jnp
