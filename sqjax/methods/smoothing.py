@@ -75,7 +75,7 @@ def scales(
             queries too, K / s and s Q (SmoothAttention, Lin et al. 2024, arXiv 2405.04532, with
             0.5); None: not.
         round_scales: "pow2" rounds s to powers of two, which makes the fold exact in float32 and
-            bfloat16.
+            bfloat16 (to powers of four where a leaf carries the square root of s).
 
     Returns:
         {group name: float32 s, shape (the group's number of scales,)}, for `fold` and `fold_stats`.
@@ -119,8 +119,9 @@ def scales(
     s = {}
     for group in chosen:
         maxima = _maxima_of_sites(group, leaves, stats)
+        exact = group.degree if round_scales == "pow2" else None
         s[group.name] = _group_scales(
-            maxima, alphas[group.name], group.size, round_scales
+            maxima, alphas[group.name], group.size, exact
         )
     if attention is not None:
         s |= _key_scales(stats, attention, round_scales)
@@ -194,20 +195,22 @@ def _key_scales(
         absmax = stats.absmax[path].ravel()
         ones = jnp.ones_like(absmax)
         maxima = Maxima(labels.array.ravel(), absmax, ones, ones)
-        s[group.name] = _group_scales(
-            [maxima], exponent, group.size, round_scales
-        )
+        exact = group.degree if round_scales == "pow2" else None
+        s[group.name] = _group_scales([maxima], exponent, group.size, exact)
     return s
 
 
-@partial(jax.jit, static_argnames=("size", "round_scales"))
+@partial(jax.jit, static_argnames=("size", "exact"))
 def _group_scales(
-    sites: list[Maxima], alpha: Any, size: int, round_scales: str | None
+    sites: list[Maxima], alpha: Any, size: int, exact: int | None
 ) -> Array:
     """s of a group of `size` scales, from the maxima of its sites.
 
     Example: a site of 4 channels in two tied pairs has scale_of [1, 1, 2, 2]. With x_absmax [1, 4,
     2, 2] the two scales are made of the maxima [4, 2].
+
+    With `exact`, s is rounded to powers of 2**exact: of 4 where a leaf carries the square root of
+    s, because that is then a power of two itself.
     """
     # Entry 0 takes the channels without a scale, and is dropped.
     x_absmax = w_absmax = trust = jnp.zeros(size + 1, jnp.float32)
@@ -218,9 +221,9 @@ def _group_scales(
     s = smoothing_scales(x_absmax[1:], w_absmax[1:], alpha)
     # Drawn towards 1 where few tokens were seen. (A power of 1 may round.)
     s = jnp.where(trust[1:] < 1, s ** trust[1:], s)
-    if round_scales == "pow2":
-        return jnp.exp2(jnp.round(jnp.log2(s)))
-    return s
+    if exact is None:
+        return s
+    return jnp.exp2(exact * jnp.round(jnp.log2(s) / exact))
 
 
 def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:

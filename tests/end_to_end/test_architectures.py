@@ -739,7 +739,8 @@ def token_shift():
         "r": normal(6, 6),
     }
     params["v"] = normal(8, 6)
-    return case(fn, params, (X,), (OTHER_X,), [(6, ["norm"], ["k", "r"])], 3, v="`square` at")
+    groups = [(6, ["norm"], ["k", "r"]), (8, ["k"], ["v"])]  # k by the square root of v's scale
+    return case(fn, params, (X,), (OTHER_X,), groups, 3)
 
 
 # Trees, wrappers, dtypes -----------------------------------------------------------------------------
@@ -961,11 +962,10 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
     made, graph = found(build)
     rng = np.random.default_rng(0)
     ones = {g.name: jnp.ones(g.size, jnp.float32) for g in graph.groups}
-    drawn = {
-        n: jnp.asarray(2.0 ** (rng.integers(1, 4, s.size) * rng.choice([-1, 1], s.size)))
-        for n, s in ones.items()
-    }
-    drawn = {n: s.astype(jnp.float32) for n, s in drawn.items()}
+    drawn = {}
+    for group in graph.groups:  # of four, where a leaf carries the square root
+        exponents = rng.integers(1, 4, group.size) * rng.choice([-1, 1], group.size)
+        drawn[group.name] = jnp.asarray(2.0 ** (group.degree * exponents), jnp.float32)
     params = rounded(made.params, dict(graph.offsets))
 
     @jax.jit

@@ -49,6 +49,17 @@ def test_the_leaves_before_a_square_carry_the_root(case):
     np.testing.assert_allclose(unfolded["up"], PARAMS["up"], rtol=1e-6)
 
 
+def test_rounded_scales_have_roots_that_are_powers_of_two():
+    fn = SQUARES["square"]
+    stats = sq.calibrate(fn, PARAMS, [X])
+    s = sq.scales(PARAMS, stats, 0.3, round_scales="pow2")["down"]
+    assert len(set(np.log2(s).tolist())) > 2
+    np.testing.assert_array_equal(np.log2(s) % 2, 0)
+    folded = sq.fold(PARAMS, stats.graph, {"down": s})
+    run = jax.jit(fn)
+    np.testing.assert_array_equal(run(folded, X), run(PARAMS, X))
+
+
 def test_in_a_scan_each_layer_has_roots_of_its_own():
     def fn(p, x):
         return jax.lax.scan(lambda x, p: (x + SQUARES["square"](p, x), None), x, p)[0]
