@@ -196,6 +196,7 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if jax.dtypes.issubdtype(getattr(a, "dtype", int), jax.dtypes.extended):
         return True  # keys of jax.random, whose bits are no array's
-    # NaN is not equal to itself: where a is NaN, whatever b holds counts as alike.
-    same = np.asarray(a) == np.asarray(b)
-    return bool(np.all(same | (np.asarray(a) != np.asarray(a))))
+    first, second = np.asarray(a), np.asarray(b)
+    # NaN is not equal to itself, and is the same constant all the same.
+    both_nan = (first != first) & (second != second)
+    return bool(np.all((first == second) | both_nan))
