@@ -72,6 +72,7 @@ def test_what_folds_in_one_function_alone_is_not_folded():
         assert (WIDTH, ("gain",), ("a",)) in groups(sq.calibrate(encode, PARAMS, [X]))
 
 
+@pytest.mark.slow
 def test_smoothing_leaves_every_function_as_it_was():
     stats = sq.calibrate([encode, decode], PARAMS, [[X], [Y]])
     exact = sq.smooth(PARAMS, stats, round_scales="pow2")

@@ -65,6 +65,7 @@ def test_pieces_that_are_no_outputs_are_none():
         sq.calibrate(fn, params, [X])
 
 
+@pytest.mark.slow
 def test_flax_lstm_cells():
     cell = nn.OptimizedLSTMCell(8)
     carry = normal(6, 8, seed=1), normal(6, 8, seed=2)

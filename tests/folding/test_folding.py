@@ -477,6 +477,7 @@ def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
         assert np.abs(a - b).max() <= (5e-2 if coarse else 1e-5) * np.abs(a).max()
 
 
+@pytest.mark.slow
 def test_grouped_queries_share_their_head():
     """Query heads 0, 1, 2 read key/value head 0: channel d of each has the scale of v_proj's column
     d.

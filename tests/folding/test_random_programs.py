@@ -258,6 +258,7 @@ def test_every_fold_of_a_random_program_is_exact():
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
 
 
+@pytest.mark.slow
 def test_every_fold_around_convolutions_is_exact():
     tally = survey(7, 40, random_image_dag)
     assert tally["groups"] >= 20

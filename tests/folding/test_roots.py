@@ -60,6 +60,7 @@ def test_rounded_scales_have_roots_that_are_powers_of_two():
     np.testing.assert_array_equal(run(folded, X), run(PARAMS, X))
 
 
+@pytest.mark.slow
 def test_in_a_scan_each_layer_has_roots_of_its_own():
     def fn(p, x):
         return jax.lax.scan(lambda x, p: (x + SQUARES["square"](p, x), None), x, p)[0]

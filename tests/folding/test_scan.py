@@ -521,6 +521,7 @@ def test_linen_stacks_along_either_axis_are_the_same_layers(axis):
     )
 
 
+@pytest.mark.slow
 def test_steps_that_share_a_leaf_are_counted_together():
     """A leaf that is a constant of the scan sees all steps: maxima over them, sums, and all their
     tokens.
@@ -686,6 +687,7 @@ def test_a_loop_in_the_body_of_a_scan_is_reported_too():
     assert re.search("`while` at .*not looked into", dict(stats.graph.refused)["w"])
 
 
+@pytest.mark.slow
 def test_a_quantized_leaf_that_is_no_stack_is_refused_by_a_scan_over_it():
     square = {"w": normal(WIDTH, WIDTH)}
     qparams = sq.quantize(square, sq.calibrate(lambda p, x: x @ p["w"].T, square, [X]))

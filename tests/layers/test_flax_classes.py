@@ -525,6 +525,7 @@ def test_one_plus_w_absorbs_affinely():
     np.testing.assert_allclose((1 + after) * s[scale_of], 1 + before, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_plus_w_in_bfloat16_is_refused():
     """1 + w computed in bfloat16 is too coarse for w = (1 + w)/s - 1 to bring it back."""
     case, fn, params, _ = built(gemma)

@@ -112,6 +112,7 @@ class Transformer(nnx.Module):
 # A module as a function -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tree_holds_the_params_under_plain_paths():
     module = jittered(Perceptron(nnx.Rngs(0)))
     fn, params = functional(module)
@@ -215,6 +216,7 @@ def test_batch_statistics_and_dropout_run_in_eval_mode_and_are_refused_in_traini
         jax.jit(functional(module)[0])(params, x)
 
 
+@pytest.mark.slow
 def test_changes_are_dropped_on_request_and_every_call_starts_afresh():
     module, x = jittered(Stateful(nnx.Rngs(0))), normal(4, 6)
     fn, params = functional(module, discard=True)
@@ -611,6 +613,7 @@ def test_transformations_agree():
     assert distance(eager, linear(x)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_gradients_of_input_and_bias_are_straight_through():
     linear, x = layer()
     module, g = QuantLinear.from_linear(linear), normal(6, 8, seed=4)

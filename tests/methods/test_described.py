@@ -41,6 +41,7 @@ def test_smoothing_twice_with_the_same_statistics_is_refused(stats):
             method(smoothed, stats, 0.85)
 
 
+@pytest.mark.slow
 def test_what_follows_from_smoothing_once_stays_lawful(stats):
     s = sq.scales(PARAMS, stats, 0.85)
     smoothed = sq.fold(PARAMS, stats.graph, s)

@@ -248,6 +248,7 @@ def test_smoothing_is_pure_and_the_same_under_jit(case):
     assert_trees_equal(before, jax.tree.map(np.asarray, (case.params, case.stats)))
 
 
+@pytest.mark.slow
 def test_the_order_of_groups_does_not_matter():
     """v_proj is multiplied in its rows by one group and divided in its columns by another."""
     case = llama()
@@ -345,6 +346,7 @@ def test_merged_halves_are_one_calibration(case):
     assert merged.graph == case.stats.graph
 
 
+@pytest.mark.slow
 def test_scales_come_from_the_extremes_of_all_batches_not_from_their_mean():
     """Averaging s over batches breaks (X / s)(s W) = X W; the maximum over batches is kept."""
     params = {"norm": jnp.ones(2), "w": jnp.ones((2, 3))}

@@ -57,6 +57,7 @@ def test_a_quantized_tree_is_told_to_say_its_tolerance():
     assert sq.verify(head, PARAMS, qparams, X, tolerance=0.05) < 0.05
 
 
+@pytest.mark.slow
 def test_rounding_of_half_precision_is_told_from_a_wrong_fold():
     """The small difference of two large sums: bfloat16 leaves one digit of it."""
 

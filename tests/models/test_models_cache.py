@@ -170,6 +170,7 @@ jitted_write = jax.jit(write, static_argnums=4)
 jitted_decoded = jax.jit(decoded)
 
 
+@pytest.mark.slow
 def test_scales_of_channels_are_those_of_the_first_real_tokens():
     x, kind = random_vectors((2, 1, 4, 32)), KINDS["int8 key channels"]
     slots = empty_cache(1, 2, 1, 12, 32, jnp.float32, kind).keys[0]
@@ -243,6 +244,7 @@ def test_two_digits_are_off_by_a_508th_of_a_step(row):
     )
 
 
+@pytest.mark.slow
 def test_int8_slots_are_never_copied_to_float():
     """In the program that is written, and in the one that is compiled."""
     model = Model(replace(WIDE, max_length=512))

@@ -112,6 +112,7 @@ def test_decodes_as_before():
     assert float(jnp.abs(expected).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_kernels_that_meet_other_scales_stay_apart():
     params, stats = params_of_model(), calibrated()
     qparams = jax.tree.map(lambda x: x, params_in("O3"))  # dicts of its own

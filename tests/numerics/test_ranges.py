@@ -136,6 +136,7 @@ def test_a_percentile_is_reached_and_not_passed_by_a_bin(name, p):
     assert p < 1 or t == x[-1]
 
 
+@pytest.mark.slow
 def test_percentiles_of_nothing_and_of_almost_nothing():
     assert float(percentile_range(Histogram.empty(), 0.99)) == 0
     assert float(percentile_range(histogram(np.float32([0, 1e-12, 0])), 0.5)) == np.float32(1e-12)
@@ -469,6 +470,7 @@ def test_refusals_of_schemes():
         MSE.replace(outliers=6.0)
 
 
+@pytest.mark.slow
 def test_the_range_is_that_of_the_activations_format():
     stats = of_all_batches(True)
     fp8 = sq.FP8.replace(activation=sq.Static(range="mse", format="e4m3"))

@@ -93,6 +93,7 @@ def test_layers_of_a_stack_are_quantized_each_for_itself(scheme):
     assert float(jnp.abs(results[0] - scanned(params, X)).max()) < 0.3
 
 
+@pytest.mark.slow
 def test_a_file_keeps_quantized_kernels(tmp_path):
     params = net_params()
     scheme = sq.W8A8_O3.replace(smoothing=0.5)

@@ -82,6 +82,7 @@ def test_an_infinite_row_does_not_touch_the_others(dtype):
     assert np.abs(np.delete(got - expected, BAD, axis=0)).max() < 1.0
 
 
+@pytest.mark.slow
 def test_experts_keep_nan_in_the_row():
     fn = lambda p, x, sizes: jax.lax.ragged_dot(x, p["w"], sizes)
     params, x = {"w": jnp.asarray(normal(2, 32, 8))}, jnp.asarray(normal(20, 32))

@@ -204,6 +204,7 @@ def test_custom_gradients_survive():
     )
 
 
+@pytest.mark.slow
 def test_a_float_tree_gives_what_the_function_gives(linen_net):
     params, x, _, _ = linen_net
     np.testing.assert_array_equal(sq.quantized(net)(params, x), net(params, x))

@@ -392,6 +392,7 @@ def rows_on_devices(p, x):
     return {name: parts(w, x) for name, w in p.items()}
 
 
+@pytest.mark.slow
 def test_groups_run_in_a_shard_map():
     """Two groups on each device; a single group may even be cut, because its scale is that of both parts."""
     schemes = {
@@ -529,6 +530,7 @@ def test_no_weight_travels_when_it_is_smoothed_and_quantized():
     jax.tree.map(close, smoothed, expected)
 
 
+@pytest.mark.slow
 def test_shardings_of_a_stack_with_smoothing_and_static_scales():
     def fn(p, x):
         return jnp.einsum("eti,eio->eto", x, p["w"])

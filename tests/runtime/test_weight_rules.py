@@ -220,7 +220,6 @@ REFUSED = {
     "reshape": lambda w, x: x @ w.reshape(8, 32)[:, :16].reshape(16, 8),  # mixes rows and columns
     "sin": lambda w, x: x @ jnp.sin(w),
     "reduce_sum": lambda w, x: x @ w + jnp.sum(w),
-    "concatenate": lambda w, x: x @ jnp.concatenate([w, w], 1),
     "scan": lambda w, x: x @ lax.scan(lambda c, _: (c.T, None), w, None, length=2)[0],  # carried
     "gather": lambda w, x: x @ w + w[jnp.array([1])],  # rows, but stored by columns
     "convert_element_type": lambda w, x: x @ w + w.astype(jnp.int32)[0, 0].astype(jnp.float32),
