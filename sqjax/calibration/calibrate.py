@@ -67,6 +67,8 @@ def calibrate(
             are in the batch: False for padding, whose activations do not count. The tokens are
             followed through the program, wherever it moves them; where several flow together (a
             pooled activation), what holds a real one counts. What can not be followed is warned of.
+            The mask is that of every input whose first axes have its shape: pad the inputs of an
+            encoder and a decoder to different lengths, because one mask can not be both's.
         groups: {a site's path: the paths of the leaves that shall absorb its scale}: groups stated
             by hand, where the search would choose others. They pass the same certificate and proof.
             The rest is found as always.
@@ -97,6 +99,11 @@ def calibrate(
     """
     check_arrays(params)
     check_finite(params, "parameter")
+    if mask is not None and not callable(mask):
+        raise ValueError(
+            "calibrate: mask=: expected a function of a batch, such as `lambda ids: ids != 0`, got "
+            f"{type(mask).__name__}; each batch has a mask of its own"
+        )
     functions, iterables = _one_iterable_each(fn, batches)
     first_batches, streams = [], []
     for iterable in iterables:
@@ -131,7 +138,7 @@ def calibrate(
 
 
 def _one_iterable_each(
-    fn: Fn | Sequence[Fn], batches: Iterable[Any]
+    fn: Any, batches: Iterable[Any]
 ) -> tuple[list[Fn], list[Iterable[Any]]]:
     """The functions, and the iterable of batches of each."""
     if callable(fn) or hasattr(fn, "apply"):
@@ -139,6 +146,11 @@ def _one_iterable_each(
         _check_function(function)
         _check_batches(batches)
         return [function], [batches]
+    if not isinstance(fn, Sequence):
+        raise ValueError(
+            "calibrate: expected fn(params, *batch), or a list of such functions, got "
+            f"{type(fn).__name__}; the order is calibrate(fn, params, batches)"
+        )
     functions, iterables = list(fn), list(batches)
     for function in functions:
         _check_function(function)

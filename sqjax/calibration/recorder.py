@@ -90,7 +90,7 @@ class Recorder:
                 )
         mask = None
         if self._mask is not None:
-            mask = jnp.asarray(self._mask(*args), bool)
+            mask = _checked_mask(self._mask(*args))
         leaves = jax.tree.leaves(self._analyses.params)
         self.totals = self._steps[key](
             self.totals, leaves, array_leaves(args), mask
@@ -174,6 +174,24 @@ class Recorder:
             leaf_sizes(leaves),
             reached,
         )
+
+
+def _checked_mask(mask: Any) -> Array:
+    """A mask as booleans.
+
+    Raises:
+        ValueError: it holds anything but true and false, or 1 and 0. An additive mask, 0 for real
+            tokens and -1e9 for padding, means the opposite.
+    """
+    values = np.asarray(mask)
+    is_number = values.dtype == bool or values.dtype.kind in "iuf"
+    if not is_number or not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            "calibrate: mask=: expected booleans (or 1 and 0), True where a token is real, got "
+            f"{values.dtype.name} of shape {values.shape} with other values; of an additive mask "
+            "(0 and -1e9) pass `lambda *batch: additive(*batch) == 0`"
+        )
+    return jnp.asarray(values, bool)
 
 
 @jax.jit

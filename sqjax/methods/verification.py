@@ -162,6 +162,11 @@ def _in_float32(
 
 def _error(expected: Any, got: Any) -> float:
     """How far one output is from another, relative to the size of the first."""
+    if np.shape(expected) != np.shape(got):
+        raise ValueError(
+            f"verify: an output has the shape {np.shape(expected)} with the parameters before, and "
+            f"{np.shape(got)} with those after: these are parameters of another model"
+        )
     if not jnp.issubdtype(jnp.asarray(expected).dtype, jnp.inexact):
         return float(np.mean(np.asarray(expected) != np.asarray(got)))
     return _relative_error(_as_float64(expected), _as_float64(got))
@@ -205,7 +210,7 @@ def _apart(size: np.ndarray, difference: np.ndarray) -> np.ndarray:
     typical one is the median of the sizes that occur, each counted once, because a constant may
     fill most of an output.
     """
-    step = -(-size.size // 100_000)
+    step = max(1, -(-size.size // 100_000))
     occurring = np.unique(size[::step])
     occurring = occurring[occurring > 0]
     if not occurring.size:

@@ -1,5 +1,6 @@
 """What `calibrate` says of a model, one array, a loader's pairs or a list in place of its arguments."""
 
+import inspect
 import re
 
 import flax.linen as nn
@@ -118,3 +119,30 @@ def test_a_refused_site_that_absorbs_says_so():
     assert "refused v: its scale would reach input 0 of fn; it absorbs another site's scale" in str(
         graph
     )
+
+
+#: As users get it: here a type checker would be faster.
+untyped_calibrate = inspect.unwrap(sq.calibrate)
+
+MASKS = {
+    "additive": lambda x: np.where(np.arange(x.shape[0]) < 3, 0.0, -1e9),
+    "soft": lambda x: np.full(x.shape[:1], 0.3),
+    "a text": lambda x: "all",
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_that_is_no_mask_is_refused(kind):
+    with pytest.raises(ValueError, match=r"mask=: expected booleans .* True where a token is real"):
+        sq.calibrate(fn, PARAMS, [X], mask=MASKS[kind])
+
+
+def test_a_mask_is_a_function_of_the_batch():
+    with pytest.raises(ValueError, match=r"mask=: expected a function of a batch.*got ndarray"):
+        untyped_calibrate(fn, PARAMS, [X], mask=np.ones(5))
+
+
+def test_no_function_says_the_order():
+    with pytest.raises(ValueError, match=r"expected fn\(params, \*batch\).*got NoneType"):
+        untyped_calibrate(None, PARAMS, [X])

@@ -139,3 +139,18 @@ def test_a_function_with_constants_is_the_same_program_each_time():
     noise = lambda p, x: head(p, x * table + jax.random.normal(jax.random.key(3), x.shape))
     stats = sq.calibrate(noise, PARAMS, [X])
     assert sq.verify(noise, PARAMS, sq.smooth(PARAMS, stats), X) < 1e-5
+
+
+def test_outputs_without_a_number_are_compared():
+    fn = lambda p, x: jnp.sqrt(x) @ p
+    w, x = jnp.ones((3, 2)), -jnp.ones((4, 3))
+    assert sq.verify(fn, w, 2 * w, x) == 0  # NaN in both
+    assert sq.verify(fn, w, 2 * w, x[:0]) == 0
+    assert sq.verify(fn, w, 2 * w, jnp.abs(x), tolerance=1.5) == pytest.approx(1)
+
+
+def test_parameters_of_another_model_are_refused():
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 2\) with the parameters before, and \(4, 5\)"
+    ):
+        sq.verify(lambda p, x: x @ p, jnp.ones((3, 2)), jnp.ones((3, 5)), jnp.ones((4, 3)))

@@ -115,6 +115,7 @@ def test_trees_that_split_did_not_make_are_refused():
         sq.split(quantize("W8A8"), "^w")
 
 
+@pytest.mark.filterwarnings("ignore:calibrate. all weights are zero:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [sq.W4A16_G64, sq.W8A8], ids=str)
 def test_the_example_learns(scheme):
