@@ -115,7 +115,10 @@ def _scaled(
     for group in graph.groups:
         if group.name in s:
             for path, labels in group.leaves:
-                parts = _by_degree(s[group.name], sign * labels.array)
+                signed = np.asarray(
+                    sign * labels.array
+                )  # numpy makes a scalar of ()
+                parts = _by_degree(s[group.name], signed)
                 factors.setdefault(path, []).extend(parts)
     offsets = dict(graph.offsets)
 

@@ -270,7 +270,8 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
     found = stats.input_range(site.path, how.range, how.fmt)
     largest = jnp.max(absmax, axis=site.feature_axes)
     enough = stats.trust(site).min(axis=site.feature_axes) == 1
-    return jnp.where(enough & (found > 0), found, largest)
+    # Not "found > 0": under jit a range of NaN says that the histogram is not of X / s.
+    return jnp.where(enough & ~(found <= 0), found, largest)
 
 
 def _quantized_kernel(

@@ -335,7 +335,7 @@ def test_every_layer_of_a_scan_has_its_own():
 
 
 @pytest.mark.slow
-def test_every_expert_has_its_own_and_one_without_tokens_takes_the_largest():
+def test_every_expert_has_its_own_and_one_without_tokens_takes_the_absmax_of_all():
     """Dispatched by a mask: rows of zeros for the tokens of others do not move an expert's percentile."""
     up = jnp.asarray(rng(5).normal(size=(3, WIDTH, 4)), jnp.float32)
     x = jnp.concatenate(BATCHES)
@@ -351,7 +351,8 @@ def test_every_expert_has_its_own_and_one_without_tokens_takes_the_largest():
         own = Histogram.of(x[expert == e])
         same(jax.tree.map(lambda a, e=e: a[e], stats.histogram["up"]), own)
         np.testing.assert_allclose(scale[e] * 127, percentile_range(own, 0.75), rtol=1e-6)
-    assert float(scale[2]) == max(scale[:2])
+    # No histogram says what the third would see, so it is lent all that the others saw.
+    np.testing.assert_allclose(scale[2] * 127, np.abs(x).max(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
