@@ -14,7 +14,7 @@ from sqjax.runtime.quantized import quantized
 from sqjax.weights.convolution import quantize_kernel
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import named
-from sqjax.weights.schemes import Scheme
+from sqjax.weights.schemes import Scheme, scheme_of
 
 #: One number for all axes of positions, or one for each; None: 1.
 Numbers = int | Sequence[int] | None
@@ -78,6 +78,7 @@ def quantize_conv_kernel(
         ValueError: the kernel has no window, a vector is misshapen, the scheme has outliers, is one
             for embeddings, or needs an absmax that is missing; names `where`.
     """
+    scheme = scheme_of(scheme, where)
     problem = _misshapen(kernel, groups, absmax, smoothing)
     problem = problem or problem_of_scheme(scheme, absmax, smoothing)
     if problem:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from sqjax._serialized import tell_flax
@@ -14,6 +13,7 @@ from sqjax._trees import PyTree
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
 from sqjax.layers.nnx_functional import Functional as Functional
 from sqjax.layers.nnx_functional import QuantParam as QuantParam
+from sqjax.layers.nnx_functional import check_plain
 from sqjax.layers.nnx_functional import functional as functional
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.quant_weight import is_quantized
@@ -180,7 +180,8 @@ class QuantLinear(nnx.Module):
                 get, a scheme for embeddings, or a layer with a `dot_general`, a `promote_dtype`
                 or a `preferred_element_type` of its own.
         """
-        _check_plain(linear)
+        product = {"dot_general": jax.lax.dot_general}
+        check_plain(linear, product, "from_linear")
         given = linear.kernel.get_value()
         if given.ndim != 2:
             raise ValueError(
@@ -221,19 +222,3 @@ class QuantLinear(nnx.Module):
         )
         bias = None if self.bias is None else self.bias.get_value()
         return dense(x, kernel, bias, self.dtype, "kernel")
-
-
-def _check_plain(linear: nnx.Linear) -> None:
-    """Raises ValueError if a layer computes its product in a way of its own."""
-    # What nnx.Linear has where nobody has changed it.
-    plain = {
-        "dot_general": jax.lax.dot_general,
-        "promote_dtype": promote_dtype,
-        "preferred_element_type": None,
-    }
-    for name, default in plain.items():
-        if getattr(linear, name) is not default:
-            raise ValueError(
-                f"from_linear: the layer has a {name} of its own, which int8 would drop; "
-                "keep it in float"
-            )

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from sqjax.layers.conv import Geometry, Numbers, conv, quantize_conv_kernel
 from sqjax.layers.dense import check_kernel
-from sqjax.layers.nnx_functional import QuantParam
+from sqjax.layers.nnx_functional import QuantParam, check_plain
 from sqjax.weights.schemes import W8A8, Scheme
 
 # Those of nnx.Conv, so that the same key draws the same layer.
@@ -113,7 +112,8 @@ class QuantConv(nnx.Module):
                 scheme with outliers or one for embeddings, or a layer with a
                 `conv_general_dilated`, a `promote_dtype` or a `preferred_element_type` of its own.
         """
-        _check_plain(layer)
+        convolution = {"conv_general_dilated": jax.lax.conv_general_dilated}
+        check_plain(layer, convolution, "from_conv")
         given = layer.kernel.get_value()
         if layer.mask is not None:
             given = given * jnp.asarray(layer.mask, given.dtype)
@@ -152,19 +152,3 @@ class QuantConv(nnx.Module):
         kernel = check_kernel(self.kernel.get_value(), shape, "kernel", remedy)
         bias = None if self.bias is None else self.bias.get_value()
         return conv(x, kernel, bias, self.geometry, self.dtype)
-
-
-def _check_plain(layer: nnx.Conv) -> None:
-    """Raises ValueError if a layer computes its convolution in a way of its own."""
-    # What nnx.Conv has where nobody has changed it.
-    plain = {
-        "conv_general_dilated": jax.lax.conv_general_dilated,
-        "promote_dtype": promote_dtype,
-        "preferred_element_type": None,
-    }
-    for name, default in plain.items():
-        if getattr(layer, name) is not default:
-            raise ValueError(
-                f"from_conv: the layer has a {name} of its own, which int8 would drop; "
-                "keep it in float"
-            )

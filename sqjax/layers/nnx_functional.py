@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array
 
 from sqjax._trees import PyTree, named_leaves
@@ -262,3 +263,21 @@ def _bits(x: Array) -> bytes:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         return np.asarray(x).tobytes()
+
+
+def check_plain(layer: nnx.Module, product: dict[str, Any], where: str) -> None:
+    """Raises ValueError if a layer computes its product in a way of its own.
+
+    `product` is {the field that holds the product: what stands there in Flax's own layer}.
+    """
+    plain = {
+        **product,
+        "promote_dtype": promote_dtype,
+        "preferred_element_type": None,
+    }
+    for name, default in plain.items():
+        if getattr(layer, name) is not default:
+            raise ValueError(
+                f"{where}: the layer has a {name} of its own, which int8 would drop; "
+                "keep it in float"
+            )
