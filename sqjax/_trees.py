@@ -73,8 +73,17 @@ def is_float(x: Any) -> bool:
 
 
 def check_arrays(params: PyTree) -> None:
-    """Raises ValueError naming the first leaf of `params` that is no array."""
-    for path, leaf in _pairs(params):
+    """Raises ValueError naming the first leaf of `params` that is no array, or is quantized."""
+
+    def is_quantized(x: Any) -> bool:
+        return hasattr(type(x), "is_no_array")
+
+    for path, leaf in _pairs(params, is_quantized):
+        if is_quantized(leaf):
+            raise ValueError(
+                f"parameter {path or '(the tree itself)'}: expected a float array, got {leaf!r}; "
+                "calibrate the float parameters, with fn itself, and quantize these afterwards"
+            )
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise ValueError(
                 f"parameter {path or '(the tree itself)'}: expected an array, got "
@@ -104,9 +113,11 @@ def check_finite(tree: PyTree, what: str, but: float | None = None) -> None:
         )
 
 
-def _pairs(tree: PyTree) -> Iterator[tuple[str, Any]]:
+def _pairs(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> Iterator[tuple[str, Any]]:
     """(path, leaf) of every leaf."""
-    paths, leaves, _ = named_leaves(tree)
+    paths, leaves, _ = named_leaves(tree, is_leaf)
     return zip(paths, leaves, strict=True)
 
 

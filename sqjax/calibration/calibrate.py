@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from sqjax._arguments import check_function, check_mapping, expect
 from sqjax._trees import PyTree, check_arrays, check_finite, is_concrete
 from sqjax.calibration.analysis import (
     Analyses,
+    Analysis,
     Arguments,
     Fn,
     check_no_numbers,
@@ -19,7 +21,8 @@ from sqjax.calibration.analysis import (
 from sqjax.calibration.proof import prove
 from sqjax.calibration.recorder import Recorder
 from sqjax.calibration.stats import FEW_TOKENS, Stats
-from sqjax.folding.graph import Graph, Group
+from sqjax.folding.graph import Group
+from sqjax.program.facts import Program
 from sqjax.program.trace import array_leaves
 
 
@@ -97,6 +100,7 @@ def calibrate(
         >>> stats.absmax["w"].tolist()
         [3.0, 16.0]
     """
+    functions, iterables = _one_iterable_each(fn, batches)
     check_arrays(params)
     check_finite(params, "parameter")
     if mask is not None and not callable(mask):
@@ -104,7 +108,7 @@ def calibrate(
             "calibrate: mask=: expected a function of a batch, such as `lambda ids: ids != 0`, got "
             f"{type(mask).__name__}; each batch has a mask of its own"
         )
-    functions, iterables = _one_iterable_each(fn, batches)
+    _check_groups(groups)
     first_batches, streams = [], []
     for iterable in iterables:
         first_batch, stream = _open(iterable)
@@ -116,7 +120,7 @@ def calibrate(
         functions, params, first_batches, groups or {}, attention
     )
     first = analyses.together(0, first_batches[0], 0)
-    _check_has_something_to_do(first.graph)
+    _check_has_something_to_do(first)
 
     # Prove, on the same batches and before anything is recorded.
     graph = prove(first, params, array_leaves(first_batches), first.graph)
@@ -141,19 +145,14 @@ def _one_iterable_each(
     fn: Any, batches: Iterable[Any]
 ) -> tuple[list[Fn], list[Iterable[Any]]]:
     """The functions, and the iterable of batches of each."""
-    if callable(fn) or hasattr(fn, "apply"):
-        function: Any = fn
-        _check_function(function)
-        _check_batches(batches)
-        return [function], [batches]
-    if not isinstance(fn, Sequence):
-        raise ValueError(
-            "calibrate: expected fn(params, *batch), or a list of such functions, got "
-            f"{type(fn).__name__}; the order is calibrate(fn, params, batches)"
-        )
-    functions, iterables = list(fn), list(batches)
+    several = isinstance(fn, list | tuple)
+    functions: list[Any] = list(fn) if several else [fn]
     for function in functions:
-        _check_function(function)
+        check_function(function, "calibrate", _ORDER)
+    _check_batches(batches)
+    if not several:
+        return functions, [batches]
+    iterables = list(batches)
     for iterable in iterables:
         _check_batches(iterable)
     if len(functions) != len(iterables):
@@ -164,28 +163,22 @@ def _one_iterable_each(
     return functions, iterables
 
 
-def _check_function(fn: Any) -> None:
-    """Raises ValueError for a model where its function is expected."""
-    kind = type(fn).__name__
-    if (
-        not isinstance(fn, type)
-        and hasattr(fn, "apply")
-        and hasattr(fn, "init")
-    ):
-        raise ValueError(
-            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
-            "lambda p, *batch: model.apply(p, *batch)"
-        )
-    modules = [base.__module__.partition(".")[0] for base in type(fn).__mro__]
-    if "transformers" in modules:
-        raise ValueError(
-            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
-            "lambda p, ids: model(ids, params=p).logits"
-        )
-    if "flax" in modules:
-        raise ValueError(
-            f"calibrate: expected a function fn(params, *batch), got a model ({kind}); pass "
-            "sqjax.nnx.functional(model)'s function, or lambda p, *batch: model.apply(p, *batch)"
+#: The order of the arguments of `calibrate`; those of `smoothquant` begin so too.
+_ORDER = "(fn, params, batches)"
+
+
+def _check_groups(groups: Any) -> None:
+    """Raises ValueError unless groups are {site: [leaves]}, or None."""
+    if groups is None:
+        return
+    expected = "{a site's path: the paths of the leaves that absorb its scale}"
+    check_mapping(groups, "calibrate: groups=", expected)
+    for site, leaves in groups.items():
+        expect(
+            isinstance(leaves, list | tuple),
+            f"calibrate: groups= of {site!r}",
+            "a list of leaves' paths",
+            leaves,
         )
 
 
@@ -195,12 +188,12 @@ def _check_batches(batches: Any) -> None:
         raise ValueError(
             f"calibrate: expected an iterable of batches, got one, of shapes {described(batches)}, "
             "which would be walked row by row; did you mean [batch], a list of that one? (If each "
-            "row is a batch: list(batches))"
+            f"row is a batch: list(batches). The order of arguments is {_ORDER})"
         )
     if batches is None or not isinstance(batches, Iterable):
         raise ValueError(
             f"calibrate: expected an iterable of batches, got {type(batches).__name__}; pass a "
-            "list of them"
+            f"list of them. The order of arguments is {_ORDER}"
         )
 
 
@@ -223,8 +216,9 @@ def _arguments(batch: Any, number: int) -> Arguments:
     return args
 
 
-def _check_has_something_to_do(graph: Graph) -> None:
+def _check_has_something_to_do(analysis: Analysis) -> None:
     """Raises ValueError if there is nothing to quantize: no site, and no embedding table."""
+    graph = analysis.graph
     if graph.sites or graph.tables:
         return
     reasons = "".join(
@@ -232,7 +226,19 @@ def _check_has_something_to_do(graph: Graph) -> None:
     )
     raise ValueError(
         "calibrate: found no matmul of an activation with a leaf of params, so nothing to do"
-        f"{reasons}"
+        f"{_captured(analysis.program)}{reasons}"
+    )
+
+
+def _captured(program: Program) -> str:
+    """What to do about matrices that fn has closed over; nothing to say if there are none."""
+    shapes = [program.shape(v) for v in program.constants]
+    matrices = [shape for shape in shapes if len(shape) > 1]
+    if not matrices:
+        return ""
+    return (
+        f". fn has closed over arrays of shapes {str(matrices[:5])[1:-1]}: if these are weights, "
+        "pass them in params, as in fn = lambda p, x: x @ p['w'], calibrate(fn, {'w': w}, batches)"
     )
 
 

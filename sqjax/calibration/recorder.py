@@ -1,5 +1,6 @@
 """`Recorder`: running totals of what the sites see, batch after batch."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -90,7 +91,7 @@ class Recorder:
                 )
         mask = None
         if self._mask is not None:
-            mask = _checked_mask(self._mask(*args))
+            mask = _checked_mask(_called(self._mask, args))
         leaves = jax.tree.leaves(self._analyses.params)
         self.totals = self._steps[key](
             self.totals, leaves, array_leaves(args), mask
@@ -174,6 +175,25 @@ class Recorder:
             leaf_sizes(leaves),
             reached,
         )
+
+
+def _called(mask: Callable[..., Any], args: Arguments) -> Any:
+    """mask(*args).
+
+    Raises:
+        ValueError: it takes another number of arguments than a batch has.
+    """
+    try:
+        inspect.signature(mask).bind(*args)
+    except TypeError as error:
+        raise ValueError(
+            f"calibrate: mask=: expected a function of the {len(args)} arguments of a batch, "
+            f"mask(*batch), got one of other arguments ({error}); where it needs only some, take "
+            "the rest with `lambda ids, *rest: ids != 0`"
+        ) from error
+    except ValueError:  # one of C has no signature that Python knows
+        pass
+    return mask(*args)
 
 
 def _checked_mask(mask: Any) -> Array:

@@ -5,6 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sqjax._arguments import expect
+
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -19,10 +21,9 @@ def kind_of(mode: int) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode))
 
 
-def check_path(path: Any) -> None:
-    """Raises ValueError if this is no path: None, or a number."""
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"expected a path, got {path!r}")
+def check_path(path: Any, what: str) -> None:
+    """Raises ValueError if this is no path: None, or a tree; `what` is what was called."""
+    expect(isinstance(path, str | os.PathLike), what, "a path", path)
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -34,7 +35,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         FileNotFoundError: there is no such file.
         ValueError: it is no path, or a directory, a FIFO, a device or a socket.
     """
-    check_path(path)
+    check_path(path, "a file to read")
     path = Path(path)
     _check_kind(path, path.stat().st_mode)
     # A FIFO that has come in the meantime would block until somebody writes to it.

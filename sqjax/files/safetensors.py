@@ -61,7 +61,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         >>> same["w"].values.tolist(), same["w"].order == params["w"].order
         ([[127, 64], [-64, 127]], True)
     """
-    check_path(path)
+    check_path(path, "save(path, tree)")
     # Past links, because the renaming at the end would replace a link and not the file behind it.
     file = Path(os.path.realpath(path))
     if file.is_dir() or not file.parent.is_dir():
@@ -134,6 +134,7 @@ def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
         >>> jax.jit(sq.quantized(fn))(same, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
+    check_path(path, "load(path)")
     file = path
     declared: dict[str, DeclaredArray] = {}
     try:

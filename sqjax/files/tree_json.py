@@ -355,14 +355,15 @@ def _node_from_json(
     if like is not NO_TREE and is_container(like):
         known = children(like)
     found = _children_from_json(keys, pairs, declared, like)
-    came = "none"
+    came, is_same = "no `like`", False
     if like is not NO_TREE:
-        came = class_name(like)
-    if came != name or list(found) != list(known.by_key):
+        came = f"{class_name(like)} with {list(known.by_key)}"
+        is_same = class_name(like) == name
+    if not is_same or list(found) != list(known.by_key):
         raise ValueError(
             f"{shown(path_of(keys))}: it is a {name} with the children {list(found)}, which a "
-            f"file can not make; load(path, like=...) expects such a one there, got {came} "
-            f"with {list(known.by_key)}: give the tree that was saved, or one like it"
+            "file can not make: say load(path, like=tree), with the tree that was saved or one of "
+            f"its structure; got {came}"
         )
     return jax.tree_util.tree_unflatten(known.treedef, list(found.values()))
 

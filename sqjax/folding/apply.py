@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sqjax._arguments import check_mapping, expect
 from sqjax._trees import PyTree, is_concrete, map_named, named_leaves
 from sqjax.folding.graph import Graph
 from sqjax.folding.labels import Labels, channels_and_degrees
@@ -21,6 +22,7 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
         ValueError: a leaf is missing, is new, or has another shape; the first ten such leaves are
             listed.
     """
+    check_graph(graph)
     paths, leaves, _ = named_leaves(params)
     got, expected = dict(zip(paths, leaves, strict=True)), dict(graph.leaves)
     problems = _differences(got, expected)
@@ -31,6 +33,14 @@ def leaves_by_path(params: PyTree, graph: Graph) -> dict[str, Any]:
             f"calibrate this model, or pass its own Stats:\n  {listed}"
         )
     return got
+
+
+def check_graph(graph: Any) -> None:
+    """Raises ValueError for what is no graph: statistics, say, or arguments in another order."""
+    is_graph = isinstance(graph, Graph)
+    expect(
+        is_graph, "fold", "a graph, as in fold(params, stats.graph, s)", graph
+    )
 
 
 def _differences(
@@ -176,6 +186,7 @@ def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:
     """Raises ValueError naming a group that the graph does not have, or whose s has another
     size.
     """
+    check_mapping(s, "s", "{group: its scales}, as sqjax.scales returns it")
     sizes = {g.name: g.size for g in graph.groups}
     for name, scale in s.items():
         if name not in sizes:

@@ -241,6 +241,8 @@ class Graph(NamedTuple):
             if leaf == path or leaf.startswith(f"{path}["):
                 lines.append(f"{leaf} is in no group: {reason}")
                 lines += _steps("its activation", ways.get(leaf, ()))
+        if path in dict(self.ways):
+            lines.append(_AT_RUN_TIME)
         if not lines:
             return f"{path}: no matmul of an activation meets it, and no group needs it"
         return "\n".join(lines)
@@ -268,7 +270,11 @@ class Graph(NamedTuple):
                     absorbers.ljust(widths[1]),
                 )
                 lines.append(f"  {scales}  {absorbers}  {sites}")
-        return "\n".join([*lines, *self._refusals()])
+        lines += self._refusals()
+        named = {path.partition("[")[0] for path, _ in self.refused}
+        if any(site.path in named for site in self.sites):
+            lines.append(f"  {_AT_RUN_TIME}")
+        return "\n".join(lines)
 
     def _refusals(self) -> list[str]:
         """A line for each refused leaf; one for all that differ by the numbers in them only.
@@ -316,6 +322,11 @@ def _lines_of(refusals: list[tuple[str, str]]) -> list[str]:
     ]
 
 
+#: What can be done for a site whose scale no leaf absorbs.
+_AT_RUN_TIME = (
+    "a refused site is quantized all the same; to smooth it too, do so at run time: a scheme with "
+    "smoothing=0.5, as in sqjax.W8A8.replace(smoothing=0.5), or smoothquant(..., runtime=0.5)"
+)
 _NUMBER = re.compile(r"\d+")
 
 

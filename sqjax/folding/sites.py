@@ -164,7 +164,8 @@ def _of_matmul(
             if isinstance(place, Place):
                 places.append(place)
                 continue
-            refused.update(dict.fromkeys(program.leaves_behind(leaf), place))
+            behind = sorted(program.leaves_behind(leaf))
+            refused.update(dict.fromkeys(behind, place))
     return places, refused
 
 
@@ -206,7 +207,10 @@ class _Meeting(NamedTuple):
         batch, axes = view.whole_axes(own_batch), view.whole_axes(own)
         if batch is None or not axes:
             maker = self.program.maker.get(self.leaf)
-            return f"{equation} contracts parts or mixtures of its axes (through {maker})"
+            return (
+                f"{equation} contracts parts or mixtures of its axes (through {maker}): it stays "
+                "float"
+            )
         # The layers that scans run over, or the index of one of them, are batch axes too.
         batch = (*(taken.axis for taken in view.taken), *batch)
         channels = sizes_along(view.full_shape, (*batch, *axes))
@@ -226,7 +230,7 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
         maker = program.maker.get(program.scanned.get(leaf, leaf))
         if maker is None:
             return f"{equation} multiplies it in {program.avals[leaf].dtype}"
-        return f"{equation} multiplies what {maker} makes of it"
+        return _of_a_computed_matrix(program, equation, leaf, maker)
     # An index into a sharded axis picks another matrix on every device.
     sharded = {block.axis for block in view.blocks}
     if not sharded.isdisjoint(taken.axis for taken in view.fixed):
@@ -234,6 +238,27 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
             f"{equation} multiplies another one of its matrices on every device"
         )
     return view
+
+
+def _of_a_computed_matrix(
+    program: Program, equation: Equation, leaf: Var, maker: Equation
+) -> str:
+    """Why a product with what fn computes of one leaf, or of several, has no site.
+
+    Example: x @ (w + a @ b) names a, b and w, because their sum is a matrix that is no leaf.
+    """
+    paths = sorted(program.leaves_behind(leaf))
+    if len(paths) == 1:
+        return (
+            f"{equation} multiplies what {maker} makes of it: it stays float. Compute that once, "
+            "before calibrating, and pass the result in params"
+        )
+    more = f" ... ({len(paths)} leaves)" if len(paths) > 6 else ""
+    return (
+        f"{equation} multiplies what {maker} makes of {', '.join(paths[:6])}{more} together: they "
+        "stay float. Compute this matrix once, before calibrating (merge LoRA's product into the "
+        "weight, say), and pass it in params as one leaf"
+    )
 
 
 def _of_convolution(
@@ -253,7 +278,7 @@ def _of_convolution(
             axes = (convolution.channels,)
             return [Place(site, equation, image, axes, found)], {}
         found = site
-    return [], dict.fromkeys(program.leaves_behind(leaf), f"{found}")
+    return [], dict.fromkeys(sorted(program.leaves_behind(leaf)), f"{found}")
 
 
 def _in_order(
@@ -278,7 +303,8 @@ def _read_in_two_ways(places: Sequence[Place]) -> dict[str, str]:
         first = first_place.setdefault(path, place)
         if first.site != place.site:
             refused[path] = (
-                f"it is contracted along different axes; {place.equation} is the second use"
+                f"it is contracted along different axes; {place.equation} is the second use: it "
+                "stays float, unless the transpose is a leaf of its own"
             )
         elif first.view.stacked != place.view.stacked:
             refused[path] = f"{place.equation} reads its layers in another way"
@@ -360,6 +386,8 @@ def _picked(
     if activation in program.picked and source.name == "gather":
         return {}  # rows of an embedding: they are the activation
     why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
+    if source.name == "dynamic_slice":  # the layers of a fori_loop, say
+        why += "; to run over a stack of layers use jax.lax.scan"
     return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
 
 

@@ -20,7 +20,7 @@ from sqjax.calibration.stats import Stats, leaf_channels, weight_absmax
 from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.methods.described import check_leaves, check_stats
-from sqjax.methods.smoothing import Alpha, fold_stats, scales
+from sqjax.methods.smoothing import Alpha, check_alpha, fold_stats, scales
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.convolution import quantize_kernel
 from sqjax.weights.quant_weight import check_float
@@ -109,10 +109,17 @@ def _schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
 
     of_sites = _rules_for(sites, by_pattern, are_tables=False)
     of_tables = _rules_for(tables, by_pattern, are_tables=True)
-    schemes = _first_schemes(of_sites, sites, "quantize rule")
+    schemes = _first_schemes(of_sites, sites, "quantize rule", _NO_SITES)
     return schemes | _first_schemes(
-        of_tables, tables, "quantize rule for embeddings"
+        of_tables, tables, "quantize rule for embeddings", _NO_TABLES
     )
+
+
+_NO_SITES = "no matmul of this model reads a leaf; for embeddings take sqjax.EMBEDDING_INT8"
+_NO_TABLES = (
+    "this model has no embeddings (leaves of which rows are looked up, and that no matmul reads); "
+    "for matmuls take sqjax.W8A8, say"
+)
 
 
 def _by_pattern(rules: Any) -> dict[str, Scheme | None]:
@@ -142,9 +149,18 @@ def _rules_for(
 
 
 def _first_schemes(
-    rules: Mapping[str, Scheme | None], paths: Sequence[str], what: str
+    rules: Mapping[str, Scheme | None],
+    paths: Sequence[str],
+    what: str,
+    none: str,
 ) -> dict[str, Scheme]:
-    """{path: the scheme of the first pattern found in it}, without what stays float."""
+    """{path: the scheme of the first pattern found in it}, without what stays float.
+
+    `none` says what there is to do where the model has no such leaves at all.
+    """
+    if rules and not paths:
+        first = next(iter(rules)) or ".*"
+        raise ValueError(f"{what} {first!r} matches nothing, because {none}")
     chosen = {}
     for path, pattern in first_matches(rules, paths, what).items():
         scheme = None if pattern is None else rules[pattern]
@@ -338,6 +354,10 @@ def smoothquant(
         [[17.0, 17.0, 17.0]]
     """
     twice = _needs_histograms(scheme)
+    # All that can be known is checked before the long part.
+    check_alpha("smoothquant: alpha", alpha)
+    if runtime is not None:
+        check_alpha("smoothquant: runtime", runtime)
     if twice:
         batches = list(batches)
     stats = calibrate(fn, params, batches, progress=progress)

@@ -233,11 +233,7 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
     first pattern that is found wins. A group of q, k and v takes 0.7 of {"k_proj": 0.7, ".*": 0.5}
     only if k is its first site.
     """
-    by_pattern = alpha if isinstance(alpha, Mapping) else {"": alpha}
-    for pattern, value in by_pattern.items():
-        what = f"alpha for {pattern!r}" if pattern else "alpha"
-        _check_in_unit_interval(what, value)
-
+    by_pattern = check_alpha("alpha", alpha)
     groups = list(groups)
     if not groups:  # nothing to smooth; no pattern can be found
         return {}
@@ -268,10 +264,24 @@ def _first_pattern(
     return None
 
 
+def check_alpha(what: str, alpha: Alpha) -> Mapping[str, Any]:
+    """An alpha as a mapping from name patterns to numbers.
+
+    Raises:
+        ValueError: one of them is no number in [0, 1]; names it.
+    """
+    by_pattern = alpha if isinstance(alpha, Mapping) else {"": alpha}
+    for pattern, value in by_pattern.items():
+        of_pattern = f"{what} for {pattern!r}" if pattern else what
+        _check_in_unit_interval(of_pattern, value)
+    return by_pattern
+
+
 def _check_in_unit_interval(what: str, alpha: Any) -> None:
     if not is_concrete(alpha):
         return
     is_number = isinstance(alpha, Real | np.ndarray | jax.Array)
+    is_number = is_number and np.size(alpha) == 1
     # Not "alpha < 0 or alpha > 1": NaN is outside, too.
     if not (is_number and 0 <= float(alpha) <= 1):
         raise ValueError(f"{what}: expected a number in [0, 1], got {alpha!r}")
@@ -300,6 +310,7 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
         >>> sq.fold_stats(stats, {"w": jnp.array([1.0, 4.0])}).absmax["w"].tolist()
         [1.0, 4.0]
     """
+    check_stats(stats, "fold_stats(stats, s)")
     check_scales(stats.graph, s)
     s_of_site = expand(s, stats.graph)
     absmax, abs_sum = dict(stats.absmax), dict(stats.abs_sum)

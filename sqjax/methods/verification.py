@@ -1,13 +1,16 @@
 """`verify`: does a function return the same on two parameter trees?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sqjax._arguments import check_function
 from sqjax._trees import PyTree, named_leaves
+from sqjax.calibration.analysis import described
 from sqjax.program.facts import Program
 from sqjax.program.repeatable import Repeated
 from sqjax.program.trace import Traced, is_array, trace
@@ -57,7 +60,8 @@ def verify(
         ValueError: an output differs by more than the tolerance, or is not finite where it was; it
             names the output. After `smooth` alone this means that the fold is wrong for these
             inputs: please report that. After `quantize` it means that the scheme loses more than
-            you allow. Or `fn` is another program each time it is called.
+            you allow. Or `fn` is another program each time it is called, fails on these
+            arguments (in another order, or in a list), or returns no array.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -67,11 +71,19 @@ def verify(
         >>> sq.verify(fn, params, smoothed, x) < 1e-6
         True
     """
-    repeated = Repeated(fn, before, inputs, weight_type, tensor_type)
+    check_function(fn, "verify", "(fn, before, after, *inputs)")
+    with _told("before", inputs):
+        repeated = Repeated(fn, before, inputs, weight_type, tensor_type)
     repeated.check()
     run = jax.jit(lambda params: quantized(fn)(params, *inputs))
     paths, expected, _ = named_leaves(run(before))
-    _, got, _ = named_leaves(run(after))
+    if not paths:
+        raise ValueError(
+            "verify: fn returns no array, so there is nothing to compare; return what it computes"
+        )
+    with _told("after", inputs):
+        after_outputs = run(after)
+    _, got, _ = named_leaves(after_outputs)
     coarse = _coarsest(repeated.traced)
     allowed = TOLERANCES[coarse] if tolerance is None else tolerance
 
@@ -94,6 +106,23 @@ def verify(
             f"{errors[path]:.3g} > {allowed:.3g}{advice}"
         )
     return max(errors.values(), default=0.0)
+
+
+@contextmanager
+def _told(tree: str, inputs: tuple[Any, ...]) -> Iterator[None]:
+    """Says of what fails inside on which arguments fn was called, and in which order they come.
+
+    Raises:
+        ValueError: whatever fn raises, a TypeError of a list for an array, say.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"verify: fn({tree}, *inputs) failed on inputs of shapes {described(inputs)}; the "
+            "order is verify(fn, before, after, *inputs), with the inputs one by one, as fn takes "
+            f"them (not in a list). {type(error).__name__}: {error}"
+        ) from error
 
 
 def _advice(after: PyTree, coarse: str, was: float, now: float) -> str:

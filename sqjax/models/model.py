@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from sqjax._arguments import expect
 from sqjax.models.cache import KVCache, empty_cache
 from sqjax.models.fields import SIZE, wrong
 from sqjax.models.llama import Llama, LlamaConfig
@@ -163,6 +164,17 @@ class Model:
                 f"{tokens}; the model was not trained for longer sequences: split the input into "
                 "windows"
             )
+
+
+def check_model(model: Any, what: str) -> None:
+    """Raises ValueError for what is no `Model`: its function, or one of the user's own."""
+    expect(
+        isinstance(model, Model),
+        what,
+        "a sqjax.models.Model, such as sqjax.models.load gives (a plain function has neither a "
+        "cache nor a vocabulary)",
+        model,
+    )
 
 
 def check_ids(ids: Any) -> None:

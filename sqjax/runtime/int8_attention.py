@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array
 
+from sqjax._arguments import check_function
 from sqjax._trees import named_leaves
 from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, int8_dot
 from sqjax.program.registry import Kind, Leaf, Registry
@@ -44,6 +45,7 @@ def int8_attention(
             channel of V: whatever is not summed over. "per_tensor": one scale for each operand.
 
     Raises:
+        ValueError: `fn` is no function, but a model or a tree.
         ValueError: when called, if a batched matmul sums over more than 133,144 products.
 
     Examples:
@@ -53,6 +55,7 @@ def int8_attention(
         >>> jax.jit(sq.int8_attention(fn))(params, x).round(1).tolist()
         [[[5.0, 5.0], [5.0, 10.0]]]
     """
+    check_function(fn, "int8_attention", "(fn)(params, *inputs)")
     if granularity not in ("per_token", "per_tensor"):
         raise ValueError(
             f"int8_attention: expected granularity per_token or per_tensor, got {granularity!r}"

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import jax
 
+from sqjax._arguments import check_function
 from sqjax._trees import named_leaves
 from sqjax.program.registry import Registry
 from sqjax.program.trace import trace
@@ -41,6 +42,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     derivatives and for jacfwd of jacfwd only).
 
     Raises:
+        ValueError: `fn` is no function, but a model or a tree.
         ValueError: when called, if a quantized weight meets a primitive that has no rule; names the
             primitive, the leaf and the line that made it.
 
@@ -52,6 +54,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[1.0, 2.0]]
     """
+    check_function(fn, "quantized", "(fn)(qparams, *inputs)")
     if isinstance(fn, FunctionType):
         return _of_function(fn)
     try:

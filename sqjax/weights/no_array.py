@@ -13,6 +13,8 @@ class NoArray:
     """
 
     _instead: str
+    #: By it rooms that may not import this one know such a leaf.
+    is_no_array = True
 
     def _refuse(self, *others: Any, **options: Any) -> NoReturn:
         raise TypeError(f"{self!r} is no array: {self._instead}")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sqjax._arguments import expect
 from sqjax._serialized import known_to_flax
 from sqjax._shapes import sharded_as
 from sqjax.numerics.formats import (
@@ -372,6 +373,13 @@ def dequantize(q: QTensor) -> Array:
         >>> bool(jnp.abs(sq.dequantize(sq.QTensor.quantize(w, (0,))) - w).max() <= 4 / 127 / 2)
         True
     """
+    expect(
+        is_tensor(q),
+        "dequantize",
+        "one QTensor (of a quantized weight that is `weight.tensor`; of a tree take each weight's, "
+        "with jax.tree.map and is_leaf=lambda w: isinstance(w, sqjax.QuantWeight))",
+        q,
+    )
     stored = q.codes().astype(jnp.float32) * q.spread(q.scale)
     return stored.transpose(q.axes).astype(q.dtype)
 

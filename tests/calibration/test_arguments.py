@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untyped import untyped
 
 import sqjax as sq
 
@@ -70,7 +71,7 @@ def test_layers_refused_alike_are_one_line():
         return x
 
     lines = str(sq.calibrate(net, params, [X]).graph).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "refused layer0: its scale would reach input 0 of fn" in lines[1]
     assert re.search(r"refused layer1, layer2, .*\.\.\.: `tanh` at .* \(6 alike; this is", lines[2])
 
@@ -144,5 +145,61 @@ def test_a_mask_is_a_function_of_the_batch():
 
 
 def test_no_function_says_the_order():
-    with pytest.raises(ValueError, match=r"expected fn\(params, \*batch\).*got NoneType"):
+    with pytest.raises(ValueError, match=r"calibrate\(fn, params, batches\), got None"):
         untyped_calibrate(None, PARAMS, [X])
+
+
+SWAPPED = {
+    "params first": (
+        lambda: sq.calibrate(PARAMS, fn, [X]),
+        r"a function .* first, as in calibrate\(fn, params, batches\), got dict",
+    ),
+    "batches first": (
+        lambda: sq.calibrate([X], PARAMS, fn),
+        r"as in calibrate\(fn, params, batches\), got ArrayImpl",
+    ),
+    "batches before params": (
+        lambda: sq.calibrate(fn, [X], PARAMS),
+        r"expected an iterable of batches.* order of arguments is \(fn, params, batches\)",
+    ),
+    "smoothquant": (
+        lambda: sq.smoothquant(PARAMS, fn, [X]),
+        r"as in calibrate\(fn, params, batches\), got dict",
+    ),
+    "groups in a list": (
+        lambda: sq.calibrate(fn, PARAMS, [X], groups=["w"]),
+        r"groups=: expected \{a site's path: .*\}, got list",
+    ),
+    "one leaf for a list of leaves": (
+        lambda: sq.calibrate(fn, PARAMS, [X], groups={"w": "norm"}),
+        r"groups= of 'w': expected a list of leaves' paths, got 'norm'",
+    ),
+    "a mask of two arguments": (
+        lambda: sq.calibrate(fn, PARAMS, [X], mask=lambda a, b: a),
+        r"a function of the 1 arguments of a batch.*missing a required argument: 'b'.*\*rest",
+    ),
+    "closed over": (
+        lambda: sq.calibrate(lambda p, x: x @ PARAMS["w"], {}, [X]),
+        r"closed over arrays of shapes \(6, 3\): if these are weights, pass them in params, as in",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_arguments_in_another_order_or_form_are_told(name):
+    call, sentence = SWAPPED[name]
+    with untyped(), pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_quantized_parameters_are_not_calibrated():
+    qparams = sq.quantize(PARAMS, sq.calibrate(fn, PARAMS, [X]))
+    for function in (fn, sq.quantized(fn)):
+        with pytest.raises(ValueError, match=r"parameter w: .* got QuantWeight.*with fn itself"):
+            sq.calibrate(function, qparams, [X])
+
+
+def test_matrices_of_their_own_are_no_hint_where_leaves_are_read():
+    table = jnp.ones((3, 3))
+    stats = sq.calibrate(lambda p, x: (x @ p["w"]) @ table, PARAMS, [X])
+    assert [site.path for site in stats.graph.sites] == ["w"]

@@ -118,7 +118,7 @@ def other_trees():
     return {
         r"a: it is a Dense .*got Pair with \['first', 'second'\]": {"a": Pair(x, None)},
         r"a: it is a Dense .*got int with \[\]": {"a": 3},
-        r"a: it is a Dense .*got none with \[\]": {},
+        r"a: it is a Dense .*say load\(path, like=tree\).*got no `like`": {},
         r"a/kernel: expected float32 \(3, 2\), got .*\(2, 3\)": {"a": Dense(x.T, None)},
         r"a/kernel: expected bool .*got float32": {"a": Dense(x > 0, None)},
         r"the file lacks \['a/bias'\]": {"a": Dense(x, x[0])},

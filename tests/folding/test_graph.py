@@ -55,7 +55,7 @@ def test_the_table_tells_tied_channels_steps_and_refusals():
     lines = str(sq.calibrate(fn, params, [normal(5, 4)]).graph).splitlines()
     assert lines[2].split() == ["3", "x", "2", "of", "4", "channels", "a", "b"]
     assert re.fullmatch(
-        r"  refused c: `scan` at .*test_graph\.py:\d+.*stands in the way", lines[-1]
+        r"  refused c: `scan` at .*test_graph\.py:\d+.*stands in the way", lines[-2]
     )
 
 
@@ -76,7 +76,8 @@ def test_explain_walks_to_what_stands_in_the_way():
     lines = graph.explain("b").splitlines()
     assert lines[0].startswith("b is in no group: `tanh` at")
     assert lines[1] == "  from its activation, through"
-    assert [re.search(r"`(\w+)`", line).group(1) for line in lines[2:]] == ["reshape", "reshape"]
+    assert [re.search(r"`(\w+)`", line).group(1) for line in lines[2:4]] == ["reshape", "reshape"]
+    assert "smooth it too, do so at run time: a scheme with smoothing=0.5" in lines[4]
     assert (
         graph.explain("idle") == "idle: no matmul of an activation meets it, and no group needs it"
     )

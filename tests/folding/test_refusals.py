@@ -484,12 +484,49 @@ ODD = {
     "two leaves added": (
         lambda p, x: x @ (p["w"] + p["a"] @ p["b"]),
         {"w": normal(4, 5), "a": normal(4, 2), "b": normal(2, 5)},
-        "refused (a|b|w): `dot_general` at .*`add` at",
+        "refused a: `dot_general` at .*`add` at .* makes of a, b, w together: they stay "
+        r"float\. Compute this matrix once, before calibrating \(merge LoRA's product",
+    ),
+    "two leaves multiplied": (
+        lambda p, x: x @ (p["a"] @ p["b"]),
+        AB,
+        "refused b: `dot_general` at .* makes of a, b together: they stay float",
+    ),
+    "a weight normed": (
+        lambda p, x: x @ (p["w"] / jnp.sqrt((p["w"] ** 2).sum(0))[None] * p["g"][None]),
+        {"w": normal(4, 5), "g": normal(5)},
+        "refused w: .* makes of g, w together: they stay float.* in params as one leaf",
+    ),
+    "joined along the channels": (
+        lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["v"], p["w"]]),
+        {"v": normal(4, 5), "w": normal(4, 5)},
+        "refused v: .*`concatenate` at .* makes of v, w together: they stay float",
+    ),
+    "stacked in fn": (
+        lambda p, x: jnp.einsum("td,edf->etf", x, jnp.stack([p["v"], p["w"]])),
+        {"v": normal(4, 5), "w": normal(4, 5)},
+        "refused v: .* makes of v, w together: they stay float",
+    ),
+    "reversed": (
+        lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["w"][::-1])[0],
+        {"w": normal(2, 4, 4)},
+        r"refused w: .*`rev` at .* makes of it: it stays float\. Compute that once",
+    ),
+    "picked by a loop's counter": (
+        lambda p, x: jax.lax.fori_loop(0, 2, lambda i, h: h @ p["w"][i], x),
+        {"w": normal(2, 4, 4)},
+        "refused w: .*picks of it by an index: it stays float; .* use jax.lax.scan",
     ),
     "contracted along different axes": (
         lambda p, x: jnp.tanh(x @ p["b"]) @ p["b"].T,
         {"b": AB["b"]},
-        "refused b: .*different axes; `dot_general` at .*second use",
+        "refused b: .*different axes; `dot_general` at .*second use: it "
+        "stays float, unless the transpose is a leaf",
+    ),
+    "a site in no group": (
+        lambda p, x: jnp.tanh(x) @ p["b"],
+        {"b": AB["b"]},
+        r"(?s)refused b: `tanh` at .*at run time: .*smoothing=0\.5.*runtime=0\.5",
     ),
     "zeros are the activation": (
         lambda p, x: jnp.tanh(jnp.zeros((3, 4)) @ p["h"] + x @ p["b"]),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untyped import untyped
 
 import sqjax as sq
 
@@ -130,3 +131,75 @@ def test_what_quantized_wraps_is_not_kept_alive(kind):
     del holder, function, wrapped
     gc.collect()
     assert alive() is None
+
+
+S = {"w": jnp.ones(8)}
+OTHER_ARGUMENTS = {
+    "fold(graph, params, s)": (
+        lambda: sq.fold(stats().graph, params(), S),
+        r"fold\(params, stats.graph, s\), got dict",
+    ),
+    "fold(params, stats, s)": (
+        lambda: sq.fold(params(), stats(), S),
+        r"fold\(params, stats.graph, s\), got Stats",
+    ),
+    "fold(params, graph, alpha)": (
+        lambda: sq.fold(params(), stats().graph, 0.5),
+        r"s: expected \{group: its scales\}, as sqjax.scales returns it, got 0.5",
+    ),
+    "fold_stats(s, stats)": (
+        lambda: sq.fold_stats(S, stats()),
+        r"fold_stats\(stats, s\): expected the Stats .* got dict",
+    ),
+    "fold_stats(stats, alpha)": (
+        lambda: sq.fold_stats(stats(), 0.5),
+        r"s: expected \{group: its scales\}.* got 0.5",
+    ),
+    "alpha of two numbers": (
+        lambda: sq.smooth(params(), stats(), jnp.array([0.5, 0.6])),
+        r"alpha: expected a number in \[0, 1\], got Array",
+    ),
+    "runtime": (
+        lambda: sq.smoothquant(fn, params(), [x()], runtime=3),
+        r"smoothquant: runtime: expected a number in \[0, 1\], got 3",
+    ),
+    "a scheme for alpha": (
+        lambda: sq.smoothquant(fn, params(), [x()], "W8A8"),
+        r"smoothquant: alpha: expected a number in \[0, 1\], got 'W8A8'",
+    ),
+    "no embeddings": (
+        lambda: sq.quantize(params(), stats(), "EMBEDDING_INT8"),
+        r"'\.\*' matches nothing, because this model has no embeddings .* take sqjax.W8A8",
+    ),
+    "dequantize(weight)": (
+        lambda: sq.dequantize(qparams()["w"]),
+        r"one QTensor \(of a quantized weight that is `weight.tensor`.* got QuantWeight",
+    ),
+    "dequantize(tree)": (
+        lambda: sq.dequantize(qparams()),
+        r"of a tree take each weight's, with jax.tree.map .* got dict",
+    ),
+    "quantized(tree)": (
+        lambda: sq.quantized(qparams()),
+        r"as in quantized\(fn\)\(qparams, \*inputs\), got dict",
+    ),
+    "quantized(None)": (lambda: sq.quantized(None), r"a function .*, got None"),
+    "int8_attention(tree)": (
+        lambda: sq.int8_attention(qparams()),
+        r"as in int8_attention\(fn\)\(params, \*inputs\), got dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ARGUMENTS)
+def test_arguments_in_another_order_or_form_are_told(name):
+    call, sentence = OTHER_ARGUMENTS[name]
+    with untyped(), pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_model_of_embeddings_alone_has_no_matmuls():
+    table = {"embed": jnp.ones((5, 4))}
+    of_table = sq.calibrate(lambda p, ids: p["embed"][ids], table, [jnp.arange(3)])
+    with pytest.raises(ValueError, match=r"no matmul of this model reads a leaf; .*EMBEDDING_INT8"):
+        sq.quantize(table, of_table, sq.W8A8)

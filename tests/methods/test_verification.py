@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from untyped import untyped
 
 import sqjax as sq
 
@@ -154,3 +155,36 @@ def test_parameters_of_another_model_are_refused():
         ValueError, match=r"shape \(4, 2\) with the parameters before, and \(4, 5\)"
     ):
         sq.verify(lambda p, x: x @ p, jnp.ones((3, 2)), jnp.ones((3, 5)), jnp.ones((4, 3)))
+
+
+ORDERS = {
+    "params first": (
+        lambda fn, p, x: (p, fn, p, x),
+        r"as in verify\(fn, before, after, .*got dict",
+    ),
+    "inputs in a list": (
+        lambda fn, p, x: (fn, p, p, [x]),
+        r"fn\(before, \*inputs\) failed on inputs of shapes \(\[\(2, 4\)\],\).*not in a list",
+    ),
+    "inputs before params": (
+        lambda fn, p, x: (fn, x, p, p),
+        r"the order is verify\(fn, before, after, \*inputs\)",
+    ),
+    "no inputs": (lambda fn, p, x: (fn, p, p), r"failed on inputs of shapes \(\)"),
+    "another tree after": (
+        lambda fn, p, x: (fn, p, {"other": p["w"]}, x),
+        r"fn\(after, \*inputs\) failed",
+    ),
+    "nothing is returned": (
+        lambda fn, p, x: (lambda p, x: None, p, p, x),
+        "fn returns no array, so there is nothing to compare",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_arguments_in_another_order_or_form_are_told(name):
+    arguments, sentence = ORDERS[name]
+    called = arguments(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)))
+    with untyped(), pytest.raises(ValueError, match=sentence):
+        sq.verify(*called)

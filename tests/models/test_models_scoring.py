@@ -451,3 +451,15 @@ def test_the_harness_is_imported_on_demand(params, monkeypatch):
 def test_the_adapter_needs_a_tokenizer(harness, params):
     with pytest.raises(ValueError, match="a model whose tokenizer names the end of a text"):
         harness_model(Model(CONFIG), params)
+
+
+def test_a_plain_function_is_no_model(params):
+    calls = {
+        "perplexity": lambda fn: perplexity(fn, params, np.ones((1, 8), int)),
+        "generate": lambda fn: generate(fn, params, [[1]], 3),
+        "loglikelihoods": lambda fn: loglikelihoods(fn, params, PAIRS),
+        "multiple_choice": lambda fn: multiple_choice(fn, params, []),
+    }
+    for name, call in calls.items():
+        with untyped(), pytest.raises(ValueError, match=f"{name}: expected a .*Model, .*function"):
+            call(lambda p, ids: ids)

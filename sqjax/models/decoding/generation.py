@@ -20,7 +20,13 @@ from sqjax.models.decoding.prompts import (
 )
 from sqjax.models.decoding.sampling import Sampling, likeliest, sample
 from sqjax.models.decoding.sizes import program_sizes, share_a_scale
-from sqjax.models.model import Model, Params, TokenIds, cache_for
+from sqjax.models.model import (
+    Model,
+    Params,
+    TokenIds,
+    cache_for,
+    check_model,
+)
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
@@ -123,6 +129,7 @@ def generate(
         >>> [len(row) for row in generated.tokens]
         [5, 5]
     """
+    check_model(model, "generate")
     counts = {"top_k": top_k, "chunk": chunk}
     given = {name: n for name, n in counts.items() if n is not None}
     check_counts("generate", steps=steps, stream_every=stream_every, **given)
@@ -448,6 +455,7 @@ def greedy(
         ValueError: if the prompt is empty, ``steps`` is less than 1, or both together are more than
             ``config.max_length``.
     """
+    check_model(model, "greedy")
     batch, tokens = prompt_ids.shape
     if tokens < 1 or steps < 1:
         raise ValueError(

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from sqjax.models.decoding.prompts import check_tokens
 from sqjax.models.evaluation.scoring import next_logprobs
 from sqjax.models.fields import SIZE
-from sqjax.models.model import Model, Params
+from sqjax.models.model import Model, Params, check_model
 from sqjax.models.slots import CacheFormat, cache_format
 
 
@@ -80,6 +80,7 @@ def perplexity(
         >>> bool(perplexity(model, model.init(jax.random.key(0)), [1, 2, 3, 4, 5, 6], length=3) > 1)
         True
     """
+    check_model(model, "perplexity")
     rows = _windows_of(model, tokens, length)
     kind = None if cache is None else cache_format(cache)
     losses = []

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.decoding.prompts import check_tokens, encode_alone
 from sqjax.models.fields import SIZE, is_whole
-from sqjax.models.model import Model, Params
+from sqjax.models.model import Model, Params, check_model
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.models.tokenizer import check_text
@@ -179,6 +179,7 @@ def loglikelihoods(
         >>> one.logprob < 0
         True
     """
+    check_model(model, "loglikelihoods")
     if not SIZE.holds(batch):
         raise ValueError(
             f"loglikelihoods: expected a batch of at least 1, got {batch}"
@@ -346,6 +347,7 @@ def multiple_choice(
         ValueError: also for no questions, a question of fewer than two choices, an empty choice, or
             an answer that is not among them; a choice that merges into its context.
     """
+    check_model(model, "multiple_choice")
     questions = list(questions)
     for number, question in enumerate(questions):
         _check_question(number, question)
