@@ -32,6 +32,15 @@ if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS
 gc.set_threshold(100_000, 20, 100)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """What one file compiled is no use to the next: without this a whole run takes gigabytes, and in the end the
+    system's last memory map (65,530 a process), which ends in a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def strict(request):
     """Silent int8 -> float promotion fails here instead of hiding in a result."""

@@ -76,11 +76,13 @@ def first(p, x):
     return ((x * p["gain"][None]) @ p["w"]) @ p["v"]
 
 
+@pytest.mark.slow
 def test_keys_are_searched_for_only_when_asked(counts):
     sq.calibrate(calls_of(first, counts), PARAMS, [jnp.ones((2, 4))])
     assert counts == {"fn": 1, "find_sites": 1}
 
 
+@pytest.mark.slow
 def test_a_group_that_does_not_fold_at_another_shape_is_dropped(counts):
     def sometimes(p, x):
         return first(p, x) * (1 if len(x) == 2 else p["gain"].sum())
@@ -93,6 +95,7 @@ def test_a_group_that_does_not_fold_at_another_shape_is_dropped(counts):
     assert int(stats.count["w"]) == 9
 
 
+@pytest.mark.slow
 def test_several_functions_are_traced_together_and_each_alone(counts):
     other = calls_of(lambda p, x: x @ p["v"], counts, "other")
     batches = [[jnp.ones((2, 4))] * 2, [jnp.ones((2, 3)), jnp.ones((1, 3))]]

@@ -49,6 +49,7 @@ def test_values_of_lists_are_not_printed():
 # What is printed, and warned of ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_print_as_a_table():
     params = {"gain": jnp.ones(6), "w": jnp.ones((6, 3)), "v": jnp.ones((3, 2))}
     fn = lambda p, x: ((x * p["gain"][None]) @ p["w"]) @ p["v"]
@@ -62,6 +63,7 @@ def test_statistics_print_as_a_table():
     ]
 
 
+@pytest.mark.slow
 def test_layers_refused_alike_are_one_line():
     params = {f"layer{i}": jnp.eye(6) for i in range(7)}
 
@@ -76,6 +78,7 @@ def test_layers_refused_alike_are_one_line():
     assert re.search(r"refused layer1, layer2, .*\.\.\.: `tanh` at .* \(6 alike; this is", lines[2])
 
 
+@pytest.mark.slow
 def test_many_lengths_are_warned_of():
     batches = [jnp.ones((n, 6)) for n in range(1, 10)]
     with pytest.warns(UserWarning, match=r"batches of 8 different shapes.*pass mask=") as warned:
@@ -96,6 +99,7 @@ class Net(nn.Module):
         return nn.Dense(3, name="head")(h)
 
 
+@pytest.mark.slow
 def test_refusals_name_the_line_of_the_user_before_that_of_a_library():
     model, x = Net(), jax.random.normal(jax.random.key(1), (5, 6))
     params = model.init(jax.random.key(0), x)

@@ -89,6 +89,7 @@ def test_smoothing_leaves_every_function_as_it_was():
         assert 1e-4 < error < 0.05
 
 
+@pytest.mark.slow
 def test_a_site_of_both_functions_sees_both():
     stats = sq.calibrate(
         [decode, lambda p, x, scale: scale * decode(p, x)],
@@ -110,6 +111,7 @@ def test_one_function_in_a_list_is_that_function():
     )
 
 
+@pytest.mark.slow
 def test_generators_are_read_once():
     stats = sq.calibrate((encode, decode), PARAMS, (iter([X, X]), (y for y in [Y, Y, Y])))
     assert (int(stats.count["a"]), int(stats.count["b"])) == (10, 6)
@@ -183,6 +185,7 @@ def padded():
 
 
 @pytest.mark.parametrize("name", MASKED)
+@pytest.mark.slow
 def test_padding_does_not_count(padded, name):
     masked, unmasked = padded
     check_against_real_tokens(masked, name, NORMED)
@@ -190,6 +193,7 @@ def test_padding_does_not_count(padded, name):
     assert unmasked.absmax[name].min() > 1e5
 
 
+@pytest.mark.slow
 def test_masks_of_several_batches_and_shapes():
     fn = MASKED["tokens by token"]
     batches = [(PADDED, jnp.asarray(IDS_MASK)), (PADDED[:1, :2], jnp.array([[True, False]]))]
@@ -200,6 +204,7 @@ def test_masks_of_several_batches_and_shapes():
     assert int(stats.count["a"]) == len(seen)
 
 
+@pytest.mark.slow
 def test_a_mask_may_be_computed_from_the_batch():
     """From token ids, say; integers count as booleans."""
     fn = lambda p, ids: (p["table"][ids] * p["gain"][None, None]) @ p["a"]
@@ -213,6 +218,7 @@ def test_a_mask_may_be_computed_from_the_batch():
     assert int(stats.count["a"]) == 3
 
 
+@pytest.mark.slow
 def test_an_activation_without_tokens_counts_whole():
     """A pooled one: (batch, channels)."""
 
@@ -230,6 +236,7 @@ def test_an_activation_without_tokens_counts_whole():
     assert int(stats.count["b"]) == 3
 
 
+@pytest.mark.slow
 def test_masks_reach_into_scans():
     stack = {"gain": 2 + normal(2, WIDTH), "w": normal(2, WIDTH, WIDTH)}
 
@@ -286,6 +293,7 @@ def test_several_functions_share_a_mask():
     np.testing.assert_allclose(stats.absmax["b"], np.abs(NORMED).max(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_static_scales_of_a_masked_calibration_ignore_padding():
     fn = lambda p, x, mask: (x * p["gain"][None, None]) @ p["b"]
     stats = sq.calibrate(fn, PARAMS, [(PADDED, jnp.asarray(IDS_MASK))], mask=of_mask)

@@ -24,6 +24,7 @@ def test_an_activation_that_is_nan_is_refused(rows):
         sq.calibrate(fn, PARAMS, [bad])
 
 
+@pytest.mark.slow
 def test_nan_in_a_layer_of_a_scan_is_refused():
     def fn(p, x):
         return jax.lax.scan(lambda h, w: (jnp.sqrt(h @ w), None), x, p["w"])[0]
@@ -33,6 +34,7 @@ def test_nan_in_a_layer_of_a_scan_is_refused():
         sq.calibrate(fn, {"w": positive}, [X[:, :16]])
 
 
+@pytest.mark.slow
 def test_an_additive_mask_of_minus_infinity_is_an_input_like_any_other():
     def attend(p, x, bias):
         h = x * p["gain"][None]

@@ -161,6 +161,7 @@ def together():
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_what_counts_are_the_real_tokens(together, name):
     rows = np.abs(CASES[name].rows)
     np.testing.assert_allclose(together.absmax[name], rows.max(0), rtol=1e-6)
@@ -168,6 +169,7 @@ def test_what_counts_are_the_real_tokens(together, name):
     assert int(together.count[name]) == len(rows)
 
 
+@pytest.mark.slow
 def test_places_of_experts_count_where_a_real_token_was_sent():
     stats = calibrate(dispatched_to_places_of, {"w": STACK}, [(X, EXPERT)], mask=of_left)
     for e in range(EXPERTS):
@@ -185,6 +187,7 @@ def of_left(x, expert):
     return LEFT
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_see_real_tokens():
     step = lambda h, w: (h + 0 * (h @ w), None)
     fn = lambda p, x: lax.scan(step, x, p["w"])[0]
@@ -193,6 +196,7 @@ def test_layers_of_a_scan_see_real_tokens():
     np.testing.assert_allclose(stats.absmax["w"], [expected, expected], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_keeps_the_mask_of_the_queries():
     """After attention and a residual connection the rows are those of the queries."""
 

@@ -35,6 +35,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("case", WAYS)
+@pytest.mark.slow
 def test_each_of_them_is_a_site_and_runs_in_int8(case):
     def fn(p, x):
         return WAYS[case](p, x * p["norm"])

@@ -47,6 +47,7 @@ def a_dead_output_of_a_scan(p, x):
 
 
 @pytest.mark.parametrize("fn", [a_discarded_norm, a_dead_output_of_a_call, a_dead_output_of_a_scan])
+@pytest.mark.slow
 def test_dead_code_reads_nothing(fn):
     check(fn, {"w": W}, {"w"})
 
@@ -96,6 +97,7 @@ def both_branches(p, x):
         (both_branches, {"w"}),
     ],
 )
+@pytest.mark.slow
 def test_a_leaf_that_is_handed_through_stays_a_leaf(fn, sites):
     check(fn, {"w": W, "stack": STACK}, sites)
 

@@ -101,6 +101,7 @@ def test_an_empty_key_is_a_key(tmp_path):
     assert_same(sq.load(tmp_path / "x"), tree)
 
 
+@pytest.mark.slow
 def test_a_quantized_module_comes_back_into_a_float_one(tmp_path):
     fn = lambda p, x: p.activation(x @ p.kernel + p.bias[None])
     params, x = Dense(numbers(8, 4), numbers(4, seed=1)), numbers(3, 8, seed=2)

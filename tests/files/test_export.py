@@ -39,6 +39,7 @@ def int8_dots(program):
     ],
     ids=["O1", "O2", "O3"],
 )
+@pytest.mark.slow
 def test_a_dense_layer_keeps_its_int8_matmul(scheme):
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32)), jnp.float32)
@@ -84,6 +85,7 @@ def test_a_decoder_keeps_every_int8_matmul():
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16_G64", "W8A8"])
+@pytest.mark.slow
 def test_one_program_for_any_number_of_rows(scheme):
     """A symbolic batch: no code may ask in Python whether there are few rows."""
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(128, 16)), jnp.float32)}

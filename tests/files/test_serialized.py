@@ -67,6 +67,7 @@ def test_export_takes_statistics():
 
 
 @pytest.mark.parametrize("cache", ["int8", "float"])
+@pytest.mark.slow
 def test_a_decoder_is_exported_with_its_cache(cache):
     model = Model(LlamaConfig(16, 8, 16, 1, 2, 1, 16))
     weights = model.init(jax.random.key(0))

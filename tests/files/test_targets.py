@@ -96,6 +96,7 @@ with written_aside(Path(sys.argv[1])) as aside:
 
 
 @posix
+@pytest.mark.slow
 def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path):
     file = tmp_path / "x"
     code = [sys.executable, "-c", KILLED, str(file)]

@@ -164,6 +164,7 @@ def block():
     return fn, params, x
 
 
+@pytest.mark.slow
 def test_scales_fold_through_a_block():
     """BatchNorm, depthwise, pointwise, grouped: each absorbs for the next; calibration proves it."""
     fn, params, x = block()
@@ -184,6 +185,7 @@ def test_scales_fold_through_a_block():
         np.testing.assert_allclose(again.absmax[path], absmax, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_input_channels():
     fn, params, x = block()
     stats = sq.calibrate(fn, params, [x, -2 * x])

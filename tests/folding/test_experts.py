@@ -228,6 +228,7 @@ def found(build):
 @pytest.mark.parametrize(
     "build", slow_but(CASES, dispatched_by_a_mask, ragged, every_expert_sees_all)
 )
+@pytest.mark.slow
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
     got = {
@@ -272,6 +273,7 @@ def int8_products(program):
 
 @pytest.mark.parametrize("scheme", slow_but(["O1", "O3"], "O3"))
 @pytest.mark.parametrize("build", slow_but(CASES, ragged_in_a_scan))
+@pytest.mark.slow
 def test_every_expert_runs_in_int8(build, scheme):
     case, stats = found(build)
     rules = (
@@ -320,6 +322,7 @@ def test_scales_of_every_expert_are_the_formula_and_shared_ones_take_the_largest
     np.testing.assert_allclose(s[name], x**alpha / w ** (1 - alpha), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_static_scales_are_one_an_expert():
     _, stats = found(dispatched_by_a_mask)
     qparams = sq.quantize(MIXTURE, stats, sq.W8A8_O3)
@@ -370,6 +373,7 @@ def test_experts_without_tokens_keep_a_scale_of_1_and_are_named():
     np.testing.assert_allclose(qparams["up"].input_scale[1], largest, rtol=1e-6)  # not 0, not 1
 
 
+@pytest.mark.slow
 def test_experts_that_another_batch_reaches_are_not_named():
     """Nor are those of a merge. A site of one matrix is named alone."""
     by_token = lambda p, x: jnp.einsum("etd,edf->etf", x, p["up"])
@@ -414,6 +418,7 @@ def stacked_operands():
     return x, w
 
 
+@pytest.mark.slow
 def test_a_stack_of_experts_is_the_integer_product_of_numpy():
     x, w = stacked_operands()
     fn = lambda p, x: jnp.einsum("etd,edf->tef", x, p["w"])
@@ -518,6 +523,7 @@ def test_gains_of_a_constant_plus_w_absorb(name):
     np.testing.assert_allclose(back["n"], COARSE["n"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_scales_of_an_offset_gain_are_those_of_a_plain_one():
     stats = sq.calibrate(one_plus, COARSE, [X])
     plain = {**COARSE, "n": 1 + COARSE["n"]}
@@ -601,6 +607,7 @@ def test_gains_in_bfloat16_are_refused_with_the_reason(cast):
     )
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_read_as_1_plus_w_absorbs_too():
     fn = lambda p, x: jax.nn.relu(x @ (1 + p["n"])) @ p["w"]
     params = {"n": jnp.round(normal(WIDTH, WIDTH) * 256) / 256, "w": COARSE["w"]}

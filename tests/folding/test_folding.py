@@ -428,6 +428,7 @@ found = functools.cache(lambda build: (case := build(), graph_of(case.fn, case.p
 
 
 @pytest.mark.parametrize("build", [*slow_but(LAWFUL, attention, fused_qkv, batch_norm), OPT])
+@pytest.mark.slow
 def test_groups_are_those_written_by_hand(build):
     case, graph = found(build)
     got = {
@@ -511,6 +512,7 @@ def test_a_site_that_is_only_partly_scaled():
 
 
 @pytest.mark.parametrize("build", [perceptron, llama, attention])
+@pytest.mark.slow
 def test_norm_groups_are_those_of_the_authors(build):
     _, graph = found(build)
     expected = {perceptron: 1, llama: 4, attention: 1}[build]

@@ -45,6 +45,7 @@ def test_the_table_has_a_row_for_every_group(graph):
     ]
 
 
+@pytest.mark.slow
 def test_the_table_tells_tied_channels_steps_and_refusals():
     params = {"a": normal(3, 4, 2), "b": normal(3, 4, 4), "c": normal(4, 2)}
 
@@ -59,6 +60,7 @@ def test_the_table_tells_tied_channels_steps_and_refusals():
     )
 
 
+@pytest.mark.slow
 def test_explain_walks_from_the_activation_to_who_absorbs(graph):
     lines = graph.explain("down").splitlines()
     assert lines[:2] == ["down is a site of the group down: 6 scales, absorbed by", "  up"]
@@ -222,6 +224,7 @@ def test_smoothed_keys_are_the_same_function_with_flatter_keys(llama):
     )  # the statistics describe these parameters
 
 
+@pytest.mark.slow
 def test_a_norm_on_the_keys_absorbs():
     """Qwen3's q and k norms: one gain for all heads, so all heads share one vector."""
     params = {
@@ -295,6 +298,7 @@ def test_the_tied_head_is_smoothed_at_run_time(scheme):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_run_time_smoothing_asks_for_statistics_of_these_parameters():
     stats = sq.calibrate(gated, PARAMS, [normal(5, 4)])
     smoothed = sq.smooth(PARAMS, stats, 0.5)
@@ -324,6 +328,7 @@ def check_statistics(fn, params, batches, attention=False, groups=None):
     return stats.graph
 
 
+@pytest.mark.slow
 def test_an_offset_of_one_batch_only_is_refused():
     def fn(p, x):
         gain = 1 + p["g"] if x.shape[0] == 5 else p["g"]
@@ -380,6 +385,7 @@ def test_keys_of_layers_in_one_stack_have_scales_of_their_own():
     assert [g.name for g in graph.groups if g.keys] == ["wk (keys)", "wk (keys, 2)"]
 
 
+@pytest.mark.slow
 def test_sites_that_the_keys_scale_passes_are_counted():
     def fn(p, x):
         k = x @ p["k"]

@@ -101,6 +101,7 @@ def test_split_is_the_primitive(data, drawn):
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), shape=SHAPES)
+@pytest.mark.slow
 def test_concatenate_is_the_primitive(data, shape):
     axis = data.draw(st.integers(0, len(shape) - 1))
     sizes = data.draw(st.lists(SIZES, min_size=1, max_size=3))

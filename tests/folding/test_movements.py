@@ -120,8 +120,9 @@ def changed(data, labels):
 
 
 @pytest.mark.parametrize("name", MOVEMENTS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), drawn=labelled())
+@pytest.mark.slow
 def test_moves_and_laws_are_the_primitives(name, data, drawn):
     """And no law holds for other labels of the result than those that the primitive gives."""
     labels, shape = drawn
@@ -216,8 +217,9 @@ def scaled(labels, shape):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), drawn=labelled())
+@pytest.mark.slow
 def test_a_primitive_of_scaled_numbers_is_its_result_scaled(name, data, drawn):
     """And labels are refused only if the result has no scale at each element."""
     labels, shape = drawn

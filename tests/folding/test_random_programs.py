@@ -275,6 +275,7 @@ def test_every_fold_around_many_convolutions_is_exact():
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 2**16 - 1), max_size=TAPE))
+@pytest.mark.slow
 def test_every_fold_of_a_program_that_can_shrink_is_exact(tape):
     dag = random_dag(tape)
     check(dag, find_graph(Survey.of(program_of(dag), {})), np.random.default_rng(0))

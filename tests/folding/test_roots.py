@@ -49,6 +49,7 @@ def test_the_leaves_before_a_square_carry_the_root(case):
     np.testing.assert_allclose(unfolded["up"], PARAMS["up"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rounded_scales_have_roots_that_are_powers_of_two():
     fn = SQUARES["square"]
     stats = sq.calibrate(fn, PARAMS, [X])

@@ -116,6 +116,7 @@ def test_statistics_of_every_layer_are_those_of_the_layers_written_out(statistic
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
     (stats, apart) = calibrated()
     s, of_layer = sq.scales(STACKED, stats, alpha), sq.scales(APART, apart, alpha)
@@ -142,6 +143,7 @@ def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
         {f"{s}-{smooth}": (s, smooth) for s in SCHEMES for smooth in (False, True)}, "O3-True"
     ),
 )
+@pytest.mark.slow
 def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     results = []
     for fn, params, stats in zip(
@@ -452,7 +454,7 @@ def found(build):
     return case, sq.calibrate(case.fn, case.params, [X])
 
 
-@pytest.mark.parametrize("build", slow_but(CASES, plain, nested, offset_gains, linen_axis_0))
+@pytest.mark.parametrize("build", slow_but(CASES, plain, offset_gains))
 def test_groups_are_those_written_by_hand(build):
     case, stats = found(build)
     got = {
@@ -493,6 +495,7 @@ def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
 
 @pytest.mark.parametrize("scheme", slow_but(["O1", "O3"], "O3"))
 @pytest.mark.parametrize("build", slow_but(CASES, the_whole_stack_twice))
+@pytest.mark.slow
 def test_every_site_runs_in_int8(build, scheme):
     case, stats = found(build)
     qparams = sq.quantize(case.params, stats, SCHEMES[scheme])

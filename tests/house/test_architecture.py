@@ -140,10 +140,12 @@ def loaded_by(statement):
     return set(ast.literal_eval(run.stdout))
 
 
+@pytest.mark.slow
 def test_importing_sqjax_loads_nothing_heavy():
     assert loaded_by("import sqjax") == set()
 
 
+@pytest.mark.slow
 def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
     assert loaded_by("import sqjax; sqjax.linen.QuantDense") >= {"flax"}
     assert loaded_by("import sqjax; sqjax.nnx.QuantLinear") >= {"flax"}
@@ -235,6 +237,7 @@ def test_the_public_names_are_these():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
 def test_a_public_name_has_an_example_that_runs(name):
     value = {**PUBLIC, **FLAX}[name]

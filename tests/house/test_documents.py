@@ -12,8 +12,6 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs" / "pages").glob("*.md")),
 ]
-#: Pages whose examples compile whole models.
-MODELS = ("language-models", "your-model", "index")
 #: A block of Python; a comment in the line before it says that it is slow (a real model is fetched).
 BLOCK = re.compile(r"(<!-- slow -->\n)?```python\n(.*?)```", re.S)
 #: [text](target), without targets on the internet and places in the same page.
@@ -34,13 +32,8 @@ def run(page, slow):
             exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow if page.stem in MODELS else (), id=page.stem)
-        for page in PAGES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, capsys):
     run(page, slow=False)
 

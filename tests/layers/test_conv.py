@@ -29,6 +29,7 @@ def drawn(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
 def test_layers_are_flax_layers_on_the_dequantized_kernel(name):
     """Weight-only: exactly Flax's layer. W8A8: what `quantized` makes of that layer."""
     layer, params = drawn(name)
@@ -49,6 +50,7 @@ def test_layers_are_flax_layers_on_the_dequantized_kernel(name):
 
 
 @pytest.mark.parametrize("name", ["depthwise", "groups"])
+@pytest.mark.slow
 def test_nnx_and_linen_compute_the_same(name):
     layer, params = drawn(name)
     fields = dict(LAYERS[name])

@@ -400,6 +400,7 @@ def sorted_groups(groups):
 
 
 @each_class
+@pytest.mark.slow
 def test_groups_are_those_written_by_hand(build):
     case, _, _, stats = built(build)
     got = [(g.size, g.absorbers, [path for path, _ in g.sites]) for g in stats.graph.groups]
@@ -452,6 +453,7 @@ def test_folds_with_powers_of_two_change_no_bit(build):
 
 
 @each_class
+@pytest.mark.slow
 def test_every_site_runs_in_int8(build):
     """Outputs near float's: rounding moves each activation by at most 1/254 of its token's largest."""
     case, fn, params, stats = built(build)
@@ -857,6 +859,7 @@ def test_what_is_no_flax_model():
 
 
 @pytest.mark.parametrize("name", ["train", "deterministic", "dropout_rng", "return_dict"])
+@pytest.mark.slow
 def test_arguments_of_training(name):
     _, fn, params, _ = built(opt)
     with pytest.raises(ValueError, match=f"{name}: fn runs for inference"):

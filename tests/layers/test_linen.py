@@ -198,6 +198,7 @@ def test_the_gradients_of_input_and_bias_are_those_of_the_float_layer():
 
 
 @pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O3"))
+@pytest.mark.slow
 def test_init_makes_parameters_that_run(scheme):
     x = normal(5, 16)
     variables = QuantDense(8, scheme=scheme).init(jax.random.key(0), x)
@@ -321,6 +322,7 @@ def cosine(a, b):
 
 
 @each_preset
+@pytest.mark.slow
 def test_every_scheme_runs_and_is_trained_around(scheme, error):
     """The product, under jit and vmap, and the straight-through gradient: that of the float product with the weight."""
     params, x = layer(128, 16)
@@ -426,6 +428,7 @@ TRAINED = {"W8A8": sq.W8A8, "W4A8": sq.W4A8, "FP8": sq.FP8}
 
 
 @pytest.mark.parametrize("scheme", slow_but(TRAINED, "W8A8"))
+@pytest.mark.slow
 def test_what_is_around_a_quantized_layer_trains(scheme):
     """Gradients are taken with respect to the float leaves; norm, bias and head learn, the quantized kernel stays."""
     x, target = normal(32, 64), normal(32, 4, seed=1)
@@ -629,6 +632,7 @@ def test_dense_general_dtypes_are_those_of_flax():
 # Errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_float_parameters_are_refused_with_the_way_out():
     params, x = layer()
     with pytest.raises(
@@ -720,6 +724,7 @@ def test_quantize_dense_general_says_what_it_expected(change, message):
         )
 
 
+@pytest.mark.slow
 def test_dense_general_says_what_it_expected():
     x, params = normal(3, 4, 8), {"kernel": normal(4, 8, 5), "bias": normal(5)}
     qparams = quantize_dense_general(params, axis=(-2, -1))

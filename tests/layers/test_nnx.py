@@ -134,6 +134,7 @@ def test_the_tree_holds_the_params_under_plain_paths():
     chex.assert_trees_all_equal(functional(module)[1], params)  # the module was not touched
 
 
+@pytest.mark.slow
 def test_a_tree_whose_numbers_have_become_strings_is_the_same_tree():
     fn, params = functional(jittered(Perceptron(nnx.Rngs(0))))
     x = normal(3, 6)
@@ -178,6 +179,7 @@ def test_another_method_can_be_the_function():
     assert fn != functional(module)[0]
 
 
+@pytest.mark.slow
 def test_constants_are_those_of_the_day():
     module, x = jittered(Stateful(nnx.Rngs(0))), normal(4, 6)
     module.eval()
@@ -299,6 +301,7 @@ def test_errors_say_what_is_wrong():
 # Equality and caches ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_functions_of_one_structure_are_one_function():
     a, b = (functional(Perceptron(nnx.Rngs(seed))) for seed in (0, 1))
     assert a[0] == b[0]
@@ -393,6 +396,7 @@ CALIBRATED = {
 
 
 @pytest.mark.parametrize(("make", "gain", "shape", "groups"), slow_but(CALIBRATED, "mlp"))
+@pytest.mark.slow
 def test_calibrate_smooth_quantize_jit(make, gain, shape, groups):
     module, x = jittered(make(nnx.Rngs(0))), normal(*shape)
     scale = getattr(module, gain).scale

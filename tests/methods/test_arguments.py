@@ -43,6 +43,7 @@ quantize, scales = inspect.unwrap(sq.quantize), inspect.unwrap(sq.scales)
 EXPECTED_SCHEME = r"expected a Scheme such as sqjax.W8A8, or the name of a preset \(W8A8, .*got "
 
 
+@pytest.mark.slow
 def test_presets_by_name():
     by_name = sq.quantize(params(), stats(), {"w": "W8A8_O3", ".*": None})
     by_itself = sq.quantize(params(), stats(), sq.W8A8_O3)
@@ -114,6 +115,7 @@ def test_what_only_arrays_have_names_quantized(name):
 
 
 @pytest.mark.parametrize("kind", ["function", "method"])
+@pytest.mark.slow
 def test_what_quantized_wraps_is_not_kept_alive(kind):
     class Holder:
         def method(self, p, x):

@@ -34,6 +34,7 @@ def stats():
     return sq.calibrate(mlp, PARAMS, [X])
 
 
+@pytest.mark.slow
 def test_smoothing_twice_with_the_same_statistics_is_refused(stats):
     smoothed = sq.smooth(PARAMS, stats, 0.85)
     for method in (sq.smooth, sq.scales):

@@ -40,6 +40,7 @@ def test_a_channel_that_was_nearly_dead_may_come_alive(size, alpha):
     assert error(dense, DENSE, qparams, X) < 0.02
 
 
+@pytest.mark.slow
 def test_channels_within_64th_of_the_median_are_as_the_authors_have_them():
     ranges = np.geomspace(1 / 50, 1000, 33).astype(np.float32) * np.float32(3)
     ranges[:8] = np.linspace(0.3, 3.0, 8)
@@ -93,6 +94,7 @@ def experts(p, x):
         (1, r"less than 32 tokens reached up\[0\] \(1\), down\[0\] \(1\)"),
     ],
 )
+@pytest.mark.slow
 def test_an_expert_that_few_tokens_reached_loses_little_by_smoothing(tokens, warned, scheme):
     """Its range is lent in the units of its own s, and its s is drawn towards 1."""
     batch = ROUTED.at[0, tokens:].set(0)
@@ -106,6 +108,7 @@ def test_an_expert_that_few_tokens_reached_loses_little_by_smoothing(tokens, war
     assert plain < 0.1
 
 
+@pytest.mark.slow
 def test_scales_are_drawn_to_1_by_the_tokens_that_were_seen():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,6 +122,7 @@ def test_scales_are_drawn_to_1_by_the_tokens_that_were_seen():
     np.testing.assert_allclose(s[1], (x / w) ** 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ragged_experts_are_counted_one_by_one():
     def fn(p, x, sizes):
         return lax.ragged_dot(x * p["gain"][None], p["w"], sizes)
@@ -136,6 +140,7 @@ def test_ragged_experts_are_counted_one_by_one():
     sq.quantize(params, stats, sq.W8A8_O3)  # they share one activation, and so one range
 
 
+@pytest.mark.slow
 def test_ragged_experts_in_a_scan_are_counted_layer_by_layer():
     def fn(p, x, sizes):
         def layer(x, both):

@@ -109,6 +109,7 @@ def test_absmax_of_every_linear(model):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.slow
 def test_scales(model, alpha):
     prefix = f"scales/{alpha}/"
     expected = {

@@ -331,6 +331,7 @@ def test_statistics_in_numpy():
 
 
 @pytest.mark.parametrize("case", [small, pytest.param(llama, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_merged_halves_are_one_calibration(case):
     case = case()
     first, rest = (
@@ -361,6 +362,7 @@ def test_scales_come_from_the_extremes_of_all_batches_not_from_their_mean():
 # alpha and groups ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_alpha_by_name():
     case = llama()
     s = sq.scales(case.params, case.stats, {"layers/1/.*down": 1.0, "down": 0.0, ".*": 0.5})
@@ -418,6 +420,7 @@ def test_gradient_of_alpha():
     assert jax.jit(jax.grad(loss))(0.6) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_values_that_a_jitted_function_closes_over_are_checked():
     case = small()
     eager = sq.quantize(case.params, case.stats, sq.W8A8_O3)
@@ -526,12 +529,14 @@ GOOD = jnp.ones((2, 6))
         ([GOOD, (GOOD, GOOD)], "batch 1: .*one argument, or a tuple"),
     ],
 )
+@pytest.mark.slow
 def test_bad_batches_are_refused(batches, match):
     case = small()
     with pytest.raises(ValueError, match=match):
         sq.calibrate(two_layers, case.params, batches)
 
 
+@pytest.mark.slow
 def test_an_activation_that_overflows_is_refused():
     params = {"norm": jnp.full(6, 1e20), "q": small().params["q"]}
     with pytest.raises(ValueError, match="activation at q: 6 of 6 values"):

@@ -22,6 +22,7 @@ def head(p, x):
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("used", [45, 10])
+@pytest.mark.slow
 def test_a_padded_vocabulary_does_not_hide_a_wrong_head(fill, used):
     lm = lambda p, x: jnp.where(jnp.arange(50)[None] < used, head(p, x), fill)
     wrong = PARAMS | {"head": PARAMS["head"] * -3.0}
@@ -51,6 +52,7 @@ def test_of_integers_the_share_that_differs_is_told():
         sq.verify(ids, PARAMS, PARAMS | {"head": PARAMS["head"] * -1}, X)
 
 
+@pytest.mark.slow
 def test_a_quantized_tree_is_told_to_say_its_tolerance():
     qparams = sq.quantize(PARAMS, sq.calibrate(head, PARAMS, [X]))
     with pytest.raises(ValueError, match=r"tolerance=0\.05.*site by site quantize one at a t"):
@@ -135,6 +137,7 @@ def test_a_callback_that_draws_is_noticed_when_it_runs():
         sq.calibrate(fn, PARAMS, [X])
 
 
+@pytest.mark.slow
 def test_a_function_with_constants_is_the_same_program_each_time():
     table = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
     noise = lambda p, x: head(p, x * table + jax.random.normal(jax.random.key(3), x.shape))

@@ -186,6 +186,7 @@ def test_scales_of_channels_are_those_of_the_first_real_tokens():
     assert (error <= 0.51 * steps).all()
 
 
+@pytest.mark.slow
 def test_a_rotation_hides_one_large_channel_and_the_mean():
     """What is common to all tokens is not encoded at all, and one channel's 100 does not coarsen the others."""
     rng = np.random.default_rng(0)
@@ -281,6 +282,7 @@ def test_bytes_of_a_token_are_those_of_its_arrays(name, expected):
     assert sum(x.nbytes for x in jax.tree.leaves(stored)) == 30 * cache.bytes_per_token
 
 
+@pytest.mark.slow
 def test_int4_takes_half_a_byte_and_unpacks_to_what_was_packed():
     x = random_vectors((1, 2, 3, 32))
     slots = encode(x, CacheFormat("int4", group=32))
@@ -302,6 +304,7 @@ def params_of(config):
 
 
 @pytest.mark.parametrize("name", slow_but(list(KINDS), "int8"))
+@pytest.mark.slow
 def test_a_cache_loses_little_and_pieces_lose_no_more(name):
     """Each token is encoded on its own, so how many are read at once changes roundings of sums only."""
     model, kind, ids = Model(ONE_LAYER), KINDS[name], random_ids(2, 9)

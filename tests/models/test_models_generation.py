@@ -86,6 +86,7 @@ def test_chunks_of_the_prefill_change_nothing(trees, uncached, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_one_by_one_and_greedy(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS[0], STEPS).tokens == uncached[name][:1]
     assert (
@@ -281,6 +282,7 @@ def test_lengths_are_rounded_up_but_not_past_the_model(longest, steps, chunk, ex
     assert exact == (longest, longest, expected[2])
 
 
+@pytest.mark.slow
 def test_another_length_and_other_steps_compile_nothing_anew(trees, uncached):
     from sqjax.models.decoding import generation
 
@@ -302,6 +304,7 @@ def test_another_length_and_other_steps_compile_nothing_anew(trees, uncached):
     assert len(seen) == 5
 
 
+@pytest.mark.slow
 def test_activations_that_share_a_scale_are_not_padded(monkeypatch, trees):
     from sqjax.models.decoding import generation
 

@@ -17,6 +17,7 @@ def leaf(params, i, name):
     return flatten_dict(params, sep="/")[f"model/layers/{i}/{name}/kernel"]
 
 
+@pytest.mark.slow
 def test_round_trip(tmp_path):
     model, params = load(write(tmp_path / "model.gguf"))
     config, weights = model.config, tensors()

@@ -32,6 +32,7 @@ def assert_same(params, weights, dtype=jnp.float32):
         )
 
 
+@pytest.mark.slow
 def test_round_trip(tmp_path):
     model, params = load(write(tmp_path))
     assert_same(params, tensors())

@@ -178,6 +178,7 @@ PIECES = [(11,), (1,) * 11, (4, 4, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("pieces", slow_but(PIECES, PIECES[2]))
+@pytest.mark.slow
 def test_cached_decode_equals_apply(pieces):
     read_in_pieces(GROUPED, pieces)
 

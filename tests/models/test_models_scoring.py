@@ -67,6 +67,7 @@ def likelihood(params, context, continuation):
         pytest.param("int8", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_loglikelihoods(params, cache):
     greedy = generate(MODEL, params, [1, 2, 3], 4, stop=()).tokens[0]
     pairs = [*PAIRS, ([1, 2, 3], greedy)]
@@ -180,6 +181,7 @@ def test_windows():
         windows(list(range(10)), 4, 3)
 
 
+@pytest.mark.slow
 def test_perplexity_refuses_what_it_can_not_judge(params):
     with pytest.raises(ValueError, match="at least 2 tokens"):
         perplexity(MODEL, params, np.zeros((1, 1), np.int32))

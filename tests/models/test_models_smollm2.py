@@ -92,6 +92,7 @@ def test_failed_download_leaves_nothing(pip, tmp_path, change, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_pip_of_the_working_directory_is_not_run(tmp_path, monkeypatch):
     """A real process, in a directory with a pip.py that says so if it is run."""
     (tmp_path / "pip.py").write_text("open('was_run', 'w')")

@@ -110,6 +110,7 @@ def logits(params):
 # The same numbers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stacks_are_those_made_by_hand():
     params = random_params(MODEL)
     stacked = stack_layers(params)
@@ -121,6 +122,7 @@ def test_stacks_are_those_made_by_hand():
     assert unstack_layers(params) is params
 
 
+@pytest.mark.slow
 def test_a_stack_is_one_scan_of_one_layer():
     """And what is compiled does not grow with the number of layers."""
     apart, stacked = trees("float")
@@ -417,6 +419,7 @@ def test_the_layers_of_another_model(change):
         MODEL.apply(params, IDS)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_alike():
     params = random_params(MODEL)
     kernel = params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"].astype(jnp.bfloat16)

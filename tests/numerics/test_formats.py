@@ -91,11 +91,13 @@ def test_scales_broadcast(axis):
     ).all()  # the largest element of every slice uses the whole range
 
 
+@pytest.mark.slow
 def test_a_dead_array_quantizes_to_exact_zeros():
     x = jnp.array([[0.0, -0.0, 1e-42]])
     assert not to_format(x, scale_from_absmax(jnp.max(jnp.abs(x), axis=1, keepdims=True))).any()
 
 
+@pytest.mark.slow
 def test_a_sign_change_is_exact():
     x = jnp.linspace(-3.0, 3.0, 999)
     scale = scale_from_absmax(jnp.max(jnp.abs(x)))

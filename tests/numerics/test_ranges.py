@@ -229,6 +229,7 @@ def test_by_its_own_account_it_never_loses_to_absmax():
 @pytest.mark.parametrize(
     "x", [[0.0, 1.0, 1.0, 1.0], [1e-12, -1e-11], [0.0], [2e38, -3e38], [5.0]], ids=lambda x: str(x)
 )
+@pytest.mark.slow
 def test_values_that_absmax_serves_best_keep_it(x):
     x = np.float32(x)
     for fmt in FORMATS.values():

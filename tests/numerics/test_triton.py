@@ -58,6 +58,7 @@ CASES = [
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_int32_sums_are_exact_and_scaled_in_float32(size, length, weight):
     (rows, outputs, channels), (dtype, zeros) = size, WEIGHTS[weight]
     groups = channels // length

@@ -201,6 +201,7 @@ def test_touching_and_read():
 # Runs -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_program_runs_as_its_function_and_probes_see_every_step():
     def fn(params, x):
         def layer(x, w):
@@ -228,6 +229,7 @@ def test_a_program_runs_as_its_function_and_probes_see_every_step():
     assert float(seen[program.inputs[1]]) == 5
 
 
+@pytest.mark.slow
 def test_probes_in_a_shard_map_see_every_device_and_captured_arrays_are_there():
     captured = jnp.full(3, 2.0)
 

@@ -103,6 +103,7 @@ def test_is_the_attention_of_rounded_keys_and_values(repeat):
         np.testing.assert_allclose(sq.dequantize(held[name]), rounded(cache[name]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_compiles_once_and_holds_no_float_copy_of_the_cache():
     fn, p = lambda p, x, cache: attention(p, x, cache, repeat=False), params()
     run = jax.jit(sq.quantized(fn))
@@ -216,6 +217,7 @@ def test_a_mask_in_a_call_is_told_of_zeros_made_outside(zeros_are):
     np.testing.assert_allclose(got[:, 0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_scattered_into_a_cache_are_quantized():
     """cache.at[rows, slots].set(new): every row writes to a slot of its own."""
     rng = np.random.default_rng(0)
@@ -251,6 +253,7 @@ def test_a_quantized_weight_written_into_a_cache_is_named():
         sq.quantized(fn)(sq.quantize(params, stats), held)
 
 
+@pytest.mark.slow
 def test_what_has_no_rule_is_refused_with_its_name():
     held = sq.quantize_cache({"key": jnp.ones((2, 4)), "n": jnp.int32(3)})
     with pytest.raises(

@@ -48,6 +48,7 @@ def net_params():
     }
 
 
+@pytest.mark.slow
 def test_a_program_of_convolutions_runs_in_int8():
     """No float convolution or matmul is left of four sites, and the result is near the float one."""
     params = net_params()
@@ -81,6 +82,7 @@ def unrolled(p, x):
 
 
 @pytest.mark.parametrize("scheme", [sq.W8A8, sq.W8A8_O3, sq.W8A8.replace(smoothing=0.5)], ids=str)
+@pytest.mark.slow
 def test_layers_of_a_stack_are_quantized_each_for_itself(scheme):
     """Scanned, and indexed one by one: the same numbers; smoothing at run time in both."""
     params = {"w": normal(3, 3, 3, 2, 4) * jnp.asarray([1.0, 4.0, 0.25]).reshape(3, 1, 1, 1, 1)}
@@ -108,6 +110,7 @@ def test_a_file_keeps_quantized_kernels(tmp_path):
     assert (tmp_path / "q.safetensors").stat().st_size < float_bytes / 2
 
 
+@pytest.mark.slow
 def test_outliers_and_images_of_weights_are_refused():
     params = net_params()
     stats = sq.calibrate(net, params, [X])
@@ -119,6 +122,7 @@ def test_outliers_and_images_of_weights_are_refused():
         sq.quantized(lambda p, x: conv(p["w"], x))(turned, normal(3, 3, 3, 5))
 
 
+@pytest.mark.slow
 def test_a_reshaped_dense_kernel_runs_as_a_pointwise_convolution():
     def fn(p, x):
         return conv(x, p["w"][None, None])

@@ -75,6 +75,7 @@ def test_rows_with_scales_of_their_own_parts():
     np.testing.assert_array_equal(got, sq.dequantize(weight.tensor)[jnp.asarray([4, 1])])
 
 
+@pytest.mark.slow
 def test_rows_of_a_cast_table_are_refused():
     fn = lambda p, ids: p["table"][ids]
     weight = quantize(lambda p, x: x @ p["table"].T, {"table": normal(6, 4)}, normal(3, 4))
@@ -132,6 +133,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize(
     "weights", ["per_channel", pytest.param("per_tensor", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_tied_embeddings_are_gathered_and_multiplied_as_int8(weights):
     ids = jnp.asarray([[0, 5, 22], [7, 7, 1]])
     params = Tied().init(jax.random.key(0), ids)["params"]

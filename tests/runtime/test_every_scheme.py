@@ -40,6 +40,7 @@ def every_scheme(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.slow
 def test_every_scheme_is_near_float64(dtype):
     """The largest error of an output, of outputs of size 8."""
     run, qparams = every_scheme(dtype)
@@ -54,6 +55,7 @@ def test_every_scheme_is_near_float64(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_row_of_nan_is_nan_and_the_others_are_as_without_it(dtype):
     run, qparams = every_scheme(dtype)
     x = normal(20, 64)
@@ -70,6 +72,7 @@ def test_a_row_of_nan_is_nan_and_the_others_are_as_without_it(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_an_infinite_row_does_not_touch_the_others(dtype):
     """O2 shares one scale among all rows, but an infinite one would make it infinite."""
     run, qparams = every_scheme(dtype)
@@ -127,6 +130,7 @@ def test_values_that_no_query_reads_do_not_make_the_scales_coarser(granularity):
     assert np.abs(np.asarray(run(one, q, k, large, mask)) - exact).max() < 0.03
 
 
+@pytest.mark.slow
 def test_a_cache_keeps_nan():
     """A key of nan in one slot: its score is nan, the other slots' are as before."""
 

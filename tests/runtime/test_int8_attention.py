@@ -199,6 +199,7 @@ def test_a_scan_over_layers_is_each_of_them():
         pytest.param("quantized of attention", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_composes_with_quantized_weights(order):
     params, x = layer(), normal(2, 6, 16, seed=9)
     qparams = sq.quantize(params, sq.calibrate(attention, params, [x]))

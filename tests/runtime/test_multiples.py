@@ -50,6 +50,7 @@ def test_a_multiple_of_a_weight_runs_in_int8(case):
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8_OUTLIERS", "W8A8_O3", "W4A8"])
+@pytest.mark.slow
 def test_other_schemes_take_the_number_too(scheme):
     x, w = normal(6, 128).at[:, 3].mul(40), normal(128, 12)
     fns = [lambda p, x: x @ p["w"], lambda p, x: x @ (p["w"] * -0.5)]
@@ -61,6 +62,7 @@ def test_other_schemes_take_the_number_too(scheme):
     np.testing.assert_allclose(scaled, -0.5 * plain, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scale_passes_to_a_multiple_and_the_norm_absorbs_it():
     params = {"norm": jnp.ones((1, 16)), "w": W}
 
@@ -74,6 +76,7 @@ def test_a_scale_passes_to_a_multiple_and_the_norm_absorbs_it():
     np.testing.assert_allclose(fn(smoothed, X), fn(params, X), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_stack_that_was_multiplied_as_a_whole():
     params = {"stack": normal(3, 16, 16)}
 

@@ -67,6 +67,7 @@ def linen_net():
     ],
     ids=["O1", "O2", "O3"],
 )
+@pytest.mark.slow
 def test_a_linen_network(linen_net, scheme):
     params, x, stats, _ = linen_net
     qparams = sq.quantize(params, stats, scheme)
@@ -257,6 +258,7 @@ def test_a_function_that_can_not_be_hashed_works():
     check(fn, {"w": normal(16, 8)}, normal(5, 16))
 
 
+@pytest.mark.slow
 def test_keywords_and_python_values_reach_the_function():
     def fn(params, x, shift=None, *, double: bool, mode: str, extra=None):
         assert isinstance(double, bool)

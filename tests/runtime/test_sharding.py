@@ -233,6 +233,7 @@ QUICK = (norm_outside, experts)
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=lambda c: c.__name__,
 )
+@pytest.mark.slow
 def test_groups_and_their_folds(make):
     """The certificate alone (no proof by bits) says what can be folded; real s then change no output."""
     case = make()
@@ -302,6 +303,7 @@ def exchanged(h):
         pytest.param(exchanged, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_other_collectives_are_barriers(collective):
     """Refused with the equation; what is not folded is seen and quantized all the same."""
 
@@ -324,6 +326,7 @@ def test_other_collectives_are_barriers(collective):
     assert 0 < np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_leaf_that_is_also_read_outside_is_not_scaled():
     case = megatron()
     fn = lambda p, x: case.fn(p, x) + jnp.sum(p["w1"] ** 2)
@@ -337,6 +340,7 @@ def test_heads_are_found_in_a_shard_map():
     assert find_heads(program, find_sites(program)[0]) == {"w2"}
 
 
+@pytest.mark.slow
 def test_a_mask_that_a_shard_map_would_cut_is_refused():
     params, x = {"w": normal(8, 6)}, outliers(4, 3, 8)
     mask = lambda x: np.arange(12).reshape(4, 3) % 3 < 2
@@ -598,6 +602,7 @@ SPLIT = {"w1": P(None, "model"), "w2": P("model", None)}
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
+@pytest.mark.slow
 def test_quantized_in_a_shard_map_takes_blocks_of_weights_that_vary_over_devices(scheme):
     """`jax.shard_map(quantized(fn))`: a leaf's type says that its numbers differ from device to device."""
     params = {"w1": normal(8, 16), "w2": normal(16, 8)}
@@ -612,6 +617,7 @@ def test_quantized_in_a_shard_map_takes_blocks_of_weights_that_vary_over_devices
     np.testing.assert_allclose(got, exact, atol=2e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_outlier_channels_in_a_shard_map():
     """Outputs may be sharded. Channels may not, because x is indexed by its outlier channels."""
     params, x = {"w1": normal(8, 16)}, normal(4, 8, seed=3).at[:, 2].multiply(20)
@@ -629,6 +635,7 @@ def test_outlier_channels_in_a_shard_map():
 
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)], ids=str)
+@pytest.mark.slow
 def test_groups_of_a_leaf_that_is_sharded_on_explicit_axes(spec):
     """The codes and scales are those of the leaf on one device, and stay sharded as it is."""
     params, x = {"w": normal(12, 8)}, normal(4, 12)

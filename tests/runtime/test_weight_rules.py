@@ -89,6 +89,7 @@ def test_a_matmul_is_the_integer_product_of_numpy():
 
 
 @pytest.mark.parametrize("batch", [(2, 3), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_weight_on_the_left_keeps_the_order_of_the_result(batch):
     fn = lambda p, x: jax.lax.dot_general(
         p["w"], x, (((1,), (x.ndim - 1,)), ((), ()))
@@ -115,6 +116,7 @@ def test_a_jax_checkpointed_and_custom_derivative_matmul_runs_in_int8():
     check(fn, {"a": normal(16, 12), "b": normal(12, 8, seed=1)}, normal(5, 16, seed=2), sites=2)
 
 
+@pytest.mark.slow
 def test_a_leaf_that_is_contracted_along_different_axes_stays_float():
     fn = lambda p, x: jnp.tanh(x @ p["tied"]) @ p["tied"].T @ p["head"]
     qparams = check(

@@ -45,6 +45,7 @@ def assert_stands_for(weight, expected):
     np.testing.assert_array_equal(sq.dequantize(weight.tensor), expected)
 
 
+@pytest.mark.slow
 def test_a_slice_of_layers_takes_their_arrays():
     whole = stack()
     part = sliced(whole, [slice(1, 3), slice(0, 16), slice(0, 8, 2)])
@@ -55,6 +56,7 @@ def test_a_slice_of_layers_takes_their_arrays():
     np.testing.assert_array_equal(part.outliers.weight, whole.outliers.weight[1:3, ::2])
 
 
+@pytest.mark.slow
 def test_a_slice_of_the_outputs_leaves_what_all_matrices_share():
     part = sliced(matrix(), [slice(0, 16), slice(1, 2), slice(0, 8)])
     assert_stands_for(part, sq.dequantize(matrix().tensor)[:, 1:])

@@ -143,6 +143,7 @@ def integers(case, seed=0):
     return (rng.integers(-127, 128, shape) for shape in (case.x, case.kernel))
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_int64_bit_for_bit():
     operands, expected = {}, {}
     for name, case in CASES.items():
@@ -158,6 +159,7 @@ def test_sums_are_those_of_int64_bit_for_bit():
         np.testing.assert_array_equal(got, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_largest_sums_are_exact():
     """The most products that go through float32, all of the largest size; and one more."""
     window = Window((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1))
@@ -228,6 +230,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.slow
 def test_other_weights_are_their_float_kernels():
     """Weight-only is the float convolution with the dequantized kernel; groups and zero points too."""
     case = CASES["1d"]
@@ -247,6 +250,7 @@ def test_other_weights_are_their_float_kernels():
 
 
 @pytest.mark.parametrize("name", ["groups", "depthwise, multiplied"])
+@pytest.mark.slow
 def test_smoothing_at_run_time_divides_the_image(name):
     """(X / s) (s W), with s of every channel of the image, also where channels are in groups."""
     case = CASES[name]

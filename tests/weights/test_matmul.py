@@ -187,6 +187,7 @@ def test_half_precision_is_scaled_in_float32():
     assert relative_error(expected * rounded_scale, expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_half_precision_is_smoothed_in_float32():
     x, w = normal(6, 32, dtype=jnp.bfloat16), normal(32, 8, seed=1, dtype=jnp.bfloat16)
     s = jnp.linspace(1.0, 9.0, 32)
@@ -305,6 +306,7 @@ def test_contraction_along_an_axis_it_was_not_quantized_for_is_refused():
         quantized_dot_general(normal(5, 4, 7), weight, (((1, 2), (0, 2)), ((), ())), "attn/kernel")
 
 
+@pytest.mark.slow
 def test_contraction_along_some_of_the_quantized_axes_uses_their_shared_scale():
     x, w = normal(5, 3), normal(4, 3, 7, seed=1)
     weight = quantize_weight(w, (0, 1), Scheme())
@@ -452,6 +454,7 @@ def test_vmap_over_inputs_equals_a_loop():
     np.testing.assert_allclose(rows, loop, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_stacked_weights_equals_a_loop():
     x, stack = normal(5, 12), normal(3, 12, 7, seed=1)
     weights = jax.vmap(lambda w: quantize_weight(w, (0,), Scheme()))(stack)

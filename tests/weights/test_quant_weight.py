@@ -94,6 +94,7 @@ def same(a, b, scale=1e-5):
 
 
 @each_format
+@pytest.mark.slow
 def test_an_argument_of_jit(name):
     qparams, run, params, x = quantized_model(name)
     expected = relu_mlp(params, x)
@@ -163,6 +164,7 @@ def merged(floats, weights):
 
 
 @each_format
+@pytest.mark.slow
 def test_gradients_of_a_tree_are_those_of_its_float_part(name):
     qparams, run, params, x = quantized_model(name)
     floats, weights = split(qparams)

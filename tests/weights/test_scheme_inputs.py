@@ -402,6 +402,7 @@ def test_the_first_rule_that_matches_wins():
     assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 0.3
 
 
+@pytest.mark.slow
 def test_a_rule_that_matches_nothing_lists_near_misses():
     _, params, _, stats = model()
     with pytest.raises(

@@ -125,6 +125,7 @@ def run(weights, dtype):
 
 
 @pytest.mark.parametrize("weights", slow_but(list(WEIGHTS), *QUICK))
+@pytest.mark.slow
 def test_values_zero_points_and_integer_scales_are_those_of_the_oracle_bit_for_bit(weights):
     for dtype in dtypes(weights):
         _, w = operands(dtype)
@@ -163,6 +164,7 @@ def ulp(dtype):
 
 
 @pytest.mark.parametrize("weights", slow_but([name for name in WEIGHTS if "int" in name], *QUICK))
+@pytest.mark.slow
 def test_the_integer_sums_are_those_of_the_oracle_bit_for_bit(weights):
     """With scales of 1 the result is the sum itself: below 2^24 float32 holds it exactly."""
     weight, (x, w) = run(weights, "float32")["per_token"][0]["layer"]["w"], operands()

@@ -48,6 +48,7 @@ def quantize(scheme):
     return sq.quantize(params(), stats(), {"lora": None, ".*": scheme})
 
 
+@pytest.mark.slow
 def test_what_is_trained_and_what_stays():
     qparams = quantize("W8A8")
     trained, frozen = sq.split(qparams)
