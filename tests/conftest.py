@@ -32,6 +32,22 @@ if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS
 gc.set_threshold(100_000, 20, 100)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="also every case of long tables (each scheme times each shape, ...): three times as many tests",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--every-case"):
+        return
+    spare = [item for item in items if item.get_closest_marker("every_case")]
+    config.hook.pytest_deselected(items=spare)
+    items[:] = [item for item in items if not item.get_closest_marker("every_case")]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget():
     """What one file compiled is no use to the next: without this a whole run takes gigabytes, and in the end the

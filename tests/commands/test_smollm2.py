@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 def smollm2():
     """(model, params, windows of the evaluation text, statistics of the calibration text)."""
     model, params = sq.models.load("smollm2-135m")
-    batches = [row[None] for row in text_windows(model, "calibration", 256, 4)]
+    batches = [row[None] for row in text_windows(model, "calibration", 128, 2)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         stats = sq.calibrate(model.apply, params, batches)
-    return model, params, text_windows(model, "evaluation", 256, 2), stats
+    return model, params, text_windows(model, "evaluation", 128, 2), stats
 
 
 def test_every_group_of_smollm2_folds_and_only_the_tied_head_is_refused(smollm2):

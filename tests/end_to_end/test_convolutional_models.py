@@ -30,6 +30,7 @@ def test_the_recorded_models_keep_their_accuracy():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_shorter_training_shows_the_same():
     spec = importlib.util.spec_from_file_location("convolutions", SCRIPT)
     module = importlib.util.module_from_spec(spec)

@@ -31,7 +31,7 @@ from sqjax.program.build import Var
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 
-PROGRAMS, TAPE = 1200, 200
+TAPE = 200
 
 
 def drawn(seed: int, number: int, draw: Callable[..., Dag] = random_dag) -> Dag:
@@ -206,8 +206,8 @@ def survey(seed: int, count: int, draw: Callable[..., Dag] = random_dag) -> Coun
     return tally
 
 
-#: Operations that some group of the bulk run must have reached: (operation, in how many groups at
-#: least).
+#: Operations that some group of 1200 programs must have reached: (operation, in how many groups at
+#: least). Fewer programs reach a share of them.
 REACHED = {
     "dot": 600,
     "broadcast": 250,
@@ -248,13 +248,15 @@ REACHED = {
 
 
 @pytest.mark.slow
-def test_every_fold_of_a_random_program_is_exact():
-    tally = survey(0, PROGRAMS)
-    assert tally["groups"] >= 0.8 * PROGRAMS
-    assert (
-        tally["absorbed by nothing"] <= PROGRAMS // 200
-    )  # an activation that is all padding, read through slices
-    few = {op: tally[op] for op, least in REACHED.items() if tally[op] < least}
+@pytest.mark.parametrize("programs", [200, pytest.param(1200, marks=pytest.mark.every_case)])
+def test_every_fold_of_a_random_program_is_exact(programs):
+    tally = survey(0, programs)
+    assert tally["groups"] >= 0.8 * programs
+    # An activation that is all padding, read through slices, is absorbed by nothing.
+    assert tally["absorbed by nothing"] <= programs // 200
+    # Half of an operation's share, because few programs scatter more.
+    share = 1 if programs == 1200 else programs / 1200 / 2
+    few = {op: tally[op] for op, least in REACHED.items() if tally[op] < int(share * least)}
     assert not few, f"groups reach these operations too seldom: {few} of {tally}"
 
 
@@ -267,13 +269,14 @@ def test_every_fold_around_convolutions_is_exact():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_every_fold_around_many_convolutions_is_exact():
     tally = survey(8, 1000, random_image_dag)
     assert tally["conv"] >= 600
     assert tally["pool"] >= 40
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 2**16 - 1), max_size=TAPE))
 @pytest.mark.slow
 def test_every_fold_of_a_program_that_can_shrink_is_exact(tape):
@@ -290,7 +293,7 @@ def test_numpy_and_jax_agree_on_the_programs():
     are few.
     """
     agree = 0
-    draws = [random_dag] * 50 + [random_image_dag] * 30
+    draws = [random_dag] * 20 + [random_image_dag] * 12
     for number, draw in enumerate(draws):
         dag = drawn(1, number, draw)
         expected = run(dag, dag.leaves, dag.inputs)[-1].operands
@@ -320,7 +323,7 @@ def is_number(x: object) -> bool:
 def test_a_wrong_fold_is_seen():
     """The oracle is not blind: with one leaf's labels forgotten, most folds are not exact."""
     wrong, seen = 0, 0
-    for number in range(120):
+    for number in range(40):
         dag = drawn(2, number)
         graph = find_graph(Survey.of(program_of(dag), {}))
         for group in graph.groups:
@@ -330,7 +333,7 @@ def test_a_wrong_fold_is_seen():
                 leaves = folded(dag, graph, s, [group]) | {path: dag.leaves[path]}
                 wrong += 1
                 seen += not unchanged(dag, leaves)
-    assert wrong > 100
+    assert wrong > 30
     assert seen > 0.9 * wrong
 
 
@@ -342,6 +345,8 @@ def test_a_search_without_its_certificate_is_caught():
     caught = 0
     with mock.patch.object(grouping, "certify", return_value=None):
         for number in range(200):
+            if caught == 3:
+                break
             dag = drawn(5, number)
             try:
                 check(
@@ -349,7 +354,7 @@ def test_a_search_without_its_certificate_is_caught():
                 )
             except AssertionError:
                 caught += 1
-    assert caught >= 3
+    assert caught == 3
 
 
 @pytest.mark.slow
@@ -460,8 +465,8 @@ def attack(case: Certified, rng: np.random.Generator) -> Counter:
     return tally
 
 
-@pytest.mark.parametrize("programs", [10, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("programs", [10, pytest.param(100, marks=pytest.mark.every_case)])
 def test_the_certificate_refuses_mutated_labels(programs):
     tally: Counter = Counter()
     for number in range(programs):

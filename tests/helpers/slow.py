@@ -1,9 +1,12 @@
-"""Parameters of tests, most of them slow: `-m "not slow"` runs those that are named."""
+"""Parameters of tests, in three lots: quick, slow, and those that only `--every-case` runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
+
+#: So many slow cases of a table run with all tests, spread over it; the rest only with `--every-case`.
+SPREAD = 2
 
 
 def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
@@ -17,15 +20,30 @@ def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
     return [
         pytest.param(
             *(case if type(case) is tuple and isinstance(cases, Mapping) else (case,)),
-            marks=() if name in quick else pytest.mark.slow,
+            marks=marks,
             id=getattr(name, "__name__", str(name)),
         )
-        for name, case in named
+        for (name, case), marks in zip(named, lots(names, quick), strict=True)
     ]
 
 
 def slow_rows_but(rows: Iterable[tuple], *quick: str) -> list[Any]:
     """The same for the rows of a table, each with several parameters: a row is named by the first of them."""
     rows = list(rows)
-    assert {row[0] for row in rows} & set(quick), f"quick: {quick}, rows: {rows}"
-    return [pytest.param(*row, marks=() if row[0] in quick else pytest.mark.slow) for row in rows]
+    names = [row[0] for row in rows]
+    assert set(names) & set(quick), f"quick: {quick}, rows: {rows}"
+    return [
+        pytest.param(*row, marks=marks) for row, marks in zip(rows, lots(names, quick), strict=True)
+    ]
+
+
+def lots(names: Sequence[Any], quick: Sequence[Any]) -> list[Any]:
+    """The marks of each case. Of seven slow ones, 0 and 6 run with all tests."""
+    slow = [i for i, name in enumerate(names) if name not in quick]
+    last = len(slow) - 1
+    chosen = {slow[round(last * k / (SPREAD - 1))] for k in range(SPREAD)} if slow else set()
+    every = [pytest.mark.slow, pytest.mark.every_case]
+    return [
+        () if i not in slow else pytest.mark.slow if i in chosen else every
+        for i in range(len(names))
+    ]

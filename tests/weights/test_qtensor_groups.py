@@ -206,9 +206,7 @@ RESHAPES = {  # shape, contracted axes, group, new shape, whether it is possible
 }
 
 
-@pytest.mark.parametrize(
-    "case", slow_but(list(RESHAPES), "channels split inside groups", "mixed")
-)
+@pytest.mark.parametrize("case", slow_but(list(RESHAPES), "channels split inside groups", "mixed"))
 @made
 def test_reshapes_are_those_of_the_dequantized_array_or_refused(how, case):
     shape, contracting, group, new, possible = RESHAPES[case]
