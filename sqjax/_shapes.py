@@ -2,18 +2,29 @@
 is sharded."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
 
 Shape = tuple[int, ...]
+Entry = TypeVar("Entry")
 
 
-def sizes_along(shape: Sequence[int], axes: Sequence[int]) -> Shape:
+def entries_at(
+    entries: Sequence[Entry] | Mapping[int, Entry], places: Iterable[int]
+) -> tuple[Entry, ...]:
+    """The entries at these places, in the order of the places.
+
+    Example: of ("a", "b", "c") and [2, 0] these are ("c", "a").
+    """
+    return tuple(entries[place] for place in places)
+
+
+def sizes_along(shape: Sequence[int], axes: Iterable[int]) -> Shape:
     """The sizes along these axes, in their order: of (2, 3, 4) and [2, 0] these are (4, 2)."""
-    return tuple(shape[a] for a in axes)
+    return entries_at(shape, axes)
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -79,7 +90,7 @@ def sharded_as(
         return plain
     stored_type = jax.typeof(stored)
     sharding, manual = stored_type.sharding, stored_type.manual_axis_type
-    entries = [sharding.spec[a] for a in axes]
+    entries = entries_at(sharding.spec, axes)
     if not any(entries) and not manual.varying:
         return plain
     moved = sharding.update(spec=PartitionSpec(*entries))

@@ -17,12 +17,14 @@ reshape from (3, 2, 4) to (3, 8) is all there is to do. The comments below vary 
 """
 
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sqjax._shapes import sizes_along
 from sqjax.folding.sites import Place
 from sqjax.program.facts import Program
 
@@ -101,7 +103,7 @@ class SiteLayout(NamedTuple):
             if scope in program.mesh_axes and scope not in differing:
                 same.append(axis)
 
-        own = [part for part in parts if part.own]
+        own = filter(attrgetter("own"), parts)
         return cls(
             channels=(*place.site.channels[:kept], *tail),
             parts=parts,
@@ -128,12 +130,12 @@ class SiteLayout(NamedTuple):
 
     def arranged(self, x: Array) -> Array:
         """A reduced statistic as the site's channels; zeros for other matrices of its stack."""
-        sizes = [part.size for part in self.parts]
-        where = [self.parts.index(part) for part in self.measured]
+        sizes = list(map(attrgetter("size"), self.parts))
+        where = list(map(self.parts.index, self.measured))
 
         # A reshape before the matmul has split the leaf's channels into 2 heads of 4: measured is
         # (3, 2, 4) where there is no shard_map. The numbers are in order: it becomes (3, 8).
-        x = x.reshape([sizes[i] for i in where])
+        x = x.reshape(sizes_along(sizes, where))
 
         # The shard_map is around the scan: measured is (2, 3, 4). It becomes (3, 2, 4).
         x = x.transpose(np.argsort(where))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sqjax._shapes import runs
+from sqjax._shapes import runs, sizes_along
 from sqjax.folding.claims import (
     Claim,
     Labels,
@@ -251,7 +251,7 @@ def _beside_in_order(
 ) -> Labels:
     """The labels, axis i at `axes[i]`, whatever their order, repeated along all other axes."""
     order = np.argsort(axes)
-    ascending = [axes[i] for i in order]
+    ascending = sizes_along(axes, order.tolist())
     return beside(row.transpose(order), ascending, shape)
 
 

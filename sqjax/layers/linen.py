@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sqjax._serialized import tell_flax
+from sqjax._shapes import sizes_along
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.schemes import W8A8, Scheme
@@ -182,7 +183,7 @@ def _kernel(
     For heads (3, 5, 4, 64), axes (2, 3) and features (8,) it is (4, 64, 8). `batch` is the number
     of batch axes, `maker` the function that makes such parameters, for errors.
     """
-    lead, inputs = x.shape[:batch], tuple(x.shape[a] for a in axes)
+    lead, inputs = x.shape[:batch], sizes_along(x.shape, axes)
     shape = (*lead, *inputs, *features)
 
     def init_kernel(key: Array) -> QuantWeight:

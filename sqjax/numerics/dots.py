@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Shaped
 
-from sqjax._shapes import other_axes
+from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.formats import (
     INT4,
     absmax,
@@ -150,7 +150,7 @@ def beside_lhs(of_rhs: Array, rank: int, dimensions: DimensionNumbers) -> Array:
     (l_axes, r_axes), (l_batch, r_batch) = dimensions
     of_lhs = (*l_axes, *l_batch)
     partner = dict(zip(of_lhs, (*r_axes, *r_batch), strict=True))
-    in_order_of_lhs = [partner[axis] for axis in sorted(partner)]
+    in_order_of_lhs = entries_at(partner, sorted(partner))
     free = other_axes(of_rhs.ndim, r_axes, r_batch)
     moved = of_rhs.transpose(*in_order_of_lhs, *free)
     moved = moved.reshape(moved.shape[: len(in_order_of_lhs)])
@@ -182,4 +182,4 @@ def _batch_first(scale: Array, batch: Any, contracted: Any) -> Array:
     free = other_axes(scale.ndim, batch, contracted)
     kept = [*batch, *free]
     moved = scale.transpose(*kept, *contracted)
-    return moved.reshape([scale.shape[a] for a in kept])
+    return moved.reshape(sizes_along(scale.shape, kept))

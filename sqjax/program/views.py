@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqjax._shapes import Shape, runs, sizes_along
+from sqjax._shapes import Shape, entries_at, runs, sizes_along
 from sqjax.program.primitives import IDENTITIES, MULTIPLES
 
 
@@ -135,7 +135,7 @@ class View:
 
     def pieces(self, axes: Iterable[int]) -> list[Piece]:
         """The pieces of the leaf's axes that these axes of the view run over, in order."""
-        return list(chain.from_iterable(self.axes[a] for a in axes))
+        return list(chain(*entries_at(self.axes, axes)))
 
     def _is_whole(self, axis: int, pieces: Sequence[Piece]) -> bool:
         """Whether these pieces, major first, are all of an axis of the leaf in its own order."""
@@ -245,9 +245,7 @@ def _one_part(pieces: tuple[Piece, ...], block: Block) -> tuple[Piece, ...]:
 
 
 def _transpose(view: View, params: dict, old: Shape, new: Shape) -> View:
-    return replace(
-        view, axes=tuple(view.axes[p] for p in params["permutation"])
-    )
+    return replace(view, axes=entries_at(view.axes, params["permutation"]))
 
 
 def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
@@ -336,7 +334,7 @@ def _reshape(view: View, params: dict, old: Shape, new: Shape) -> View | None:
     for sources, targets in runs(old, new):
         sizes = sizes_along(new, targets)
         if sizes_along(old, sources) == sizes:
-            axes += [view.axes[a] for a in sources]
+            axes += entries_at(view.axes, sources)
             continue
         regrouped = _regroup(view, sources, sizes)
         if regrouped is None:

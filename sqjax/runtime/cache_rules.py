@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from sqjax._shapes import other_axes
+from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import (
     LONGEST_CONTRACTION,
     DimensionNumbers,
@@ -199,10 +199,12 @@ def _scatter(equation: JaxprEqn, leaf: Any, indices: Any, new: Any) -> Any:
     place = dict(zip(whole, numbers.update_window_dims, strict=True))
     shared = _shared_axes(leaf.value)
     # All that shares a scale must be written at once, because the rest would need another.
-    written_sizes = [new.shape[place[a]] for a in shared if a in place]
-    if written_sizes != [values.shape[a] for a in shared]:
+    if not place.keys() >= set(shared):
         return None
-    scales = scale_from_absmax(absmax(new, tuple(place[a] for a in shared)))
+    own = entries_at(place, shared)
+    if sizes_along(new.shape, own) != sizes_along(values.shape, shared):
+        return None
+    scales = scale_from_absmax(absmax(new, own))
 
     def written(array: Array, part: Array) -> Array:
         return lax.scatter(
@@ -232,7 +234,8 @@ def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
     another scale than the rest.
     """
     shared = _shared_axes(cache)
-    if any(x.shape[axis] != cache.values.shape[axis] for axis in shared):
+    whole = sizes_along(cache.values.shape, shared)
+    if sizes_along(x.shape, shared) != whole:
         return None
     scale = scale_from_absmax(absmax(x, tuple(shared)))
     return QTensor(to_format(x, scale), scale, order=(), dtype=cache.dtype)
@@ -318,7 +321,7 @@ def _dot_of_cache(
         scale = jnp.ones(
             (1,) * cache.ndim, jnp.float32
         )  # none is left for the sums
-    products = math.prod(x.shape[a] for a in x_axes)
+    products = math.prod(sizes_along(x.shape, x_axes))
     if products > LONGEST_CONTRACTION:
         return None
     x_scale = scale_from_absmax(absmax(x, tuple(x_axes)))
@@ -332,7 +335,7 @@ def _dot_of_cache(
 
 def _varies(scale: Array, axes: Sequence[int]) -> bool:
     """Whether there is more than one scale along some of the axes."""
-    return any(scale.shape[a] > 1 for a in axes)
+    return max(sizes_along(scale.shape, axes), default=1) > 1
 
 
 # The rest -----------------------------------------------------------------------------------------

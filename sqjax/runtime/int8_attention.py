@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array
 
 from sqjax._arguments import check_function
+from sqjax._shapes import sizes_along
 from sqjax._trees import named_leaves
 from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, int8_dot
 from sqjax.program.registry import Kind, Leaf, Registry
@@ -115,7 +116,7 @@ def _rules(granularity: str) -> Registry:
 def _check_length(lhs: Array, dimensions: DimensionNumbers) -> None:
     """Raises ValueError if an int32 sum over the contracted axes could overflow."""
     (contracted, _), _ = dimensions
-    products = math.prod(lhs.shape[a] for a in contracted)
+    products = math.prod(sizes_along(lhs.shape, contracted))
     if products > LONGEST_CONTRACTION:
         raise ValueError(
             f"int8_attention: dot_general sums over {products} products; int32 sums are exact up "

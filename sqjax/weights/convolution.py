@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sqjax._shapes import entries_at
 from sqjax.numerics.channels import Channels, spread_channels
 from sqjax.numerics.convolution import Kernel, Window, convolution
 from sqjax.numerics.dots import LONGEST_CONTRACTION
@@ -128,7 +129,7 @@ def quantized_convolution(
 def _kernel(weight: QuantWeight, logical: tuple[int, ...]) -> Kernel:
     """The kernel with its logical axes in this order: (outputs, *window, inputs)."""
     tensor = weight.tensor
-    stored = [tensor.axes[a] for a in logical]
+    stored = entries_at(tensor.axes, logical)
     scale = tensor.spread(tensor.scale).transpose(stored)
     codes = tensor.codes()
     if not tensor.fmt.floating:

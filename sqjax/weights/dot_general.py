@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import other_axes
+from sqjax._shapes import entries_at, other_axes
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import (
     Matrix,
@@ -200,8 +200,8 @@ def _is_stored_for(
     tensor: QTensor, w_axes: Sequence[int], w_batch: Sequence[int]
 ) -> bool:
     """Whether the contracted axes are stored last and share their scales, the batch axes first."""
-    contracted = sorted(tensor.axes[a] for a in w_axes)
-    batch = sorted(tensor.axes[a] for a in w_batch)
+    contracted = sorted(entries_at(tensor.axes, w_axes))
+    batch = sorted(entries_at(tensor.axes, w_batch))
     first = tensor.ndim - len(contracted)
     places = [*batch, *contracted]
     wanted = [*range(len(batch)), *range(first, tensor.ndim)]

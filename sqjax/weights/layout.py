@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sqjax._shapes import other_axes, runs
+from sqjax._shapes import other_axes, runs, sizes_along
 from sqjax.numerics.formats import Granularity
 
 #: The group sizes that errors offer.
@@ -159,13 +159,13 @@ def reshape_runs(
     new, ones = _by_size(new_shape)
     found = []
     for sources, targets in runs(
-        [old_shape[a] for a in old], [new_shape[a] for a in new]
+        sizes_along(old_shape, old), sizes_along(new_shape, new)
     ):
-        stored = [axes[old[a]] for a in sources]
+        stored = sizes_along(axes, sizes_along(old, sources))
         first, end = stored[0], stored[0] + len(stored)
-        if stored != list(range(first, end)):
+        if stored != tuple(range(first, end)):
             return None
-        found.append(Run(slice(first, end), [new[a] for a in targets]))
+        found.append(Run(slice(first, end), [*sizes_along(new, targets)]))
     found.sort(key=lambda run: run.stored.start)
     return [Run(slice(0, 0), ones), *found]
 
@@ -198,7 +198,7 @@ def reshaped_scale(
     sizes: list[int] = []
     for run in into:
         own, before = list(scale[run.stored]), list(values[run.stored])
-        after = [new_shape[a] for a in run.logical]
+        after = list(sizes_along(new_shape, run.logical))
         if math.prod(own) == 1:
             # All of them share a scale, and go on sharing it.
             sizes += [1] * len(after)

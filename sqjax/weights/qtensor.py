@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 
 from sqjax._arguments import expect
 from sqjax._serialized import known_to_flax
-from sqjax._shapes import sharded_as
+from sqjax._shapes import entries_at, sharded_as, sizes_along
 from sqjax.numerics.formats import (
     INT4,
     INT8,
@@ -199,7 +200,7 @@ class QTensor(NoArray):
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape."""
-        return tuple(self.values.shape[a] for a in self.axes)
+        return sizes_along(self.values.shape, self.axes)
 
     @property
     def ndim(self) -> int:
@@ -237,7 +238,8 @@ class QTensor(NoArray):
 
     def as_stored(self, of_logical: Sequence[Any]) -> list[Any]:
         """What is given for each logical axis, in the order of the stored axes."""
-        return [of_logical[self.axes.index(axis)] for axis in range(self.ndim)]
+        # The logical axis of each stored one is the inverse permutation of `axes`.
+        return [*entries_at(of_logical, np.argsort(self.axes).tolist())]
 
     def stored_as(self, dtype: DTypeLike) -> "QTensor":
         """int4 values as jnp.int4 (for a GPU or TPU) or as int8 (for a CPU); others as they are."""
@@ -310,8 +312,8 @@ class QTensor(NoArray):
             if sizes is None:
                 return None
             changed[name] = x.reshape(sizes)
-        stored = list(chain.from_iterable(run.logical for run in into))
-        values = self.values.reshape([shape[axis] for axis in stored])
+        stored = list(chain(*map(attrgetter("logical"), into)))
+        values = self.values.reshape(sizes_along(shape, stored))
         return replace(self, values=values, order=order_of(stored), **changed)
 
     def check(self, where: str) -> None:

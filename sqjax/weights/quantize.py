@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import other_axes
+from sqjax._shapes import other_axes, sizes_along
 from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax
 from sqjax.numerics.smoothing import believable, smoothing_scales
@@ -277,7 +277,7 @@ def _split(
     is_other = 1 - jnp.max(is_outlier, axis=-2)
     axes = (*batch, *contracting)
     kept = _spread(
-        is_other.reshape([weight.shape[a] for a in axes]), axes, weight.ndim
+        is_other.reshape(sizes_along(weight.shape, axes)), axes, weight.ndim
     )
     return _Split(
         Outliers(channels, in_float.astype(dtype)),
