@@ -90,7 +90,7 @@ def sharded_as(
         return plain
     stored_type = jax.typeof(stored)
     sharding, manual = stored_type.sharding, stored_type.manual_axis_type
-    entries = entries_at(sharding.spec, axes)
+    entries = entries_at(tuple(sharding.spec), axes)
     if not any(entries) and not manual.varying:
         return plain
     moved = sharding.update(spec=PartitionSpec(*entries))

@@ -161,7 +161,7 @@ def _parts(
     """The factors of the first `kept` channel axes, and of the axes in `tail`, in order."""
     view = place.view
     scanned = set(view.stacked.values())
-    picked = {taken.axis for taken in view.fixed}
+    picked = set(map(attrgetter("axis"), view.fixed))
     for i, axis in enumerate(place.site.channel_axes[:kept]):
         for scope in view.strides(axis):  # the outermost first
             yield Part(i, program.lengths[scope], scope)

@@ -111,7 +111,7 @@ class Convolution(NamedTuple):
         kernel = self._in_groups(summed, view)
         if isinstance(kernel, str):
             return kernel
-        batch = tuple(taken.axis for taken in view.taken)
+        batch = view.taken_axes
         sizes = sizes_along(view.full_shape, (*batch, channels))
         every = (*sizes[:-1], sizes[-1] * kernel.groups)
         return Site(view.path, (channels,), every, batch, kernel)

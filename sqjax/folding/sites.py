@@ -1,6 +1,8 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +62,7 @@ class Place(NamedTuple):
         """Which of the site's channels this matmul reads: all, or those of one of a stack of
         matrices.
         """
-        return tuple(taken.seen for taken in self.view.taken)
+        return tuple(map(attrgetter("seen"), self.view.taken))
 
     @property
     def name(self) -> str:
@@ -126,9 +128,9 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     refused: dict[str, str] = {}
     in_loops: dict[str, str] = {}
     for equation in program.equations:
-        if equation.name in MATMULS or equation.name == CONVOLUTION:
-            of = _of_convolution if equation.name == CONVOLUTION else _of_matmul
-            found, reasons = of(program, equation)
+        places_of = _PLACES_OF.get(equation.name)
+        if places_of is not None:
+            found, reasons = places_of(program, equation)
             places += found
             refused.update(reasons)
             continue
@@ -140,7 +142,7 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     places = [p for p in places if p.site.path not in refused]
     # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
     # quantized weights may enter loops.
-    for site in {p.site.path for p in places}:
+    for site in map(attrgetter("site.path"), places):
         in_loops.pop(site, None)
     return places, in_loops | refused
 
@@ -212,7 +214,7 @@ class _Meeting(NamedTuple):
                 "float"
             )
         # The layers that scans run over, or the index of one of them, are batch axes too.
-        batch = (*(taken.axis for taken in view.taken), *batch)
+        batch = (*view.taken_axes, *batch)
         channels = sizes_along(view.full_shape, (*batch, *axes))
         site = Site(view.path, axes, channels, batch)
         its_axes = its_batch + its
@@ -232,8 +234,9 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
             return f"{equation} multiplies it in {program.avals[leaf].dtype}"
         return _of_a_computed_matrix(program, equation, leaf, maker)
     # An index into a sharded axis picks another matrix on every device.
-    sharded = {block.axis for block in view.blocks}
-    if not sharded.isdisjoint(taken.axis for taken in view.fixed):
+    axis_of = attrgetter("axis")
+    sharded = set(map(axis_of, view.blocks))
+    if not sharded.isdisjoint(map(axis_of, view.fixed)):
         return (
             f"{equation} multiplies another one of its matrices on every device"
         )
@@ -279,6 +282,13 @@ def _of_convolution(
             return [Place(site, equation, image, axes, found)], {}
         found = site
     return [], dict.fromkeys(sorted(program.leaves_behind(leaf)), f"{found}")
+
+
+#: What finds the places of an equation, by its primitive.
+_PLACES_OF = {
+    **dict.fromkeys(MATMULS, _of_matmul),
+    CONVOLUTION: _of_convolution,
+}
 
 
 def _in_order(
@@ -340,15 +350,16 @@ def _read_otherwise(
 
 
 def _seen_as(
-    program: Program, paths: Container[str]
+    program: Program, paths: Mapping[str, Any]
 ) -> Iterator[tuple[Var, str]]:
     """(variable, leaf) of the variables that are one of these leaves, or hold it among others."""
     for var, view in program.views.items():
         if view.path in paths:
             yield var, view.path
     for var, joined in program.joined.items():
-        own = {view.path for view in joined.views}
-        yield from ((var, path) for path in sorted(own) if path in paths)
+        own = paths.keys() & map(attrgetter("path"), joined.views)
+        for path in sorted(own):
+            yield var, path
 
 
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
@@ -496,6 +507,5 @@ def _reach_into(
 
 def _holds_a_site(body: Body, weights: Mapping[Var, set[str]]) -> bool:
     """Whether a product with a site's leaf is made somewhere in a body."""
-    return any(
-        not weights.keys().isdisjoint(e.outputs) for e in body.everything
-    )
+    made = chain(*map(attrgetter("outputs"), body.everything))
+    return not weights.keys().isdisjoint(made)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import filterfalse
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -86,7 +87,7 @@ class Program:
         self.maker: dict[Var, Equation] = {}
         self.readers: dict[Var, list[Equation]] = {}
         # A captured number is as good as a literal.
-        numbers = [v for v in self.constants if not self.shape(v)]
+        numbers = filterfalse(self.shape, self.constants)
         self.from_leaves: set[Var] = {*self.leaves, *numbers}
         self.steady: set[Var] = {*self.leaves, *self.constants}
         self.picked: dict[Var, Equation] = {}
@@ -175,9 +176,8 @@ class Program:
             self._join(equation, y)
         if equation.name in KEEP_JOINED:
             self._pass_joined(equation, y)
-        x = self._seen(equation, y) if equation.name in VIEWS else None
-        if x is not None:
-            self._pass_view(equation, x, y)
+        if equation.name in VIEWS:
+            self._pass_view(equation, self._seen(equation, y), y)
 
     def _pass_origin(self, sources: Sequence[Var], y: Var) -> None:
         """What a result is made of: of leaves, or at least of no input."""
@@ -216,15 +216,15 @@ class Program:
         changed = (rule(view, equation.params, (), ()) for view in views)
         self.joined[y] = Joined(axis, tuple(filter(None, changed)))
 
-    def _seen(self, equation: Equation, y: Var) -> Var | None:
+    def _seen(self, equation: Equation, y: Var) -> Atom | None:
         """The operand of which a result may be a view: the only one, but for a number."""
-        for position in MULTIPLES.get(equation.name, ()):
+        if equation.name not in MULTIPLES:
+            sources = equation.behind(y)
+            return sources[0] if len(sources) == 1 else None
+        for position in MULTIPLES[equation.name]:
             if self._is_number(equation.inputs[1 - position]):
-                operand = equation.inputs[position]
-                return operand if isinstance(operand, Var) else None
-        sources = equation.behind(y)
-        is_one = len(sources) == 1 and equation.name not in MULTIPLES
-        return sources[0] if is_one else None
+                return equation.inputs[position]
+        return None
 
     def _is_number(self, atom: Atom) -> bool:
         """Whether an operand is one number, known by its value or made of leaves and literals."""
@@ -234,8 +234,10 @@ class Program:
     def _is_single(self, atom: Atom) -> bool:
         return math.prod(self.shape(atom)) == 1
 
-    def _pass_view(self, equation: Equation, x: Var, y: Var) -> None:
+    def _pass_view(self, equation: Equation, x: Atom | None, y: Var) -> None:
         """A view of a leaf is that leaf; a view of what was picked from a leaf is picked too."""
+        if not isinstance(x, Var):
+            return
         if x in self.picked:
             self.picked[y] = self.picked[x]
         if x not in self.views or not self.is_float(y):
@@ -312,11 +314,11 @@ class Program:
 
     def _is_leaf_read_once(self, atom: Atom) -> TypeGuard[Var]:
         """Whether an operand is a whole leaf which nothing else reads, nor another view of it."""
-        if not isinstance(atom, Var) or atom not in self.views:
-            return False
-        view = self.views[atom]
-        is_whole = view.leaf_axes is not None and not view.scaled
-        return is_whole and self.read_once(self.chain(atom))
+        if self._is_view(atom):
+            view = self.views[atom]
+            is_whole = view.leaf_axes is not None and not view.scaled
+            return is_whole and self.read_once(self.chain(atom))
+        return False
 
     def chain(self, var: Var) -> list[Var]:
         """The variables from a leaf to a view of it."""
@@ -327,7 +329,7 @@ class Program:
 
     def read_once(self, variables: Sequence[Var]) -> bool:
         """Whether each of these variables is read at one place only."""
-        return all(self._reads(v) <= 1 for v in variables)
+        return max(map(self._reads, variables), default=0) <= 1
 
     def _reads(self, var: Var) -> int:
         """How many operands, and results of fn or of bodies, a variable is."""
@@ -349,12 +351,12 @@ class Program:
 
     def touching(self, *variables: Var) -> list[Equation]:
         """The equations in which any of these variables stands: its maker, then its readers."""
-        found: dict[int, Equation] = {}
+        found: list[Equation] = []
         for var in variables:
-            made = [self.maker[var]] if var in self.maker else []
-            for equation in (*made, *self.readers.get(var, [])):
-                found[id(equation)] = equation
-        return list(found.values())
+            found += filter(None, [self.maker.get(var)])
+            found += self.readers.get(var, [])
+        # Each once, though it may read several of the variables.
+        return list(dict(zip(map(id, found), found, strict=True)).values())
 
     def is_of_leaves(self, atom: Atom) -> TypeGuard[Var]:
         """Whether an operand is computed from leaves and literals alone."""
@@ -366,8 +368,10 @@ class Program:
 
     def path_of(self, atom: Atom) -> str | None:
         """The leaf that an operand is, seen through `views`; None if it is none."""
-        view = self.views.get(atom) if isinstance(atom, Var) else None
-        return None if view is None else view.path
+        return self.views[atom].path if self._is_view(atom) else None
+
+    def _is_view(self, atom: Atom) -> TypeGuard[Var]:
+        return atom in self.views
 
     def leaves_behind(self, *variables: Var) -> set[str]:
         """The paths of the leaves that these variables are computed from."""

@@ -42,6 +42,11 @@ class Leaf:
         return None if value is None else Leaf(self.path, value)
 
 
+def leaves_among(operands: Iterable[Any]) -> list[Leaf]:
+    """The special values among some operands."""
+    return [x for x in operands if isinstance(x, Leaf)]
+
+
 class Kind(NamedTuple):
     """One kind of special value, and what becomes of it where it enters or leaves a body.
 
@@ -131,10 +136,7 @@ class Registry:
 
     def owner(self, operands: Sequence[Any]) -> Kind:
         """The kind whose rules are asked: the first one among the operands."""
-        met = []
-        for x in operands:
-            if isinstance(x, Leaf):
-                met.append(self.kind_of(x))
+        met = map(self.kind_of, leaves_among(operands))
         return min(met, key=self.kinds.index, default=self.kinds[0])
 
     def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:

@@ -6,6 +6,9 @@ once, and what it drew then is a constant of the program: calibration would be o
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -56,9 +59,8 @@ class Repeated:
     def _watched(self, *args: Any) -> Any:
         # A tracer dies with its trace. One that lives on is kept by fn, which may read it when it
         # is called again; the reference is weak, so that it is not this list that keeps it alive.
-        for x in jax.tree.leaves(args):
-            if isinstance(x, jax.core.Tracer):
-                self._alive.append(weakref.ref(x))
+        tracers = filter(_is_tracer, jax.tree.leaves(args))
+        self._alive += map(weakref.ref, tracers)
         return self._fn(*args)
 
     def check(self) -> None:
@@ -80,19 +82,26 @@ class Repeated:
         second = trace(self._fn, *self._rest)[0].jaxpr
         # Under an outer jit its tracers are constants of both programs. A new one is the first
         # trace's.
-        known = set(map(id, first.consts))
-        for value in second.consts:
-            if isinstance(value, jax.core.Tracer) and id(value) not in known:
-                raise NotRepeatableError(
-                    "fn keeps a value of one call and reads it in the next (a leaked tracer): "
-                    f"{_ADVICE}"
-                )
+        if not _tracers_in(second) <= _tracers_in(first):
+            raise NotRepeatableError(
+                "fn keeps a value of one call and reads it in the next (a leaked tracer): "
+                f"{_ADVICE}"
+            )
         difference = _difference(first, second)
         if difference is not None:
             raise NotRepeatableError(
                 f"fn is another program when it is called again with the same arguments: "
                 f"{difference}; {_ADVICE}"
             )
+
+
+def _is_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _tracers_in(program: ClosedJaxpr) -> set[int]:
+    """The constants of a program that are tracers, by their identity."""
+    return set(map(id, filter(_is_tracer, program.consts)))
 
 
 def _state_of_numpy() -> tuple[Any, ...]:
@@ -103,13 +112,12 @@ def _state_of_numpy() -> tuple[Any, ...]:
 
 def _may_be_drawn(program: ClosedJaxpr) -> bool:
     """Whether a program holds arrays, or numbers with many digits: what may have been drawn."""
-    if any(np.size(const) > 1 for const in program.consts):
+    if max(map(np.size, program.consts), default=0) > 1:
         return True
-    for equation in _everything(program.jaxpr):
-        for atom in equation.invars:
-            if isinstance(atom, Literal) and _has_many_digits(atom.val):
-                return True
-    return False
+    operands = map(attrgetter("invars"), _everything(program.jaxpr))
+    atoms = chain.from_iterable(operands)
+    numbers = (atom.val for atom in atoms if isinstance(atom, Literal))
+    return any(map(_has_many_digits, numbers))
 
 
 def _has_many_digits(value: Any) -> bool:
@@ -151,10 +159,10 @@ def _difference(a: ClosedJaxpr, b: ClosedJaxpr) -> str | None:
         for v, x, y in zip(first.constvars, a.consts, b.consts, strict=False)
         if not _same(x, y)
     }
-    for ours, theirs in zip(first.eqns, second.eqns, strict=False):
-        difference = _difference_at(ours, theirs, changed)
-        if difference is not None:
-            return difference
+    look = partial(_difference_at, changed=changed)
+    difference = _first(map(look, first.eqns, second.eqns))
+    if difference is not None:
+        return difference
     if len(first.eqns) != len(second.eqns):
         return f"it has {len(second.eqns)} equations, and had {len(first.eqns)}"
     return "it returns another constant" if changed else None
@@ -171,11 +179,12 @@ def _difference_at(
         drawn = not isinstance(atom, Literal) and atom in changed
         if drawn or not _same_literal(atom, other):
             return f"{where} reads another constant"
-    for inner, again in zip(_within(ours), _within(theirs), strict=False):
-        difference = _difference(inner, again)
-        if difference is not None:
-            return difference
-    return None
+    return _first(map(_difference, _within(ours), _within(theirs)))
+
+
+def _first(differences: Iterator[str | None]) -> str | None:
+    """The first of some differences, found one by one; None if there are none."""
+    return next(filter(None, differences), None)
 
 
 def _same_literal(a: Any, b: Any) -> bool:
@@ -186,11 +195,7 @@ def _same_literal(a: Any, b: Any) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two constants are alike; values that are not known yet are."""
-    if (
-        a is b
-        or isinstance(a, jax.core.Tracer)
-        or isinstance(b, jax.core.Tracer)
-    ):
+    if a is b or any(map(_is_tracer, (a, b))):
         return True
     if np.shape(a) != np.shape(b):
         return False

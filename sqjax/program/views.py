@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from sqjax._shapes import Shape, entries_at, runs, sizes_along
 from sqjax.program.primitives import IDENTITIES, MULTIPLES
 
+#: The axis of a leaf that a piece, an index or a block is of.
+_axis_of = attrgetter("axis")
+
 
 class Piece(NamedTuple):
     """Evenly spaced indices along one axis of a leaf: all, or one factor of a split axis.
@@ -83,8 +86,8 @@ class View:
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
         """A leaf as it is."""
-        whole = [Piece(axis, 1, size) for axis, size in enumerate(shape)]
-        return cls(path, shape, tuple((piece,) for piece in whole))
+        whole = ((Piece(axis, 1, size),) for axis, size in enumerate(shape))
+        return cls(path, shape, tuple(whole))
 
     @property
     def full_shape(self) -> Shape:
@@ -125,10 +128,10 @@ class View:
         its channels.
         """
         pieces = self.pieces(axes)
-        leaf_axes = [piece.axis for piece in pieces]
+        leaf_axes = list(map(_axis_of, pieces))
         if leaf_axes != sorted(leaf_axes):
             return None
-        for axis, own in groupby(pieces, key=attrgetter("axis")):
+        for axis, own in groupby(pieces, key=_axis_of):
             if not self._is_whole(axis, list(own)):
                 return None
         return tuple(dict.fromkeys(leaf_axes))
@@ -216,6 +219,11 @@ class View:
         return replace(self, axes=self.axes[1:], taken=(*self.taken, step))
 
     @property
+    def taken_axes(self) -> tuple[int, ...]:
+        """The leaf's axes that are seen at one index only, in the order in which they went."""
+        return tuple(map(_axis_of, self.taken))
+
+    @property
     def stacked(self) -> dict[int, int]:
         """{scan: the leaf's axis that it runs over}, outermost first."""
         return {
@@ -238,7 +246,7 @@ class View:
 
 def _one_part(pieces: tuple[Piece, ...], block: Block) -> tuple[Piece, ...]:
     """An axis of a view, after an axis of the leaf has been sharded."""
-    if [piece.axis for piece in pieces] != [block.axis]:
+    if list(map(_axis_of, pieces)) != [block.axis]:
         return pieces
     [piece] = pieces
     return (piece._replace(size=piece.size // block.devices),)
@@ -354,7 +362,7 @@ def _regroup(
     """
     pieces = view.pieces(axes)
     # What a slice has left of an axis is not split further, because a piece has one start only.
-    if view.sliced.intersection(piece.axis for piece in pieces):
+    if view.sliced.intersection(map(_axis_of, pieces)):
         return None
     # Axes of size 1 hold no choice of index: old ones are left out, new ones get no piece.
     waiting = deque(piece for piece in pieces if piece.size > 1)

@@ -10,7 +10,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from sqjax.program.primitives import KEEP_A_FILL
-from sqjax.program.registry import Leaf, Registry
+from sqjax.program.registry import Leaf, Registry, leaves_among
 from sqjax.program.subprograms import (
     cond_in,
     emit,
@@ -67,8 +67,7 @@ def _apply(
     rules: Registry,
 ) -> list[Any]:
     """The results of one equation."""
-    special = any(isinstance(x, Leaf) for x in operands)
-    if not special and not rules.concerns(equation):
+    if not leaves_among(operands) and not rules.concerns(equation):
         return emit(equation, *operands)
     if (inner := inner_program(equation)) is not None:
         numbers = zip(

@@ -3,6 +3,7 @@
 So each piece keeps its own scheme, scales and smoothing, and a piece may be float.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax.program.primitives import KEEP_JOINED
-from sqjax.program.registry import Leaf, Registry
+from sqjax.program.registry import Leaf, Registry, leaves_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import JOINED, WEIGHTS, JoinedWeight, refuse_weight
 from sqjax.runtime.weight_rules import WEIGHT_RULES
@@ -21,7 +22,7 @@ JOINED_RULES = Registry(WEIGHTS, JOINED)
 @JOINED_RULES.register(("concatenate",), WEIGHTS)
 def _concatenate(equation: JaxprEqn, *pieces: Any) -> Leaf:
     axis = equation.params["dimension"]
-    first = next(x for x in pieces if isinstance(x, Leaf))
+    first, *_ = leaves_among(pieces)
     return Leaf(first.path, JoinedWeight(pieces, axis))
 
 
@@ -32,7 +33,7 @@ def _of_each(equation: JaxprEqn, leaf: Leaf) -> Leaf:
     axis = joined.axis
     if equation.primitive.name == "transpose":
         axis = equation.params["permutation"].index(axis)
-    pieces = tuple(_alone(equation, piece) for piece in joined.pieces)
+    pieces = tuple(map(partial(_alone, equation), joined.pieces))
     return Leaf(leaf.path, JoinedWeight(pieces, axis))
 
 
@@ -72,7 +73,7 @@ def _rank(leaf: Leaf) -> int:
 
 def _alone(equation: JaxprEqn, *operands: Any) -> Any:
     """The equation on one piece: by its rule where that is quantized."""
-    if not any(isinstance(x, Leaf) for x in operands):
+    if not leaves_among(operands):
         return emit(equation, *operands)[0]
     result = WEIGHT_RULES.rule(equation, operands).run(equation, *operands)
     return refuse_weight(equation, *operands) if result is None else result

@@ -8,6 +8,7 @@ enter or leave a program, a loop or a shard_map. What each primitive does to the
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import filterfalse
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sqjax.program.registry import Kind, Leaf
+from sqjax.program.registry import Kind, Leaf, leaves_among
 from sqjax.program.subprograms import shard_map_in, source_of
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
@@ -27,7 +28,7 @@ from sqjax.weights.sharding import check_groups, weight_specs
 
 def refuse_weight(equation: JaxprEqn, *operands: Any) -> Any:
     """Raises ValueError: there is no rule for a quantized weight here."""
-    leaf = next(x for x in operands if isinstance(x, Leaf))
+    leaf, *_ = leaves_among(operands)
     raise ValueError(
         f"{leaf.path}: quantized, but `{equation.primitive.name}` at {source_of(equation)} has no "
         "rule for quantized values; keep this leaf in float with a rule of None: "
@@ -132,8 +133,8 @@ def is_cache(x: Any) -> bool:
 
 def refuse_cache(equation: JaxprEqn, *operands: Any) -> Any:
     """Raises ValueError: there is no rule for a quantized argument here."""
-    leaves = [x for x in operands if isinstance(x, Leaf)]
-    weights = [x for x in leaves if not is_cache(x)]
+    leaves = leaves_among(operands)
+    weights = list(filterfalse(is_cache, leaves))
     if weights:
         return refuse_weight(equation, *weights)
     leaf = leaves[0]
