@@ -70,7 +70,7 @@ def _without_the_others(
     refused = [*graph.refused]
     for group in graph.groups:
         if group not in sound:
-            refused += [(path, reason) for path, _ in group.sites]
+            refused += dict.fromkeys(group.paths, reason).items()
     return graph._replace(groups=tuple(sound), refused=tuple(refused))
 
 

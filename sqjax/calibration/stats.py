@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from sqjax._serialized import serialized
 from sqjax._trees import is_concrete, is_float
-from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site
+from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
 from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
@@ -90,7 +90,7 @@ class Stats:
         """A table with a row for every site; of more than 40 the first ones."""
         head = f"{len(self.graph.sites)} sites, {len(self.graph.groups)} groups"
         rows = [("tokens", "max |X|", "max / median", "site")]
-        rows += [self._row(site) for site in self.graph.sites[:MOST_ROWS]]
+        rows += map(self._row, self.graph.sites[:MOST_ROWS])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [head]
         for *numbers, path in rows:
@@ -248,7 +248,8 @@ class Stats:
         """
         # An absmax needs no histogram, and `fold_stats` has divided it by s: it is always right.
         if how == "absmax":
-            site = next(site for site in self.graph.sites if site.path == path)
+            place = paths_of(self.graph.sites).index(path)
+            site = self.graph.sites[place]
             return jnp.max(self.absmax[path], axis=site.feature_axes)
         if path not in self.histogram:
             raise ValueError(
@@ -291,8 +292,11 @@ def weight_absmaxes(
     sites: Iterable[Site], leaves: Mapping[str, Any]
 ) -> dict[str, Array]:
     """{site: `weight_absmax` of its leaf}, all by one compiled program."""
-    kept = tuple((site.path, leaf_channels(site)) for site in sites)
-    return _absmaxes_of({path: leaves[path] for path, _ in kept}, kept)
+    sites = tuple(sites)
+    kept = dict(zip(paths_of(sites), map(leaf_channels, sites), strict=True))
+    return _absmaxes_of(
+        {path: leaves[path] for path in kept}, tuple(kept.items())
+    )
 
 
 def leaf_channels(site: Site) -> Channels:

@@ -1,6 +1,7 @@
 """`Claim`: what labels say of one equation; and comparisons of labels, which the laws share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ def all_equal(a: Iterable[Labels], b: Iterable[Labels]) -> bool:
 
 def all_carry(terms: Iterable[tuple[int, Labels]], labels: Labels) -> bool:
     """Whether each of the (numbered) terms carries these labels."""
-    return all(are_equal(term, labels) for _, term in terms)
+    return all_equal(dict(terms).values(), repeat(labels))
 
 
 def other_axes(ndim: int, axes: Iterable[int]) -> tuple[int, ...]:
@@ -137,6 +138,13 @@ def product_of(a: Labels, b: Labels) -> Labels | None:
     # Two labels of one sign would be s[0] s[1]; opposite ones of two channels s[0] / s[1].
     lawful = (a == 0) | (b == 0) | (a == -b)
     return np.asarray(a + b) if lawful.all() else None
+
+
+def collapses_to(labels: Labels, axes: Sequence[int], result: Labels) -> bool:
+    """Whether labels are the same all along some axes, which are of size 1 in the result's."""
+    return is_constant(labels, axes) and are_equal(
+        first_along(labels, axes), result
+    )
 
 
 def has_one_label(

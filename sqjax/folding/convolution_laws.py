@@ -66,11 +66,9 @@ def pool(claim: Claim) -> bool:
     [old] = map(claim.program.shape, claim.equation.inputs)
     [new] = map(claim.program.shape, claim.equation.outputs)
     sizes, padding = claim.params["window_dimensions"], claim.params["padding"]
-    touched = [
-        axis
-        for axis, size in enumerate(sizes)
-        if size > 1 or any(padding[axis]) or old[axis] != new[axis]
-    ]
+    windowed, padded = np.greater(sizes, 1), np.any(padding, axis=-1)
+    changed = windowed | padded | np.not_equal(old, new)
+    touched = np.flatnonzero(changed).tolist()
     [x], [y] = claim.xs, claim.ys
     constant = is_constant(x, touched) and is_constant(y, touched)
     return constant and are_equal(

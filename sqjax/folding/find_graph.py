@@ -1,6 +1,9 @@
 """The graph of a program: its sites, its fold groups, and why the other sites are in none."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter
 
 from sqjax.folding.attention_keys import Keys
 from sqjax.folding.embeddings import find_tables
@@ -37,14 +40,14 @@ def find_graph(
     }
     return Graph(
         leaves=tuple(leaves.items()),
-        sites=tuple(dict.fromkeys(place.site for place in survey.places)),
-        groups=(*groups, *(found.group for found in keys)),
+        sites=tuple(dict.fromkeys(map(attrgetter("site"), survey.places))),
+        groups=(*groups, *map(attrgetter("group"), keys)),
         refused=tuple(refused.items()),
         offsets=tuple(offsets.items()),
         ways=tuple(ways.items()),
-        keys=tuple(k.site for k in keys),
+        keys=tuple(map(attrgetter("site"), keys)),
         tables=find_tables(
-            program, frozenset(place.site.path for place in survey.places)
+            program, frozenset(map(attrgetter("site.path"), survey.places))
         ),
     )
 
@@ -60,9 +63,7 @@ def _group_the_rest(
     """
     refused: dict[str, str] = dict(survey.refused)
     ways: dict[str, tuple[str, ...]] = {}
-    grouped: set[str] = set()
-    for group in groups:
-        grouped |= _covered(survey, group)
+    grouped = set(chain(*map(partial(_covered, survey), groups)))
     for place in survey.places:
         if place.name in grouped:
             continue

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
-from itertools import filterfalse
+from itertools import chain, filterfalse
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -94,6 +94,11 @@ class Site(NamedTuple):
         return tuple(range(len(self.batch), len(self.channels)))
 
 
+def paths_of(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The paths of some sites, in order."""
+    return tuple(map(attrgetter("path"), sites))
+
+
 class Group(NamedTuple):
     """A fold group: sites that share an activation, and the leaves that can absorb its scale.
 
@@ -124,6 +129,11 @@ class Group(NamedTuple):
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
     steps: tuple[int, ...] = ()
     keys: bool = False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the sites."""
+        return tuple(path for path, _ in self.sites)
 
     @property
     def absorbers(self) -> tuple[str, ...]:
@@ -172,7 +182,7 @@ class Group(NamedTuple):
         )
         if channels != self.size:  # some are tied
             scales += f" of {channels // steps} channels"
-        paths = [path for path, _ in self.sites]
+        paths = self.paths
         matrix = ""  # the index of one of a stack of matrices: the [3] of layers/kernel[3]
         if self.name.startswith(f"{paths[0]}["):
             matrix = self.name.removeprefix(paths[0])
@@ -284,7 +294,7 @@ class Graph(NamedTuple):
         """
         alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
         absorbers = self._absorbers()
-        sites = {site.path for site in self.sites}
+        sites = paths_of(self.sites)
         for path, reason in self.refused:
             # A leaf that absorbs does what it can; of a site its own activation is meant.
             if path in absorbers and path not in sites:
@@ -293,19 +303,15 @@ class Graph(NamedTuple):
                 reason += "; it absorbs another site's scale all the same"
             kind = _NUMBER.sub("#", path), _NUMBER.sub("#", reason)
             alike.setdefault(kind, []).append((path, reason))
-        lines: list[str] = []
-        for refusals in alike.values():
-            lines += _lines_of(refusals)
-        return lines
+        return list(chain(*map(_lines_of, alike.values())))
 
     def _absorbers(self) -> set[str]:
-        return {path for group in self.groups for path in group.absorbers}
+        return set(chain(*map(attrgetter("absorbers"), self.groups)))
 
     def _not_sites(self) -> set[str]:
         """The refused leaves that are no sites: a matmul reads them in a way that is not known."""
-        sites = {site.path for site in self.sites}
         leaves = {path.partition("[")[0] for path, _ in self.refused}
-        return leaves - sites - self._absorbers()
+        return leaves.difference(paths_of(self.sites), self._absorbers())
 
 
 def _lines_of(refusals: list[tuple[str, str]]) -> list[str]:
@@ -334,16 +340,14 @@ def _matching(
     groups: tuple[Group, ...], patterns: list[str]
 ) -> tuple[Group, ...]:
     """The groups with a site whose path matches one of these patterns, each of which must match."""
-    paths: list[str] = []
-    for group in groups:
-        paths += dict(group.sites)
+    paths = chain(*map(attrgetter("paths"), groups))
     words = ("all", "norm")
     found = first_matches(patterns, paths, "groups pattern", also=words)
-    chosen = []
-    for group in groups:
-        if any(found[path] is not None for path, _ in group.sites):
-            chosen.append(group)
-    return tuple(chosen)
+
+    def is_chosen(group: Group) -> bool:
+        return any(found[path] is not None for path in group.paths)
+
+    return tuple(filter(is_chosen, groups))
 
 
 def _steps(start: str, way: tuple[str, ...]) -> list[str]:

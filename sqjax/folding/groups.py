@@ -8,6 +8,7 @@ something refuses. What is found is believed only after `sqjax.folding.certifica
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -178,7 +179,7 @@ def group_of(
         steps=stack.steps,
     )
     # What the authors' code smooths: norms absorb, no matmul does, and the head is left out.
-    weights = {p.site.path for p in survey.places}
+    weights = set(map(attrgetter("site.path"), survey.places))
     norm = weights.isdisjoint(group.absorbers) and survey.heads.isdisjoint(
         sites
     )

@@ -14,6 +14,7 @@ column is divided by s[1] in fact.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from sqjax.folding.claims import (
     all_equal,
     are_equal,
     beside,
+    collapses_to,
     first_along,
     has_one_label,
     is_constant,
@@ -96,7 +98,7 @@ def _transformed(params: dict, x: Labels, y: Labels) -> bool:
     """Each element along the last axes is a sum over all of them."""
     count = len(params["fft_lengths"])
     axes = range(x.ndim - count, x.ndim)
-    return is_constant(x, axes) and are_equal(first_along(x, axes), y)
+    return collapses_to(x, axes, y)
 
 
 def _tiled(params: dict, x: Labels, y: Labels) -> bool:
@@ -186,7 +188,7 @@ def _concatenate(claim: Claim) -> bool:
     axis, pieces = claim.params["dimension"], claim.whole_xs()
     [y] = claim.whole_ys()
     parts = _parts(y, axis, [piece.shape[axis] for piece in pieces])
-    return all(are_equal(parts[i], pieces[i]) for i, _ in claim.terms())
+    return _are_at_their_places(claim, parts)
 
 
 def _parts(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
@@ -215,9 +217,15 @@ def _pad(claim: Claim) -> bool:
 
 def _stack(claim: Claim) -> bool:
     """Every operand that is not zero carries the result's labels at its place."""
-    axis, pieces = claim.params["axis"], claim.whole_xs()
     [y] = claim.whole_ys()
-    return all(are_equal(y.take(i, axis), pieces[i]) for i, _ in claim.terms())
+    places = np.moveaxis(y, claim.params["axis"], 0)
+    return _are_at_their_places(claim, list(places))
+
+
+def _are_at_their_places(claim: Claim, parts: Sequence[Labels]) -> bool:
+    """Whether every operand that is not zero carries its part of the result's labels."""
+    pieces = claim.whole_xs()
+    return all(are_equal(parts[i], pieces[i]) for i, _ in claim.terms())
 
 
 def _scatter(claim: Claim) -> bool:
@@ -258,7 +266,7 @@ def _beside_in_order(
 def _sorted(claim: Claim) -> bool:
     """One label all along each line that is sorted; the results carry the operands' labels."""
     line = [claim.params["dimension"]]
-    lines = all(is_constant(x, line) for x in claim.xs)
+    lines = all(map(is_constant, claim.xs, repeat(line)))
     return lines and all_equal(claim.xs, claim.ys)
 
 
@@ -267,8 +275,7 @@ def _top(claim: Claim) -> bool:
     x, values = claim.xs[0], claim.ys[0]
     line = [claim.params.get("axis", x.ndim - 1)]
     indices = claim.ys[1]
-    carried = is_constant(x, line) and are_equal(first_along(x, line), values)
-    return carried and not indices.any()
+    return collapses_to(x, line, values) and not indices.any()
 
 
 def _which(claim: Claim) -> bool:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sqjax._shapes import sizes_along
+from sqjax._shapes import entries_at, sizes_along
 from sqjax.folding.labels import (
     Labels,
     channels_and_degrees,
@@ -76,7 +76,7 @@ class Stack(NamedTuple):
     @property
     def steps(self) -> tuple[int, ...]:
         """The number of steps of every scan, and of devices along every mesh axis."""
-        return tuple(self.program.lengths[scope] for scope in self.scopes)
+        return entries_at(self.program.lengths, self.scopes)
 
     def of_leaf(self, var: Var, labels: Labels) -> Labels:
         """The labels of a variable as those of its leaf, in the leaf's axes."""
@@ -144,7 +144,7 @@ def _scopes_of_all(program: Program, found: Mapping[Var, Labels]) -> set[int]:
     """The scans and mesh axes around all labelled variables that slice or shard all labelled
     leaves.
     """
-    around = [set(program.scopes[var]) for var in found]
+    around = map(set, entries_at(program.scopes, found))
     leaves = found.keys() & program.leaves.keys()
     dividing = [set(program.leaf_views[leaf].dividing) for leaf in leaves]
     return set.intersection(*around, *dividing)

@@ -10,7 +10,7 @@ import numpy as np
 from sqjax._trees import PyTree, is_concrete, is_float, map_named
 from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
 from sqjax.folding.apply import leaves_by_path, unfold
-from sqjax.folding.graph import Site
+from sqjax.folding.graph import Site, paths_of
 
 
 def check_stats(stats: Any, what: str) -> None:
@@ -69,10 +69,10 @@ def check_leaves(
         original = _original(params, stats)
         compared = jax.device_get((leaf_sizes(original), stats.leaf_sizes))
     sizes, of_then = compared
-    paths = {site.path for site in sites}
+    paths = set(paths_of(sites))
     elsewhere: set[str] = set()
     for group in stats.graph.groups:
-        if paths.isdisjoint(dict(group.sites)):
+        if paths.isdisjoint(group.paths):
             elsewhere |= dict(group.leaves).keys()
     offsets = dict(stats.graph.offsets)
     for path in sizes.keys() - paths - elsewhere:

@@ -7,6 +7,7 @@ Smoothing scales, always called `s`, are folded into the parameters before, or (
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from sqjax._trees import PyTree, check_finite, is_concrete, map_named
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats, leaf_channels, weight_absmax
 from sqjax.folding.apply import expand, fold, leaves_by_path
-from sqjax.folding.graph import Graph, Site
+from sqjax.folding.graph import Graph, Site, paths_of
 from sqjax.methods.described import check_leaves, check_stats
 from sqjax.methods.smoothing import Alpha, check_alpha, fold_stats, scales
 from sqjax.numerics.smoothing import smoothing_scales
@@ -98,8 +99,7 @@ def _schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
     does not reach the table, because W8A8 is no scheme for one.
     """
     by_pattern = _by_pattern(rules)
-    sites = [site.path for site in graph.sites]
-    tables = [table.path for table in graph.tables]
+    sites, tables = paths_of(graph.sites), paths_of(graph.tables)
 
     # None is said of sites and tables alike, so such a pattern may be found in either of them.
     floats = [pattern for pattern, rule in by_pattern.items() if rule is None]
@@ -182,9 +182,8 @@ def _quantized(
     check_float(params, "quantize")
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
-    sites = {
-        site.path: site for site in (*stats.graph.sites, *stats.graph.tables)
-    }
+    quantizable = *stats.graph.sites, *stats.graph.tables
+    sites = dict(zip(paths_of(quantizable), quantizable, strict=True))
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     described = [sites[path] for path in schemes if schemes[path].measured]
     check_leaves(params, stats, described, _STATIC_ADVICE)
@@ -379,7 +378,7 @@ def smoothquant(
 
 def _needs_histograms(rules: Rules) -> bool:
     schemes = _by_pattern(rules).values()
-    return any(scheme.needs_histogram for scheme in filter(None, schemes))
+    return any(map(attrgetter("needs_histogram"), filter(None, schemes)))
 
 
 def _smoothed_at_run_time(
@@ -390,10 +389,10 @@ def _smoothed_at_run_time(
 ) -> dict[str, Scheme]:
     """The schemes, with this alpha for the sites that no s in `s` smooths already."""
     # A table meets indices: there is no activation to smooth.
-    spared = {table.path for table in graph.tables}
+    spared = set(paths_of(graph.tables))
     for group in graph.groups:
         if group.name in s:
-            spared.update(path for path, _ in group.sites)
+            spared.update(group.paths)
     changed = dict(schemes)
     for path in sorted(changed.keys() - spared):
         with named(path):

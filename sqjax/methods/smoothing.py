@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from numbers import Real
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, is_concrete, replicated
 from sqjax.calibration.stats import Stats, weight_absmax
 from sqjax.folding.apply import check_scales, expand, fold, leaves_by_path
-from sqjax.folding.graph import Group, Site
+from sqjax.folding.graph import Group, Site, paths_of
 from sqjax.methods.described import check_stats, check_weights
 from sqjax.numerics.smoothing import believable, smoothing_scales
 from sqjax.weights.quant_weight import check_float
@@ -138,7 +139,7 @@ _SMOOTHED_ADVICE = (
 
 def _sites_of(groups: Iterable[Group], stats: Stats) -> list[Site]:
     """The sites of these groups, each once."""
-    paths = {path for group in groups for path, _ in group.sites}
+    paths = set(chain(*map(attrgetter("paths"), groups)))
     return [site for site in stats.graph.sites if site.path in paths]
 
 
@@ -162,11 +163,12 @@ class Maxima(NamedTuple):
 def _maxima_of_sites(
     group: Group, leaves: Mapping[str, Any], stats: Stats
 ) -> list[Maxima]:
-    sites = {site.path: site for site in stats.graph.sites}
+    sites = stats.graph.sites
+    site_of = dict(zip(paths_of(sites), sites, strict=True))
     found = []
     for path, labels in group.sites:
         scale_of = labels.array.ravel()
-        site = sites[path]
+        site = site_of[path]
         x_absmax = believable(
             replicated(stats.absmax[path]), len(site.batch)
         ).ravel()
@@ -181,7 +183,7 @@ def _key_scales(
 ) -> dict[str, Array]:
     """s_j = max|K_j|^exponent for the keys of attention: the formula with weights of 1."""
     _check_in_unit_interval("attention", exponent)
-    groups = [group for group in stats.graph.groups if group.keys]
+    groups = list(filter(attrgetter("keys"), stats.graph.groups))
     if not groups:
         raise ValueError(
             "scales: attention was asked for, but no scale can move between keys and queries: "
@@ -237,7 +239,7 @@ def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
     groups = list(groups)
     if not groups:  # nothing to smooth; no pattern can be found
         return {}
-    sites = dict(chain.from_iterable(group.sites for group in groups))
+    sites = chain(*map(attrgetter("paths"), groups))
     pattern_of = first_matches(by_pattern, sites, "alpha pattern")
 
     alphas, missing = {}, []
@@ -258,7 +260,7 @@ def _first_pattern(
     group: Group, pattern_of: Mapping[str, str | None]
 ) -> str | None:
     """The pattern of the group's first site that has one."""
-    for path, _ in group.sites:
+    for path in group.paths:
         if pattern_of[path] is not None:
             return pattern_of[path]
     return None
