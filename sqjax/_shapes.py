@@ -27,6 +27,11 @@ def sizes_along(shape: Sequence[int], axes: Iterable[int]) -> Shape:
     return entries_at(shape, axes)
 
 
+def from_front(axes: Iterable[int], ndim: int) -> Shape:
+    """Axes of an array of rank `ndim`, counted from the front: (-1, 0) of 3 axes are (2, 0)."""
+    return tuple(a % ndim for a in axes)
+
+
 def mesh_axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes that one entry of a PartitionSpec names: None names none, ("a", "b") two."""
     if entry is None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -90,11 +92,9 @@ def _varying(mark: Array | None) -> set[int]:
 
 def _largest(marks: Sequence[Array | None]) -> Array:
     """The largest mark of each element."""
-    known = [m for m in marks if m is not None]
-    rank = max(m.ndim for m in known)
-    result = known[0]
-    for mark in known[1:]:
-        result = jnp.maximum(result, mark)
+    known = jax.tree.leaves(list(marks))  # None is no leaf
+    rank = max(map(jnp.ndim, known))
+    result = reduce(jnp.maximum, known)
     return result if rank else result.reshape(())
 
 
@@ -133,16 +133,14 @@ def _reshape(call: Call, marks: _Known) -> list[Mark] | None:
         return None
     if 0 in old:
         return [None]
-    written, target = list(old), list(new)
+    written, target = np.array(old, int), np.array(new, int)
     # Example: a mark (2, 7, 1) of x (2, 7, 16) becomes (14, 1) where x becomes (14, 16), because
     # only the first run, 2 * 7 = 14, is written out.
     for sources, targets in runs(old, new):
         if _varying(mark).isdisjoint(sources):
-            for a in sources:
-                written[a] = 1
-            for a in targets:
-                target[a] = 1
-    return [jnp.broadcast_to(mark, written).reshape(target)]
+            written[sources] = 1
+            target[targets] = 1
+    return [jnp.broadcast_to(mark, written.tolist()).reshape(target.tolist())]
 
 
 def _squeeze(call: Call, marks: _Known) -> list[Mark]:
@@ -194,17 +192,20 @@ def _tile(call: Call, marks: _Known) -> list[Mark]:
 
 def _stack(call: Call, marks: _Known) -> list[Mark]:
     axis = call.params["axis"]
-    pieces = [
-        jnp.expand_dims(_full(m, call.shape(i), []), axis)
-        for i, m in enumerate(marks)
-    ]
-    return [_along(pieces, axis)]
+    pieces = map(
+        partial(jnp.expand_dims, axis=axis), _all_full(call, marks, [])
+    )
+    return [_along(list(pieces), axis)]
 
 
 def _concatenate(call: Call, marks: _Known) -> list[Mark]:
     axis = call.params["dimension"]
-    pieces = [_full(m, call.shape(i), [axis]) for i, m in enumerate(marks)]
-    return [_along(pieces, axis)]
+    return [_along(_all_full(call, marks, [axis]), axis)]
+
+
+def _all_full(call: Call, marks: _Known, axes: Sequence[int]) -> list[Array]:
+    """The marks of all operands, written out along these axes."""
+    return [_full(m, call.shape(i), axes) for i, m in enumerate(marks)]
 
 
 def _along(pieces: Sequence[Array], axis: int) -> Array:
@@ -259,11 +260,16 @@ def _top_k(call: Call, marks: _Known) -> list[Mark]:
     return [chosen, chosen]
 
 
+def _cut_axes(whole: Sequence[int], part: Sequence[int]) -> list[int]:
+    """The axes along which an array is larger than a part of it."""
+    return np.flatnonzero(np.not_equal(whole, part)).tolist()
+
+
 def _dynamic_slice(call: Call, marks: _Known) -> list[Mark]:
     mark, old, new = marks[0], call.shape(), call.new
     if mark is None:
         return [None]
-    cut = [a for a in range(len(old)) if old[a] != new[a]]
+    cut = _cut_axes(old, new)
     full = _full(mark, old, [a for a in cut if a in _varying(mark)])
     starts, sizes = [], []
     for a, start in enumerate(call.operands[1:]):
@@ -276,7 +282,7 @@ def _dynamic_slice(call: Call, marks: _Known) -> list[Mark]:
 
 def _update(call: Call, marks: _Known) -> list[Mark]:
     old, part = call.shape(), call.shape(1)
-    cut = [a for a in range(len(old)) if old[a] != part[a]]
+    cut = _cut_axes(old, part)
     # Written out where the part is put in, and where either mark varies; elsewhere both have size
     # 1.
     axes = {*cut, *_varying(marks[0]), *_varying(marks[1])}

@@ -110,8 +110,8 @@ class Follower:
         outputs = equation.outputs
         if not any(map(_is_array, marks)):
             # What is no array is `Lost`, or None where no token has flowed in.
-            lost = [m for m in marks if m is not None]
-            return [lost[0] if lost else None] * len(outputs)
+            first = next(filter(None, marks), None)
+            return [first] * len(outputs)
         call = Call(self._program, self._sparse, equation, operands, results)
         rule = RULES.get(equation.name)
         known = [m if _is_array(m) else None for m in marks]

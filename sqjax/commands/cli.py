@@ -9,6 +9,7 @@ from pathlib import Path
 from sqjax.commands.defaults import ALPHA, MODEL
 from sqjax.commands.records import (
     Row,
+    as_dicts,
     check_writable,
     make_record,
     write_record,
@@ -120,17 +121,14 @@ def _run_demo(options: argparse.Namespace) -> list[Row]:
 
     size = demo.QUICK if options.quick else demo.FULL
     rows = demo.demo(size, options.alpha, options.model, options.float_head)
-    return [row._asdict() for row in rows]
+    return as_dicts(rows)
 
 
 def _run_schemes(options: argparse.Namespace) -> list[Row]:
     from sqjax.commands import demo, schemes
 
     size = demo.QUICK if options.quick else demo.FULL
-    return [
-        row._asdict()
-        for row in schemes.compare(size, options.alpha, options.model)
-    ]
+    return as_dicts(schemes.compare(size, options.alpha, options.model))
 
 
 def _run_benchmark(options: argparse.Namespace) -> list[Row]:

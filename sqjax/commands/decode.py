@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
-from sqjax.commands.records import Row
+from sqjax.commands.records import Row, as_dicts
 from sqjax.commands.shared import (
     check_length,
     text_windows,
@@ -119,13 +119,13 @@ def run(
     print(where(name), flush=True)
     rows: list[Row] = []
     if only != "speed":
-        accuracies = [row._asdict() for row in accuracy(model, variants, size)]
+        accuracies = as_dicts(accuracy(model, variants, size))
         print(
             f"\nperplexity through the cache\n{layouts.text(layouts.caches(accuracies))}"
         )
         rows += accuracies
     if only != "accuracy":
-        speeds = [row._asdict() for row in speed(model, variants, size)]
+        speeds = as_dicts(speed(model, variants, size))
         bandwidth = speeds[0]["copy_bytes_per_second"]
         print(f"\none step; a copy moves {bandwidth / 1e9:.1f} GB/s")
         print(layouts.text(layouts.steps(speeds)))

@@ -12,6 +12,7 @@ from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
+from sqjax.commands.records import as_dicts
 from sqjax.commands.shared import (
     NO_TOKENIZER,
     check_alpha,
@@ -212,7 +213,7 @@ def print_continuation(
     """Prints how a variant continues the prompt, so that a reader sees that it still writes."""
     assert model.tokenizer is not None
     ids = np.asarray(greedy(model, params, _prompt_ids(model), tokens))[0]
-    print(f"\n{name}: {PROMPT}{model.tokenizer.decode([int(i) for i in ids])}")
+    print(f"\n{name}: {PROMPT}{model.tokenizer.decode(ids)}")
 
 
 def _table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> str:
@@ -223,5 +224,5 @@ def _table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> str:
         else "every matmul in int8"
     )
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
-    table = layouts.demo([row._asdict() for row in rows])
+    table = layouts.demo(as_dicts(rows))
     return f"\n{tokens}; smoothing with alpha {alpha}; {what}\n{layouts.text(table)}"

@@ -22,7 +22,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,11 @@ FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
 
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).parents[2]
+
+
+def as_dicts(rows: Iterable[Any]) -> list[Row]:
+    """The rows of a command, which are NamedTuples, as records hold them."""
+    return [row._asdict() for row in rows]
 
 
 class Machine(NamedTuple):

@@ -12,6 +12,7 @@ from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
 from sqjax.commands.demo import Size
+from sqjax.commands.records import as_dicts
 from sqjax.commands.shared import (
     check_alpha,
     check_length,
@@ -130,7 +131,7 @@ def compare(
     rows.append(measure("W8A8 O1, int8 attention", of_attention, in_w8a8))
 
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
-    table = layouts.schemes([row._asdict() for row in rows])
+    table = layouts.schemes(as_dicts(rows))
     print(
         f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{layouts.text(table)}"
     )

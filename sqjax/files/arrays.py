@@ -1,6 +1,7 @@
 """One array of a file: which dtypes it can have, how int4 is stored, which arrays can be saved."""
 
 import math
+from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -114,9 +115,9 @@ def _if_no_array(x: Any) -> str | None:
         return None
     kind = type(x).__name__
     # By its bases, because a class of their own may be a dict or a tuple that jax does not know.
-    names = [base.__name__ for base in type(x).__mro__]
-    known = [_REMEDIES[name] for name in names if name in _REMEDIES]
-    remedy = known[0] if known else "keep what is no array elsewhere"
+    names = map(attrgetter("__name__"), type(x).__mro__)
+    remedies = filter(None, map(_REMEDIES.get, names))
+    remedy = next(remedies, "keep what is no array elsewhere")
     return (
         "expected an array, dict, list, tuple, None, QuantWeight, QTensor, or a container "
         f"that jax knows, got {kind}; {remedy}"

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from sqjax.files.arrays import STORED
@@ -87,7 +88,7 @@ def _without_twins(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_text_by_text(x: Any) -> bool:
-    return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
+    return isinstance(x, dict) and set(map(type, x.values())) <= {str}
 
 
 def is_size(x: Any) -> bool:
@@ -103,7 +104,7 @@ def _entry(name: str, entry: Any, data_start: int) -> Entry:
     """One tensor of the header, whose shape and offsets must agree."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name}: an entry that is {entry!r}")
-    fields: list[Any] = [entry.get(field) for field in _FIELDS]
+    fields: list[Any] = list(map(entry.get, _FIELDS))
     dtype, shape, offsets = fields
     if not (
         isinstance(dtype, str)
@@ -130,7 +131,7 @@ def _check_no_gaps(
     tensors: Mapping[str, Entry], data_start: int, size: int
 ) -> None:
     """Raises ValueError unless the tensors fill the file, one after the other."""
-    spans = sorted((entry.first, entry.last) for entry in tensors.values())
+    spans = sorted(map(attrgetter("first", "last"), tensors.values()))
     # The format allows no holes, because bytes that no tensor owns could be a file of another kind.
     # Example: two tensors of 8 bytes after a header that ends at 100 are (100, 108), (108, 116).
     edges = [(data_start, data_start), *spans, (size, size)]

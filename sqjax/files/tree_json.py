@@ -101,7 +101,7 @@ def _is_size_or_none(value: Any) -> bool:
 
 
 def _is_list_of_axes(value: Any) -> bool:
-    return type(value) is list and all(type(axis) is int for axis in value)
+    return type(value) is list and set(map(type, value)) <= {int}
 
 
 def _is_name_among(names: Iterable[str | None]) -> Callable[[Any], bool]:
@@ -158,7 +158,7 @@ def _dict_to_json(
     keys: Keys, node: dict[Any, Any], tensors: dict[str, np.ndarray]
 ) -> Any:
     # jax sorts the keys of a dict, and text can not be compared with integers.
-    types = {type(key) for key in node}
+    types = set(map(type, node))
     if types not in (set(), {str}, {int}) or not all(map(_is_unicode, node)):
         raise ValueError(
             f"{shown(path_of(keys))}: expected keys all str or all int, got {list(node)[:5]}; "

@@ -59,7 +59,7 @@ def _move(c: Closure, e: Equation) -> None:
 def _split(c: Closure, e: Equation) -> None:
     """Every piece carries its part of the operand's labels."""
     x, axis = e.inputs[0], e.params["axis"]
-    sizes = [int(n) for n in e.params["sizes"]]
+    sizes = list(map(int, e.params["sizes"]))
     _take_apart(c, x, e.outputs, axis, sizes)
     _put_together(c, x, e.outputs, axis, sizes)
 
@@ -244,7 +244,7 @@ def _sign(c: Closure, e: Equation) -> None:
 
 def _compare(c: Closure, e: Equation) -> None:
     """x > 0 does not change when x is divided by s > 0: no label passes."""
-    if not any(c.program.is_scale_free(x) for x in e.inputs):
+    if not any(map(c.program.is_scale_free, e.inputs)):
         raise Refused(f"{e} compares it")
 
 

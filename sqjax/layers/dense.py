@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sqjax._shapes import from_front
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import measured, named, quantize_weight
@@ -46,7 +47,7 @@ def dense(
             dtype = jnp.promote_types(dtype, bias.dtype)
     # A kernel is (*batch, *contracted, *features), and x has its batch axes first too.
     lead = tuple(range(batch))
-    of_x = tuple(a % x.ndim for a in axes)
+    of_x = from_front(axes, x.ndim)
     of_kernel = tuple(range(batch, batch + len(axes)))
     dimensions = (of_x, of_kernel), (lead, lead)
     y = quantized_dot_general(

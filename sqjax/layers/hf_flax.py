@@ -13,6 +13,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 PyTree = Any
@@ -125,7 +126,7 @@ def from_flax(
     """
     name = type(model).__name__
     # By name, because transformers is not imported unless a user has imported it.
-    bases = [base.__name__ for base in type(model).__mro__]
+    bases = map(attrgetter("__name__"), type(model).__mro__)
     if "FlaxPreTrainedModel" not in bases:
         raise ValueError(
             "from_flax: expected one of Hugging Face's Flax models (FlaxOPTForCausalLM, ...), got "

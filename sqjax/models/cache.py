@@ -1,6 +1,8 @@
 """The key/value cache of a decoder: a pytree of `Slots`, and the writing of tokens into it."""
 
 from dataclasses import replace
+from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import jax
@@ -48,9 +50,9 @@ class KVCache(NamedTuple):
     @property
     def bytes_per_token(self) -> float:
         """Bytes that one token of one row takes in all layers: codes, scales and zero points."""
-        total = 0  # of all rows and slots
-        for slots in (*self.keys, *self.values):
-            total += sum(array.nbytes for array in slots.token_arrays())
+        slots = (*self.keys, *self.values)
+        arrays = chain(*map(Slots.token_arrays, slots))
+        total = sum(map(attrgetter("nbytes"), arrays))  # of all rows and slots
         rows = self.padding.shape[0]
         return total / (self.capacity * rows)
 

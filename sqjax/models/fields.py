@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 #: The largest size of an array's axis, and the largest float32.
@@ -32,16 +33,20 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
+def _is_id(x: Any) -> bool:
+    return is_whole(x) and 0 <= x <= _LARGEST_SIZE
+
+
 def _is_size(x: Any) -> bool:
-    return is_whole(x) and 1 <= x <= _LARGEST_SIZE
-
-
-def _is_positive(x: Any) -> bool:
-    return _is_number(x) and 0 < x <= _LARGEST_FLOAT  # which NaN is not
+    return _is_id(x) and x > 0
 
 
 def _is_epsilon(x: Any) -> bool:
-    return _is_number(x) and 0 <= x <= _LARGEST_FLOAT
+    return _is_number(x) and 0 <= x <= _LARGEST_FLOAT  # which NaN is not
+
+
+def _is_positive(x: Any) -> bool:
+    return _is_epsilon(x) and x > 0
 
 
 def _is_flag(x: Any) -> bool:
@@ -50,10 +55,6 @@ def _is_flag(x: Any) -> bool:
 
 def _is_size_or_none(x: Any) -> bool:
     return x is None or _is_size(x)
-
-
-def _is_id(x: Any) -> bool:
-    return is_whole(x) and 0 <= x <= _LARGEST_SIZE
 
 
 def _are_ids(x: Any) -> bool:
@@ -70,12 +71,9 @@ def _is_mapping(x: Any) -> bool:
     return isinstance(x, dict)
 
 
-def _are_texts(x: Any) -> bool:
-    return isinstance(x, list) and all(map(_is_text, x))
-
-
-def _are_whole(x: Any) -> bool:
-    return isinstance(x, list) and all(map(is_whole, x))
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The test of a list, all of whose entries pass a test."""
+    return lambda x: isinstance(x, list) and all(map(holds, x))
 
 
 SIZE = What(f"a whole number from 1 to {_LARGEST_SIZE}", _is_size)
@@ -86,8 +84,8 @@ FLAG = What("true or false", _is_flag)
 ID = What("a token id", _is_id)
 IDS = What("a token id, or a list of some", _are_ids)
 TEXT = What("a text", _is_text)
-TEXTS = What("a list of texts", _are_texts)
-WHOLE_NUMBERS = What("a list of whole numbers", _are_whole)
+TEXTS = What("a list of texts", _list_of(_is_text))
+WHOLE_NUMBERS = What("a list of whole numbers", _list_of(is_whole))
 MAPPING = What("an object with names", _is_mapping)
 
 
@@ -146,11 +144,8 @@ def wrong(name: str, value: Any, what: What) -> str:
 
 def beyond(name: str, ids: Any, vocab_size: int) -> list[str]:
     """One problem if a token id, or one of a list, is not in the vocabulary; None is fine."""
-    if ids is None:
-        return []
     # Llama 3 has a list of tokens that end a text, and earlier models have one.
-    several = ids if isinstance(ids, list) else [ids]
-    outside = [i for i in several if i >= vocab_size]
+    outside = [i for i in jax.tree.leaves(ids) if i >= vocab_size]
     if not outside:
         return []
     return [

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ def _with_one_layer(
 
     As they are if the module has not all of these layers, or they can not be one.
     """
-    layers: list[Any] = [module.get(name) for name in names]
+    layers: list[Any] = list(map(module.get, names))
     have_kernels = all(
         isinstance(layer, Mapping) and "kernel" in layer for layer in layers
     )
@@ -130,11 +131,11 @@ def _joined_weights(weights: Sequence[QuantWeight]) -> QuantWeight:
         return jnp.concatenate(repeated, axis=-2)
 
     first = weights[0]
-    tensor = jax.tree.map(by_output, *(weight.tensor for weight in weights))
+    tensor = jax.tree.map(by_output, *map(attrgetter("tensor"), weights))
     if first.outliers is None:
         return replace(first, tensor=tensor)
     # Outlier channels are those of the activation, so they are the same for all kernels.
-    rows = by_output(*(weight.outliers.weight for weight in weights))
+    rows = by_output(*map(attrgetter("outliers.weight"), weights))
     return replace(
         first, tensor=tensor, outliers=first.outliers._replace(weight=rows)
     )

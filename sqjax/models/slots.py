@@ -185,7 +185,7 @@ class Slots:
 
     def token_arrays(self) -> list[Array]:
         """The arrays that grow with the number of slots."""
-        return [x for x in (self.codes, self.scale, self.zero) if x is not None]
+        return jax.tree.leaves((self.codes, self.scale, self.zero))
 
     def map_tokens(
         self, change: Callable[..., Any], *others: "Slots"

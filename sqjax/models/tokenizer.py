@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Tokenizer:
     def decode(self, ids: Iterable) -> str:
         """The text of token ids, special tokens left out."""
         return self.backend.decode(
-            [int(i) for i in ids], skip_special_tokens=True
+            list(map(int, ids)), skip_special_tokens=True
         )
 
 
@@ -128,7 +129,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
             user_defined.append(_added(tokenizers, token, special=False))
     backend.add_special_tokens(control)
     backend.add_tokens(user_defined)
-    return _tokenizer(backend, [fields[name] for name in _ENDS])
+    return _tokenizer(backend, itemgetter(*_ENDS)(fields))
 
 
 def _gguf_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _tokenizer(backend: Any, ends: Iterable[int | None]) -> Tokenizer:
     """A tokenizer whose texts end with any of these ids, the first of which is its `eos_id`."""
     # A dict keeps the order, and has each once.
     found = list(dict.fromkeys(i for i in ends if i is not None))
-    return Tokenizer(backend, found[0] if found else None, tuple(found[1:]))
+    return Tokenizer(backend, next(iter(found), None), tuple(found[1:]))
 
 
 # A directory --------------------------------------------------------------------------------------

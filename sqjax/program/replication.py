@@ -47,7 +47,7 @@ def reduced_axes(program: Program, equation: Equation) -> MeshAxes | None:
     names = equation.params["axes"]
     if not numbers.keys() >= set(names):
         return None
-    return frozenset(numbers[name] for name in names)
+    return frozenset(map(numbers.__getitem__, names))
 
 
 def _follow(
@@ -60,7 +60,7 @@ def _follow(
         if equation.body is not None:
             results = _through_body(program, equation, found)
         else:
-            operands = [found[v] for v in equation.inputs]
+            operands = map(found.__getitem__, equation.inputs)
             after = _after(program, equation, frozenset().union(*operands))
             results = [after] * len(equation.outputs)
         for v, axes in zip(equation.outputs, results, strict=True):
@@ -88,7 +88,7 @@ def _through_body(
         for value in carried(equation):
             grew |= not found[value.following] <= found[value.inner]
             found[value.inner] |= found[value.following]
-    return [found[v] for v in equation.body.outputs]
+    return list(map(found.__getitem__, equation.body.outputs))
 
 
 def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:

@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqjax._shapes import Shape, entries_at, runs, sizes_along
+from sqjax._shapes import Shape, entries_at, from_front, runs, sizes_along
 from sqjax.program.primitives import IDENTITIES, MULTIPLES
 
 #: The axis of a leaf that a piece, an index or a block is of.
@@ -274,7 +274,7 @@ def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
     axes = list(view.axes)
     taken = list(view.taken)
     sliced = set(view.sliced)
-    gone = [a % len(old) for a in params["dimensions"]]
+    gone = from_front(params["dimensions"], len(old))
     for piece in view.pieces(gone):
         if piece.axis in view.sliced and piece.stride == 1:
             taken.append(Taken(piece.axis, None, piece.start))

@@ -251,14 +251,14 @@ def _select(
     two arrays one can be chosen as a whole, and its scales with it; an element of each can not,
     because elements that share a scale would need two.
     """
-    leaf = next(x for x in cases if is_cache(x))
+    leaf = next(filter(is_cache, cases))
     pairs = zip(cases, fills[1:], strict=True)
     parts = [_values_and_scale(case, fill, leaf.value) for case, fill in pairs]
     if None in parts:
         return None
     values, scales = zip(*parts, strict=True)
     # select_n takes arrays of one shape, and so it must be for the scales too.
-    if len({scale.shape for scale in scales}) > 1:
+    if len(set(map(jnp.shape, scales))) > 1:
         return None
     chosen = lax.select_n(which, *values)
     if jnp.ndim(which) == 0:  # one choice for all elements

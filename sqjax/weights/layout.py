@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sqjax._shapes import other_axes, runs, sizes_along
+from sqjax._shapes import from_front, other_axes, runs, sizes_along
 from sqjax.numerics.formats import Granularity
 
 #: The group sizes that errors offer.
@@ -74,7 +74,7 @@ def lay_out(
     Raises:
         ValueError: the granularity is unknown, or its groups do not fit.
     """
-    contracting = tuple(sorted(a % x.ndim for a in contracting))
+    contracting = tuple(sorted(from_front(contracting, x.ndim)))
     outer = other_axes(x.ndim, contracting, batch)
     stored = [*batch, *outer, *contracting]
     sharing = _sharing(x, contracting, len(batch), granularity)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import other_axes, sizes_along
+from sqjax._shapes import from_front, other_axes, sizes_along
 from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax
 from sqjax.numerics.smoothing import believable, smoothing_scales
@@ -172,7 +172,7 @@ def _quantize_weight(
 ) -> QuantWeight:
     """`quantize_weight` where arrays may be sharded as the compiler likes."""
     dtype = weight.dtype
-    contracting = tuple(sorted(a % weight.ndim for a in contracting))
+    contracting = tuple(sorted(from_front(contracting, weight.ndim)))
     if smoothing is not None:
         s = smoothing.astype(jnp.float32)
         weight = weight.astype(jnp.float32) * _spread(

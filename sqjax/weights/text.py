@@ -4,6 +4,7 @@ Where jax or flax has put specs, shardings or placeholders in place of arrays, t
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 
@@ -98,4 +99,4 @@ def _is_array(x: Any) -> bool:
 
     Nor one of the placeholders with which flax prints a tree.
     """
-    return all(hasattr(x, name) for name in ("shape", "dtype", "ndim"))
+    return all(map(partial(hasattr, x), ("shape", "dtype", "ndim")))

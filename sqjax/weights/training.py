@@ -55,10 +55,10 @@ def split(
     frozen: list[Any] = []
     for path, x in zip(paths, leaves, strict=True):
         is_trained = chosen.get(path) is not None
-        trained.append(x if is_trained else None)
-        frozen.append(None if is_trained else x)
-    both = (treedef.unflatten(part) for part in (trained, frozen))
-    return tuple(both)
+        mine, other = (trained, frozen) if is_trained else (frozen, trained)
+        mine.append(x)
+        other.append(None)
+    return treedef.unflatten(trained), treedef.unflatten(frozen)
 
 
 def merge(trained: PyTree, frozen: PyTree) -> PyTree:

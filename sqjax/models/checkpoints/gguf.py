@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -302,7 +303,7 @@ def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
     A key that nobody here has heard of is one of them, because ignoring it could make a model that
     loads and computes something else.
     """
-    known = {key.key for key in (*KEYS, *AGAIN)}
+    known = set(map(attrgetter("key"), (*KEYS, *AGAIN)))
     problems = []
     for key in sorted(metadata.keys() - known):
         if key.startswith("llama.") and metadata[key] != WITHOUT_EFFECT.get(

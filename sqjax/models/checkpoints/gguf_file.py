@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -226,7 +227,8 @@ def _check_offsets(
     blocks: Mapping[int, Block],
 ) -> None:
     """Raises ValueError if a tensor is misaligned, lies over another one, or leaves the file."""
-    if len({tensor.name for tensor in tensors}) < len(tensors):
+    names = set(map(attrgetter("name"), tensors))
+    if len(names) < len(tensors):
         raise ValueError("two tensors of one name")
     spans = []
     for tensor in tensors:

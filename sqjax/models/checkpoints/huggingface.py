@@ -269,7 +269,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
                 f"{name}: expected this file beside the index, got none"
             )
     raise_problems(str(index), problems)
-    return [directory / name for name in names], weight_map
+    return list(map(directory.joinpath, names)), weight_map
 
 
 def _rope_theta(beside: Mapping[str, Any]) -> tuple[float, list[str]]:

@@ -94,7 +94,7 @@ def _environment() -> dict[str, str]:
     """The environment of pip, in which no search path depends on the working directory."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     paths = environment.pop("PYTHONPATH", "").split(os.pathsep)
-    absolute = [path for path in paths if os.path.isabs(path)]
+    absolute = list(filter(os.path.isabs, paths))
     if absolute:
         environment["PYTHONPATH"] = os.pathsep.join(absolute)
     return environment

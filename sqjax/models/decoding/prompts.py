@@ -119,7 +119,7 @@ def pad_left(
     For example rows [7, 8, 9] and [5] with 4 tokens become [[0, 7, 8, 9], [0, 0, 0, 5]] with
     padding [1, 3].
     """
-    padding = np.array([tokens - len(row) for row in rows], np.int32)
+    padding = tokens - np.array(list(map(len, rows)), np.int32)
     padded = np.zeros((len(rows), tokens), np.int32)
     for number, row in enumerate(rows):
         padded[number, padding[number] :] = row

@@ -1,6 +1,7 @@
 """A model as lm-evaluation-harness takes it; `lm-eval` is imported only when it is asked for."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from sqjax.models.decoding.generation import generate
@@ -71,7 +72,7 @@ class _Requests:
         pairs: list[Pair] = [
             encode_pair(self.model, *request.args) for request in requests
         ]
-        return [tuple(likelihood) for likelihood in self._score(pairs)]
+        return list(map(tuple, self._score(pairs)))
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """The log-likelihood of each whole text.
@@ -90,7 +91,7 @@ class _Requests:
             pairs = rolling_pairs(ids, begin[-1], self.model.config.max_length)
             all_pairs += pairs
             counts.append(len(pairs))
-        logprobs = [likelihood.logprob for likelihood in self._score(all_pairs)]
+        logprobs = list(map(attrgetter("logprob"), self._score(all_pairs)))
         totals = []
         for count in counts:
             totals.append(float(sum(logprobs[:count])))
@@ -111,9 +112,8 @@ class _Requests:
         until = settings.get("until") or []
         if isinstance(until, str):
             until = [until]
-        until = [
-            end for end in until if end
-        ]  # "" ends nothing, as in the harness's own models
+        # "" ends nothing, as in the harness's own models.
+        until = list(filter(None, until))
         steps = int(settings.get("max_gen_toks", NEW_TOKENS))
         ids = _fitting(self.model, context, steps)
         new: list[int] = []
@@ -121,7 +121,7 @@ class _Requests:
         def text_ends(_: int, tokens: list[int]) -> bool:
             new.extend(tokens)
             text = self.model.tokenizer.decode(new)
-            return any(end in text for end in until)
+            return any(map(text.__contains__, until))
 
         generate(
             self.model,
@@ -161,11 +161,9 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def cut(text: str, until: Sequence[str]) -> str:
     """The text before the first occurrence of any of `until`, or all of it."""
-    found = [text.find(end) for end in until]
-    starts = [
-        start for start in found if start >= 0
-    ]  # -1 stands for "not there"
-    return text[: min(starts, default=len(text))]
+    # What comes before an `end` that is not there is the whole text.
+    before = [text.partition(end)[0] for end in until]
+    return min(before, key=len, default=text)
 
 
 def rolling_pairs(ids: Sequence[int], begin: int, length: int) -> list[Pair]:

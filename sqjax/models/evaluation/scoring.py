@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sqjax._shapes import entries_at
 from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.decoding.prompts import check_tokens, encode_alone
 from sqjax.models.fields import SIZE, is_whole
@@ -200,7 +201,7 @@ def loglikelihoods(
             likelihoods[number] = _likelihood(
                 number, logprobs[row, span], is_likeliest[row, span]
             )
-    return [likelihoods[number] for number in range(len(asked))]
+    return list(entries_at(likelihoods, range(len(asked))))
 
 
 def _read(
@@ -276,7 +277,7 @@ def _batch(
     For example the rows [5, 6, 7] and [8] become, if the array is 4 wide, [[5, 6, 7, 0],
     [8, 0, 0, 0]] without a cache and [[0, 5, 6, 7], [0, 0, 0, 8]] with one.
     """
-    longest = max(len(row) for row in rows)
+    longest = max(map(len, rows))
     inputs = max(
         1, longest - 1
     )  # the last token of a sequence is a target only
