@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 
 
 def first_matches(
@@ -99,7 +100,6 @@ def braced(paths: Sequence[str]) -> str:
 
 def _shared(parts: Sequence[Sequence[str]], most: int) -> int:
     """How many of their first keys all paths share, at most `most`."""
-    count = 0
-    while count < most and len({keys[count] for keys in parts}) == 1:
-        count += 1
-    return count
+    columns = zip(*parts, strict=False)
+    shared = takewhile(lambda keys: len(set(keys)) == 1, columns)
+    return len(list(islice(shared, most)))

@@ -8,6 +8,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -102,5 +104,6 @@ def tell_flax() -> None:
 def _dynamic(tree: Any) -> dict[str, Any]:
     """{field: value} of the fields of a dataclass that hold arrays."""
     own = [field for field in fields(tree) if not field.metadata.get("static")]
-    values = {field.name: getattr(tree, field.name) for field in own}
-    return {name: value for name, value in values.items() if value is not None}
+    names = list(map(attrgetter("name"), own))
+    values = zip(names, map(partial(getattr, tree), names), strict=True)
+    return {name: value for name, value in values if value is not None}

@@ -164,7 +164,7 @@ def fitting(model: Model, size: Size, only: str | None = None) -> Size:
 def w8a8(model: Model, params: Params) -> Params:
     """Smoothed W8A8 parameters, calibrated on text that comes with the package."""
     windows = text_windows(model, "calibration", *CALIBRATION)
-    batches = [row[None] for row in windows]
+    batches = list(windows[:, None])  # of one row each
     return smoothquant(model.apply, params, batches, ALPHA, W8A8)
 
 

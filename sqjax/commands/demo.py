@@ -96,7 +96,7 @@ def demo(
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
     stats = calibrate(
-        model.apply, params, [row[None] for row in calibration], progress=True
+        model.apply, params, list(calibration[:, None]), progress=True
     )
     print(_what_folds(stats))
 

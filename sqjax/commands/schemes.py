@@ -85,10 +85,8 @@ def compare(
     check_alpha(alpha)
     model, params = load(model_name)
     check_length(model, LENGTH, "windows of text")
-    batches = [
-        row[None]
-        for row in text_windows(model, "calibration", LENGTH, size.calibration)
-    ]
+    windows = text_windows(model, "calibration", LENGTH, size.calibration)
+    batches = list(windows[:, None])  # of one row each
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
 

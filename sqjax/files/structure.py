@@ -105,12 +105,12 @@ def _is_same(treedef: Any, other: Any) -> bool:
 
 def _fits(leaf: Any, other: Any) -> bool:
     """Whether a leaf of the file can stand where `other` stands."""
-    if is_quantized_leaf(other):
-        if not _is_same(jax.tree.structure(leaf), jax.tree.structure(other)):
-            return False
-        pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(other), strict=True)
-        return all(_type(x) == _type(y) for x, y in pairs)
-    return _type(leaf) == _type(other)
+    if not is_quantized_leaf(other):
+        return _type(leaf) == _type(other)
+    structure, expected = map(jax.tree.structure, (leaf, other))
+    types = list(map(_type, jax.tree.leaves(leaf)))
+    expected_types = list(map(_type, jax.tree.leaves(other)))
+    return _is_same(structure, expected) and types == expected_types
 
 
 def _type(x: Any) -> tuple[Any, Any]:

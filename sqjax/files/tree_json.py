@@ -305,6 +305,13 @@ def from_json(
         ) from error
 
 
+def _children_of(like: Any) -> Children:
+    """The children of a node of `like`; none where it is no container, or there is no such node."""
+    if like is not NO_TREE and is_container(like):
+        return children(like)
+    return Children({}, jax.tree.structure(None))
+
+
 def _children_from_json(
     keys: Keys,
     pairs: Iterable[Any],
@@ -312,9 +319,7 @@ def _children_from_json(
     like: Any,
 ) -> dict[Any, Any]:
     """{key: child} of [key, JSON] pairs; each is given the child of `like` that has its key."""
-    of_like: dict[str, Any] = {}
-    if like is not NO_TREE and is_container(like):
-        of_like = children(like).by_key
+    of_like = _children_of(like).by_key
     found = {}
     for key, x in pairs:
         if not isinstance(key, str | int):
@@ -351,9 +356,7 @@ def _node_from_json(
 ) -> Any:
     """A container of another class, put together as the one of `like` is."""
     name, pairs = content
-    known = Children({}, jax.tree.structure(None))
-    if like is not NO_TREE and is_container(like):
-        known = children(like)
+    known = _children_of(like)
     found = _children_from_json(keys, pairs, declared, like)
     came, is_same = "no `like`", False
     if like is not NO_TREE:

@@ -26,10 +26,7 @@ def check_parts(path: str, leaf: QTensor | QuantWeight) -> None:
 
     Only shapes, dtypes and fields are looked at, so the arrays may be abstract.
     """
-    if isinstance(leaf, QuantWeight):
-        _refuse(path, "QuantWeight", leaf, _PARTS_OF_WEIGHT)
-        leaf = leaf.tensor
-    _refuse(path, "QTensor", leaf, _PARTS_OF_TENSOR)
+    _check(path, leaf, _PARTS_OF_WEIGHT, _PARTS_OF_TENSOR)
 
 
 def check_values(path: str, leaf: QTensor | QuantWeight) -> None:
@@ -37,18 +34,26 @@ def check_values(path: str, leaf: QTensor | QuantWeight) -> None:
 
     The arrays are numpy's. The leaf has passed `check_parts` and `QTensor.check`.
     """
-    if isinstance(leaf, QuantWeight):
-        _refuse(path, "QuantWeight", leaf, _VALUES_OF_WEIGHT)
-        leaf = leaf.tensor
-    _refuse(path, "QTensor", leaf, _VALUES_OF_TENSOR)
+    _check(path, leaf, _VALUES_OF_WEIGHT, _VALUES_OF_TENSOR)
 
 
-def _refuse(
+_Checks = tuple[Callable[[Any], str | None], ...]
+
+
+def _check(
     path: str,
-    kind: str,
-    leaf: Any,
-    checks: tuple[Callable[[Any], str | None], ...],
+    leaf: QTensor | QuantWeight,
+    of_weight: _Checks,
+    of_tensor: _Checks,
 ) -> None:
+    """A weight passes its own checks first, then its tensor those of a tensor."""
+    if isinstance(leaf, QuantWeight):
+        _refuse(path, "QuantWeight", leaf, of_weight)
+        leaf = leaf.tensor
+    _refuse(path, "QTensor", leaf, of_tensor)
+
+
+def _refuse(path: str, kind: str, leaf: Any, checks: _Checks) -> None:
     for find_problem in checks:
         problem = find_problem(leaf)
         if problem is not None:
@@ -183,9 +188,14 @@ def _wrong_logical_dtype(tensor: QTensor) -> str | None:
 # Values -------------------------------------------------------------------------------------------
 
 
+def _is_empty(x: Any) -> bool:
+    """Whether there are no numbers to look at."""
+    return x is None or x.size == 0
+
+
 def _out_of_range(name: str, x: Any, low: float, high: float) -> str | None:
     """What is wrong with numbers that must lie in a range; NaN lies in none."""
-    if x is None or x.size == 0:
+    if _is_empty(x):
         return None
     least, most = x.min(), x.max()  # numpy's carry NaN
     if low <= least and most <= high:
@@ -194,7 +204,7 @@ def _out_of_range(name: str, x: Any, low: float, high: float) -> str | None:
 
 
 def _not_positive(name: str, x: Any) -> str | None:
-    if x is None or x.size == 0:
+    if _is_empty(x):
         return None
     if np.isfinite(x).all() and (x > 0).all():
         return None

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sqjax._serialized import tell_flax
-from sqjax._shapes import sizes_along
+from sqjax._shapes import other_axes, sizes_along
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.schemes import W8A8, Scheme
@@ -192,7 +192,7 @@ def _kernel(
         kernel = module.kernel_init(key, matrix, module.param_dtype).reshape(
             shape
         )
-        tokens = tuple(a for a in range(batch, x.ndim) if a not in axes)
+        tokens = tuple(other_axes(x.ndim, range(batch), axes))
         absmax = jnp.max(jnp.abs(x), axis=tokens, initial=0.0)
         return quantize_kernel(
             kernel, module.scheme, absmax, None, _name(module), len(axes), batch

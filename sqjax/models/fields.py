@@ -142,6 +142,18 @@ def wrong(name: str, value: Any, what: What) -> str:
     return f"{name}: expected {what.expected}, got {shown}"
 
 
+def check(name: str, value: Any, what: What) -> None:
+    """Raises ValueError unless a value is what a field must be."""
+    if not what.holds(value):
+        raise ValueError(wrong(name, value, what))
+
+
+def check_fields(config: Any, fields: Mapping[str, What]) -> None:
+    """Raises ValueError for the first field of a configuration that is not what it must be."""
+    for name, what in fields.items():
+        check(f"{type(config).__name__}.{name}", getattr(config, name), what)
+
+
 def beyond(name: str, ids: Any, vocab_size: int) -> list[str]:
     """One problem if a token id, or one of a list, is not in the vocabulary; None is fine."""
     # Llama 3 has a list of tokens that end a text, and earlier models have one.

@@ -26,7 +26,7 @@ from sqjax.models.fields import (
     POSITIVE,
     SIZE,
     SIZE_OR_NONE,
-    wrong,
+    check_fields,
 )
 from sqjax.models.fusing import fused_name
 from sqjax.models.slots import Slots
@@ -103,10 +103,7 @@ class LlamaConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        for name, what in _FIELDS.items():
-            value = getattr(self, name)
-            if not what.holds(value):
-                raise ValueError(f"LlamaConfig.{wrong(name, value, what)}")
+        check_fields(self, _FIELDS)
         # Each key head serves as many query heads.
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

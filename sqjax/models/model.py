@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax._arguments import expect
 from sqjax.models.cache import KVCache, empty_cache
-from sqjax.models.fields import SIZE, wrong
+from sqjax.models.fields import SIZE, check
 from sqjax.models.llama import Llama, LlamaConfig
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.tokenizer import Tokenizer
@@ -82,9 +82,8 @@ class Model:
         Raises:
             ValueError: if ``length`` is more than ``config.max_length``, or there is no such kind.
         """
-        for name, size in (("batch", batch), ("length", length)):
-            if not SIZE.holds(size):
-                raise ValueError(wrong(name, size, SIZE))
+        check("batch", batch, SIZE)
+        check("length", length, SIZE)
         self._check_length(length)
         return cache_for(self.config, batch, length, dtype, kind, chunk)
 

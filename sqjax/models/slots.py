@@ -18,7 +18,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from sqjax._serialized import serialized
-from sqjax.models.fields import FLAG, SIZE_OR_NONE, What, one_of, wrong
+from sqjax.models.fields import (
+    FLAG,
+    SIZE_OR_NONE,
+    What,
+    check_fields,
+    one_of,
+)
 from sqjax.numerics.formats import (
     E4M3,
     INT4,
@@ -87,10 +93,7 @@ class CacheFormat:
         if self.keys is None:
             usual = "plain" if self.codes == "float" else "rotated"
             object.__setattr__(self, "keys", usual)
-        for name, what in _FIELDS.items():
-            value = getattr(self, name)
-            if not what.holds(value):
-                raise ValueError(f"CacheFormat.{wrong(name, value, what)}")
+        check_fields(self, _FIELDS)
         if self.codes == "float" and (self.group or self.keys != "plain"):
             raise ValueError(
                 "CacheFormat: a float cache has no scales; leave group and keys out"

@@ -4,7 +4,6 @@ In a stack every array has a leading axis of layers: two kernels (8, 16) become 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sqjax._trees import named_leaves
-from sqjax.weights.quant_weight import Outliers, is_quantized
+from sqjax.weights.quant_weight import is_quantized
 
 #: What one layer holds: the names by which a stack is known.
 LAYER_PARTS = {
@@ -91,7 +90,7 @@ def is_stacked(layers: Mapping[str, Any]) -> bool:
     names = set(layers)
     if names == LAYER_PARTS:
         return True
-    numbers = {str(i) for i in range(len(names))}
+    numbers = set(map(str, range(len(names))))
     if names and names == numbers:
         return False
     raise ValueError(
@@ -162,16 +161,12 @@ def _layer_of_leaf(i: int, leaf: Any) -> Any:
     rank = leaf.ndim - 1  # of the leaf in one layer
     if not is_quantized(leaf):
         return _slice(i, rank, leaf)
-    outliers = leaf.outliers
-    if outliers is not None:
-        channels = _slice(i, 1, outliers.channels)
-        outliers = Outliers(channels, _slice(i, rank, outliers.weight))
-    return replace(
-        leaf,
-        tensor=jax.tree.map(partial(_slice, i, rank), leaf.tensor),
-        input_scale=_slice(i, 0, leaf.input_scale),
-        smoothing=_slice(i, leaf.contracted, leaf.smoothing),
-        outliers=outliers,
+    return leaf.with_tensor(
+        jax.tree.map(partial(_slice, i, rank), leaf.tensor),
+        input_scale=partial(_slice, i, 0),
+        smoothing=partial(_slice, i, leaf.contracted),
+        channels=partial(_slice, i, 1),
+        outlier_weight=partial(_slice, i, rank),
     )
 
 
@@ -181,7 +176,7 @@ def _slice(i: int, rank: int, x: Any) -> Any:
     With rank 2, (3, 8, 4) gives the entry i, (8, 4). What all layers share is either stored once,
     (1, 8, 4), which gives that entry, or has no axis of layers, (8, 4), and is returned as it is.
     """
-    if x is None or x.ndim == rank:
+    if x.ndim == rank:
         return x
     entry = i if x.shape[0] > 1 else 0
     return jax.lax.index_in_dim(x, entry, axis=0, keepdims=False)

@@ -1,7 +1,7 @@
 """`Program`: what is known of the variables of a traced function."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import filterfalse
 from typing import Any, NamedTuple, TypeGuard
 
@@ -29,6 +29,10 @@ class Joined(NamedTuple):
 
     axis: int
     views: tuple[View, ...]
+
+
+#: Notes what is known of one result of an equation.
+_Fact = Callable[[Equation, Var], None]
 
 
 class Program:
@@ -168,16 +172,22 @@ class Program:
     def _pass_on(self, equation: Equation, y: Var) -> None:
         """What is known of one result of an equation without a body."""
         self._pass_origin(equation.behind(y), y)
-        if equation.name in PICKS and self.is_of_leaves(equation.inputs[0]):
+        # In this order: a view of what has been picked is picked too.
+        facts: tuple[tuple[Container[str], _Fact], ...] = (
+            (PICKS, self._pick),
+            (KEEP_A_FILL, self._pass_fill),
+            (("concatenate",), self._join),
+            (KEEP_JOINED, self._pass_joined),
+            (VIEWS, self._pass_view),
+        )
+        for names, pass_on in facts:
+            if equation.name in names:
+                pass_on(equation, y)
+
+    def _pick(self, equation: Equation, y: Var) -> None:
+        """What an index picks of something that is made of leaves."""
+        if self.is_of_leaves(equation.inputs[0]):
             self.picked[y] = equation
-        if equation.name in KEEP_A_FILL:
-            self._pass_fill(equation.inputs[equation.outputs.index(y)], y)
-        if equation.name == "concatenate":
-            self._join(equation, y)
-        if equation.name in KEEP_JOINED:
-            self._pass_joined(equation, y)
-        if equation.name in VIEWS:
-            self._pass_view(equation, self._seen(equation, y), y)
 
     def _pass_origin(self, sources: Sequence[Var], y: Var) -> None:
         """What a result is made of: of leaves, or at least of no input."""
@@ -234,8 +244,9 @@ class Program:
     def _is_single(self, atom: Atom) -> bool:
         return math.prod(self.shape(atom)) == 1
 
-    def _pass_view(self, equation: Equation, x: Atom | None, y: Var) -> None:
+    def _pass_view(self, equation: Equation, y: Var) -> None:
         """A view of a leaf is that leaf; a view of what was picked from a leaf is picked too."""
+        x = self._seen(equation, y)
         if not isinstance(x, Var):
             return
         if x in self.picked:
@@ -249,9 +260,9 @@ class Program:
             self.views[y] = view
             self._seen_from[y] = x
 
-    def _pass_fill(self, x: Atom, y: Var) -> None:
+    def _pass_fill(self, equation: Equation, y: Var) -> None:
         """Copies of one number are that number."""
-        number = self._number(x)
+        number = self._number(equation.inputs[equation.outputs.index(y)])
         dtype = self.avals[y].dtype
         # Keys of jax.random have a dtype of their own, to which no number can be cast.
         is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal
 
 import jax
@@ -155,9 +156,11 @@ def _is_batched(equation: JaxprEqn) -> bool:
     if equation.primitive.name != "dot_general":
         return False
     _, (batch, _) = equation.params["dimension_numbers"]
-    operands: Any = [v.aval for v in equation.invars]
-    floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands]
-    return bool(batch) and all(floats)
+    return bool(batch) and all(map(_is_float, equation.invars))
+
+
+def _is_float(atom: Any) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
 
 def _has_batched(equation: JaxprEqn) -> bool:
@@ -165,7 +168,7 @@ def _has_batched(equation: JaxprEqn) -> bool:
     if _is_batched(equation):
         return True
     programs = _programs_among(list(equation.params.values()))
-    equations = chain.from_iterable(program.eqns for program in programs)
+    equations = chain.from_iterable(map(attrgetter("eqns"), programs))
     return any(map(_has_batched, equations))
 
 
