@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -212,9 +213,8 @@ class Stats:
         )
 
     def _check_same_parameters(self, other: "Stats") -> None:
-        fields = ("weight_absmax", "folded", "leaf_sizes")
-        mine = {name: getattr(self, name) for name in fields}
-        theirs = {name: getattr(other, name) for name in fields}
+        of_parameters = attrgetter("folded", "leaf_sizes", "weight_absmax")
+        mine, theirs = of_parameters(self), of_parameters(other)
         # Under jit there are no values to compare.
         if not all(map(is_concrete, jax.tree.leaves((mine, theirs)))):
             return

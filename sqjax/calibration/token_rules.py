@@ -270,7 +270,7 @@ def _dynamic_slice(call: Call, marks: _Known) -> list[Mark]:
     if mark is None:
         return [None]
     cut = _cut_axes(old, new)
-    full = _full(mark, old, [a for a in cut if a in _varying(mark)])
+    full = _full(mark, old, sorted(_varying(mark).intersection(cut)))
     starts, sizes = [], []
     for a, start in enumerate(call.operands[1:]):
         # Along an axis of size 1 every start is 0: lax would clamp another one to it anyhow.

@@ -134,7 +134,7 @@ def _meet_kernel(
 ) -> None:
     if varies(x, [0]):
         raise Refused(f"{e} adds up its channels")
-    _check_meets_leaf(c, e, image, kernel)
+    c.check_may_meet(e, image.var, kernel.var)
     kernel.put(c, -x[0][:, None])
 
 
@@ -143,16 +143,8 @@ def _meet_image(
 ) -> None:
     if varies(w, [1]):
         raise Refused(f"{e} adds up its channels")
-    _check_meets_leaf(c, e, image, kernel)
+    c.check_may_meet(e, image.var, kernel.var)
     image.put(c, -w[:, 0][None])
-
-
-def _check_meets_leaf(
-    c: Closure, e: Equation, image: _Operand, kernel: _Operand
-) -> None:
-    of_activations = c.program.from_leaves.isdisjoint((image.var, kernel.var))
-    if of_activations and not c.crossing:
-        raise Refused(f"{e} multiplies it with another activation")
 
 
 def _carry_back(

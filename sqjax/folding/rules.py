@@ -392,9 +392,7 @@ def _meet(
     # One weight w[c, j] meets h[t, c] of every token t, so all of them must have one label.
     if lab.varies(labels, me.free + me.stack):
         raise Refused(f"{e} adds up its channels")
-    of_activations = c.program.from_leaves.isdisjoint((me.var, other.var))
-    if of_activations and not c.crossing:
-        raise Refused(f"{e} multiplies it with another activation")
+    c.check_may_meet(e, me.var, other.var)
     met = lab.take_axes(labels, me.batch + me.contracted)
     opposite = -lab.put_axes(
         met, other.batch + other.contracted, c.rank(other.var)

@@ -116,10 +116,15 @@ class Closure:
         ] = []
         self._visits = itertools.count(1)
 
-    @property
-    def crossing(self) -> bool:
-        """Whether a scale may meet its inverse in another activation."""
-        return self.question.crossing
+    def check_may_meet(self, equation: Equation, a: Atom, b: Atom) -> None:
+        """A scale may meet its inverse in a leaf; in another activation only where asked for.
+
+        Raises:
+            Refused: both factors are activations, and that was not asked for.
+        """
+        of_activations = self.program.from_leaves.isdisjoint((a, b))
+        if of_activations and not self.question.crossing:
+            raise Refused(f"{equation} multiplies it with another activation")
 
     def copy(self) -> "Closure":
         """A search that goes on from here by itself; label arrays are never changed in place."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import filterfalse
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -196,10 +197,10 @@ class Program:
             self.steady.add(y)
         # A number beside leaves changes nothing; a number alone counts, but no array of literals,
         # because a state that begins with zeros is an activation.
-        beside = [v for v in sources if not self._is_number(v)]
-        is_number = not sources and self._is_single(y)
-        of_leaves = self.from_leaves.issuperset
-        if is_number or any(vs and of_leaves(vs) for vs in (sources, beside)):
+        decide = list(filterfalse(self._is_number, sources)) or sources
+        of_leaves = self.from_leaves.issuperset(decide)
+        counts = of_leaves if decide else self._is_single(y)
+        if counts:
             self.from_leaves.add(y)
 
     def _join(self, equation: Equation, y: Var) -> None:
@@ -208,7 +209,7 @@ class Program:
             return
         views = tuple(self.views[x] for x in equation.variables)
         # One matrix of a stack may be another one on every device.
-        if not any(view.fixed for view in views):
+        if not any(map(attrgetter("fixed"), views)):
             self.joined[y] = Joined(equation.params["dimension"], views)
 
     def _pass_joined(self, equation: Equation, y: Var) -> None:

@@ -149,10 +149,7 @@ def _scale_starts(starts: Any, scale: Array) -> list[Any]:
 
 def _scale_sizes(sizes: Any, scale: Array) -> list[int]:
     """The shape of a slice of a scale: 1 along the axes that share one, else as the values'."""
-    return [
-        min(size, entries)
-        for size, entries in zip(sizes, scale.shape, strict=True)
-    ]
+    return np.minimum(sizes, scale.shape).tolist()
 
 
 @CACHE_RULES.register(("dynamic_update_slice",), CACHES)

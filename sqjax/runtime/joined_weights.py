@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from sqjax._shapes import other_axes
 from sqjax.program.primitives import KEEP_JOINED
 from sqjax.program.registry import Leaf, Registry, leaves_among
 from sqjax.program.subprograms import emit
@@ -50,7 +51,7 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
     gone = (*contracted[me], *batch[me])
     if isinstance(other, Leaf) or leaf.value.axis in gone:
         return None
-    free = [a for a in range(_rank(leaf)) if a not in gone]
+    free = other_axes(_rank(leaf), gone)
     before = len(batch[0])  # of its free axes, in the result
     if me == 1:
         before += jnp.ndim(lhs) - len(contracted[0]) - len(batch[0])

@@ -19,7 +19,11 @@ from sqjax.models.checkpoints.gguf_file import (
     read_header,
     read_tensor,
 )
-from sqjax.models.checkpoints.mapping import assemble, raise_problems
+from sqjax.models.checkpoints.mapping import (
+    assemble,
+    raise_problems,
+    usual_heads,
+)
 from sqjax.models.fields import (
     EPSILON,
     POSITIVE,
@@ -258,10 +262,7 @@ def read_config(
     again, other_problems = read_fields(metadata, AGAIN)
     problems += other_problems + _unsupported_keys(metadata)
     raise_problems(source, problems)
-    if fields["num_kv_heads"] is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    fields |= usual_heads(fields)
     # Where there is no embedding, which `assemble` reports as missing, any size serves.
     stated = again["vocab_size"]
     fields["vocab_size"], *_ = shapes.get("token_embd.weight", (stated or 1,))

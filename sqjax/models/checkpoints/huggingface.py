@@ -12,7 +12,11 @@ from jax.typing import DTypeLike
 from sqjax.files.arrays import STORED, DeclaredArray
 from sqjax.files.header import Entry, Header, read_header
 from sqjax.files.opening import open_file
-from sqjax.models.checkpoints.mapping import assemble, raise_problems
+from sqjax.models.checkpoints.mapping import (
+    assemble,
+    raise_problems,
+    usual_heads,
+)
 from sqjax.models.fields import (
     EPSILON,
     FLAG,
@@ -225,10 +229,7 @@ def read_config(
         "eos_token_id", beside["eos_token_id"], fields["vocab_size"]
     )
     raise_problems(source, problems)
-    if fields["num_kv_heads"] is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    fields |= usual_heads(fields)
     # A file may write a whole number.
     fields["rms_norm_eps"] = float(fields["rms_norm_eps"])
     try:

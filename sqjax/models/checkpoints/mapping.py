@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +189,15 @@ def parameter_shapes(
         for name, shape in in_layer.items():
             shapes[f"model/layers/{number}/{name}"] = shape
     return shapes
+
+
+def usual_heads(fields: Mapping[str, Any]) -> dict[str, int]:
+    """The fields of heads that a configuration leaves open, as they usually are."""
+    usual = {
+        "num_kv_heads": fields["num_heads"],
+        "head_dim": fields["hidden_size"] // fields["num_heads"],
+    }
+    return {name: n for name, n in usual.items() if fields[name] is None}
 
 
 def raise_problems(source: str, problems: list[str]) -> None:

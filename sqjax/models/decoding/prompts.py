@@ -135,7 +135,7 @@ def stop_ids(model: Model, stop: Any) -> np.ndarray:
     if stop is None:
         ends = () if model.tokenizer is None else model.tokenizer.ends
         return np.array(ends, np.int32)
-    is_single = isinstance(stop, str) or np.ndim(stop) == 0
+    is_single = np.ndim(stop) == 0  # also of a text
     found = [
         _stop_id(model, token) for token in ([stop] if is_single else stop)
     ]
