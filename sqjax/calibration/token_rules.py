@@ -210,13 +210,18 @@ def _all_full(call: Call, marks: _Known, axes: Sequence[int]) -> list[Array]:
 
 def _along(pieces: Sequence[Array], axis: int) -> Array:
     """Pieces one after the other, which need not vary along the same other axes."""
-    firsts = [(*p.shape[:axis], 1, *p.shape[axis + 1 :]) for p in pieces]
+    firsts = [_resized(p.shape, axis, 1) for p in pieces]
     shape = np.broadcast_shapes(*firsts)
     whole = [
-        jnp.broadcast_to(p, (*shape[:axis], p.shape[axis], *shape[axis + 1 :]))
+        jnp.broadcast_to(p, _resized(shape, axis, p.shape[axis]))
         for p in pieces
     ]
     return jnp.concatenate(whole, axis)
+
+
+def _resized(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
+    """A shape with another size along one axis."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def _split(call: Call, marks: _Known) -> list[Mark]:

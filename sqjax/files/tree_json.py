@@ -159,15 +159,17 @@ def _dict_to_json(
 ) -> Any:
     # jax sorts the keys of a dict, and text can not be compared with integers.
     types = set(map(type, node))
-    if types not in (set(), {str}, {int}) or not all(map(_is_unicode, node)):
+    of_one_type = types in (set(), {str}, {int})
+    if not of_one_type or not all(map(_is_unicode, node)):
         raise ValueError(
             f"{shown(path_of(keys))}: expected keys all str or all int, got {list(node)[:5]}; "
             "rename them"
         )
     # Pairs, because the keys of a JSON object are text: integers would not come back.
-    return [
-        [key, to_json((*keys, str(key)), x, tensors)] for key, x in node.items()
-    ]
+    pairs = []
+    for key, x in node.items():
+        pairs.append([key, to_json((*keys, str(key)), x, tensors)])
+    return pairs
 
 
 def _is_unicode(key: str | int) -> bool:

@@ -288,7 +288,8 @@ def _wrong_outliers(weight: QuantWeight) -> str | None:
     if problem is not None:
         return problem
     # A channel that stands there twice would be multiplied twice.
-    if (np.diff(np.sort(channels, axis=-1), axis=-1) == 0).any():
+    steps = np.diff(np.sort(channels, axis=-1), axis=-1)
+    if (steps == 0).any():
         return f"every outlier channel once expected, got {channels.tolist()}"
     if not np.isfinite(rows.astype(np.float32)).all():
         return "the outliers' weight must be finite"

@@ -16,6 +16,7 @@ import numpy as np
 from sqjax._shapes import sizes_along
 from sqjax.folding.certificate import certify
 from sqjax.folding.graph import Group, LabelMap
+from sqjax.folding.heads import find_heads
 from sqjax.folding.labels import (
     Labels,
     channels_and_degrees,
@@ -26,7 +27,7 @@ from sqjax.folding.labels import (
 from sqjax.folding.per_step import Stack
 from sqjax.folding.rules import RULES
 from sqjax.folding.search import Closure, Question, Refused
-from sqjax.folding.sites import Place, find_heads, find_sites
+from sqjax.folding.sites import Place, find_sites
 from sqjax.folding.ties import Ties
 from sqjax.program.build import Var
 from sqjax.program.facts import Program

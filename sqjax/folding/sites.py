@@ -1,7 +1,6 @@
 """Sites: the matmuls of an activation with a leaf, as they stand in a program."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,10 +12,9 @@ from sqjax.folding.embeddings import is_lookup, is_passed_on
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
-from sqjax.program.build import Atom, Body, Equation, Var
+from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.primitives import ELEMENTWISE
-from sqjax.program.subprograms import ShardMap
 from sqjax.program.views import View
 
 #: The matmuls that can be sites.
@@ -297,7 +295,8 @@ def _in_order(
     """Axes of a view of a leaf, and the axes that they meet, both in the order of the leaf's
     axes.
     """
-    order = sorted(range(len(mine)), key=lambda i: view.position_of(mine[i]))
+    positions = list(map(view.position_of, mine))
+    order = sorted(range(len(mine)), key=positions.__getitem__)
     return sizes_along(mine, order), sizes_along(its, order)
 
 
@@ -446,66 +445,3 @@ def _moved(
         return marks
     move = MOVES.get(equation.name)
     return None if move is None else move(marks, equation.params, old, new)
-
-
-def find_heads(program: Program, places: Sequence[Place]) -> frozenset[str]:
-    """The sites whose product reaches an output of fn through no other site."""
-    weights: dict[Var, set[str]] = {}
-    for place in places:
-        product = place.equation.outputs[0]
-        weights.setdefault(product, set()).add(place.site.path)
-    heads: set[str] = set()
-    _reach(program.main, set(program.results), weights, heads)
-    return frozenset(heads)
-
-
-def _reach(
-    equations: Sequence[Equation],
-    reaching: set[Atom],
-    weights: Mapping[Var, set[str]],
-    heads: set[str],
-) -> None:
-    """Walks equations backwards from what they return, up to the sites.
-
-    Args:
-        equations: in order.
-        reaching: what reaches an output through no site; the variables found are added.
-        weights: {variable: the sites whose product it is}.
-        heads: the sites met, which are added.
-    """
-    for equation in reversed(equations):
-        if reaching.isdisjoint(equation.outputs):
-            continue
-        paths = weights.get(equation.outputs[0])
-        body = equation.body
-        if paths is not None:
-            # And no further: what it reads passes through these sites.
-            heads |= paths
-        elif body is None:
-            reaching.update(equation.variables)
-        elif isinstance(body.call, ShardMap):
-            _reach_into(equation, body, reaching, weights, heads)
-        elif not _holds_a_site(body, weights):
-            # A scan with a site in it is taken to lead through that site.
-            reaching.update(equation.variables)
-
-
-def _reach_into(
-    equation: Equation,
-    body: Body,
-    reaching: set[Atom],
-    weights: Mapping[Var, set[str]],
-    heads: set[str],
-) -> None:
-    """The same through a shard_map, which runs once, so its body is walked like the rest."""
-    returned = zip(equation.outputs, body.outputs, strict=True)
-    inner = {v for outer, v in returned if outer in reaching}
-    _reach(body.equations, inner, weights, heads)
-    given = zip(equation.inputs, body.inputs, strict=True)
-    reaching.update(operand for operand, v in given if v in inner)
-
-
-def _holds_a_site(body: Body, weights: Mapping[Var, set[str]]) -> bool:
-    """Whether a product with a site's leaf is made somewhere in a body."""
-    made = chain(*map(attrgetter("outputs"), body.everything))
-    return not weights.keys().isdisjoint(made)

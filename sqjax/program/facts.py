@@ -368,7 +368,8 @@ class Program:
             found += filter(None, [self.maker.get(var)])
             found += self.readers.get(var, [])
         # Each once, though it may read several of the variables.
-        return list(dict(zip(map(id, found), found, strict=True)).values())
+        by_id = dict(zip(map(id, found), found, strict=True))
+        return list(by_id.values())
 
     def is_of_leaves(self, atom: Atom) -> TypeGuard[Var]:
         """Whether an operand is computed from leaves and literals alone."""

@@ -17,7 +17,8 @@ import sqjax as sq
 from sqjax.calibration.analysis import shared_arrays
 from sqjax.folding.find_graph import find_graph
 from sqjax.folding.groups import Survey
-from sqjax.folding.sites import find_heads, find_sites
+from sqjax.folding.heads import find_heads
+from sqjax.folding.sites import find_sites
 from sqjax.program.facts import Program
 from sqjax.program.replication import varying
 from sqjax.program.trace import trace
