@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sqjax._arguments import expect
 from sqjax._names import braced, first_matches, near_misses
 from sqjax.folding.labels import channels_and_degrees
 
@@ -227,6 +228,12 @@ class Graph(NamedTuple):
             return of_sites
         if groups == "norm":
             return tuple(filter(attrgetter("norm"), of_sites))
+        expect(
+            isinstance(groups, Iterable),
+            "groups",
+            "'all', 'norm', or patterns of names",
+            groups,
+        )
         patterns = [groups] if isinstance(groups, str) else list(groups)
         return _matching(of_sites, patterns)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sqjax._arguments import check_mapping
 from sqjax._serialized import tell_flax
 from sqjax._shapes import other_axes, sizes_along
 from sqjax.layers.dense import check_kernel, dense, quantize_kernel
@@ -238,6 +239,7 @@ def quantize_dense(
         >>> sq.linen.quantize_dense(params)["kernel"].tensor.values.tolist()
         [[127, 64], [-64, 127]]
     """
+    check_mapping(params, "quantize_dense", "a layer's {'kernel': ...}")
     kernel = params.get("kernel")
     if kernel is None or kernel.ndim != 2:
         raise ValueError(

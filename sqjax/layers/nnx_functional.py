@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array
 
+from sqjax._arguments import expect
 from sqjax._trees import PyTree, named_leaves
 from sqjax.program.subprograms import handed_through
 from sqjax.program.trace import trace
@@ -186,6 +187,12 @@ def functional(
         (1, 2)
     """
     # `...` is the rest: whatever is no parameter is a constant of the function.
+    expect(
+        isinstance(module, nnx.Module),
+        "functional",
+        "an NNX module (a function of (params, *inputs) needs no conversion)",
+        module,
+    )
     graphdef, *states = nnx.split(module, _is_parameter, ...)
     parameters, constants = states
     names = []

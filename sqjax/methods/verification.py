@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax._arguments import check_function
+from sqjax._arguments import check_function, expect
 from sqjax._trees import PyTree, named_leaves
 from sqjax.calibration.analysis import described
 from sqjax.program.facts import Program
@@ -72,6 +73,8 @@ def verify(
         True
     """
     check_function(fn, "verify", "(fn, before, after, *inputs)")
+    is_number = isinstance(tolerance, Real | np.ndarray | jax.Array | None)
+    expect(is_number, "verify: tolerance=", "a number", tolerance)
     with _told("before", inputs):
         repeated = Repeated(fn, before, inputs, weight_type, tensor_type)
     repeated.check()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sqjax._arguments import check_mapping
 from sqjax.weights.quant_weight import QuantWeight
 
 #: The Dense layers of a block that read the same activation, so that one matmul can serve them.
@@ -38,6 +39,7 @@ def fuse(params: Mapping[str, Any]) -> dict[str, Any]:
         >>> {name: x["kernel"].shape for name, x in params["model"]["layers"]["0"]["mlp"].items()}
         {'down_proj': (16, 8), 'gate_proj+up_proj': (8, 32)}
     """
+    check_mapping(params, "fuse", "the parameters of a Model")
     # From the leaves up: a module's children are done before its own layers are looked at.
     fused = {}
     for name, value in params.items():

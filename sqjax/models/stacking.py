@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sqjax._arguments import check_mapping
 from sqjax._trees import named_leaves
 from sqjax.weights.quant_weight import is_quantized
 
@@ -188,6 +189,7 @@ def _layers_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ValueError: nothing does.
     """
+    check_mapping(params, "layers", "the parameters of a Model")
     model = params.get("model")
     layers = model.get("layers") if isinstance(model, Mapping) else None
     if not isinstance(layers, Mapping):

@@ -185,6 +185,30 @@ OTHER_ARGUMENTS = {
         lambda: sq.quantized(qparams()),
         r"as in quantized\(fn\)\(qparams, \*inputs\), got dict",
     ),
+    "groups of a number": (
+        lambda: sq.smooth(params(), stats(), groups=3),
+        r"groups: expected 'all', 'norm', or patterns of names, got 3",
+    ),
+    "a tolerance that is a text": (
+        lambda: sq.verify(fn, params(), params(), x(), tolerance="0.1"),
+        r"verify: tolerance=: expected a number, got '0.1'",
+    ),
+    "nnx.functional(fn)": (
+        lambda: sq.nnx.functional(fn),
+        r"functional: expected an NNX module .* got function",
+    ),
+    "quantize_dense(kernel)": (
+        lambda: sq.linen.quantize_dense(jnp.eye(4)),
+        r"quantize_dense: expected a layer's \{'kernel': ...\}, got ArrayImpl",
+    ),
+    "stack_layers(None)": (
+        lambda: sq.models.stack_layers(None),
+        r"layers: expected the parameters of a Model, got None",
+    ),
+    "fuse(array)": (
+        lambda: sq.models.fuse(x()),
+        r"fuse: expected the parameters of a Model, got ArrayImpl",
+    ),
     "quantized(None)": (lambda: sq.quantized(None), r"a function .*, got None"),
     "int8_attention(tree)": (
         lambda: sq.int8_attention(qparams()),
