@@ -38,7 +38,7 @@ def slow_rows_but(rows: Iterable[tuple], *quick: str) -> list[Any]:
 
 
 def lots(names: Sequence[Any], quick: Sequence[Any]) -> list[Any]:
-    """The marks of each case. Of seven slow ones, 0 and 6 run with all tests."""
+    """The marks of each case. Of seven slow ones the first and the last run with all tests."""
     slow = [i for i, name in enumerate(names) if name not in quick]
     last = len(slow) - 1
     chosen = {slow[round(last * k / (SPREAD - 1))] for k in range(SPREAD)} if slow else set()
