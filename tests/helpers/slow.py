@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 
-#: So many slow cases of a table run with all tests, spread over it; the rest only with `--every-case`.
-SPREAD = 2
-
 
 def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """The cases for `parametrize`, marked slow but for the quick ones.
@@ -40,8 +37,7 @@ def slow_rows_but(rows: Iterable[tuple], *quick: str) -> list[Any]:
 def lots(names: Sequence[Any], quick: Sequence[Any]) -> list[Any]:
     """The marks of each case. Of seven slow ones the first and the last run with all tests."""
     slow = [i for i, name in enumerate(names) if name not in quick]
-    last = len(slow) - 1
-    chosen = {slow[round(last * k / (SPREAD - 1))] for k in range(SPREAD)} if slow else set()
+    chosen = {*slow[:1], *slow[-1:]}
     every = [pytest.mark.slow, pytest.mark.every_case]
     return [
         () if i not in slow else pytest.mark.slow if i in chosen else every
