@@ -117,7 +117,7 @@ def casting(data, shape):
 STEPS = [transposing, transposing, reshaping, reshaping, squeezing, expanding, slicing, casting]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), shape=SHAPES)
 @pytest.mark.slow
 def test_a_view_says_where_every_element_comes_from(data, shape):
