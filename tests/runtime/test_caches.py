@@ -322,3 +322,20 @@ def test_a_hugging_face_llama_decodes_with_an_int8_cache():
         if isinstance(x, sq.QTensor)
     ]
     assert len(quantized) == 4
+
+
+def test_a_filled_cache_loses_what_one_written_slot_by_slot_does():
+    """Also with one large key channel: both give every token and head a scale of its own."""
+    keys = jax.random.normal(jax.random.key(5), (1, 6, 2, 8)).at[..., 3].multiply(20.0)
+    at_once = sq.quantize_cache({"key": keys})["key"]
+
+    @jax.jit
+    @sq.quantized
+    def put(params, cache, new, slot):
+        return jax.lax.dynamic_update_slice(cache, new, (0, slot, 0, 0))
+
+    written = sq.quantize_cache(jnp.zeros_like(keys))
+    for slot in range(6):
+        written = put({}, written, keys[:, slot : slot + 1], slot)
+    np.testing.assert_array_equal(written.values, at_once.values)
+    np.testing.assert_array_equal(written.scale, at_once.scale)
