@@ -246,10 +246,15 @@ def _warn_of_unreached(stats: Stats) -> None:
     """Warns of sites, layers and experts that no token reached, or only few."""
     unseen: list[str] = []
     zeros: list[str] = []
+    not_taken = dict(stats.graph.branches)
     for path, entries in stats.unreached.items():
         without_tokens = entries == ((),) and not stats.count[path]
         of_a_stack = entries != ((),)
         text = f"{path}{list(entries)}" if of_a_stack else path
+        names = [path, *(path + _indices(entry) for entry in entries if entry)]
+        reasons = [not_taken[name] for name in names if name in not_taken]
+        if reasons:
+            text += f" ({'; '.join(dict.fromkeys(reasons))})"
         (unseen if without_tokens or of_a_stack else zeros).append(text)
     if unseen:
         _warn(
@@ -264,6 +269,11 @@ def _warn_of_unreached(stats: Stats) -> None:
         )
     _warn_of_few(stats)
     _warn_of_blank(stats)
+
+
+def _indices(entry: tuple[int, ...]) -> str:
+    """Which of a stack of matrices, as a site's name has it: [2][0]."""
+    return "".join(f"[{index}]" for index in entry)
 
 
 def _warn_of_few(stats: Stats) -> None:

@@ -124,7 +124,9 @@ def observe(
             measures[var] = partial(_look, var=var, look=look, lost=lost)
         marks = mark_inputs(program, mask)
         followed = {"marks": marks, "follow": Follower(program)}
-    outputs, measured = evaluate(program, leaves, inputs, measures, **followed)
+    outputs, measured = evaluate(
+        program, leaves, inputs, measures, together=_together, **followed
+    )
     _warn_of_lost(places, lost)
 
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
@@ -171,6 +173,27 @@ def _measure_all(
     x: Array, counted: Array | None = None, *, probes: Sequence[Probe]
 ) -> dict[Probe, Measurement]:
     return {probe: measure(x, probe, counted) for probe in probes}
+
+
+def _together(a: Any, b: Any) -> Any:
+    """What `_measure_all`, or `_whole`, has seen at two steps of a loop."""
+    if not isinstance(a, dict):
+        return a + b
+    return {probe: _added(a[probe], b[probe]) for probe in a}
+
+
+def _added(a: Measurement, b: Measurement) -> Measurement:
+    """The measurement of both: maxima by max, the rest by +."""
+    counts = None
+    if a.counts is not None and b.counts is not None:
+        counts = a.counts + b.counts
+    return Measurement(
+        jnp.maximum(a.absmax, b.absmax),
+        a.abs_sum + b.abs_sum,
+        a.tokens + b.tokens,
+        a.reached + b.reached,
+        counts,
+    )
 
 
 def _whole(x: Array, counted: Array | None = None) -> Array:

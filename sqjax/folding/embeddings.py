@@ -49,7 +49,7 @@ def is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether all that an equation makes of a leaf is seen as that leaf."""
     results = [y for y in equation.outputs if var in equation.behind(y)]
     is_seen = program.views.keys() >= set(results)
-    return equation.body is None and bool(results) and is_seen
+    return not equation.bodies and bool(results) and is_seen
 
 
 def is_lookup(program: Program, var: Var, equation: Equation) -> bool:

@@ -11,6 +11,7 @@ from sqjax.folding.graph import Graph, Group
 from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Place
+from sqjax.program.build import Body, Equation
 from sqjax.program.facts import Program
 
 
@@ -49,7 +50,38 @@ def find_graph(
         tables=find_tables(
             program, frozenset(map(attrgetter("site.path"), survey.places))
         ),
+        branches=tuple(_branches(program, survey.places).items()),
     )
+
+
+def _branches(program: Program, places: Sequence[Place]) -> dict[str, str]:
+    """{name of a place: which loop or branch has to run} of those that are read nowhere else."""
+    inside: dict[int, str] = {}
+    # Those of inner branches come first, and stand: the inner one has to be taken, too.
+    for equation in program.equations:
+        for body, text in _conditions(equation):
+            for inner in body.everything:
+                inside.setdefault(id(inner), text)
+    found: dict[str, list[str]] = {}
+    for place in places:
+        where = inside.get(id(place.equation), "")
+        found.setdefault(place.name, []).append(where)
+    return {
+        name: " and ".join(dict.fromkeys(texts))
+        for name, texts in found.items()
+        if all(texts)
+    }
+
+
+def _conditions(equation: Equation) -> list[tuple[Body, str]]:
+    """(body, what it means that it saw nothing) of what a cond or a while loop may not run."""
+    if equation.name == "while":
+        _, body = equation.branches  # its test runs once at least
+        return [(body, f"the body of {equation} never ran")]
+    return [
+        (branch, f"branch {number} of {equation} was not taken")
+        for number, branch in enumerate(equation.branches)
+    ]
 
 
 def _group_the_rest(

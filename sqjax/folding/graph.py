@@ -205,6 +205,9 @@ class Graph(NamedTuple):
             weight is the query.
         tables: leaves that only rows are looked up in, with the axes of a row: embeddings that are
             no head.
+        branches: (site, or one of a stack: layers/kernel[3]; what leaves it without tokens) of
+            those that are read in branches of a cond and in while loops only: "branch 1 of `cond`
+            at model.py:7 (fn) was not taken".
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -215,6 +218,7 @@ class Graph(NamedTuple):
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
     keys: tuple[Site, ...] = ()
     tables: tuple[Site, ...] = ()
+    branches: tuple[tuple[str, str], ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
         """The groups meant by "all", "norm", one name pattern or several (searched in the sites'

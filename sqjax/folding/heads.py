@@ -43,13 +43,18 @@ def _reach(
         if paths is not None:
             # And no further: what it reads passes through these sites.
             heads |= paths
-        elif body is None:
+        elif body is not None and isinstance(body.call, ShardMap):
+            inner = _reach_into(equation, body, reaching, weights, heads)
+            given = zip(equation.inputs, body.inputs, strict=True)
+            reaching.update(operand for operand, v in given if v in inner)
+        elif not any(_holds_a_site(b, weights) for b in equation.bodies):
             reaching.update(equation.variables)
-        elif isinstance(body.call, ShardMap):
-            _reach_into(equation, body, reaching, weights, heads)
-        elif not _holds_a_site(body, weights):
-            # A scan with a site in it is taken to lead through that site.
-            reaching.update(equation.variables)
+        elif equation.name == "cond":
+            for branch in equation.branches:
+                reaching |= _reach_into(
+                    equation, branch, reaching, weights, heads
+                )
+        # A loop with a site in it is taken to lead through that site.
 
 
 def _reach_into(
@@ -58,13 +63,14 @@ def _reach_into(
     reaching: set[Atom],
     weights: Mapping[Var, set[str]],
     heads: set[str],
-) -> None:
-    """The same through a shard_map, which runs once, so its body is walked like the rest."""
+) -> set[Atom]:
+    """What reaches an output in a shard_map or in a branch, which runs once: it is walked like the
+    rest.
+    """
     returned = zip(equation.outputs, body.outputs, strict=True)
     inner = {v for outer, v in returned if outer in reaching}
     _reach(body.equations, inner, weights, heads)
-    given = zip(equation.inputs, body.inputs, strict=True)
-    reaching.update(operand for operand, v in given if v in inner)
+    return inner
 
 
 def _holds_a_site(body: Body, weights: Mapping[Var, set[str]]) -> bool:

@@ -13,6 +13,7 @@ from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
 from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.entries import carried
 from sqjax.program.facts import Program
 from sqjax.program.primitives import ELEMENTWISE
 from sqjax.program.views import View
@@ -124,7 +125,6 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     """
     places: list[Place] = []
     refused: dict[str, str] = {}
-    in_loops: dict[str, str] = {}
     for equation in program.equations:
         places_of = _PLACES_OF.get(equation.name)
         if places_of is not None:
@@ -132,17 +132,10 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             places += found
             refused.update(reasons)
             continue
-        looping = equation.name in ("while", "cond")
-        reasons_of = in_loops if looping else refused
-        reasons_of.update(_not_looked_into(program, equation))
+        refused.update(_not_looked_into(program, equation))
     refused.update(_read_otherwise(program, places))
     refused.update(_read_in_two_ways(places))
-    places = [p for p in places if p.site.path not in refused]
-    # A leaf that is read in a loop is a site all the same if a matmul elsewhere makes it one:
-    # quantized weights may enter loops.
-    for site in map(attrgetter("site.path"), places):
-        in_loops.pop(site, None)
-    return places, in_loops | refused
+    return [p for p in places if p.site.path not in refused], refused
 
 
 def _of_matmul(
@@ -363,20 +356,18 @@ def _seen_as(
 
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether what an equation makes of a leaf is seen as that leaf, or as one of several; loops
-    and branches pass leaves to what they run.
+    and branches pass leaves to what they run, but for those that a loop goes on to change.
     """
     if equation.runs_a_program:
-        return True
+        return all(value.first != var for value in carried(equation))
     joins = not program.joined.keys().isdisjoint(equation.outputs)
     return joins or is_passed_on(program, var, equation)
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:
     """{leaf: why it is no site} of the leaves that another kind of matmul reads."""
-    opaque = (
-        equation.runs_a_program and equation.body is None
-    )  # while, cond, custom kernels
-    if opaque:
+    opaque = equation.runs_a_program and not equation.bodies
+    if opaque:  # a custom kernel
         why = f"{equation} reads it, and is not looked into: not calibrated, it stays float"
     elif equation.name == CONVOLUTION:
         why = f"{equation} convolves it, but not as a kernel: it stays float"

@@ -211,9 +211,11 @@ def _check_reached(stats: Stats, schemes: Mapping[str, Scheme]) -> None:
         if is_concrete(seen) and not np.asarray(seen).any():
             tokens = int(stats.count[path])
             saw = f"{tokens} tokens, all zeros" if tokens else "no token"
+            not_taken = dict(stats.graph.branches).get(path)
+            why = f" ({not_taken})" if not_taken and not tokens else ""
             raise ValueError(
-                f"{path}: calibration saw {saw} here, so there is no range for a static scale; "
-                "calibrate on batches that reach it, or give it a dynamic scheme or None: "
+                f"{path}: calibration saw {saw} here{why}, so there is no range for a static "
+                "scale; calibrate on batches that reach it, or give it a dynamic scheme or None: "
                 f"{{{path!r}: sq.W8A8, '.*': ...}}"
             )
 

@@ -2,21 +2,33 @@
 
 A jaxpr is a tree of programs: calls hold programs, scans and shard_maps hold programs. Here calls
 (jit, remat, custom gradients) are written out in place, and variables are numbers that are never
-used twice, because then a fact about a variable can be kept in a plain table. Bodies of scans and
-shard_maps stay where they are, as part of their equation.
+used twice, because then a fact about a variable can be kept in a plain table. Bodies of scans,
+shard_maps and while loops, and branches of a cond, stay where they are, as part of their equation.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    jaxprs_in_params,
+)
 
 from sqjax.program.primitives import IDENTITIES
 from sqjax.program.subprograms import (
+    Cond,
     Scan,
     ShardMap,
+    While,
+    cond_in,
     inner_program,
     kept,
     passed_on,
@@ -24,6 +36,7 @@ from sqjax.program.subprograms import (
     scan_in,
     shard_map_in,
     source_of,
+    while_in,
     with_handed,
 )
 from sqjax.program.trace import Traced
@@ -67,6 +80,7 @@ class Equation(NamedTuple):
             program made it.
         params: the primitive's parameters, with Python's integers in place of numpy's.
         body: what a scan runs at every step, a shard_map on every device; None for everything else.
+        branches: what a cond chooses from; of a while loop its test, and its body.
     """
 
     name: str
@@ -75,6 +89,12 @@ class Equation(NamedTuple):
     origin: JaxprEqn
     params: dict[str, Any]
     body: "Body | None" = None
+    branches: "tuple[Body, ...]" = ()
+
+    @property
+    def bodies(self) -> "tuple[Body, ...]":
+        """All that it runs: its body, or its branches; none for most equations."""
+        return self.branches if self.body is None else (self.body,)
 
     @property
     def variables(self) -> list[Var]:
@@ -85,12 +105,12 @@ class Equation(NamedTuple):
     def read(self) -> list[Var]:
         """The variables it reads itself.
 
-        Not a scan's constants: its body reads the outer variables, so equations of the body are the
-        readers.
+        Not a loop's constants, nor what a branch is given: bodies read the outer variables, so
+        equations of the body are the readers.
         """
-        if self.body is not None and isinstance(self.body.call, Scan):
-            return variables_in(self.inputs[self.body.call.consts :])
-        return self.variables
+        if not self.bodies:
+            return self.variables
+        return variables_in(self.bodies[0].call.own(self.inputs))
 
     def behind(self, result: Var) -> list[Var]:
         """The variables that one of its results is made of.
@@ -113,22 +133,27 @@ class Equation(NamedTuple):
 
 
 class Body(NamedTuple):
-    """One step of a scan, or what one device does in a shard_map.
+    """One step of a scan or while loop, a branch, or what one device does in a shard_map.
 
     A scan's constants are the outer variables themselves. Its carry and the slices of what it runs
     over, and all operands of a shard_map, are variables of the body's own.
 
+    While loops and branches see outer leaves as they are. Of any other variable they have a copy of
+    their own, which their first equations make: what a branch reads is seen only if it is taken,
+    what a loop reads once for every step.
+
     Attributes:
         scopes: of a scan the number of its family, of a shard_map one number for each of its mesh
-            axes.
+            axes. () of a loop or branch: who knows how often it runs?
         call: how often and in what order it runs, or on which devices.
-        inputs: the carry, then a slice of each of the xs; one device's block of every operand.
+        inputs: the carry, then a slice of each of the xs; one device's block of every operand; the
+            carry of a while loop; nothing for a branch.
         outputs: the next carry, then a slice of each of the ys; one device's block of every result.
         equations: in order.
     """
 
     scopes: Scopes
-    call: Scan | ShardMap
+    call: Scan | ShardMap | While | Cond
     inputs: tuple[Var, ...]
     outputs: tuple[Atom, ...]
     equations: tuple[Equation, ...]
@@ -191,8 +216,8 @@ def variables_in(atoms: Sequence[Atom]) -> list[Var]:
 def all_equations(equations: Sequence[Equation]) -> Iterator[Equation]:
     """These equations and those of their bodies, which come before the equation that runs them."""
     for equation in equations:
-        if equation.body is not None:
-            yield from all_equations(equation.body.equations)
+        for body in equation.bodies:
+            yield from all_equations(body.equations)
         yield equation
 
 
@@ -214,6 +239,7 @@ class _Builder:
         self._numbers: dict[tuple[Scopes, Any], int] = {}
         self._leafy: set[Var] = set()
         self._leafy_views: dict[tuple[str, Any, str], Var] = {}
+        self._in_branch = False
 
     def build(self) -> FlatProgram:
         """Writes out the whole program."""
@@ -295,11 +321,14 @@ class _Builder:
             return [], [same]
         handed = passed_on(eqn)
         made = [results[i] for i in kept(len(results), handed)]
+        equation = equation._replace(outputs=tuple(made))
         if (scan := scan_in(eqn)) is not None:
             given = tuple(scan.given(operands))
-            equation = equation._replace(inputs=given, outputs=tuple(made))
+            equation = equation._replace(inputs=given)
         # What a loop only hands through is the operand itself, before and after it.
         results = with_handed(operands, made, handed)
+        if eqn.primitive.name in ("while", "cond"):
+            return [self._with_branches(equation)], results
         return [self._with_body(equation)], results
 
     def _same_view(self, equation: Equation) -> Var | None:
@@ -310,7 +339,8 @@ class _Builder:
         is read once for both.
         """
         is_view = equation.name in VIEWS and len(equation.inputs) == 1
-        if not is_view or self.scope:
+        # What is made in a body is known to that body only.
+        if not is_view or self.scope or self._in_branch:
             return None
         [x], [y] = equation.inputs, equation.outputs
         if x not in self._leafy:
@@ -347,6 +377,77 @@ class _Builder:
         self.scope = outside
         body = Body(scopes, call, inputs, tuple(outputs), tuple(equations))
         return equation._replace(body=body)
+
+    def _with_branches(self, equation: Equation) -> Equation:
+        """A while loop with its test and body, or a cond with its branches, written out."""
+        outside, self._in_branch = self._in_branch, True
+        if equation.name == "while":
+            branches = self._of_loop(equation, while_in(equation.origin))
+        else:
+            branches = self._of_cond(equation, cond_in(equation.origin))
+        self._in_branch = outside
+        return equation._replace(branches=branches)
+
+    def _of_loop(self, equation: Equation, loop: While) -> tuple[Body, ...]:
+        """The test of a while loop and its body, each with variables of its own for the carry."""
+        of_test, of_body, _ = loop.sort(equation.inputs)
+        bodies = []
+        for program, outer in ((loop.test, of_test), (loop.body, of_body)):
+            shapes = [v.aval for v in loop.sort(equation.origin.invars)[2]]
+            inputs = tuple(map(self._new, shapes))
+            self.roots.update(dict.fromkeys(inputs, f"the carry of {equation}"))
+            carry = loop.carry(equation.inputs, inputs)
+            bodies.append(
+                self._branch(equation, loop, program, [*outer, *carry], inputs)
+            )
+        return tuple(bodies)
+
+    def _of_cond(self, equation: Equation, choice: Cond) -> tuple[Body, ...]:
+        """The branches of a cond, which all are given the operands after the index."""
+        given = equation.inputs[1:]
+        bodies = []
+        for program in choice.branches:
+            bodies.append(self._branch(equation, choice, program, given, ()))
+        return tuple(bodies)
+
+    def _branch(
+        self,
+        equation: Equation,
+        call: While | Cond,
+        program: ClosedJaxpr,
+        operands: Sequence[Atom],
+        inputs: tuple[Var, ...],
+    ) -> Body:
+        """A program that runs once, many times, or never, on these operands.
+
+        `inputs` are those of them that are the program's own: the carry.
+        """
+        captured = self._capture(program.jaxpr, program.consts)
+        copies: dict[Atom, Equation] = {}
+        for x in operands:
+            if x not in inputs and not self._is_seen_inside(x):
+                copies.setdefault(x, self._copy(equation, x))
+        given = [copies[x].outputs[0] if x in copies else x for x in operands]
+        equations, outputs = self._write_out(program.jaxpr, captured, given)
+        self._note_outputs(outputs, f"what leaves {equation}")
+        inside = (*copies.values(), *equations)
+        return Body((), call, inputs, tuple(outputs), inside)
+
+    def _is_seen_inside(self, atom: Atom) -> bool:
+        """Whether a branch reads the outer operand itself: a number, a leaf, a captured array."""
+        if not isinstance(atom, Var):
+            return True
+        dtype = self.avals[atom].dtype
+        is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+        return is_key or atom in self._leafy or atom in self.constants
+
+    def _copy(self, equation: Equation, x: Atom) -> Equation:
+        """An equation that names an outer variable anew, inside a branch of this equation."""
+        outer = equation.origin
+        origin = _naming().replace(source_info=outer.source_info, ctx=outer.ctx)
+        aval = self.avals[x] if isinstance(x, Var) else x.value
+        params = dict(origin.params)
+        return Equation("name", (x,), (self._new(aval),), origin, params)
 
     def _enter_scan(self, scan: Scan) -> Scopes:
         """Goes into a scan's body; scans of one length in one scope share a number."""
@@ -414,14 +515,29 @@ def _alive(
             and not equation.origin.effects
         ):
             continue
-        if (body := equation.body) is not None:
-            # All outputs, also of results that nothing reads: a carry is read by the next step.
-            needed.update(variables_in(body.outputs))
-            inside = _alive(body.equations, needed)
-            equation = equation._replace(body=body._replace(equations=inside))
+        if equation.body is not None:
+            equation = equation._replace(
+                body=_alive_body(equation.body, needed)
+            )
+        branches = [_alive_body(body, needed) for body in equation.branches]
         needed.update(equation.variables)
-        kept.append(equation)
+        kept.append(equation._replace(branches=tuple(branches)))
     return tuple(reversed(kept))
+
+
+def _alive_body(body: Body, needed: set[Var]) -> Body:
+    """A body without dead code."""
+    # All outputs, also of results that nothing reads: a carry is read by the next step.
+    needed.update(variables_in(body.outputs))
+    return body._replace(equations=_alive(body.equations, needed))
+
+
+@cache
+def _naming() -> JaxprEqn:
+    """An equation that hands on its operand, and costs nothing when it runs."""
+    named = jax.make_jaxpr(partial(checkpoint_name, name="given"))(0.0)
+    [equation] = named.eqns
+    return equation
 
 
 def _literal(atom: Any) -> Known:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sqjax.program.build import Atom, Body, Equation, Var
-from sqjax.program.subprograms import Scan, ShardMap
+from sqjax.program.subprograms import Scan, ShardMap, While
 from sqjax.program.views import View
 
 
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A value that a scan carries from step to step.
+    """A value that a scan or a while loop carries from step to step.
 
     Attributes:
         first: what it is before the first step.
@@ -66,6 +66,7 @@ def entries(equation: Equation) -> list[Entry]:
         return []
     if isinstance(body.call, ShardMap):
         return _blocks(equation, body, body.call)
+    assert isinstance(body.call, Scan)
     [scan] = body.scopes
     _, _, xs = body.call.sort(equation.inputs)
     slices = body.inputs[body.call.carry :]
@@ -89,13 +90,16 @@ def _blocks(equation: Equation, body: Body, shards: ShardMap) -> list[Entry]:
 
 
 def carried(equation: Equation) -> list[Carried]:
-    """What a scan carries; [] for everything else."""
-    body = equation.body
-    if body is None or not isinstance(body.call, Scan):
+    """What a scan, or the body of a while loop, carries; [] for everything else."""
+    if not equation.bodies:
         return []
-    _, first, _ = body.call.sort(equation.inputs)
-    following = body.outputs[: body.call.carry]
-    inner = body.inputs[: body.call.carry]
-    return [
-        Carried(*values) for values in zip(first, inner, following, strict=True)
-    ]
+    *_, body = equation.bodies
+    if isinstance(body.call, Scan):
+        first = body.call.sort(equation.inputs)[1]
+    elif isinstance(body.call, While):
+        first = body.call.sort(equation.inputs)[2]
+    else:
+        return []
+    # A scan has slices after what it carries.
+    values = zip(first, body.inputs, body.outputs, strict=False)
+    return [Carried(*value) for value in values]

@@ -1,16 +1,18 @@
 """Running a `Program`, with a look at some of its variables."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from sqjax.program.build import Atom, Body, Equation, Scopes, Var
 from sqjax.program.facts import Program
-from sqjax.program.subprograms import Scan, ShardMap, emit
+from sqjax.program.subprograms import Scan, ShardMap, emit, kept
 
 #: {variable: what to make of its value; with marks, of its value and its mark}.
 Probes = Mapping[Var, Callable[..., Any]]
@@ -23,8 +25,14 @@ Follow = Callable[
 ]
 #: {variable: what its probe has made of it}.
 Seen = dict[Var, Any]
+#: What a probe has made of two values of one variable, together.
+Together = Callable[[Any, Any], Any]
 #: {variable: its value}, in one scope.
 Env = dict[Var, Any]
+
+
+def _summed(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def evaluate(
@@ -34,6 +42,7 @@ def evaluate(
     probes: Probes,
     marks: Mapping[Var, Mark] | None = None,
     follow: Follow | None = None,
+    together: Together = _summed,
 ) -> tuple[list[Any], Seen]:
     """Runs a program on its leaves and inputs.
 
@@ -43,16 +52,19 @@ def evaluate(
         probes: what to look at.
         marks, follow: marks of inputs, and how they pass through an equation; probes then see the
             mark of what they look at, too.
+        together: what a probe has made of two steps of a while loop, as one. Zeros must change
+            nothing: they stand for no step, and for a branch that is not taken.
 
     Returns:
         What the function returns (flat), and {variable: what its probe made of it}; for a variable
         in bodies that has a leading axis for each of the variable's scopes: one entry a step, one
         for each device along a mesh axis.
-        Example: the absmax of 64 channels in a scan over 32 layers has the shape (32, 64).
+        Example: the absmax of 64 channels in a scan over 32 layers has the shape (32, 64). A while
+        loop has no such axis, because nobody knows how many steps it takes.
     """
     given = zip(program.inputs, [*leaves, *inputs], strict=True)
     env: Env = {**program.constants, **dict(given)}
-    run = _Run(program, probes, follow)
+    run = _Run(program, probes, follow, together)
     seen = run.equations(program.main, env, dict(marks or {}), ())
     return _read(env, program.results), seen
 
@@ -75,6 +87,7 @@ class _Run(NamedTuple):
     program: Program
     probes: Probes
     follow: Follow | None
+    together: Together
 
     def equations(
         self,
@@ -82,29 +95,62 @@ class _Run(NamedTuple):
         env: Env,
         marks: dict[Var, Mark],
         scopes: Scopes,
+        outside: Collection[Var] = (),
     ) -> Seen:
-        """Adds what the equations make to `env`; returns what probes here and in bodies see."""
+        """Adds what the equations make to `env`; returns what probes here and in bodies see.
+
+        `outside` are the variables of `env` that are looked at elsewhere.
+        """
         seen: Seen = {}
         for equation in equations:
             operands = _read(env, equation.inputs)
-            if equation.body is None:
-                results = emit(equation.origin, *operands)
-                if self.follow is not None:
-                    given = _marks_of(marks, equation.inputs)
-                    made = self.follow(equation, operands, results, given)
-                    marks.update(zip(equation.outputs, made, strict=True))
-            else:
+            if self._is_looked_into(equation):
                 results, within = self._through_body(
                     equation, operands, env, marks, scopes
                 )
                 seen |= within
+            else:
+                results = self._emitted(equation, operands, marks)
             env.update(zip(equation.outputs, results, strict=True))
         # Probes look once all is computed, because a variable may be an input of this scope.
         for v, look in self.probes.items():
-            if self.program.scopes[v] == scopes and v in env:
+            here = self.program.scopes[v] == scopes and v not in outside
+            if here and v in env:
                 beside = () if self.follow is None else (marks.get(v),)
                 seen[v] = look(env[v], *beside)
         return seen
+
+    def _is_looked_into(self, equation: Equation) -> bool:
+        """Whether an equation has bodies to run: loops and branches only if a probe is in them."""
+        if not equation.branches:
+            return equation.body is not None
+        for body in equation.branches:
+            made = [*body.inputs]
+            for inner in body.everything:
+                made += inner.outputs
+                for within in inner.bodies:
+                    made += within.inputs
+            if not self.probes.keys().isdisjoint(made):
+                return True
+        return False
+
+    def _emitted(
+        self,
+        equation: Equation,
+        operands: Sequence[Any],
+        marks: dict[Var, Mark],
+    ) -> list[Any]:
+        """The results of an equation as it was; adds their marks."""
+        results = emit(equation.origin, *operands)
+        if equation.branches:
+            call: Any = equation.branches[0].call
+            made_here = kept(len(results), call.handed)
+            results = [results[i] for i in made_here]
+        if self.follow is not None:
+            given = _marks_of(marks, equation.inputs)
+            made = self.follow(equation, operands, results, given)
+            marks.update(zip(equation.outputs, made, strict=True))
+        return results
 
     def _through_body(
         self,
@@ -114,12 +160,17 @@ class _Run(NamedTuple):
         marks: dict[Var, Mark],
         scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
-        """(the results of a scan or shard_map, what probes in its body see); adds their marks."""
+        """(the results of an equation with bodies, what probes in these see); adds their marks."""
+        if equation.name == "cond":
+            return self._cond(equation, operands, env, marks, scopes)
+        if equation.name == "while":
+            return self._while(equation, operands, env, marks, scopes)
         assert equation.body is not None
         body = equation.body
         inside = (*scopes, *body.scopes)
         if isinstance(body.call, ShardMap):
             return self._shard_map(equation, body.call, operands, marks, inside)
+        assert isinstance(body.call, Scan)
         if self.follow is None:
             return self._scan(body, body.call, operands, env, inside)
         loop = _MarkedScan.of(self, equation, env, marks, inside)
@@ -184,6 +235,97 @@ class _Run(NamedTuple):
         out_specs = [*shards.out_specs], PartitionSpec(*shards.sizes)
         in_specs = (*shards.in_specs, *(PartitionSpec() for _ in whole))
         return shards.run(block, in_specs, out_specs, (*operands, *whole))
+
+    def _branch(
+        self,
+        body: Body,
+        env: Env,
+        marks: Mapping[Var, Mark],
+        scopes: Scopes,
+        values: Sequence[Any] = (),
+    ) -> tuple[list[Any], list[Mark], Seen]:
+        """(what a branch, test or body of a loop returns, its marks, what probes in it see)."""
+        inner = {**env, **dict(zip(body.inputs, values, strict=True))}
+        within = dict(marks)
+        seen = self.equations(
+            body.equations, inner, within, scopes, outside=env.keys()
+        )
+        return _read(inner, body.outputs), _marks_of(within, body.outputs), seen
+
+    def _cond(
+        self,
+        equation: Equation,
+        operands: Sequence[Any],
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
+    ) -> tuple[list[Any], Seen]:
+        """Only the branch that is taken sees anything."""
+        branches = []
+        for body in equation.branches:
+            branches.append(partial(self._branch, body, env, marks, scopes))
+        types = [jax.eval_shape(branch) for branch in branches]
+        blank: Seen = {}
+        for _, _, seen in types:
+            blank |= jax.tree.map(_zeros, seen)
+        of_results = zip(*(made for _, made, _ in types), strict=True)
+        common = list(map(_of_any, of_results))
+
+        def run(branch):
+            outputs, made, seen = branch()
+            return outputs, list(map(_kept, common, made)), {**blank, **seen}
+
+        runs = [partial(run, branch) for branch in branches]
+        outputs, made, seen = lax.switch(operands[0], runs)
+        known = map(_joined, made, common)
+        marks.update(zip(equation.outputs, known, strict=True))
+        return outputs, seen
+
+    def _while(
+        self,
+        equation: Equation,
+        operands: Sequence[Any],
+        env: Env,
+        marks: dict[Var, Mark],
+        scopes: Scopes,
+    ) -> tuple[list[Any], Seen]:
+        """What is seen goes round with the carry. Marks do not: what is carried has lost its own.
+
+        The test before the first step runs outside of the loop, all others at the end of a step.
+        """
+        test, body = equation.branches
+        loop: Any = body.call
+        _, _, first = loop.sort(operands)
+        if self.follow is not None:
+            given = _marks_of(marks, equation.inputs)
+            made = self.follow(equation, operands, (), given)
+            marks.update(zip(equation.outputs, made, strict=True))
+            marks.update(zip(test.inputs, made, strict=True))
+            marks.update(zip(body.inputs, made, strict=True))
+
+        def after(program, values):
+            outputs, _, seen = self._branch(program, env, marks, scopes, values)
+            return outputs, seen
+
+        def step(state):
+            _, values, before = state
+            values, seen = after(body, values)
+            [goes_on], of_test = after(test, values)
+            seen |= of_test
+            total = {v: self.together(before[v], seen[v]) for v in seen}
+            return goes_on, values, total
+
+        _, in_body = jax.eval_shape(partial(after, body), first)
+        [goes_on], of_test = after(test, first)
+        start = {**jax.tree.map(_zeros, in_body), **of_test}
+        _, last, seen = lax.while_loop(
+            lambda state: state[0], step, (goes_on, first, start)
+        )
+        return last, seen
+
+
+def _zeros(like: Any) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)
 
 
 class _MarkedScan(NamedTuple):
@@ -284,6 +426,20 @@ class _MarkedScan(NamedTuple):
         if all(map(_same_kind, grown, self.carried)):
             return self
         return self._replace(carried=grown)._settled(first, slices)
+
+
+def _of_any(marks: Sequence[Mark]) -> Mark:
+    """The mark of what one of several branches makes: `Lost` if one of theirs is, else an array's
+    shape and dtype, to which all of them broadcast.
+    """
+    arrays = [mark for mark in marks if _is_array(mark)]
+    for mark in marks:
+        if mark is not None and not _is_array(mark):
+            return mark
+    if not arrays:
+        return None
+    shape = np.broadcast_shapes(*(mark.shape for mark in arrays))
+    return jax.ShapeDtypeStruct(shape, arrays[0].dtype)
 
 
 def _array(mark: Mark) -> Mark:

@@ -141,12 +141,14 @@ class Program:
             self.maker.update(dict.fromkeys(equation.outputs, equation))
             for entry in entries(equation):
                 self._enter(entry)
-            if equation.body is not None:
-                # What leaves it is no view and no known number: it differs from step to step.
-                self._visit(equation.body.equations)
-                continue
+            for body in equation.bodies:
+                self._visit(body.equations)
             for y in equation.outputs:
-                self._pass_on(equation, y)
+                # What leaves a body is no view and no known number: it differs from step to step.
+                if equation.branches:
+                    self._pass_origin(equation.variables, y)
+                elif equation.body is None:
+                    self._pass_on(equation, y)
 
     def _enter(self, entry: Entry) -> None:
         """Slices and blocks of leaves are leaves in a body."""

@@ -63,6 +63,8 @@ def _follow(
             operands = map(found.__getitem__, equation.inputs)
             after = _after(program, equation, frozenset().union(*operands))
             results = [after] * len(equation.outputs)
+        if equation.branches:
+            _through_branches(program, equation, found)
         for v, axes in zip(equation.outputs, results, strict=True):
             # A result lives outside the body, where the body's own mesh axes have no meaning.
             found[v] = axes.intersection(program.scopes[v])
@@ -89,6 +91,24 @@ def _through_body(
             grew |= not found[value.following] <= found[value.inner]
             found[value.inner] |= found[value.following]
     return list(map(found.__getitem__, equation.body.outputs))
+
+
+def _through_branches(
+    program: Program, equation: Equation, found: Found
+) -> None:
+    """In loops and branches all may differ: another branch, or more steps, on every device."""
+    around = frozenset(
+        _mesh_axes_around(program, equation.outputs[0]).values()
+        if equation.outputs
+        else ()
+    )
+    for body in equation.branches:
+        for v in body.inputs:
+            found[v] = around
+        _follow(program, body.equations, found)
+        for inner in body.everything:
+            for v in inner.outputs:
+                found[v] |= around
 
 
 def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:

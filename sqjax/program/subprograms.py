@@ -71,6 +71,10 @@ class Scan(NamedTuple):
             list(operands[split:]),
         )
 
+    def own(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands that the scan reads itself: all but the constants."""
+        return operands[self.consts :]
+
     def run(
         self, step: Callable[..., Any], carry: Sequence[Any], xs: Sequence[Any]
     ) -> tuple[list[Any], Any]:
@@ -107,6 +111,10 @@ class ShardMap(NamedTuple):
         return jax.shard_map(
             block, in_specs=in_specs, out_specs=out_specs, **self.options
         )(*operands)
+
+    def own(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands that the shard_map reads itself: all."""
+        return operands
 
     def sharded_axes(self, spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
         """{axis of an array: the mesh axes that shard it, major first}.
@@ -262,6 +270,11 @@ class While(NamedTuple):
         changing = [carry[i] for i in kept(len(carry), self.handed)]
         return list(of_test), list(of_body), changing
 
+    def own(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands that the loop reads itself: what it changes from step to step."""
+        _, _, changing = self.sort(operands)
+        return changing
+
     def carry(
         self, operands: Sequence[Any], changing: Sequence[Any]
     ) -> list[Any]:
@@ -296,6 +309,10 @@ class Cond(NamedTuple):
 
     branches: tuple[ClosedJaxpr, ...]
     handed: dict[int, int]
+
+    def own(self, operands: Sequence[Any]) -> Sequence[Any]:
+        """The operands that the cond reads itself: the index of the branch."""
+        return operands[:1]
 
     def results(
         self, operands: Sequence[Any], made: Sequence[Any]

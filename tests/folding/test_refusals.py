@@ -615,14 +615,10 @@ def test_the_search_is_linear_in_the_layers(monkeypatch):
     assert 0 < many < 5 * few
 
 
-def while_loop(p, x):
-    return lax.while_loop(
-        lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["inner"])), (0, x @ p["b"])
-    )[1]
-
-
-def branches(p, x):
-    return lax.cond(x.sum() > 0, lambda y: y @ p["inner"], lambda y: y, x @ p["b"])
+def solve(p, x):
+    return lax.custom_linear_solve(
+        lambda y: y @ p["inner"], x @ p["b"], lambda product, y: product(y), symmetric=True
+    )
 
 
 def convolution(p, x):
@@ -632,8 +628,7 @@ def convolution(p, x):
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
-        (while_loop, rf"`while` at {HERE}.*\(while_loop\) reads it, and is not looked into"),
-        (branches, rf"`cond` at {HERE}.*\(branches\) reads it, and is not looked into"),
+        (solve, rf"`custom_linear_solve` at {HERE}.*\(solve\) reads it, and is not looked into"),
         (convolution, rf"`conv_general_dilated` at {HERE}.*\(convolution\) is a convolution whose"),
     ],
 )

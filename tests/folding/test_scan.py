@@ -3,7 +3,6 @@ the scan's body.
 """
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -672,22 +671,6 @@ def test_quantized_leaves_go_through_while_and_cond(scheme):
         assert np.abs(got - fn(SQUARES, X)).max() > 1e-4
         dots = [d.dtypes for d in jaxprs.dots(jaxprs.of(sq.quantized(fn), qparams, X))]
         assert dots == [jaxprs.INT8_DOT] * count
-
-
-def test_a_site_in_while_or_cond_is_reported():
-    params = {**SQUARES, "first": normal(WIDTH, WIDTH, seed=2)}
-    stats = sq.calibrate(lambda p, x: (looped(p, x @ p["first"]), branched(p, x)), params, [X])
-    assert [site.path for site in stats.graph.sites] == ["first"]
-    refused = dict(stats.graph.refused)
-    assert re.search(r"`(while|cond)` at .*not looked into.*stays float", refused["w"])
-    assert re.search(r"`cond` at .*\(branched\).*not looked into.*stays float", refused["v"])
-
-
-def test_a_loop_in_the_body_of_a_scan_is_reported_too():
-    fn = lambda p, x: lax.scan(lambda x, w: (looped({"w": w}, x), None), x @ p["first"], p["w"])[0]
-    stats = sq.calibrate(fn, {"first": SQUARES["v"], "w": normal(2, WIDTH, WIDTH)}, [X])
-    assert [site.path for site in stats.graph.sites] == ["first"]
-    assert re.search("`while` at .*not looked into", dict(stats.graph.refused)["w"])
 
 
 @pytest.mark.slow
