@@ -250,7 +250,22 @@ class _Run(NamedTuple):
         seen = self.equations(
             body.equations, inner, within, scopes, outside=env.keys()
         )
-        return _read(inner, body.outputs), _marks_of(within, body.outputs), seen
+        made = _marks_of(within, body.outputs)
+        return _read(inner, body.outputs), made, self._of_device(seen, scopes)
+
+    def _of_device(self, arrays: Any, scopes: Scopes) -> Any:
+        """The same arrays, typed as differing from device to device along all mesh axes around.
+
+        What one branch sees may differ, and zeros do not; but both must be of one type. Outside of
+        shard_maps this changes nothing.
+        """
+        names = self.program.mesh_axes
+        around = [names[scope] for scope in scopes if scope in names]
+        if not around:
+            return arrays
+        # A zero that is typed so, because the numbers of the devices are.
+        zero: Any = sum(map(lax.axis_index, around)) * 0
+        return jax.tree.map(lambda x: x + zero.astype(x.dtype), arrays)
 
     def _cond(
         self,
@@ -267,13 +282,14 @@ class _Run(NamedTuple):
         types = [jax.eval_shape(branch) for branch in branches]
         blank: Seen = {}
         for _, _, seen in types:
-            blank |= jax.tree.map(_zeros, seen)
+            blank |= self._of_device(jax.tree.map(_zeros, seen), scopes)
         of_results = zip(*(made for _, made, _ in types), strict=True)
         common = list(map(_of_any, of_results))
 
         def run(branch):
             outputs, made, seen = branch()
-            return outputs, list(map(_kept, common, made)), {**blank, **seen}
+            known = self._of_device(list(map(_kept, common, made)), scopes)
+            return outputs, known, {**blank, **seen}
 
         runs = [partial(run, branch) for branch in branches]
         outputs, made, seen = lax.switch(operands[0], runs)
@@ -317,7 +333,8 @@ class _Run(NamedTuple):
 
         _, in_body = jax.eval_shape(partial(after, body), first)
         [goes_on], of_test = after(test, first)
-        start = {**jax.tree.map(_zeros, in_body), **of_test}
+        nothing = self._of_device(jax.tree.map(_zeros, in_body), scopes)
+        start = {**nothing, **of_test}
         _, last, seen = lax.while_loop(
             lambda state: state[0], step, (goes_on, first, start)
         )
