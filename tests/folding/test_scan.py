@@ -634,7 +634,7 @@ def test_stacks_made_of_leaves_stay_float_and_are_reported(name):
     params = {"layers": params, "first": normal(WIDTH, WIDTH)}
     got = graph(lambda p, x: scanned(stack(p["layers"]), x @ p["first"]), params)
     assert [site.path for site in got.sites] == ["first"]
-    reported = {path.split("/")[-1] for path, reason in got.refused if "makes of it" in reason}
+    reported = {path.split("/")[-1] for path, reason in got.refused if "makes of " in reason}
     assert reported == {"up", "down"}
 
 
