@@ -163,6 +163,15 @@ class Body(NamedTuple):
         """The equations of this body and of those within."""
         return all_equations(self.equations)
 
+    @property
+    def own(self) -> Iterator[Var]:
+        """The variables of this body and of those within."""
+        yield from self.inputs
+        for equation in self.everything:
+            yield from equation.outputs
+            for body in equation.bodies:
+                yield from body.inputs
+
 
 class FlatProgram(NamedTuple):
     """A function as equations, and where its variables live.

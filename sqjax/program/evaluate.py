@@ -124,15 +124,8 @@ class _Run(NamedTuple):
         """Whether an equation has bodies to run: loops and branches only if a probe is in them."""
         if not equation.branches:
             return equation.body is not None
-        for body in equation.branches:
-            made = [*body.inputs]
-            for inner in body.everything:
-                made += inner.outputs
-                for within in inner.bodies:
-                    made += within.inputs
-            if not self.probes.keys().isdisjoint(made):
-                return True
-        return False
+        probed = self.probes.keys()
+        return any(not probed.isdisjoint(b.own) for b in equation.branches)
 
     def _emitted(
         self,

@@ -97,18 +97,13 @@ def _through_branches(
     program: Program, equation: Equation, found: Found
 ) -> None:
     """In loops and branches all may differ: another branch, or more steps, on every device."""
-    around = frozenset(
-        _mesh_axes_around(program, equation.outputs[0]).values()
-        if equation.outputs
-        else ()
-    )
+    around: MeshAxes = frozenset()
+    for v in equation.outputs:
+        around |= frozenset(_mesh_axes_around(program, v).values())
     for body in equation.branches:
-        for v in body.inputs:
-            found[v] = around
         _follow(program, body.equations, found)
-        for inner in body.everything:
-            for v in inner.outputs:
-                found[v] |= around
+        for v in body.own:
+            found[v] |= around
 
 
 def _after(program: Program, equation: Equation, before: MeshAxes) -> MeshAxes:
