@@ -240,6 +240,7 @@ def test_groups_are_those_written_by_hand(build):
 
 
 @pytest.mark.parametrize("build", slow_but(CASES, dispatched_by_a_mask, ragged, in_a_scan))
+@pytest.mark.slow
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     case, stats = found(build)
     run = jax.jit(

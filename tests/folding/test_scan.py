@@ -167,6 +167,7 @@ def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 0.1
 
 
+@pytest.mark.slow
 def test_static_scales_are_one_a_layer():
     stats, _ = calibrated()
     qparams = sq.quantize(STACKED, stats, sq.W8A8_O3)
@@ -507,6 +508,7 @@ def test_every_site_runs_in_int8(build, scheme):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.slow
 def test_linen_stacks_along_either_axis_are_the_same_layers(axis):
     """variable_axes only says where the layers lie: the statistics have them first."""
     case, stats = found(linen_axis_1 if axis else linen_axis_0)

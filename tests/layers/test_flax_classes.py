@@ -408,6 +408,7 @@ def test_groups_are_those_written_by_hand(build):
 
 
 @each_class
+@pytest.mark.slow
 def test_refused_sites_say_why(build):
     case, _, _, stats = built(build)
     reasons = dict(stats.graph.refused)
@@ -785,6 +786,7 @@ OWN = r"write the model as a function of \(params, \*inputs\)"
         ),
     ],
 )
+@pytest.mark.slow
 def test_fields_that_a_class_ignores(model, config, change, message):
     """The model is refused, with the fix; and rightly: its class traces to one program whatever the field says."""
     kind = getattr(hf, f"Flax{model}")
@@ -829,6 +831,7 @@ def test_every_problem_in_one_error():
 
 
 @pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda a: f"{a.classes}-{a.field}")
+@pytest.mark.slow
 def test_the_table_is_true_of_the_installed_classes(assumption):
     """No class of these names reads the field, but for two that read and misuse it."""
     names = [

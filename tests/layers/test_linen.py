@@ -218,6 +218,7 @@ def test_init_makes_parameters_that_run(scheme):
     assert float(jnp.abs(sq.dequantize(params["kernel"].tensor) - float_kernel).max()) < 0.01
 
 
+@pytest.mark.slow
 def test_init_without_bias_has_no_bias():
     assert set(QuantDense(8, use_bias=False).init(jax.random.key(0), normal(5, 16))["params"]) == {
         "kernel"

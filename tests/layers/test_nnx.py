@@ -142,6 +142,7 @@ def test_a_tree_whose_numbers_have_become_strings_is_the_same_tree():
     chex.assert_trees_all_equal(fn(renamed, x), fn(params, x))
 
 
+@pytest.mark.slow
 def test_float_parameters_go_back_into_the_original_class():
     module, x = jittered(Perceptron(nnx.Rngs(0))), normal(3, 6)
     fn, params = functional(module)
@@ -798,6 +799,7 @@ each_preset = pytest.mark.parametrize(("scheme", "error"), slow_but(PRESETS, *QU
 
 
 @each_preset
+@pytest.mark.slow
 def test_every_scheme_runs_under_nnx_jit_vmap_and_grad(scheme, error):
     linear, x = layer(128, 16)
     module = QuantLinear.from_linear(linear, scheme, jnp.max(jnp.abs(x), axis=0))

@@ -52,6 +52,7 @@ def test_what_follows_from_smoothing_once_stays_lawful(stats):
     np.testing.assert_allclose(again["down"], np.ones(24), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_may_be_smoothed_one_after_the_other(stats):
     """The first leaves the activation and the weight of the second as they were."""
     norms_first = sq.smooth(PARAMS, stats, 0.5, groups="norm")

@@ -187,6 +187,7 @@ def test_smoothing_is_what_saves_static_int8(model, alpha):
 
 
 @pytest.mark.parametrize("alpha", ["none", *ALPHAS])
+@pytest.mark.slow
 def test_static_scales(model, alpha):
     prefix = f"static_scale/{alpha}/"
     expected = {

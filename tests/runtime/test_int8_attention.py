@@ -262,6 +262,7 @@ def test_longer_sums_than_int32_holds_are_refused():
     assert jax.eval_shape(sq.int8_attention(scores), params, fits, fits).shape == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing():
     params, x = layer(), normal(2, 6, 16, seed=9)
     fast = jax.jit(sq.int8_attention(attention))

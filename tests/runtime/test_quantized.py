@@ -161,6 +161,7 @@ def test_jit_equals_eager(linen_net):
     assert relative_error(eager, net(params, x)) > 1e-4
 
 
+@pytest.mark.slow
 def test_vmap_over_inputs_is_the_batch(linen_net):
     params, x, _, qparams = linen_net
     rows = jax.jit(jax.vmap(sq.quantized(net), (None, 0)))(qparams, x)

@@ -260,6 +260,7 @@ def test_the_refusal_says_how_to_go_on():
     assert 1e-4 < relative_error(sq.quantized(fn)(qparams, x), fn(params, x)) < 0.06
 
 
+@pytest.mark.slow
 def test_a_returned_leaf_is_refused():
     fn = lambda p, x: (x @ p["w"], p["w"])
     qparams = quantize(lambda p, x: x @ p["w"], {"w": normal(16, 8)}, normal(5, 16))

@@ -235,6 +235,7 @@ def test_a_scan_over_stacked_leaves_is_the_loop(name):
 
 
 @each_format
+@pytest.mark.slow
 def test_tree_utilities(name):
     qparams, run, _, x = quantized_model(name)
     leaves, treedef = jax.tree.flatten(qparams)
