@@ -246,16 +246,13 @@ def _warn_of_unreached(stats: Stats) -> None:
     """Warns of sites, layers and experts that no token reached, or only few."""
     unseen: list[str] = []
     zeros: list[str] = []
-    not_taken = dict(stats.graph.branches)
     for path, entries in stats.unreached.items():
-        without_tokens = entries == ((),) and not stats.count[path]
         of_a_stack = entries != ((),)
         text = f"{path}{list(entries)}" if of_a_stack else path
-        names = [path, *(path + _indices(entry) for entry in entries if entry)]
-        reasons = [not_taken[name] for name in names if name in not_taken]
-        if reasons:
-            text += f" ({'; '.join(dict.fromkeys(reasons))})"
-        (unseen if without_tokens or of_a_stack else zeros).append(text)
+        if of_a_stack or not stats.count[path]:
+            unseen.append(text + _not_taken(stats, path, entries))
+        else:
+            zeros.append(text)
     if unseen:
         _warn(
             f"no token reached {', '.join(unseen)}; smoothing scales stay 1 there, unless another "
@@ -269,6 +266,16 @@ def _warn_of_unreached(stats: Stats) -> None:
         )
     _warn_of_few(stats)
     _warn_of_blank(stats)
+
+
+def _not_taken(
+    stats: Stats, path: str, entries: Iterable[tuple[int, ...]]
+) -> str:
+    """Which branches or loops would have to run for these matrices of a site: " (...)", or ""."""
+    conditions = dict(stats.graph.branches)
+    names = [path, *(path + _indices(entry) for entry in entries)]
+    found = dict.fromkeys(conditions[n] for n in names if n in conditions)
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _indices(entry: tuple[int, ...]) -> str:

@@ -39,22 +39,34 @@ def _reach(
         if reaching.isdisjoint(equation.outputs):
             continue
         paths = weights.get(equation.outputs[0])
-        body = equation.body
         if paths is not None:
             # And no further: what it reads passes through these sites.
             heads |= paths
-        elif body is not None and isinstance(body.call, ShardMap):
-            inner = _reach_into(equation, body, reaching, weights, heads)
-            given = zip(equation.inputs, body.inputs, strict=True)
-            reaching.update(operand for operand, v in given if v in inner)
-        elif not any(_holds_a_site(b, weights) for b in equation.bodies):
-            reaching.update(equation.variables)
-        elif equation.name == "cond":
-            for branch in equation.branches:
-                reaching |= _reach_into(
-                    equation, branch, reaching, weights, heads
-                )
+        else:
+            reaching |= _behind(equation, reaching, weights, heads)
+
+
+def _behind(
+    equation: Equation,
+    reaching: set[Atom],
+    weights: Mapping[Var, set[str]],
+    heads: set[str],
+) -> set[Atom]:
+    """What reaches an output through an equation that is no site itself."""
+    body = equation.body
+    if body is not None and isinstance(body.call, ShardMap):
+        inner = _reach_into(equation, body, reaching, weights, heads)
+        given = zip(equation.inputs, body.inputs, strict=True)
+        return {operand for operand, v in given if v in inner}
+    if not any(_holds_a_site(body, weights) for body in equation.bodies):
+        return set(equation.variables)
+    if equation.name != "cond":
         # A loop with a site in it is taken to lead through that site.
+        return set()
+    behind: set[Atom] = set()
+    for branch in equation.branches:
+        behind |= _reach_into(equation, branch, reaching, weights, heads)
+    return behind
 
 
 def _reach_into(
