@@ -16,7 +16,7 @@ from sqjax.folding.graph import Site
 from sqjax.folding.labels import sizes_along
 from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram, count
-from sqjax.program.build import Atom, Var
+from sqjax.program.equations import Atom, Var
 from sqjax.program.evaluate import Mark, evaluate
 from sqjax.program.facts import Program
 from sqjax.program.replication import MeshAxes, varying

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from sqjax._shapes import other_axes, runs, sizes_along
-from sqjax.program.build import Equation, Var
+from sqjax.program.equations import Equation, Var
 from sqjax.program.evaluate import Mark
 from sqjax.program.facts import Program
 from sqjax.program.primitives import (

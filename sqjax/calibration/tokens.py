@@ -35,7 +35,7 @@ from sqjax.calibration.token_rules import (
     Call,
     is_boolean,
 )
-from sqjax.program.build import Equation, Var
+from sqjax.program.equations import Equation, Var
 from sqjax.program.evaluate import Mark
 from sqjax.program.facts import Program
 from sqjax.program.primitives import IDENTITIES, REDUCTIONS

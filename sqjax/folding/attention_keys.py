@@ -16,7 +16,7 @@ from sqjax.folding.labels import Labels, varying_axes
 from sqjax.folding.per_step import Stack
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Side, normalised_over, sides_of
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 
 
 class Keys(NamedTuple):

@@ -40,7 +40,7 @@ import numpy as np
 
 from sqjax.folding.claims import Claim, Labels
 from sqjax.folding.laws import LAWS
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 from sqjax.program.facts import Program
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 
 #: Of size 1 along an axis on which the labels do not vary, or of the variable's own size there.

@@ -16,7 +16,7 @@ import numpy as np
 from sqjax.folding.convolutions import Convolution, Layout
 from sqjax.folding.labels import Labels, varies
 from sqjax.folding.search import Closure, Refused
-from sqjax.program.build import Atom, Equation
+from sqjax.program.equations import Atom, Equation
 
 
 class _Operand(NamedTuple):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from sqjax._shapes import sizes_along
 from sqjax.folding.graph import Kernel, Site
 from sqjax.folding.labels import Labels, put_axes, reshape, take_axes
-from sqjax.program.build import Equation
+from sqjax.program.equations import Equation
 from sqjax.program.facts import Program
 from sqjax.program.views import View
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from sqjax.folding.graph import Site
-from sqjax.program.build import Equation, Var
+from sqjax.program.equations import Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.gathers import rows_last
 from sqjax.program.views import View

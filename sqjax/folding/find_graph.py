@@ -11,7 +11,7 @@ from sqjax.folding.graph import Graph, Group
 from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Place
-from sqjax.program.build import Body, Equation
+from sqjax.program.equations import Body, Equation
 from sqjax.program.facts import Program
 
 

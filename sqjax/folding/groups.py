@@ -29,7 +29,7 @@ from sqjax.folding.rules import RULES
 from sqjax.folding.search import Closure, Question, Refused
 from sqjax.folding.sites import Place, find_sites
 from sqjax.folding.ties import Ties
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 from sqjax.program.facts import Program
 
 

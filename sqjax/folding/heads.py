@@ -5,7 +5,7 @@ from itertools import chain
 from operator import attrgetter
 
 from sqjax.folding.sites import Place
-from sqjax.program.build import Atom, Body, Equation, Var
+from sqjax.program.equations import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import ShardMap
 

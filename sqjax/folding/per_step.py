@@ -30,7 +30,7 @@ from sqjax.folding.labels import (
     take_axes,
 )
 from sqjax.folding.sites import Place
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 from sqjax.program.facts import Program
 from sqjax.program.replication import REDUCING, reduced_axes
 from sqjax.program.views import View

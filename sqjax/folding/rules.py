@@ -23,7 +23,7 @@ from sqjax.folding.labels import Labels
 from sqjax.folding.moves import MOVES, UNDO, scattered_axes
 from sqjax.folding.search import Closure, Refused, Rule
 from sqjax.folding.sites import Side, sides_of
-from sqjax.program.build import Atom, Equation
+from sqjax.program.equations import Atom, Equation
 from sqjax.program.primitives import (
     COMPARISONS,
     IDENTITIES,

@@ -34,7 +34,7 @@ import numpy as np
 
 from sqjax.folding.labels import Labels, channels_and_degrees
 from sqjax.folding.ties import Ties
-from sqjax.program.build import Atom, Equation, Var
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 
 #: Equations that one search may visit: far more than any sound group needs.

@@ -12,8 +12,8 @@ from sqjax.folding.embeddings import is_lookup, is_passed_on
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
-from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.entries import carried
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.primitives import ELEMENTWISE
 from sqjax.program.views import View

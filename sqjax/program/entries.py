@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqjax.program.build import Atom, Body, Equation, Var
+from sqjax.program.equations import Atom, Body, Equation, Var
 from sqjax.program.subprograms import Scan, ShardMap, While
 from sqjax.program.views import View
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from sqjax.program.build import Atom, Body, Equation, Scopes, Var
+from sqjax.program.equations import Atom, Body, Equation, Scopes, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import Scan, ShardMap, emit, kept
 

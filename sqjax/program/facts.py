@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from sqjax._trees import is_concrete
-from sqjax.program.build import Atom, Equation, Var, all_equations, build
+from sqjax.program.build import build
 from sqjax.program.entries import Entry, entries
+from sqjax.program.equations import Atom, Equation, Var, all_equations
 from sqjax.program.primitives import (
     KEEP_A_FILL,
     KEEP_JOINED,

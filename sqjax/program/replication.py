@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from sqjax.program.build import Atom, Equation, Var
 from sqjax.program.entries import carried, entries
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 
 #: Mesh axes by their numbers in a program.

@@ -17,7 +17,7 @@ from sqjax.folding import moves
 from sqjax.folding.claims import Claim
 from sqjax.folding.labels import compress
 from sqjax.folding.laws import LAWS
-from sqjax.program.build import Equation, Var
+from sqjax.program.equations import Equation, Var
 from sqjax.program.primitives import IDENTITIES
 
 

@@ -27,7 +27,7 @@ from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group
 from sqjax.folding.groups import Survey
 from sqjax.folding.labels import DEGREE
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
 

@@ -20,7 +20,7 @@ from sqjax.folding.groups import Survey
 from sqjax.folding.per_step import Stack
 from sqjax.folding.sites import find_sites
 from sqjax.models import LlamaConfig, Model
-from sqjax.program.build import Var
+from sqjax.program.equations import Var
 
 LLAMA = LlamaConfig(
     vocab_size=31,

@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sqjax.program.build import Known, Var, all_equations, build
+from sqjax.program.build import build
 from sqjax.program.entries import carried, entries
+from sqjax.program.equations import Known, Var, all_equations
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
 from sqjax.program.gathers import rows_last
