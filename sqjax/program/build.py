@@ -1,8 +1,8 @@
 """`build`: a traced function as one list of equations (see equations.py), without its dead code.
 
 A jaxpr is a tree of programs: calls hold programs, scans and shard_maps hold programs. Here calls
-(jit, remat, custom gradients) are written out in place. Bodies of scans, shard_maps and while loops,
-and branches of a cond, stay where they are, as part of their equation.
+(jit, remat, custom gradients) are written out in place. Bodies of scans, shard_maps and while
+loops, and branches of a cond, stay where they are, as part of their equation.
 """
 
 from collections.abc import Sequence
