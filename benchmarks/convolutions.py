@@ -49,7 +49,7 @@ def images(
     chosen = np.asarray(patterns)[labels]
     moved = [np.roll(x, s, (0, 1)) for x, s in zip(chosen, shifts, strict=True)]
     dimmed = np.stack(moved) * rng.uniform(0.3, 1.0, (count, 1, 1, 1))
-    noisy = dimmed + 0.9 * rng.normal(size=dimmed.shape)
+    noisy = dimmed + 1.5 * rng.normal(size=dimmed.shape)
     return noisy.astype(np.float32), labels
 
 
@@ -237,13 +237,17 @@ def of_models(steps: int, tests: int) -> Iterator[Row]:
             if framework == "NNX":  # the same numbers: the smoothed ones tell
                 del trees["W8A8"], trees["static W8A8"]
             run = jax.jit(sq.quantized(fn))
+            exact = np.asarray(run(params, x))
             for scheme, tree in trees.items():
-                right = np.argmax(run(tree, x), -1) == labels
+                logits = np.asarray(run(tree, x))
+                error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
+                right = np.argmax(logits, -1) == labels
                 yield {
                     "model": architecture.__name__,
                     "framework": framework,
                     "scheme": scheme,
                     "accuracy": float(right.mean()),
+                    "logit_error": float(error),
                     "images": tests,
                     "weight_bytes": weight_bytes(tree),
                 }

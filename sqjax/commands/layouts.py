@@ -299,8 +299,8 @@ def _fastest(rows: Sequence[Row], pattern: str) -> str:
 
 
 def convolutional_models(rows: Sequence[Row]) -> Table:
-    """A line for each model and scheme: how many test images it tells right, and its size."""
-    titles = ("model", "", "scheme", "right", "MB", "smaller")
+    """A line for each model and scheme: images told right, the logits' relative error, the size."""
+    titles = ("model", "", "scheme", "right", "logits off by", "MB", "smaller")
     lines = []
     whole: dict[str, int] = {}  # {model: the bytes of its float32 parameters}
     for row in rows:
@@ -314,6 +314,7 @@ def convolutional_models(rows: Sequence[Row]) -> Table:
                 row["framework"],
                 row["scheme"],
                 f"{100 * row['accuracy']:.1f}%",
+                f"{100 * row['logit_error']:.2f}%",
                 f"{size / 1e6:.2f}",
                 times(ratio),
             )
