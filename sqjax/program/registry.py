@@ -2,13 +2,13 @@
 
 A program is run equation by equation (`sqjax.program.walk`). Most values are arrays, and most
 equations are simply emitted again. Some values are special: a quantized weight, an int8 cache. They
-travel as a `Leaf`. What happens where a `Leaf` meets a primitive is a rule, registered by the
+travel as a `Special`. What happens where a `Special` meets a primitive is a rule, registered by the
 primitive's name and the kind of the value:
 
     rules = Registry(CACHES, WEIGHTS)
 
     @rules.register(("transpose",), WEIGHTS)
-    def _transpose(equation, leaf): ...
+    def _transpose(equation, special): ...
 
 An equation that meets values of several kinds belongs to the kind that the registry names first.
 """
@@ -26,25 +26,25 @@ from jax.sharding import PartitionSpec
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Leaf:
+class Special:
     """A special value on its way through the program.
 
     Attributes:
-        path: the leaf's name, for errors.
+        path: the name of the leaf (or input) that it came in as, for errors.
         value: what it has become so far. Its type says of which kind it is.
     """
 
     path: str = field(metadata={"static": True})
     value: Any
 
-    def holding(self, value: Any) -> "Leaf | None":
-        """The leaf with another value; None where there is none, which rules hand on."""
-        return None if value is None else Leaf(self.path, value)
+    def holding(self, value: Any) -> "Special | None":
+        """It with another value; None where there is none, which rules hand on."""
+        return None if value is None else Special(self.path, value)
 
 
-def leaves_among(operands: Iterable[Any]) -> list[Leaf]:
+def specials_among(operands: Iterable[Any]) -> list[Special]:
     """The special values among some operands."""
-    return [x for x in operands if isinstance(x, Leaf)]
+    return [x for x in operands if isinstance(x, Special)]
 
 
 class Kind(NamedTuple):
@@ -54,23 +54,23 @@ class Kind(NamedTuple):
     `otherwise` and `carry` may raise.
 
     Attributes:
-        type: the type of the leaves' values.
+        type: the type of these special values' `value`.
         otherwise: otherwise(equation, *operands) stands in for the rule of a primitive that has
             none.
-        slices: slices(equation, leaf, length): the leaf that a scan runs over, as a tree of arrays
-            whose first axis is that of the steps.
-        specs: specs(equation, leaf, spec): the tree of the PartitionSpecs of its arrays, where a
+        slices: slices(equation, special, length): what a scan runs over in its place, as a tree of
+            arrays whose first axis is that of the steps.
+        specs: specs(equation, special, spec): the tree of the PartitionSpecs of its arrays, where a
             shard_map is given it with this spec.
-        carry: carry(equation, leaf): what a loop carries in its place.
-        leave: leave(leaf): what a body, or the whole program, returns in its place.
+        carry: carry(equation, special): what a loop carries in its place.
+        leave: leave(special): what a body, or the whole program, returns in its place.
     """
 
     type: type
     otherwise: Callable[..., Any]
-    slices: Callable[[JaxprEqn, Leaf, int], Any]
-    specs: Callable[[JaxprEqn, Leaf, PartitionSpec], Any]
-    carry: Callable[[JaxprEqn, Leaf], Any]
-    leave: Callable[[Leaf], Any]
+    slices: Callable[[JaxprEqn, Special, int], Any]
+    specs: Callable[[JaxprEqn, Special, PartitionSpec], Any]
+    carry: Callable[[JaxprEqn, Special], Any]
+    leave: Callable[[Special], Any]
 
 
 class Rule(NamedTuple):
@@ -125,18 +125,18 @@ class Registry:
 
         return add
 
-    def kind_of(self, leaf: Leaf) -> Kind:
+    def kind_of(self, special: Special) -> Kind:
         """The kind of one special value."""
         for kind in self.kinds:
-            if isinstance(leaf.value, kind.type):
+            if isinstance(special.value, kind.type):
                 return kind
         raise TypeError(
-            f"{leaf.path}: a {type(leaf.value).__name__} is of no registered kind"
+            f"{special.path}: a {type(special.value).__name__} is of no registered kind"
         )
 
     def owner(self, operands: Sequence[Any]) -> Kind:
         """The kind whose rules are asked: the first one among the operands."""
-        met = map(self.kind_of, leaves_among(operands))
+        met = map(self.kind_of, specials_among(operands))
         return min(met, key=self.kinds.index, default=self.kinds[0])
 
     def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:
@@ -164,12 +164,12 @@ class Registry:
         return self._changed(results, lambda kind, x: kind.leave(x))
 
     def _changed(
-        self, values: Iterable[Any], change: Callable[[Kind, Leaf], Any]
+        self, values: Iterable[Any], change: Callable[[Kind, Special], Any]
     ) -> list[Any]:
         """The values, with change(its kind, x) in place of every special value x."""
         changed = []
         for x in values:
-            if isinstance(x, Leaf):
+            if isinstance(x, Special):
                 x = change(self.kind_of(x), x)
             changed.append(x)
         return changed

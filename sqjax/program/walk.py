@@ -10,7 +10,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from sqjax.program.primitives import KEEP_A_FILL
-from sqjax.program.registry import Leaf, Registry, leaves_among
+from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import (
     cond_in,
     emit,
@@ -38,24 +38,26 @@ def _walk(
     consts: Sequence[Any],
     operands: Sequence[Any],
     rules: Registry,
-    known_fills: Mapping[Any, Any],
+    known_numbers: Mapping[Any, Any],
 ) -> list[Any]:
     """The results of a program, special values among them as they are.
 
-    `known_fills` says which numbers fill its inputs, as far as known: see `_note_fills`.
+    `known_numbers` says which numbers fill its inputs, as far as known: see `_note_number_filling`.
+    It is empty for a whole program and for a body, whose inputs are not known while tracing; a call
+    is told what its operands are filled with.
     """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
-    fills = dict(known_fills)
+    number_filling = dict(known_numbers)
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in jaxpr.eqns:
         values = list(map(read, equation.invars))
-        _note_fills(fills, equation, values)
+        _note_number_filling(number_filling, equation, values)
         with source_info_util.user_context(equation.source_info.traceback):
-            results = _apply(equation, values, fills, rules)
+            results = _apply(equation, values, number_filling, rules)
         env.update(zip(equation.outvars, results, strict=True))
     return list(map(read, jaxpr.outvars))
 
@@ -63,21 +65,27 @@ def _walk(
 def _apply(
     equation: JaxprEqn,
     operands: list[Any],
-    fills: Mapping[Any, Any],
+    number_filling: Mapping[Any, Any],
     rules: Registry,
 ) -> list[Any]:
-    """The results of one equation."""
-    if not leaves_among(operands) and not rules.concerns(equation):
+    """The results of one equation.
+
+    As it was, if nothing special is in it; a call walked in place; a loop or branch by its own
+    walk; else by its rule, or the kind's `otherwise`.
+    """
+    if not specials_among(operands) and not rules.concerns(equation):
         return emit(equation, *operands)
     if (inner := inner_program(equation)) is not None:
         numbers = zip(
-            inner.jaxpr.invars, _fills_of(equation, fills), strict=True
+            inner.jaxpr.invars,
+            _numbers_filling(equation, number_filling),
+            strict=True,
         )
         known = {v: number for v, number in numbers if number is not None}
         return _walk(inner.jaxpr, inner.consts, operands, rules, known)
     if (through := _BODIES.get(equation.primitive.name)) is not None:
         return through(equation, operands, rules)
-    results = _by_rule(equation, operands, fills, rules)
+    results = _by_rule(equation, operands, number_filling, rules)
     if results is None:
         results = rules.owner(operands).otherwise(equation, *operands)
     return listed(equation, results)
@@ -86,27 +94,29 @@ def _apply(
 def _by_rule(
     equation: JaxprEqn,
     operands: list[Any],
-    fills: Mapping[Any, Any],
+    number_filling: Mapping[Any, Any],
     rules: Registry,
 ) -> Any:
     """What the rule of an equation makes of its operands."""
     rule = rules.rule(equation, operands)
     if not rule.fills:
         return rule.run(equation, *operands)
-    numbers = _fills_of(equation, fills)
+    numbers = _numbers_filling(equation, number_filling)
     return rule.run(equation, *operands, fills=numbers)
 
 
-def _fills_of(equation: JaxprEqn, fills: Mapping[Any, Any]) -> list[Any]:
+def _numbers_filling(
+    equation: JaxprEqn, number_filling: Mapping[Any, Any]
+) -> list[Any]:
     """The number that fills each operand, or None where none is known."""
     return [
-        v.val if isinstance(v, Literal) else fills.get(v)
+        v.val if isinstance(v, Literal) else number_filling.get(v)
         for v in equation.invars
     ]
 
 
-def _note_fills(
-    fills: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]
+def _note_number_filling(
+    number_filling: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]
 ) -> None:
     """Notes which number fills the results of an equation, if that is known while tracing.
 
@@ -120,21 +130,21 @@ def _note_fills(
         equation.invars, operands, equation.outvars, strict=False
     ):
         is_literal = isinstance(source, Literal)
-        number = operand if is_literal else fills.get(source, operand)
-        is_known = not isinstance(number, jax.core.Tracer | Leaf)
+        number = operand if is_literal else number_filling.get(source, operand)
+        is_known = not isinstance(number, jax.core.Tracer | Special)
         if is_known and np.ndim(number) == 0:
-            fills[result] = number
+            number_filling[result] = number
 
 
-# Bodies: each runs the same loop, branch or map with a body that walks. Leaves that the body only
-# reads are seen from outside; what a scan runs over, or what is given to devices, must be arrays,
-# so the leaf's kind says which.
+# Bodies: each runs the same loop, branch or map with a body that walks. Special values that the
+# body only reads are seen from outside; what a scan runs over, or what is given to devices, must be
+# arrays, so the special value's kind says which.
 
 
 def _scan(
     equation: JaxprEqn, operands: list[Any], rules: Registry
 ) -> list[Any]:
-    """A scan gives one layer's arrays of a stacked leaf to each step."""
+    """A scan gives one layer's arrays of a stacked special value to each step."""
     scan: Any = scan_in(equation)
     consts, first, xs = scan.sort(scan.given(operands))
 
@@ -150,11 +160,11 @@ def _scan(
 def _shard_map(
     equation: JaxprEqn, operands: list[Any], rules: Registry
 ) -> list[Any]:
-    """Every device has its block of a leaf's arrays."""
+    """Every device has its block of a special value's arrays."""
     shards: Any = shard_map_in(equation)
     specs = []
     for x, spec in zip(operands, shards.in_specs, strict=True):
-        if isinstance(x, Leaf):
+        if isinstance(x, Special):
             spec = rules.kind_of(x).specs(equation, x, spec)
         specs.append(spec)
 
@@ -167,7 +177,9 @@ def _shard_map(
 def _while(
     equation: JaxprEqn, operands: list[Any], rules: Registry
 ) -> list[Any]:
-    """Leaves are constants of the loop, of its test or of its body."""
+    """Special values are constants of its test or of its body; of one in the carry its kind says
+    what the loop carries. (`_while` in evaluate.py is another: it takes statistics in loops.)
+    """
     loop = while_in(equation)
     of_test, of_body, first = loop.sort(operands)
 
@@ -187,7 +199,7 @@ def _while(
 def _cond(
     equation: JaxprEqn, operands: list[Any], rules: Registry
 ) -> list[Any]:
-    """Each branch runs with the leaves it is given."""
+    """Each branch runs with the special values it is given."""
     index, *given = operands
     choice = cond_in(equation)
     branches = [

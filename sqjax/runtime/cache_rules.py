@@ -1,9 +1,10 @@
 """What each primitive does to a quantized cache; a primitive without a rule is refused.
 
-A cache is a `Leaf` that holds a `QTensor`: int8 values, and scales that have size 1 along the axes
-that share one. It is stored as it is seen (`order` is empty), so the axes of both arrays are those
-of the equations. A rule is called as rule(equation, *operands), and returns an array, or a leaf
-where the result is quantized still; None where it does not serve, and the cache is refused.
+A cache is a `Special` that holds a `QTensor`: int8 values, and scales that have size 1 along the
+axes that share one. It is stored as it is seen (`order` is empty), so the axes of both arrays are
+those of the equations. A rule is called as rule(equation, *operands), and returns an array, or a
+`Special` where the result is quantized still; None where it does not serve, and the cache is
+refused.
 """
 
 import math
@@ -27,7 +28,7 @@ from sqjax.numerics.dots import (
 )
 from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
 from sqjax.program.primitives import COPIES
-from sqjax.program.registry import Leaf, Registry
+from sqjax.program.registry import Registry, Special
 from sqjax.runtime.kinds import CACHES, is_cache
 from sqjax.runtime.shared_rules import (
     barrier,
@@ -41,9 +42,9 @@ from sqjax.weights.qtensor import QTensor
 CACHE_RULES = Registry(CACHES)
 
 
-def _changed(leaf: Leaf, values: Array, scale: Array) -> Leaf:
+def _changed(leaf: Special, values: Array, scale: Array) -> Special:
     """The leaf with other arrays."""
-    return Leaf(
+    return Special(
         leaf.path, replace(leaf.value, values=values, scale=scale, order=())
     )
 
@@ -52,7 +53,7 @@ def _changed(leaf: Leaf, values: Array, scale: Array) -> Leaf:
 
 
 @CACHE_RULES.register(("transpose",), CACHES)
-def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _transpose(equation: JaxprEqn, leaf: Special) -> Special:
     permutation = equation.params["permutation"]
     values, scale = leaf.value.values, leaf.value.scale
     return _changed(
@@ -61,14 +62,14 @@ def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf:
 
 
 @CACHE_RULES.register(("squeeze",), CACHES)
-def _squeeze(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _squeeze(equation: JaxprEqn, leaf: Special) -> Special:
     axes = equation.params["dimensions"]
     values, scale = leaf.value.values, leaf.value.scale
     return _changed(leaf, lax.squeeze(values, axes), lax.squeeze(scale, axes))
 
 
 @CACHE_RULES.register(("convert_element_type",), CACHES)
-def _convert(equation: JaxprEqn, leaf: Leaf) -> Any:
+def _convert(equation: JaxprEqn, leaf: Special) -> Any:
     """A cast to another float dtype changes what the cache stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -77,7 +78,7 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Any:
 
 
 @CACHE_RULES.register(("broadcast_in_dim",), CACHES)
-def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _broadcast(equation: JaxprEqn, leaf: Special) -> Special:
     """Values and scales are repeated alike, but a scale stays of size 1 where one is shared.
 
     This is also how key/value heads are repeated for their queries: values (batch, slots, 2, 16)
@@ -102,7 +103,7 @@ def _broadcast(equation: JaxprEqn, leaf: Leaf) -> Leaf:
 
 
 @CACHE_RULES.register(("reshape",), CACHES)
-def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
+def _reshape(equation: JaxprEqn, leaf: Special) -> Any:
     """Where no axes are mixed that share their scales and that do not: see `QTensor.reshape`."""
     result: Any = equation.outvars[0].aval
     permuted = equation.params["dimensions"] is not None
@@ -121,12 +122,12 @@ def _reshape(equation: JaxprEqn, leaf: Leaf) -> Any:
 
 
 @CACHE_RULES.register(("slice",), CACHES)
-def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+def _slice(equation: JaxprEqn, leaf: Special) -> Special | None:
     return leaf.holding(leaf.value.slice(slices_of(equation)))
 
 
 @CACHE_RULES.register(("dynamic_slice",), CACHES)
-def _dynamic_slice(equation: JaxprEqn, leaf: Leaf, *starts: Any) -> Leaf:
+def _dynamic_slice(equation: JaxprEqn, leaf: Special, *starts: Any) -> Special:
     """The same slice of values and scales, but all of a scale that an axis shares."""
     values, scale = leaf.value.values, leaf.value.scale
     sizes = equation.params["slice_sizes"]
@@ -160,7 +161,7 @@ def _update(equation: JaxprEqn, leaf: Any, new: Any, *starts: Any) -> Any:
     token (batch, 1, heads, 16): its absmax over the last axis gives scales (batch, 1, heads, 1).
     """
     # A cache is written to a float array, or a weight to a cache.
-    if not is_cache(leaf) or (isinstance(new, Leaf) and not is_cache(new)):
+    if not is_cache(leaf) or (isinstance(new, Special) and not is_cache(new)):
         return None
     part = new.value if is_cache(new) else _quantized_like(leaf.value, new)
     if part is None:
@@ -185,7 +186,7 @@ def _scatter(equation: JaxprEqn, leaf: Any, indices: Any, new: Any) -> Any:
     For example a cache (batch, slots, heads, 16) with scales (batch, slots, heads, 1) gets for each
     row a token (rows, heads, 16). Its absmax over the last axis gives scales (rows, heads, 1).
     """
-    if not is_cache(leaf) or isinstance(new, Leaf):
+    if not is_cache(leaf) or isinstance(new, Special):
         return None
     params = equation.params
     numbers = params["dimension_numbers"]

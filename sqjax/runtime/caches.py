@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, map_named, named_leaves
 from sqjax.numerics.formats import INT8
-from sqjax.program.registry import Leaf
+from sqjax.program.registry import Special
 from sqjax.program.trace import is_array
 from sqjax.weights.qtensor import QTensor, is_tensor
 
@@ -85,7 +85,7 @@ def cache_leaves(
     return found
 
 
-def _cache_leaf(name: str, x: QTensor) -> Leaf:
+def _cache_leaf(name: str, x: QTensor) -> Special:
     """A quantized argument as the rules take it: stored as it is seen.
 
     Raises:
@@ -99,4 +99,4 @@ def _cache_leaf(name: str, x: QTensor) -> Leaf:
             f"got {x}"
         )
     values, scale = x.values.transpose(x.axes), x.scale.transpose(x.axes)
-    return Leaf(name, replace(x, values=values, scale=scale, order=()))
+    return Special(name, replace(x, values=values, scale=scale, order=()))

@@ -21,7 +21,7 @@ from sqjax._arguments import check_function
 from sqjax._shapes import sizes_along
 from sqjax._trees import named_leaves
 from sqjax.numerics.dots import LONGEST_CONTRACTION, DimensionNumbers, int8_dot
-from sqjax.program.registry import Kind, Leaf, Registry
+from sqjax.program.registry import Kind, Registry, Special
 from sqjax.program.subprograms import emit
 from sqjax.program.trace import trace
 from sqjax.program.walk import run
@@ -78,7 +78,7 @@ def int8_attention(
         traced, inputs = trace(
             of_leaves, leaves, args, kwargs, of_args=tensor_type
         )
-        own = [Leaf(path, x) for path, x in zip(paths, leaves, strict=True)]
+        own = [Special(path, x) for path, x in zip(paths, leaves, strict=True)]
         outputs = run(traced.jaxpr, [*own, *inputs], rules)
         return jax.tree_util.tree_unflatten(traced.treedef, outputs)
 
@@ -90,7 +90,7 @@ def _rules(granularity: str) -> Registry:
 
     def dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Any:
         # A product with a parameter is a matmul with weights, or with a stack of experts.
-        of_parameters = isinstance(lhs, Leaf) or isinstance(rhs, Leaf)
+        of_parameters = isinstance(lhs, Special) or isinstance(rhs, Special)
         if of_parameters or not _is_batched(equation):
             return _as_it_was(equation, lhs, rhs)
         dimensions = equation.params["dimension_numbers"]
@@ -104,7 +104,7 @@ def _rules(granularity: str) -> Registry:
         object,  # an array of any class
         otherwise=_as_it_was,
         slices=lambda equation, leaf, length: leaf,
-        specs=lambda equation, leaf, spec: Leaf(leaf.path, spec),
+        specs=lambda equation, leaf, spec: Special(leaf.path, spec),
         carry=lambda equation, leaf: leaf.value,
         leave=lambda leaf: leaf.value,
     )
@@ -126,7 +126,7 @@ def _check_length(lhs: Array, dimensions: DimensionNumbers) -> None:
 
 
 def _values(operands: Any) -> list[Any]:
-    return [x.value if isinstance(x, Leaf) else x for x in operands]
+    return [x.value if isinstance(x, Special) else x for x in operands]
 
 
 def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
@@ -134,7 +134,7 @@ def _as_it_was(equation: JaxprEqn, *operands: Any) -> Any:
     results = emit(equation, *_values(operands))
     path = _path_of_parameters(equation, operands)
     if path is not None:
-        results = [Leaf(path, x) for x in results]
+        results = [Special(path, x) for x in results]
     return results if equation.primitive.multiple_results else results[0]
 
 
@@ -144,7 +144,7 @@ def _path_of_parameters(
     """The path of the first leaf, if all operands are leaves or literal numbers; else None."""
     path = None
     for atom, operand in zip(equation.invars, operands, strict=True):
-        if isinstance(operand, Leaf):
+        if isinstance(operand, Special):
             path = path or operand.path
         elif not isinstance(atom, core.Literal):
             return None

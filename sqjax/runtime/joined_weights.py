@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from sqjax._shapes import other_axes
 from sqjax.program.primitives import KEEP_JOINED
-from sqjax.program.registry import Leaf, Registry, leaves_among
+from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import JOINED, WEIGHTS, JoinedWeight, refuse_weight
 from sqjax.runtime.weight_rules import WEIGHT_RULES
@@ -21,21 +21,21 @@ JOINED_RULES = Registry(WEIGHTS, JOINED)
 
 
 @JOINED_RULES.register(("concatenate",), WEIGHTS)
-def _concatenate(equation: JaxprEqn, *pieces: Any) -> Leaf:
+def _concatenate(equation: JaxprEqn, *pieces: Any) -> Special:
     axis = equation.params["dimension"]
-    first, *_ = leaves_among(pieces)
-    return Leaf(first.path, JoinedWeight(pieces, axis))
+    first, *_ = specials_among(pieces)
+    return Special(first.path, JoinedWeight(pieces, axis))
 
 
 @JOINED_RULES.register(KEEP_JOINED, JOINED)
-def _of_each(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _of_each(equation: JaxprEqn, leaf: Special) -> Special:
     """A cast or a transpose, of each piece alone."""
     joined = leaf.value
     axis = joined.axis
     if equation.primitive.name == "transpose":
         axis = equation.params["permutation"].index(axis)
     pieces = tuple(map(partial(_alone, equation), joined.pieces))
-    return Leaf(leaf.path, JoinedWeight(pieces, axis))
+    return Special(leaf.path, JoinedWeight(pieces, axis))
 
 
 @JOINED_RULES.register(("dot_general",), JOINED)
@@ -49,7 +49,7 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
     me = 0 if _is_joined(lhs) else 1
     leaf, other = (lhs, rhs)[me], (lhs, rhs)[1 - me]
     gone = (*contracted[me], *batch[me])
-    if isinstance(other, Leaf) or leaf.value.axis in gone:
+    if isinstance(other, Special) or leaf.value.axis in gone:
         return None
     free = other_axes(_rank(leaf), gone)
     before = len(batch[0])  # of its free axes, in the result
@@ -63,18 +63,18 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
 
 
 def _is_joined(x: Any) -> bool:
-    return isinstance(x, Leaf) and isinstance(x.value, JoinedWeight)
+    return isinstance(x, Special) and isinstance(x.value, JoinedWeight)
 
 
-def _rank(leaf: Leaf) -> int:
+def _rank(leaf: Special) -> int:
     """How many axes the concatenated weight has: as many as each piece."""
     piece = leaf.value.pieces[0]
-    return piece.value.ndim if isinstance(piece, Leaf) else jnp.ndim(piece)
+    return piece.value.ndim if isinstance(piece, Special) else jnp.ndim(piece)
 
 
 def _alone(equation: JaxprEqn, *operands: Any) -> Any:
     """The equation on one piece: by its rule where that is quantized."""
-    if not leaves_among(operands):
+    if not specials_among(operands):
         return emit(equation, *operands)[0]
     result = WEIGHT_RULES.rule(equation, operands).run(equation, *operands)
     return refuse_weight(equation, *operands) if result is None else result

@@ -1,9 +1,9 @@
 """The kinds of quantized values that a program may meet.
 
-A quantized weight is a parameter: a `Leaf` that holds a `QuantWeight`. A quantized cache is an
-array among the other arguments: a `Leaf` that holds a `QTensor`. Weights that the function has
-concatenated are a `Leaf` that holds a `JoinedWeight`. Here stands what becomes of these where they
-enter or leave a program, a loop or a shard_map. What each primitive does to them is in
+A quantized weight is a parameter: a `Special` that holds a `QuantWeight`. A quantized cache is an
+array among the other arguments: a `Special` that holds a `QTensor`. Weights that the function has
+concatenated are a `Special` that holds a `JoinedWeight`. Here stands what becomes of these where
+they enter or leave a program, a loop or a shard_map. What each primitive does to them is in
 `weight_rules`, `cache_rules` and `joined_weights`.
 """
 
@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from sqjax.program.registry import Kind, Leaf, leaves_among
+from sqjax.program.registry import Kind, Special, specials_among
 from sqjax.program.subprograms import shard_map_in, source_of
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
@@ -28,7 +28,7 @@ from sqjax.weights.sharding import check_groups, weight_specs
 
 def refuse_weight(equation: JaxprEqn, *operands: Any) -> Any:
     """Raises ValueError: there is no rule for a quantized weight here."""
-    leaf, *_ = leaves_among(operands)
+    leaf, *_ = specials_among(operands)
     raise ValueError(
         f"{leaf.path}: quantized, but `{equation.primitive.name}` at {source_of(equation)} has no "
         "rule for quantized values; keep this leaf in float with a rule of None: "
@@ -36,7 +36,7 @@ def refuse_weight(equation: JaxprEqn, *operands: Any) -> Any:
     )
 
 
-def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
+def _weight_slices(equation: JaxprEqn, leaf: Special, length: int) -> Special:
     """A stack of matrices, over which a scan runs, with an entry for each step in every array.
 
     For example a stack (3, 16, 8) may have one scale for all its layers, stored as (1, 1, 1). A
@@ -51,10 +51,12 @@ def _weight_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
         return jnp.broadcast_to(scales, (length, *scales.shape[1:]))
 
     tensor = tensor.map_scales(for_each_step)
-    return Leaf(leaf.path, replace(leaf.value, tensor=tensor))
+    return Special(leaf.path, replace(leaf.value, tensor=tensor))
 
 
-def _weight_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
+def _weight_specs(
+    equation: JaxprEqn, leaf: Special, spec: PartitionSpec
+) -> Special:
     """The PartitionSpecs of a weight's arrays in a shard_map, given that of the float leaf."""
     weight = leaf.value
     specs = weight_specs(weight, spec, leaf.path)
@@ -69,10 +71,10 @@ def _weight_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Leaf:
     shards = shard_map_in(equation)
     sizes = {} if shards is None else shards.sizes
     check_groups(leaf.value, specs, sizes, leaf.path)
-    return Leaf(leaf.path, specs)
+    return Special(leaf.path, specs)
 
 
-def _refuse_returned_weight(leaf: Leaf) -> Any:
+def _refuse_returned_weight(leaf: Special) -> Any:
     raise ValueError(
         f"{leaf.path}: fn returns this quantized leaf; keep it in float with a rule of None"
     )
@@ -104,12 +106,12 @@ class JoinedWeight:
     axis: int = field(metadata={"static": True})
 
 
-def _refuse_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Any:
+def _refuse_slices(equation: JaxprEqn, leaf: Special, length: int) -> Any:
     return refuse_weight(equation, leaf)
 
 
 def _refuse_joined_specs(
-    equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec
+    equation: JaxprEqn, leaf: Special, spec: PartitionSpec
 ) -> Any:
     return refuse_weight(equation, leaf)
 
@@ -128,12 +130,12 @@ JOINED = Kind(
 
 def is_cache(x: Any) -> bool:
     """Whether this is a leaf that stands for a quantized argument."""
-    return isinstance(x, Leaf) and isinstance(x.value, QTensor)
+    return isinstance(x, Special) and isinstance(x.value, QTensor)
 
 
 def refuse_cache(equation: JaxprEqn, *operands: Any) -> Any:
     """Raises ValueError: there is no rule for a quantized argument here."""
-    leaves = leaves_among(operands)
+    leaves = specials_among(operands)
     weights = list(filterfalse(is_cache, leaves))
     if weights:
         return refuse_weight(equation, *weights)
@@ -144,22 +146,24 @@ def refuse_cache(equation: JaxprEqn, *operands: Any) -> Any:
     )
 
 
-def _cache_slices(equation: JaxprEqn, leaf: Leaf, length: int) -> Leaf:
+def _cache_slices(equation: JaxprEqn, leaf: Special, length: int) -> Special:
     """A stack of caches, over which a scan runs, with a scale for each step."""
     scale = leaf.value.scale
     scale = jnp.broadcast_to(scale, (length, *scale.shape[1:]))
-    return Leaf(leaf.path, replace(leaf.value, scale=scale))
+    return Special(leaf.path, replace(leaf.value, scale=scale))
 
 
-def _refuse_specs(equation: JaxprEqn, leaf: Leaf, spec: PartitionSpec) -> Any:
+def _refuse_specs(
+    equation: JaxprEqn, leaf: Special, spec: PartitionSpec
+) -> Any:
     return refuse_cache(equation, leaf)
 
 
-def _stay_in_loop(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def _stay_in_loop(equation: JaxprEqn, leaf: Special) -> Special:
     return leaf
 
 
-def _stay(leaf: Leaf) -> Leaf:
+def _stay(leaf: Special) -> Special:
     return leaf
 
 

@@ -12,11 +12,11 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from sqjax.numerics.dots import DimensionNumbers
-from sqjax.program.registry import Leaf
+from sqjax.program.registry import Special
 from sqjax.program.subprograms import emit
 
 
-def copy(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def copy(equation: JaxprEqn, leaf: Special) -> Special:
     """The leaf itself: the equation changes no number, shape or dtype."""
     return leaf
 
@@ -38,7 +38,7 @@ def slices_of(equation: JaxprEqn) -> list[slice]:
     ]
 
 
-def pvary(equation: JaxprEqn, leaf: Leaf) -> Leaf:
+def pvary(equation: JaxprEqn, leaf: Special) -> Special:
     """The same values on every device of a shard_map, whose type now says that they may differ."""
     return jax.tree.map(lambda x: emit(equation, x)[0], leaf)
 
@@ -67,7 +67,7 @@ def on_either_side(
     equation: JaxprEqn,
     lhs: Any,
     rhs: Any,
-    product: Callable[[Array, Leaf, DimensionNumbers], Array | None],
+    product: Callable[[Array, Special, DimensionNumbers], Array | None],
 ) -> Array | None:
     """A `dot_general` of an array and a leaf, whichever side the leaf is on.
 
@@ -79,16 +79,16 @@ def on_either_side(
 
     None where both are leaves, or `product` gives None.
     """
-    if isinstance(lhs, Leaf) and isinstance(rhs, Leaf):
+    if isinstance(lhs, Special) and isinstance(rhs, Special):
         return None
     (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
-    if isinstance(rhs, Leaf):
+    if isinstance(rhs, Special):
         out = product(lhs, rhs, ((l_axes, r_axes), (l_batch, r_batch)))
     else:
         out = product(rhs, lhs, ((r_axes, l_axes), (r_batch, l_batch)))
     if out is None:
         return None
-    if isinstance(lhs, Leaf):
+    if isinstance(lhs, Special):
         # From (batch, free of rhs, free of lhs) to (batch, free of lhs, free of rhs).
         batch = len(l_batch)
         free = lhs.value.ndim - len(l_axes) - batch

@@ -1,8 +1,8 @@
 """What each primitive does to a quantized weight; a primitive without a rule is refused.
 
-A rule is called as rule(equation, *operands), where the weight is a `Leaf` that holds a
-`QuantWeight`. It returns an array, or a leaf where the result is a quantized weight still; None
-where it does not serve, and the weight is refused.
+A rule is called as rule(equation, *operands), where the weight is a `Special` that holds a
+`QuantWeight`. It returns an array, or a `Special` where the result is a quantized weight still;
+None where it does not serve, and the weight is refused.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax.program.primitives import COPIES, RESHARDINGS, RETYPINGS
-from sqjax.program.registry import Leaf, Registry
+from sqjax.program.registry import Registry, Special
 from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
 from sqjax.runtime.kinds import WEIGHTS
@@ -40,7 +40,7 @@ WEIGHT_RULES = Registry(WEIGHTS)
 def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
     """The parameters as the rules take them: quantized weights as leaves with their paths."""
     pairs = zip(paths, params, strict=True)
-    return [Leaf(path, x) if is_quantized(x) else x for path, x in pairs]
+    return [Special(path, x) if is_quantized(x) else x for path, x in pairs]
 
 
 # Matmuls ------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def _ragged_dot(
     # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
     sums_over_inner = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
     split_by_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
-    if isinstance(lhs, Leaf) or not (sums_over_inner and split_by_rows):
+    if isinstance(lhs, Special) or not (sums_over_inner and split_by_rows):
         return None
     result: Any = equation.outvars[0].aval
     out = quantized_ragged_dot(lhs, rhs.value, group_sizes, rhs.path)
@@ -76,7 +76,7 @@ def _ragged_dot(
 
 @WEIGHT_RULES.register(("gather",), WEIGHTS)
 @sharded_as_the_result
-def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array | None:
+def _gather(equation: JaxprEqn, leaf: Special, indices: Array) -> Array | None:
     """Rows of an embedding, by integer indices: these are never quantized."""
     # A matmul would check the weight; nothing else here does.
     leaf.value.tensor.check(leaf.path)
@@ -89,14 +89,14 @@ def _gather(equation: JaxprEqn, leaf: Leaf, indices: Array) -> Array | None:
 
 
 @WEIGHT_RULES.register(("transpose",), WEIGHTS)
-def _transpose(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+def _transpose(equation: JaxprEqn, leaf: Special) -> Special | None:
     # Only the order of the logical axes changes: the values stay as matrix units read them.
     tensor = leaf.value.tensor.transpose(equation.params["permutation"])
     return leaf.holding(replace(leaf.value, tensor=tensor))
 
 
 @WEIGHT_RULES.register(("convert_element_type",), WEIGHTS)
-def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+def _convert(equation: JaxprEqn, leaf: Special) -> Special | None:
     """A cast to another float dtype changes what the weight stands for, and none of its arrays."""
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -106,13 +106,13 @@ def _convert(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
 
 
 @WEIGHT_RULES.register(("slice",), WEIGHTS)
-def _slice(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+def _slice(equation: JaxprEqn, leaf: Special) -> Special | None:
     """Part of the outputs, or of a stack of matrices; never part of the contracted channels."""
     return leaf.holding(sliced(leaf.value, slices_of(equation)))
 
 
 @WEIGHT_RULES.register(("reshape", "squeeze", "broadcast_in_dim"), WEIGHTS)
-def _reshape(equation: JaxprEqn, leaf: Leaf) -> Leaf | None:
+def _reshape(equation: JaxprEqn, leaf: Special) -> Special | None:
     """reshape, squeeze, and the broadcast_in_dim that only adds axes of size 1."""
     result: Any = equation.outvars[0].aval
     repeats = math.prod(result.shape) != math.prod(leaf.value.shape)
@@ -133,8 +133,8 @@ def _keeps_order(equation: JaxprEqn) -> bool:
 
 
 @WEIGHT_RULES.register(("neg",), WEIGHTS)
-def _negate(equation: JaxprEqn, leaf: Leaf) -> Leaf:
-    return Leaf(leaf.path, leaf.value.times(-1.0))
+def _negate(equation: JaxprEqn, leaf: Special) -> Special:
+    return Special(leaf.path, leaf.value.times(-1.0))
 
 
 @WEIGHT_RULES.register(("mul",), WEIGHTS, fills=True)
@@ -143,12 +143,12 @@ def _multiply(
 ) -> Any:
     """A weight times a number, on either side."""
     leaf, other, fill = lhs, rhs, fills[1]
-    if not isinstance(lhs, Leaf):
+    if not isinstance(lhs, Special):
         leaf, other, fill = rhs, lhs, fills[0]
     factor = _number(other, fill)
     if factor is None or _repeats(equation, leaf):
         return None
-    return Leaf(leaf.path, leaf.value.times(factor))
+    return Special(leaf.path, leaf.value.times(factor))
 
 
 @WEIGHT_RULES.register(("div",), WEIGHTS, fills=True)
@@ -157,14 +157,14 @@ def _divide(
 ) -> Any:
     """A weight divided by a number; nothing is divided by a weight."""
     number = None
-    if isinstance(weight, Leaf):
+    if isinstance(weight, Special):
         number = _number(divisor, fills[1])
     if number is None or _repeats(equation, weight):
         return None
-    return Leaf(weight.path, weight.value.times(1 / number))
+    return Special(weight.path, weight.value.times(1 / number))
 
 
-def _repeats(equation: JaxprEqn, leaf: Leaf) -> bool:
+def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
     """Whether a result has other elements than the weight, which is broadcast to it."""
     result: Any = equation.outvars[0].aval
     return result.shape != leaf.value.shape
@@ -174,7 +174,7 @@ def _number(x: Any, fill: Any) -> Any:
     """The one number that an operand is or is filled with; None if it is none."""
     if fill is not None:
         return fill
-    if isinstance(x, Leaf) or jnp.size(x) != 1:
+    if isinstance(x, Special) or jnp.size(x) != 1:
         return None
     return jnp.reshape(x, ())
 

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sqjax.program.registry import Kind, Leaf, Registry
+from sqjax.program.registry import Kind, Registry, Special
 from sqjax.program.walk import run
 
 
@@ -31,7 +31,7 @@ class Negated:
 
 
 def refuse(equation, *operands):
-    paths = [x.path for x in operands if isinstance(x, Leaf)]
+    paths = [x.path for x in operands if isinstance(x, Special)]
     raise ValueError(f"{paths}: no rule for {equation.primitive.name}")
 
 
@@ -55,14 +55,14 @@ ASKED: list[Any] = []
 
 @RULES.register(("mul", "dot_general"), HALVES)
 def _scale_twice(equation, x, y):
-    x, y = (2 * v.value.halves if isinstance(v, Leaf) else v for v in (x, y))
+    x, y = (2 * v.value.halves if isinstance(v, Special) else v for v in (x, y))
     return equation.primitive.bind(x, y, **equation.params)
 
 
 @RULES.register(("mul",), NEGATIVES)
 def _turn_sign(equation, x, y):
     """Meets the other kind too, because its kind is named first."""
-    plain = [v.value if isinstance(v, Leaf) else v for v in (x, y)]
+    plain = [v.value if isinstance(v, Special) else v for v in (x, y)]
     [minus] = [v.minus for v in plain if isinstance(v, Negated)]
     [other] = [v for v in plain if not isinstance(v, Negated)]
     return -minus * (2 * other.halves if isinstance(other, Halved) else other)
@@ -71,21 +71,21 @@ def _turn_sign(equation, x, y):
 @RULES.register(("select_n",), NEGATIVES, fills=True)
 def _mask(equation, which, *cases, fills):
     ASKED[:] = [None if fill is None else float(fill) for fill in fills]
-    leaf = next(x for x in cases if isinstance(x, Leaf))
-    cases = [x.value.minus if isinstance(x, Leaf) else -x for x in cases]
-    return Leaf(leaf.path, Negated(lax.select_n(which, *cases)))
+    leaf = next(x for x in cases if isinstance(x, Special))
+    cases = [x.value.minus if isinstance(x, Special) else -x for x in cases]
+    return Special(leaf.path, Negated(lax.select_n(which, *cases)))
 
 
 def negated(x):
-    return Leaf("n", Negated(-jnp.asarray(x, jnp.float32)))
+    return Special("n", Negated(-jnp.asarray(x, jnp.float32)))
 
 
 def halved(x):
-    return Leaf("h", Halved(jnp.asarray(x, jnp.float32) / 2))
+    return Special("h", Halved(jnp.asarray(x, jnp.float32) / 2))
 
 
 def plain(x):
-    if not isinstance(x, Leaf):
+    if not isinstance(x, Special):
         return x
     return -x.value.minus if isinstance(x.value, Negated) else 2 * x.value.halves
 
