@@ -18,7 +18,9 @@ def named_leaves(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[tuple[str, ...], list[Any], jax.tree_util.PyTreeDef]:
     """(paths, leaves, treedef): each path is the leaf's keys joined by "/", as in
-    "layers/0/q_proj/kernel".
+    "layers/0/q_proj/kernel". The path of a tree that is one leaf alone is "".
+
+    `is_leaf` says what else is a leaf, as `jax.tree.flatten` takes it: a quantized weight, say.
 
     Raises:
         ValueError: two leaves have one path, as in {"a/b": x, "a": {"b": y}}.

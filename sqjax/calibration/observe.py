@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,19 +69,19 @@ class Observation(NamedTuple):
     histogram: Histogram | None = None
 
 
-def combine(a: Observation, b: Observation) -> Observation:
-    """The observation of both: maxima by max, the rest by +."""
-    histogram = None
-    if a.histogram is not None and b.histogram is not None:
-        histogram = a.histogram + b.histogram
-    absmax = jnp.maximum(a.absmax, b.absmax)
-    return Observation(
-        absmax,
-        a.abs_sum + b.abs_sum,
-        a.tokens + b.tokens,
-        a.reached + b.reached,
-        histogram,
-    )
+#: What is known of some tokens: of an activation's channels, or of a site's.
+_Observed = TypeVar("_Observed", Measurement, Observation)
+
+
+def combine(a: _Observed, b: _Observed) -> _Observed:
+    """What is known of the tokens of both: the absmax by max, the rest by +."""
+    largest = jnp.maximum(a.absmax, b.absmax)
+    return type(a)(largest, *map(_plus, a[1:], b[1:]))
+
+
+def _plus(a: Any, b: Any) -> Any:
+    """The sum; None where one of them is not known."""
+    return None if a is None or b is None else a + b
 
 
 def observe(
@@ -179,21 +179,7 @@ def _together(a: Any, b: Any) -> Any:
     """What `_measure_all`, or `_whole`, has seen at two steps of a loop."""
     if not isinstance(a, dict):
         return a + b
-    return {probe: _added(a[probe], b[probe]) for probe in a}
-
-
-def _added(a: Measurement, b: Measurement) -> Measurement:
-    """The measurement of both: maxima by max, the rest by +."""
-    counts = None
-    if a.counts is not None and b.counts is not None:
-        counts = a.counts + b.counts
-    return Measurement(
-        jnp.maximum(a.absmax, b.absmax),
-        a.abs_sum + b.abs_sum,
-        a.tokens + b.tokens,
-        a.reached + b.reached,
-        counts,
-    )
+    return {probe: combine(a[probe], b[probe]) for probe in a}
 
 
 def _whole(x: Array, counted: Array | None = None) -> Array:

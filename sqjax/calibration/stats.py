@@ -31,7 +31,7 @@ FEW_TOKENS = 32
 class Stats:
     """Calibration statistics: for each site what the channels of its activation X were like.
 
-    A site is a matmul of an activation with a parameter leaf W, and is named by that leaf's path.
+    A site is a parameter leaf W that an activation is multiplied with, named by the leaf's path.
     Its channels are the input features that are summed over: X_j is the j-th of every token, W_j
     the weights that it meets. The shape of the channels is (features,) for a plain matmul,
     (layers, features) for a stack of layers. `scales` makes smoothing scales of these numbers,

@@ -17,7 +17,8 @@ mask of shape (2, 7) has a mark of shape (2, 7, 1). Three rules make most of the
 - What sums over elements (reductions, matmuls) gives REAL where something real was summed: a mean
   over the tokens of an example counts.
 
-Where a primitive is not known the mark is `Lost`, and the sites behind it count every token.
+Where a primitive is not known the mark is `Lost`, and the sites behind it count every token. Beside
+an operand that has a mask, one whose mark is `Lost` says nothing: x + conv(x) has the mark of x.
 """
 
 from collections.abc import Sequence
@@ -109,11 +110,13 @@ class Follower:
         """The marks of an equation's results."""
         outputs = equation.outputs
         if not any(map(_is_array, marks)):
-            # What is no array is `Lost`, or None where no token has flowed in.
+            # No operand has a mask: Lost if one of them is, else None.
             first = next(filter(None, marks), None)
             return [first] * len(outputs)
         call = Call(self._program, self._sparse, equation, operands, results)
         rule = RULES.get(equation.name)
+        # An operand that was followed decides for one that is Lost, because after a residual
+        # connection around what is not known the tokens are still those of the connection.
         known = [m if _is_array(m) else None for m in marks]
         made = None if rule is None else rule(call, known)
         if made is None:

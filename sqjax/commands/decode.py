@@ -201,7 +201,7 @@ def speed(
     cases = [(batch, CONTEXT) for batch in size.batches]
     cases += [(1, context) for context in size.contexts if context != CONTEXT]
     # The same machine at the same hour, because both are shared with others.
-    bandwidth = copy_bandwidth(size.copied)
+    bandwidth = memory_bandwidth(size.copied)
     rows = []
     for batch, context in cases:
         decoders = {}
@@ -282,10 +282,11 @@ def _steps(
     return jax.lax.fori_loop(0, steps, step, (token, cache))
 
 
-def copy_bandwidth(megabytes: int, repeats: int = 7) -> float:
-    """Bytes read and written in a second by a compiled pass over an array, in place: the median.
+def memory_bandwidth(megabytes: int, repeats: int = 7) -> float:
+    """How many bytes of memory the machine reads and writes in a second.
 
-    The array is larger than the processor's caches, as a model's weights are.
+    Measured by a compiled function that adds 1 to an array in place; the median of the repeats. The
+    array is larger than the processor's caches, as a model's weights are.
     """
     floats = megabytes * 2**20 // 4  # of four bytes each
     held = [jnp.ones((floats,), jnp.float32)]

@@ -195,7 +195,7 @@ class Graph(NamedTuple):
 
     Attributes:
         leaves: (path, shape) of every leaf of the parameter tree.
-        sites: every matmul of an activation with a leaf.
+        sites: every leaf that an activation is multiplied with.
         groups: what can be folded. Every group has passed the certificate.
         refused: (site, or leaf that a matmul may meet, reason).
         offsets: (leaf, c) of leaves that `fn` reads as c + leaf only (Gemma's 1 + w): that sum is

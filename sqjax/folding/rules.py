@@ -325,8 +325,9 @@ def _reduce(c: Closure, e: Equation) -> None:
 
     def forwards(labels: Labels) -> Labels:
         if lab.varies(labels, axes):
-            does = "adds up" if e.name == "reduce_sum" else "compares"
-            raise Refused(f"{e} {does} its channels")
+            if e.name == "reduce_sum":
+                raise Refused(f"{e} adds up its channels")
+            raise Refused(f"{e} compares its channels")
         return labels.squeeze(axes)
 
     c.carry(x, y, forwards)

@@ -1,4 +1,4 @@
-"""Sites: the matmuls of an activation with a leaf, as they stand in a program."""
+"""Sites: leaves that an activation is multiplied with; places: the matmuls where that happens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -18,9 +18,9 @@ from sqjax.program.facts import Program
 from sqjax.program.primitives import ELEMENTWISE
 from sqjax.program.views import View
 
-#: The matmuls that can be sites.
+#: The matmuls that can be places.
 MATMULS = ("dot_general", "ragged_dot_general")
-#: A convolution of an activation with a leaf is a site too.
+#: A convolution of an activation with a leaf is a place too.
 CONVOLUTION = "conv_general_dilated"
 
 
@@ -118,7 +118,7 @@ def sides_of(program: Program, e: Equation) -> tuple[Side, Side]:
 
 
 def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
-    """The matmuls of an activation with a leaf.
+    """The places where an activation is multiplied with a leaf, which is the place's site.
 
     Returns:
         The places, and {leaf: why it is no site} of other leaves that a matmul may meet.

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 PyTree = Any
 
-#: Arguments of the classes' __call__ that only training needs, and return_dict, which fn sets.
-_NOT_HERE = ("train", "deterministic", "dropout_rng", "return_dict")
+#: Arguments of the classes' __call__ that no caller of fn gives: it sets return_dict, and leaves
+#: those of training at what inference has.
+_SET_BY_FN = ("train", "deterministic", "dropout_rng", "return_dict")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FlaxFunction:
             ValueError: an argument of training or return_dict is given, or the model has no
                 output of that name.
         """
-        for name in _NOT_HERE:
+        for name in _SET_BY_FN:
             if name in kwargs:
                 raise ValueError(
                     f"{name}: fn runs for inference and returns named outputs; "

@@ -25,11 +25,11 @@ def check_stats(stats: Any, what: str) -> None:
 def check_weights(
     params: PyTree, stats: Stats, sites: Iterable[Site], advice: str
 ) -> None:
-    """Raises ValueError, with the advice, if the statistics are of other weights than these.
+    """Raises ValueError if the statistics were taken from other weights, for example from the
+    weights before smoothing; the message ends with the advice.
 
-    Of not yet smoothed ones, say. How it knows: `Stats` keeps max |W_j| of the parameters that were
-    calibrated, and the s that `fold_stats` has divided out since. Undoing these s must give weights
-    with the same maxima. Values can not be checked under jit.
+    Compared: max |w| of each channel, with the smoothing scales that `fold_stats` put in undone.
+    Values can not be checked under jit.
     """
     sites = list(sites)
     if not sites or not _known(params, stats):
@@ -81,9 +81,11 @@ def check_leaves(
         slack = tolerance * abs(offsets.get(path, 0.0))
         then = of_then[path]
         if not np.allclose(sizes[path], then, rtol=tolerance, atol=slack):
+            (largest, mean), (was_largest, was_mean) = sizes[path], then
             raise ValueError(
-                f"{path}: the statistics are of other parameters than these (its mean size is "
-                f"{sizes[path][1]:.3g}, and was {then[1]:.3g} when calibrated); {advice}"
+                f"{path}: the statistics are of other parameters than these (max |w| is "
+                f"{largest:.3g} and the mean |w| {mean:.3g}; when calibrated they were "
+                f"{was_largest:.3g} and {was_mean:.3g}); {advice}"
             )
 
 

@@ -28,7 +28,8 @@ from sqjax.weights.quant_weight import check_float
 from sqjax.weights.quantize import measured, named, quantize_weight
 from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
 
-#: One scheme for all sites, or one by name pattern; presets also by their names, "W8A8".
+#: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
+#: stay float}. A preset may be given by its name, "W8A8".
 Rules = Scheme | str | Mapping[str, Scheme | str | None]
 
 _STATIC_ADVICE = (
@@ -52,9 +53,9 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         scheme: one `Scheme` for every site, or a mapping from name patterns to a `Scheme` or None
             (stay float); a preset also by its name, "W8A8". The first pattern found in a site's
             path wins; a site that none matches stays float. A scheme with `smoothing` (an alpha)
-            smooths its sites at run time, with s from these statistics and params. A scheme for
-            embeddings (activation=Indices()) is sought among these only, other schemes among the
-            sites only, None among both.
+            smooths its sites at run time, with s from these statistics and params. A pattern with
+            an embedding scheme (activation=Indices()) is looked for in embedding paths only; with
+            any other scheme, in matmul paths only; with None, in both.
 
     Returns:
         A tree with the same paths.
@@ -68,9 +69,9 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
             - a rule is no `Scheme`, and no preset's name.
             - a pattern is no regular expression, or is found in no site's path: near misses are
               listed.
-            - static scales, outliers, or smoothing at run time, asked of statistics that do not
-              describe these params:
-              they were smoothed since, so pass `fold_stats(stats, scales(...))`.
+            - static scales, outliers, or smoothing at run time are asked for, and the statistics
+              were taken from other params than these, for example before smoothing:
+              pass `fold_stats(stats, scales(...))`.
             - a static range other than "absmax", but the statistics have no histograms of these
               params' activations:
               calibrate these params with histogram=True.

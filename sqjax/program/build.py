@@ -79,9 +79,10 @@ class _Builder:
         jaxpr = self.traced.jaxpr.jaxpr
         captured = self._capture(jaxpr, self.traced.jaxpr.consts)
         inputs = tuple(self._new(v.aval) for v in jaxpr.invars)
-        self.leaves.update(zip(inputs, self.traced.paths, strict=False))
+        leaves = len(self.traced.paths)  # the first inputs
+        self.leaves.update(zip(inputs[:leaves], self.traced.paths, strict=True))
         self._leafy.update(self.leaves)
-        for number, v in enumerate(inputs[len(self.traced.paths) :]):
+        for number, v in enumerate(inputs[leaves:]):
             self.roots[v] = f"input {number} of fn"
         equations, results = self._write_out(jaxpr, captured, inputs)
         self._note_outputs(results, "an output of fn")

@@ -13,7 +13,10 @@ from sqjax.weights.convolution import quantized_convolution
 
 @sharded_as_the_result
 def convolve(equation: JaxprEqn, image: Any, kernel: Any) -> Array:
-    """int8 x int8 -> int32 (or as the weight's scheme has it), the weight being the kernel."""
+    """By way of `quantized_convolution`: int8 x int8 -> int32, or as the weight's scheme has it.
+
+    The weight must be the kernel.
+    """
     if isinstance(image, Special):
         return refuse_weight(equation, image, kernel)
     out = quantized_convolution(

@@ -49,7 +49,10 @@ def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
 @WEIGHT_RULES.register(("dot_general",), WEIGHTS)
 @sharded_as_the_result
 def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
-    """int8 x int8 -> int32 (or as the weight's scheme has it), with the weight on either side."""
+    """By way of `quantized_dot_general`: int8 x int8 -> int32, or as the weight's scheme has it.
+
+    The weight may be on either side.
+    """
 
     def product(x, leaf, dimensions):
         return quantized_dot_general(x, leaf.value, dimensions, leaf.path)
@@ -62,7 +65,7 @@ def _dot(equation: JaxprEqn, lhs: Any, rhs: Any) -> Array | None:
 def _ragged_dot(
     equation: JaxprEqn, lhs: Any, rhs: Any, group_sizes: Any
 ) -> Array | None:
-    """Each row is multiplied with one matrix of a stack, in the formats of the scheme."""
+    """Each row times one matrix of a stack, by way of `quantized_ragged_dot`."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     # As `lax.ragged_dot` has them: (rows, inner) by (stack, inner, outputs), split along the rows.
     sums_over_inner = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
@@ -141,7 +144,7 @@ def _negate(equation: JaxprEqn, leaf: Special) -> Special:
 def _multiply(
     equation: JaxprEqn, lhs: Any, rhs: Any, *, fills: Sequence[Any]
 ) -> Any:
-    """A weight times a number, on either side."""
+    """A weight times a number, on either side; None where the weight is broadcast too."""
     leaf, other, fill = lhs, rhs, fills[1]
     if not isinstance(lhs, Special):
         leaf, other, fill = rhs, lhs, fills[0]
@@ -165,7 +168,7 @@ def _divide(
 
 
 def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
-    """Whether a result has other elements than the weight, which is broadcast to it."""
+    """Whether the weight is broadcast: the result has another shape."""
     result: Any = equation.outvars[0].aval
     return result.shape != leaf.value.shape
 

@@ -227,6 +227,19 @@ def test_where_the_mask_ends_a_warning_says_so():
     assert int(stats.count["w"]) == BATCH * TOKENS
 
 
+def test_an_operand_that_was_followed_decides_for_one_that_was_not():
+    def fn(p, x):
+        kernel = jnp.ones((3, WIDTH, WIDTH))
+        numbers = ("NWC", "WIO", "NWC")
+        mixed = lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=numbers)
+        return (mixed + x) @ p["w"] + (x + mixed) @ p["other"]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "calibrate: the mask")
+        stats = calibrate(fn, {"w": W, "other": W + 1}, [X], mask=lambda x: LEFT)
+    assert int(stats.count["w"]) == int(stats.count["other"]) == LEFT.sum()
+
+
 def test_a_mask_of_another_layout_than_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"mask of shape \(6, 2\) fits none of the inputs, of sha"):
         sq.calibrate(lambda p, x: x @ p["w"], {"w": W}, [X], mask=lambda x: LEFT.T)

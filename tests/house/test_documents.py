@@ -1,5 +1,6 @@
 """README and docs: their Python runs, in order, page by page; their links and pictures are there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
 def test_links_and_pictures_are_there(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def refusals(path):
+    """Of every reason that a file gives to `Refused(...)`, the longest piece that is always the same."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(call, ast.Call) and getattr(call.func, "id", None) == "Refused"):
+            continue
+        inside = list(ast.walk(call))
+        formatted = [node for node in inside if isinstance(node, ast.JoinedStr)]
+        pieces = [[part for part in text.values if is_text(part)] for text in formatted]
+        within = {id(part) for text in formatted for part in ast.walk(text)}
+        pieces += [[node] for node in inside if is_text(node) and id(node) not in within]
+        yield from (max((part.value for part in parts), key=len).strip() for parts in pieces)
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_every_reason_why_a_scale_does_not_fold_is_explained():
+    folding = ROOT / "sqjax" / "folding"
+    reasons = {reason for path in folding.glob("*.py") for reason in refusals(path)}
+    assert {"compares its channels", "adds up its channels", "it has no channels"} <= reasons
+    page = (ROOT / "docs" / "pages" / "when-something-is-refused.md").read_text()
+    assert sorted(reason for reason in reasons if reason not in page) == []
+    assert "folding it with powers of two changed a bit of fn's output" in page
 
 
 def test_every_public_name_is_in_the_reference():

@@ -70,6 +70,14 @@ def test_static_scales_of_parameters_that_were_trained_since_are_refused(stats, 
     sq.quantize(trained, stats, sq.W8A8)
 
 
+def test_the_message_shows_both_sizes_that_are_compared(stats):
+    """One element was changed: mean |w| moves a little, max |w| tells what happened."""
+    trained = PARAMS | {"gain": np.where(np.arange(16) == 3, 5, PARAMS["gain"]).astype(np.float32)}
+    message = r"max \|w\| is 5 and the mean \|w\| 1.25; when calibrated they were 1 and 1\)"
+    with pytest.raises(ValueError, match=message):
+        sq.quantize(trained, stats, sq.W8A8_O3)
+
+
 def test_parameters_that_were_cast_are_the_same(stats):
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     sq.quantize(narrow, stats, sq.W8A8_O3)

@@ -59,7 +59,7 @@ WRONG = {
     ),
     "layers": ({"layer_types": "full_attention"}, "layer_types: expected a list of texts"),
     "layers of one": ({"layer_types": ["full_attention"]}, "expected 2 times 'full_attention'"),
-    "act": ({"hidden_act": ["silu"]}, r"hidden_act = \['silu'\]: not supported"),
+    "act": ({"hidden_act": ["silu"]}, r"hidden_act = \['silu'\]: expected 'silu' or"),
     "type": ({"model_type": ["llama"]}, r"model_type 'llama' or 'mistral', got \['llama'\]"),
     "no end": ({"eos_token_id": []}, r"eos_token_id: expected a token id, or a list of some"),
     "end": ({"eos_token_id": 31}, "eos_token_id: expected token ids below .* 31, got 31"),

@@ -36,7 +36,7 @@ from sqjax.models.llama import LlamaConfig
 from sqjax.models.model import Params
 
 # GGUF's name of a tensor -> Hugging Face's, whose names `mapping` translates further.
-TABLE = [
+HUGGINGFACE_NAMES = [
     (r"token_embd\.weight", r"model.embed_tokens.weight"),
     (
         r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)",
@@ -89,7 +89,7 @@ AGAIN = (
     Key("llama.vocab_size", "vocab_size", SIZE),
 )
 # Keys that would change what the model computes, with the values that do not.
-WITHOUT_EFFECT = {
+HARMLESS_VALUES = {
     "llama.rope.scaling.type": "none",
     "llama.expert_count": 0,
     "llama.expert_used_count": 0,
@@ -307,7 +307,7 @@ def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
     known = set(map(attrgetter("key"), (*KEYS, *AGAIN)))
     problems = []
     for key in sorted(metadata.keys() - known):
-        if key.startswith("llama.") and metadata[key] != WITHOUT_EFFECT.get(
+        if key.startswith("llama.") and metadata[key] != HARMLESS_VALUES.get(
             key
         ):
             problems.append(
@@ -317,8 +317,8 @@ def _unsupported_keys(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _huggingface_name(name: str) -> str:
-    """Hugging Face's name of a tensor; a name that is not in the table stays, for the error."""
-    for pattern, other in TABLE:
+    """Hugging Face's name of a tensor; one that is not in the table stays, for the error."""
+    for pattern, other in HUGGINGFACE_NAMES:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(other)

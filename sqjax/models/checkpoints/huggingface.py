@@ -69,7 +69,7 @@ ABSENT: dict[str, dict[str, Any]] = {
     },
 }
 # Keys that would change what the model computes, with the values that do not (None for no value).
-WITHOUT_EFFECT: dict[str, tuple] = {
+HARMLESS_VALUES: dict[str, tuple] = {
     "hidden_act": ("silu", "swish", None),
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
@@ -308,11 +308,13 @@ def _other_layers(beside: Mapping[str, Any], layers: int) -> list[str]:
 def _unsupported_keys(config: Mapping[str, Any]) -> list[str]:
     """One problem for each key that the model here would ignore though it changes the result."""
     problems = []
-    for key, harmless in WITHOUT_EFFECT.items():
+    for key, harmless in HARMLESS_VALUES.items():
         value = config.get(key)
         if value not in harmless:
+            stated = [repr(x) for x in harmless if x is not None]
+            expected = " or ".join(stated) or "no such key"
             problems.append(
-                f"{key} = {value!r}: not supported (would be ignored)"
+                f"{key} = {value!r}: expected {expected}; the model here computes nothing else"
             )
     return problems
 

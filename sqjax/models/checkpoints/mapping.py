@@ -19,7 +19,7 @@ _PROBLEMS_SHOWN = 30
 
 # Hugging Face's tensor name -> path in the tree, and whether the matrix must be transposed: it is
 # stored as (out, in), and Flax's kernels are (in, out).
-TABLE = [
+PATHS_OF_HUGGINGFACE = [
     (r"model\.embed_tokens\.weight", r"model/embed_tokens/embedding", False),
     (
         r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight",
@@ -43,7 +43,7 @@ TABLE = [
 
 def translate(name: str) -> tuple[str, bool] | None:
     """The tree path of a tensor, and whether to transpose it; None for a name not in the table."""
-    for pattern, path, transposed in TABLE:
+    for pattern, path, transposed in PATHS_OF_HUGGINGFACE:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(path), transposed
