@@ -19,7 +19,7 @@ def smollm2():
     batches = [row[None] for row in text_windows(model, "calibration", 128, 2)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         stats = sq.calibrate(model.apply, params, batches)
-    return model, params, text_windows(model, "evaluation", 128, 2), stats
+    return model, params, text_windows(model, "evaluation", 128, 1), stats
 
 
 def test_every_group_of_smollm2_folds_and_only_the_tied_head_is_refused(smollm2):

@@ -149,7 +149,13 @@ def decoder(scheme):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("scheme", "form"), [("O1", "triton"), ("O2", "triton"), ("O3", "triton"), ("O3", "cublas")]
+    ("scheme", "form"),
+    [
+        pytest.param("O1", "triton", marks=pytest.mark.every_case),
+        pytest.param("O2", "triton", marks=pytest.mark.every_case),
+        ("O3", "triton"),
+        ("O3", "cublas"),
+    ],
 )
 @pytest.mark.slow
 def test_a_decoder_layer_multiplies_every_site_in_int8(scheme, form, target):

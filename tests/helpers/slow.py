@@ -35,11 +35,10 @@ def slow_rows_but(rows: Iterable[tuple], *quick: str) -> list[Any]:
 
 
 def lots(names: Sequence[Any], quick: Sequence[Any]) -> list[Any]:
-    """The marks of each case. Of seven slow ones the first and the last run with all tests."""
+    """The marks of each case: of those that are not quick the last runs with all tests."""
     slow = [i for i, name in enumerate(names) if name not in quick]
-    chosen = {*slow[:1], *slow[-1:]}
     every = [pytest.mark.slow, pytest.mark.every_case]
     return [
-        () if i not in slow else pytest.mark.slow if i in chosen else every
+        () if i not in slow else pytest.mark.slow if i == slow[-1] else every
         for i in range(len(names))
     ]

@@ -232,6 +232,7 @@ def test_one_prompt_continues_in_english_as_in_torch(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_quantized_cache_on_the_real_model(loaded):
     """Teacher-forced perplexity through the cache: int8 within 0.5%, int4 within 3%."""
     model, params = loaded

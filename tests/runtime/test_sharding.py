@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.calibration.analysis import shared_arrays
@@ -263,8 +264,11 @@ def stats_on_one_device(case, known={}):  # noqa: B006 the cases that are alike 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [megatron, megatron_unchecked, one_bias_for_all, scan_inside, layers_cut, experts],
-    ids=lambda c: c.__name__,
+    slow_but(
+        [megatron_unchecked, one_bias_for_all, layers_cut, megatron, scan_inside, experts],
+        megatron,
+        scan_inside,
+    ),
 )
 def test_statistics_and_quantized_products_are_those_of_one_device(make):
     case = make()
