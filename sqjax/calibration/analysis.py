@@ -8,6 +8,7 @@ proof, the recording and the comparison of batches of other shapes all read the 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -57,8 +58,8 @@ class Analysis:
     @property
     def sites(self) -> frozenset[Site]:
         """Everything that is observed: the sites, and the keys."""
-        of_places = [place.site for place in self.places]
-        of_keys = [key.site for key in self.keys]
+        of_places = list(map(attrgetter("site"), self.places))
+        of_keys = list(map(attrgetter("site"), self.keys))
         return frozenset([*of_places, *of_keys])
 
     @cached_property
@@ -188,7 +189,7 @@ def _described_sequence(args: Sequence[Any]) -> str:
     if is_list and _numbers_in(args):
         return f"[{_numbers_in(args)} numbers]"
     # Twenty are enough to see what kind of batch this is; a long list would bury the message.
-    inside = [described(x) for x in args[:20]]
+    inside = list(map(described, args[:20]))
     text = ", ".join([*inside, "..."] if len(args) > 20 else inside)
     if is_list:
         return f"[{text}]"

@@ -132,7 +132,7 @@ def make_record(
         python=platform.python_version(),
         date=datetime.date.today().isoformat(),
         seconds=round(seconds, 1),
-        rows=[dict(row) for row in rows],
+        rows=list(map(dict, rows)),
     )
 
 

@@ -194,7 +194,7 @@ def split(labels: Labels, axis: int, sizes: Sequence[int]) -> list[Labels]:
     if labels.shape[axis] == 1:
         return [labels] * len(sizes)
     ends = np.cumsum(sizes)[:-1]
-    return [compress(piece) for piece in np.split(labels, ends, axis)]
+    return list(map(compress, np.split(labels, ends, axis)))
 
 
 def concatenate(

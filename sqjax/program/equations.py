@@ -98,7 +98,7 @@ class Equation(NamedTuple):
     @property
     def runs_a_program(self) -> bool:
         """Whether a program is among its parameters: it is a scan, a loop, a custom kernel ..."""
-        return any(True for _ in jaxprs_in_params(self.params))
+        return next(iter(jaxprs_in_params(self.params)), None) is not None
 
     def __str__(self) -> str:
         return f"`{self.name}` at {source_of(self.origin)}"

@@ -166,7 +166,7 @@ def plain(value: Any) -> Any:
         return int(value)
     if not isinstance(value, tuple):
         return value
-    items = [plain(v) for v in value]
+    items = list(map(plain, value))
     if hasattr(
         value, "_fields"
     ):  # a NamedTuple, as a gather's dimension numbers
@@ -180,7 +180,7 @@ def scan_in(equation: JaxprEqn) -> Scan | None:
         return None
     params = equation.params
     if "ft_in" in params:  # jax 0.12
-        consts, carry, _ = (len(part) for part in params["ft_in"].unpack())
+        consts, carry, _ = map(len, params["ft_in"].unpack())
     else:
         consts, carry = params["num_consts"], params["num_carry"]
     options = {name: params[name] for name in ("reverse", "unroll")}

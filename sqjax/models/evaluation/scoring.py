@@ -423,7 +423,7 @@ def _share_right(
     """The share of questions whose right choice has the largest log-likelihood for its size."""
     is_right = []
     for question, of_choices in zip(questions, logprobs, strict=True):
-        sizes = [size_of(choice) for choice in question.choices]
+        sizes = list(map(size_of, question.choices))
         values = [
             logprob / size
             for logprob, size in zip(of_choices, sizes, strict=True)
