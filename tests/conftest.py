@@ -54,10 +54,10 @@ def forget():
     """After a file, what was compiled is given back if there is much of it.
 
     Each program takes memory maps, of which Linux gives a process 65,530: without this a whole run takes many
-    gigabytes, and ends in a segmentation fault.
+    gigabytes and ends in a segmentation fault. With much in memory everything is slower, too.
     """
     yield
-    if memory_maps() > 20_000:
+    if memory_maps() > 3_000:
         jax.clear_caches()
         gc.collect()
 
