@@ -15,10 +15,9 @@ def expect(fits: bool, what: str, expected: str, got: Any) -> None:
 
 def came(x: Any) -> str:
     """What came, in few words: the type, and of a short value also the value."""
-    name = type(x).__name__
     if x is None or isinstance(x, int | float | str):
         return f"{x!r:.80}"
-    return name
+    return type(x).__name__
 
 
 def check_function(fn: Any, what: str, order: str) -> None:

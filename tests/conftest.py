@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="also every case of long tables (each scheme times each shape, ...): three times as many tests",
+        help="also every case of long tables (each scheme times each shape, ...)",
     )
 
 
@@ -54,7 +54,7 @@ def forget():
     """After a file, what was compiled is given back if there is much of it.
 
     Each program takes memory maps, of which Linux gives a process 65,530: without this a whole run takes many
-    gigabytes and ends in a segmentation fault. With much in memory everything is slower, too.
+    gigabytes and ends in a segmentation fault.
     """
     yield
     if memory_maps() > 3_000:

@@ -139,11 +139,23 @@ class _Run(NamedTuple):
             call: Any = equation.branches[0].call
             made_here = kept(len(results), call.handed)
             results = [results[i] for i in made_here]
-        if self.follow is not None:
-            given = _marks_of(marks, equation.inputs)
-            made = self.follow(equation, operands, results, given)
-            marks.update(zip(equation.outputs, made, strict=True))
+        self._mark_results(equation, operands, results, marks)
         return results
+
+    def _mark_results(
+        self,
+        equation: Equation,
+        operands: Sequence[Any],
+        results: Sequence[Any],
+        marks: dict[Var, Mark],
+    ) -> Sequence[Mark]:
+        """Adds the marks of an equation's results, where marks are followed; returns them."""
+        if self.follow is None:
+            return [None] * len(equation.outputs)
+        given = _marks_of(marks, equation.inputs)
+        made = self.follow(equation, operands, results, given)
+        marks.update(zip(equation.outputs, made, strict=True))
+        return made
 
     def _through_body(
         self,
@@ -210,9 +222,7 @@ class _Run(NamedTuple):
             else None
             for m, spec in zip(given, shards.in_specs, strict=True)
         ]
-        if self.follow is not None:
-            made = self.follow(equation, operands, (), given)
-            marks.update(zip(equation.outputs, made, strict=True))
+        self._mark_results(equation, operands, (), marks)
 
         def block(*blocks):
             values, known = blocks[: len(operands)], blocks[len(operands) :]
@@ -305,12 +315,9 @@ class _Run(NamedTuple):
         test, body = equation.branches
         loop: Any = body.call
         _, _, first = loop.sort(operands)
-        if self.follow is not None:
-            given = _marks_of(marks, equation.inputs)
-            made = self.follow(equation, operands, (), given)
-            marks.update(zip(equation.outputs, made, strict=True))
-            marks.update(zip(test.inputs, made, strict=True))
-            marks.update(zip(body.inputs, made, strict=True))
+        made = self._mark_results(equation, operands, (), marks)
+        marks.update(zip(test.inputs, made, strict=True))
+        marks.update(zip(body.inputs, made, strict=True))
 
         def after(program, values):
             outputs, _, seen = self._branch(program, env, marks, scopes, values)

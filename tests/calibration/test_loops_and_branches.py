@@ -130,21 +130,20 @@ def stats_of_both():
 
 @pytest.mark.parametrize("scheme", [sq.W8A16, sq.W8A8, STATIC])
 def test_loops_and_branches_run_in_int8(scheme):
-    fn, batches = both, BATCHES
     qparams = sq.quantize(PARAMS, stats_of_both(), scheme)
-    float_fn = jax.jit(fn)
-    int8_fn = jax.jit(sq.quantized(fn))
-    for batch in batches:
+    float_fn = jax.jit(both)
+    int8_fn = jax.jit(sq.quantized(both))
+    for batch in BATCHES:
         got, expected = int8_fn(qparams, *batch), float_fn(PARAMS, *batch)
         for a, b in zip(got, expected, strict=True):
             assert 0 < np.abs(a - b).max() < 0.2
-    dots = int8_dots(fn, qparams, *batches[0])
+    dots = int8_dots(both, qparams, *BATCHES[0])
     if scheme != sq.W8A16:
         assert dots == [jaxprs.INT8_DOT] * 3
     # The codes go into the loop as they are.
     [loop] = [
         e
-        for e in jaxprs.equations(jaxprs.of(sq.quantized(fn), qparams, *batches[0]))
+        for e in jaxprs.equations(jaxprs.of(sq.quantized(both), qparams, *BATCHES[0]))
         if e.primitive.name == "while"
     ]
     assert "int8" in {v.aval.dtype.name for v in loop.invars}

@@ -610,7 +610,7 @@ def test_the_search_is_linear_in_the_layers(monkeypatch):
         return time.process_time() - start, len(spread)
 
     (short, few), (long, many) = cost(4), cost(16)
-    assert long < 15  # seconds: about 1
+    assert long < 15  # seconds
     assert long < 10 * short  # 4 if linear, 16 if quadratic; a noisy clock
     assert 0 < many < 5 * few
 
