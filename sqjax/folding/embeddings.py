@@ -54,8 +54,9 @@ def is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
 
 def is_lookup(program: Program, var: Var, equation: Equation) -> bool:
     """Whether an equation takes whole rows of a leaf that is seen as it is."""
-    view = program.views[var]
-    if equation.name != "gather" or equation.inputs[0] != var:
+    view = program.views.get(var)
+    # Leaves that were concatenated, or added to, are no rows of one leaf.
+    if view is None or equation.name != "gather" or equation.inputs[0] != var:
         return False
     # A transposed or sliced leaf has no rows to look up; a multiple of it has.
     as_it_is = View.of(view.path, view.shape)

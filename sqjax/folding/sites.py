@@ -1,6 +1,7 @@
 """Sites: leaves that an activation is multiplied with; places: the matmuls where that happens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -218,7 +219,7 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
     """How a product sees a leaf, or why what it multiplies is none."""
     if leaf in program.offsets:
         return f"{equation} multiplies {program.offsets[leaf]:g} + it"
-    view = program.views.get(leaf)
+    view = program.views.get(leaf) or program.sums.get(leaf)
     if view is None:
         maker = program.maker.get(program.scanned.get(leaf, leaf))
         if maker is None:
@@ -239,7 +240,7 @@ def _of_a_computed_matrix(
 ) -> str:
     """Why a product with what fn computes of one leaf, or of several, has no site.
 
-    Example: x @ (w + a @ b) names a, b and w, because their sum is a matrix that is no leaf.
+    Example: x @ (v + w) names v and w, because their sum is a matrix that is no leaf.
     """
     paths = sorted(program.leaves_behind(leaf))
     if len(paths) == 1:
@@ -250,8 +251,8 @@ def _of_a_computed_matrix(
     more = f" ... ({len(paths)} leaves)" if len(paths) > 6 else ""
     return (
         f"{equation} multiplies what {maker} makes of {', '.join(paths[:6])}{more} together: they "
-        "stay float. Compute this matrix once, before calibrating (merge LoRA's product into the "
-        "weight, say), and pass it in params as one leaf"
+        "stay float. Compute this matrix once, before calibrating, and pass it in params as one "
+        "leaf"
     )
 
 
@@ -345,7 +346,7 @@ def _seen_as(
     program: Program, paths: Mapping[str, Any]
 ) -> Iterator[tuple[Var, str]]:
     """(variable, leaf) of the variables that are one of these leaves, or hold it among others."""
-    for var, view in program.views.items():
+    for var, view in chain(program.views.items(), program.sums.items()):
         if view.path in paths:
             yield var, view.path
     for var, joined in program.joined.items():
@@ -355,13 +356,15 @@ def _seen_as(
 
 
 def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
-    """Whether what an equation makes of a leaf is seen as that leaf, or as one of several; loops
-    and branches pass leaves to what they run, but for those that a loop goes on to change.
+    """Whether what an equation makes of a leaf is seen as that leaf, as one of several, or as a sum
+    with it; loops and branches pass leaves to what they run, but for those that a loop goes on to
+    change.
     """
     if equation.runs_a_program:
         return all(value.first != var for value in carried(equation))
-    joins = not program.joined.keys().isdisjoint(equation.outputs)
-    return joins or is_passed_on(program, var, equation)
+    holding = program.joined.keys() | program.sums.keys()
+    held = not holding.isdisjoint(equation.outputs)
+    return held or is_passed_on(program, var, equation)
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """`Program`: what is known of the variables of a traced function."""
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard
@@ -14,6 +14,7 @@ from sqjax.program.build import build
 from sqjax.program.entries import Entry, entries
 from sqjax.program.equations import Atom, Equation, Var, all_equations
 from sqjax.program.primitives import (
+    ADDITIONS,
     KEEP_A_FILL,
     KEEP_JOINED,
     MULTIPLES,
@@ -65,6 +66,8 @@ class Program:
         views: {variable: View} of the variables that are a leaf, seen through
             `sqjax.program.views`.
         joined: {variable: Joined} of the variables that are leaves, concatenated.
+        sums: {variable: View} of the variables that are a leaf, seen through views, plus or minus
+            what is computed from other leaves: w + a @ b (LoRA) is a view of w here.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
@@ -100,6 +103,7 @@ class Program:
         self.scanned: dict[Var, Var] = {}
         self.views: dict[Var, View] = {}
         self.joined: dict[Var, Joined] = {}
+        self.sums: dict[Var, View] = {}
         self.leaf_views: dict[Var, View] = {}
         self._fills: dict[Var, np.ndarray] = {}
         # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
@@ -159,6 +163,10 @@ class Program:
         self.from_leaves.add(inner)
         self.steady.add(inner)
         self.scanned[inner] = outer
+        # A slice of a sum is a sum of slices. It is no leaf: only one of its terms is.
+        of_sum = entry.view(self.sums[outer]) if outer in self.sums else None
+        if of_sum is not None:
+            self.sums[inner] = of_sum
         view = entry.view(self.views[outer]) if outer in self.views else None
         if view is None:
             return
@@ -183,6 +191,8 @@ class Program:
             (("concatenate",), self._join),
             (KEEP_JOINED, self._pass_joined),
             (VIEWS, self._pass_view),
+            (VIEWS, self._pass_sum),
+            (ADDITIONS, self._add),
         )
         for names, pass_on in facts:
             if equation.name in names:
@@ -255,14 +265,44 @@ class Program:
             return
         if x in self.picked:
             self.picked[y] = self.picked[x]
-        if x not in self.views or not self.is_float(y):
-            return
-        rule = VIEWS[equation.name]
-        old, new = self.shape(x), self.shape(y)
-        view = rule(self.views[x], equation.params, old, new)
+        view = self._view_among(self.views, equation, y)
         if view is not None:
             self.views[y] = view
             self._seen_from[y] = x
+
+    def _pass_sum(self, equation: Equation, y: Var) -> None:
+        """What a view makes of a sum it makes of each term: (w + a @ b).T is w.T + (a @ b).T."""
+        view = self._view_among(self.sums, equation, y)
+        if view is not None:
+            self.sums[y] = view
+
+    def _view_among(
+        self, views: Mapping[Var, View], equation: Equation, y: Var
+    ) -> View | None:
+        """The view that a result is of an operand which is among some views; None if it is none."""
+        x = self._seen(equation, y)
+        if not isinstance(x, Var) or x not in views or not self.is_float(y):
+            return None
+        rule = VIEWS[equation.name]
+        return rule(views[x], equation.params, self.shape(x), self.shape(y))
+
+    def _add(self, equation: Equation, y: Var) -> None:
+        """A leaf, or such a sum, plus or minus an array that is computed from leaves.
+
+        That array must be no leaf itself, because of two leaves neither is the weight.
+        """
+        for leaf, other in (equation.inputs, equation.inputs[::-1]):
+            view = self._leaf_or_sum(leaf)
+            is_leaf = self._leaf_or_sum(other) or other in self.joined
+            is_computed = self.is_of_leaves(other) and not is_leaf
+            is_broadcast = self.shape(leaf) != self.shape(y)
+            if view is not None and is_computed and not is_broadcast:
+                self.sums[y] = view
+
+    def _leaf_or_sum(self, atom: Atom) -> View | None:
+        if not isinstance(atom, Var):
+            return None
+        return self.views.get(atom) or self.sums.get(atom)
 
     def _pass_fill(self, equation: Equation, y: Var) -> None:
         """Copies of one number are that number."""

@@ -62,6 +62,9 @@ SUMS_AND_MAXIMA = ("add", "add_any", "sub", "max", "min")
 #: Each element of the result is computed from the elements at the same place in the operands.
 ELEMENTWISE = (*SUMS_AND_MAXIMA, "mul", "div", "select_n", "tanh")
 
+#: A leaf plus or minus an array of its shape: products with it are sums of two products.
+ADDITIONS = ("add", "sub")
+
 #: Comparisons, element by element.
 COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
 

@@ -16,14 +16,19 @@ from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import JOINED, WEIGHTS, JoinedWeight, refuse_weight
 from sqjax.runtime.weight_rules import WEIGHT_RULES
+from sqjax.weights.quant_weight import QuantWeight
 
 JOINED_RULES = Registry(WEIGHTS, JOINED)
 
 
 @JOINED_RULES.register(("concatenate",), WEIGHTS)
-def _concatenate(equation: JaxprEqn, *pieces: Any) -> Special:
+def _concatenate(equation: JaxprEqn, *pieces: Any) -> Special | None:
     axis = equation.params["dimension"]
     first, *_ = specials_among(pieces)
+    if not all(
+        isinstance(x.value, QuantWeight) for x in specials_among(pieces)
+    ):
+        return None
     return Special(first.path, JoinedWeight(pieces, axis))
 
 

@@ -2,11 +2,13 @@
 
 A quantized weight is a parameter: a `Special` that holds a `QuantWeight`. A quantized cache is an
 array among the other arguments: a `Special` that holds a `QTensor`. Weights that the function has
-concatenated are a `Special` that holds a `JoinedWeight`. Here stands what becomes of these where
-they enter or leave a program, a loop or a shard_map. What each primitive does to them is in
-`weight_rules`, `cache_rules` and `joined_weights`.
+concatenated are a `Special` that holds a `JoinedWeight`; one to which it has added an array is a
+`Special` that holds a `SummedWeight`. Here stands what becomes of these where they enter or leave a
+program, a loop or a shard_map. What each primitive does to them is in `weight_rules`,
+`cache_rules`, `joined_weights` and `summed_weights`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import filterfalse
 from typing import Any
@@ -121,6 +123,60 @@ JOINED = Kind(
     otherwise=refuse_weight,
     slices=_refuse_slices,
     specs=_refuse_joined_specs,
+    carry=refuse_weight,
+    leave=_refuse_returned_weight,
+)
+
+# Weights to which something is added --------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SummedWeight:
+    """A weight plus arrays of its shape, as LoRA's w + a @ b: each term is multiplied alone.
+
+    Attributes:
+        terms: a leaf that holds a quantized weight, and arrays, in any order.
+    """
+
+    terms: tuple[Any, ...]
+
+    def map(
+        self, of_weight: Callable[..., Any], of_array: Callable[..., Any]
+    ) -> "SummedWeight":
+        """The sum with each term changed by one of two functions."""
+        changed = [
+            of_weight(term) if isinstance(term, Special) else of_array(term)
+            for term in self.terms
+        ]
+        return SummedWeight(tuple(changed))
+
+
+def _summed_slices(equation: JaxprEqn, leaf: Special, length: int) -> Special:
+    """A scan runs over every term: a slice of the sum is the sum of the slices."""
+
+    def of_weight(term: Special) -> Any:
+        return _weight_slices(equation, term, length)
+
+    return Special(leaf.path, leaf.value.map(of_weight, lambda term: term))
+
+
+def _summed_specs(
+    equation: JaxprEqn, leaf: Special, spec: PartitionSpec
+) -> Special:
+    """Every term is sharded as the sum is."""
+
+    def of_weight(term: Special) -> Any:
+        return _weight_specs(equation, term, spec)
+
+    return Special(leaf.path, leaf.value.map(of_weight, lambda term: spec))
+
+
+SUMMED = Kind(
+    SummedWeight,
+    otherwise=refuse_weight,
+    slices=_summed_slices,
+    specs=_summed_specs,
     carry=refuse_weight,
     leave=_refuse_returned_weight,
 )

@@ -57,6 +57,17 @@ def test_each_of_them_is_a_site_and_runs_in_int8(case):
     assert np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
 
 
+def test_pieces_that_are_leaves_stored_as_outputs_by_inputs():
+    def fn(p, x):
+        return jnp.einsum("ti,oi->to", x, jnp.concatenate([p["a"], p["b"]]))
+
+    params = {"a": normal(3, 16), "b": normal(2, 16)}
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [X]))
+    exact = np.asarray(fn(params, X))
+    got = sq.quantized(fn)(qparams, X)
+    assert 0 < np.abs(got - exact).max() < 0.03 * np.abs(exact).max()
+
+
 def test_pieces_that_are_no_outputs_are_none():
     def fn(p, x):
         return x @ jnp.concatenate([p["a"], p["b"]])  # along the channels

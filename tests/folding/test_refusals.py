@@ -482,10 +482,10 @@ ODD = {
         "refused w: `dot_general` at .*`reshape` at",
     ),
     "two leaves added": (
-        lambda p, x: x @ (p["w"] + p["a"] @ p["b"]),
-        {"w": normal(4, 5), "a": normal(4, 2), "b": normal(2, 5)},
-        "refused a: `dot_general` at .*`add` at .* makes of a, b, w together: they stay "
-        r"float\. Compute this matrix once, before calibrating \(merge LoRA's product",
+        lambda p, x: x @ (p["v"] + p["w"]),
+        {"v": normal(4, 5), "w": normal(4, 5)},
+        "refused v: `dot_general` at .*`add` at .* makes of v, w together: they stay "
+        r"float\. Compute this matrix once, before calibrating, and pass it in params",
     ),
     "two leaves multiplied": (
         lambda p, x: x @ (p["a"] @ p["b"]),

@@ -1,0 +1,109 @@
+"""Weights to which the function adds an array: x @ (w + d) runs as x @ w + x @ d.
+
+So w keeps its scheme, and d stays float. That is LoRA, where d is a @ b; and w - d and d - w.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from sqjax.program.primitives import ADDITIONS, RESHARDINGS
+from sqjax.program.registry import Registry, Special, specials_among
+from sqjax.program.subprograms import emit
+from sqjax.runtime.kinds import SUMMED, WEIGHTS, SummedWeight, refuse_weight
+from sqjax.runtime.shared_rules import barrier
+from sqjax.runtime.weight_rules import WEIGHT_RULES
+
+SUMMED_RULES = Registry(WEIGHTS, SUMMED)
+
+#: What is linear in the weight: made of a sum, it is the sum of what is made of each term.
+_LINEAR = (
+    "dot_general",
+    "ragged_dot_general",
+    "conv_general_dilated",
+    "transpose",
+    "reshape",
+    "squeeze",
+    "broadcast_in_dim",
+    "slice",
+    "convert_element_type",
+    "neg",
+    "mul",
+    "div",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+    "name",
+    *RESHARDINGS,
+)
+
+
+@SUMMED_RULES.register(ADDITIONS, WEIGHTS)
+@SUMMED_RULES.register(ADDITIONS, SUMMED)
+def _add(equation: JaxprEqn, *operands: Any) -> Special | None:
+    """A weight, or such a sum, plus or minus an array, on either side; None for two weights."""
+    result: Any = equation.outvars[0].aval
+    terms = [_terms(x, result.shape) for x in operands]
+    if equation.primitive.name == "sub":
+        terms[1] = list(map(_negative, terms[1]))
+    every = (*terms[0], *terms[1])
+    weights = specials_among(every)
+    is_broadcast = any(x.value.shape != result.shape for x in weights)
+    if len(weights) > 1 or is_broadcast or not all(terms):
+        return None
+    return Special(weights[0].path, SummedWeight(every))
+
+
+def _terms(x: Any, shape: tuple[int, ...]) -> list[Any]:
+    """What an operand is a sum of; an array is broadcast to the shape of the result.
+
+    [] for a number: x @ (1 + w) has no form that is worth its cost.
+    """
+    if not isinstance(x, Special):
+        is_array = jnp.ndim(x) == len(shape)
+        return [jnp.broadcast_to(x, shape)] if is_array else []
+    is_sum = isinstance(x.value, SummedWeight)
+    return [*x.value.terms] if is_sum else [x]
+
+
+def _negative(term: Any) -> Any:
+    if isinstance(term, Special):
+        return Special(term.path, term.value.times(-1.0))
+    return -term
+
+
+@SUMMED_RULES.register(_LINEAR, SUMMED, fills=True)
+def _of_each(equation: JaxprEqn, *operands: Any, fills: Sequence[Any]) -> Any:
+    """What an equation makes of each term: the sum of these, quantized still or not any more.
+
+    Example: x @ (w + d) is x @ w, in int8, plus x @ d.
+    """
+    if len(specials_among(operands)) > 1:
+        return None
+    made = []
+    [me] = [i for i, x in enumerate(operands) if isinstance(x, Special)]
+    for term in operands[me].value.terms:
+        mine = [*operands[:me], term, *operands[me + 1 :]]
+        made.append(_of_term(equation, mine, fills))
+    if specials_among(made):
+        return Special(operands[me].path, SummedWeight(tuple(made)))
+    return functools.reduce(operator.add, made)
+
+
+def _of_term(
+    equation: JaxprEqn, operands: Sequence[Any], fills: Sequence[Any]
+) -> Any:
+    """The equation on one term: by the weight's rule where that is quantized."""
+    if not specials_among(operands):
+        return emit(equation, *operands)[0]
+    rule = WEIGHT_RULES.rule(equation, operands)
+    known = {"fills": fills} if rule.fills else {}
+    made = rule.run(equation, *operands, **known)
+    return refuse_weight(equation, *operands) if made is None else made
+
+
+SUMMED_RULES.register(("optimization_barrier",), SUMMED)(barrier)
