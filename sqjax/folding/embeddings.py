@@ -18,13 +18,13 @@ def find_tables(program: Program, matmuls: frozenset[str]) -> tuple[Site, ...]:
     `channels` (64,).
     """
     variables_of: dict[str, list[Var]] = {}
-    for var, view in program.views.items():
+    for var, view in program.seen.items():
         if view.path not in matmuls:
             variables_of.setdefault(view.path, []).append(var)
     found = []
     for path, variables in variables_of.items():
         if _is_table(program, variables):
-            shape = program.views[variables[0]].full_shape
+            shape = program.seen[variables[0]].full_shape
             row_axes = tuple(range(1, len(shape)))
             found.append(Site(path, row_axes, shape[1:]))
     return tuple(found)
@@ -48,8 +48,9 @@ def _is_table(program: Program, variables: list[Var]) -> bool:
 def is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """Whether all that an equation makes of a leaf is seen as that leaf."""
     results = [y for y in equation.outputs if var in equation.behind(y)]
-    is_seen = program.views.keys() >= set(results)
-    return not equation.bodies and bool(results) and is_seen
+    # What multiplies a leaf, or is added to it, is not seen in the result.
+    seen_as = set(map(program.path_of, results))
+    return not equation.bodies and seen_as == {program.path_of(var)}
 
 
 def is_lookup(program: Program, var: Var, equation: Equation) -> bool:

@@ -1,7 +1,6 @@
 """Sites: leaves that an activation is multiplied with; places: the matmuls where that happens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -205,6 +204,8 @@ class _Meeting(NamedTuple):
                 f"{equation} contracts parts or mixtures of its axes (through {maker}): it stays "
                 "float"
             )
+        if not view.varying.isdisjoint(axes):
+            return _of_a_computed_matrix(self.program, equation, self.leaf)
         # The layers that scans run over, or the index of one of them, are batch axes too.
         batch = (*view.taken_axes, *batch)
         channels = sizes_along(view.full_shape, (*batch, *axes))
@@ -219,12 +220,11 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
     """How a product sees a leaf, or why what it multiplies is none."""
     if leaf in program.offsets:
         return f"{equation} multiplies {program.offsets[leaf]:g} + it"
-    view = program.views.get(leaf) or program.sums.get(leaf)
+    view = program.seen.get(leaf)
     if view is None:
-        maker = program.maker.get(program.scanned.get(leaf, leaf))
-        if maker is None:
+        if program.scanned.get(leaf, leaf) not in program.maker:
             return f"{equation} multiplies it in {program.avals[leaf].dtype}"
-        return _of_a_computed_matrix(program, equation, leaf, maker)
+        return _of_a_computed_matrix(program, equation, leaf)
     # An index into a sharded axis picks another matrix on every device.
     axis_of = attrgetter("axis")
     sharded = set(map(axis_of, view.blocks))
@@ -236,12 +236,13 @@ def _view_of(program: Program, equation: Equation, leaf: Var) -> View | str:
 
 
 def _of_a_computed_matrix(
-    program: Program, equation: Equation, leaf: Var, maker: Equation
+    program: Program, equation: Equation, leaf: Var
 ) -> str:
     """Why a product with what fn computes of one leaf, or of several, has no site.
 
     Example: x @ (v + w) names v and w, because their sum is a matrix that is no leaf.
     """
+    maker = program.maker[program.scanned.get(leaf, leaf)]
     paths = sorted(program.leaves_behind(leaf))
     if len(paths) == 1:
         return (
@@ -269,6 +270,8 @@ def _of_convolution(
     convolution = Convolution.of(program, equation)
     if isinstance(found, View):
         site = convolution.site(found)
+        if isinstance(site, Site) and not found.varying.isdisjoint(site.summed):
+            site = _of_a_computed_matrix(program, equation, leaf)
         if isinstance(site, Site):
             axes = (convolution.channels,)
             return [Place(site, equation, image, axes, found)], {}
@@ -346,7 +349,7 @@ def _seen_as(
     program: Program, paths: Mapping[str, Any]
 ) -> Iterator[tuple[Var, str]]:
     """(variable, leaf) of the variables that are one of these leaves, or hold it among others."""
-    for var, view in chain(program.views.items(), program.sums.items()):
+    for var, view in program.seen.items():
         if view.path in paths:
             yield var, view.path
     for var, joined in program.joined.items():
@@ -362,9 +365,9 @@ def _is_passed_on(program: Program, var: Var, equation: Equation) -> bool:
     """
     if equation.runs_a_program:
         return all(value.first != var for value in carried(equation))
-    holding = program.joined.keys() | program.sums.keys()
-    held = not holding.isdisjoint(equation.outputs)
-    return held or is_passed_on(program, var, equation)
+    joins = not program.joined.keys().isdisjoint(equation.outputs)
+    is_seen = var in program.seen and is_passed_on(program, var, equation)
+    return joins or is_seen
 
 
 def _not_looked_into(program: Program, equation: Equation) -> Mapping[str, str]:

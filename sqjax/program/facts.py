@@ -1,6 +1,7 @@
 """`Program`: what is known of the variables of a traced function."""
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from operator import attrgetter
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import numpy as np
 
+from sqjax._shapes import Shape
 from sqjax._trees import is_concrete
 from sqjax.program.build import build
 from sqjax.program.entries import Entry, entries
@@ -68,6 +70,7 @@ class Program:
         joined: {variable: Joined} of the variables that are leaves, concatenated.
         sums: {variable: View} of the variables that are a leaf, seen through views, plus or minus
             what is computed from other leaves: w + a @ b (LoRA) is a view of w here.
+        seen: `views` and `sums` together.
         leaf_views: the same for `leaves`: how a variable's axes are the leaf's.
     """
 
@@ -104,6 +107,7 @@ class Program:
         self.views: dict[Var, View] = {}
         self.joined: dict[Var, Joined] = {}
         self.sums: dict[Var, View] = {}
+        self.seen: Mapping[Any, View] = ChainMap(self.views, self.sums)
         self.leaf_views: dict[Var, View] = {}
         self._fills: dict[Var, np.ndarray] = {}
         # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
@@ -163,12 +167,12 @@ class Program:
         self.from_leaves.add(inner)
         self.steady.add(inner)
         self.scanned[inner] = outer
-        # A slice of a sum is a sum of slices. It is no leaf: only one of its terms is.
-        of_sum = entry.view(self.sums[outer]) if outer in self.sums else None
-        if of_sum is not None:
-            self.sums[inner] = of_sum
-        view = entry.view(self.views[outer]) if outer in self.views else None
+        view = entry.view(self.seen[outer]) if outer in self.seen else None
         if view is None:
+            return
+        # A slice of a sum is a sum of slices. It is no leaf: only one of its terms is.
+        if outer in self.sums:
+            self.sums[inner] = view
             return
         self.views[inner] = view
         # Whether the leaf is read outside the body too is only known once all equations are
@@ -191,7 +195,6 @@ class Program:
             (("concatenate",), self._join),
             (KEEP_JOINED, self._pass_joined),
             (VIEWS, self._pass_view),
-            (VIEWS, self._pass_sum),
             (ADDITIONS, self._add),
         )
         for names, pass_on in facts:
@@ -246,9 +249,21 @@ class Program:
             sources = equation.behind(y)
             return sources[0] if len(sources) == 1 else None
         for position in MULTIPLES[equation.name]:
-            if self._is_number(equation.inputs[1 - position]):
-                return equation.inputs[position]
+            x, other = equation.inputs[position], equation.inputs[1 - position]
+            if self._is_number(other) or self._is_gain(other, x):
+                return x
         return None
+
+    def _is_gain(self, atom: Atom, x: Atom) -> bool:
+        """Whether an operand of fewer elements than a leaf x is computed from other leaves.
+
+        Example: in w * g of (16, 12) and (1, 12) g is one. In w / norm(w) the norm is none, because
+        it needs the elements of w.
+        """
+        is_smaller = math.prod(self.shape(atom)) < math.prod(self.shape(x))
+        if not (is_smaller and self.is_of_leaves(atom)):
+            return False
+        return self.path_of(x) not in self.leaves_behind(atom)
 
     def _is_number(self, atom: Atom) -> bool:
         """Whether an operand is one number, known by its value or made of leaves and literals."""
@@ -259,32 +274,30 @@ class Program:
         return math.prod(self.shape(atom)) == 1
 
     def _pass_view(self, equation: Equation, y: Var) -> None:
-        """A view of a leaf is that leaf; a view of what was picked from a leaf is picked too."""
+        """A view of a leaf, or of a sum, is that; one of what was picked from a leaf is picked."""
         x = self._seen(equation, y)
         if not isinstance(x, Var):
             return
         if x in self.picked:
             self.picked[y] = self.picked[x]
-        view = self._view_among(self.views, equation, y)
+        if x not in self.seen or not self.is_float(y):
+            return
+        rule = VIEWS[equation.name]
+        old, new = self.shape(x), self.shape(y)
+        view = rule(self.seen[x], equation.params, old, new)
         if view is not None:
-            self.views[y] = view
+            gain = self._gain_beside(x, equation)
+            # (w + a @ b).T is w.T + (a @ b).T: of a sum it is a sum.
+            views = self.sums if x in self.sums else self.views
+            views[y] = view.varying_as(gain)
             self._seen_from[y] = x
 
-    def _pass_sum(self, equation: Equation, y: Var) -> None:
-        """What a view makes of a sum it makes of each term: (w + a @ b).T is w.T + (a @ b).T."""
-        view = self._view_among(self.sums, equation, y)
-        if view is not None:
-            self.sums[y] = view
-
-    def _view_among(
-        self, views: Mapping[Var, View], equation: Equation, y: Var
-    ) -> View | None:
-        """The view that a result is of an operand which is among some views; None if it is none."""
-        x = self._seen(equation, y)
-        if not isinstance(x, Var) or x not in views or not self.is_float(y):
-            return None
-        rule = VIEWS[equation.name]
-        return rule(views[x], equation.params, self.shape(x), self.shape(y))
+    def _gain_beside(self, x: Var, equation: Equation) -> Shape:
+        """The shape of what multiplies a view; () of a number, and of any other equation."""
+        if equation.name not in MULTIPLES:
+            return ()
+        [other] = set(equation.inputs).difference([x])
+        return () if self._is_number(other) else self.shape(other)
 
     def _add(self, equation: Equation, y: Var) -> None:
         """A leaf, or such a sum, plus or minus an array that is computed from leaves.
@@ -292,17 +305,11 @@ class Program:
         That array must be no leaf itself, because of two leaves neither is the weight.
         """
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
-            view = self._leaf_or_sum(leaf)
-            is_leaf = self._leaf_or_sum(other) or other in self.joined
-            is_computed = self.is_of_leaves(other) and not is_leaf
-            is_broadcast = self.shape(leaf) != self.shape(y)
-            if view is not None and is_computed and not is_broadcast:
-                self.sums[y] = view
-
-    def _leaf_or_sum(self, atom: Atom) -> View | None:
-        if not isinstance(atom, Var):
-            return None
-        return self.views.get(atom) or self.sums.get(atom)
+            is_leaf = other in self.seen or other in self.joined
+            if leaf not in self.seen or is_leaf or not self.is_of_leaves(other):
+                continue
+            if self.shape(leaf) == self.shape(y):  # it is not repeated
+                self.sums[y] = self.seen[leaf]
 
     def _pass_fill(self, equation: Equation, y: Var) -> None:
         """Copies of one number are that number."""
@@ -423,8 +430,8 @@ class Program:
         return isinstance(atom, Var) and atom not in self.from_leaves
 
     def path_of(self, atom: Atom) -> str | None:
-        """The leaf that an operand is, seen through `views`; None if it is none."""
-        return self.views[atom].path if self._is_view(atom) else None
+        """The leaf that an operand is, seen through `seen`; None if it is none."""
+        return self.seen[atom].path if atom in self.seen else None
 
     def _is_view(self, atom: Atom) -> TypeGuard[Var]:
         return atom in self.views

@@ -15,6 +15,7 @@ An equation that meets values of several kinds belongs to the kind that the regi
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -84,6 +85,10 @@ class Rule(NamedTuple):
 
     run: Callable[..., Any]
     fills: bool = False
+
+    def given(self, numbers: Sequence[Any]) -> Callable[..., Any]:
+        """Its function, told which numbers fill the operands where it asks for them."""
+        return partial(self.run, fills=numbers) if self.fills else self.run
 
 
 def _never(equation: JaxprEqn) -> bool:

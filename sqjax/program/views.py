@@ -73,6 +73,8 @@ class View:
         blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the
             major one first.
         scaled: whether this is a multiple of the leaf: 2 * w, w / sqrt(8) or -w.
+        varying: along which of the leaf's axes that multiple varies: along 1 in w * g of (16, 12)
+            and (1, 12).
     """
 
     path: str
@@ -82,6 +84,7 @@ class View:
     taken: tuple[Taken, ...] = ()
     blocks: tuple[Block, ...] = ()
     scaled: bool = False
+    varying: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":
@@ -156,6 +159,12 @@ class View:
         # The stride is negated, because the major piece of an axis has the largest.
         starts = [(piece.axis, -piece.stride) for piece in self.axes[axis]]
         return min(starts, default=(-1, 0))
+
+    def varying_as(self, shape: Shape) -> "View":
+        """The view, multiplied with an array of this shape, which is broadcast along axes of 1."""
+        longer = [a for a, size in enumerate(shape) if size > 1]
+        along = map(_axis_of, self.pieces(longer))
+        return replace(self, varying=self.varying.union(along))
 
     @property
     def leaf_axes(self) -> tuple[int | None, ...] | None:

@@ -99,10 +99,8 @@ def _by_rule(
 ) -> Any:
     """What the rule of an equation makes of its operands."""
     rule = rules.rule(equation, operands)
-    if not rule.fills:
-        return rule.run(equation, *operands)
     numbers = _numbers_filling(equation, number_filling)
-    return rule.run(equation, *operands, fills=numbers)
+    return rule.given(numbers)(equation, *operands)
 
 
 def _numbers_filling(

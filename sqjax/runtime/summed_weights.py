@@ -44,30 +44,25 @@ _LINEAR = (
 
 @SUMMED_RULES.register(ADDITIONS, WEIGHTS)
 @SUMMED_RULES.register(ADDITIONS, SUMMED)
-def _add(equation: JaxprEqn, *operands: Any) -> Special | None:
+def _add(equation: JaxprEqn, lhs: Any, rhs: Any) -> Special | None:
     """A weight, or such a sum, plus or minus an array, on either side; None for two weights."""
     result: Any = equation.outvars[0].aval
-    terms = [_terms(x, result.shape) for x in operands]
+    added = _terms(rhs, result.shape)
     if equation.primitive.name == "sub":
-        terms[1] = list(map(_negative, terms[1]))
-    every = (*terms[0], *terms[1])
-    weights = specials_among(every)
-    is_broadcast = any(x.value.shape != result.shape for x in weights)
-    if len(weights) > 1 or is_broadcast or not all(terms):
+        added = tuple(map(_negative, added))
+    every = (*_terms(lhs, result.shape), *added)
+    leaf, *others = specials_among(every)
+    # A weight of fewer elements would be repeated.
+    if others or leaf.value.shape != result.shape:
         return None
-    return Special(weights[0].path, SummedWeight(every))
+    return Special(leaf.path, SummedWeight(every))
 
 
-def _terms(x: Any, shape: tuple[int, ...]) -> list[Any]:
-    """What an operand is a sum of; an array is broadcast to the shape of the result.
-
-    [] for a number: x @ (1 + w) has no form that is worth its cost.
-    """
+def _terms(x: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """What an operand is the sum of; an array is broadcast to the shape of the result."""
     if not isinstance(x, Special):
-        is_array = jnp.ndim(x) == len(shape)
-        return [jnp.broadcast_to(x, shape)] if is_array else []
-    is_sum = isinstance(x.value, SummedWeight)
-    return [*x.value.terms] if is_sum else [x]
+        return (jnp.broadcast_to(x, shape),)
+    return x.value.terms if isinstance(x.value, SummedWeight) else (x,)
 
 
 def _negative(term: Any) -> Any:
@@ -82,15 +77,15 @@ def _of_each(equation: JaxprEqn, *operands: Any, fills: Sequence[Any]) -> Any:
 
     Example: x @ (w + d) is x @ w, in int8, plus x @ d.
     """
-    if len(specials_among(operands)) > 1:
+    leaf, *others = specials_among(operands)
+    if others:
         return None
     made = []
-    [me] = [i for i, x in enumerate(operands) if isinstance(x, Special)]
-    for term in operands[me].value.terms:
-        mine = [*operands[:me], term, *operands[me + 1 :]]
+    for term in leaf.value.terms:
+        mine = [term if x is leaf else x for x in operands]
         made.append(_of_term(equation, mine, fills))
     if specials_among(made):
-        return Special(operands[me].path, SummedWeight(tuple(made)))
+        return Special(leaf.path, SummedWeight(tuple(made)))
     return functools.reduce(operator.add, made)
 
 
@@ -101,8 +96,7 @@ def _of_term(
     if not specials_among(operands):
         return emit(equation, *operands)[0]
     rule = WEIGHT_RULES.rule(equation, operands)
-    known = {"fills": fills} if rule.fills else {}
-    made = rule.run(equation, *operands, **known)
+    made = rule.given(fills)(equation, *operands)
     return refuse_weight(equation, *operands) if made is None else made
 
 

@@ -32,7 +32,7 @@ from sqjax.weights.dot_general import (
     quantized_dot_general,
     quantized_ragged_dot,
 )
-from sqjax.weights.quant_weight import is_quantized
+from sqjax.weights.quant_weight import QuantWeight, is_quantized
 
 WEIGHT_RULES = Registry(WEIGHTS)
 
@@ -132,7 +132,7 @@ def _keeps_order(equation: JaxprEqn) -> bool:
     return axes == sorted(axes)
 
 
-# Multiples: the number belongs to the weight's scale ----------------------------------------------
+# Multiples: what the outputs are multiplied with belongs to the weight's scale --------------------
 
 
 @WEIGHT_RULES.register(("neg",), WEIGHTS)
@@ -144,11 +144,14 @@ def _negate(equation: JaxprEqn, leaf: Special) -> Special:
 def _multiply(
     equation: JaxprEqn, lhs: Any, rhs: Any, *, fills: Sequence[Any]
 ) -> Any:
-    """A weight times a number, on either side; None where the weight is broadcast too."""
+    """A weight times a number, or a number for each output, on either side.
+
+    None where the weight is broadcast.
+    """
     leaf, other, fill = lhs, rhs, fills[1]
     if not isinstance(lhs, Special):
         leaf, other, fill = rhs, lhs, fills[0]
-    factor = _number(other, fill)
+    factor = _factor(leaf.value, other, fill)
     if factor is None or _repeats(equation, leaf):
         return None
     return Special(leaf.path, leaf.value.times(factor))
@@ -158,13 +161,13 @@ def _multiply(
 def _divide(
     equation: JaxprEqn, weight: Any, divisor: Any, *, fills: Sequence[Any]
 ) -> Any:
-    """A weight divided by a number; nothing is divided by a weight."""
-    number = None
+    """A weight divided by a number, or one for each output; nothing is divided by a weight."""
+    factor = None
     if isinstance(weight, Special):
-        number = _number(divisor, fills[1])
-    if number is None or _repeats(equation, weight):
+        factor = _factor(weight.value, divisor, fills[1])
+    if factor is None or _repeats(equation, weight):
         return None
-    return Special(weight.path, weight.value.times(1 / number))
+    return Special(weight.path, weight.value.times(1 / factor))
 
 
 def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
@@ -173,13 +176,20 @@ def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
     return result.shape != leaf.value.shape
 
 
-def _number(x: Any, fill: Any) -> Any:
-    """The one number that an operand is or is filled with; None if it is none."""
+def _factor(weight: QuantWeight, x: Any, fill: Any) -> Any:
+    """The number that an operand is or is filled with, or one for each output; else None.
+
+    Example: of a weight (in, out) = (16, 12) a factor of shape (1, 12) is one for each output. One
+    of (16, 1) is none, because the channels are summed before the scale is multiplied.
+    """
     if fill is not None:
         return fill
-    if isinstance(x, Special) or jnp.size(x) != 1:
+    if isinstance(x, Special):
         return None
-    return jnp.reshape(x, ())
+    if jnp.size(x) == 1:
+        return jnp.reshape(x, ())
+    of_channels = weight.tensor.as_stored(jnp.shape(x))[-weight.contracted :]
+    return x if math.prod(of_channels) == 1 else None
 
 
 # The rest -----------------------------------------------------------------------------------------

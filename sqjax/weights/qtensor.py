@@ -268,10 +268,18 @@ class QTensor(NoArray):
         return replace(self, order=shortest(order))
 
     def times(self, factor: Any) -> "QTensor":
-        """The tensor times a number: its scale is that many times larger, and may be negative."""
-        return replace(
-            self, scale=self.scale * jnp.asarray(factor, jnp.float32)
-        )
+        """The tensor times a number, or an array of its rank that does not vary where it shares a
+        scale: the scale is that many times larger, and may be negative.
+        """
+        stored = self.stored(factor).astype(jnp.float32)
+        return replace(self, scale=self.scale * stored)
+
+    def stored(self, x: Any) -> Array:
+        """A logical array of the tensor's rank with its axes as the values' are; a number as it
+        is.
+        """
+        x = jnp.asarray(x)
+        return x.transpose(self.as_stored(range(self.ndim))) if x.ndim else x
 
     def slice(self, slices: Sequence[slice]) -> "QTensor | None":
         """The logical slice: values, and scales along the axes that have them.

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sqjax._serialized import known_to_flax
@@ -124,14 +123,19 @@ class QuantWeight(NoArray):
         )
 
     def times(self, factor: Any) -> "QuantWeight":
-        """The weight times a number. What the activations are divided by stays what it was."""
+        """The weight times a number, or one for each output, of its rank and of size 1 along the
+        channels. What the activations are divided by stays what it was.
+        """
         outliers = self.outliers
-        if outliers is not None:
-            weight = outliers.weight * jnp.asarray(
-                factor, outliers.weight.dtype
-            )
-            outliers = outliers._replace(weight=weight)
         tensor = self.tensor.times(factor)
+        if outliers is not None:
+            # Its outputs are in the stored order; its channels are one axis.
+            of_outputs = self.tensor.stored(factor)
+            if of_outputs.ndim:
+                rows = of_outputs.shape[: self.ndim - self.contracted]
+                of_outputs = of_outputs.reshape(*rows, 1)
+            weight = outliers.weight * of_outputs.astype(outliers.weight.dtype)
+            outliers = outliers._replace(weight=weight)
         return replace(self, tensor=tensor, outliers=outliers)
 
     @property

@@ -233,3 +233,16 @@ def test_other_sums_stay_float_with_a_reason(case):
     with pytest.raises(ValueError, match="found no matmul") as caught:
         sq.calibrate(fn, PARAMS, [X])
     assert reason in str(caught.value)
+
+
+def test_a_barrier_beside_other_arrays_and_a_sum_that_is_looked_up():
+    """What stands beside a weight in a barrier does not multiply it; rows of a sum are no rows of w."""
+
+    def fn(p, x):
+        w, gain, _ = lax.optimization_barrier((p["w"], p["gain"], x))
+        return (x * gain) @ w + p["table"][jnp.array([1])] + (p["rows"] + p["a"] @ p["b"])[:1]
+
+    params = PARAMS | {"gain": jnp.ones((1, 16)), "table": normal(4, 12), "rows": normal(16, 12)}
+    graph = sq.calibrate(fn, params, [X]).graph
+    assert [site.path for site in graph.sites] == ["w"]
+    assert [table.path for table in graph.tables] == ["table"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from jax import lax
 from traced import normal
 
 import sqjax as sq
@@ -99,12 +100,110 @@ def test_one_plus_a_multiple_is_not_one_plus_the_leaf():
     assert not stats.graph.groups
 
 
-@pytest.mark.parametrize("wrong", [lambda p: 2.0 / p["w"], lambda p: p["w"] * p["columns"]])
-def test_what_is_no_multiple_stays_float(wrong):
-    params = {"w": W, "columns": jnp.arange(1.0, 13.0)[None]}
+#: What the function multiplies x with, and what that is times each of w's 12 outputs.
+GAINS = {
+    "a gain": (lambda p: p["w"] * p["g"], 1),
+    "on the left": (lambda p: p["g"] * p["w"], 1),
+    "computed": (lambda p: p["w"] * (jnp.abs(p["g"]) * jnp.sign(p["g"]) * 2.0), 2),
+    "a quotient": (lambda p: p["w"] / (0.5 / p["g"]), 2),
+    "of the transpose": (lambda p: (p["w"].T * -p["g"].T).T, -1),
+    "of heads": (lambda p: (p["w"].reshape(16, 3, 4) * p["g"].reshape(1, 3, 4)).reshape(16, 12), 1),
+    "with an adapter": (lambda p: (p["w"] + 0 * (p["rows"] @ p["g"])) * p["g"], 1),
+}
+
+
+def test_a_gain_of_the_outputs_belongs_to_the_scale():
+    """Every way in one program; w * g as weight norm has it, where v / norm(v) is stored."""
+    gain = jnp.linspace(-2.0, 3.0, 12)[None]
+    params = {name: {"w": W, "g": gain, "rows": normal(16, 1)} for name in GAINS}
 
     def fn(p, x):
-        return x @ wrong(p)
+        return {name: x @ way(p[name]) for name, (way, _) in GAINS.items()}
 
-    with pytest.raises(ValueError, match=r"w: `dot_general` at .* multiplies what `(div|mul)` at"):
+    stats = sq.calibrate(fn, params, [X])
+    assert [site.path for site in stats.graph.sites] == [f"{name}/w" for name in GAINS]
+    qparams = sq.quantize(params, stats)
+    run = sq.quantized(fn)
+    dots = [dot.dtypes for dot in jaxprs.dots(jaxprs.of(run, qparams, X))]
+    assert dots.count(jaxprs.INT8_DOT) == len(GAINS)
+    got = jax.jit(run)(qparams, X)
+    weight = np.asarray(sq.dequantize(qparams["a gain"]["w"].tensor), np.float64)
+    rows = np.asarray(X, np.float64)
+    scale = np.abs(rows).max(axis=1, keepdims=True) / 127
+    product = np.round(rows / scale) * scale @ weight * np.asarray(gain, np.float64)
+    for name, (_, number) in GAINS.items():
+        np.testing.assert_allclose(got[name], product * number, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+GAIN_SCHEMES = {
+    "outliers": sq.W8A8_OUTLIERS,
+    "static, smoothed": sq.W8A8_O3.replace(smoothing=0.5),
+    "per tensor": sq.W8A8.replace(weight=sq.Int8(per_tensor=True)),
+    "in groups": sq.W4A16_G64,
+}
+
+
+@pytest.mark.slow
+def test_other_schemes_take_the_gain_too():
+    x, w, gain = normal(6, 128).at[:, 3].mul(40), normal(128, 12), jnp.linspace(-2.0, 3.0, 12)[None]
+    params = {name: {"w": w, "g": gain} for name in GAIN_SCHEMES}
+    rules = {f"^{name}/": scheme for name, scheme in GAIN_SCHEMES.items()}
+
+    def within(p, x):
+        return {name: x @ (p[name]["w"] * p[name]["g"]) for name in GAIN_SCHEMES}
+
+    def after(p, x):
+        return {name: x @ p[name]["w"] * p[name]["g"] for name in GAIN_SCHEMES}
+
+    qparams = sq.quantize(params, sq.calibrate(within, params, [x]), rules)
+    got, expected = (jax.jit(sq.quantized(fn))(qparams, x) for fn in (within, after))
+    for name in GAIN_SCHEMES:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_gain_of_the_outputs_of_each_layer_and_of_a_kernel():
+    def fn(p, x):
+        layers = p["stack"] * p["gain"]
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+        return lax.conv_general_dilated(x[None], p["conv"] * p["gain"][:1], (1,), "SAME", **NWC)
+
+    NWC = {"dimension_numbers": ("NWC", "WIO", "NWC")}
+    params = {"stack": normal(3, 16, 16) / 4, "gain": normal(3, 1, 16), "conv": normal(3, 16, 16)}
+    stats = sq.calibrate(fn, params, [X])
+    assert {site.path for site in stats.graph.sites} == {"stack", "conv"}
+    got, expected = jax.jit(sq.quantized(fn))(sq.quantize(params, stats), X), fn(params, X)
+    assert 0 < np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
+
+
+NO_MULTIPLES = {
+    "a number divided by it": lambda p: 2.0 / p["w"],
+    "a gain of the channels": lambda p: p["w"] * p["rows"],
+    "of the channels, transposed": lambda p: (p["w"].T * p["rows"].T).T,
+    "a matrix": lambda p: p["w"] * (p["rows"] @ p["g"]),
+    "weight norm": lambda p: p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("case", NO_MULTIPLES)
+def test_what_is_no_multiple_stays_float(case):
+    params = {"w": W, "rows": jnp.arange(1.0, 17.0)[:, None], "g": jnp.ones((1, 12))}
+
+    def fn(p, x):
+        return x @ NO_MULTIPLES[case](p)
+
+    with pytest.raises(ValueError, match=r"w: `dot_general` at .* multiplies what `\w+` at"):
         sq.calibrate(fn, params, [X])
+
+
+def test_a_gain_that_is_multiplied_itself_stays_float():
+    """x @ g is a matmul too, but w * g needs g's elements."""
+
+    def fn(p, x):
+        return x @ p["g"].T * jnp.sum(x @ (p["w"] * p["g"]))
+
+    params = {"w": normal(12, 12), "g": normal(1, 12)}
+    x = normal(6, 12)
+    stats = sq.calibrate(fn, params, [x])
+    assert [site.path for site in stats.graph.sites] == ["w"]
+    assert np.isfinite(sq.quantized(fn)(sq.quantize(params, stats), x)).all()
