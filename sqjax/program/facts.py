@@ -296,8 +296,9 @@ class Program:
         """The shape of what multiplies a view; () of a number, and of any other equation."""
         if equation.name not in MULTIPLES:
             return ()
-        [other] = set(equation.inputs).difference([x])
-        return () if self._is_number(other) else self.shape(other)
+        others = filterfalse(self._is_number, equation.inputs)
+        shapes = [self.shape(other) for other in others if other != x]
+        return shapes[0] if shapes else ()
 
     def _add(self, equation: Equation, y: Var) -> None:
         """A leaf, or such a sum, plus or minus an array that is computed from leaves.

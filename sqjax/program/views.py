@@ -8,6 +8,8 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sqjax._shapes import Shape, entries_at, from_front, runs, sizes_along
 from sqjax.program.primitives import IDENTITIES, MULTIPLES
 
@@ -162,7 +164,7 @@ class View:
 
     def varying_as(self, shape: Shape) -> "View":
         """The view, multiplied with an array of this shape, which is broadcast along axes of 1."""
-        longer = [a for a, size in enumerate(shape) if size > 1]
+        longer = np.flatnonzero(np.greater(shape, 1)).tolist()
         along = map(_axis_of, self.pieces(longer))
         return replace(self, varying=self.varying.union(along))
 

@@ -200,9 +200,10 @@ def test_a_gain_that_is_multiplied_itself_stays_float():
     """x @ g is a matmul too, but w * g needs g's elements."""
 
     def fn(p, x):
-        return x @ p["g"].T * jnp.sum(x @ (p["w"] * p["g"]))
+        one = p["one"] * p["one"]  # of one number there is no gain beside it
+        return x @ p["g"].T * jnp.sum(x @ (p["w"] * p["g"] * one))
 
-    params = {"w": normal(12, 12), "g": normal(1, 12)}
+    params = {"w": normal(12, 12), "g": normal(1, 12), "one": jnp.ones((1, 1))}
     x = normal(6, 12)
     stats = sq.calibrate(fn, params, [x])
     assert [site.path for site in stats.graph.sites] == ["w"]
