@@ -5,7 +5,7 @@ from collections import ChainMap
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -23,18 +23,7 @@ from sqjax.program.primitives import (
     PICKS,
 )
 from sqjax.program.trace import Traced
-from sqjax.program.views import VIEWS, View
-
-
-class Joined(NamedTuple):
-    """Leaves that the program has concatenated: views of them, along an axis of the result.
-
-    Example: `concatenate([q, k], 1)` of leaves (8, 4) and (8, 2) has the axis 1 and two views.
-    """
-
-    axis: int
-    views: tuple[View, ...]
-
+from sqjax.program.views import VIEWS, Joined, View
 
 #: Notes what is known of one result of an equation.
 _Fact = Callable[[Equation, Var], None]

@@ -1,4 +1,6 @@
-"""`View`: a leaf seen through transposes, slices, scans ...: which of its axes is where."""
+"""`View`: a leaf seen through transposes, slices, scans ...: which of its axes is where. `Joined`:
+several of them, concatenated.
+"""
 
 import math
 from collections import deque
@@ -253,6 +255,16 @@ class View:
     def fixed(self) -> tuple[Taken, ...]:
         """The axes that are seen at a fixed index: which of a stack of matrices this is."""
         return tuple(taken for taken in self.taken if taken.scan is None)
+
+
+class Joined(NamedTuple):
+    """Leaves that the program has concatenated: views of them, along an axis of the result.
+
+    Example: `concatenate([q, k], 1)` of leaves (8, 4) and (8, 2) has the axis 1 and two views.
+    """
+
+    axis: int
+    views: tuple[View, ...]
 
 
 def _one_part(pieces: tuple[Piece, ...], block: Block) -> tuple[Piece, ...]:
