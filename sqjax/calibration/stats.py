@@ -153,21 +153,10 @@ class Stats:
         Where no expert of the stack saw 32 tokens, nobody asked for more: then an eighth of the
         most are enough. float32, the channels' shape.
         """
-        if site.path not in self.reached:
-            return jnp.ones(site.channels, jnp.float32)
-        tokens = jnp.asarray(self.reached[site.path])
-        # The experts of a ragged dot share one activation, and all of its tokens count.
-        summed = tokens.sum(range(len(site.batch), tokens.ndim))
-        of_matrix = summed.astype(jnp.float32)
-        most = jnp.max(of_matrix, initial=0)
-        enough = jnp.where(most >= FEW_TOKENS, FEW_TOKENS, most / 8)
-        # Where no token reached any matrix of the stack this is 0 / 1e-3, and not the NaN of 0 / 0.
-        trust = jnp.clip(of_matrix / jnp.maximum(enough, 1e-3), 0, 1)
         # A single matrix has no others to be compared with.
-        if not site.batch:
-            trust = jnp.ones_like(trust)
-        spread = trust.reshape(trust.shape + (1,) * len(site.axes))
-        return jnp.broadcast_to(spread.astype(jnp.float32), site.channels)
+        if site.path not in self.reached or not site.batch:
+            return jnp.asarray(np.ones(site.channels, np.float32))
+        return _trust(self.reached[site.path], len(site.batch), site.channels)
 
     def _tokens_of(self, site: Site) -> np.ndarray:
         """How many tokens reached each matrix of a site's stack."""
@@ -277,6 +266,20 @@ class Stats:
             return all(np.all(np.asarray(s) == 1) for s in folded)
         # Under jit nobody knows yet, so the answer is an array, too.
         return jnp.all(jnp.concatenate(folded) == 1)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _trust(tokens: Array, batch: int, channels: tuple[int, ...]) -> Array:
+    """`Stats.trust` of a stack, from how many tokens reached each of its matrices."""
+    # The experts of a ragged dot share one activation, and all of its tokens count.
+    summed = tokens.sum(range(batch, tokens.ndim))
+    of_matrix = summed.astype(jnp.float32)
+    most = jnp.max(of_matrix, initial=0)
+    enough = jnp.where(most >= FEW_TOKENS, FEW_TOKENS, most / 8)
+    # Where no token reached any matrix of the stack this is 0 / 1e-3, and not the NaN of 0 / 0.
+    trust = jnp.clip(of_matrix / jnp.maximum(enough, 1e-3), 0, 1)
+    spread = trust.reshape(trust.shape + (1,) * (len(channels) - batch))
+    return jnp.broadcast_to(spread.astype(jnp.float32), channels)
 
 
 def weight_absmax(site: Site, leaf: ArrayLike) -> Array:

@@ -72,11 +72,20 @@ def expand(s: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     for group in graph.groups:
         if group.name not in s:
             continue
-        with_one = _with_one(s[group.name])
         # Different groups scale different channels of a site, so the other one's factor is 1.
         for path, labels in group.sites:
-            factors[path] = factors.get(path, 1.0) * with_one[labels.array]
+            own = _times_labelled(
+                factors.get(path), s[group.name], labels.array
+            )
+            factors[path] = own
     return factors
+
+
+@jax.jit
+def _times_labelled(factor: Any, s: Array, labels: Array) -> Array:
+    """A factor of each channel, or None, times the s that its label says."""
+    own = _with_one(s)[labels]
+    return own if factor is None else factor * own
 
 
 def fold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:

@@ -144,7 +144,7 @@ def _sites_of(groups: Iterable[Group], stats: Stats) -> list[Site]:
 
 
 class Maxima(NamedTuple):
-    """The channels of one site, flat.
+    """The channels of one site.
 
     Attributes:
         scale_of: which of the group's scales each channel has, counted from 1; 0 for those that
@@ -167,14 +167,13 @@ def _maxima_of_sites(
     site_of = dict(zip(paths_of(sites), sites, strict=True))
     found = []
     for path, labels in group.sites:
-        scale_of = labels.array.ravel()
         site = site_of[path]
-        x_absmax = believable(
-            replicated(stats.absmax[path]), len(site.batch)
-        ).ravel()
-        w_absmax = weight_absmax(site, leaves[path]).ravel()
-        trust = stats.trust(site).ravel()
-        found.append(Maxima(scale_of, x_absmax, w_absmax, trust))
+        seen = replicated(stats.absmax[path])
+        x_absmax = believable(seen, len(site.batch))
+        w_absmax = weight_absmax(site, leaves[path])
+        found.append(
+            Maxima(labels.array, x_absmax, w_absmax, stats.trust(site))
+        )
     return found
 
 
@@ -194,9 +193,9 @@ def _key_scales(
         # The first site is the keys themselves; the others are matmuls that the scale passes on its
         # way to a leaf.
         path, labels = group.sites[0]
-        absmax = stats.absmax[path].ravel()
-        ones = jnp.ones_like(absmax)
-        maxima = Maxima(labels.array.ravel(), absmax, ones, ones)
+        absmax = stats.absmax[path]
+        ones = jnp.asarray(np.ones(absmax.shape, np.float32))
+        maxima = Maxima(labels.array, absmax, ones, ones)
         exact = group.degree if round_scales == "pow2" else None
         s[group.name] = _group_scales([maxima], exponent, group.size, exact)
     return s
@@ -217,9 +216,10 @@ def _group_scales(
     # Entry 0 takes the channels without a scale, and is dropped.
     x_absmax = w_absmax = trust = jnp.zeros(size + 1, jnp.float32)
     for site in sites:
-        x_absmax = x_absmax.at[site.scale_of].max(replicated(site.x_absmax))
-        w_absmax = w_absmax.at[site.scale_of].max(replicated(site.w_absmax))
-        trust = trust.at[site.scale_of].max(replicated(site.trust))
+        flat = Maxima(*map(jnp.ravel, map(replicated, site)))
+        x_absmax = x_absmax.at[flat.scale_of].max(flat.x_absmax)
+        w_absmax = w_absmax.at[flat.scale_of].max(flat.w_absmax)
+        trust = trust.at[flat.scale_of].max(flat.trust)
     s = smoothing_scales(x_absmax[1:], w_absmax[1:], alpha)
     # Drawn towards 1 where few tokens were seen. (A power of 1 may round.)
     s = jnp.where(trust[1:] < 1, s ** trust[1:], s)

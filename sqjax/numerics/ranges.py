@@ -101,6 +101,7 @@ class Histogram:
             jnp.zeros((*batch, BINS), jnp.uint32), jnp.zeros(batch, jnp.float32)
         )
 
+    @partial(jax.jit, inline=True)
     def __add__(self, other: "Histogram") -> "Histogram":
         low = self.low + other.low
         carry = (low < other.low).astype(jnp.uint32)
@@ -184,14 +185,23 @@ def percentile_range(histogram: Histogram, p: float) -> Float[Array, "*batch"]:
             f"percentile_range: expected a fraction in (0, 1], got {p}: 0.9999 is the 99.99th "
             "percentile"
         )
+    return _reaching(histogram, np.float32(1 - p))
+
+
+@jax.jit
+def _reaching(
+    histogram: Histogram, beyond_at_most: Any
+) -> Float[Array, "*batch"]:
+    """The smallest edge above which lies at most this share of the counted |x|."""
     counts = histogram.counts
     within = lax.cumsum(counts, axis=counts.ndim - 1, reverse=True)
     beyond = within - counts  # the share above each bin's upper edge
-    enough = beyond <= jnp.float32(1 - p) * within[..., :1]
+    enough = beyond <= beyond_at_most * within[..., :1]
     upper = jnp.asarray(np.append(EDGES[1:-1], np.float32(np.inf)))
     return jnp.minimum(upper[jnp.argmax(enough, axis=-1)], histogram.absmax)
 
 
+@partial(jax.jit, static_argnames="fmt")
 def mse_range(
     histogram: Histogram, fmt: Format = INT8
 ) -> Float[Array, "*batch"]:

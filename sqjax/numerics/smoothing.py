@@ -4,8 +4,10 @@ A smoothing scale moves the size of a channel from the activation to the weight:
 It is none of the quantizer's scales, which say what one step of an integer is worth.
 """
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -18,6 +20,7 @@ FLOOR = 1e-5
 NEXT_TO_NOTHING = 1 / 64
 
 
+@partial(jax.jit, static_argnames="batch", inline=True)
 def believable(x_absmax: Array, batch: int) -> Array:
     """Ranges of channels; what is next to nothing is taken to be the median channel's.
 
@@ -48,6 +51,7 @@ def believable(x_absmax: Array, batch: int) -> Array:
     return jnp.where(too_small, median, flat).reshape(x_absmax.shape)
 
 
+@partial(jax.jit, inline=True)
 def smoothing_scales(x_absmax: Array, w_absmax: Array, alpha: Any) -> Array:
     """s_j = max |X_j|^alpha / max |W_j|^(1 - alpha), elementwise: float32, the arguments' shape.
 

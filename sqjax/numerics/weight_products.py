@@ -124,7 +124,7 @@ def _spread(x: Array, group: int | None, length: int) -> Array:
     return jnp.repeat(x, group, axis=1)[:, :length]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnames="recipe", inline=True)
 def product(
     recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
 ) -> Float[Array, "rows outputs"]:
@@ -135,6 +135,13 @@ def product(
     The derivative with respect to x is that of the float product with the dequantized weight
     (straight-through, Bengio et al. 2013).
     """
+    return _product(recipe, x, matrix)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(
+    recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
+) -> Float[Array, "rows outputs"]:
     if recipe.activations is None:
         return weight_only(x, matrix, recipe.group)
     fmt = FORMATS[recipe.fmt]
@@ -146,13 +153,13 @@ def product(
     return sums.astype(jnp.float32) * x_scale * matrix.scale.T
 
 
-@product.defjvp
+@_product.defjvp
 def _straight_through(recipe, primals, tangents):
     """The derivative of the float product, because that of rounding is 0 almost everywhere."""
     x, matrix = primals
     dx = tangents[0].astype(jnp.float32)
     weight = matrix.dequantized(recipe.group)
-    return product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
+    return _product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
 
 
 def activation_scale(

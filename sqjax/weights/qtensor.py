@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -126,25 +127,13 @@ class QTensor(NoArray):
         Raises:
             ValueError: a zero point in another format than int4, or groups that do not fit.
         """
-        stored, order, sharing = lay_out(x, contracting, batch, granularity)
-        if not zero_point:
-            scale = scale_from_absmax(
-                sharing.reduced(jnp.abs(stored), jnp.max), fmt
-            )
-            values = to_format(stored, sharing.spread(scale), fmt)
-            return cls(
-                values, scale, order, x.dtype, group=sharing.group, fmt=fmt
-            )
-        if fmt != INT4:
-            raise ValueError(
-                f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range"
-            )
-        lowest = sharing.reduced(stored, jnp.min)
-        highest = sharing.reduced(stored, jnp.max)
-        scale, zero = zero_point_range(lowest, highest)
-        values = to_codes(stored, sharing.spread(scale), sharing.spread(zero))
-        return cls(
-            values, scale, order, x.dtype, zero, group=sharing.group, fmt=fmt
+        return _quantized(
+            x,
+            contracting=tuple(contracting),
+            granularity=granularity,
+            fmt=fmt,
+            batch=tuple(batch),
+            zero_point=zero_point,
         )
 
     @classmethod
@@ -173,19 +162,8 @@ class QTensor(NoArray):
         Raises:
             ValueError: groups that do not fit.
         """
-        first = cls.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
-        stored, order, sharing = lay_out(x, contracting, batch, group)
-        q = to_format(stored, first.scale, FIRST_LEVEL).astype(jnp.int32)
-        # The range holds 0, so that 0 has a code of its own.
-        low = jnp.minimum(sharing.reduced(q, jnp.min), 0)
-        high = jnp.maximum(sharing.reduced(q, jnp.max), 0)
-        step = jnp.maximum((high - low + 14) // 15, 1)
-        zero = -_nearest(low, step) - 8
-        codes = _nearest(q, sharing.spread(step)) + sharing.spread(zero)
-        values = jnp.clip(codes, -8, 7).astype(container(INT4))
-        zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
-        return cls(
-            values, first.scale, order, x.dtype, zero, step, sharing.group, INT4
+        return _quantized_twice(
+            x, contracting=tuple(contracting), group=group, batch=tuple(batch)
         )
 
     def __repr__(self) -> str:
@@ -390,6 +368,82 @@ def dequantize(q: QTensor) -> Array:
         "with jax.tree.map and is_leaf=lambda w: isinstance(w, sqjax.QuantWeight))",
         q,
     )
+    return _dequantized(q)
+
+
+# Compiled whole, because step by step each step is a program of its own --------------------------
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "contracting",
+        "granularity",
+        "fmt",
+        "batch",
+        "zero_point",
+    ),
+    inline=True,
+)
+def _quantized(
+    x: Array,
+    *,
+    contracting: tuple[int, ...],
+    granularity: Granularity,
+    fmt: Format,
+    batch: tuple[int, ...],
+    zero_point: bool,
+) -> QTensor:
+    stored, order, sharing = lay_out(x, contracting, batch, granularity)
+    if not zero_point:
+        scale = scale_from_absmax(
+            sharing.reduced(jnp.abs(stored), jnp.max), fmt
+        )
+        values = to_format(stored, sharing.spread(scale), fmt)
+        return QTensor(
+            values, scale, order, x.dtype, group=sharing.group, fmt=fmt
+        )
+    if fmt != INT4:
+        raise ValueError(
+            f"quantize: zero points are for int4 weights, got {fmt.name}; use a symmetric range"
+        )
+    lowest = sharing.reduced(stored, jnp.min)
+    highest = sharing.reduced(stored, jnp.max)
+    scale, zero = zero_point_range(lowest, highest)
+    values = to_codes(stored, sharing.spread(scale), sharing.spread(zero))
+    return QTensor(
+        values, scale, order, x.dtype, zero, group=sharing.group, fmt=fmt
+    )
+
+
+@partial(
+    jax.jit, static_argnames=("contracting", "group", "batch"), inline=True
+)
+def _quantized_twice(
+    x: Array,
+    *,
+    contracting: tuple[int, ...],
+    group: int,
+    batch: tuple[int, ...],
+) -> QTensor:
+    first = QTensor.quantize(x, contracting, "per_channel", FIRST_LEVEL, batch)
+    stored, order, sharing = lay_out(x, contracting, batch, group)
+    q = to_format(stored, first.scale, FIRST_LEVEL).astype(jnp.int32)
+    # The range holds 0, so that 0 has a code of its own.
+    low = jnp.minimum(sharing.reduced(q, jnp.min), 0)
+    high = jnp.maximum(sharing.reduced(q, jnp.max), 0)
+    step = jnp.maximum((high - low + 14) // 15, 1)
+    zero = -_nearest(low, step) - 8
+    codes = _nearest(q, sharing.spread(step)) + sharing.spread(zero)
+    values = jnp.clip(codes, -8, 7).astype(container(INT4))
+    zero, step = zero.astype(jnp.int8), step.astype(jnp.int8)
+    return QTensor(
+        values, first.scale, order, x.dtype, zero, step, sharing.group, INT4
+    )
+
+
+@partial(jax.jit, inline=True)
+def _dequantized(q: QTensor) -> Array:
     stored = q.codes().astype(jnp.float32) * q.spread(q.scale)
     return stored.transpose(q.axes).astype(q.dtype)
 
