@@ -120,6 +120,11 @@ def sides_of(program: Program, e: Equation) -> tuple[Side, Side]:
 def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
     """The places where an activation is multiplied with a leaf, which is the place's site.
 
+    A leaf may be multiplied as w and as w.T. Its site is then the product that sums along its rows:
+    each row is an output, as in the untied head h @ E.T beside onehot @ E, and can be looked up
+    too. The other product is no place: it needs no statistics, because in it the activation is
+    always quantized at run time (see `sqjax.weights.dot_general`).
+
     Returns:
         The places, and {leaf: why it is no site} of other leaves that a matmul may meet.
     """
@@ -133,9 +138,13 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
             refused.update(reasons)
             continue
         refused.update(_not_looked_into(program, equation))
-    refused.update(_read_otherwise(program, places))
-    refused.update(_read_in_two_ways(places))
-    return [p for p in places if p.site.path not in refused], refused
+    # Where a leaf has two, that of the later axes stays: of (rows, columns) the columns are summed.
+    by_axes = sorted(places, key=attrgetter("site.axes"))
+    sites = {place.site.path: place.site for place in by_axes}
+    refused.update(_read_otherwise(program, places, sites))
+    refused.update(_read_in_two_ways(places, sites))
+    kept = set(map(sites.get, sites.keys() - refused.keys()))
+    return [place for place in places if place.site in kept], refused
 
 
 def _of_matmul(
@@ -300,25 +309,45 @@ def _in_order(
 # Leaves that a matmul meets, but not as a site ----------------------------------------------------
 
 
-def _read_in_two_ways(places: Sequence[Place]) -> dict[str, str]:
+def _read_in_two_ways(
+    places: Sequence[Place], sites: Mapping[str, Site]
+) -> dict[str, str]:
     """{leaf: why it is no site} of leaves whose places do not agree on what its channels are."""
     refused: dict[str, str] = {}
     first_place: dict[str, Place] = {}
     for place in places:
         path = place.site.path
         first = first_place.setdefault(path, place)
-        if first.site != place.site:
+        if not _agrees(place, sites[path]):
             refused[path] = (
-                f"it is contracted along different axes; {place.equation} is the second use: it "
-                "stays float, unless the transpose is a leaf of its own"
+                f"it is contracted along different axes, and {place.equation} does not sum over "
+                "just what are outputs elsewhere: it stays float, unless that reads a leaf of its "
+                "own"
             )
         elif first.view.stacked != place.view.stacked:
             refused[path] = f"{place.equation} reads its layers in another way"
     return refused
 
 
+def _agrees(place: Place, site: Site) -> bool:
+    """Whether a matmul with a site's leaf sums over its channels, or over all of its outputs and
+    has all of its channels as outputs.
+
+    Example: w (3, 16, 12), a stack of 3 matrices that x @ w contracts along the axis 1, may be
+    contracted along the axis 2 in h @ w.T, but not in h @ w[:, :8].T, a part of the channels.
+    """
+    view = place.view
+    outputs = other_axes(len(view.shape), site.channel_axes)
+    channels = sizes_along(view.full_shape, (*site.batch, *outputs))
+    transposed = site._replace(axes=tuple(outputs), channels=channels)
+    # A quantized weight keeps its channels together, because they share scales.
+    apart = view.sliced | view.varying
+    is_transposed = place.site == transposed and apart.isdisjoint(site.axes)
+    return place.site == site or is_transposed
+
+
 def _read_otherwise(
-    program: Program, places: Sequence[Place]
+    program: Program, places: Sequence[Place], sites: Mapping[str, Site]
 ) -> dict[str, str]:
     """{leaf: why it is no site} of weights that something else reads too, or that fn returns.
 
@@ -328,12 +357,11 @@ def _read_otherwise(
     """
     refused: dict[str, str] = {}
     matmuls = {(place.site.path, id(place.equation)) for place in places}
-    axes_of = {place.site.path: place.site.axes for place in places}
-    for var, path in _seen_as(program, axes_of):
+    for var, path in _seen_as(program, sites):
         if var in program.outputs:
             refused[path] = f"it is {program.outputs[var]} too: it stays float"
         for equation in program.readers.get(var, []):
-            by_rows = 0 not in axes_of[path]
+            by_rows = 0 not in sites[path].axes
             looked_up = by_rows and is_lookup(program, var, equation)
             multiplied = (path, id(equation)) in matmuls
             passed_on = _is_passed_on(program, var, equation)

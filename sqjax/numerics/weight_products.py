@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.numerics.digits import three_digits
-from sqjax.numerics.dots import LAST_AXES, narrow_dot
+from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, narrow_dot
 from sqjax.numerics.formats import (
     FORMATS,
     Format,
@@ -160,6 +160,31 @@ def _straight_through(recipe, primals, tangents):
     dx = tangents[0].astype(jnp.float32)
     weight = matrix.dequantized(recipe.group)
     return _product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
+
+
+def transposed_product(
+    recipe: Recipe, x: Float[Array, "rows outputs"], matrix: Matrix
+) -> Float[Array, "rows inner"]:
+    """x @ W in float32, where `product` is x @ W.T.
+
+    W is diag(scale) Q, so this is (x * scale) @ Q: the products are narrow here too, and the scales
+    are those of x alone. x * scale has one for each row, computed at run time, whatever the recipe
+    says of x, because a static one would be that of the other product's activations.
+
+    W in groups, or of more outputs than an int32 sum holds, is dequantized, and x stays float.
+    """
+    outputs, groups = matrix.scale.shape
+    if groups == 1 and outputs <= LONGEST_CONTRACTION:
+        x = x.astype(jnp.float32) * matrix.scale.T
+        codes = matrix.integers(recipe.group)
+        activations = recipe.activations and "per_token"
+    else:
+        x = x.astype(jnp.float32)
+        codes = matrix.dequantized(recipe.group)
+        activations = None
+    ones = jnp.ones((codes.shape[1], 1), jnp.float32)
+    transposed = Matrix(codes.T, None, None, ones, None)
+    return product(Recipe(activations, recipe.fmt), x, transposed)
 
 
 def activation_scale(

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import entries_at, other_axes
+from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import (
     Matrix,
     Recipe,
     product,
     ragged_product,
+    transposed_product,
 )
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
@@ -43,6 +44,9 @@ def quantized_dot_general(
     For x (tokens, experts, in) and a weight (experts, in, out), which is stored as (experts, out,
     in), the rows are (experts, tokens, in), the products (experts, tokens, out).
 
+    A weight may also be contracted along its outputs, as in h @ w.T where it was quantized for x @
+    w: see `sqjax.numerics.weight_products.transposed_product`.
+
     Args:
         x: the activation.
         weight: the quantized weight.
@@ -50,12 +54,19 @@ def quantized_dot_general(
         where: names the weight in errors.
 
     Raises:
-        ValueError: the weight is not stored along the contracted axes, or the contraction is too
-            long for an exact int32 sum.
+        ValueError: the contracted axes are neither all channels nor all outputs of the weight, or
+            there are too many channels for an exact int32 sum.
     """
     (_, w_axes), (_, w_batch) = dimensions
-    check_contraction(weight, w_axes, w_batch, where)
+    weight.tensor.check(where)
     axes = _axes_of(x.ndim, weight.tensor.axes, dimensions)
+    if _sums_over_outputs(weight.tensor, w_axes, w_batch):
+        multiply, channels = _multiply_transposed, axes.outer
+    else:
+        check_contraction(weight, w_axes, w_batch, where)
+        multiply, channels = _multiply, list(w_axes)
+    multiply = partial(multiply, weight.recipe)
+
     moved = x.transpose(*axes.batch, *axes.free, *axes.contracted)
     after_batch = len(axes.batch)
     after_free = after_batch + len(axes.free)
@@ -67,16 +78,13 @@ def quantized_dot_general(
         math.prod(moved.shape[after_free:]),
     )
 
-    multiply = partial(_multiply, weight.recipe)
-    operands = rows, *matrices(weight, len(w_axes), len(w_batch))
+    operands = rows, *matrices(weight, len(channels), len(w_batch))
     if w_batch:
         out = jax.vmap(multiply)(*operands)
     else:
         out = multiply(*jax.tree.map(lambda stack: stack[0], operands))
 
-    outer_sizes = weight.tensor.values.shape[
-        len(w_batch) : weight.ndim - len(w_axes)
-    ]
+    outer_sizes = sizes_along(weight.tensor.values.shape, axes.outer)
     return out.reshape(*batch_sizes, *free_sizes, *outer_sizes).transpose(
         axes.of_result
     )
@@ -88,14 +96,16 @@ class _Axes(NamedTuple):
     Attributes:
         batch, free, contracted: the axes of x. The batch and contracted ones follow the order in
             which the weight stores their partners, because the weight is not moved.
-        of_result: the transposition of (*batch, *free, *outer), where the outer axes are as the
-            weight stores them, to what `lax.dot_general` gives: the batch axes in the caller's
-            order, then the free ones, then the outer ones in logical order.
+        outer: the axes of the stored values that stay in the result, ascending.
+        of_result: the transposition of (*batch, *free, *outer) to what `lax.dot_general` gives: the
+            batch axes in the caller's order, then the free ones, then the outer ones in logical
+            order.
     """
 
     batch: list[int]
     free: list[int]
     contracted: list[int]
+    outer: list[int]
     of_result: list[int]
 
 
@@ -106,17 +116,17 @@ def _axes_of(
     (x_axes, w_axes), (x_batch, w_batch) = dimensions
     batch = _as_partners(x_batch, w_batch, stored)
     free = other_axes(x_ndim, x_axes, x_batch)
-    outer = other_axes(len(stored), w_axes, w_batch)
+    logical = entries_at(stored, other_axes(len(stored), w_axes, w_batch))
+    outer = sorted(logical)
     after_batch = len(batch)
-    # An outer axis is stored behind the batch axes. In the product the free axes of x stand in
-    # between, so that it is as many places further.
+    after_free = after_batch + len(free)
     of_result = [
         *map(batch.index, x_batch),
-        *range(after_batch, after_batch + len(free)),
-        *[len(free) + stored[a] for a in outer],
+        *range(after_batch, after_free),
+        *[after_free + outer.index(place) for place in logical],
     ]
     contracted = _as_partners(x_axes, w_axes, stored)
-    return _Axes(batch, free, contracted, of_result)
+    return _Axes(batch, free, contracted, outer, of_result)
 
 
 def _as_partners(
@@ -149,6 +159,26 @@ def _multiply(
     return product(recipe, rest, matrix) + in_float
 
 
+def _multiply_transposed(
+    recipe: Recipe,
+    rows: Array,
+    matrix: Matrix,
+    smoothing: Array | None,
+    outliers: Outliers | None,
+) -> Float[Array, "rows inner"]:
+    """rows @ W, where `_multiply` is rows @ W.T: W's channels are outputs here.
+
+    So outlier channels are outputs that are multiplied in float, and where the matrix holds W times
+    `smoothing`, the outputs are divided by it.
+    """
+    out = transposed_product(recipe, rows, matrix)
+    if outliers is not None:
+        weight = outliers.weight.astype(jnp.float32)
+        in_float = jnp.matmul(rows.astype(jnp.float32), weight)
+        out = out.at[:, outliers.channels].set(in_float)
+    return _smoothed(out, smoothing)
+
+
 def _smoothed(rows: Array, smoothing: Array | None) -> Array:
     """X / s, or X where there is no smoothing at run time."""
     if smoothing is None:
@@ -175,7 +205,6 @@ def check_contraction(
             contracted channels do not share a scale; an int32 sum could overflow.
     """
     tensor = weight.tensor
-    tensor.check(where)
     if not _is_stored_for(tensor, w_axes, w_batch):
         asked = f"along its axes {tuple(w_axes)}"
         if w_batch:
@@ -207,6 +236,18 @@ def _is_stored_for(
     wanted = [*range(len(batch)), *range(first, tensor.ndim)]
     one_scale = math.prod(tensor.scale.shape[first:]) == 1
     return places == wanted and (one_scale or tensor.group is not None)
+
+
+def _sums_over_outputs(
+    tensor: QTensor, w_axes: Sequence[int], w_batch: Sequence[int]
+) -> bool:
+    """Whether the contracted axes are all outputs of a weight, and what stays are its channels.
+
+    Example: w of (in, out), quantized for x @ w, in h @ w.T.
+    """
+    outer = other_axes(tensor.ndim, w_axes, w_batch)
+    is_own = _is_stored_for(tensor, w_axes, w_batch)
+    return bool(outer) and not is_own and _is_stored_for(tensor, outer, w_batch)
 
 
 def _contracted(tensor: QTensor) -> tuple[int, ...]:
@@ -289,6 +330,7 @@ def quantized_ragged_dot(
         ValueError: as `quantized_dot_general`; or the weight is no such stack, has outlier
             channels, or has groups where activations are quantized.
     """
+    weight.tensor.check(where)
     check_contraction(weight, (1,), (), where)
     has_groups = weight.tensor.scale.shape[-1] > 1
     problems = {
