@@ -518,10 +518,18 @@ ODD = {
         "refused w: .*picks of it by an index: it stays float; .* use jax.lax.scan",
     ),
     "contracted along different axes": (
+        lambda p, x: (
+            jnp.einsum("td,dhk->thk", x, p["b"]),
+            jnp.einsum("tk,dhk->tdh", x[:, :2], p["b"]),
+        ),
+        {"b": normal(4, 2, 2)},
+        "refused b: it is contracted along different axes, and `dot_general` at .* does not sum "
+        "over just what are outputs elsewhere: it stays float, unless that reads a leaf of its own",
+    ),
+    "multiplied as w and as w.T": (
         lambda p, x: jnp.tanh(x @ p["b"]) @ p["b"].T,
         {"b": AB["b"]},
-        "refused b: .*different axes; `dot_general` at .*second use: it "
-        "stays float, unless the transpose is a leaf",
+        "(?s)1 sites\n.*refused b: `tanh` at .*at run time",
     ),
     "a site in no group": (
         lambda p, x: jnp.tanh(x) @ p["b"],
