@@ -32,9 +32,14 @@ LAST_AXES = (((1,), (1,)), ((), ()))
 
 
 def narrow_dot(
-    q: Shaped[Array, "rows inner"], codes: Shaped[Array, "outputs inner"]
+    q: Shaped[Array, "rows inner"],
+    codes: Shaped[Array, "first last"],
+    summed: int = 1,
 ) -> Shaped[Array, "rows outputs"]:
     """q @ codes.T: int8 x int8 -> int32, or float8 x float8 -> float32.
+
+    With summed=0, the axis of the codes that is summed over, it is q @ codes. Transposing the codes
+    before would take XLA:CPU longer than the product.
 
     int4 codes become int8 first, because no platform multiplies int8 with int4. A single row has
     programs of its own: on a CPU it is computed twice, because XLA:CPU runs an int8 matrix-vector
@@ -42,19 +47,22 @@ def narrow_dot(
     codes are multiplied in int32, because XLA:GPU does not compile such a product by way of int8
     for sm_80.
     """
+    dimensions = (((1,), (summed,)), ((), ()))
     floating = jnp.issubdtype(q.dtype, jnp.floating)
     kind = jnp.float32 if floating else jnp.int32
 
     def dot(q, codes):
         codes = codes if floating else codes.astype(jnp.int8)
-        return lax.dot_general(q, codes, LAST_AXES, preferred_element_type=kind)
+        return lax.dot_general(
+            q, codes, dimensions, preferred_element_type=kind
+        )
 
     def dot_of_two_rows(q, codes):
         return dot(jnp.concatenate([q, q]), codes)[:1]
 
     def dot_in_int32(q, codes):
         return lax.dot_general(
-            q.astype(jnp.int32), codes.astype(jnp.int32), LAST_AXES
+            q.astype(jnp.int32), codes.astype(jnp.int32), dimensions
         )
 
     if q.shape[0] != 1 or floating:

@@ -162,29 +162,43 @@ def _straight_through(recipe, primals, tangents):
     return _product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def transposed_product(
     recipe: Recipe, x: Float[Array, "rows outputs"], matrix: Matrix
 ) -> Float[Array, "rows inner"]:
     """x @ W in float32, where `product` is x @ W.T.
 
-    W is diag(scale) Q, so this is (x * scale) @ Q: the products are narrow here too, and the scales
-    are those of x alone. x * scale has one for each row, computed at run time, whatever the recipe
-    says of x, because a static one would be that of the other product's activations.
+    W is diag(scale) Q, so this is (x * scale) @ Q. Its operands are as narrow as those of
+    `product`. x * scale has one scale for each row, computed at run time, whatever the recipe says,
+    because a static one is that of the other product's activations.
 
-    W in groups, or of more outputs than an int32 sum holds, is dequantized, and x stays float.
+    Where x stays float, or W is in groups, or has more outputs than an int32 sum holds, W is
+    dequantized. The derivative is that of `product`.
     """
     outputs, groups = matrix.scale.shape
-    if groups == 1 and outputs <= LONGEST_CONTRACTION:
-        x = x.astype(jnp.float32) * matrix.scale.T
-        codes = matrix.integers(recipe.group)
-        activations = recipe.activations and "per_token"
-    else:
-        x = x.astype(jnp.float32)
-        codes = matrix.dequantized(recipe.group)
-        activations = None
-    ones = jnp.ones((codes.shape[1], 1), jnp.float32)
-    transposed = Matrix(codes.T, None, None, ones, None)
-    return product(Recipe(activations, recipe.fmt), x, transposed)
+    one_scale = groups == 1 and outputs <= LONGEST_CONTRACTION
+    if recipe.activations is None or not one_scale:
+        weight = matrix.dequantized(recipe.group).astype(x.dtype)
+        return _times_rows(x, weight)
+    scaled = x.astype(jnp.float32) * matrix.scale.T
+    fmt = FORMATS[recipe.fmt]
+    x_scale = activation_scale(scaled, "per_token", None, fmt)
+    q = to_format(scaled, x_scale, fmt)
+    sums = narrow_dot(q, matrix.integers(recipe.group), summed=0)
+    return sums.astype(jnp.float32) * x_scale
+
+
+@transposed_product.defjvp
+def _transposed_straight_through(recipe, primals, tangents):
+    _, matrix = primals
+    dx = tangents[0].astype(jnp.float32)
+    tangent = _times_rows(dx, matrix.dequantized(recipe.group))
+    return transposed_product(recipe, *primals), tangent
+
+
+def _times_rows(x: Array, weight: Array) -> Float[Array, "rows inner"]:
+    """x @ W, the sums in float32."""
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
 
 
 def activation_scale(
