@@ -314,10 +314,10 @@ def _read_in_two_ways(
 ) -> dict[str, str]:
     """{leaf: why it is no site} of leaves whose places do not agree on what its channels are."""
     refused: dict[str, str] = {}
-    first_place: dict[str, Place] = {}
+    first_place: dict[Site, Place] = {}
     for place in places:
         path = place.site.path
-        first = first_place.setdefault(path, place)
+        first = first_place.setdefault(place.site, place)
         if not _agrees(place, sites[path]):
             refused[path] = (
                 f"it is contracted along different axes, and {place.equation} does not sum over "

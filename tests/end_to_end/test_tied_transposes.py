@@ -266,6 +266,25 @@ def _smoothed_autoencoder(x, w):
     return times_channels(np.tanh(times_rows(x, w)) / s, w)
 
 
+def test_one_layer_after_the_scan_over_all_of_them():
+    """The layers that only the scan reads have no statistics: they meet no activation in h @ w.T."""
+
+    def fn(p, x):
+        h, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])
+        return h @ p["w"][1].T
+
+    params, x = {"w": normal(2, 12, 12)}, H
+    with pytest.warns(UserWarning, match="no token reached"):
+        stats = sq.calibrate(fn, params, [x])
+    qparams = sq.quantize(params, stats)
+    h = np.asarray(x)
+    for i in range(2):
+        h = np.tanh(times_rows(h, of_layer(qparams["w"], i)))
+    expected = times_channels(h, of_layer(qparams["w"], 1))
+    got = jax.jit(sq.quantized(fn))(qparams, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-3)
+
+
 def test_two_functions_that_share_the_leaf():
     """Each has one of the products; the statistics are those of h @ w.T."""
     encode, decode = (lambda p, x: jnp.tanh(x @ p["w"])), (lambda p, h: h @ p["w"].T)
