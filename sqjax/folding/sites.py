@@ -122,8 +122,8 @@ def find_sites(program: Program) -> tuple[list[Place], dict[str, str]]:
 
     A leaf may be multiplied as w and as w.T. Its site is then the product that sums along its rows:
     each row is an output, as in the untied head h @ E.T beside onehot @ E, and can be looked up
-    too. The other product is no place: it needs no statistics, because in it the activation is
-    always quantized at run time (see `sqjax.weights.dot_general`).
+    too. The other product is no place: it needs no statistics, because its activation is always
+    quantized at run time (see `sqjax.numerics.weight_products.transposed_product`).
 
     Returns:
         The places, and {leaf: why it is no site} of other leaves that a matmul may meet.
