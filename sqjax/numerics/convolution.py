@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Shaped
 
 from sqjax.numerics.dots import narrow_dot
 from sqjax.numerics.formats import FORMATS, to_format
+from sqjax.numerics.straight_through import tangent_of
 from sqjax.numerics.weight_products import Recipe, activation_scale
 
 #: The most products of two int8 in [-127, 127] whose every sum float32 holds exactly.
@@ -108,12 +109,16 @@ def convolution(
     return sums * x_scale * _of_outputs(kernel.scale, x.ndim)
 
 
-@convolution.defjvp
+@partial(convolution.defjvp, symbolic_zeros=True)
 def _straight_through(recipe, window, primals, tangents):
-    """The derivative of the float convolution: that of rounding is 0 almost everywhere."""
-    x, kernel = primals
-    dx = tangents[0].astype(jnp.float32)
-    tangent = _by_xla(dx, kernel.dequantized(), window)
+    """The derivative of the float convolution, also where the kernel's scale varies."""
+
+    def in_float(x, scale):
+        weight = kernel._replace(scale=scale).dequantized()
+        return _by_xla(x.astype(jnp.float32), weight, window)
+
+    (x, kernel), (dx, change) = primals, tangents
+    tangent = tangent_of(in_float, (x, kernel.scale), (dx, change.scale))
     return convolution(recipe, window, x, kernel), tangent
 
 

@@ -19,6 +19,7 @@ from sqjax.numerics.formats import (
     shared_scale,
     to_format,
 )
+from sqjax.numerics.straight_through import tangent_of
 
 Activations = Literal["per_token", "per_tensor", "static"]
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is
@@ -153,13 +154,17 @@ def _product(
     return sums.astype(jnp.float32) * x_scale * matrix.scale.T
 
 
-@_product.defjvp
+@partial(_product.defjvp, symbolic_zeros=True)
 def _straight_through(recipe, primals, tangents):
-    """The derivative of the float product, because that of rounding is 0 almost everywhere."""
-    x, matrix = primals
-    dx = tangents[0].astype(jnp.float32)
-    weight = matrix.dequantized(recipe.group)
-    return _product(recipe, x, matrix), lax.dot_general(dx, weight, LAST_AXES)
+    """The derivative of the float product, also where the weight's scale varies (x @ (w * g))."""
+
+    def in_float(x, scale):
+        weight = matrix._replace(scale=scale).dequantized(recipe.group)
+        return lax.dot_general(x.astype(jnp.float32), weight, LAST_AXES)
+
+    (x, matrix), (dx, change) = primals, tangents
+    tangent = tangent_of(in_float, (x, matrix.scale), (dx, change.scale))
+    return _product(recipe, x, matrix), tangent
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -188,12 +193,17 @@ def transposed_product(
     return sums.astype(jnp.float32) * x_scale
 
 
-@transposed_product.defjvp
+@partial(transposed_product.defjvp, symbolic_zeros=True)
 def _transposed_straight_through(recipe, primals, tangents):
-    _, matrix = primals
-    dx = tangents[0].astype(jnp.float32)
-    tangent = _times_rows(dx, matrix.dequantized(recipe.group))
-    return transposed_product(recipe, *primals), tangent
+    """The derivative of the float product, as for `product`."""
+
+    def in_float(x, scale):
+        weight = matrix._replace(scale=scale).dequantized(recipe.group)
+        return _times_rows(x.astype(jnp.float32), weight)
+
+    (x, matrix), (dx, change) = primals, tangents
+    tangent = tangent_of(in_float, (x, matrix.scale), (dx, change.scale))
+    return transposed_product(recipe, x, matrix), tangent
 
 
 def _times_rows(x: Array, weight: Array) -> Float[Array, "rows inner"]:
@@ -418,12 +428,17 @@ def ragged_product(
     return sums.astype(jnp.float32) * x_scale * scale
 
 
-@ragged_product.defjvp
+@partial(ragged_product.defjvp, symbolic_zeros=True)
 def _ragged_straight_through(recipe, primals, tangents):
     """The derivative of the float product, as for `product`."""
-    _, stack, group_sizes = primals
-    dx = tangents[0].astype(jnp.float32)
-    tangent = _ragged(dx, _dequantized(recipe, stack), group_sizes, None)
+
+    def in_float(x, scale):
+        weights = _dequantized(recipe, stack._replace(scale=scale))
+        return _ragged(x.astype(jnp.float32), weights, group_sizes, None)
+
+    x, stack, group_sizes = primals
+    dx, change, _ = tangents
+    tangent = tangent_of(in_float, (x, stack.scale), (dx, change.scale))
     return ragged_product(recipe, *primals), tangent
 
 

@@ -208,3 +208,48 @@ def test_a_gain_that_is_multiplied_itself_stays_float():
     stats = sq.calibrate(fn, params, [x])
     assert [site.path for site in stats.graph.sites] == ["w"]
     assert np.isfinite(sq.quantized(fn)(sq.quantize(params, stats), x)).all()
+
+
+def test_gradients_reach_what_a_weight_is_multiplied_with():
+    """Those of the float function with the dequantized weights, each way in one program."""
+    NWC = {"dimension_numbers": ("NWC", "WIO", "NWC")}
+    sizes = jnp.array([2, 4], jnp.int32)
+
+    def fn(p, x):
+        out = {}
+        out["gain"] = x @ (p["w"] * p["gain"])
+        out["number"] = x @ (p["one"] * p["w2"])
+        out["in groups"] = x @ (p["w4"] * p["gain4"])
+        out["convolved"] = lax.conv_general_dilated(
+            x[None], p["kernel"] * p["gain3"], (1,), "SAME", **NWC
+        )
+        out["experts"] = lax.ragged_dot(x, p["experts"] * p["gain5"], sizes)
+        out["tied"] = jnp.tanh(x @ (p["t"] * p["one2"]).T) @ (p["t"] * p["one2"])
+        return {name: jnp.sum(jnp.sin(y)) for name, y in out.items()}
+
+    shapes = {
+        "w": (16, 12), "gain": (1, 12), "w2": (16, 12), "one": (), "w4": (16, 12), "gain4": (1, 12),
+        "kernel": (3, 16, 4), "gain3": (1, 1, 4), "experts": (2, 16, 5), "gain5": (2, 1, 5),
+        "t": (7, 16), "one2": (),
+    }  # fmt: skip
+    params = {name: 0.2 * normal(*shape, seed=3) for name, shape in shapes.items()}
+    rules = {"^w4$": sq.W4A16.replace(weight=sq.Int4(group_size=4)), ".*": sq.W8A8}
+    qparams = sq.quantize(params, sq.calibrate(fn, params, [X]), rules)
+    trainable, frozen = sq.split(qparams, ["gain", "one"])
+    weights = {
+        name: sq.dequantize(leaf.tensor) if isinstance(leaf, sq.QuantWeight) else leaf
+        for name, leaf in frozen.items()
+    }
+    assert sum(isinstance(leaf, sq.QuantWeight) for leaf in frozen.values()) == 6
+
+    def gradient(run, frozen):
+        def loss(trainable):
+            return sum(run(sq.merge(trainable, frozen), X).values())
+
+        return jax.jit(jax.grad(loss))(trainable)
+
+    got, expected = gradient(sq.quantized(fn), frozen), gradient(fn, weights)
+    for name in ("gain", "one", "gain3", "gain4", "gain5", "one2"):
+        size = np.abs(expected[name]).max()
+        np.testing.assert_allclose(got[name], expected[name], atol=0.05 * size, err_msg=name)
+        assert size > 0.1
