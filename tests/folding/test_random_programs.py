@@ -138,6 +138,8 @@ def check_sites(
                 ]
             else:  # the channels' axis of the image, whichever of the kernel's counts them
                 axes = [(site.axes[0], old.params[0][0][1])]
+            if not dict(axes).keys() >= {*site.batch, *site.axes}:
+                continue  # the other product of a leaf that is w.T here: no place of its site
             factors = (
                 np.concatenate([[1.0], s])[dict(group.sites)[site.path].array]
                 if site.path in dict(group.sites)
