@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from sqjax._shapes import from_front
@@ -50,8 +51,10 @@ def dense(
     of_x = from_front(axes, x.ndim)
     of_kernel = tuple(range(batch, batch + len(axes)))
     dimensions = (of_x, of_kernel), (lead, lead)
+    # Float8 codes and scales are floats to jax, but nothing can train them.
+    frozen = lax.stop_gradient(kernel)
     y = quantized_dot_general(
-        x.astype(dtype), kernel, dimensions, where
+        x.astype(dtype), frozen, dimensions, where
     ).astype(dtype)
     if bias is None:
         return y

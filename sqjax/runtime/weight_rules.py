@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
@@ -38,9 +39,15 @@ WEIGHT_RULES = Registry(WEIGHTS)
 
 
 def weight_leaves(paths: Sequence[str], params: Sequence[Any]) -> list[Any]:
-    """The parameters as the rules take them: quantized weights as leaves with their paths."""
-    pairs = zip(paths, params, strict=True)
-    return [Special(path, x) if is_quantized(x) else x for path, x in pairs]
+    """The parameters as the rules take them: quantized weights as leaves with their paths.
+
+    Codes and scales have no gradients, though float8 is a float to jax. What fn multiplies a weight
+    with has one.
+    """
+    return [
+        Special(path, lax.stop_gradient(x)) if is_quantized(x) else x
+        for path, x in zip(paths, params, strict=True)
+    ]
 
 
 # Matmuls ------------------------------------------------------------------------------------------
