@@ -253,6 +253,11 @@ def _of_a_computed_matrix(
     """
     maker = program.maker[program.scanned.get(leaf, leaf)]
     paths = sorted(program.leaves_behind(leaf))
+    of_masks = (
+        "; if one is a mask, make the mask boolean"
+        if maker.name == "mul"
+        else ""
+    )
     if len(paths) == 1:
         return (
             f"{equation} multiplies what {maker} makes of it: it stays float. Compute that once, "
@@ -262,7 +267,7 @@ def _of_a_computed_matrix(
     return (
         f"{equation} multiplies what {maker} makes of {', '.join(paths[:6])}{more} together: they "
         "stay float. Compute this matrix once, before calibrating, and pass it in params as one "
-        "leaf"
+        f"leaf{of_masks}"
     )
 
 
@@ -415,15 +420,27 @@ def _picked(
     program: Program, equation: Equation, me: Atom, activation: Var
 ) -> Mapping[str, str]:
     """{leaf: why it is no site} where an activation meets what an index has picked of a leaf."""
-    source = program.picked.get(me) if isinstance(me, Var) else None
-    if source is None:
+    if not isinstance(me, Var):
         return {}
+    source = program.picked.get(me)
+    if source is None:
+        return _scaled(program, equation, me)
     if activation in program.picked and source.name == "gather":
         return {}  # rows of an embedding: they are the activation
     why = f"{equation} multiplies what {source} picks of it by an index: it stays float"
     if source.name == "dynamic_slice":  # the layers of a fori_loop, say
         why += "; to run over a stack of layers use jax.lax.scan"
     return dict.fromkeys(program.leaves_behind(source.variables[0]), why)
+
+
+def _scaled(program: Program, equation: Equation, me: Var) -> Mapping[str, str]:
+    """{leaf: why it is no site} where a captured array has scaled a leaf along its channels."""
+    maker = program.maker.get(me, equation)
+    reads_a_leaf = not program.seen.keys().isdisjoint(maker.inputs)
+    if not (reads_a_leaf and me in program.steady):
+        return {}
+    why = _of_a_computed_matrix(program, equation, me)
+    return dict.fromkeys(sorted(program.leaves_behind(me)), why)
 
 
 # What is behind a product -------------------------------------------------------------------------

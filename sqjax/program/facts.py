@@ -11,16 +11,22 @@ import jax
 import numpy as np
 
 from sqjax._shapes import Shape
-from sqjax._trees import is_concrete
 from sqjax.program.build import build
 from sqjax.program.entries import Entry, entries
 from sqjax.program.equations import Atom, Equation, Var, all_equations
+from sqjax.program.known_values import (
+    ZEROS_AND_ONES,
+    captured_values,
+    is_mask,
+    number_in,
+    values_made,
+)
 from sqjax.program.primitives import (
     ADDITIONS,
-    KEEP_A_FILL,
     KEEP_JOINED,
     MULTIPLES,
     PICKS,
+    SCALINGS,
 )
 from sqjax.program.trace import Traced
 from sqjax.program.views import VIEWS, Joined, View
@@ -47,7 +53,8 @@ class Program:
             no other reader.
         barred: {variable: why it can carry no scale}.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
-        from_leaves: variables computed from leaves and literals alone.
+        from_leaves: variables computed from leaves and literals alone; and leaves that captured
+            arrays mask, or multiply along some axes.
         steady: variables that no input of fn has a part in: made of leaves, literals and captured
             arrays.
         picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of
@@ -98,7 +105,8 @@ class Program:
         self.sums: dict[Var, View] = {}
         self.seen: Mapping[Any, View] = ChainMap(self.views, self.sums)
         self.leaf_views: dict[Var, View] = {}
-        self._fills: dict[Var, np.ndarray] = {}
+        # {variable: values of which it holds no others}: see `sqjax.program.known_values`.
+        self._known: dict[Var, np.ndarray] = {}
         # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
         self._seen_from: dict[Var, Var] = {}
         self._whole: dict[Var, Var] = {}
@@ -127,9 +135,8 @@ class Program:
         # Tables of integers are leaves, but nothing scales them.
         for v in filter(self.is_float, self.leaves):
             self.views[v] = self.leaf_views[v]
-        for v in filter(self.is_float, self.constants):
-            if _holds_only_zeros(self.constants[v]):
-                self._fills[v] = np.zeros((), self.avals[v].dtype)
+        for v in filter(self._holds_numbers, self.constants):
+            self._note_values(v, captured_values(self.constants[v]))
 
     # In order of execution, because what is known of a result follows from what is known of the
     # operands.
@@ -151,10 +158,12 @@ class Program:
     def _enter(self, entry: Entry) -> None:
         """Slices and blocks of leaves are leaves in a body."""
         outer, inner = entry.outer, entry.inner
+        self._note_values(inner, self._values(outer))
+        if outer in self.steady:
+            self.steady.add(inner)
         if not self.is_of_leaves(outer):
             return
         self.from_leaves.add(inner)
-        self.steady.add(inner)
         self.scanned[inner] = outer
         view = entry.view(self.seen[outer]) if outer in self.seen else None
         if view is None:
@@ -177,10 +186,10 @@ class Program:
     def _pass_on(self, equation: Equation, y: Var) -> None:
         """What is known of one result of an equation without a body."""
         self._pass_origin(equation.behind(y), y)
+        self._pass_values(equation, y)
         # In this order: a view of what has been picked is picked too.
         facts: tuple[tuple[Container[str], _Fact], ...] = (
             (PICKS, self._pick),
-            (KEEP_A_FILL, self._pass_fill),
             (("concatenate",), self._join),
             (KEEP_JOINED, self._pass_joined),
             (VIEWS, self._pass_view),
@@ -232,25 +241,54 @@ class Program:
         changed = (rule(view, equation.params, (), ()) for view in views)
         self.joined[y] = Joined(axis, tuple(filter(None, changed)))
 
-    def _seen(self, equation: Equation, y: Var) -> Atom | None:
-        """The operand of which a result may be a view: the only one, but for a number."""
-        if equation.name not in MULTIPLES:
+    def _seen(self, equation: Equation, y: Var) -> tuple[Atom | None, Shape]:
+        """(the operand of which a result may be a view, the shape of a gain that multiplies it).
+
+        That is its only operand, but for a number, a mask or a gain. Of a number and of a mask the
+        shape is (), because they do not vary as a gain does.
+        """
+        if equation.name not in SCALINGS:
             sources = equation.behind(y)
-            return sources[0] if len(sources) == 1 else None
-        for position in MULTIPLES[equation.name]:
-            x, other = equation.inputs[position], equation.inputs[1 - position]
-            if self._is_number(other) or self._is_gain(other, x):
-                return x
-        return None
+            return (sources[0] if len(sources) == 1 else None), ()
+        divides = equation.name == "div"
+        for x, factor in self._factors(equation):
+            is_mask = not divides and self._is_mask(factor, x)
+            if is_mask or self._is_number(factor):
+                return x, ()
+            if self._is_gain(factor, x):
+                return x, self.shape(factor)
+        return None, ()
+
+    def _factors(self, equation: Equation) -> list[tuple[Atom, Atom]]:
+        """(operand, what it is multiplied with), as far as the operand can be a leaf.
+
+        A selection multiplies its one case that is not zero with its condition.
+        """
+        if equation.name == "select_n":
+            condition, *cases = equation.inputs
+            cases = list(filterfalse(self.is_zero, cases))
+            return [(cases[0], condition)] if len(cases) == 1 else []
+        positions = MULTIPLES[equation.name]
+        x = equation.inputs
+        return [(x[position], x[1 - position]) for position in positions]
 
     def _is_gain(self, atom: Atom, x: Atom) -> bool:
-        """Whether an operand of fewer elements than a leaf x is computed from other leaves.
+        """Whether an operand of fewer elements than a leaf x has no part in it nor in an input.
 
         Example: in w * g of (16, 12) and (1, 12) g is one. In w / norm(w) the norm is none, because
         it needs the elements of w.
         """
         is_smaller = math.prod(self.shape(atom)) < math.prod(self.shape(x))
-        if not (is_smaller and self.is_of_leaves(atom)):
+        return is_smaller and self._is_made_without(atom, x)
+
+    def _is_mask(self, atom: Atom, x: Atom) -> bool:
+        """Whether an operand says which elements of a leaf x are zeros."""
+        mask = is_mask(self._values(atom))
+        return mask and self._is_made_without(atom, x)
+
+    def _is_made_without(self, atom: Atom, x: Atom) -> TypeGuard[Var]:
+        """Whether neither a leaf x nor an input has a part in an operand."""
+        if not isinstance(atom, Var) or atom not in self.steady:
             return False
         return self.path_of(x) not in self.leaves_behind(atom)
 
@@ -264,7 +302,7 @@ class Program:
 
     def _pass_view(self, equation: Equation, y: Var) -> None:
         """A view of a leaf, or of a sum, is that; one of what was picked from a leaf is picked."""
-        x = self._seen(equation, y)
+        x, gain = self._seen(equation, y)
         if not isinstance(x, Var):
             return
         if x in self.picked:
@@ -275,19 +313,11 @@ class Program:
         old, new = self.shape(x), self.shape(y)
         view = rule(self.seen[x], equation.params, old, new)
         if view is not None:
-            gain = self._gain_beside(x, equation)
             # (w + a @ b).T is w.T + (a @ b).T: of a sum it is a sum.
             views = self.sums if x in self.sums else self.views
             views[y] = view.varying_as(gain)
             self._seen_from[y] = x
-
-    def _gain_beside(self, x: Var, equation: Equation) -> Shape:
-        """The shape of what multiplies a view; () of a number, and of any other equation."""
-        if equation.name not in MULTIPLES:
-            return ()
-        others = filterfalse(self._is_number, equation.inputs)
-        shapes = [self.shape(other) for other in others if other != x]
-        return shapes[0] if shapes else ()
+            self.from_leaves.add(y)  # though a captured array may mask it
 
     def _add(self, equation: Equation, y: Var) -> None:
         """A leaf, or such a sum, plus or minus an array that is computed from leaves.
@@ -301,19 +331,32 @@ class Program:
             if self.shape(leaf) == self.shape(y):  # it is not repeated
                 self.sums[y] = self.seen[leaf]
 
-    def _pass_fill(self, equation: Equation, y: Var) -> None:
-        """Copies of one number are that number."""
-        number = self._number(equation.inputs[equation.outputs.index(y)])
-        dtype = self.avals[y].dtype
-        # Keys of jax.random have a dtype of their own, to which no number can be cast.
-        is_key = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
-        if number is not None and not is_key:
-            self._fills[y] = number.astype(dtype)
+    def _pass_values(self, equation: Equation, y: Var) -> None:
+        """Copies of one number are that number; what is made of masks may be one."""
+        operands = list(map(self._values, equation.inputs))
+        made = values_made(equation.name, operands)
+        own = dict(zip(equation.outputs, made, strict=False))
+        self._note_values(y, own.get(y))
+
+    def _note_values(self, v: Var, values: np.ndarray | None) -> None:
+        if values is not None and self._holds_numbers(v):
+            self._known[v] = values.astype(self.avals[v].dtype)
+
+    def _holds_numbers(self, v: Var) -> bool:
+        """Whether a variable holds numbers: keys of jax.random do not."""
+        dtype = self.avals[v].dtype
+        return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+    def _values(self, atom: Atom) -> np.ndarray | None:
+        """Values of which an operand holds no others, as far as that is known."""
+        if not isinstance(atom, Var):
+            return atom.value
+        of_its_type = ZEROS_AND_ONES if self.avals[atom].dtype == bool else None
+        return self._known.get(atom, of_its_type)
 
     def _number(self, atom: Atom) -> np.ndarray | None:
         """The number that fills an operand, as an array of one element; None if not known."""
-        number = self._fills.get(atom) if isinstance(atom, Var) else atom.value
-        return number if number is not None and number.size == 1 else None
+        return number_in(self._values(atom))
 
     # Once all equations are known, because these facts depend on every reader of a variable.
 
@@ -463,15 +506,6 @@ class Program:
         dtype = self._type(atom).dtype
         is_complex = jax.numpy.issubdtype(dtype, jax.numpy.complexfloating)
         return is_complex or self.is_float(atom)
-
-
-def _holds_only_zeros(array: Any) -> bool:
-    """Whether fn has captured an array of zeros, as the bias of a layer that has none may be."""
-    if not is_concrete(array):
-        return False
-    # Now, even if the caller is being traced, because the answer decides what the graph is.
-    with jax.ensure_compile_time_eval():
-        return not jax.numpy.any(array)
 
 
 def _why_too_coarse(

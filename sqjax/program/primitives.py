@@ -47,6 +47,9 @@ MOVEMENTS = (
 #: which positions the leaf may stand, the number being the other operand.
 MULTIPLES = {"mul": (0, 1), "div": (0,)}
 
+#: What may be a leaf still, if not all of it: multiples, and a leaf that zeros mask.
+SCALINGS = (*MULTIPLES, "select_n")
+
 #: Elements of the first operand, at indices that are only known when the program runs.
 PICKS = ("dynamic_slice", "gather")
 

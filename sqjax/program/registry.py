@@ -79,16 +79,16 @@ class Rule(NamedTuple):
 
     It gives None where it does not serve these operands: then its kind's `otherwise` stands in.
 
-    `fills` asks for a keyword argument of that name: for every operand the number that fills it, or
-    None where no such number is known. (A mask is `select_n` with an operand that zero fills.)
+    `asks` is for a keyword argument `known`: for every operand what is known of its values, as in
+    `sqjax.program.known_values`. (A mask is `select_n` with an operand that zero fills.)
     """
 
     run: Callable[..., Any]
-    fills: bool = False
+    asks: bool = False
 
-    def given(self, numbers: Sequence[Any]) -> Callable[..., Any]:
-        """Its function, told which numbers fill the operands where it asks for them."""
-        return partial(self.run, fills=numbers) if self.fills else self.run
+    def given(self, known: Sequence[Any]) -> Callable[..., Any]:
+        """Its function, told what is known of the operands' values where it asks for that."""
+        return partial(self.run, known=known) if self.asks else self.run
 
 
 def _never(equation: JaxprEqn) -> bool:
@@ -119,13 +119,13 @@ class Registry:
         return made
 
     def register(
-        self, primitives: Iterable[str], kind: Kind, *, fills: bool = False
+        self, primitives: Iterable[str], kind: Kind, *, asks: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """A decorator: the function is the rule of these primitives for this kind (see `Rule`)."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
             for primitive in primitives:
-                self._rules[primitive, kind.type] = Rule(run, fills)
+                self._rules[primitive, kind.type] = Rule(run, asks)
             return run
 
         return add

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax._shapes import Shape, entries_at, from_front, runs, sizes_along
-from sqjax.program.primitives import IDENTITIES, MULTIPLES
+from sqjax.program.primitives import IDENTITIES, SCALINGS
 
 #: The axis of a leaf that a piece, an index or a block is of.
 _axis_of = attrgetter("axis")
@@ -76,7 +76,8 @@ class View:
         taken: the leaf's axes that are seen at one index only, in the order in which they went.
         blocks: the mesh axes of shard_maps that shard the leaf; where several shard one axis, the
             major one first.
-        scaled: whether this is a multiple of the leaf: 2 * w, w / sqrt(8) or -w.
+        scaled: whether this is a multiple of the leaf: 2 * w, w / sqrt(8) or -w, or the leaf times
+            a gain or a mask.
         varying: along which of the leaf's axes that multiple varies: along 1 in w * g of (16, 12)
             and (1, 12).
     """
@@ -284,7 +285,7 @@ def _keep(view: View, params: dict, old: Shape, new: Shape) -> View:
 
 
 def _multiple(view: View, params: dict, old: Shape, new: Shape) -> View | None:
-    """A product with a number, where that does not broadcast the leaf."""
+    """A product with a number, a gain or a mask, where that does not broadcast the leaf."""
     return replace(view, scaled=True) if old == new else None
 
 
@@ -421,7 +422,7 @@ VIEWS: dict[str, ViewRule] = {
     **dict.fromkeys(IDENTITIES, _keep),
     "transpose": _transpose,
     "convert_element_type": _keep,
-    **dict.fromkeys(("neg", *MULTIPLES), _multiple),
+    **dict.fromkeys(("neg", *SCALINGS), _multiple),
     "squeeze": _squeeze,
     "broadcast_in_dim": _expand,
     "slice": _slice,

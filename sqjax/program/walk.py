@@ -1,15 +1,17 @@
 """The walk: runs a program in which some values are special, by the rules of a registry."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
-from sqjax.program.primitives import KEEP_A_FILL
+from sqjax._trees import is_concrete
+from sqjax.program.known_values import ZEROS_AND_ONES, values_made
 from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import (
     cond_in,
@@ -23,41 +25,41 @@ from sqjax.program.subprograms import (
 
 
 def run(
-    program: ClosedJaxpr, operands: Sequence[Any], rules: Registry
+    program: ClosedJaxpr,
+    operands: Sequence[Any],
+    rules: Registry,
+    known: Sequence[Any] = (),
 ) -> list[Any]:
     """What a program, or a body, returns on these operands, special values among them.
 
     Equations that meet no special value are emitted again as they were, custom gradients included.
+    `known` says what is known of the operands' values, of the first ones or of none.
     """
-    results = _walk(program.jaxpr, program.consts, operands, rules, {})
-    return rules.leave(results)
+    return rules.leave(_walk(program, operands, rules, known))
 
 
 def _walk(
-    jaxpr: Jaxpr,
-    consts: Sequence[Any],
+    program: ClosedJaxpr,
     operands: Sequence[Any],
     rules: Registry,
-    known_numbers: Mapping[Any, Any],
+    known: Sequence[Any],
 ) -> list[Any]:
-    """The results of a program, special values among them as they are.
-
-    `known_numbers` says which numbers fill its inputs, as far as known: see `_note_number_filling`.
-    It is empty for a whole program and for a body, whose inputs are not known while tracing; a call
-    is told what its operands are filled with.
-    """
+    """The results of a program, special values among them as they are."""
+    jaxpr, consts = program.jaxpr, program.consts
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
-    number_filling = dict(known_numbers)
+    values_of = _known_first(program, known)
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for equation in jaxpr.eqns:
-        values = list(map(read, equation.invars))
-        _note_number_filling(number_filling, equation, values)
+        operands = list(map(read, equation.invars))
+        known = list(map(partial(_known, values_of=values_of), equation.invars))
+        made = _known_results(equation, known)
+        values_of |= _noted(equation.outvars, made)
         with source_info_util.user_context(equation.source_info.traceback):
-            results = _apply(equation, values, number_filling, rules)
+            results = _apply(equation, operands, known, rules)
         env.update(zip(equation.outvars, results, strict=True))
     return list(map(read, jaxpr.outvars))
 
@@ -65,7 +67,7 @@ def _walk(
 def _apply(
     equation: JaxprEqn,
     operands: list[Any],
-    number_filling: Mapping[Any, Any],
+    known: list[Any],
     rules: Registry,
 ) -> list[Any]:
     """The results of one equation.
@@ -76,62 +78,57 @@ def _apply(
     if not specials_among(operands) and not rules.concerns(equation):
         return emit(equation, *operands)
     if (inner := inner_program(equation)) is not None:
-        numbers = zip(
-            inner.jaxpr.invars,
-            _numbers_filling(equation, number_filling),
-            strict=True,
-        )
-        known = {v: number for v, number in numbers if number is not None}
-        return _walk(inner.jaxpr, inner.consts, operands, rules, known)
+        return _walk(inner, operands, rules, known)
     if (through := _BODIES.get(equation.primitive.name)) is not None:
-        return through(equation, operands, rules)
-    results = _by_rule(equation, operands, number_filling, rules)
+        return through(equation, operands, known, rules)
+    rule = rules.rule(equation, operands).given(known)
+    results = rule(equation, *operands)
     if results is None:
         results = rules.owner(operands).otherwise(equation, *operands)
     return listed(equation, results)
 
 
-def _by_rule(
-    equation: JaxprEqn,
-    operands: list[Any],
-    number_filling: Mapping[Any, Any],
-    rules: Registry,
-) -> Any:
-    """What the rule of an equation makes of its operands."""
-    rule = rules.rule(equation, operands)
-    numbers = _numbers_filling(equation, number_filling)
-    return rule.given(numbers)(equation, *operands)
+# What is known of values while tracing, as in `sqjax.program.known_values`. Only rules that ask for
+# it are told, because everything else needs the array itself.
 
 
-def _numbers_filling(
-    equation: JaxprEqn, number_filling: Mapping[Any, Any]
-) -> list[Any]:
-    """The number that fills each operand, or None where none is known."""
-    return [
-        v.val if isinstance(v, Literal) else number_filling.get(v)
-        for v in equation.invars
-    ]
+def _known(atom: Any, values_of: Mapping[Any, Any]) -> Any:
+    """What is known of an operand's values."""
+    if isinstance(atom, Literal):
+        return atom.val
+    is_boolean = getattr(atom.aval, "dtype", None) == np.dtype(bool)
+    return values_of.get(atom, ZEROS_AND_ONES if is_boolean else None)
 
 
-def _note_number_filling(
-    number_filling: dict[Any, Any], equation: JaxprEqn, operands: Sequence[Any]
-) -> None:
-    """Notes which number fills the results of an equation, if that is known while tracing.
+def _known_first(program: ClosedJaxpr, known: Sequence[Any]) -> dict[Any, Any]:
+    """{variable: what is known of its values} of a program's inputs and captured arrays."""
+    jaxpr = program.jaxpr
+    captured = map(_captured, jaxpr.constvars, program.consts)
+    return _noted(jaxpr.invars, known) | _noted(jaxpr.constvars, captured)
 
-    Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of the literal 0.0; 0.0 fills its result, and
-    a reshape of it. Only rules that ask for it are told, because everything else needs the array
-    itself.
-    """
-    if equation.primitive.name not in KEEP_A_FILL:
-        return
-    for source, operand, result in zip(
-        equation.invars, operands, equation.outvars, strict=False
-    ):
-        is_literal = isinstance(source, Literal)
-        number = operand if is_literal else number_filling.get(source, operand)
-        is_known = not isinstance(number, jax.core.Tracer | Special)
-        if is_known and np.ndim(number) == 0:
-            number_filling[result] = number
+
+def _known_results(equation: JaxprEqn, known: Sequence[Any]) -> Sequence[Any]:
+    """What is known of an equation's results, given what is of its operands; of the first ones."""
+    if (inner := inner_program(equation)) is None:
+        return values_made(equation.primitive.name, known)
+    values_of = _known_first(inner, known)
+    known_inside = partial(_known, values_of=values_of)
+    for step in inner.jaxpr.eqns:
+        made = _known_results(step, list(map(known_inside, step.invars)))
+        values_of |= _noted(step.outvars, made)
+    return list(map(known_inside, inner.jaxpr.outvars))
+
+
+def _noted(variables: Iterable[Any], values: Iterable[Any]) -> dict[Any, Any]:
+    """{variable: what is known of its values}, of those of which something is known."""
+    pairs = zip(variables, values, strict=False)
+    return {v: x for v, x in pairs if x is not None}
+
+
+def _captured(variable: Any, value: Any) -> Any:
+    """What is known of an array that a program has captured: all; nothing of a jax.random key."""
+    is_key = jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.extended)
+    return value if is_concrete(value) and not is_key else None
 
 
 # Bodies: each runs the same loop, branch or map with a body that walks. Special values that the
@@ -140,14 +137,18 @@ def _note_number_filling(
 
 
 def _scan(
-    equation: JaxprEqn, operands: list[Any], rules: Registry
+    equation: JaxprEqn, operands: list[Any], known: list[Any], rules: Registry
 ) -> list[Any]:
     """A scan gives one layer's arrays of a stacked special value to each step."""
     scan: Any = scan_in(equation)
     consts, first, xs = scan.sort(scan.given(operands))
+    of_consts, of_first, of_xs = scan.sort(scan.given(known))
+    # A slice holds what the whole does; what is carried changes.
+    inside = [*of_consts, *[None] * len(of_first), *of_xs]
 
     def step(carry, slices):
-        outputs = run(scan.program, [*consts, *carry, *slices], rules)
+        each = [*consts, *carry, *slices]
+        outputs = run(scan.program, each, rules, inside)
         return outputs[: scan.carry], outputs[scan.carry :]
 
     sliced = rules.slices(equation, xs, scan.length)
@@ -156,7 +157,7 @@ def _scan(
 
 
 def _shard_map(
-    equation: JaxprEqn, operands: list[Any], rules: Registry
+    equation: JaxprEqn, operands: list[Any], known: list[Any], rules: Registry
 ) -> list[Any]:
     """Every device has its block of a special value's arrays."""
     shards: Any = shard_map_in(equation)
@@ -167,19 +168,20 @@ def _shard_map(
         specs.append(spec)
 
     def block(*blocks):
-        return run(shards.program, blocks, rules)
+        return run(shards.program, blocks, rules, known)
 
     return shards.run(block, tuple(specs), list(shards.out_specs), operands)
 
 
 def _while(
-    equation: JaxprEqn, operands: list[Any], rules: Registry
+    equation: JaxprEqn, operands: list[Any], known: list[Any], rules: Registry
 ) -> list[Any]:
     """Special values are constants of its test or of its body; of one in the carry its kind says
     what the loop carries. (`_while` in evaluate.py is another: it takes statistics in loops.)
     """
     loop = while_in(equation)
     of_test, of_body, first = loop.sort(operands)
+    _, known_of_body, _ = loop.sort(known)
 
     def test(changing):
         carry = loop.carry(operands, changing)
@@ -188,20 +190,21 @@ def _while(
 
     def body(changing):
         carry = loop.carry(operands, changing)
-        return run(loop.body, [*of_body, *carry], rules)
+        return run(loop.body, [*of_body, *carry], rules, known_of_body)
 
     last = lax.while_loop(test, body, rules.carry(equation, first))
     return loop.carry(operands, last)
 
 
 def _cond(
-    equation: JaxprEqn, operands: list[Any], rules: Registry
+    equation: JaxprEqn, operands: list[Any], known: list[Any], rules: Registry
 ) -> list[Any]:
     """Each branch runs with the special values it is given."""
     index, *given = operands
+    _, *known_of_given = known
     choice = cond_in(equation)
     branches = [
-        lambda program=program: run(program, given, rules)
+        lambda program=program: run(program, given, rules, known_of_given)
         for program in choice.branches
     ]
     return choice.results(operands, lax.switch(index, branches))

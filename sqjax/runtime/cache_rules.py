@@ -239,9 +239,9 @@ def _quantized_like(cache: QTensor, x: Array) -> QTensor | None:
     return QTensor(to_format(x, scale), scale, order=(), dtype=cache.dtype)
 
 
-@CACHE_RULES.register(("select_n",), CACHES, fills=True)
+@CACHE_RULES.register(("select_n",), CACHES, asks=True)
 def _select(
-    equation: JaxprEqn, which: Any, *cases: Any, fills: Sequence[Any]
+    equation: JaxprEqn, which: Any, *cases: Any, known: Sequence[Any]
 ) -> Any:
     """A mask, or a choice, among quantized arrays with scales of one shape, and zeros.
 
@@ -250,8 +250,10 @@ def _select(
     because elements that share a scale would need two.
     """
     leaf = next(filter(is_cache, cases))
-    pairs = zip(cases, fills[1:], strict=True)
-    parts = [_values_and_scale(case, fill, leaf.value) for case, fill in pairs]
+    pairs = zip(cases, known[1:], strict=True)
+    parts = [
+        _values_and_scale(case, values, leaf.value) for case, values in pairs
+    ]
     if None in parts:
         return None
     values, scales = zip(*parts, strict=True)
@@ -268,12 +270,12 @@ def _select(
 
 
 def _values_and_scale(
-    x: Any, fill: Any, like: QTensor
+    x: Any, known: Any, like: QTensor
 ) -> tuple[Array, Array] | None:
     """An operand as quantized arrays; None if it is neither a cache nor zeros."""
     if is_cache(x):
         return x.value.values, x.value.scale
-    if _is_zero(x if fill is None else fill):
+    if _is_zero(x if known is None else known):
         return jnp.zeros_like(like.values), jnp.ones_like(like.scale)
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from sqjax.program.primitives import ADDITIONS, RESHARDINGS
+from sqjax.program.primitives import ADDITIONS, RESHARDINGS, SCALINGS
 from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import SUMMED, WEIGHTS, SummedWeight, refuse_weight
@@ -32,8 +32,7 @@ _LINEAR = (
     "slice",
     "convert_element_type",
     "neg",
-    "mul",
-    "div",
+    *SCALINGS,
     "copy",
     "copy_p",
     "stop_gradient",
@@ -71,8 +70,8 @@ def _negative(term: Any) -> Any:
     return -term
 
 
-@SUMMED_RULES.register(_LINEAR, SUMMED, fills=True)
-def _of_each(equation: JaxprEqn, *operands: Any, fills: Sequence[Any]) -> Any:
+@SUMMED_RULES.register(_LINEAR, SUMMED, asks=True)
+def _of_each(equation: JaxprEqn, *operands: Any, known: Sequence[Any]) -> Any:
     """What an equation makes of each term: the sum of these, quantized still or not any more.
 
     Example: x @ (w + d) is x @ w, in int8, plus x @ d.
@@ -83,20 +82,20 @@ def _of_each(equation: JaxprEqn, *operands: Any, fills: Sequence[Any]) -> Any:
     made = []
     for term in leaf.value.terms:
         mine = [term if x is leaf else x for x in operands]
-        made.append(_of_term(equation, mine, fills))
+        made.append(_of_term(equation, mine, known))
     if specials_among(made):
         return Special(leaf.path, SummedWeight(tuple(made)))
     return functools.reduce(operator.add, made)
 
 
 def _of_term(
-    equation: JaxprEqn, operands: Sequence[Any], fills: Sequence[Any]
+    equation: JaxprEqn, operands: Sequence[Any], known: Sequence[Any]
 ) -> Any:
     """The equation on one term: by the weight's rule where that is quantized."""
     if not specials_among(operands):
         return emit(equation, *operands)[0]
     rule = WEIGHT_RULES.rule(equation, operands)
-    made = rule.given(fills)(equation, *operands)
+    made = rule.given(known)(equation, *operands)
     return refuse_weight(equation, *operands) if made is None else made
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from sqjax.program.known_values import holds_only, is_mask, number_in
 from sqjax.program.primitives import COPIES, RESHARDINGS, RETYPINGS
 from sqjax.program.registry import Registry, Special
 from sqjax.runtime.convolution import convolve
@@ -139,7 +140,8 @@ def _keeps_order(equation: JaxprEqn) -> bool:
     return axes == sorted(axes)
 
 
-# Multiples: what the outputs are multiplied with belongs to the weight's scale --------------------
+# Multiples: what the outputs are multiplied with belongs to the weight's scale. Masks: a zero is a
+# code ---------------------------------------------------------------------------------------------
 
 
 @WEIGHT_RULES.register(("neg",), WEIGHTS)
@@ -147,34 +149,50 @@ def _negate(equation: JaxprEqn, leaf: Special) -> Special:
     return Special(leaf.path, leaf.value.times(-1.0))
 
 
-@WEIGHT_RULES.register(("mul",), WEIGHTS, fills=True)
+@WEIGHT_RULES.register(("mul",), WEIGHTS, asks=True)
 def _multiply(
-    equation: JaxprEqn, lhs: Any, rhs: Any, *, fills: Sequence[Any]
+    equation: JaxprEqn, lhs: Any, rhs: Any, *, known: Sequence[Any]
 ) -> Any:
-    """A weight times a number, or a number for each output, on either side.
+    """A weight times a number, a number for each output, or a mask, on either side.
 
     None where the weight is broadcast.
     """
-    leaf, other, fill = lhs, rhs, fills[1]
+    leaf, other, values = lhs, rhs, known[1]
     if not isinstance(lhs, Special):
-        leaf, other, fill = rhs, lhs, fills[0]
-    factor = _factor(leaf.value, other, fill)
-    if factor is None or _repeats(equation, leaf):
+        leaf, other, values = rhs, lhs, known[0]
+    if _repeats(equation, leaf):
         return None
-    return Special(leaf.path, leaf.value.times(factor))
+    weight = leaf.value
+    factor = _factor(weight, other, values)
+    if factor is not None:
+        return leaf.holding(weight.times(factor))
+    return leaf.holding(weight.where(other != 0) if is_mask(values) else None)
 
 
-@WEIGHT_RULES.register(("div",), WEIGHTS, fills=True)
+@WEIGHT_RULES.register(("select_n",), WEIGHTS, asks=True)
+def _select(
+    equation: JaxprEqn, which: Any, *cases: Any, known: Sequence[Any]
+) -> Any:
+    """A weight where an array says so, and zeros elsewhere."""
+    are_zeros = [holds_only(values, 0) for values in known[1:]]
+    if isinstance(which, Special) or are_zeros.count(False) > 1:
+        return None
+    at = are_zeros.index(False)
+    leaf = cases[at]
+    return leaf.holding(leaf.value.where(which == at))
+
+
+@WEIGHT_RULES.register(("div",), WEIGHTS, asks=True)
 def _divide(
-    equation: JaxprEqn, weight: Any, divisor: Any, *, fills: Sequence[Any]
+    equation: JaxprEqn, weight: Any, divisor: Any, *, known: Sequence[Any]
 ) -> Any:
     """A weight divided by a number, or one for each output; nothing is divided by a weight."""
     factor = None
     if isinstance(weight, Special):
-        factor = _factor(weight.value, divisor, fills[1])
+        factor = _factor(weight.value, divisor, known[1])
     if factor is None or _repeats(equation, weight):
         return None
-    return Special(weight.path, weight.value.times(1 / factor))
+    return weight.holding(weight.value.times(1 / factor))
 
 
 def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
@@ -183,14 +201,15 @@ def _repeats(equation: JaxprEqn, leaf: Special) -> bool:
     return result.shape != leaf.value.shape
 
 
-def _factor(weight: QuantWeight, x: Any, fill: Any) -> Any:
+def _factor(weight: QuantWeight, x: Any, values: Any) -> Any:
     """The number that an operand is or is filled with, or one for each output; else None.
 
     Example: of a weight (in, out) = (16, 12) a factor of shape (1, 12) is one for each output. One
     of (16, 1) is none, because the channels are summed before the scale is multiplied.
     """
-    if fill is not None:
-        return fill
+    number = number_in(values)
+    if number is not None:
+        return jnp.reshape(number, ())
     if isinstance(x, Special):
         return None
     if jnp.size(x) == 1:

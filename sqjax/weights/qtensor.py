@@ -252,6 +252,16 @@ class QTensor(NoArray):
         stored = self.stored(factor).astype(jnp.float32)
         return replace(self, scale=self.scale * stored)
 
+    def where(self, mask: Any) -> "QTensor":
+        """The tensor where a mask is true, an array of its rank or a number, and 0 elsewhere.
+
+        The scales stay. Exactly 0 is the code `zero`, or 0 where there is no zero point.
+        """
+        zero = 0 if self.zero is None else self.spread(self.zero)
+        code = jnp.asarray(zero).astype(self.values.dtype)
+        values = jnp.where(self.stored(mask), self.values, code)
+        return replace(self, values=values)
+
     def stored(self, x: Any) -> Array:
         """A logical array of the tensor's rank with its axes as the values' are; a number as it
         is.

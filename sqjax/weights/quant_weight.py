@@ -1,11 +1,14 @@
 """A matmul weight as it is stored, and how the activations that meet it are quantized."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from sqjax._serialized import known_to_flax
 from sqjax._shapes import sharded_as
@@ -126,17 +129,56 @@ class QuantWeight(NoArray):
         """The weight times a number, or one for each output, of its rank and of size 1 along the
         channels. What the activations are divided by stays what it was.
         """
-        outliers = self.outliers
-        tensor = self.tensor.times(factor)
-        if outliers is not None:
-            # Its outputs are in the stored order; its channels are one axis.
-            of_outputs = self.tensor.stored(factor)
-            if of_outputs.ndim:
-                rows = of_outputs.shape[: self.ndim - self.contracted]
-                of_outputs = of_outputs.reshape(*rows, 1)
-            weight = outliers.weight * of_outputs.astype(outliers.weight.dtype)
-            outliers = outliers._replace(weight=weight)
-        return replace(self, tensor=tensor, outliers=outliers)
+
+        def of_outliers(kept):
+            return kept * self._at_outliers(factor).astype(kept.dtype)
+
+        return self._with_codes(self.tensor.times(factor), of_outliers)
+
+    def where(self, mask: Any) -> "QuantWeight":
+        """The weight where a mask is true, an array of its rank or a number, and 0 elsewhere.
+
+        All scales stay, and what the activations are divided by.
+        """
+
+        def of_outliers(kept):
+            return jnp.where(self._at_outliers(mask), kept, 0)
+
+        return self._with_codes(self.tensor.where(mask), of_outliers)
+
+    def _with_codes(
+        self, tensor: QTensor, of_outliers: Callable[[Any], Any]
+    ) -> "QuantWeight":
+        """The weight with other elements; what its activations meet stays what it was."""
+        return self.with_tensor(
+            tensor,
+            input_scale=_same,
+            smoothing=_same,
+            channels=_same,
+            outlier_weight=of_outliers,
+        )
+
+    def _at_outliers(self, x: Any) -> Array:
+        """The entries of an array of the weight's rank that stand beside those of the outliers.
+
+        Example: of (in, out) = (16, 12) and the outlier channels [3, 5] it is of shape (12, 2); of
+        (1, 12), which is the same for all channels, of shape (12, 1). A number stays one.
+        """
+        stored = self.tensor.stored(x)
+        first = self.ndim - self.contracted
+        rows, channels = stored.shape[:first], stored.shape[first:]
+        if math.prod(channels) == 1:
+            return stored.reshape(*rows, 1) if rows else stored.reshape(())
+        whole = (*rows, *self.tensor.values.shape[first:])
+        flat = jnp.broadcast_to(stored, whole).reshape(*rows, -1)
+        return jnp.take_along_axis(flat, self._outlier_channels(), -1)
+
+    def _outlier_channels(self) -> Array:
+        """The numbers of the outlier channels, of the rank of their weights: (*batch, 1, n)."""
+        channels = self.outliers.channels
+        outputs = self.outliers.weight.ndim - channels.ndim
+        axes = range(channels.ndim - 1, channels.ndim - 1 + outputs)
+        return jnp.expand_dims(channels, tuple(axes))
 
     @property
     def recipe(self) -> Recipe:
@@ -144,6 +186,10 @@ class QuantWeight(NoArray):
         return Recipe(
             self.activations, self.activation_format, self.tensor.group
         )
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def is_quantized(x: Any) -> bool:

@@ -68,9 +68,9 @@ def _turn_sign(equation, x, y):
     return -minus * (2 * other.halves if isinstance(other, Halved) else other)
 
 
-@RULES.register(("select_n",), NEGATIVES, fills=True)
-def _mask(equation, which, *cases, fills):
-    ASKED[:] = [None if fill is None else float(fill) for fill in fills]
+@RULES.register(("select_n",), NEGATIVES, asks=True)
+def _mask(equation, which, *cases, known):
+    ASKED[:] = [None if values is None else np.asarray(values).tolist() for values in known]
     leaf = next(x for x in cases if isinstance(x, Special))
     cases = [x.value.minus if isinstance(x, Special) else -x for x in cases]
     return Special(leaf.path, Negated(lax.select_n(which, *cases)))
@@ -159,7 +159,7 @@ def test_a_rule_may_ask_which_numbers_fill_its_operands():
         return lax.select_n(x > 2, zeros, n)
 
     jax.jit(lambda n, x: run(jax.make_jaxpr(masked)(X, X), [n, x], RULES))(negated(X), X)
-    assert ASKED == [None, 0.0, None]
+    assert ASKED == [[0, 1], 0.0, None]
     check(masked, negated(X), X)
 
 

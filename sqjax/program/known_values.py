@@ -1,0 +1,81 @@
+"""What is known of an array's values before the program runs: one number, or zeros and ones.
+
+It is written as an array that holds all values which may occur: `np.array(2.0)` of one that the
+number 2 fills, `ZEROS_AND_ONES` of a mask, and of an array that fn has captured the array itself.
+None says that nothing is known.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sqjax._trees import is_concrete
+from sqjax.program.primitives import KEEP_A_FILL
+
+#: What a mask holds, and any array of booleans.
+ZEROS_AND_ONES = np.array([0, 1])
+
+
+def values_made(name: str, operands: Sequence[Any]) -> Sequence[Any]:
+    """What the results of an equation hold, given what its operands do; empty if that is unknown.
+
+    Example: `jnp.zeros((2, 3))` is a broadcast_in_dim of 0.0, and holds what that holds. A boolean
+    that is converted to float32 holds zeros and ones, and so does 1 - it.
+    """
+    rule = _RULES.get(name)
+    return [] if rule is None else rule(operands)
+
+
+def _mask_of_masks(operands: Sequence[Any]) -> list[Any]:
+    return [ZEROS_AND_ONES] if all(map(is_mask, operands)) else []
+
+
+def _mask_of_cases(operands: Sequence[Any]) -> list[Any]:
+    """Of `select_n` the first operand only chooses."""
+    return _mask_of_masks(operands[1:])
+
+
+def _complement(operands: Sequence[Any]) -> list[Any]:
+    """1 - mask."""
+    return _mask_of_masks(operands) if holds_only(operands[0], 1) else []
+
+
+_RULES: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
+    **dict.fromkeys(KEEP_A_FILL, list),
+    **dict.fromkeys(("mul", "max", "min"), _mask_of_masks),
+    "select_n": _mask_of_cases,
+    "sub": _complement,
+}
+
+
+def is_mask(values: Any) -> bool:
+    """Whether these values are zeros and ones."""
+    return _all(values, lambda x: (x == 0) | (x == 1))
+
+
+def holds_only(values: Any, number: float) -> bool:
+    """Whether these values are one number."""
+    return _all(values, lambda x: x == number)
+
+
+def number_in(values: Any) -> Any:
+    """The number that fills an array of these values; None if it may hold several."""
+    return values if np.size(values) == 1 else None  # the size of None is 1
+
+
+def captured_values(array: Any) -> np.ndarray | None:
+    """What an array holds that fn has captured: a bias of zeros, say, or a mask; else None."""
+    if not is_concrete(array):
+        return None
+    if holds_only(array, 0):
+        return np.zeros((), array.dtype)
+    return ZEROS_AND_ONES if is_mask(array) else None
+
+
+def _all(values: Any, test: Callable[[Any], Any]) -> bool:
+    # Now, even if the caller is being traced, because the answer decides what is done. None, of
+    # which nothing is known, is equal to no number.
+    with jax.ensure_compile_time_eval():
+        return bool(np.all(test(values)))
