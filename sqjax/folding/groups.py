@@ -75,6 +75,7 @@ def find_group(
     Raises:
         Refused: with the reason.
     """
+    _check_no_norm(place)
     found, closure = close_labels(
         survey, place.activation, place.axes, absorbers
     )
@@ -242,6 +243,8 @@ def _at_place(stack: Stack, place: Place, activation: Labels | None) -> Labels:
             f"its scale passes through {place.site.path} at {place.equation}"
         )
     labels = stack.of_site(place, activation)
+    if labels.any():
+        _check_no_norm(place)
     _, degrees = channels_and_degrees(labels)
     if (degrees > 1).any():
         raise Refused(
@@ -253,3 +256,18 @@ def _at_place(stack: Stack, place: Place, activation: Labels | None) -> Labels:
             f"its scale would multiply what {place.name} reads at {place.equation}"
         )
     return labels
+
+
+def _check_no_norm(place: Place) -> None:
+    """A weight that fn divides by its own norm takes no scale: the norm would be another one.
+
+    (One scale for all channels it could take, but that smooths nothing.)
+
+    Raises:
+        Refused: this is one.
+    """
+    if place.view.normed:
+        raise Refused(
+            f"{place.equation} multiplies {place.name} as fn has scaled it by its own norm, which "
+            "a smoothing scale would change"
+        )

@@ -12,6 +12,7 @@ from sqjax.folding.embeddings import is_lookup, is_passed_on
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import Labels, other_axes, put_axes, varies
 from sqjax.folding.moves import MOVES
+from sqjax.folding.norms import is_of_a_norm
 from sqjax.program.entries import carried
 from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
@@ -253,11 +254,6 @@ def _of_a_computed_matrix(
     """
     maker = program.maker[program.scanned.get(leaf, leaf)]
     paths = sorted(program.leaves_behind(leaf))
-    of_masks = (
-        "; if one is a mask, make the mask boolean"
-        if maker.name == "mul"
-        else ""
-    )
     if len(paths) == 1:
         return (
             f"{equation} multiplies what {maker} makes of it: it stays float. Compute that once, "
@@ -267,8 +263,12 @@ def _of_a_computed_matrix(
     return (
         f"{equation} multiplies what {maker} makes of {', '.join(paths[:6])}{more} together: they "
         "stay float. Compute this matrix once, before calibrating, and pass it in params as one "
-        f"leaf{of_masks}"
+        f"leaf{_HINTS.get(maker.name, '')}"
     )
+
+
+#: What else may be done about leaves that are computed together, by the primitive that does it.
+_HINTS = {"mul": "; if one is a mask, make the mask boolean"}
 
 
 def _of_convolution(
@@ -358,7 +358,7 @@ def _read_otherwise(
 
     A quantized weight can be multiplied with, and rows of it can be looked up, but its elements are
     nowhere: a sum of their squares, say, needs the float leaf. Example: fn returns x @ w and
-    (w**2).sum(): w stays float.
+    (w**2).sum(): w stays float. (A norm that only divides w may be that of the quantized one.)
     """
     refused: dict[str, str] = {}
     matmuls = {(place.site.path, id(place.equation)) for place in places}
@@ -370,7 +370,8 @@ def _read_otherwise(
             looked_up = by_rows and is_lookup(program, var, equation)
             multiplied = (path, id(equation)) in matmuls
             passed_on = _is_passed_on(program, var, equation)
-            if not (multiplied or looked_up or passed_on):
+            measured = is_of_a_norm(program, var, equation, axes_of[path])
+            if not (multiplied or looked_up or passed_on or measured):
                 refused[path] = (
                     f"{equation} reads it too, and a quantized weight has no elements to read: it "
                     "stays float"

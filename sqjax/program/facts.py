@@ -3,6 +3,7 @@
 import math
 from collections import ChainMap
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import filterfalse
 from operator import attrgetter
 from typing import Any, TypeGuard
@@ -13,7 +14,13 @@ import numpy as np
 from sqjax._shapes import Shape
 from sqjax.program.build import build
 from sqjax.program.entries import Entry, entries
-from sqjax.program.equations import Atom, Equation, Var, all_equations
+from sqjax.program.equations import (
+    Atom,
+    Equation,
+    Var,
+    all_equations,
+    variables_in,
+)
 from sqjax.program.known_values import (
     ZEROS_AND_ONES,
     captured_values,
@@ -273,24 +280,22 @@ class Program:
         return [(x[position], x[1 - position]) for position in positions]
 
     def _is_gain(self, atom: Atom, x: Atom) -> bool:
-        """Whether an operand of fewer elements than a leaf x has no part in it nor in an input.
+        """Whether an operand of fewer elements than a leaf x, and no part of x, is of no input.
 
-        Example: in w * g of (16, 12) and (1, 12) g is one. In w / norm(w) the norm is none, because
-        it needs the elements of w.
+        Example: in w * g of (16, 12) and (1, 12) g is one, and norm(w) in w / norm(w), too.
         """
         is_smaller = math.prod(self.shape(atom)) < math.prod(self.shape(x))
-        return is_smaller and self._is_made_without(atom, x)
+        part_of = {self.path_of(atom)} - {None}
+        is_part = self.path_of(x) in part_of
+        return is_smaller and atom in self.steady and not is_part
 
     def _is_mask(self, atom: Atom, x: Atom) -> bool:
-        """Whether an operand says which elements of a leaf x are zeros."""
-        mask = is_mask(self._values(atom))
-        return mask and self._is_made_without(atom, x)
-
-    def _is_made_without(self, atom: Atom, x: Atom) -> TypeGuard[Var]:
-        """Whether neither a leaf x nor an input has a part in an operand."""
-        if not isinstance(atom, Var) or atom not in self.steady:
-            return False
-        return self.path_of(x) not in self.leaves_behind(atom)
+        """Whether an operand that x has no part in says which elements of a leaf x are zeros."""
+        return (
+            is_mask(self._values(atom))
+            and atom in self.steady
+            and self.path_of(x) not in self.leaves_behind(*variables_in([atom]))
+        )
 
     def _is_number(self, atom: Atom) -> bool:
         """Whether an operand is one number, known by its value or made of leaves and literals."""
@@ -315,7 +320,10 @@ class Program:
         if view is not None:
             # (w + a @ b).T is w.T + (a @ b).T: of a sum it is a sum.
             views = self.sums if x in self.sums else self.views
-            views[y] = view.varying_as(gain)
+            beside = set(equation.behind(y)) - {x}
+            is_normed = view.path in self.leaves_behind(*beside)
+            normed = replace(view, normed=view.normed | is_normed)
+            views[y] = normed.varying_as(gain)
             self._seen_from[y] = x
             self.from_leaves.add(y)  # though a captured array may mask it
 

@@ -80,6 +80,7 @@ class View:
             a gain or a mask.
         varying: along which of the leaf's axes that multiple varies: along 1 in w * g of (16, 12)
             and (1, 12).
+        normed: whether that multiple is by a norm of the leaf itself, as in v / norm(v).
     """
 
     path: str
@@ -90,6 +91,7 @@ class View:
     blocks: tuple[Block, ...] = ()
     scaled: bool = False
     varying: frozenset[int] = frozenset()
+    normed: bool = False
 
     @classmethod
     def of(cls, path: str, shape: Shape) -> "View":

@@ -8,6 +8,8 @@ program, a loop or a shard_map. What each primitive does to them is in `weight_r
 `cache_rules`, `joined_weights` and `summed_weights`.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import filterfalse
@@ -150,6 +152,11 @@ class SummedWeight:
             for term in self.terms
         ]
         return SummedWeight(tuple(changed))
+
+    def dequantize(self) -> Array:
+        """The float array that it stands for."""
+        floats = self.map(lambda term: term.value.dequantize(), jnp.asarray)
+        return functools.reduce(operator.add, floats.terms)
 
 
 def _summed_slices(equation: JaxprEqn, leaf: Special, length: int) -> Special:

@@ -11,12 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from sqjax.program.primitives import ADDITIONS, RESHARDINGS, SCALINGS
+from sqjax.program.primitives import ADDITIONS, OF_NORMS, RESHARDINGS, SCALINGS
 from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import SUMMED, WEIGHTS, SummedWeight, refuse_weight
 from sqjax.runtime.shared_rules import barrier
-from sqjax.runtime.weight_rules import WEIGHT_RULES
+from sqjax.runtime.weight_rules import WEIGHT_RULES, measure
 
 SUMMED_RULES = Registry(WEIGHTS, SUMMED)
 
@@ -78,7 +78,7 @@ def _of_each(equation: JaxprEqn, *operands: Any, known: Sequence[Any]) -> Any:
     """
     leaf, *others = specials_among(operands)
     if others:
-        return None
+        return measure(equation, leaf, *others) if others == [leaf] else None
     made = []
     for term in leaf.value.terms:
         mine = [term if x is leaf else x for x in operands]
@@ -100,3 +100,4 @@ def _of_term(
 
 
 SUMMED_RULES.register(("optimization_barrier",), SUMMED)(barrier)
+SUMMED_RULES.register(OF_NORMS, SUMMED)(measure)

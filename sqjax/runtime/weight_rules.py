@@ -16,8 +16,14 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax.program.known_values import holds_only, is_mask, number_in
-from sqjax.program.primitives import COPIES, RESHARDINGS, RETYPINGS
+from sqjax.program.primitives import (
+    COPIES,
+    OF_NORMS,
+    RESHARDINGS,
+    RETYPINGS,
+)
 from sqjax.program.registry import Registry, Special
+from sqjax.program.subprograms import emit
 from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
 from sqjax.runtime.kinds import WEIGHTS
@@ -153,10 +159,12 @@ def _negate(equation: JaxprEqn, leaf: Special) -> Special:
 def _multiply(
     equation: JaxprEqn, lhs: Any, rhs: Any, *, known: Sequence[Any]
 ) -> Any:
-    """A weight times a number, a number for each output, or a mask, on either side.
+    """A weight times a number, a number for each output, or a mask, on either side; its square.
 
     None where the weight is broadcast.
     """
+    if lhs is rhs:
+        return measure(equation, lhs, rhs)
     leaf, other, values = lhs, rhs, known[1]
     if not isinstance(lhs, Special):
         leaf, other, values = rhs, lhs, known[0]
@@ -177,9 +185,10 @@ def _select(
     are_zeros = [holds_only(values, 0) for values in known[1:]]
     if isinstance(which, Special) or are_zeros.count(False) > 1:
         return None
-    at = are_zeros.index(False)
-    leaf = cases[at]
-    return leaf.holding(leaf.value.where(which == at))
+    number = are_zeros.index(False)
+    leaf = cases[number]
+    mask = which == jnp.asarray(number, jnp.result_type(which))
+    return leaf.holding(leaf.value.where(mask))
 
 
 @WEIGHT_RULES.register(("div",), WEIGHTS, asks=True)
@@ -216,6 +225,20 @@ def _factor(weight: QuantWeight, x: Any, values: Any) -> Any:
         return jnp.reshape(x, ())
     of_channels = weight.tensor.as_stored(jnp.shape(x))[-weight.contracted :]
     return x if math.prod(of_channels) == 1 else None
+
+
+# Norms --------------------------------------------------------------------------------------------
+
+
+@WEIGHT_RULES.register(OF_NORMS, WEIGHTS)
+@sharded_as_the_result
+def measure(equation: JaxprEqn, *leaves: Special) -> Array:
+    """What a norm, as that of weight norm, makes of the floats that a weight stands for.
+
+    The compiler fuses them into the sum, and the weight's own product stays one of codes.
+    """
+    floats = [leaf.value.dequantize() for leaf in leaves]
+    return emit(equation, *floats)[0]
 
 
 # The rest -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sqjax._serialized import known_to_flax
-from sqjax._shapes import sharded_as
+from sqjax._shapes import Shape, sharded_as
 from sqjax._trees import named_leaves
 from sqjax.numerics.formats import FormatName
 from sqjax.numerics.weight_products import Activations, Recipe
@@ -162,13 +162,13 @@ class QuantWeight(NoArray):
         """The entries of an array of the weight's rank that stand beside those of the outliers.
 
         Example: of (in, out) = (16, 12) and the outlier channels [3, 5] it is of shape (12, 2); of
-        (1, 12), which is the same for all channels, of shape (12, 1). A number stays one.
+        (1, 12), which is the same for all channels, of shape (12, 1). A number is of shape (1,).
         """
         stored = self.tensor.stored(x)
         first = self.ndim - self.contracted
         rows, channels = stored.shape[:first], stored.shape[first:]
         if math.prod(channels) == 1:
-            return stored.reshape(*rows, 1) if rows else stored.reshape(())
+            return stored.reshape(*rows, 1)
         whole = (*rows, *self.tensor.values.shape[first:])
         flat = jnp.broadcast_to(stored, whole).reshape(*rows, -1)
         return jnp.take_along_axis(flat, self._outlier_channels(), -1)
@@ -179,6 +179,41 @@ class QuantWeight(NoArray):
         outputs = self.outliers.weight.ndim - channels.ndim
         axes = range(channels.ndim - 1, channels.ndim - 1 + outputs)
         return jnp.expand_dims(channels, tuple(axes))
+
+    def dequantize(self) -> Array:
+        """The float weight that it stands for, as a matmul that is not smoothed would read it.
+
+        So the smoothing at run time is undone, and the outlier channels are where they were.
+        """
+        tensor = self.tensor
+        x = tensor.codes().astype(jnp.float32) * tensor.spread(tensor.scale)
+        first = self.ndim - self.contracted
+        if self.outliers is not None:
+            kept = self.outliers.weight.astype(jnp.float32)
+            flat = x.reshape(*x.shape[:first], -1)
+            at = jnp.broadcast_to(self._outlier_channels(), kept.shape)
+            put = jnp.put_along_axis(flat, at, kept, -1, inplace=False)
+            x = put.reshape(x.shape)
+        if self.smoothing is not None:
+            x = x / self._smoothing_beside(x.shape)
+        return x.transpose(tensor.axes).astype(tensor.dtype)
+
+    def _smoothing_beside(self, stored: Shape) -> Array:
+        """The smoothing scales, in a shape that broadcasts against the stored values.
+
+        Example: of 3 layers (outputs, channels) = (12, 16) those of shape (3, 16) get (3, 1, 16).
+        Those of a convolution's 8 channels in 2 groups, for a kernel (12, 3, 4), get (2, 1, 4), and
+        each group's are repeated for its 6 outputs.
+        """
+        first = len(stored) - self.contracted
+        lead = self.smoothing.ndim - self.contracted
+        batch, own = self.smoothing.shape[:lead], self.smoothing.shape[lead:]
+        groups = max(own[-1], 1) // max(stored[-1], 1)
+        outputs = (groups, *[1] * (first - lead))[: first - lead]
+        s = self.smoothing.reshape(*batch, *outputs, *own[:-1], stored[-1])
+        if groups > 1:
+            s = jnp.repeat(s, stored[lead] // groups, axis=lead)
+        return s
 
     @property
     def recipe(self) -> Recipe:

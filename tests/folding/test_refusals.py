@@ -495,7 +495,7 @@ ODD = {
     "a weight normed": (
         lambda p, x: x @ (p["w"] / jnp.sqrt((p["w"] ** 2).sum(0))[None] * p["g"][None]),
         {"w": normal(4, 5), "g": normal(5)},
-        "refused w: .* makes of g, w together: they stay float.* in params as one leaf",
+        r"refused w: .* multiplies w as fn has scaled it by its own norm, which a smoothing scale",
     ),
     "joined along the channels": (
         lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["v"], p["w"]]),

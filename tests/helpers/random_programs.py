@@ -264,8 +264,17 @@ def affine(b: Builder, shape):
     )
 
 
+def in_part(b: Builder, shape):
+    """A leaf of which a mask leaves a part: chosen among zeros, or multiplied with zeros and ones."""
+    mask = np.asarray(numbers(9, size=shape) > 0)
+    if b.tape(2):
+        return b.add("where", mask, b.leaf(shape), b.add("zeros", params=shape))
+    return b.add("mul", b.leaf(shape), mask.astype(float))
+
+
 WEIGHTS = [
-    *[fresh] * 8,
+    *[fresh] * 7,
+    in_part,
     *[again] * 2,
     transposed,
     transposed,

@@ -181,7 +181,7 @@ NO_MULTIPLES = {
     "a gain of the channels": lambda p: p["w"] * p["rows"],
     "of the channels, transposed": lambda p: (p["w"].T * p["rows"].T).T,
     "a matrix": lambda p: p["w"] * (p["rows"] @ p["g"]),
-    "weight norm": lambda p: p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True),
+    "a norm of the channels": lambda p: p["w"] / jnp.linalg.norm(p["w"], axis=1, keepdims=True),
 }
 
 
