@@ -1,12 +1,13 @@
 """Norms: what reads a weight only to multiply it with a gain, as in g * v / norm(v)."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
 
 from sqjax.program.equations import Equation, Var
 from sqjax.program.facts import Program
-from sqjax.program.primitives import ADDITIONS, OF_NORMS
+from sqjax.program.primitives import POWERS, REDUCTIONS, SCALINGS
 from sqjax.program.views import View
 
 
@@ -15,8 +16,8 @@ def is_of_a_norm(
 ) -> bool:
     """Whether an equation reads a leaf, seen as `var`, for a norm that becomes a gain of that leaf.
 
-    The norm reads the quantized weight as floats, so its channels must stay apart from other axes.
-    Where a view mixes them, as `jnp.linalg.norm(v)` does when it flattens v, codes are no view.
+    The weight must be quantized still where the norm begins, so its channels must be apart from other
+    axes there: of v.reshape(-1) there are no codes.
 
     Example: y = x @ (v / sqrt((v * v).sum(0, keepdims=True))) reads v by `mul` for one.
 
@@ -26,12 +27,15 @@ def is_of_a_norm(
         equation: what reads it.
         channels: the leaf's axes that its matmuls contract.
     """
-    measures = equation.name in ("mul", *OF_NORMS)
-    if not measures or {var} != set(equation.inputs) or var not in program.seen:
+    begins = equation.name in ("mul", *POWERS)
+    if not begins or {var} != set(equation.inputs) or var not in program.seen:
         return False
-    view = program.seen[var]
-    apart = _keeps_apart(view, channels)
-    return apart and _becomes_a_gain(program, view.path, equation)
+    apart = _keeps_apart(program.seen[var], channels)
+    return apart and _becomes_a_gain(program, var, equation)
+
+
+#: What may read powers of a weight, which are as large as it is, until they are summed.
+_READ_POWERS = {*POWERS, "convert_element_type", *REDUCTIONS}
 
 
 def _keeps_apart(view: View, channels: Sequence[int]) -> bool:
@@ -42,17 +46,22 @@ def _keeps_apart(view: View, channels: Sequence[int]) -> bool:
     return max(map(len, kinds), default=0) <= 1
 
 
-def _becomes_a_gain(program: Program, path: str, equation: Equation) -> bool:
-    """Whether all that is made of an equation's results ends in multiples of a leaf."""
+def _becomes_a_gain(program: Program, var: Var, equation: Equation) -> bool:
+    """Whether all that is made of a leaf's powers ends in multiples of the leaf."""
+    elements = math.prod(program.shape(var))
     may_go_on = program.steady.difference(program.outputs)
-    waiting = [*equation.outputs]
+    waiting = list(equation.outputs)
     while waiting:
         y = waiting.pop()
-        is_leaf = program.path_of(y) == path
-        # What is added to the leaf, as its mean is taken away, is no gain.
-        is_sum = program.maker[y].name in ADDITIONS
-        if y not in may_go_on or (is_leaf and is_sum):
+        readers = program.readers.get(y, [])
+        names = set(map(attrgetter("name"), readers))
+        is_multiple = program.path_of(y) == program.path_of(var)
+        if is_multiple:
+            # What is added to the leaf, as its mean is taken away, is no gain.
+            readers, names = [], {program.maker[y].name}.difference(SCALINGS)
+        is_summed = math.prod(program.shape(y)) < elements
+        may_be_read = is_summed or names <= _READ_POWERS
+        if y not in may_go_on or not may_be_read:
             return False
-        readers = () if is_leaf else program.readers.get(y, ())
         waiting += chain(*map(attrgetter("outputs"), readers))
     return True

@@ -59,15 +59,8 @@ KEEP_A_FILL = (*IDENTITIES, *MOVEMENTS, "convert_element_type")
 #: Of concatenated weights each is changed alone, whatever its shape.
 KEEP_JOINED = ("transpose", "convert_element_type", "copy", "name")
 
-#: What norms of a weight are made of, and its square as `mul` of it by itself.
-OF_NORMS = (
-    "abs",
-    "square",
-    "integer_pow",
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-)
+#: What norms begin with, element by element; and the square as `mul` of a weight by itself.
+POWERS = ("abs", "square", "integer_pow")
 
 #: Sums, differences and maxima of operands, element by element.
 SUMS_AND_MAXIMA = ("add", "add_any", "sub", "max", "min")

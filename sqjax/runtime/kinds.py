@@ -3,9 +3,10 @@
 A quantized weight is a parameter: a `Special` that holds a `QuantWeight`. A quantized cache is an
 array among the other arguments: a `Special` that holds a `QTensor`. Weights that the function has
 concatenated are a `Special` that holds a `JoinedWeight`; one to which it has added an array is a
-`Special` that holds a `SummedWeight`. Here stands what becomes of these where they enter or leave a
-program, a loop or a shard_map. What each primitive does to them is in `weight_rules`,
-`cache_rules`, `joined_weights` and `summed_weights`.
+`Special` that holds a `SummedWeight`; powers of one, for its norm, a `MeasuredWeight`. Here stands
+what becomes of these where they enter or leave a program, a loop or a shard_map. What each
+primitive does to them is in `weight_rules`, `cache_rules`, `joined_weights`, `summed_weights` and
+`norms`.
 """
 
 import functools
@@ -114,7 +115,7 @@ def _refuse_slices(equation: JaxprEqn, leaf: Special, length: int) -> Any:
     return refuse_weight(equation, leaf)
 
 
-def _refuse_joined_specs(
+def _refuse_weight_specs(
     equation: JaxprEqn, leaf: Special, spec: PartitionSpec
 ) -> Any:
     return refuse_weight(equation, leaf)
@@ -124,7 +125,7 @@ JOINED = Kind(
     JoinedWeight,
     otherwise=refuse_weight,
     slices=_refuse_slices,
-    specs=_refuse_joined_specs,
+    specs=_refuse_weight_specs,
     carry=refuse_weight,
     leave=_refuse_returned_weight,
 )
@@ -184,6 +185,34 @@ SUMMED = Kind(
     otherwise=refuse_weight,
     slices=_summed_slices,
     specs=_summed_specs,
+    carry=refuse_weight,
+    leave=_refuse_returned_weight,
+)
+
+# Weights on the way to a norm ---------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeasuredWeight:
+    """Powers or magnitudes of a weight's floats: only a sum or a maximum of them is an array.
+
+    Attributes:
+        floats: an array of the weight's shape.
+    """
+
+    floats: Any
+
+    def dequantize(self) -> Array:
+        """The float array itself."""
+        return self.floats
+
+
+MEASURED = Kind(
+    MeasuredWeight,
+    otherwise=refuse_weight,
+    slices=_refuse_slices,
+    specs=_refuse_weight_specs,
     carry=refuse_weight,
     leave=_refuse_returned_weight,
 )

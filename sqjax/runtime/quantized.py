@@ -17,13 +17,16 @@ from sqjax.runtime.cache_rules import CACHE_RULES
 from sqjax.runtime.caches import cache_leaves
 from sqjax.runtime.joined_weights import JOINED_RULES
 from sqjax.runtime.kinds import is_cache
+from sqjax.runtime.norms import NORM_RULES
 from sqjax.runtime.summed_weights import SUMMED_RULES
 from sqjax.runtime.weight_rules import WEIGHT_RULES, weight_leaves
 from sqjax.weights.qtensor import is_tensor, tensor_type
 from sqjax.weights.quant_weight import is_quantized, weight_type
 
 #: What primitives do to quantized values. An equation that meets both kinds belongs to the cache.
-RULES = Registry.joined(CACHE_RULES, WEIGHT_RULES, JOINED_RULES, SUMMED_RULES)
+RULES = Registry.joined(
+    CACHE_RULES, WEIGHT_RULES, JOINED_RULES, SUMMED_RULES, NORM_RULES
+)
 
 
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from sqjax.program.primitives import ADDITIONS, OF_NORMS, RESHARDINGS, SCALINGS
+from sqjax.program.primitives import ADDITIONS, RESHARDINGS, SCALINGS
 from sqjax.program.registry import Registry, Special, specials_among
 from sqjax.program.subprograms import emit
 from sqjax.runtime.kinds import SUMMED, WEIGHTS, SummedWeight, refuse_weight
+from sqjax.runtime.norms import measure
 from sqjax.runtime.shared_rules import barrier
-from sqjax.runtime.weight_rules import WEIGHT_RULES, measure
+from sqjax.runtime.weight_rules import WEIGHT_RULES
 
 SUMMED_RULES = Registry(WEIGHTS, SUMMED)
 
@@ -100,4 +101,3 @@ def _of_term(
 
 
 SUMMED_RULES.register(("optimization_barrier",), SUMMED)(barrier)
-SUMMED_RULES.register(OF_NORMS, SUMMED)(measure)

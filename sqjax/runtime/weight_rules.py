@@ -16,17 +16,12 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from sqjax.program.known_values import holds_only, is_mask, number_in
-from sqjax.program.primitives import (
-    COPIES,
-    OF_NORMS,
-    RESHARDINGS,
-    RETYPINGS,
-)
+from sqjax.program.primitives import COPIES, RESHARDINGS, RETYPINGS
 from sqjax.program.registry import Registry, Special
-from sqjax.program.subprograms import emit
 from sqjax.runtime.convolution import convolve
 from sqjax.runtime.embedding_rows import gathered, gathers_rows
 from sqjax.runtime.kinds import WEIGHTS
+from sqjax.runtime.norms import measure
 from sqjax.runtime.shared_rules import (
     barrier,
     copy,
@@ -225,20 +220,6 @@ def _factor(weight: QuantWeight, x: Any, values: Any) -> Any:
         return jnp.reshape(x, ())
     of_channels = weight.tensor.as_stored(jnp.shape(x))[-weight.contracted :]
     return x if math.prod(of_channels) == 1 else None
-
-
-# Norms --------------------------------------------------------------------------------------------
-
-
-@WEIGHT_RULES.register(OF_NORMS, WEIGHTS)
-@sharded_as_the_result
-def measure(equation: JaxprEqn, *leaves: Special) -> Array:
-    """What a norm, as that of weight norm, makes of the floats that a weight stands for.
-
-    The compiler fuses them into the sum, and the weight's own product stays one of codes.
-    """
-    floats = [leaf.value.dequantize() for leaf in leaves]
-    return emit(equation, *floats)[0]
 
 
 # The rest -----------------------------------------------------------------------------------------

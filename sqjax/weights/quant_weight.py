@@ -162,11 +162,12 @@ class QuantWeight(NoArray):
         """The entries of an array of the weight's rank that stand beside those of the outliers.
 
         Example: of (in, out) = (16, 12) and the outlier channels [3, 5] it is of shape (12, 2); of
-        (1, 12), which is the same for all channels, of shape (12, 1). A number is of shape (1,).
+        (1, 12), which is the same for all channels, of shape (12, 1). A number is of shape (1, 1).
         """
         stored = self.tensor.stored(x)
         first = self.ndim - self.contracted
         rows, channels = stored.shape[:first], stored.shape[first:]
+        rows = (*[1] * (first - len(rows)), *rows)
         if math.prod(channels) == 1:
             return stored.reshape(*rows, 1)
         whole = (*rows, *self.tensor.values.shape[first:])

@@ -217,14 +217,15 @@ def test_batch_axes_that_the_weight_was_not_quantized_for_are_refused_by_leaf():
 # A line each, because the refusal names it.
 REFUSED = {
     "mul": lambda w, x: x @ (w * w.T),
+    "exp": lambda w, x: x @ jnp.exp(w**2),
     "add": lambda w, x: x @ (w + w),
     "reshape": lambda w, x: x @ w.reshape(8, 32)[:, :16].reshape(16, 8),  # mixes rows and columns
     "sin": lambda w, x: x @ jnp.sin(w),
-    "reduce_prod": lambda w, x: x @ w + jnp.prod(w),
+    "reduce_sum": lambda w, x: x @ w + jnp.sum(w),
     "scan": lambda w, x: x @ lax.scan(lambda c, _: (c.T, None), w, None, length=2)[0],  # carried
     "gather": lambda w, x: x @ w + w[jnp.array([1])],  # rows, but stored by columns
     "convert_element_type": lambda w, x: x @ w + w.astype(jnp.int32)[0, 0].astype(jnp.float32),
-    "dot_general": lambda w, x: x @ (w @ w),
+    "dot_general": lambda w, x: x @ w**2,
 }
 
 
