@@ -16,8 +16,8 @@ def is_of_a_norm(
 ) -> bool:
     """Whether an equation reads a leaf, seen as `var`, for a norm that becomes a gain of that leaf.
 
-    The weight must be quantized still where the norm begins, so its channels must be apart from other
-    axes there: of v.reshape(-1) there are no codes.
+    The weight must be quantized still where the norm begins, so its channels must be apart from
+    other axes there: of v.reshape(-1) there are no codes.
 
     Example: y = x @ (v / sqrt((v * v).sum(0, keepdims=True))) reads v by `mul` for one.
 
