@@ -366,17 +366,28 @@ def _read_otherwise(
         if var in program.outputs:
             refused[path] = f"it is {program.outputs[var]} too: it stays float"
         for equation in program.readers.get(var, []):
-            by_rows = 0 not in sites[path].axes
-            looked_up = by_rows and is_lookup(program, var, equation)
             multiplied = (path, id(equation)) in matmuls
-            passed_on = _is_passed_on(program, var, equation)
-            measured = is_of_a_norm(program, var, equation, axes_of[path])
-            if not (multiplied or looked_up or passed_on or measured):
+            may_read = multiplied or _may_read(
+                program, var, equation, sites[path].axes
+            )
+            if not may_read:
                 refused[path] = (
                     f"{equation} reads it too, and a quantized weight has no elements to read: it "
                     "stays float"
                 )
     return refused
+
+
+def _may_read(
+    program: Program, var: Var, equation: Equation, channels: Sequence[int]
+) -> bool:
+    """Whether something that is no matmul can read a quantized weight with these channels."""
+    by_rows = 0 not in channels
+    return (
+        (by_rows and is_lookup(program, var, equation))
+        or _is_passed_on(program, var, equation)
+        or is_of_a_norm(program, var, equation, channels)
+    )
 
 
 def _seen_as(

@@ -21,13 +21,7 @@ from sqjax.program.equations import (
     all_equations,
     variables_in,
 )
-from sqjax.program.known_values import (
-    ZEROS_AND_ONES,
-    captured_values,
-    is_mask,
-    number_in,
-    values_made,
-)
+from sqjax.program.known_values import KnownValues, is_mask
 from sqjax.program.primitives import (
     ADDITIONS,
     KEEP_JOINED,
@@ -60,8 +54,8 @@ class Program:
             no other reader.
         barred: {variable: why it can carry no scale}.
         maker, readers: {variable: equation that makes it}, {variable: equations that read it}.
-        from_leaves: variables computed from leaves and literals alone; and leaves that captured
-            arrays mask, or multiply along some axes.
+        from_leaves: variables computed from leaves and literals alone; leaves that captured arrays
+            mask or multiply.
         steady: variables that no input of fn has a part in: made of leaves, literals and captured
             arrays.
         picked: {variable: what picked it from a leaf by an index}: rows of an embedding, a layer of
@@ -112,8 +106,7 @@ class Program:
         self.sums: dict[Var, View] = {}
         self.seen: Mapping[Any, View] = ChainMap(self.views, self.sums)
         self.leaf_views: dict[Var, View] = {}
-        # {variable: values of which it holds no others}: see `sqjax.program.known_values`.
-        self._known: dict[Var, np.ndarray] = {}
+        self._known = KnownValues(self.avals, self.constants)
         # {view: what it is a view, slice or block of}; of these the slices and blocks of leaves.
         self._seen_from: dict[Var, Var] = {}
         self._whole: dict[Var, Var] = {}
@@ -136,14 +129,12 @@ class Program:
         return all_equations(self.main)
 
     def _begin(self) -> None:
-        """What is known of the leaves and of captured arrays before any equation."""
+        """What is known of the leaves before any equation."""
         for v, path in self.leaves.items():
             self.leaf_views[v] = View.of(path, self.shape(v))
         # Tables of integers are leaves, but nothing scales them.
         for v in filter(self.is_float, self.leaves):
             self.views[v] = self.leaf_views[v]
-        for v in filter(self._holds_numbers, self.constants):
-            self._note_values(v, captured_values(self.constants[v]))
 
     # In order of execution, because what is known of a result follows from what is known of the
     # operands.
@@ -165,7 +156,7 @@ class Program:
     def _enter(self, entry: Entry) -> None:
         """Slices and blocks of leaves are leaves in a body."""
         outer, inner = entry.outer, entry.inner
-        self._note_values(inner, self._values(outer))
+        self._known.note(inner, self._known.of(outer))
         if outer in self.steady:
             self.steady.add(inner)
         if not self.is_of_leaves(outer):
@@ -193,7 +184,7 @@ class Program:
     def _pass_on(self, equation: Equation, y: Var) -> None:
         """What is known of one result of an equation without a body."""
         self._pass_origin(equation.behind(y), y)
-        self._pass_values(equation, y)
+        self._known.pass_on(equation, y)
         # In this order: a view of what has been picked is picked too.
         facts: tuple[tuple[Container[str], _Fact], ...] = (
             (PICKS, self._pick),
@@ -249,18 +240,16 @@ class Program:
         self.joined[y] = Joined(axis, tuple(filter(None, changed)))
 
     def _seen(self, equation: Equation, y: Var) -> tuple[Atom | None, Shape]:
-        """(the operand of which a result may be a view, the shape of a gain that multiplies it).
-
-        That is its only operand, but for a number, a mask or a gain. Of a number and of a mask the
-        shape is (), because they do not vary as a gain does.
+        """(the operand of which a result may be a view, the shape of a gain that multiplies it; ()
+        of none). It is the only operand, but for a number, a mask or a gain.
         """
         if equation.name not in SCALINGS:
             sources = equation.behind(y)
             return (sources[0] if len(sources) == 1 else None), ()
         divides = equation.name == "div"
         for x, factor in self._factors(equation):
-            is_mask = not divides and self._is_mask(factor, x)
-            if is_mask or self._is_number(factor):
+            masks = not divides and self._is_mask(factor, x)
+            if masks or self._is_number(factor):
                 return x, ()
             if self._is_gain(factor, x):
                 return x, self.shape(factor)
@@ -292,14 +281,14 @@ class Program:
     def _is_mask(self, atom: Atom, x: Atom) -> bool:
         """Whether an operand that x has no part in says which elements of a leaf x are zeros."""
         return (
-            is_mask(self._values(atom))
+            is_mask(self._known.of(atom))
             and atom in self.steady
             and self.path_of(x) not in self.leaves_behind(*variables_in([atom]))
         )
 
     def _is_number(self, atom: Atom) -> bool:
         """Whether an operand is one number, known by its value or made of leaves and literals."""
-        known = self._number(atom) is not None
+        known = self._known.number(atom) is not None
         return known or (self._is_single(atom) and self.is_of_leaves(atom))
 
     def _is_single(self, atom: Atom) -> bool:
@@ -339,33 +328,6 @@ class Program:
             if self.shape(leaf) == self.shape(y):  # it is not repeated
                 self.sums[y] = self.seen[leaf]
 
-    def _pass_values(self, equation: Equation, y: Var) -> None:
-        """Copies of one number are that number; what is made of masks may be one."""
-        operands = list(map(self._values, equation.inputs))
-        made = values_made(equation.name, operands)
-        own = dict(zip(equation.outputs, made, strict=False))
-        self._note_values(y, own.get(y))
-
-    def _note_values(self, v: Var, values: np.ndarray | None) -> None:
-        if values is not None and self._holds_numbers(v):
-            self._known[v] = values.astype(self.avals[v].dtype)
-
-    def _holds_numbers(self, v: Var) -> bool:
-        """Whether a variable holds numbers: keys of jax.random do not."""
-        dtype = self.avals[v].dtype
-        return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
-
-    def _values(self, atom: Atom) -> np.ndarray | None:
-        """Values of which an operand holds no others, as far as that is known."""
-        if not isinstance(atom, Var):
-            return atom.value
-        of_its_type = ZEROS_AND_ONES if self.avals[atom].dtype == bool else None
-        return self._known.get(atom, of_its_type)
-
-    def _number(self, atom: Atom) -> np.ndarray | None:
-        """The number that fills an operand, as an array of one element; None if not known."""
-        return number_in(self._values(atom))
-
     # Once all equations are known, because these facts depend on every reader of a variable.
 
     def _bar_unless_read_there(
@@ -395,7 +357,7 @@ class Program:
         [y] = equation.outputs
         # Either operand may be the number: c + w, and w + c.
         for leaf, other in (equation.inputs, equation.inputs[::-1]):
-            number = self._number(other)
+            number = self._known.number(other)
             if number is None or not number.any():
                 continue  # 0 + w is w, with any number of readers
             is_broadcast = self.shape(leaf) != self.shape(y)
@@ -442,12 +404,12 @@ class Program:
 
     def is_zero(self, atom: Atom) -> bool:
         """Whether an operand is known to hold only zeros."""
-        number = self._number(atom)
+        number = self._known.number(atom)
         return number is not None and not number.any()
 
     def is_scale_free(self, atom: Atom) -> bool:
         """Whether an operand is known to be the same at any scale: 0 everywhere, or infinite."""
-        number = self._number(atom)
+        number = self._known.number(atom)
         return number is not None and bool(
             np.all((number == 0) | np.isinf(number))
         )

@@ -5,13 +5,14 @@ number 2 fills, `ZEROS_AND_ONES` of a mask, and of an array that fn has captured
 None says that nothing is known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from sqjax._trees import is_concrete
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.primitives import KEEP_A_FILL
 
 #: What a mask holds, and any array of booleans.
@@ -72,6 +73,48 @@ def captured_values(array: Any) -> np.ndarray | None:
     if holds_only(array, 0):
         return np.zeros((), array.dtype)
     return ZEROS_AND_ONES if is_mask(array) else None
+
+
+class KnownValues:
+    """What is known of the values of a program's variables.
+
+    Args:
+        avals: the types of the variables.
+        captured: {variable: value} of the arrays that fn has captured.
+    """
+
+    def __init__(self, avals: Sequence[Any], captured: Mapping[Var, Any]):
+        self._avals = avals
+        self._known: dict[Var, np.ndarray] = {}
+        for v in filter(self._holds_numbers, captured):
+            self.note(v, captured_values(captured[v]))
+
+    def note(self, v: Var, values: np.ndarray | None) -> None:
+        """Notes what a variable holds; None: that is not known."""
+        if values is not None and self._holds_numbers(v):
+            self._known[v] = values.astype(self._avals[v].dtype)
+
+    def pass_on(self, equation: Equation, y: Var) -> None:
+        """Notes a result: copies of a number are that number; what is made of masks may be one."""
+        made = values_made(equation.name, list(map(self.of, equation.inputs)))
+        own = dict(zip(equation.outputs, made, strict=False))
+        self.note(y, own.get(y))
+
+    def of(self, atom: Atom) -> np.ndarray | None:
+        """What an operand holds, as far as it is known."""
+        if not isinstance(atom, Var):
+            return atom.value
+        is_boolean = self._avals[atom].dtype == bool
+        return self._known.get(atom, ZEROS_AND_ONES if is_boolean else None)
+
+    def number(self, atom: Atom) -> np.ndarray | None:
+        """The number that fills an operand, as an array of one element; None if not known."""
+        return number_in(self.of(atom))
+
+    def _holds_numbers(self, v: Var) -> bool:
+        """Whether a variable holds numbers: keys of jax.random do not."""
+        dtype = self._avals[v].dtype
+        return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
 
 def _all(values: Any, test: Callable[[Any], Any]) -> bool:
