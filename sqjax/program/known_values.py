@@ -30,7 +30,9 @@ def values_made(name: str, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _mask_of_masks(operands: Sequence[Any]) -> list[Any]:
-    return [ZEROS_AND_ONES] if all(map(is_mask, operands)) else []
+    # What is not known comes first, because a look at a large captured array takes time.
+    in_order = sorted(operands, key=lambda values: values is not None)
+    return [ZEROS_AND_ONES] if all(map(is_mask, in_order)) else []
 
 
 def _mask_of_cases(operands: Sequence[Any]) -> list[Any]:
