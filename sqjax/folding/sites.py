@@ -59,9 +59,7 @@ class Place(NamedTuple):
 
     @property
     def entry(self) -> tuple[Any, ...]:
-        """Which of the site's channels this matmul reads: all, or those of one of a stack of
-        matrices.
-        """
+        """Which of the site's channels this matmul reads: all, or those of one of its matrices."""
         return tuple(map(attrgetter("seen"), self.view.taken))
 
     @property

@@ -259,8 +259,7 @@ class _Run(NamedTuple):
     def _of_device(self, arrays: Any, scopes: Scopes) -> Any:
         """The same arrays, typed as differing from device to device along all mesh axes around.
 
-        What one branch sees may differ, and zeros do not; but both must be of one type. Outside of
-        shard_maps this changes nothing.
+        What a branch sees may differ where zeros do not, and both must be of one type.
         """
         names = self.program.mesh_axes
         around = [names[scope] for scope in scopes if scope in names]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sqjax._trees import is_concrete
@@ -72,9 +73,19 @@ def captured_values(array: Any) -> np.ndarray | None:
     """What an array holds that fn has captured: a bias of zeros, say, or a mask; else None."""
     if not is_concrete(array):
         return None
-    if holds_only(array, 0):
+    # Now, even if the caller is being traced, because the answer decides what is done.
+    with jax.ensure_compile_time_eval():
+        only_zeros, zeros_and_ones = jax.device_get(_looked_at(array))
+    if only_zeros:
         return np.zeros((), array.dtype)
-    return ZEROS_AND_ONES if is_mask(array) else None
+    return ZEROS_AND_ONES if zeros_and_ones else None
+
+
+@jax.jit
+def _looked_at(array: Any) -> tuple[Any, Any]:
+    """(whether an array holds only zeros, whether it holds only zeros and ones)."""
+    is_zero = array == 0
+    return jnp.all(is_zero), jnp.all(is_zero | (array == 1))
 
 
 class KnownValues:
@@ -120,7 +131,5 @@ class KnownValues:
 
 
 def _all(values: Any, test: Callable[[Any], Any]) -> bool:
-    # Now, even if the caller is being traced, because the answer decides what is done. None, of
-    # which nothing is known, is equal to no number.
-    with jax.ensure_compile_time_eval():
-        return bool(np.all(test(values)))
+    # None, of which nothing is known, is equal to no number.
+    return bool(np.all(test(values)))
