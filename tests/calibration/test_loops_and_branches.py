@@ -182,6 +182,7 @@ def test_stacks_in_switches_and_scans():
     assert stats.reached["e"].tolist() == reached
 
 
+@pytest.mark.slow
 def test_a_loop_that_generates_tokens():
     params = {
         "embed": normal(11, WIDTH, seed=5),

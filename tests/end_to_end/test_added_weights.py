@@ -43,6 +43,7 @@ def in_int8(x, w):
     return np.round(x / of_x) @ np.round(w / of_w) * of_x * of_w
 
 
+@pytest.mark.slow
 def test_the_weight_runs_in_int8_and_what_is_added_in_float():
     """Every way in one program. The reference is fn in float64, but for the one product of int8."""
     params = {name: dict(PARAMS, e=normal(12, 12) / 9) for name in WAYS}

@@ -869,7 +869,7 @@ def adapted():
         (6, ["gain"], ["a"]),
         (8, ["a"], ["b"]),
     ]
-    return case(fn, params, (TOKENS,), (OTHER_TOKENS,), groups, 7, v="`div` at", g="`div` at")
+    return case(fn, params, (TOKENS,), (OTHER_TOKENS,), groups, 7, v="by its own norm")
 
 
 def fourier():

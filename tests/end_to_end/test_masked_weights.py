@@ -262,6 +262,7 @@ def test_a_mask_that_an_input_makes_is_none():
     assert [site.path for site in sq.calibrate(fn, params, [X]).graph.sites] == ["other"]
 
 
+@pytest.mark.slow
 def test_a_quantized_weight_meets_another_mask_than_it_was_calibrated_with():
     """What was a mask then and holds other numbers now is refused, not taken for one."""
 

@@ -66,6 +66,7 @@ def same_trees(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and all((x == y).all() for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_the_rows_are_outputs_in_whatever_order_the_program_has_the_products():
     """So the leaf and its statistics are those of a leaf that only h @ w.T reads."""
     alone = sq.calibrate(lambda p, h: h @ p["w"].T, {"w": W}, [H])
@@ -212,6 +213,7 @@ def encoded(x, w):
     return times_channels(np.tanh(times_rows(x, w)), w)
 
 
+@pytest.mark.slow
 def test_a_tied_autoencoder_in_every_shape():
     params = {name: {"w": W, "v": W.T} for name in SHAPES}
 
@@ -238,6 +240,7 @@ def of_layer(weight, i):
     return jax.tree.map(lambda x: x[i], weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [sq.W8A8, sq.W8A8.replace(smoothing=0.5)])
 def test_layers_that_a_scan_runs_over(scheme):
     """And, as experts are, in a batch; both are stacks (3, 16, 12)."""
@@ -301,6 +304,7 @@ def test_two_functions_that_share_the_leaf():
 # Smoothing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fold_into_the_leaf_must_suit_both_products():
     """relu(x @ w.T) @ v: w's rows absorb v's scale if what meets them in h @ w is multiplied by it, and so is `up`."""
 
@@ -434,7 +438,7 @@ FLOAT = {  # what the function does, the leaf, and the reason that the graph giv
     "a gain of the channels": (
         lambda w, x: (x @ (w * jnp.tanh(w[:1])), H @ w.T),
         W,
-        "reads it too",
+        "contracted along different axes",
     ),
     "a convolution": (
         lambda w, x: (

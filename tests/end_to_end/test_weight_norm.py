@@ -93,6 +93,7 @@ def test_the_norm_is_a_gain_and_the_product_runs_in_int8():
         np.testing.assert_allclose(got[name], expected, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [-1, None])
 def test_flax_linen(features):
     class Model(nn.Module):
@@ -229,6 +230,7 @@ def before(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [within, before])
 def test_layers_that_a_scan_runs_over(fn):
     params, x = {"v": normal(2, 8, 8), "g": normal(2, 1, 8)}, normal(3, 8)
@@ -320,6 +322,7 @@ def test_what_else_reads_a_weight_keeps_it_in_float(case):
         sq.calibrate(fn, PARAMS, [X])
 
 
+@pytest.mark.slow
 def test_a_regularizer_that_quantized_meets_measures_the_dequantized_weight():
     """fn is another one than was calibrated; the norm is still the one of what runs."""
     qparams = sq.quantize(PARAMS, sq.calibrate(lambda p, x: x @ p["v"], PARAMS, [X]))

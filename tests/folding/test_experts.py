@@ -292,6 +292,7 @@ def test_every_expert_runs_in_int8(build, scheme):
 # Statistics and scales of every expert ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_expert_has_the_statistics_of_its_own_tokens():
     _, stats = found(dispatched_by_a_mask)
     h = np.asarray(normed(MIXTURE, X))

@@ -173,6 +173,7 @@ def test_a_shared_param_stands_in_the_tree_once_and_is_shared_again():
     chex.assert_trees_all_close(fn(params, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_method_can_be_the_function():
     module, x = jittered(Perceptron(nnx.Rngs(0))), normal(3, 6)
     fn, params = functional(module, method="embed")

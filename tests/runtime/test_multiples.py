@@ -210,6 +210,7 @@ def test_a_gain_that_is_multiplied_itself_stays_float():
     assert np.isfinite(sq.quantized(fn)(sq.quantize(params, stats), x)).all()
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_a_weight_is_multiplied_with():
     """Those of the float function with the dequantized weights, each way in one program."""
     NWC = {"dimension_numbers": ("NWC", "WIO", "NWC")}
