@@ -84,8 +84,9 @@ def captured_values(array: Any) -> np.ndarray | None:
 @jax.jit
 def _looked_at(array: Any) -> tuple[Any, Any]:
     """(whether an array holds only zeros, whether it holds only zeros and ones)."""
-    is_zero = array == 0
-    return jnp.all(is_zero), jnp.all(is_zero | (array == 1))
+    zero, one = np.array([0, 1], array.dtype)
+    is_zero = array == zero
+    return jnp.all(is_zero), jnp.all(is_zero | (array == one))
 
 
 class KnownValues:
