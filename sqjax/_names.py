@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 
+from sqjax._arguments import expect
+
 
 def first_matches(
     patterns: Iterable[str],
@@ -44,6 +46,8 @@ def first_matches(
 
 def _matches(pattern: str, names: Sequence[str], what: str) -> list[str]:
     """The names in which a pattern is found."""
+    is_pattern = isinstance(pattern, str | re.Pattern)
+    expect(is_pattern, what, "a regular expression, as in 'key|value'", pattern)
     try:
         expression = re.compile(pattern)
     except re.error as error:

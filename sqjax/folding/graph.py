@@ -249,6 +249,7 @@ class Graph(NamedTuple):
             ValueError: there is no such leaf; names near misses.
         """
         known = list(dict(self.leaves))
+        expect(isinstance(path, str), "explain", "the path of a leaf", path)
         if path not in known:
             raise ValueError(
                 f"explain: {path!r} is no leaf. Near misses: {near_misses(path, known)}"

@@ -209,6 +209,14 @@ OTHER_ARGUMENTS = {
         lambda: sq.models.fuse(x()),
         r"fuse: expected the parameters of a Model, got ArrayImpl",
     ),
+    "explain(3)": (
+        lambda: stats().graph.explain(3),
+        "explain: expected the path of a leaf, got 3",
+    ),
+    "a pattern that is none": (
+        lambda: sq.quantize_cache({"key": jnp.ones((1, 2, 4))}, None),
+        r"quantize_cache pattern: expected a regular expression, as in 'key\|value', got None",
+    ),
     "quantized(None)": (lambda: sq.quantized(None), r"a function .*, got None"),
     "int8_attention(tree)": (
         lambda: sq.int8_attention(qparams()),

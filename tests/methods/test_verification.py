@@ -180,7 +180,11 @@ ORDERS = {
     ),
     "nothing is returned": (
         lambda fn, p, x: (lambda p, x: None, p, p, x),
-        "fn returns no array, so there is nothing to compare",
+        "fn returns no array, or only empty ones, so there is nothing to compare",
+    ),
+    "no rows": (
+        lambda fn, p, x: (fn, p, p, x[:0]),
+        "only empty ones, .*of inputs that have rows",
     ),
 }
 
