@@ -115,6 +115,8 @@ def calibrate(
         first_batches.append(first_batch)
         streams.append(stream)
 
+    _check_known(params, first_batches)
+
     # Analyse: what folds is decided by all functions together, on their first batches.
     analyses = Analyses(
         functions, params, first_batches, groups or {}, attention
@@ -214,6 +216,15 @@ def _arguments(batch: Any, number: int) -> Arguments:
     # An additive mask holds -inf. Where that reaches a site, the activation is refused.
     check_finite(args, f"calibration batch {number}, input", but=-np.inf)
     return args
+
+
+def _check_known(params: PyTree, batches: Any) -> None:
+    """Raises ValueError for tracers, because statistics are made of numbers."""
+    if not all(map(is_concrete, array_leaves((params, batches)))):
+        raise ValueError(
+            "calibrate: expected arrays whose numbers are known, got tracers: call calibrate "
+            "outside of jax.jit, grad and vmap, and compile what runs: jax.jit(sq.quantized(fn))"
+        )
 
 
 def _check_has_something_to_do(analysis: Analysis) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from sqjax._arguments import expect
 from sqjax._serialized import serialized
 from sqjax._trees import is_concrete, is_float
 from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
@@ -175,6 +176,7 @@ class Stats:
             ValueError: the two are of different programs, or of different parameters (one was
                 smoothed, say; values can not be checked under jit); or only one has histograms.
         """
+        expect(isinstance(other, Stats), "merge", "other Stats", other)
         if self.graph != other.graph:
             raise ValueError(
                 "merge: the two Stats have different graphs; "

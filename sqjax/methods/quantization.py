@@ -181,8 +181,10 @@ def _quantized(
     `folded` holds the smoothing scales of the params: `stats.folded`, if it is None.
     """
     check_float(params, "quantize")
-    leaves_by_path(params, stats.graph)
+    leaves = leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
+    # Of no elements there is nothing to quantize.
+    schemes = {path: how for path, how in schemes.items() if leaves[path].size}
     quantizable = *stats.graph.sites, *stats.graph.tables
     sites = dict(zip(paths_of(quantizable), quantizable, strict=True))
     # Other schemes take nothing from the statistics, so these may be of any parameters.

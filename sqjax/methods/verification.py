@@ -1,6 +1,6 @@
 """`verify`: does a function return the same on two parameter trees?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sqjax._arguments import check_function, expect
-from sqjax._trees import PyTree, named_leaves
+from sqjax._shapes import entries_at
+from sqjax._trees import PyTree, is_float, named_leaves
 from sqjax.calibration.analysis import described
 from sqjax.program.facts import Program
 from sqjax.program.repeatable import Repeated
@@ -85,6 +86,7 @@ def verify(
             "verify: fn returns no array, or only empty ones, so there is nothing to compare; "
             "return what it computes, of inputs that have rows"
         )
+    _check_says_something(expected)
     with _told("after", inputs):
         after_outputs = run(after)
     _, got, _ = named_leaves(after_outputs)
@@ -152,9 +154,33 @@ def _advice(after: PyTree, coarse: str, was: float, now: float) -> str:
     )
 
 
+def _check_says_something(outputs: Sequence[Any]) -> None:
+    """Raises ValueError if floats are returned, and all of them are 0, NaN or infinite: they are so
+    with wrong parameters, too.
+    """
+    floats = list(filter(is_float, outputs))
+    if floats and not any(map(_holds_a_number, floats)):
+        raise ValueError(
+            "verify: every number that fn returns is 0, NaN or infinite, so there is nothing to "
+            "compare; pass inputs like those that the model sees"
+        )
+
+
+def _holds_a_number(x: Any) -> bool:
+    x = np.asarray(x, np.float32)
+    return bool(np.any(np.isfinite(x) & (x != 0)))
+
+
+#: What `reduce_precision` rounds to, by the bits of its mantissa.
+_ROUNDED = {7: "bfloat16", 10: "float16"}
+
+
 def _coarsest(traced: Traced) -> str:
     """The coarsest precision that a program computes in anywhere."""
-    dtypes = {str(getattr(aval, "dtype", "")) for aval in Program(traced).avals}
+    program = Program(traced)
+    dtypes = {str(getattr(aval, "dtype", "")) for aval in program.avals}
+    mantissas = [e.params.get("mantissa_bits") for e in program.equations]
+    dtypes.update(entries_at(_ROUNDED, _ROUNDED.keys() & mantissas))
     known = [dtype for dtype in TOLERANCES if dtype in dtypes]
     return max(known, key=TOLERANCES.__getitem__, default="float32")
 

@@ -37,7 +37,8 @@ def channel_absmax(
     if groups > 1:
         kept = (*kept, channels.outputs)
     first = jnp.moveaxis(magnitude, kept, range(len(kept)))
-    largest = jnp.max(first, axis=tuple(range(len(kept), first.ndim)))
+    others = tuple(range(len(kept), first.ndim))
+    largest = jnp.max(first, axis=others, initial=0)
     if groups == 1:
         return largest
     *batch, inputs, outputs = largest.shape

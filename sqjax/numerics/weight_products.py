@@ -67,7 +67,7 @@ class Matrix(NamedTuple):
         """The codes with zero points and integer scales applied: int8, or float8."""
         length = self.codes.shape[1]
         whole_groups = (
-            group is not None and length % group == 0 and length > group
+            group is not None and length > group and length % group == 0
         )
         # Groups become an axis before all else: spread scales would divide by the group size in the
         # compiled loop over channels.
@@ -89,7 +89,7 @@ class Matrix(NamedTuple):
             q = q.astype(jnp.int8) - of_channels(self.zero)
         if self.group_scale is not None:
             q = q.astype(jnp.int8) * of_channels(self.group_scale)
-        return q.reshape(-1, length)
+        return q.reshape(self.codes.shape)
 
     def columns(self, number: Any, first: Any, length: int) -> "Matrix":
         """One group as a matrix: its number, its first channel, its length."""

@@ -35,7 +35,8 @@ class Sharing(NamedTuple):
 
         For x of shape (7, 10): (7, 1) along axes (-1,), and (7, 3) in groups of 4.
         """
-        x = by(x, axis=self.axes, keepdims=True)
+        # A range holds 0, also that of no elements.
+        x = by(x, axis=self.axes, keepdims=True, initial=0)
         if self.group is None:
             return x
         # A shorter last group is filled with its last element, which changes no minimum or maximum.
@@ -43,7 +44,7 @@ class Sharing(NamedTuple):
         padding = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
         x = jnp.pad(x, padding, mode="edge")
         grouped = x.reshape(*x.shape[:-1], -1, self.group)
-        return by(grouped, axis=-1)
+        return by(grouped, axis=-1, initial=0)
 
     def spread(self, x: Array) -> Array:
         """Scales in a shape that broadcasts against the stored array: (7, 3) becomes (7, 10)."""

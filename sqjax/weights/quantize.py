@@ -103,7 +103,8 @@ def measured(
     if scheme.smoothing is not None:
         magnitudes = jnp.moveaxis(jnp.abs(weight), axes, range(len(axes)))
         outputs = tuple(range(len(axes), weight.ndim))
-        largest = jnp.max(magnitudes.astype(jnp.float32), axis=outputs)
+        in_float32 = magnitudes.astype(jnp.float32)
+        largest = jnp.max(in_float32, axis=outputs, initial=0)
         seen = believable(absmax, batch)
         smoothing = smoothing_scales(seen, largest, scheme.smoothing)
     if scheme.outliers is None:
@@ -215,7 +216,8 @@ def _input_scale(
     An expert that calibration never reached takes the largest range of the others: its own, 0,
     would clip whatever meets it later.
     """
-    largest = jnp.max(absmax, axis=tuple(range(batch, absmax.ndim)))
+    channels = tuple(range(batch, absmax.ndim))
+    largest = jnp.max(absmax, axis=channels, initial=0)
     largest = jnp.where(largest > 0, largest, jnp.max(largest))
     return scale_from_absmax(largest, fmt)
 

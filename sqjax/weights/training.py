@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from sqjax._arguments import expect
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, is_float, named_leaves
 from sqjax.weights.qtensor import is_tensor
@@ -49,7 +50,12 @@ def split(
         for path, x in zip(paths, leaves, strict=True)
         if is_float(x) and not _is_whole(x)
     ]
-    patterns = [trainable] if isinstance(trainable, str) else trainable
+    is_known = isinstance(trainable, str | Iterable)
+    expect(is_known, "split", "a pattern of names, or several", trainable)
+    patterns = [trainable] if isinstance(trainable, str) else [*trainable]
+    # By default all are trained that can be, even if there are none.
+    if patterns == [""] and not able:
+        patterns = []
     chosen = first_matches(patterns, able, "split pattern")
     trained: list[Any] = []
     frozen: list[Any] = []

@@ -397,7 +397,7 @@ CALIBRATED = {
 }
 
 
-@pytest.mark.parametrize(("make", "gain", "shape", "groups"), slow_but(CALIBRATED, "mlp"))
+@pytest.mark.parametrize(("make", "gain", "shape", "groups"), slow_but(CALIBRATED))
 @pytest.mark.slow
 def test_calibrate_smooth_quantize_jit(make, gain, shape, groups):
     module, x = jittered(make(nnx.Rngs(0))), normal(*shape)

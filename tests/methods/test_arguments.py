@@ -209,6 +209,19 @@ OTHER_ARGUMENTS = {
         lambda: sq.models.fuse(x()),
         r"fuse: expected the parameters of a Model, got ArrayImpl",
     ),
+    "calibrate under jit": (
+        lambda: jax.jit(lambda p: sq.calibrate(fn, p, [x()]).absmax)(params()),
+        "expected arrays whose numbers are known, got tracers: call calibrate outside of jax.jit",
+    ),
+    "merge({})": (lambda: stats().merge({}), "merge: expected other Stats, got dict"),
+    "split(tree, 3)": (
+        lambda: sq.split(qparams(), 3),
+        "split: expected a pattern of names, or several, got 3",
+    ),
+    "a rule for a number": (
+        lambda: sq.quantize(params(), stats(), {1: sq.W8A8}),
+        "quantize rule: expected a regular expression, .*got 1",
+    ),
     "explain(3)": (
         lambda: stats().graph.explain(3),
         "explain: expected the path of a leaf, got 3",

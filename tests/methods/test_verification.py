@@ -145,12 +145,11 @@ def test_a_function_with_constants_is_the_same_program_each_time():
     assert sq.verify(noise, PARAMS, sq.smooth(PARAMS, stats), X) < 1e-5
 
 
-def test_outputs_without_a_number_are_compared():
+def test_nan_in_both_outputs_is_no_difference():
     fn = lambda p, x: jnp.sqrt(x) @ p
-    w, x = jnp.ones((3, 2)), -jnp.ones((4, 3))
-    assert sq.verify(fn, w, 2 * w, x) == 0  # NaN in both
-    assert sq.verify(fn, w, 2 * w, x[:0]) == 0
-    assert sq.verify(fn, w, 2 * w, jnp.abs(x), tolerance=1.5) == pytest.approx(1)
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3)).at[1].set(-1.0)
+    assert sq.verify(fn, w, w, x) == 0
+    assert sq.verify(fn, w, 2 * w, x, tolerance=1.5) == pytest.approx(1)
 
 
 def test_parameters_of_another_model_are_refused():
@@ -182,6 +181,14 @@ ORDERS = {
         lambda fn, p, x: (lambda p, x: None, p, p, x),
         "fn returns no array, or only empty ones, so there is nothing to compare",
     ),
+    "nothing but NaN": (
+        lambda fn, p, x: (fn, p, {"w": 7 * p["w"]}, x * jnp.nan),
+        "every number that fn returns is 0, NaN or infinite",
+    ),
+    "nothing but zeros": (
+        lambda fn, p, x: (fn, p, {"w": 7 * p["w"]}, 0 * x),
+        "every number that fn returns is 0, NaN or infinite",
+    ),
     "no rows": (
         lambda fn, p, x: (fn, p, p, x[:0]),
         "only empty ones, .*of inputs that have rows",
@@ -195,3 +202,13 @@ def test_arguments_in_another_order_or_form_are_told(name):
     called = arguments(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, jnp.ones((2, 4)))
     with untyped(), pytest.raises(ValueError, match=sentence):
         sq.verify(*called)
+
+
+def test_rounding_by_reduce_precision_is_that_of_the_narrow_dtype():
+    fn = lambda p, x: jax.lax.reduce_precision(x * p["norm"][None], 8, 7) @ p["w"]
+    params = {"norm": jnp.linspace(1, 2, 8), "w": jnp.linspace(-1, 1, 24).reshape(8, 3)}
+    x = jnp.sin(jnp.arange(40.0)).reshape(5, 8)
+    smoothed = sq.smooth(params, sq.calibrate(fn, params, [x]), 0.5)
+    assert 1e-4 < sq.verify(fn, params, smoothed, x) < 0.02
+    with pytest.raises(ValueError, match="differs by"):
+        sq.verify(fn, params, params | {"w": 1.2 * params["w"]}, x)

@@ -6,6 +6,7 @@ import jaxprs
 import numpy as np
 import pytest
 from jax import lax
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.numerics.dots import LONGEST_CONTRACTION, int8_dot
@@ -69,9 +70,7 @@ EINSUMS = {  # formula, shapes, summed axes
 }
 
 
-@pytest.mark.parametrize(
-    "granularity", ["per_token", pytest.param("per_tensor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("granularity", slow_but(["per_tensor", "per_token"]))
 @pytest.mark.slow
 def test_a_batched_matmul_is_the_scaled_integer_product(granularity):
     """Every form of it in one program."""

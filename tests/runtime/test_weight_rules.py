@@ -277,3 +277,20 @@ def test_a_group_too_long_for_int32_is_refused():
         ValueError, match="w: contracts 150000 channels; int32 sums are exact up to 133144"
     ):
         sq.quantized(fn)(qparams, x)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_O3", "W8A16", "W8A8_OUTLIERS"])
+def test_leaves_without_elements_stay_as_they_are(scheme):
+    params = {"w": normal(8, 5), "channels": normal(0, 5), "outputs": normal(8, 0)}
+
+    def fn(p, x):
+        y = x @ p["w"] + x[:, :0] @ p["channels"]
+        return jnp.concatenate([y, x @ p["outputs"]], 1)
+
+    x = normal(6, 8)
+    with pytest.warns(UserWarning, match="every activation was zero at channels"):
+        stats = sq.calibrate(fn, params, [x])
+    qparams = sq.quantize(params, stats, scheme)
+    assert [isinstance(qparams[name], sq.QuantWeight) for name in params] == [True, False, False]
+    got = jax.jit(sq.quantized(fn))(qparams, x)
+    np.testing.assert_allclose(got, x @ params["w"], atol=0.2)

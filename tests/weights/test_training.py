@@ -127,3 +127,12 @@ def test_the_example_learns(scheme):
     with jax.numpy_dtype_promotion("standard"):
         losses = module.main(scheme)
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_where_every_leaf_is_quantized_there_is_nothing_to_train():
+    qparams = {"w": sq.QTensor.quantize(jnp.ones((4, 3)), (0,))}
+    trained, frozen = sq.split(qparams)
+    assert trained == {"w": None}
+    assert frozen["w"] is qparams["w"]
+    with pytest.raises(ValueError, match="matches nothing"):
+        sq.split(qparams, ["lora"])
