@@ -44,9 +44,23 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--every-case"):
         return
-    spare = [item for item in items if item.get_closest_marker("every_case")]
-    config.hook.pytest_deselected(items=spare)
-    items[:] = [item for item in items if not item.get_closest_marker("every_case")]
+    every, others = [], []
+    for item in items:
+        (every if item.get_closest_marker("every_case") else others).append(item)
+    spare = {*every, *all_but_the_last_case(others)}
+    config.hook.pytest_deselected(items=[item for item in items if item in spare])
+    items[:] = [item for item in items if item not in spare]
+
+
+def all_but_the_last_case(items):
+    """Of each test that is slow as a whole the cases before the last one, unless `each_case` marks it."""
+    cases = {}
+    for item in items:
+        own = {mark.name for mark in item.iter_markers()}
+        whole = {mark.name for mark in getattr(item.obj, "pytestmark", [])}
+        if "slow" in whole and "each_case" not in own:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return [case for of_one in cases.values() for case in of_one[:-1]]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ],
 )
 @pytest.mark.slow
+@pytest.mark.each_case
 def test_an_example_runs_and_smoothing_helps(name, unsmoothed, smoothed, capsys):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) < 60

@@ -10,7 +10,7 @@ def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """The cases for `parametrize`, marked slow but for the quick ones.
 
     Of a mapping {id: case} the quick ones are named by their ids; else by the cases themselves.
-    Where the test itself is marked slow, "quick" means: with all tests, not with `--every-case` only.
+    Of a test that is marked slow itself only the last case runs, whichever are quick (tests/conftest.py).
     """
     named = list(cases.items()) if isinstance(cases, Mapping) else [(case, case) for case in cases]
     names = [name for name, _ in named]

@@ -238,6 +238,7 @@ def test_the_public_names_are_these():
 
 
 @pytest.mark.slow
+@pytest.mark.each_case
 @pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
 def test_a_public_name_has_an_example_that_runs(name):
     value = {**PUBLIC, **FLAX}[name]

@@ -34,6 +34,7 @@ def run(page, slow):
 
 
 @pytest.mark.slow
+@pytest.mark.each_case
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, capsys):
     run(page, slow=False)

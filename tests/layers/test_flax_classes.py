@@ -787,6 +787,7 @@ OWN = r"write the model as a function of \(params, \*inputs\)"
     ],
 )
 @pytest.mark.slow
+@pytest.mark.each_case
 def test_fields_that_a_class_ignores(model, config, change, message):
     """The model is refused, with the fix; and rightly: its class traces to one program whatever the field says."""
     kind = getattr(hf, f"Flax{model}")
@@ -832,6 +833,7 @@ def test_every_problem_in_one_error():
 
 @pytest.mark.parametrize("assumption", ASSUMPTIONS, ids=lambda a: f"{a.classes}-{a.field}")
 @pytest.mark.slow
+@pytest.mark.each_case
 def test_the_table_is_true_of_the_installed_classes(assumption):
     """No class of these names reads the field, but for two that read and misuse it."""
     names = [
