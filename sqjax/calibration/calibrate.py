@@ -90,7 +90,7 @@ def calibrate(
         ValueError: there are no batches; a batch does not fit `fn`; a parameter, a batch or an
             activation holds NaN or infinity; there is no matmul of an activation with a leaf; a
             stated group does not hold; a site of the first batch's program is missing in a later
-            one's; the mask fits none of the inputs.
+            one's; the mask fits none of the inputs; it is called inside jax.jit, grad or vmap.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq

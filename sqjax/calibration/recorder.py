@@ -215,7 +215,6 @@ def _checked_mask(mask: Any) -> Array:
 
 
 @jax.jit
-@jax.jit
 def _with_nan_of(
     absmax: dict[str, Array], abs_sum: dict[str, Array]
 ) -> dict[str, Array]:

@@ -63,7 +63,8 @@ def verify(
             names the output. After `smooth` alone this means that the fold is wrong for these
             inputs: please report that. After `quantize` it means that the scheme loses more than
             you allow. Or `fn` is another program each time it is called, fails on these
-            arguments (in another order, or in a list), or returns no array.
+            arguments (in another order, or in a list), or returns nothing that could differ: no
+            array, no rows, or floats that are all 0, NaN or infinite.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq

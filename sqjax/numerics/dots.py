@@ -38,8 +38,8 @@ def narrow_dot(
 ) -> Shaped[Array, "rows outputs"]:
     """q @ codes.T: int8 x int8 -> int32, or float8 x float8 -> float32.
 
-    With summed=0, the axis of the codes that is summed over, it is q @ codes. Transposing the codes
-    before would take XLA:CPU longer than the product.
+    With summed=0, the axis of the codes that is summed over, it is q @ codes, and the codes need no
+    transpose before.
 
     int4 codes become int8 first, because no platform multiplies int8 with int4. A single row has
     programs of its own: on a CPU it is computed twice, because XLA:CPU runs an int8 matrix-vector

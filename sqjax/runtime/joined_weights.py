@@ -24,12 +24,10 @@ JOINED_RULES = Registry(WEIGHTS, JOINED)
 @JOINED_RULES.register(("concatenate",), WEIGHTS)
 def _concatenate(equation: JaxprEqn, *pieces: Any) -> Special | None:
     axis = equation.params["dimension"]
-    first, *_ = specials_among(pieces)
-    if not all(
-        isinstance(x.value, QuantWeight) for x in specials_among(pieces)
-    ):
+    leaves = specials_among(pieces)
+    if not all(isinstance(leaf.value, QuantWeight) for leaf in leaves):
         return None
-    return Special(first.path, JoinedWeight(pieces, axis))
+    return Special(leaves[0].path, JoinedWeight(pieces, axis))
 
 
 @JOINED_RULES.register(KEEP_JOINED, JOINED)

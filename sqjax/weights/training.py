@@ -32,7 +32,8 @@ def split(
             optax take as "nothing here".
 
     Raises:
-        ValueError: a pattern is no regular expression, or is found in no float leaf's path.
+        ValueError: a pattern is no regular expression, or is found in no float leaf's path. (By
+            default a tree without float leaves is no error: nothing is trained.)
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
