@@ -28,7 +28,7 @@ from sqjax.methods.quantization import quantize
 from sqjax.models import LlamaConfig, Model, fuse, load
 from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.loading import check_source
-from sqjax.models.llama import Llama
+from sqjax.models.decoder import CausalLM
 from sqjax.runtime.quantized import quantized
 from sqjax.weights import schemes
 
@@ -229,7 +229,9 @@ def qwix_variant(model: Model, params: Any) -> Variant:
     rule = qwix.QuantizationRule(
         op_names=("dot_general",), weight_qtype=jnp.int8, act_qtype=jnp.int8
     )
-    module = qwix.quantize_model(Llama(model.config), qwix.PtqProvider([rule]))
+    module = qwix.quantize_model(
+        CausalLM(model.config), qwix.PtqProvider([rule])
+    )
     with _usual_promotion():
         ids = jnp.zeros((1, 1), jnp.int32)
         shapes = jax.eval_shape(module.init, jax.random.key(0), ids)

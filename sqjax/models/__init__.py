@@ -14,7 +14,10 @@ never `folding`, `calibration` or `methods`: a model is quantized like any other
 """
 
 from sqjax.layers.hf_flax import from_flax as from_flax
+from sqjax.models.checkpoints.family import Family as Family
 from sqjax.models.checkpoints.loading import load as load
+from sqjax.models.config import DecoderConfig as DecoderConfig
+from sqjax.models.config import llama_config as llama_config
 from sqjax.models.decoding.generation import Generated as Generated
 from sqjax.models.decoding.generation import generate as generate
 from sqjax.models.decoding.generation import greedy as greedy
@@ -24,8 +27,10 @@ from sqjax.models.evaluation.scoring import Question as Question
 from sqjax.models.evaluation.scoring import loglikelihoods as loglikelihoods
 from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
-from sqjax.models.llama import LlamaConfig as LlamaConfig
 from sqjax.models.model import Model as Model
 from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers
+
+#: The name of `llama_config` when it was a class.
+LlamaConfig = llama_config

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.models.slots import Slots, changed_queries, integers
@@ -22,53 +22,31 @@ from sqjax.numerics.digits import BASE, two_digits
 BLOCK = 128
 
 
-class RotaryTable(NamedTuple):
-    """Cosine and sine of the angle by which each pair of channels turns, for some positions."""
+class Scoring(NamedTuple):
+    """How the product of a query and a key becomes a score.
 
-    cos: Float[Array, "rows tokens half"]
-    sin: Float[Array, "rows tokens half"]
-
-
-def rotary_table(
-    positions: Int[Array, "rows tokens"],
-    head_dim: int,
-    theta: float,
-    dtype: DTypeLike,
-) -> RotaryTable:
-    """Cosine and sine of position * theta^(-2i / head_dim).
-
-    That is the angle by which pair i of a head turns; see `rotate` for the pairs. With head_dim =
-    4 and theta = 10000 there are two pairs. At position 3 pair 0 turns by 3 and pair 1 by 3 /
-    100, in radians. The angles are computed in float32.
+    Attributes:
+        scale: what q k^T is multiplied by.
+        softcap: scores x become softcap * tanh(x / softcap); None for none.
+        slopes: a number for each query head, by which a score grows with each token that the key is
+            nearer to the query (ALiBi); None for none.
     """
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    wide = positions.astype(jnp.float32)[:, :, None]
-    frequencies = theta**-exponents
-    angles = wide * frequencies[None, None, :]
-    cos = jnp.cos(angles).astype(dtype)
-    sin = jnp.sin(angles).astype(dtype)
-    table = RotaryTable(cos, sin)
-    # Without the barrier the compiler computes the table again for every head of every layer,
-    # because it fuses the cosines into the products that read them.
-    return jax.lax.optimization_barrier(table)
+
+    scale: float
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
 
 
-def rotate(
-    x: Float[Array, "batch tokens heads head_dim"], table: RotaryTable
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """Turns each pair (x_i, x_{i + head_dim/2}) by its angle: the rotary embedding in halves.
+def alibi_slopes(heads: int) -> np.ndarray:
+    """The slopes of ALiBi (Press et al. 2022, arXiv 2108.12409), one for each head.
 
-    A head (a, b, c, d) has the pairs (a, c) and (b, d). With the angles s and t it becomes
-    (a cos s - c sin s, b cos t - d sin t, c cos s + a sin s, d cos t + b sin t). Then the product
-    of a query and a key depends on their positions by the difference alone. RoFormer (Su et al.
-    2021, arXiv 2104.09864) pairs neighbours; Llama checkpoints are stored for halves.
+    For 8 heads they are 1/2, 1/4, ... 1/256. For a number that is no power of 2, those of the
+    power below come first, and then every other one of twice that power.
     """
-    # One angle serves all heads of a token.
-    cos = table.cos[:, :, None, :]
-    sin = table.sin[:, :, None, :]
-    left, right = jnp.split(x, 2, axis=-1)
-    turned = [left * cos - right * sin, right * cos + left * sin]
-    return jnp.concatenate(turned, axis=-1)
+    power = 2 ** (heads.bit_length() - 1)
+    first = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    rest = 2.0 ** (-4 / power * np.arange(1, 2 * (heads - power), 2))
+    return np.concatenate([first, rest])
 
 
 def visible(
@@ -115,8 +93,9 @@ def attend(
     values: Slots,
     mask: Bool[Array, "rows tokens slots"],
     in_order: bool,
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v.
+    scoring: Scoring,
+) -> Float[Array, "batch tokens heads value_dim"]:
+    """softmax(scores of q and k) v, where a score is q k^T * scale, changed as `scoring` says.
 
     ``heads / kv_heads`` consecutive query heads share a key head. The softmax is computed in
     float32. Queries are read in blocks of `BLOCK`, because a causal mask forbids about half of
@@ -130,6 +109,7 @@ def attend(
         mask: what each token may look at, as `visible` gives it; one row may serve the batch.
         in_order: whether later tokens are in later slots, so that the last token is at most in
             the last slot. False for a ring, of which every block must read all slots.
+        scoring: how products become scores. Its slopes need slots in order.
     """
     tokens, slots = mask.shape[1:]
     blocks = []
@@ -139,13 +119,15 @@ def attend(
         seen = mask[:, first:last, :end]
         block = queries[:, first:last]
         blocks.append(
-            _attend_block(block, keys.first(end), values.first(end), seen)
+            _attend_block(
+                block, keys.first(end), values.first(end), seen, scoring
+            )
         )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _attend_block(
-    queries: Array, keys: Slots, values: Slots, mask: Array
+    queries: Array, keys: Slots, values: Slots, mask: Array, scoring: Scoring
 ) -> Array:
     """Attention of one block of queries.
 
@@ -162,13 +144,14 @@ def _attend_block(
     sharing = heads // kv_heads
     row_count = sharing * tokens
 
-    scaled = queries * head_dim**-0.5
+    scaled = queries * scoring.scale
     by_key_head = scaled.reshape(batch, tokens, kv_heads, sharing, head_dim)
     by_key_head = by_key_head.transpose(0, 2, 3, 1, 4)
     rows = by_key_head.reshape(batch, kv_heads, row_count, head_dim)
 
     by_token = (batch, kv_heads, sharing, tokens)
     scores = _scores(rows, keys).reshape(*by_token, slots)
+    scores = _changed(scores, scoring)
     allowed = mask.reshape(mask.shape[0], 1, 1, tokens, slots)
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
 
@@ -179,9 +162,31 @@ def _attend_block(
     total = jnp.sum(weights, axis=-1)[..., None]
     mixed = _mix(weights.reshape(batch, kv_heads, row_count, slots), values)
     # Divided after the product, which takes head_dim divisions for each query and not one a slot.
-    mixed = mixed.reshape(*by_token, head_dim) / total
+    value_dim = values.head_dim
+    mixed = mixed.reshape(*by_token, value_dim) / total
     tokens_first = mixed.transpose(0, 3, 1, 2, 4)
-    return tokens_first.reshape(queries.shape).astype(queries.dtype)
+    shape = (batch, tokens, heads, value_dim)
+    return tokens_first.reshape(shape).astype(queries.dtype)
+
+
+def _changed(
+    scores: Float[Array, "batch kv_heads sharing tokens slots"],
+    scoring: Scoring,
+) -> Array:
+    """Scores with ALiBi's slopes and the soft cap."""
+    if scoring.slopes is not None:
+        kv_heads, sharing, _, slots = scores.shape[1:]
+        slopes = np.array(scoring.slopes, np.float32)
+        # A softmax does not see what all scores of a row have more, so nearness to the query may be
+        # counted from any slot on: here from slot 0.
+        nearness = np.arange(slots, dtype=np.float32)
+        by_slot = (slopes[:, None] * nearness).reshape(
+            1, kv_heads, sharing, 1, slots
+        )
+        scores = scores + by_slot
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    return scores
 
 
 def _scores(

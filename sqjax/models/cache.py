@@ -1,8 +1,7 @@
 """The key/value cache of a decoder: a pytree of `Slots`, and the writing of tokens into it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
-from operator import attrgetter
 from typing import NamedTuple
 
 import jax
@@ -44,17 +43,18 @@ class KVCache(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """The number of slots of each row."""
-        return self.keys[0].capacity
+        """The number of slots of each row, in the layers that have most."""
+        return max(slots.capacity for slots in self.keys)
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes that one token of one row takes in all layers: codes, scales and zero points."""
-        slots = (*self.keys, *self.values)
-        arrays = chain(*map(Slots.token_arrays, slots))
-        total = sum(map(attrgetter("nbytes"), arrays))  # of all rows and slots
         rows = self.padding.shape[0]
-        return total / (self.capacity * rows)
+        total = 0.0
+        for slots in (*self.keys, *self.values):
+            of_all = sum(array.nbytes for array in slots.token_arrays())
+            total += of_all / (slots.capacity * rows)
+        return total
 
 
 export.register_namedtuple_serialization(
@@ -63,41 +63,51 @@ export.register_namedtuple_serialization(
 
 
 def empty_cache(
-    layers: int,
     batch: int,
     kv_heads: int,
-    capacity: int,
-    head_dim: int,
+    capacities: Sequence[int],
+    head_dims: tuple[int, int],
     dtype: DTypeLike,
     kind: CacheFormat,
 ) -> KVCache:
     """A `KVCache` of zeros, with no token in it.
 
+    Args:
+        batch: the number of rows.
+        kv_heads: the number of key/value heads.
+        capacities: the slots of each layer.
+        head_dims: the channels of a key's head and of a value's.
+        dtype: that of slots that hold floats.
+        kind: how keys and values are stored.
+
     Raises:
-        ValueError: the format's group does not divide `head_dim`, or integer sums over so many
-            slots could overflow.
+        ValueError: the format's group does not divide a head, or integer sums over so many slots
+            could overflow.
     """
     # Attention's second product sums over slots, in int32 where codes are integers.
-    if kind.codes in ("int8", "int4") and capacity > LONGEST_CONTRACTION:
+    longest = max(capacities)
+    if kind.codes in ("int8", "int4") and longest > LONGEST_CONTRACTION:
         raise ValueError(
             f"cache: sums over integer codes are exact up to {LONGEST_CONTRACTION} tokens, "
-            f"got {capacity}; use 'e4m3'"
+            f"got {longest}; use 'e4m3'"
         )
-    group = kind.group or head_dim
-    if head_dim % group:
-        raise ValueError(
-            f"cache: expected a group that divides head_dim = {head_dim}, got {group}; "
-            f"say CacheFormat({kind.codes!r}, group=...)"
-        )
-    sizes = (batch, kv_heads, capacity, head_dim)
+    for head_dim in head_dims:
+        group = kind.group or head_dim
+        if head_dim % group:
+            raise ValueError(
+                f"cache: expected a group that divides head_dim = {head_dim}, got {group}; "
+                f"say CacheFormat({kind.codes!r}, group=...)"
+            )
     changes_keys = kind.keys != "plain"
+    key_dim, value_dim = head_dims
+
     # Every layer has arrays of its own, because a donated cache is updated in place.
-    keys = tuple(
-        empty_slots(*sizes, dtype, kind, changes_keys) for _ in range(layers)
-    )
-    values = tuple(
-        empty_slots(*sizes, dtype, kind, False) for _ in range(layers)
-    )
+    def empty(capacity: int, head_dim: int, changed: bool) -> Slots:
+        sizes = (batch, kv_heads, capacity, head_dim)
+        return empty_slots(*sizes, dtype, kind, changed)
+
+    keys = tuple(empty(n, key_dim, changes_keys) for n in capacities)
+    values = tuple(empty(n, value_dim, False) for n in capacities)
     length, padding = jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32)
     return KVCache(keys, values, length, padding)
 

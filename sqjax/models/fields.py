@@ -57,6 +57,10 @@ def _is_size_or_none(x: Any) -> bool:
     return x is None or _is_size(x)
 
 
+def _is_positive_or_none(x: Any) -> bool:
+    return x is None or _is_positive(x)
+
+
 def _are_ids(x: Any) -> bool:
     if isinstance(x, list):
         return len(x) > 0 and all(map(_is_id, x))
@@ -78,7 +82,9 @@ def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 SIZE = What(f"a whole number from 1 to {_LARGEST_SIZE}", _is_size)
 SIZE_OR_NONE = What(f"{SIZE.expected}, or none", _is_size_or_none)
+COUNT = What(f"a whole number from 0 to {_LARGEST_SIZE}", _is_id)
 POSITIVE = What("a finite number above 0", _is_positive)
+POSITIVE_OR_NONE = What(f"{POSITIVE.expected}, or none", _is_positive_or_none)
 EPSILON = What("a finite number of at least 0", _is_epsilon)
 FLAG = What("true or false", _is_flag)
 ID = What("a token id", _is_id)
@@ -86,12 +92,34 @@ IDS = What("a token id, or a list of some", _are_ids)
 TEXT = What("a text", _is_text)
 TEXTS = What("a list of texts", _list_of(_is_text))
 WHOLE_NUMBERS = What("a list of whole numbers", _list_of(is_whole))
+NUMBERS = What("a list of numbers", _list_of(_is_number))
 MAPPING = What("an object with names", _is_mapping)
 
 
-def one_of(*names: str) -> What:
-    """What is one of some names."""
-    return What(f"one of {names}", lambda x: _is_text(x) and x in names)
+def one_of(*names: str | None) -> What:
+    """What is one of some names, or None if that is among them."""
+
+    def holds(x: Any) -> bool:
+        return (x is None or _is_text(x)) and x in names
+
+    return What(f"one of {names}", holds)
+
+
+def instance_of(kind: Any, words: str, none: bool = False) -> What:
+    """What is an instance of a class, said in words; `none` allows None too."""
+
+    def holds(x: Any) -> bool:
+        return (none and x is None) or isinstance(x, kind)
+
+    return What(words, holds)
+
+
+def tuple_of(kind: type, words: str) -> What:
+    """What is a tuple of instances of a class, said in words. A whole number is a float too."""
+    # int stands for whole numbers without bools, as in `is_whole`.
+    tests = {int: is_whole, float: _is_number}
+    holds = tests.get(kind, lambda x: isinstance(x, kind))
+    return What(words, lambda x: isinstance(x, tuple) and all(map(holds, x)))
 
 
 class Key(NamedTuple):

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from sqjax._arguments import expect
 from sqjax.models.cache import KVCache, empty_cache
+from sqjax.models.config import DecoderConfig
+from sqjax.models.decoder import CausalLM
 from sqjax.models.fields import SIZE, check
-from sqjax.models.llama import Llama, LlamaConfig
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.tokenizer import Tokenizer
 
@@ -32,13 +33,13 @@ class Model:
         logits = jax.jit(model.apply)(params, ids)
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: Tokenizer | None = field(default=None, compare=False, repr=False)
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters of a dtype; ``jax.eval_shape(model.init, key)`` gives their shapes."""
         one_token = jnp.zeros((1, 1), jnp.int32)
-        variables = Llama(self.config).init(key, one_token)
+        variables = CausalLM(self.config).init(key, one_token)
         return jax.tree.map(
             lambda leaf: leaf.astype(dtype), variables["params"]
         )
@@ -57,7 +58,7 @@ class Model:
         check_ids(ids)
         self._check_length(ids.shape[1])
         variables = {"params": params}
-        logits, _ = Llama(self.config).apply(variables, jnp.asarray(ids))
+        logits, _ = CausalLM(self.config).apply(variables, jnp.asarray(ids))
         return logits
 
     def init_cache(
@@ -76,8 +77,8 @@ class Model:
             dtype: that of the parameters; keys and values have it if they are stored as floats.
             kind: "float", "int8", "e4m3", "int4" or a `CacheFormat`.
             chunk: how many tokens at most will be read at once. It matters only to a model with a
-                sliding window, whose cache is a ring of window + chunk - 1 slots if that is less
-                than ``length`` (the default).
+                sliding window, whose layers hold a ring of window + chunk - 1 slots if that is
+                less than ``length`` (the default).
 
         Raises:
             ValueError: if ``length`` is more than ``config.max_length``, or there is no such kind.
@@ -103,7 +104,7 @@ class Model:
         """
         self._check_cache(ids, cache)
         variables = {"params": params}
-        logits, grown = Llama(self.config).apply(
+        logits, grown = CausalLM(self.config).apply(
             variables, jnp.asarray(ids), cache, last=True
         )
         return logits[:, -1], cast(KVCache, grown)
@@ -114,7 +115,7 @@ class Model:
         """As `decode`, with the logits after every token."""
         self._check_cache(ids, cache)
         variables = {"params": params}
-        logits, grown = Llama(self.config).apply(
+        logits, grown = CausalLM(self.config).apply(
             variables, jnp.asarray(ids), cache
         )
         return logits, cast(KVCache, grown)
@@ -140,16 +141,12 @@ class Model:
                 "model.init_cache(batch, length)"
             )
         # Inside jit the length is not known, so a cache that is too full is not seen there.
-        needed = (
-            0
-            if isinstance(cache.length, jax.core.Tracer)
-            else int(cache.length)
+        is_traced = isinstance(cache.length, jax.core.Tracer)
+        held = 0 if is_traced else int(cache.length)
+        room = min(
+            _room(config, layer, slots.capacity, held)
+            for layer, slots in enumerate(cache.keys)
         )
-        if config.sliding_window is not None:
-            # A ring may write over old tokens, except those that the first new token looks at. It
-            # looks at sliding_window tokens, of which one is the token itself.
-            needed = min(needed, config.sliding_window - 1)
-        room = cache.capacity - needed
         if tokens > room:
             raise ValueError(
                 f"cache: expected room for {tokens} tokens, got {room}; "
@@ -163,6 +160,17 @@ class Model:
                 f"{tokens}; the model was not trained for longer sequences: split the input into "
                 "windows"
             )
+
+
+def _room(config: DecoderConfig, layer: int, capacity: int, held: int) -> int:
+    """How many tokens a layer's slots have room for, beside those that are needed still.
+
+    A ring may write over old tokens, except those that the first new token looks at. It looks at
+    sliding_window tokens, of which one is the token itself.
+    """
+    window = config.kind(layer).sliding_window
+    needed = held if window is None else min(held, window - 1)
+    return capacity - needed
 
 
 def check_model(model: Any, what: str) -> None:
@@ -193,7 +201,7 @@ def check_ids(ids: Any) -> None:
 
 
 def cache_for(
-    config: LlamaConfig,
+    config: DecoderConfig,
     batch: int,
     length: int,
     dtype: DTypeLike,
@@ -206,15 +214,19 @@ def cache_for(
     window - 1 tokens before it, while the whole chunk is written. With a window of 4 and chunks
     of 3 these are 3 old tokens and 3 new ones: 6 slots.
     """
-    # Never more slots than tokens: a text shorter than the window fills no ring.
-    if config.sliding_window is not None and chunk is not None:
-        length = min(length, config.sliding_window + chunk - 1)
+    capacities = []
+    for layer in range(config.num_layers):
+        window = config.kind(layer).sliding_window
+        slots = length
+        # Never more slots than tokens: a text shorter than the window fills no ring.
+        if window is not None and chunk is not None:
+            slots = min(length, window + chunk - 1)
+        capacities.append(slots)
     return empty_cache(
-        layers=config.num_layers,
         batch=batch,
         kv_heads=config.num_kv_heads,
-        capacity=length,
-        head_dim=config.head_dim,
+        capacities=capacities,
+        head_dims=(config.head_dim, config.value_dim),
         dtype=dtype,
         kind=cache_format(kind),
     )

@@ -14,13 +14,8 @@ from sqjax._arguments import check_mapping
 from sqjax._trees import named_leaves
 from sqjax.weights.quant_weight import is_quantized
 
-#: What one layer holds: the names by which a stack is known.
-LAYER_PARTS = {
-    "input_layernorm",
-    "mlp",
-    "post_attention_layernorm",
-    "self_attn",
-}
+#: What every layer holds, beside its norms: the names by which a stack is known.
+LAYER_PARTS = {"mlp", "self_attn"}
 
 
 def stack_layers(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,14 +84,14 @@ def is_stacked(layers: Mapping[str, Any]) -> bool:
         ValueError: it is neither that nor layers apart.
     """
     names = set(layers)
-    if names == LAYER_PARTS:
+    if names >= LAYER_PARTS and not any(map(str.isdecimal, names)):
         return True
     numbers = set(map(str, range(len(names))))
     if names and names == numbers:
         return False
     raise ValueError(
         "model/layers: expected layers apart, named '0', '1', ... without a gap, or one stack of "
-        f"{sorted(LAYER_PARTS)}, got {sorted(names)}"
+        f"{sorted(LAYER_PARTS)} and norms, got {sorted(names)}"
     )
 
 
@@ -128,11 +123,7 @@ def stack_size(layers: Mapping[str, Any]) -> int:
     first = leaves[0]
     size = first.shape[0] if first.ndim else 0
     for path, leaf in zip(paths, leaves, strict=True):
-        axes = (
-            ("layers", "in", "out")
-            if path.endswith("kernel")
-            else ("layers", "channels")
-        )
+        axes = _axes_of(path, leaf.ndim)
         # A quantized weight may store its axes in another order, of which layers must be first.
         layers_first = not is_quantized(leaf) or leaf.tensor.axes[0] == 0
         if leaf.ndim != len(axes) or leaf.shape[0] != size or not layers_first:
@@ -142,6 +133,17 @@ def stack_size(layers: Mapping[str, Any]) -> int:
                 "make stacks with stack_layers(params)"
             )
     return size
+
+
+def _axes_of(path: str, ndim: int) -> tuple[str, ...]:
+    """The axes that a leaf of a stack must have."""
+    if path.endswith("kernel"):
+        experts = ("experts",) if "experts/" in path else ()
+        return ("layers", *experts, "in", "out")
+    # The norms of queries and keys may have a gain for each head.
+    by_head = path.startswith(("self_attn/q_norm/", "self_attn/k_norm/"))
+    heads = ("heads",) if by_head and ndim == 3 else ()
+    return ("layers", *heads, "channels")
 
 
 def layer_of(layers: Any, i: int) -> Any:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sqjax.models import LlamaConfig, Model
+from sqjax.models.config import LayerKind
+from sqjax.models.rope import Rope
 from sqjax.models.tokenizer import Tokenizer
 
 GROUPED = LlamaConfig(
@@ -20,6 +22,11 @@ GROUPED = LlamaConfig(
     tie_embeddings=True,
     max_length=64,
 )
+
+
+def looking_back(window=None, theta=10000.0):
+    """The field `kinds` of a model whose layers are all alike."""
+    return (LayerKind(window, Rope(theta)),)
 
 
 def random_params(model, seed=0):

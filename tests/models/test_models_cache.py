@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxprs import dots
 from slow import slow_but
-from tiny_llama import GROUPED, compiled, random_ids, random_params
+from tiny_llama import GROUPED, compiled, looking_back, random_ids, random_params
 
 from sqjax.models import CacheFormat, Model
 from sqjax.models import attention as attention_module
-from sqjax.models.attention import attend, visible
+from sqjax.models.attention import Scoring, attend, visible
 from sqjax.models.cache import empty_cache, write
 from sqjax.models.slots import (
     CACHE_FORMATS,
@@ -45,6 +45,11 @@ each_format = pytest.mark.parametrize("name", slow_but(list(KINDS), *QUICK))
 each_coded_format = pytest.mark.parametrize(
     "name", slow_but([name for name in KINDS if name != "float"], *QUICK[1:])
 )
+
+
+def scoring(queries):
+    """The usual scores: q k^T / sqrt(head_dim)."""
+    return Scoring(queries.shape[-1] ** -0.5)
 
 
 def random_vectors(shape, seed=0):
@@ -104,7 +109,7 @@ def through(name):
 
     @jax.jit
     def program(vectors, queries):
-        cache = empty_cache(1, 2, 2, slots, 32, jnp.float32, kind)
+        cache = empty_cache(2, 2, [slots], (32, 32), jnp.float32, kind)
         in_row = positions(BEFORE - PADDING, TOKENS)
         keys, values = (
             write(old, new, jnp.int32(BEFORE), in_row, ring=False)
@@ -115,7 +120,7 @@ def through(name):
             tokens = q.shape[1]
             before = jnp.int32(BEFORE + TOKENS - tokens)
             mask = visible(before, tokens, slots, PADDING, None)
-            reads[case] = mask, attend(q, keys, values, mask, True)
+            reads[case] = mask, attend(q, keys, values, mask, True, scoring(q))
         encoded = encode(vectors[0], kind)
         return encoded, decoded(encoded), keys, values, decoded(keys), decoded(values), reads
 
@@ -173,7 +178,7 @@ jitted_decoded = jax.jit(decoded)
 @pytest.mark.slow
 def test_scales_of_channels_are_those_of_the_first_real_tokens():
     x, kind = random_vectors((2, 1, 4, 32)), KINDS["int8 key channels"]
-    slots = empty_cache(1, 2, 1, 12, 32, jnp.float32, kind).keys[0]
+    slots = empty_cache(2, 1, [12], (32, 32), jnp.float32, kind).keys[0]
     slots = jitted_write(slots, x, jnp.int32(0), positions([-1, -4], 4), False)
     np.testing.assert_array_equal(slots.channel[0], np.abs(x[0, :, 1:]).max(1))
     np.testing.assert_array_equal(slots.channel[1], 0)  # only padding so far
@@ -193,7 +198,9 @@ def test_a_rotation_hides_one_large_channel_and_the_mean():
     x = jnp.asarray(rng.normal(size=(1, 1, 50, 32)) + 40 * rng.normal(size=32), jnp.float32)
     error = {}
     for keys in ("plain", "rotated"):
-        slots = empty_cache(1, 1, 1, 50, 32, jnp.float32, CacheFormat("int4", keys=keys)).keys[0]
+        slots = empty_cache(1, 1, [50], (32, 32), jnp.float32, CacheFormat("int4", keys=keys)).keys[
+            0
+        ]
         after = jitted_write(slots, x, jnp.int32(0), positions([0], 50), False)
         error[keys] = np.abs(jitted_decoded(after) - x).mean()
     assert error["rotated"] < 0.05 * error["plain"]
@@ -205,7 +212,7 @@ def test_a_rotation_hides_one_large_channel_and_the_mean():
 def test_a_channel_of_zeros_at_first_takes_nothing_from_later_tokens(keys):
     """Else keys that are stored already would be read with another mean."""
     x, far = jnp.zeros((1, 1, 2, 32)), jnp.full((1, 1, 2, 32), 40.0)
-    slots = empty_cache(1, 1, 1, 4, 32, jnp.float32, CacheFormat("int8", keys=keys)).keys[0]
+    slots = empty_cache(1, 1, [4], (32, 32), jnp.float32, CacheFormat("int8", keys=keys)).keys[0]
     first = jitted_write(slots, x, jnp.int32(0), positions([0], 2), False)
     after = jitted_write(first, far, jnp.int32(2), positions([2], 2), False)
     expected = np.concatenate([x, far], axis=2)
@@ -219,7 +226,7 @@ def test_blocks_of_queries_change_nothing(block, monkeypatch):
     )
     mask = visible(jnp.int32(3), 9, 12, jnp.zeros((1,), jnp.int32), None)
     monkeypatch.setattr(attention_module, "BLOCK", block)
-    got = jax.jit(lambda q, k, v: attend(q, Slots(k), Slots(v), mask, True))(q, k, v)
+    got = jax.jit(lambda q, k, v: attend(q, Slots(k), Slots(v), mask, True, scoring(q)))(q, k, v)
     np.testing.assert_allclose(got, plain_attention(q, k, v, mask), rtol=0, atol=2e-5)
 
 
@@ -227,7 +234,7 @@ def test_no_block_computes_the_triangle_it_may_not_see(monkeypatch):
     monkeypatch.setattr(attention_module, "BLOCK", 2)
     q, k = random_vectors((1, 6, 2, 8)), random_vectors((1, 2, 6, 8))
     mask = visible(jnp.int32(0), 6, 6, jnp.zeros((1,), jnp.int32), None)
-    jaxpr = jax.make_jaxpr(lambda q, k: attend(q, Slots(k), Slots(k), mask, True))(q, k)
+    jaxpr = jax.make_jaxpr(lambda q, k: attend(q, Slots(k), Slots(k), mask, True, scoring(q)))(q, k)
     assert [dot.shapes[1][2] for dot in dots(jaxpr)] == [2, 2, 4, 4, 6, 6]
 
 
@@ -352,7 +359,7 @@ def test_padding_on_the_left_changes_nothing(name):
 @pytest.mark.slow
 def test_a_ring_remembers_the_window(name, pieces):
     """A ring of window + chunk - 1 slots gives what all slots and the window's mask give."""
-    config = replace(ONE_LAYER, sliding_window=4)
+    config = replace(ONE_LAYER, kinds=looking_back(4))
     model, params, ids = Model(config), params_of(config), random_ids(2, 12)
     read_piece = compiled(config, "read")
     expected, _ = read_piece(params, ids, model.init_cache(2, 12, kind=name))
@@ -368,7 +375,7 @@ def test_a_ring_remembers_the_window(name, pieces):
 
 @pytest.mark.slow
 def test_a_window_hides_what_lies_before_it():
-    config = replace(ONE_LAYER, sliding_window=3)
+    config = replace(ONE_LAYER, kinds=looking_back(3))
     params, ids = params_of(config), random_ids(2, 9)
     apply = compiled(config, "apply")
     before = apply(params, ids)
@@ -407,7 +414,7 @@ def test_a_window_hides_what_lies_before_it():
             "a group that divides head_dim = 8, got 16",
         ),
         (
-            lambda: replace(WIDE, sliding_window=0),
+            lambda: looking_back(0),
             "sliding_window: expected a whole number .* or none, got 0",
         ),
     ],
@@ -441,7 +448,7 @@ def test_the_cache_of_another_model_or_batch():
     [(None, 4, 3, 2, 1), (3, 6, 8, 5, 4), (3, 6, 1, 6, 5)],
 )
 def test_a_full_cache_is_seen_outside_jit(window, slots, held, tokens, room):
-    model = Model(replace(WIDE, sliding_window=window))
+    model = Model(replace(WIDE, kinds=looking_back(window)))
     cache = model.init_cache(1, slots)._replace(length=jnp.int32(held))
     with pytest.raises(
         ValueError, match=f"expected room for {tokens} tokens, got {room}; make a longer one"
@@ -460,7 +467,7 @@ def test_a_large_channel_of_the_keys_does_not_take_the_others_digits(kind, bias)
     keys = rng.normal(size=(1, 1, 12, 64))
     keys[..., 5] += bias
     queries = rng.normal(size=(1, 1, 3, 64))
-    slots = empty_cache(1, 1, 1, 12, 64, jnp.float32, cache_format(kind)).keys[0]
+    slots = empty_cache(1, 1, [12], (64, 64), jnp.float32, cache_format(kind)).keys[0]
     zero, positions = jnp.int32(0), jnp.arange(12, dtype=jnp.int32)[None]
     filled = write(slots, jnp.asarray(keys, jnp.float32), zero, positions, ring=False)
     got = np.asarray(decoded(filled), np.float64)

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from tiny_llama import looking_back
 from untyped import untyped
 
 from sqjax.models import LlamaConfig, Model, load
 from sqjax.models.checkpoints.gguf_file import Block, read_header
 from sqjax.models.checkpoints.mapping import parameter_shapes
+from sqjax.models.config import Experts, LayerKind, Norm
+from sqjax.models.rope import Rope
 from sqjax.models.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -59,12 +62,12 @@ WRONG = {
     ),
     "layers": ({"layer_types": "full_attention"}, "layer_types: expected a list of texts"),
     "layers of one": ({"layer_types": ["full_attention"]}, "expected 2 times 'full_attention'"),
-    "act": ({"hidden_act": ["silu"]}, r"hidden_act = \['silu'\]: expected 'silu' or"),
-    "type": ({"model_type": ["llama"]}, r"model_type 'llama' or 'mistral', got \['llama'\]"),
+    "act": ({"hidden_act": ["silu"]}, "hidden_act: expected one of .*'silu'"),
+    "type": ({"model_type": ["llama"]}, r"model_type to be one of .*'llama'.*, got \['llama'\]"),
     "no end": ({"eos_token_id": []}, r"eos_token_id: expected a token id, or a list of some"),
     "end": ({"eos_token_id": 31}, "eos_token_id: expected token ids below .* 31, got 31"),
     "ends": ({"eos_token_id": [2, -1]}, "eos_token_id: expected a token id"),
-    "odd head": ({"head_dim": 5}, "LlamaConfig.head_dim: expected an even number, got 5"),
+    "odd head": ({"head_dim": 5}, "DecoderConfig.head_dim: expected an even number .*got 5"),
 }
 
 
@@ -98,10 +101,11 @@ def test_paths_that_are_no_files(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rms_norm_eps": -1.0},
-        {"rms_norm_eps": float("nan")},
-        {"rope_theta": float("nan")},
-        {"sliding_window": 1.5},
+        {"kinds": ()},
+        {"kinds": [looking_back(4)]},
+        {"norm": "rms"},
+        {"activation": "tanh"},
+        {"logit_softcap": -1.0},
         {"tie_embeddings": "false"},
         {"num_layers": True},
         {"head_dim": 4.0},
@@ -110,8 +114,25 @@ def test_paths_that_are_no_files(tmp_path):
 )
 def test_a_configuration_made_by_hand_is_checked_too(change):
     [(name, _)] = change.items()
-    with untyped(), pytest.raises(ValueError, match=rf"LlamaConfig\.{name}: expected"):
+    with untyped(), pytest.raises(ValueError, match=rf"DecoderConfig\.{name}: expected"):
         replace(LlamaConfig(31, 12, 20, 2, 6, 2, 4), **change)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Norm(eps=-1.0), "Norm.eps: expected a finite number of at least 0"),
+        (lambda: Norm(eps=float("nan")), "Norm.eps: expected a finite number of at least 0"),
+        (lambda: Norm("batch"), r"Norm.kind: expected one of \('rms', 'layer'\), got 'batch'"),
+        (lambda: Rope(float("nan")), "Rope.theta: expected a finite number above 0"),
+        (lambda: Rope(scaling="linear"), "Rope.scaling: expected a scaling"),
+        (lambda: LayerKind(1.5), "LayerKind.sliding_window: expected a whole number"),
+        (lambda: Experts(4, 5, 8), "Experts.per_token: expected .* got 5 of 4 in"),
+    ],
+)
+def test_a_part_made_by_hand_is_checked_too(make, message):
+    with untyped(), pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_what_a_mistral_leaves_out_is_what_transformers_takes(tmp_path):
@@ -121,9 +142,13 @@ def test_what_a_mistral_leaves_out_is_what_transformers_takes(tmp_path):
     config |= {"model_type": "mistral", "num_attention_heads": 8, "head_dim": 4}
     weights = of_hf.tensors(of_hf.CONFIG | config | {"num_key_value_heads": 8})
     found = load(of_hf.write(tmp_path, config, weights))[0].config
-    assert (found.sliding_window, found.num_kv_heads, found.max_length) == (4096, 8, 131072)
+    assert (found.kinds[0].sliding_window, found.num_kv_heads, found.max_length) == (
+        4096,
+        8,
+        131072,
+    )
     config |= {"sliding_window": None}
-    assert load(of_hf.write(tmp_path, config, weights))[0].config.sliding_window is None
+    assert load(of_hf.write(tmp_path, config, weights))[0].config.kinds[0].sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -160,16 +185,19 @@ def test_a_path_that_is_too_long():
         load("a" * 5000)
 
 
+#: Experts in the second layer only.
+MIXED = {"experts": Experts(3, 2, 7, shared_size=5, dense_layers=(0,))}
+
 # What is declared ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
+    "changes", [{}, {"tie_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, MIXED]
 )
 def test_the_shapes_are_those_of_the_model(changes):
     config = replace(LlamaConfig(31, 12, 20, 2, 6, 2, 4), **changes)
     made = flatten_dict(jax.eval_shape(Model(config).init, jax.random.key(0)), sep="/")
-    assert parameter_shapes(config) == {path: leaf.shape for path, leaf in made.items()}
+    assert parameter_shapes(config, 2) == {path: leaf.shape for path, leaf in made.items()}
 
 
 @pytest.mark.parametrize("layers", [3, 2000, 10**9])

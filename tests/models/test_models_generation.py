@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llama import GROUPED, Letters, random_params
+from tiny_llama import GROUPED, Letters, looking_back, random_params
 from untyped import untyped
 
 import sqjax as sq
@@ -109,7 +109,7 @@ def test_a_coarse_cache_changes_what_is_generated(trees, uncached):
 
 @pytest.mark.slow
 def test_a_window_and_its_ring(trees):
-    model, prompt = Model(replace(CONFIG, sliding_window=4)), PROMPTS[0]
+    model, prompt = Model(replace(CONFIG, kinds=looking_back(4))), PROMPTS[0]
     apply, ids = jax.jit(model.apply), list(prompt)
     for _ in range(STEPS):
         padded = jnp.asarray([ids + [0] * (len(prompt) + STEPS - len(ids))], jnp.int32)

@@ -28,7 +28,11 @@ def test_round_trip(tmp_path):
         2,
         8,
     )
-    assert (config.rope_theta, config.max_length, config.tie_embeddings) == (5000.0, 128, False)
+    assert (config.kinds[0].rope.theta, config.max_length, config.tie_embeddings) == (
+        5000.0,
+        128,
+        False,
+    )
     assert model.tokenizer is None
     names = {
         "attn_q": "self_attn/q_proj",

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from slow import slow_but
-from tiny_llama import GROUPED, compiled, random_ids, random_params
+from tiny_llama import GROUPED, compiled, looking_back, random_ids, random_params
 from untyped import untyped
 
 from sqjax.models import Model, greedy
+from sqjax.models.config import Norm
 
 ONE_LAYER = replace(GROUPED, num_layers=1)
 #: Two layers once; for what a field changes inside a layer one is enough.
@@ -20,11 +21,11 @@ CONFIGS = {
     "grouped": GROUPED,
     "one head a group": replace(ONE_LAYER, num_kv_heads=6),
     "one group": replace(ONE_LAYER, num_kv_heads=1),
-    "rope_theta": replace(ONE_LAYER, rope_theta=37.0),
+    "rope_theta": replace(ONE_LAYER, kinds=looking_back(theta=37.0)),
     "narrow heads": replace(ONE_LAYER, head_dim=2),
-    "large eps": replace(ONE_LAYER, rms_norm_eps=0.3),
+    "large eps": replace(ONE_LAYER, norm=Norm(eps=0.3)),
     "untied": replace(ONE_LAYER, tie_embeddings=False),
-    "biases": replace(ONE_LAYER, attention_bias=True, mlp_bias=True),
+    "biases": replace(ONE_LAYER, attention_bias=True, output_bias=True, mlp_bias=True),
 }
 each_config = pytest.mark.parametrize(
     "name", slow_but(list(CONFIGS), "grouped", "one head a group", "narrow heads", "biases")
@@ -51,9 +52,7 @@ def oracle(config, params, ids):
 
     def norm(x, name):
         return (
-            x
-            / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps)
-            * tree[f"{name}/weight"]
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm.eps) * tree[f"{name}/weight"]
         )
 
     def dense(x, name):
@@ -62,7 +61,7 @@ def oracle(config, params, ids):
     def turn(row, position):
         out, half = np.empty_like(row), config.head_dim // 2
         for i in range(half):
-            angle = position / config.rope_theta ** (2 * i / config.head_dim)
+            angle = position / config.kinds[0].rope.theta ** (2 * i / config.head_dim)
             pair = complex(row[i], row[i + half]) * np.exp(1j * angle)
             out[i], out[i + half] = pair.real, pair.imag
         return out
@@ -243,14 +242,18 @@ def test_an_unknown_token_is_not_silently_another():
     ("change", "message"),
     [
         ({"num_kv_heads": 4}, "num_heads: expected a multiple of num_kv_heads = 4, got 6"),
-        ({"head_dim": 7}, "head_dim: expected an even number, got 7"),
+        ({"head_dim": 7}, "head_dim: expected an even number .*got 7"),
         ({"num_layers": 0}, "num_layers: expected a whole number from 1 to 2147483647, got 0"),
-        ({"rope_theta": -1.0}, "rope_theta: expected a finite number above 0, got -1.0"),
     ],
 )
 def test_impossible_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         replace(GROUPED, **change)
+
+
+def test_an_impossible_base():
+    with pytest.raises(ValueError, match=r"Rope.theta: expected a finite number above 0, got -1.0"):
+        looking_back(theta=-1.0)
 
 
 def test_too_many_tokens():

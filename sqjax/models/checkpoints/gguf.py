@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sqjax.files.opening import open_file
+from sqjax.models.checkpoints.families.llama import LLAMA
 from sqjax.models.checkpoints.gguf_file import (
     Block,
     Header,
@@ -19,11 +20,9 @@ from sqjax.models.checkpoints.gguf_file import (
     read_header,
     read_tensor,
 )
-from sqjax.models.checkpoints.mapping import (
-    assemble,
-    raise_problems,
-    usual_heads,
-)
+from sqjax.models.checkpoints.mapping import Placement, Source, assemble
+from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.config import DecoderConfig, llama_config
 from sqjax.models.fields import (
     EPSILON,
     POSITIVE,
@@ -32,7 +31,6 @@ from sqjax.models.fields import (
     is_whole,
     read_fields,
 )
-from sqjax.models.llama import LlamaConfig
 from sqjax.models.model import Params
 
 # GGUF's name of a tensor -> Hugging Face's, whose names `mapping` translates further.
@@ -106,8 +104,10 @@ class _Part(NamedTuple):
 
 
 def read_gguf(
-    path: Path, dtype: DTypeLike = jnp.float32
-) -> tuple[LlamaConfig, Params, dict[str, Any]]:
+    path: Path,
+    dtype: DTypeLike = jnp.float32,
+    placement: Placement | None = None,
+) -> tuple[DecoderConfig, Params, dict[str, Any]]:
     """Reads a file: the configuration, the parameters, and all metadata, the tokenizer's too.
 
     Of a checkpoint in parts, which are named as model-00001-of-00003.gguf, any part may be named:
@@ -143,12 +143,9 @@ def read_gguf(
             array = package.dequantize(raw, kind).reshape(tensor.shape)
             return _in_halves(name, array, config)
 
-        tensors = {
-            name: (_huggingface_name(name), shape)
-            for name, shape in shapes.items()
-        }
+        source = Source(str(path), shapes, read, _huggingface_name)
         problems = _unreadable(stored, package)
-        params = assemble(str(path), config, tensors, read, dtype, problems)
+        params = assemble(source, LLAMA, config, dtype, problems, placement)
     return config, params, metadata
 
 
@@ -239,7 +236,7 @@ def _tensors_of(
 
 def read_config(
     source: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple]
-) -> LlamaConfig:
+) -> DecoderConfig:
     """The configuration that the metadata describes.
 
     The head is tied to the embedding if there is no output tensor.
@@ -262,7 +259,7 @@ def read_config(
     again, other_problems = read_fields(metadata, AGAIN)
     problems += other_problems + _unsupported_keys(metadata)
     raise_problems(source, problems)
-    fields |= usual_heads(fields)
+    fields |= _usual_heads(fields)
     # Where there is no embedding, which `assemble` reports as missing, any size serves.
     stated = again["vocab_size"]
     fields["vocab_size"], *_ = shapes.get("token_embd.weight", (stated or 1,))
@@ -270,7 +267,7 @@ def read_config(
     for name in ("rms_norm_eps", "rope_theta"):
         fields[name] = float(fields[name])  # a file may write a whole number
     try:
-        return LlamaConfig(
+        return llama_config(
             **fields,
             tie_embeddings="output.weight" not in shapes,
             attention_bias="blk.0.attn_q.bias" in shapes,
@@ -278,6 +275,15 @@ def read_config(
         )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _usual_heads(fields: Mapping[str, Any]) -> dict[str, int]:
+    """The fields of heads that the metadata leaves open, as they usually are."""
+    usual = {
+        "num_kv_heads": fields["num_heads"],
+        "head_dim": fields["hidden_size"] // fields["num_heads"],
+    }
+    return {name: n for name, n in usual.items() if fields[name] is None}
 
 
 def _contradictions(
@@ -325,7 +331,9 @@ def _huggingface_name(name: str) -> str:
     return name
 
 
-def _in_halves(name: str, array: np.ndarray, config: LlamaConfig) -> np.ndarray:
+def _in_halves(
+    name: str, array: np.ndarray, config: DecoderConfig
+) -> np.ndarray:
     """Undoes llama.cpp's order of the query and key rows, which differs from Hugging Face's.
 
     Rotary embedding turns the rows of a head in pairs. llama.cpp stores a pair side by side,

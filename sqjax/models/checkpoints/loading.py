@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from jax.typing import DTypeLike
 
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints import smollm2
+from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
+from sqjax.models.checkpoints.mapping import Placement
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -20,9 +22,13 @@ NAMES = {"smollm2-135m": smollm2.fetch}
 
 
 def load(
-    path_or_name: str | Path, dtype: DTypeLike = jnp.float32
+    path_or_name: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    families: Sequence[Family] = (),
+    placement: Placement | None = None,
 ) -> tuple[Model, Params]:
-    """Loads a decoder language model of the Llama family.
+    """Loads a decoder language model.
 
         model, params = sqjax.models.load("smollm2-135m")
         logits = model.apply(params, ids)
@@ -32,6 +38,10 @@ def load(
             ``.gguf`` file, or a directory with ``config.json`` and safetensors, as Hugging Face
             writes it.
         dtype: the dtype of every parameter, and so of the computation.
+        families: descriptions of families that are not known here; see `Family`.
+        placement: called with each leaf's path and shape, such as
+            ``"model/layers/0/mlp/up_proj/kernel"`` and (64, 256); gives the `jax.sharding.Sharding`
+            that its array is placed to, or None for the default device.
 
     Returns:
         The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the
@@ -48,10 +58,10 @@ def load(
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
     )
     if path.is_dir():
-        config, params = read_huggingface(path, dtype)
+        config, params = read_huggingface(path, dtype, families, placement)
         found = tokenizer.from_directory(path, config.vocab_size)
         return Model(config, found), params
-    config, params, metadata = read_gguf(path, dtype)
+    config, params, metadata = read_gguf(path, dtype, placement)
     return Model(config, _gguf_tokenizer(path, metadata)), params
 
 

@@ -1,87 +1,138 @@
-"""From a checkpoint's tensors to the parameter tree: names by a table, shapes checked first."""
+"""From a checkpoint's tensors to the parameter tree: all names and shapes are checked first.
+
+Then the tensors are read one by one, so that memory holds the model and one tensor beside it.
+"""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
-from sqjax.models.llama import LlamaConfig
+from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.names import Found, Shape, their_shape
+from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.config import DecoderConfig
+from sqjax.models.decoder import CausalLM
 from sqjax.models.model import Params
 
-Shape = tuple[int, ...]
-
-#: How many problems an error lists.
-_PROBLEMS_SHOWN = 30
-
-# Hugging Face's tensor name -> path in the tree, and whether the matrix must be transposed: it is
-# stored as (out, in), and Flax's kernels are (in, out).
-PATHS_OF_HUGGINGFACE = [
-    (r"model\.embed_tokens\.weight", r"model/embed_tokens/embedding", False),
-    (
-        r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.weight",
-        r"model/layers/\1/\2/\3/kernel",
-        True,
-    ),
-    (
-        r"model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.bias",
-        r"model/layers/\1/\2/\3/bias",
-        False,
-    ),
-    (
-        r"model\.layers\.(\d+)\.(\w+_layernorm)\.weight",
-        r"model/layers/\1/\2/weight",
-        False,
-    ),
-    (r"model\.norm\.weight", r"model/norm/weight", False),
-    (r"lm_head\.weight", r"lm_head/kernel", True),
-]
+#: Given a leaf's path and its shape, where its array is placed; None for the default device.
+Placement = Callable[[str, Shape], Any]
 
 
-def translate(name: str) -> tuple[str, bool] | None:
-    """The tree path of a tensor, and whether to transpose it; None for a name not in the table."""
-    for pattern, path, transposed in PATHS_OF_HUGGINGFACE:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(path), transposed
-    return None
+class Source(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+        name: where they come from, for error messages.
+        shapes: {a tensor's name in the file: its shape}.
+        read: gives the array of a tensor.
+        called: gives the name by which the family's table knows a tensor.
+    """
+
+    name: str
+    shapes: Mapping[str, Shape]
+    read: Callable[[str], np.ndarray]
+    called: Callable[[str], str] = lambda name: name
 
 
 def assemble(
-    source: str,
-    config: LlamaConfig,
-    tensors: Mapping[str, tuple[str, Shape]],
-    read: Callable[[str], np.ndarray],
+    source: Source,
+    family: Family,
+    config: DecoderConfig,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
+    placement: Placement | None = None,
 ) -> Params:
     """Builds the parameter tree of a model from named tensors.
 
     Args:
-        source: where the tensors come from, for the error message.
+        source: the tensors.
+        family: its table says which tensor fills which leaves.
         config: the model.
-        tensors: the file's own name of each tensor -> its Hugging Face name and its shape.
-        read: gives the array of a tensor, called with the file's own name.
         dtype: the dtype of every leaf.
         problems: what the caller already found wrong.
+        placement: where each leaf is placed.
 
     Raises:
         ValueError: one error with every problem: tensors that are unknown, missing, doubled or
             misshapen.
     """
-    matched, match_problems = _match(config, tensors)
-    raise_problems(source, [*problems, *match_problems])
     leaves = {}
-    for path, (own_name, transposed) in matched.items():
-        array = read(own_name)
-        _check_range(source, own_name, array, dtype)
-        leaves[path] = jnp.asarray(
-            array.T if transposed else array, dtype=dtype
-        )
+    for path, array in read_leaves(source, family, config, dtype, problems):
+        sharding = None if placement is None else placement(path, array.shape)
+        leaves[path] = _placed(array, dtype, sharding)
     return unflatten_dict(leaves, sep="/")
+
+
+def _placed(array: np.ndarray, dtype: DTypeLike, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array, dtype)
+    return jax.device_put(array.astype(dtype, copy=False), sharding)
+
+
+def read_leaves(
+    source: Source,
+    family: Family,
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    problems: Iterable[str] = (),
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of every leaf, layer by layer, read when it is asked for.
+
+    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold.
+    """
+    shapes = parameter_shapes(config, _layers_in(source, config))
+    matched, match_problems = _match(source, family, config, shapes)
+    raise_problems(source.name, [*problems, *match_problems])
+    partial: dict[str, np.ndarray] = {}
+    missing = _entries(matched.values(), shapes)
+    for name in sorted(matched, key=lambda name: _order(matched[name])):
+        found = matched[name]
+        theirs = source.read(name)
+        _check_range(source.name, name, theirs, dtype)
+        of_leaves = [_entry_shape(shapes, found, p) for p in found.paths]
+        parts = found.layout.split(config, theirs, of_leaves)
+        for path, part in zip(found.paths, parts, strict=True):
+            if found.entry is None:
+                yield path, part
+                continue
+            if path not in partial:
+                partial[path] = np.empty(shapes[path], part.dtype)
+            partial[path][found.entry] = part
+            missing[path] -= 1
+            if missing[path] == 0:
+                yield path, partial.pop(path)
+
+
+def _entries(
+    found: Iterable[Found], shapes: Mapping[str, Shape]
+) -> dict[str, int]:
+    """{path: number of entries} of the leaves that tensors fill entry by entry."""
+    counts = {}
+    for one in found:
+        if one.entry is not None:
+            for path in one.paths:
+                counts[path] = shapes[path][0]
+    return counts
+
+
+def _order(found: Found) -> tuple:
+    """Layers by number, each whole before the next; entries of one leaf together."""
+    path = found.paths[0]
+    numbers = [int(part) for part in path.split("/") if part.isdecimal()]
+    return numbers or [-1], path, found.entry or 0
+
+
+def _entry_shape(shapes: Mapping[str, Shape], found: Found, path: str) -> Shape:
+    """The shape of what a tensor fills of a leaf: all of it, or one entry of its first axis."""
+    return shapes[path] if found.entry is None else shapes[path][1:]
 
 
 def _check_range(
@@ -100,114 +151,104 @@ def _check_range(
 
 
 def _match(
-    config: LlamaConfig, tensors: Mapping[str, tuple[str, Shape]]
-) -> tuple[dict[str, tuple[str, bool]], list[str]]:
-    """({path in the tree: the tensor's own name, whether to transpose it}, problems).
+    source: Source,
+    family: Family,
+    config: DecoderConfig,
+    shapes: Mapping[str, Shape],
+) -> tuple[dict[str, Found], list[str]]:
+    """({the tensor's own name: what it fills}, problems).
 
-    Nothing is read: the shapes in the file's header are compared with the model's.
+    Nothing is read: the shapes in the files' headers are compared with the model's.
     """
-    layers = _layers_in(name for name, _ in tensors.values())
-    matched: dict[str, tuple[str, bool]] = {}
+    layers = _layers_in(source, config)
+    matched: dict[str, Found] = {}
+    filled: dict[tuple[str, int | None], str] = {}
     problems = []
     if config.num_layers > layers:
         problems.append(
             f"expected the tensors of {config.num_layers} layers, got those of {layers}"
         )
-    # Of as many layers as there are, because any number may be declared.
-    present = min(config.num_layers, layers)
-    expected_leaves = parameter_shapes(config, present)
-    for own_name, (name, shape) in tensors.items():
-        path, transposed = translate(name) or ("", False)
-        if path not in expected_leaves:
+    for name, shape in source.shapes.items():
+        found = family.find(source.called(name), shapes)
+        if found is None or not _entry_is_there(shapes, found):
             problems.append(
-                f"{own_name}: expected no such tensor, got one of shape {shape}"
+                f"{name}: expected no such tensor, got one of shape {shape}"
             )
             continue
-        if path in matched:
-            other, _ = matched[path]
-            problems.append(
-                f"{own_name}: expected one tensor for {path}, got {other} too"
-            )
-            continue
-        matched[path] = own_name, transposed
-        expected = expected_leaves[path]
-        if transposed:
-            expected = expected[::-1]
+        for path in found.paths:
+            other = filled.setdefault((path, found.entry), name)
+            if other != name:
+                problems.append(
+                    f"{name}: expected one tensor for {path}, got {other} too"
+                )
+        matched[name] = found
+        of_leaves = [_entry_shape(shapes, found, p) for p in found.paths]
+        expected = their_shape(config, found.layout, tuple(of_leaves))
         if shape != expected:
-            problems.append(
-                f"{own_name}: expected shape {expected}, got {shape}"
-            )
-    for path in sorted(expected_leaves.keys() - matched.keys()):
+            problems.append(f"{name}: expected shape {expected}, got {shape}")
+    return matched, problems + _missing(shapes, matched.values(), filled)
+
+
+def _entry_is_there(shapes: Mapping[str, Shape], found: Found) -> bool:
+    """Whether the leaf has the entry that a tensor fills."""
+    return found.entry is None or found.entry < shapes[found.paths[0]][0]
+
+
+def _missing(
+    shapes: Mapping[str, Shape],
+    found: Iterable[Found],
+    filled: Mapping[tuple[str, int | None], str],
+) -> list[str]:
+    """One problem for each leaf that no tensor fills, or not all of its entries."""
+    counts = dict.fromkeys(shapes, 1) | _entries(found, shapes)
+    for path, _ in filled:
+        counts[path] -= 1
+    problems = []
+    for path in sorted(path for path, count in counts.items() if count > 0):
         problems.append(f"{path}: expected a tensor for it, got none")
-    return matched, problems
+    return problems
 
 
-def _layers_in(names: Iterable[str]) -> int:
-    """How many layers the names of tensors speak of."""
+def _layers_in(source: Source, config: DecoderConfig) -> int:
+    """How many of the model's layers the names of tensors speak of."""
     found = set()
-    for name in names:
-        match = re.match(r"model\.layers\.(\d+)\.", name)
+    for name in source.shapes:
+        match = re.search(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.", name)
         if match:
             found.add(match[1])
-    return len(found)
+    # Of as many layers as there are, because any number may be declared.
+    return min(config.num_layers, len(found))
 
 
-def parameter_shapes(
-    config: LlamaConfig, layers: int | None = None
-) -> dict[str, Shape]:
-    """{path: shape} of every parameter, of so many layers (None: of all).
+def parameter_shapes(config: DecoderConfig, layers: int) -> dict[str, Shape]:
+    """{path: shape} of every parameter of a model of so many layers.
 
     For a hidden size of 64 and two heads of 16, layers/0/self_attn/q_proj/kernel is (64, 32).
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    dense = [
-        ("self_attn/q_proj", hidden, queries, config.attention_bias),
-        ("self_attn/k_proj", hidden, keys, config.attention_bias),
-        ("self_attn/v_proj", hidden, keys, config.attention_bias),
-        ("self_attn/o_proj", queries, hidden, config.attention_bias),
-        ("mlp/gate_proj", hidden, inner, config.mlp_bias),
-        ("mlp/up_proj", hidden, inner, config.mlp_bias),
-        ("mlp/down_proj", inner, hidden, config.mlp_bias),
-    ]
-    in_layer: dict[str, Shape] = {
-        "input_layernorm/weight": (hidden,),
-        "post_attention_layernorm/weight": (hidden,),
-    }
-    for name, rows, columns, has_bias in dense:
-        in_layer[f"{name}/kernel"] = (rows, columns)
-        if has_bias:
-            in_layer[f"{name}/bias"] = (columns,)
-    shapes: dict[str, Shape] = {
-        "model/embed_tokens/embedding": (config.vocab_size, hidden),
-        "model/norm/weight": (hidden,),
-    }
-    if not config.tie_embeddings:
-        shapes["lm_head/kernel"] = (hidden, config.vocab_size)
-    for number in range(config.num_layers if layers is None else layers):
-        for name, shape in in_layer.items():
-            shapes[f"model/layers/{number}/{name}"] = shape
+    shapes: dict[str, Shape] = {}
+    prefix = "model/layers/0/"
+    for number in range(layers):
+        of_one = _of_one_layer(config, config.has_experts(number))
+        for path, shape in of_one.items():
+            inside = path.removeprefix(prefix)
+            own = path if inside == path else f"model/layers/{number}/{inside}"
+            shapes[own] = shape
     return shapes
 
 
-def usual_heads(fields: Mapping[str, Any]) -> dict[str, int]:
-    """The fields of heads that a configuration leaves open, as they usually are."""
-    usual = {
-        "num_kv_heads": fields["num_heads"],
-        "head_dim": fields["hidden_size"] // fields["num_heads"],
-    }
-    return {name: n for name, n in usual.items() if fields[name] is None}
-
-
-def raise_problems(source: str, problems: list[str]) -> None:
-    """Raises one ValueError with all problems (the first of very many), if there are any."""
-    if problems:
-        lines = problems[:_PROBLEMS_SHOWN]
-        if len(problems) > len(lines):
-            lines = [*lines, f"and {len(problems) - len(lines)} more"]
-        raise ValueError(
-            f"{source} does not hold the model that its configuration describes; "
-            f"{len(problems)} problem(s), so use a complete checkpoint of a supported model:\n  "
-            + "\n  ".join(lines)
-        )
+@lru_cache(maxsize=64)
+def _of_one_layer(config: DecoderConfig, has_experts: bool) -> dict[str, Shape]:
+    """{path: shape} of a model of one layer, which has experts or not."""
+    experts = config.experts
+    if experts is not None:
+        dense_layers = () if has_experts else (0,)
+        experts = replace(experts, dense_layers=dense_layers)
+    one = replace(config, num_layers=1, kinds=config.kinds[:1], experts=experts)
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(CausalLM(one).init, jax.random.key(0), ids)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
+    shapes = {}
+    for keys, leaf in leaves:
+        path: Sequence[Any] = [key.key for key in keys]
+        shapes["/".join(path)] = leaf.shape
+    return shapes

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sqjax._trees import named_leaves
 from sqjax.models.cache import KVCache
 from sqjax.models.decoding.prompts import (
     Prompts,
@@ -30,6 +31,7 @@ from sqjax.models.model import (
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.quant_weight import is_quantized
 
 #: Called with a row's number and its new tokens; what is true ends that row.
 Stream = Callable[[int, list[int]], object]
@@ -426,7 +428,13 @@ def _advance(
 
 def compute_dtype(params: Params) -> DTypeLike:
     """The dtype in which a model computes: that of a norm's weight, which is never quantized."""
-    return params["model"]["norm"]["weight"].dtype
+    paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path.endswith("norm/weight"):
+            return leaf.dtype
+    raise ValueError(
+        f"params: expected a norm's weight among the parameters of a Model, got {paths[:5]}"
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "steps", "cache"))

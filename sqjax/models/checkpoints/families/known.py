@@ -1,0 +1,40 @@
+"""The table of all families that `load` knows."""
+
+from collections.abc import Mapping
+
+from sqjax.models.checkpoints.families import experts, gemma, gpt, llama
+from sqjax.models.checkpoints.family import Family
+
+_ALL = (
+    llama.LLAMA,
+    llama.SMOLLM3,
+    llama.MISTRAL,
+    llama.MINISTRAL,
+    llama.QWEN2,
+    llama.QWEN3,
+    llama.GRANITE,
+    llama.OLMO2,
+    llama.PHI3,
+    llama.GLM,
+    llama.GLM4,
+    llama.STABLELM,
+    llama.COHERE,
+    llama.COHERE2,
+    experts.MIXTRAL,
+    experts.QWEN2_MOE,
+    experts.QWEN3_MOE,
+    experts.OLMOE,
+    experts.DEEPSEEK_V2,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3_TEXT,
+    gpt.GPT2,
+    gpt.GPTJ,
+    gpt.GPT_NEOX,
+    gpt.OPT,
+    gpt.BLOOM,
+    gpt.FALCON,
+    gpt.PHI,
+)
+#: {model_type of config.json: family}.
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}

@@ -1,0 +1,437 @@
+"""Llama and the families that differ from it in a few fields: Mistral, Qwen, Granite and others."""
+
+from collections.abc import Sequence
+
+from sqjax.models.checkpoints.families.common import (
+    FULL,
+    SLIDING,
+    activation,
+    head_dim,
+    kinds,
+    layer_count,
+    layer_norm,
+    layer_types,
+    rms_norm,
+    rope,
+)
+from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.names import (
+    TRANSPOSED,
+    Row,
+    dense,
+    norm,
+    several,
+    tensor,
+)
+from sqjax.models.checkpoints.settings import Settings, read
+from sqjax.models.config import LayerKind
+from sqjax.models.fields import (
+    FLAG,
+    POSITIVE,
+    SIZE,
+    TEXTS,
+    WHOLE_NUMBERS,
+)
+
+# The model's layers, in their names and in ours.
+THEIR_LAYER, OUR_LAYER = "layers.{layer}", "model/layers/{layer}"
+
+
+def rope_everywhere(settings: Settings, **choices) -> tuple[LayerKind, ...]:
+    """One kind for all layers: every token looks at all before it, and queries and keys turn."""
+    _check_full(settings)
+    return (LayerKind(None, rope(settings, head_dim(settings), **choices)),)
+
+
+def _check_full(settings: Settings) -> None:
+    """Refuses a list of the layers' attention, unless it says nothing new."""
+    types = settings("layer_types", TEXTS, None)
+    layers = settings("num_hidden_layers", SIZE)
+    if types is not None and not (
+        set(types) == {FULL} and len(types) == layers
+    ):
+        settings.refuse(
+            f"layer_types = {types!r}: not supported for this family; expected {layers} times "
+            f"{FULL!r}"
+        )
+
+
+def rope_in_a_window(settings: Settings) -> tuple[LayerKind, ...]:
+    """As `rope_everywhere`, where the file may state a window for all layers."""
+    _check_full(settings)
+    window = settings("sliding_window", SIZE, None)
+    return (LayerKind(window, rope(settings, head_dim(settings))),)
+
+
+def rope_in_some_windows(
+    settings: Settings, usual: Sequence[str], window: int | None
+) -> tuple[LayerKind, ...]:
+    """Layers with and without a window, as `layer_types` says; all turn alike."""
+    turning = rope(settings, head_dim(settings))
+    types = layer_types(settings, usual)
+    full, sliding = LayerKind(None, turning), LayerKind(window, turning)
+    return kinds(types, full, sliding)
+
+
+LLAMA_FIELDS = {
+    "vocab_size": read("vocab_size", SIZE),
+    "hidden_size": read("hidden_size", SIZE),
+    "intermediate_size": read("intermediate_size", SIZE),
+    "num_layers": read("num_hidden_layers", SIZE),
+    "num_heads": read("num_attention_heads", SIZE),
+    "num_kv_heads": lambda settings: settings(
+        "num_key_value_heads", SIZE, settings("num_attention_heads", SIZE)
+    ),
+    "head_dim": head_dim,
+    "tie_embeddings": read("tie_word_embeddings", FLAG, False),
+    "attention_bias": read("attention_bias", FLAG, False),
+    "output_bias": read("attention_bias", FLAG, False),
+    "mlp_bias": read("mlp_bias", FLAG, False),
+    "max_length": read("max_position_embeddings", SIZE, 2048),
+    "norm": rms_norm,
+    "kinds": rope_everywhere,
+    "activation": activation("hidden_act", "silu"),
+}
+#: What Llama's checkpoints hold in every layer's attention.
+ATTENTION_ROWS = (
+    *dense(f"{THEIR_LAYER}.self_attn.q_proj", f"{OUR_LAYER}/self_attn/q_proj"),
+    *dense(f"{THEIR_LAYER}.self_attn.k_proj", f"{OUR_LAYER}/self_attn/k_proj"),
+    *dense(f"{THEIR_LAYER}.self_attn.v_proj", f"{OUR_LAYER}/self_attn/v_proj"),
+    *dense(f"{THEIR_LAYER}.self_attn.o_proj", f"{OUR_LAYER}/self_attn/o_proj"),
+    *norm(f"{THEIR_LAYER}.self_attn.q_norm", f"{OUR_LAYER}/self_attn/q_norm"),
+    *norm(f"{THEIR_LAYER}.self_attn.k_norm", f"{OUR_LAYER}/self_attn/k_norm"),
+)
+MLP_ROWS = (
+    *dense(f"{THEIR_LAYER}.mlp.gate_proj", f"{OUR_LAYER}/mlp/gate_proj"),
+    *dense(f"{THEIR_LAYER}.mlp.up_proj", f"{OUR_LAYER}/mlp/up_proj"),
+    *dense(f"{THEIR_LAYER}.mlp.down_proj", f"{OUR_LAYER}/mlp/down_proj"),
+)
+
+
+def norm_rows(*names: str) -> tuple:
+    """The rows of a layer's norms that have one name in both."""
+    rows: list[Row] = []
+    for name in names:
+        rows += norm(f"{THEIR_LAYER}.{name}", f"{OUR_LAYER}/{name}")
+    return tuple(rows)
+
+
+#: What stands around the layers.
+OUTER_ROWS = (
+    *tensor("embed_tokens.weight", "model/embed_tokens/embedding"),
+    *norm("norm", "model/norm"),
+    *dense("lm_head", "lm_head"),
+)
+LLAMA_ROWS = (
+    *OUTER_ROWS,
+    *ATTENTION_ROWS,
+    *MLP_ROWS,
+    *norm_rows("input_layernorm", "post_attention_layernorm"),
+)
+#: The angles that older checkpoints of these families hold.
+ANGLES = (".rotary_emb.inv_freq",)
+
+LLAMA = Family("llama", LLAMA_FIELDS, LLAMA_ROWS)
+
+
+def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    """Every fourth layer does not turn its queries and keys, unless the file says which do."""
+    layers = layer_count(settings)
+    interval = settings("no_rope_layer_interval", SIZE, 4)
+    usual = [int((i + 1) % interval != 0) for i in range(layers)]
+    turns = settings("no_rope_layers", WHOLE_NUMBERS, usual)
+    if len(turns) != layers:
+        settings.refuse(
+            f"no_rope_layers: expected one number for each of {layers} layers, got {len(turns)}"
+        )
+    window = None
+    if settings("use_sliding_window", FLAG, False):
+        window = settings("sliding_window", SIZE, None)
+    settings("sliding_window", SIZE, None)
+    types = layer_types(settings, [SLIDING if window else FULL] * layers)
+    turning = rope(settings, head_dim(settings), theta=2000000.0)
+    of_layers = []
+    for turn, name in zip(turns, types, strict=False):
+        own = window if name == SLIDING else None
+        of_layers.append(LayerKind(own, turning if turn else None))
+    return tuple(of_layers)
+
+
+SMOLLM3 = Family(
+    "smollm3",
+    {**LLAMA_FIELDS, "kinds": _smollm3_kinds},
+    LLAMA_ROWS,
+    absent={
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+)
+
+MISTRAL = Family(
+    "mistral",
+    {**LLAMA_FIELDS, "kinds": rope_in_a_window},
+    LLAMA_ROWS,
+    absent={
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+)
+
+
+def _ministral_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    window = settings("sliding_window", SIZE, None)
+    usual = FULL if window is None else SLIDING
+    layers = layer_count(settings)
+    return rope_in_some_windows(settings, [usual] * layers, window)
+
+
+MINISTRAL = Family(
+    "ministral",
+    {**LLAMA_FIELDS, "kinds": _ministral_kinds},
+    LLAMA_ROWS,
+    absent=MISTRAL.absent,
+)
+
+
+def _qwen_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    """Layers from `max_window_layers` on have the window, if windows are in use at all."""
+    layers = layer_count(settings)
+    stated = settings("sliding_window", SIZE, 4096)
+    window = stated if settings("use_sliding_window", FLAG, False) else None
+    first = settings("max_window_layers", SIZE, 28)
+    usual = []
+    for i in range(layers):
+        usual.append(SLIDING if window and i >= first else FULL)
+    return rope_in_some_windows(settings, usual, window)
+
+
+QWEN2 = Family(
+    "qwen2",
+    {
+        **LLAMA_FIELDS,
+        "attention_bias": True,
+        "output_bias": False,
+        "mlp_bias": False,
+        "kinds": _qwen_kinds,
+    },
+    LLAMA_ROWS,
+    absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+)
+QWEN3 = Family(
+    "qwen3",
+    {
+        **LLAMA_FIELDS,
+        "mlp_bias": False,
+        "kinds": _qwen_kinds,
+        "qk_norm": "head",
+        "qk_norm_kind": rms_norm,
+    },
+    LLAMA_ROWS,
+    absent={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+)
+
+
+def _scale(key: str):
+    """The source of a multiplier."""
+    return lambda settings: float(settings(key, POSITIVE, 1.0))
+
+
+GRANITE = Family(
+    "granite",
+    {
+        **LLAMA_FIELDS,
+        "embedding_scale": _scale("embedding_multiplier"),
+        "residual_scale": _scale("residual_multiplier"),
+        "query_scale": _scale("attention_multiplier"),
+        "logit_scale": lambda settings: 1 / _scale("logits_scaling")(settings),
+    },
+    LLAMA_ROWS,
+)
+
+OLMO2 = Family(
+    "olmo2",
+    {
+        **LLAMA_FIELDS,
+        "mlp_bias": False,
+        "norm": lambda settings: rms_norm(settings, 1e-5),
+        "block": "output",
+        "qk_norm": "all",
+        "qk_norm_kind": lambda settings: rms_norm(settings, 1e-5),
+    },
+    (
+        *OUTER_ROWS,
+        *ATTENTION_ROWS,
+        *MLP_ROWS,
+        *norm_rows("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+)
+
+PHI3 = Family(
+    "phi3",
+    {
+        **LLAMA_FIELDS,
+        "attention_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "norm": lambda settings: rms_norm(settings, 1e-5),
+        "kinds": rope_in_a_window,
+    },
+    (
+        *OUTER_ROWS,
+        *several(
+            f"{THEIR_LAYER}.self_attn.qkv_proj",
+            [f"{OUR_LAYER}/self_attn/{part}_proj" for part in "qkv"],
+        ),
+        *several(
+            f"{THEIR_LAYER}.mlp.gate_up_proj",
+            [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+        ),
+        *ATTENTION_ROWS,
+        *MLP_ROWS,
+        *norm_rows("input_layernorm", "post_attention_layernorm"),
+    ),
+    absent={
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+    },
+)
+
+_GLM_FIELDS = {
+    **LLAMA_FIELDS,
+    "output_bias": False,
+    "mlp_bias": False,
+    "norm": lambda settings: rms_norm(settings, 1.5625e-07),
+    "kinds": lambda settings: rope_everywhere(
+        settings, part=0.5, interleaved=True
+    ),
+}
+_GLM_ROWS = (
+    *OUTER_ROWS,
+    *ATTENTION_ROWS,
+    *several(
+        f"{THEIR_LAYER}.mlp.gate_up_proj",
+        [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+    ),
+    *MLP_ROWS,
+)
+_GLM_ABSENT = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+}
+GLM = Family(
+    "glm",
+    _GLM_FIELDS,
+    (*_GLM_ROWS, *norm_rows("input_layernorm", "post_attention_layernorm")),
+    absent=_GLM_ABSENT,
+)
+GLM4 = Family(
+    "glm4",
+    {**_GLM_FIELDS, "block": "sandwich"},
+    (
+        *_GLM_ROWS,
+        *norm_rows("input_layernorm"),
+        *norm(
+            f"{THEIR_LAYER}.post_self_attn_layernorm",
+            f"{OUR_LAYER}/post_attention_layernorm",
+        ),
+        *norm(
+            f"{THEIR_LAYER}.post_attention_layernorm",
+            f"{OUR_LAYER}/pre_feedforward_layernorm",
+        ),
+        *norm(
+            f"{THEIR_LAYER}.post_mlp_layernorm",
+            f"{OUR_LAYER}/post_feedforward_layernorm",
+        ),
+    ),
+    absent=_GLM_ABSENT,
+)
+
+
+def _stablelm_block(settings: Settings) -> str:
+    parallel = settings("use_parallel_residual", FLAG, False)
+    return "parallel" if parallel else "pre"
+
+
+def _stablelm_qk_norm(settings: Settings) -> str | None:
+    return "heads" if settings("qk_layernorm", FLAG, False) else None
+
+
+def _norms_of_heads(name: str) -> tuple:
+    """The gains of the norms of one of queries and keys, each head's a tensor of its own."""
+    return tensor(
+        f"{THEIR_LAYER}.self_attn.{name}_layernorm.norms.{{entry}}.weight",
+        f"{OUR_LAYER}/self_attn/{name}_norm/weight",
+    )
+
+
+STABLELM = Family(
+    "stablelm",
+    {
+        **LLAMA_FIELDS,
+        "attention_bias": read("use_qkv_bias", FLAG, False),
+        "output_bias": False,
+        "mlp_bias": False,
+        "norm": layer_norm,
+        "block": _stablelm_block,
+        "kinds": lambda settings: rope_everywhere(settings, part=0.25),
+        "qk_norm": _stablelm_qk_norm,
+        "qk_norm_kind": lambda settings: layer_norm(settings, bias=False),
+    },
+    (*LLAMA_ROWS, *_norms_of_heads("q"), *_norms_of_heads("k")),
+    absent={"num_key_value_heads": 32, "max_position_embeddings": 4096},
+)
+
+COHERE = Family(
+    "cohere",
+    {
+        **LLAMA_FIELDS,
+        "mlp_bias": False,
+        "norm": lambda settings: layer_norm(settings, bias=False),
+        "block": "parallel",
+        "kinds": lambda settings: rope_everywhere(settings, interleaved=True),
+        "qk_norm": lambda settings: (
+            "heads" if settings("use_qk_norm", FLAG, False) else None
+        ),
+        "qk_norm_kind": lambda settings: layer_norm(settings, bias=False),
+        "logit_scale": read("logit_scale", POSITIVE, 0.0625),
+    },
+    (*OUTER_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *norm_rows("input_layernorm")),
+    absent={"tie_word_embeddings": True, "max_position_embeddings": 8192},
+)
+
+
+def _cohere2_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    """Three layers with a window and a rotary embedding, then one with neither."""
+    layers = layer_count(settings)
+    window = settings("sliding_window", SIZE, 4096)
+    every = settings("sliding_window_pattern", SIZE, 4)
+    usual = [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
+    types = layer_types(settings, usual)
+    turning = rope(settings, head_dim(settings), interleaved=True)
+    return kinds(types, LayerKind(None, None), LayerKind(window, turning))
+
+
+COHERE2 = Family(
+    "cohere2",
+    {**COHERE.fields, "kinds": _cohere2_kinds, "qk_norm": None},
+    COHERE.rows,
+    absent=COHERE.absent,
+)
+
+#: The experts of a layer, each kernel a tensor of its own.
+EXPERT_ROWS = tuple(
+    row
+    for part in ("gate", "up", "down")
+    for row in tensor(
+        f"{THEIR_LAYER}.mlp.experts.{{entry}}.{part}_proj.weight",
+        f"{OUR_LAYER}/mlp/experts/{part}_proj/kernel",
+        TRANSPOSED,
+    )
+)

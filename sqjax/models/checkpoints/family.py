@@ -1,0 +1,140 @@
+"""`Family`: how the checkpoints of one family of models are read, as data.
+
+    QWEN2 = Family(
+        model_type="qwen2",
+        fields={**LLAMA_FIELDS, "attention_bias": True, "output_bias": False},
+        rows=LLAMA_ROWS,
+    )
+
+says that config.json is read as a Llama's but for two fields, and that tensors have a Llama's
+names.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqjax.models.checkpoints.names import Found, Row, find
+from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.settings import Settings
+from sqjax.models.config import DecoderConfig
+from sqjax.models.fields import IDS, beyond
+
+#: Keys that would change what some model computes, with the values that change nothing. A family
+#: that does not read one of them would ignore it, so there the key must have such a value.
+NEUTRAL: Mapping[str, tuple] = {
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1),
+    "rotary_pct": (None, 1),
+    "rope_scaling": (None,),
+    "layer_types": (None,),
+    "sliding_window": (None,),
+    "no_rope_layers": (None,),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "qkv_bias": (None, False),
+    "use_qkv_bias": (None, False),
+    "qk_layernorm": (None, False),
+    "use_qk_norm": (None, False),
+    "clip_qkv": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "alibi": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one family are read.
+
+    Attributes:
+        model_type: the key of config.json by which the family is known.
+        fields: where each field of `DecoderConfig` comes from: a value, or a function of the
+            file's `Settings` such as `sqjax.models.checkpoints.settings.read` makes. Fields that
+            are not named have their defaults, which are Llama's.
+        rows: which tensor fills which leaves; see `sqjax.models.checkpoints.names`.
+        prefix: what may stand before a tensor's name; the rows do not have it.
+        ignored: the ends of the names of tensors that say nothing, such as a stored mask.
+        absent: what a key that is not in the file means, where that is not what `fields` say. A
+            key that is there as null is not absent.
+        neutral: other keys, each with its values that change nothing: any other is refused.
+    """
+
+    model_type: str
+    fields: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    prefix: str = "model."
+    ignored: tuple[str, ...] = ()
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, tuple] = field(default_factory=dict)
+
+    def config(self, values: Mapping[str, Any], source: str) -> DecoderConfig:
+        """The configuration that a file's keys and values describe; `source` is for errors.
+
+        Raises:
+            ValueError: listing every key that is missing, that is not what it must be, or that
+                asks for something that the model here does not do.
+        """
+        settings = Settings({**self.absent, **values})
+        found = {}
+        for name, from_file in self.fields.items():
+            value = from_file
+            if callable(from_file):
+                value = _made(settings, from_file)
+            found[name] = value
+        for problem in _not_neutral(settings, {**NEUTRAL, **self.neutral}):
+            settings.refuse(problem)
+        ends, size = settings("eos_token_id", IDS, None), found["vocab_size"]
+        for problem in beyond("eos_token_id", ends, size or 2**31):
+            settings.refuse(problem)
+        raise_problems(source, settings.problems)
+        try:
+            return DecoderConfig(**found)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def find(self, name: str, leaves: Container[str]) -> Found | None:
+        """Which of a model's leaves a tensor fills; None if the table has no row for it."""
+        return find(self.rows, name.removeprefix(self.prefix), leaves)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor says nothing that the model needs."""
+        return name.endswith(self.ignored)
+
+
+def _made(settings: Settings, source: Any) -> Any:
+    """A field's value; where keys that it is made of are wrong, those are the problem."""
+    known = len(settings.problems)
+    try:
+        return source(settings)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if len(settings.problems) == known:
+            settings.refuse(str(error))
+        return None
+
+
+def _not_neutral(
+    settings: Settings, neutral: Mapping[str, Sequence]
+) -> list[str]:
+    """One problem for each key that nobody read though it changes the result."""
+    problems = []
+    for key, harmless in neutral.items():
+        value = settings.values.get(key)
+        if key in settings.seen or value in harmless:
+            continue
+        stated = [repr(x) for x in harmless if x is not None]
+        expected = " or ".join(stated) or "no such key"
+        problems.append(
+            f"{key} = {value!r}: expected {expected}; the model here computes nothing else"
+        )
+    return problems

@@ -1,0 +1,568 @@
+"""One decoder in Flax linen for every family: a `DecoderConfig` says what it computes.
+
+The parameter tree has the names of Hugging Face's Llama, whatever the family's own are, so that
+rules and alphas for one family serve the others.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sqjax.models.attention import Scoring, alibi_slopes, attend, visible
+from sqjax.models.cache import KVCache, write
+from sqjax.models.config import (
+    DecoderConfig,
+    LatentAttention,
+    LayerKind,
+    config_ropes,
+    rotated_channels,
+)
+from sqjax.models.mlp import MLP, Mixture, projections
+from sqjax.models.norms import NormLayer
+from sqjax.models.rope import RotaryTable, rotary_table, rotate
+from sqjax.models.slots import Slots
+from sqjax.models.stacking import check_layers, layer_of
+
+LayerCache = tuple[Slots, Slots]
+
+
+class View(NamedTuple):
+    """What the layers of one kind may look at, and how their queries and keys turn.
+
+    Attributes:
+        rotary: cosines and sines of the tokens' positions; None where no layer turns.
+        mask: (rows, tokens, slots), what each token may look at.
+    """
+
+    rotary: RotaryTable | None
+    mask: Array
+
+
+class Positions(NamedTuple):
+    """Where the tokens that are read stand, the same for every layer.
+
+    For a row of 5 slots that begins with 2 tokens of padding, of which 3 tokens are in the cache
+    and 1 is read now: start = 3, in_row = 1 (padding does not count), and the mask lets the token
+    look at the slots 2 and 3.
+
+    Attributes:
+        views: one for each of ``config.different_kinds``.
+        start: how many tokens the cache held before.
+        in_row: (rows, tokens), the tokens' positions in their rows; negative for padding.
+    """
+
+    views: tuple[View, ...]
+    start: Array
+    in_row: Array
+
+
+class Context(NamedTuple):
+    """What one layer's attention needs beside x: its view, and its part of the cache.
+
+    Attributes:
+        view: what its kind may look at.
+        start, in_row: as in `Positions`.
+        ring: whether its slots are reused once all are full.
+        cache: its keys and values; None where the tokens look at each other only.
+    """
+
+    view: View
+    start: Array
+    in_row: Array
+    ring: bool
+    cache: LayerCache | None
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped queries."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], context: Context
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
+        """Returns the output, and the updated cache if there was one."""
+        config = self.config
+        batch, tokens, _ = x.shape
+        sizes = {
+            "q_proj": config.num_heads * config.head_dim,
+            "k_proj": config.num_kv_heads * config.head_dim,
+            "v_proj": config.num_kv_heads * config.head_dim,
+        }
+        flat = projections(self, x, sizes, config.attention_bias)
+        heads = (batch, tokens, -1, config.head_dim)
+        queries, keys, values = flat
+        queries = _turned(config, self._normed(queries, "q_norm"), context)
+        keys = _turned(config, self._normed(keys, "k_norm"), context)
+        mixed, cache = _attended(
+            config, queries, keys, values.reshape(heads), context
+        )
+        output = nn.Dense(
+            config.hidden_size, use_bias=config.output_bias, name="o_proj"
+        )
+        return output(mixed.reshape(batch, tokens, -1)), cache
+
+    def _normed(
+        self, flat: Float[Array, "batch tokens outputs"], name: str
+    ) -> Float[Array, "batch tokens heads head_dim"]:
+        """Queries or keys by head, after their norm, if there is one."""
+        config = self.config
+        by_head = (*flat.shape[:-1], -1, config.head_dim)
+        norm = config.qk_norm_kind
+        match config.qk_norm:
+            case None:
+                return flat.reshape(by_head)
+            case "all":
+                return NormLayer(norm, name=name)(flat).reshape(by_head)
+            case "head":
+                return NormLayer(norm, name=name)(flat.reshape(by_head))
+            case _:
+                layer = NormLayer(norm, axes=2, name=name)
+                return layer(flat.reshape(by_head))
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Self-attention whose keys and values all heads make from one short vector a token.
+
+    A head's key has `plain_size` channels of its own and `rotary_size` that all heads share:
+    only these turn with the position.
+    """
+
+    config: DecoderConfig
+    latent: LatentAttention
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], context: Context
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
+        """Returns the output, and the updated cache if there was one."""
+        config, latent = self.config, self.latent
+        batch, tokens, _ = x.shape
+        by_head = (batch, tokens, config.num_heads, -1)
+        plain = latent.plain_size
+
+        queries = self._queries(x).reshape(by_head)
+        turned = _turned(config, queries[..., plain:], context)
+        queries = jnp.concatenate([queries[..., :plain], turned], axis=-1)
+
+        both = self._dense(latent.rank + latent.rotary_size, "kv_a_proj", x)
+        short, shared = both[..., : latent.rank], both[..., latent.rank :]
+        short = NormLayer(config.norm, name="kv_a_layernorm")(short)
+        size = config.num_heads * (plain + latent.value_size)
+        wide = nn.Dense(size, use_bias=False, name="kv_b_proj")(short)
+        wide = wide.reshape(by_head)
+        shared = _turned(config, shared[:, :, None, :], context)
+        shared = jnp.broadcast_to(
+            shared, (*wide.shape[:-1], latent.rotary_size)
+        )
+        keys = jnp.concatenate([wide[..., :plain], shared], axis=-1)
+
+        mixed, cache = _attended(
+            config, queries, keys, wide[..., plain:], context
+        )
+        flat = mixed.reshape(batch, tokens, -1)
+        output = nn.Dense(
+            config.hidden_size, use_bias=config.output_bias, name="o_proj"
+        )
+        return output(flat), cache
+
+    def _queries(self, x: Array) -> Float[Array, "batch tokens outputs"]:
+        """The queries of all heads, made of x or of a short vector."""
+        config, latent = self.config, self.latent
+        size = config.num_heads * config.head_dim
+        if latent.query_rank is None:
+            return nn.Dense(size, use_bias=False, name="q_proj")(x)
+        short = self._dense(latent.query_rank, "q_a_proj", x)
+        short = NormLayer(config.norm, name="q_a_layernorm")(short)
+        return nn.Dense(size, use_bias=False, name="q_b_proj")(short)
+
+    def _dense(self, size: int, name: str, x: Array) -> Array:
+        use_bias = self.config.attention_bias
+        return nn.Dense(size, use_bias=use_bias, name=name)(x)
+
+
+def _turned(
+    config: DecoderConfig,
+    vectors: Float[Array, "batch tokens heads channels"],
+    context: Context,
+) -> Float[Array, "batch tokens heads channels"]:
+    """Queries or keys, turned by their positions if the layers of this kind turn."""
+    table = context.view.rotary
+    if table is None:
+        return vectors
+    return rotate(vectors, table, config_ropes(config)[0].interleaved)
+
+
+def _attended(
+    config: DecoderConfig,
+    queries: Float[Array, "batch tokens heads head_dim"],
+    keys: Float[Array, "batch tokens kv_heads head_dim"],
+    values: Float[Array, "batch tokens kv_heads value_dim"],
+    context: Context,
+) -> tuple[Float[Array, "batch tokens heads value_dim"], LayerCache | None]:
+    """Attention over the cache with these keys and values in it; and that cache."""
+    # A cache has them as (batch, kv_heads, tokens, head_dim).
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    cache = context.cache
+    if cache is None:
+        # The tokens look at each other: a cache of floats that lasts for this call.
+        read = Slots(keys), Slots(values)
+    else:
+        where = context.start, context.in_row, context.ring
+        written = write(cache[0], keys, *where), write(cache[1], values, *where)
+        # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
+        # again for each matmul that reads it.
+        read = cache = jax.lax.optimization_barrier(written)
+    in_order = cache is None or not context.ring
+    mixed = attend(
+        queries, *read, context.view.mask, in_order, _scoring(config)
+    )
+    return mixed, cache
+
+
+def _scoring(config: DecoderConfig) -> Scoring:
+    """How products of queries and keys become scores."""
+    usual = config.head_dim**-0.5
+    scale = usual if config.query_scale is None else config.query_scale
+    slopes = None
+    if config.alibi is not None:
+        slopes = tuple(config.alibi * alibi_slopes(config.num_heads))
+    return Scoring(scale, config.attention_softcap, slopes)
+
+
+class _Norms(NamedTuple):
+    """The names of a block's norms, each None where there is none, and where they stand.
+
+    Attributes:
+        before_attention, before_mlp: of their inputs.
+        after_attention, after_mlp: of their outputs, or of the sums with x.
+    """
+
+    before_attention: str | None = None
+    before_mlp: str | None = None
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+#: The norms of each of `config.BLOCKS`.
+_NORMS = {
+    "pre": _Norms("input_layernorm", "post_attention_layernorm"),
+    "output": _Norms(
+        after_attention="post_attention_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+    "sandwich": _Norms(
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "sum": _Norms(
+        after_attention="post_attention_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+    "parallel": _Norms("input_layernorm", None),
+    "parallel_two": _Norms("input_layernorm", "post_attention_layernorm"),
+}
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream as `config.block` says."""
+
+    config: DecoderConfig
+    has_experts: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], context: Context
+    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
+        """Returns x with both added, and the updated cache if there was one."""
+        config = self.config
+        names = _NORMS[config.block]
+        attention = (
+            MultiHeadLatentAttention(config, config.latent, name="self_attn")
+            if config.latent
+            else Attention(config, name="self_attn")
+        )
+        normed = self._norm(names.before_attention, x)
+        mixed, cache = attention(normed, context)
+        if config.block == "parallel":
+            return self._add(x, mixed + self._mlp(normed)), cache
+        if config.block == "parallel_two":
+            other = self._mlp(self._norm(names.before_mlp, x))
+            return self._add(x, mixed + other), cache
+        x = self._added(x, mixed, names.after_attention)
+        change = self._mlp(self._norm(names.before_mlp, x))
+        return self._added(x, change, names.after_mlp), cache
+
+    def _norm(self, name: str | None, x: Array) -> Array:
+        """The norm of x that has a name; x itself where there is none."""
+        return x if name is None else NormLayer(self.config.norm, name=name)(x)
+
+    def _mlp(self, x: Array) -> Array:
+        experts = self.config.experts
+        if self.has_experts and experts is not None:
+            return Mixture(self.config, experts, name="mlp")(x)
+        size = self.config.intermediate_size
+        return MLP(self.config, size, name="mlp")(x)
+
+    def _added(self, x: Array, change: Array, norm: str | None) -> Array:
+        """x with a change added, where a norm is taken of the sum or of the change."""
+        if self.config.block == "sum":
+            return self._norm(norm, self._add(x, change))
+        return self._add(x, self._norm(norm, change))
+
+    def _add(self, x: Array, change: Array) -> Array:
+        scale = self.config.residual_scale
+        return x + change if scale == 1 else x + change * scale
+
+
+class Layers(nn.Module):
+    """All blocks, unrolled, under the names "0", "1", ...
+
+    They also run from one stack (`sqjax.models.stack_layers`). Without a cache the stack is
+    scanned. With one its layers run one after the other, because a cache has arrays of its own for
+    each layer, which a scan can not read.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        positions: Positions,
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
+        """What the last block gives; and the cache grown, if there was one."""
+        config = self.config
+        held = self.variables.get("params", {})
+        stacked = not self.is_initializing() and check_layers(
+            held, config.num_layers
+        )
+        if stacked and cache is None:
+            return _scanned(config, held, x, positions), None
+
+        grown = []
+        for i in range(config.num_layers):
+            context = _context(config, positions, i, cache)
+            if stacked:
+                layer = {"params": layer_of(held, i)}
+                x, new = _run_layer(config, i)(layer, x, context)
+            else:
+                block = Block(config, config.has_experts(i), name=str(i))
+                x, new = block(x, context)
+            grown.append(new)
+        if cache is None:
+            return x, None
+        keys, values = zip(*grown, strict=True)
+        return x, KVCache(
+            keys, values, cache.length + x.shape[1], cache.padding
+        )
+
+
+def _run_layer(config: DecoderConfig, i: int):
+    """Layer i as a function of its parameters: a block that is no submodule of another."""
+    return Block(config, config.has_experts(i), parent=None).apply
+
+
+def _context(
+    config: DecoderConfig, positions: Positions, i: int, cache: KVCache | None
+) -> Context:
+    """What layer i needs beside x."""
+    kind = config.kind(i)
+    of_layer = None if cache is None else (cache.keys[i], cache.values[i])
+    return Context(
+        view=positions.views[config.different_kinds.index(kind)],
+        start=positions.start,
+        in_row=positions.in_row,
+        ring=kind.sliding_window is not None,
+        cache=of_layer,
+    )
+
+
+def _scanned(
+    config: DecoderConfig, stack, x: Array, positions: Positions
+) -> Array:
+    """x after all layers of a stack, without a cache. One program serves layers of every kind."""
+    run_layer = _run_layer(config, 0)
+    context = _context(config, positions, 0, None)
+    different = config.different_kinds
+    if len(different) == 1:
+        x, _ = jax.lax.scan(
+            lambda x, layer: run_layer({"params": layer}, x, context), x, stack
+        )
+        return x
+
+    # Each layer picks its kind's mask and angles out of those of all kinds.
+    views = jax.tree.map(lambda *parts: jnp.stack(parts), *positions.views)
+    numbers = np.array(list(map(different.index, config.kinds)), np.int32)
+
+    def step(x, scanned):
+        layer, number = scanned
+        view = jax.tree.map(lambda part: part[number], views)
+        own = context._replace(view=view)
+        return run_layer({"params": layer}, x, own)
+
+    x, _ = jax.lax.scan(step, x, (stack, jnp.asarray(numbers)))
+    return x
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm; and the embedding matrix's logits, for a tied output."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        """Names the parts as Hugging Face's Llama does."""
+        config = self.config
+        width = config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embed(config.vocab_size, width)
+        if config.embedding_size is not None:
+            self.project_in = nn.Dense(config.hidden_size, use_bias=False)
+            self.project_out = nn.Dense(width, use_bias=False)
+        if config.learned_positions:
+            rows = config.max_length + config.position_offset
+            self.embed_positions = nn.Embed(rows, config.hidden_size)
+        if config.embedding_norm:
+            self.embed_layernorm = NormLayer(config.norm)
+        self.layers = Layers(config)
+        if config.final_norm:
+            self.norm = NormLayer(config.norm)
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch tokens"],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "batch tokens width"], KVCache | None]:
+        """Each token's hidden state before the head; and the cache grown, if there was one."""
+        config = self.config
+        x = self.embed_tokens(ids)
+        positions = _next_positions(config, ids.shape[1], cache, x.dtype)
+        x = self._embedded(x, positions)
+        x, cache = self.layers(x, positions, cache)
+        if config.final_norm:
+            x = self.norm(x)
+        if config.embedding_size is not None:
+            x = self.project_out(x)
+        return x, cache
+
+    def _embedded(
+        self, x: Float[Array, "batch tokens width"], positions: Positions
+    ) -> Float[Array, "batch tokens hidden"]:
+        """What the first block reads, from the rows of the embedding."""
+        config = self.config
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.embedding_size is not None:
+            x = self.project_in(x)
+        if config.learned_positions:
+            # Padding has no position. It takes that of the first token.
+            in_row = jnp.maximum(positions.in_row, 0)
+            x = x + self.embed_positions(in_row + config.position_offset)
+        return self.embed_layernorm(x) if config.embedding_norm else x
+
+    def attend(
+        self, x: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Logits by the embedding matrix: x E^T."""
+        return self.embed_tokens.attend(x)
+
+
+def _next_positions(
+    config: DecoderConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
+) -> Positions:
+    """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
+    if cache is None:
+        start = jnp.int32(0)
+        # one row, which serves the whole batch
+        padding = jnp.zeros((1,), jnp.int32)
+    else:
+        start, padding = cache.length, cache.padding
+    written_at = start + jnp.arange(tokens, dtype=jnp.int32)
+    in_row = written_at[None, :] - padding[:, None]
+    # Padding has no position. It takes that of the first token; the mask hides it from all others.
+    places = jnp.maximum(in_row, 0)
+    longest = jnp.max(places) + 1
+    channels = _turning_channels(config)
+    views = []
+    for kind in config.different_kinds:
+        rotary = None
+        if channels is not None:
+            rotary = rotary_table(places, kind.rope, channels, longest, dtype)
+        slots = _slots_of(config, kind, cache) or tokens
+        mask = visible(start, tokens, slots, padding, kind.sliding_window)
+        views.append(View(rotary, mask))
+    return Positions(tuple(views), start, in_row)
+
+
+def _turning_channels(config: DecoderConfig) -> int | None:
+    """How many channels of a head turn in the layers that have a rope; None if no layer has."""
+    for rope in config_ropes(config):
+        return rope.channels(rotated_channels(config))
+    return None
+
+
+def _slots_of(
+    config: DecoderConfig, kind: LayerKind, cache: KVCache | None
+) -> int | None:
+    """The capacity of a cache in the layers of a kind; None without a cache or such layers."""
+    if cache is None:
+        return None
+    for i, slots in enumerate(cache.keys):
+        if config.kind(i) == kind:
+            return slots.capacity
+    return None
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head: token ids to the logits of the next token.
+
+    The parameter tree has Hugging Face's names for Llama:
+    ``model/layers/0/self_attn/q_proj/kernel`` and so on, kernels in (in, out); ``lm_head/kernel``
+    only when the embeddings are not tied. Layers may also be one stack, as
+    `sqjax.models.stack_layers` makes it: ``model/layers/self_attn/q_proj/kernel``, (layers, in,
+    out). Everything is computed in the parameters' dtype but norms, routers and softmax, which are
+    computed in float32.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "batch tokens"],
+        cache: KVCache | None = None,
+        last: bool = False,
+    ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
+        """Logits of every position, or of the last only; and the cache grown, if there was one."""
+        config = self.config
+        decoder = Decoder(config, name="model")
+        x, cache = decoder(ids, cache)
+        # A prefill needs one position's logits, and the head is the largest matmul.
+        if last:
+            x = x[:, -1:]
+        # A tied model has no lm_head: the embedding matrix, transposed, is its head.
+        if config.tie_embeddings:
+            logits = decoder.attend(x)
+        else:
+            head = nn.Dense(
+                config.vocab_size, use_bias=config.head_bias, name="lm_head"
+            )
+            logits = head(x)
+        return _capped(config, logits), cache
+
+
+def _capped(config: DecoderConfig, logits: Array) -> Array:
+    """Logits with the configuration's scale and soft cap."""
+    if config.logit_scale != 1:
+        logits = logits * config.logit_scale
+    if config.logit_softcap is None:
+        return logits
+    return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
