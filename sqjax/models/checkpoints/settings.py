@@ -41,6 +41,10 @@ class Settings:
             return None if default is REQUIRED else default
         return value
 
+    def skip(self, key: str) -> None:
+        """Notes that a key says nothing here, whatever its value is."""
+        self.seen.add(key)
+
     def within(self, key: str) -> "Settings":
         """The keys of an object inside this one; none where there is no such object."""
         self.seen.add(key)

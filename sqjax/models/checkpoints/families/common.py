@@ -185,6 +185,20 @@ def _linear(settings: Settings, stated: Settings) -> Linear | None:
     return factor and Linear(float(factor))
 
 
+def max_length(settings: Settings) -> int:
+    """The longest sequence that a model with a rotary embedding was made for.
+
+    A "dynamic" scaling makes the stated one longer; with the others it is so already.
+    """
+    longest = _longest(settings)
+    for key in ("rope_scaling", "rope_parameters"):
+        stated = settings.within(key)
+        kind = stated("rope_type", TEXT, stated("type", TEXT, None))
+        if kind == "dynamic":
+            longest = int(longest * stated("factor", POSITIVE, 1))
+    return longest
+
+
 def _longest(settings: Settings) -> int:
     return settings("max_position_embeddings", SIZE, 2048)
 

@@ -70,8 +70,10 @@ def _dense_layers(settings: Settings) -> tuple[int, ...]:
 
 
 def _qwen_experts(settings: Settings, **shared) -> Experts:
+    # Newer files say num_local_experts.
+    count = settings("num_experts", SIZE)
     return Experts(
-        settings("num_experts", SIZE),
+        settings("num_local_experts", SIZE, count),
         settings("num_experts_per_tok", SIZE),
         settings("moe_intermediate_size", SIZE),
         normalized=settings("norm_topk_prob", FLAG, False),

@@ -6,6 +6,7 @@ from sqjax.models.checkpoints.families.common import (
     activation,
     even_head_dim,
     layer_norm,
+    max_length,
     rope,
 )
 from sqjax.models.checkpoints.families.llama import (
@@ -155,8 +156,10 @@ def _neox_block(settings: Settings) -> str:
 def _neox_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     size = even_head_dim(settings, "hidden_size")
     theta = settings("rotary_emb_base", POSITIVE, 10000)
+    # Newer files say partial_rotary_factor, some say both.
+    part = settings("partial_rotary_factor", POSITIVE, 0.25)
     turning = rope(
-        settings, size, theta=theta, part=0.25, part_key="rotary_pct"
+        settings, size, theta=theta, part=part, part_key="rotary_pct"
     )
     return (LayerKind(None, turning),)
 
@@ -179,7 +182,7 @@ GPT_NEOX = Family(
         "attention_bias": read("attention_bias", FLAG, True),
         "output_bias": read("attention_bias", FLAG, True),
         "mlp_bias": True,
-        "max_length": read("max_position_embeddings", SIZE, 2048),
+        "max_length": max_length,
         "norm": layer_norm,
         "block": _neox_block,
         "kinds": _neox_kinds,
@@ -404,7 +407,7 @@ FALCON = Family(
         "attention_bias": read("bias", FLAG, False),
         "output_bias": read("bias", FLAG, False),
         "mlp_bias": read("bias", FLAG, False),
-        "max_length": read("max_position_embeddings", SIZE, 2048),
+        "max_length": max_length,
         "norm": lambda settings: layer_norm(settings, "layer_norm_epsilon"),
         "block": _falcon_block,
         "kinds": _falcon_kinds,

@@ -11,6 +11,7 @@ from sqjax.models.checkpoints.families.common import (
     layer_count,
     layer_norm,
     layer_types,
+    max_length,
     rms_norm,
     rope,
 )
@@ -56,11 +57,12 @@ def _check_full(settings: Settings) -> None:
         )
 
 
-def rope_in_a_window(settings: Settings) -> tuple[LayerKind, ...]:
+def rope_in_a_window(settings: Settings, **choices) -> tuple[LayerKind, ...]:
     """As `rope_everywhere`, where the file may state a window for all layers."""
     _check_full(settings)
     window = settings("sliding_window", SIZE, None)
-    return (LayerKind(window, rope(settings, head_dim(settings))),)
+    turning = rope(settings, head_dim(settings), **choices)
+    return (LayerKind(window, turning),)
 
 
 def rope_in_some_windows(
@@ -87,7 +89,7 @@ LLAMA_FIELDS = {
     "attention_bias": read("attention_bias", FLAG, False),
     "output_bias": read("attention_bias", FLAG, False),
     "mlp_bias": read("mlp_bias", FLAG, False),
-    "max_length": read("max_position_embeddings", SIZE, 2048),
+    "max_length": max_length,
     "norm": rms_norm,
     "kinds": rope_everywhere,
     "activation": activation("hidden_act", "silu"),
@@ -147,7 +149,7 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     window = None
     if settings("use_sliding_window", FLAG, False):
         window = settings("sliding_window", SIZE, None)
-    settings("sliding_window", SIZE, None)
+    settings.skip("sliding_window")
     types = layer_types(settings, [SLIDING if window else FULL] * layers)
     turning = rope(settings, head_dim(settings), theta=2000000.0)
     of_layers = []
@@ -198,8 +200,10 @@ MINISTRAL = Family(
 def _qwen_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     """Layers from `max_window_layers` on have the window, if windows are in use at all."""
     layers = layer_count(settings)
-    stated = settings("sliding_window", SIZE, 4096)
-    window = stated if settings("use_sliding_window", FLAG, False) else None
+    window = None
+    if settings("use_sliding_window", FLAG, False):
+        window = settings("sliding_window", SIZE, 4096)
+    settings.skip("sliding_window")
     first = settings("max_window_layers", SIZE, 28)
     usual = []
     for i in range(layers):
@@ -280,7 +284,7 @@ PHI3 = Family(
         "output_bias": False,
         "mlp_bias": False,
         "norm": lambda settings: rms_norm(settings, 1e-5),
-        "kinds": rope_in_a_window,
+        "kinds": lambda settings: rope_in_a_window(settings, part=1.0),
     },
     (
         *OUTER_ROWS,
