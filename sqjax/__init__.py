@@ -5,7 +5,7 @@ each function's docstring for its shapes, errors and source.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
@@ -46,6 +46,10 @@ from sqjax.weights.schemes import (
 from sqjax.weights.sharding import shardings
 from sqjax.weights.training import merge, split
 
+if TYPE_CHECKING:
+    from sqjax.streaming.calibration import calibrate_layers
+    from sqjax.streaming.loading import load_quantized
+
 __all__ = [
     "EMBEDDING_INT4",
     "EMBEDDING_INT8",
@@ -72,11 +76,13 @@ __all__ = [
     "Static",
     "Stats",
     "calibrate",
+    "calibrate_layers",
     "dequantize",
     "fold",
     "fold_stats",
     "int8_attention",
     "load",
+    "load_quantized",
     "merge",
     "quantize",
     "quantize_cache",
@@ -99,10 +105,17 @@ _NAMESPACES = {
     "nnx": "sqjax.nnx",
     "triton": "sqjax.numerics.triton",
 }
+#: Functions that load with their module, for the same reason.
+_FUNCTIONS = {
+    "calibrate_layers": "sqjax.streaming.calibration",
+    "load_quantized": "sqjax.streaming.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `linen`, `nnx`, `models` and `triton` when they are first used."""
+    """Loads `linen`, `nnx`, `models`, `triton`, and what uses them, when they are first used."""
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in _NAMESPACES:
         return importlib.import_module(_NAMESPACES[name])
     raise AttributeError(f"module 'sqjax' has no attribute {name!r}")

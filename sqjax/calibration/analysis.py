@@ -6,7 +6,7 @@ proof, the recording and the comparison of batches of other shapes all read the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -68,6 +68,29 @@ class Analysis:
         return find_graph(self.survey, self.keys, self.stated)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What was found and compiled for some functions and shapes.
+
+    Tracing sees shapes and no numbers, so this serves all parameters of the same shapes: those of
+    the layers of one model, say. It holds no parameters.
+
+    Attributes:
+        analyses: {(which function, the shapes of its arguments): its analysis}.
+        programs: {what it is for: a compiled function}.
+    """
+
+    analyses: dict[tuple[int, str], Analysis] = field(default_factory=dict)
+    programs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def compiled(
+        self, what: str, analysis: Analysis, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The function, jitted: the one that was given first for this purpose and analysis."""
+        # The function holds its analysis, so that no other one can get the same id.
+        return self.programs.setdefault((what, id(analysis)), jax.jit(function))
+
+
 class Analyses:
     """Makes the analyses of functions that share parameters: each alone, and all together.
 
@@ -83,6 +106,7 @@ class Analyses:
         first_batches: Sequence[Arguments],
         stated: Mapping[str, Sequence[str]],
         attention: bool,
+        known: Known | None = None,
     ):
         self.functions, self.params, self.first_batches = (
             functions,
@@ -91,18 +115,18 @@ class Analyses:
         )
         self.stated, self.attention = stated, attention
         self._shared = shared_arrays(params)
-        self._alone: dict[tuple[int, str], Analysis] = {}
+        self.known = Known() if known is None else known
         self._first: list[Repeated] = []
 
     def alone(self, which: int, args: Arguments, number: int) -> Analysis:
         """The analysis of one function on batch `number`: made once for batches of its shapes."""
         key = which, shapes_of(args)
         # Not by `fn` and the arrays: tracing sees shapes only, and batches of one shape are many.
-        if key not in self._alone:
-            self._alone[key] = self._analysis(
+        if key not in self.known.analyses:
+            self.known.analyses[key] = self._analysis(
                 self.functions[which], args, number
             )
-        return self._alone[key]
+        return self.known.analyses[key]
 
     def together(self, which: int, args: Arguments, number: int) -> Analysis:
         """The analysis of all functions: `which` on batch `number`, the others on their first."""
@@ -243,8 +267,8 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
     return shared
 
 
-def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
-    """The graph without the groups that are not in `other`, the graph of batch `number`.
+def common_groups(graph: Graph, other: Graph, where: str) -> Graph:
+    """The graph without the groups that are not in `other`, the graph of `where`.
 
     The sites of a lost group are refused. Two groups are the same one if folding them does the same
     to the parameters and to the statistics.
@@ -266,7 +290,7 @@ def common_groups(graph: Graph, other: Graph, number: int) -> Graph:
             refused.append(
                 (
                     path,
-                    f"it does not fold in the program of batch {number}: {reason}",
+                    f"it does not fold in the program of {where}: {reason}",
                 )
             )
 

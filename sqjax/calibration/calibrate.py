@@ -103,11 +103,7 @@ def calibrate(
     functions, iterables = _one_iterable_each(fn, batches)
     check_arrays(params)
     check_finite(params, "parameter")
-    if mask is not None and not callable(mask):
-        raise ValueError(
-            "calibrate: mask=: expected a function of a batch, such as `lambda ids: ids != 0`, got "
-            f"{type(mask).__name__}; each batch has a mask of its own"
-        )
+    check_mask(mask)
     _check_groups(groups)
     first_batches, streams = [], []
     for iterable in iterables:
@@ -121,11 +117,37 @@ def calibrate(
     analyses = Analyses(
         functions, params, first_batches, groups or {}, attention
     )
+    stats = calibrated(analyses, streams, mask, histogram, progress)
+    warn_of_unreached(stats)
+    return stats
+
+
+def calibrated(
+    analyses: Analyses,
+    streams: Iterable[Iterable[Any]],
+    mask: Callable[..., Any] | None,
+    histogram: bool,
+    progress: bool = False,
+) -> Stats:
+    """What `calibrate` does between its checks and its warnings.
+
+    Args:
+        analyses: of the functions, on their first batches.
+        streams: the batches of each function, the first ones among them.
+        mask, histogram, progress: as for `calibrate`.
+    """
+    first_batches = analyses.first_batches
     first = analyses.together(0, first_batches[0], 0)
     _check_has_something_to_do(first)
 
-    # Prove, on the same batches and before anything is recorded.
-    graph = prove(first, params, array_leaves(first_batches), first.graph)
+    # Prove, on the first batches and before anything is recorded.
+    graph = prove(
+        first,
+        analyses.params,
+        array_leaves(first_batches),
+        first.graph,
+        analyses.known,
+    )
 
     # Record: one function and one batch at a time, so that only one batch is in memory.
     recorder = Recorder(analyses, first, graph, mask, histogram)
@@ -136,11 +158,9 @@ def calibrate(
         for number, batch in enumerate(shown):
             recorder.record(which, _arguments(batch, number), number)
 
-    # Warn, and refuse what is no program.
+    # Refuse what is no program.
     analyses.check_repeatable()
-    stats = recorder.stats()
-    _warn_of_unreached(stats)
-    return stats
+    return recorder.stats()
 
 
 def _one_iterable_each(
@@ -151,12 +171,12 @@ def _one_iterable_each(
     functions: list[Any] = list(fn) if several else [fn]
     for function in functions:
         check_function(function, "calibrate", _ORDER)
-    _check_batches(batches)
+    check_batches(batches)
     if not several:
         return functions, [batches]
     iterables = list(batches)
     for iterable in iterables:
-        _check_batches(iterable)
+        check_batches(iterable)
     if len(functions) != len(iterables):
         raise ValueError(
             f"calibrate: {len(functions)} functions, but {len(iterables)} iterables of batches; "
@@ -167,6 +187,15 @@ def _one_iterable_each(
 
 #: The order of the arguments of `calibrate`; those of `smoothquant` begin so too.
 _ORDER = "(fn, params, batches)"
+
+
+def check_mask(mask: Any) -> None:
+    """Raises ValueError unless a mask is a function, or None."""
+    if mask is not None and not callable(mask):
+        raise ValueError(
+            "calibrate: mask=: expected a function of a batch, such as `lambda ids: ids != 0`, got "
+            f"{type(mask).__name__}; each batch has a mask of its own"
+        )
 
 
 def _check_groups(groups: Any) -> None:
@@ -184,7 +213,7 @@ def _check_groups(groups: Any) -> None:
         )
 
 
-def _check_batches(batches: Any) -> None:
+def check_batches(batches: Any) -> None:
     """Raises ValueError for one batch where an iterable of batches is expected."""
     if hasattr(batches, "shape") or isinstance(batches, Mapping | str):
         raise ValueError(
@@ -253,7 +282,7 @@ def _captured(program: Program) -> str:
     )
 
 
-def _warn_of_unreached(stats: Stats) -> None:
+def warn_of_unreached(stats: Stats) -> None:
     """Warns of sites, layers and experts that no token reached, or only few."""
     unseen: list[str] = []
     zeros: list[str] = []

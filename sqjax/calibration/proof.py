@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sqjax._trees import PyTree, map_named
-from sqjax.calibration.analysis import Analysis
+from sqjax.calibration.analysis import Analysis, Known
 from sqjax.calibration.observe import observe
 from sqjax.folding.apply import expand, fold
 from sqjax.folding.graph import Graph, Group
@@ -22,7 +22,11 @@ CALLBACKS = frozenset({"pure_callback", "io_callback"})
 
 
 def prove(
-    analysis: Analysis, params: PyTree, inputs: list[Any], graph: Graph
+    analysis: Analysis,
+    params: PyTree,
+    inputs: list[Any],
+    graph: Graph,
+    known: Known,
 ) -> Graph:
     """The graph without the groups that fail the proof; their sites are refused.
 
@@ -41,7 +45,7 @@ def prove(
         ValueError: the groups that pass one by one fail together; or two runs on the same inputs
             differ.
     """
-    trial = Trial(analysis, params, inputs, graph)
+    trial = Trial(analysis, params, inputs, graph, known)
     names = map(attrgetter("name"), analysis.program.equations)
     calls_back = not CALLBACKS.isdisjoint(names)
     passes = trial.passes(graph.groups)
@@ -90,6 +94,7 @@ class Trial:
         params: PyTree,
         inputs: list[Any],
         graph: Graph,
+        known: Known,
     ):
         # A small float16 that is divided by 2 may lose its last digit. One that is multiplied by 2
         # does not, so activations are divided by 1/2 and by 1/4 only.
@@ -108,7 +113,8 @@ class Trial:
             self.ones[group.name] = jnp.asarray(ones)
             self.powers[group.name] = jnp.asarray(drawn.astype(np.float32))
 
-        self._run = jax.jit(partial(_run_folded, analysis, graph))
+        run = partial(_run_folded, analysis, graph)
+        self._run = known.compiled("prove", analysis, run)
         self._params, self._inputs = params, inputs
         self.expected = self._results(self.ones)
 

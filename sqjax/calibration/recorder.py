@@ -117,26 +117,10 @@ class Recorder:
         # The graph was found in the programs of the first batches, and of no other shapes.
         if number > 0:
             there = self._analyses.together(which, args, number).graph
-            self.graph = common_groups(self.graph, there, number)
-        return jax.jit(partial(self._add, analysis))
-
-    def _add(
-        self,
-        analysis: Analysis,
-        totals: Totals,
-        leaves: Any,
-        inputs: Any,
-        mask: Any,
-    ) -> Totals:
-        """The totals after one more batch. Sites of other functions stay as they are."""
-        _, observations = observe(
-            analysis, leaves, inputs, mask, self._histogram
-        )
-        added = dict(totals)
-        for site, observation in observations.items():
-            if site in self._recorded:
-                added[site.path] = combine(totals[site.path], observation)
-        return added
+            self.graph = common_groups(self.graph, there, f"batch {number}")
+        step = partial(_added, analysis, self._recorded, self._histogram)
+        what = f"record {self._histogram}"
+        return self._analyses.known.compiled(what, analysis, step)
 
     def stats(self) -> Stats:
         """The totals as `Stats`.
@@ -175,6 +159,24 @@ class Recorder:
             leaf_sizes(leaves),
             reached,
         )
+
+
+def _added(
+    analysis: Analysis,
+    recorded: frozenset[Site],
+    histogram: bool,
+    totals: Totals,
+    leaves: Any,
+    inputs: Any,
+    mask: Any,
+) -> Totals:
+    """The totals after one more batch. Sites of other functions stay as they are."""
+    _, observations = observe(analysis, leaves, inputs, mask, histogram)
+    added = dict(totals)
+    for site, observation in observations.items():
+        if site in recorded:
+            added[site.path] = combine(totals[site.path], observation)
+    return added
 
 
 def _called(mask: Callable[..., Any], args: Arguments) -> Any:

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from sqjax.folding.attention_keys import Keys
 from sqjax.folding.embeddings import find_tables
-from sqjax.folding.graph import Graph, Group
+from sqjax.folding.graph import Graph, Group, paths_of
 from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
 from sqjax.folding.sites import Place
@@ -31,25 +31,32 @@ def find_graph(
     Raises:
         ValueError: a stated group is not lawful, or is not as stated.
     """
-    program = survey.program
     groups = [stated_group(survey, *item) for item in (stated or {}).items()]
     refused, ways = _group_the_rest(survey, groups)
+    return graph_without_groups(survey)._replace(
+        groups=(*groups, *map(attrgetter("group"), keys)),
+        refused=tuple(refused.items()),
+        ways=tuple(ways.items()),
+        keys=tuple(map(attrgetter("site"), keys)),
+    )
+
+
+def graph_without_groups(survey: Survey) -> Graph:
+    """The leaves, sites and tables of a program; no group is looked for, and no site refused."""
+    program = survey.program
     leaves = {path: program.shape(v) for path, v in program.whole.items()}
     offsets = {
         program.leaves[var]: constant
         for var, constant in program.offsets.items()
     }
+    sites = tuple(dict.fromkeys(map(attrgetter("site"), survey.places)))
     return Graph(
         leaves=tuple(leaves.items()),
-        sites=tuple(dict.fromkeys(map(attrgetter("site"), survey.places))),
-        groups=(*groups, *map(attrgetter("group"), keys)),
-        refused=tuple(refused.items()),
+        sites=sites,
+        groups=(),
+        refused=(),
         offsets=tuple(offsets.items()),
-        ways=tuple(ways.items()),
-        keys=tuple(map(attrgetter("site"), keys)),
-        tables=find_tables(
-            program, frozenset(map(attrgetter("site.path"), survey.places))
-        ),
+        tables=find_tables(program, frozenset(paths_of(sites))),
         branches=tuple(_branches(program, survey.places).items()),
     )
 

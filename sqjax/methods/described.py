@@ -65,17 +65,28 @@ def check_leaves(
     check_weights(params, stats, sites, advice)
     if not sites or not stats.leaf_sizes or not _known(params, stats):
         return
-    with jax.ensure_compile_time_eval():
-        original = _original(params, stats)
-        compared = jax.device_get((leaf_sizes(original), stats.leaf_sizes))
-    sizes, of_then = compared
     paths = set(paths_of(sites))
     elsewhere: set[str] = set()
     for group in stats.graph.groups:
         if paths.isdisjoint(group.paths):
             elsewhere |= dict(group.leaves).keys()
+    others = {path for path, _ in stats.graph.leaves} - paths - elsewhere
+    check_sizes(params, stats, others, advice)
+
+
+def check_sizes(
+    params: PyTree, stats: Stats, paths: Iterable[str], advice: str
+) -> None:
+    """Raises ValueError if one of these leaves is another than the statistics were taken of.
+
+    Compared: max |w| and the mean |w|.
+    """
+    with jax.ensure_compile_time_eval():
+        original = _original(params, stats)
+        compared = jax.device_get((leaf_sizes(original), stats.leaf_sizes))
+    sizes, of_then = compared
     offsets = dict(stats.graph.offsets)
-    for path in sizes.keys() - paths - elsewhere:
+    for path in sorted(sizes.keys() & of_then.keys() & set(paths)):
         tolerance = 10 * _tolerance(original[path])
         # c + w was folded, so w itself has lost the digits that c + w has not.
         slack = tolerance * abs(offsets.get(path, 0.0))

@@ -32,7 +32,7 @@ from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
 #: stay float}. A preset may be given by its name, "W8A8".
 Rules = Scheme | str | Mapping[str, Scheme | str | None]
 
-_STATIC_ADVICE = (
+STATIC_ADVICE = (
     "static activation scales, outliers, or smoothing at run time, would be wrong. Pass "
     "fold_stats(stats, scales(params, stats, alpha)), with the params before smoothing, or "
     "calibrate again"
@@ -89,10 +89,10 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         [[17.0, 17.0, 17.0]]
     """
     check_stats(stats, "quantize")
-    return _quantized(params, stats, _schemes(stats.graph, scheme))
+    return quantize_sites(params, stats, site_schemes(stats.graph, scheme))
 
 
-def _schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
+def site_schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
     """{leaf: its scheme} for the sites and the embedding tables that are quantized.
 
     Example: of a graph with the sites "q" and "head", and the table "embed", the rules {"head":
@@ -170,7 +170,7 @@ def _first_schemes(
     return chosen
 
 
-def _quantized(
+def quantize_sites(
     params: PyTree,
     stats: Stats,
     schemes: Mapping[str, Scheme],
@@ -189,7 +189,7 @@ def _quantized(
     sites = dict(zip(paths_of(quantizable), quantizable, strict=True))
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     described = [sites[path] for path in schemes if schemes[path].measured]
-    check_leaves(params, stats, described, _STATIC_ADVICE)
+    check_leaves(params, stats, described, STATIC_ADVICE)
     _check_reached(stats, schemes)
     s_of_site = expand(stats.folded if folded is None else folded, stats.graph)
 
@@ -366,7 +366,7 @@ def smoothquant(
         batches = list(batches)
     stats = calibrate(fn, params, batches, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
-    schemes = _schemes(stats.graph, scheme)
+    schemes = site_schemes(stats.graph, scheme)
     if runtime is not None:
         schemes = _smoothed_at_run_time(schemes, stats.graph, s, runtime)
 
@@ -378,7 +378,7 @@ def smoothquant(
         )
     else:
         stats = fold_stats(stats, s)
-    return _quantized(folded, stats, schemes, s)
+    return quantize_sites(folded, stats, schemes, s)
 
 
 def _needs_histograms(rules: Rules) -> bool:

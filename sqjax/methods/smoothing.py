@@ -108,14 +108,34 @@ def scales(
     """
     check_stats(stats, "scales")
     check_float(params, "scales")
-    leaves = leaves_by_path(params, stats.graph)
+    leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
     if round_scales not in (None, "pow2"):
         raise ValueError(
             f"round_scales: expected 'pow2' or None, got {round_scales!r}"
         )
     chosen = stats.graph.select(groups)
-    alphas = _alphas(alpha, chosen)
+    s = scales_of_groups(
+        params, stats, alphas_of_groups(alpha, chosen), round_scales
+    )
+    if attention is not None:
+        s |= _key_scales(stats, attention, round_scales)
+    return s
+
+
+def scales_of_groups(
+    params: PyTree,
+    stats: Stats,
+    alphas: Mapping[str, Any],
+    round_scales: Literal["pow2"] | None = None,
+) -> dict[str, Array]:
+    """`scales` of the groups that have an alpha here: {group: its alpha}.
+
+    Raises:
+        ValueError: the statistics do not describe these params.
+    """
+    leaves = leaves_by_path(params, stats.graph)
+    chosen = [group for group in stats.graph.groups if group.name in alphas]
     check_weights(params, stats, _sites_of(chosen, stats), _SMOOTHED_ADVICE)
     s = {}
     for group in chosen:
@@ -124,8 +144,6 @@ def scales(
         s[group.name] = _group_scales(
             maxima, alphas[group.name], group.size, exact
         )
-    if attention is not None:
-        s |= _key_scales(stats, attention, round_scales)
     return s
 
 
@@ -228,7 +246,7 @@ def _group_scales(
     return jnp.exp2(exact * jnp.round(jnp.log2(s) / exact))
 
 
-def _alphas(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
+def alphas_of_groups(alpha: Alpha, groups: Iterable[Group]) -> dict[str, Any]:
     """{group: its alpha}.
 
     Example: alpha = {"layers/1": 0.9, "down": 0.7, ".*": 0.5} gives layers/1/down 0.9, because the

@@ -4,7 +4,7 @@ The parameter tree has the names of Hugging Face's Llama, whatever the family's 
 rules and alphas for one family serve the others.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -442,16 +442,27 @@ class Decoder(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch tokens width"], KVCache | None]:
         """Each token's hidden state before the head; and the cache grown, if there was one."""
-        config = self.config
-        x = self.embed_tokens(ids)
-        positions = _next_positions(config, ids.shape[1], cache, x.dtype)
-        x = self._embedded(x, positions)
+        x, positions = self.embed(ids, cache)
         x, cache = self.layers(x, positions, cache)
-        if config.final_norm:
+        return self.finish(x), cache
+
+    def embed(
+        self, ids: Int[Array, "batch tokens"], cache: KVCache | None
+    ) -> tuple[Float[Array, "batch tokens hidden"], Positions]:
+        """What the first block reads, and where the tokens stand."""
+        x = self.embed_tokens(ids)
+        positions = _next_positions(self.config, ids.shape[1], cache, x.dtype)
+        return self._embedded(x, positions), positions
+
+    def finish(
+        self, x: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch tokens width"]:
+        """What the head reads, of what the last block gives."""
+        if self.config.final_norm:
             x = self.norm(x)
-        if config.embedding_size is not None:
+        if self.config.embedding_size is not None:
             x = self.project_out(x)
-        return x, cache
+        return x
 
     def _embedded(
         self, x: Float[Array, "batch tokens width"], positions: Positions
@@ -549,14 +560,14 @@ class CausalLM(nn.Module):
         if last:
             x = x[:, -1:]
         # A tied model has no lm_head: the embedding matrix, transposed, is its head.
-        if config.tie_embeddings:
-            logits = decoder.attend(x)
-        else:
-            head = nn.Dense(
-                config.vocab_size, use_bias=config.head_bias, name="lm_head"
-            )
-            logits = head(x)
-        return _capped(config, logits), cache
+        tied = config.tie_embeddings
+        head = decoder.attend if tied else _head(config, name="lm_head")
+        return _capped(config, head(x)), cache
+
+
+def _head(config: DecoderConfig, name: str | None = None) -> nn.Dense:
+    """The head of a model whose embeddings are not tied."""
+    return nn.Dense(config.vocab_size, use_bias=config.head_bias, name=name)
 
 
 def _capped(config: DecoderConfig, logits: Array) -> Array:
@@ -566,3 +577,42 @@ def _capped(config: DecoderConfig, logits: Array) -> Array:
     if config.logit_softcap is None:
         return logits
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+
+
+# Part by part: embed, every layer in turn, read_out -----------------------------------------------
+
+
+def embed(
+    config: DecoderConfig, params: Any, ids: Int[Array, "batch tokens"]
+) -> Float[Array, "batch tokens hidden"]:
+    """What the first layer reads. Of params those of the embedding are enough."""
+    x, _ = Decoder(config).apply(
+        {"params": params["model"]}, ids, None, method="embed"
+    )
+    return x
+
+
+def run_layer(
+    config: DecoderConfig,
+    layer: int,
+    params: Any,
+    x: Float[Array, "batch tokens hidden"],
+) -> Float[Array, "batch tokens hidden"]:
+    """What one layer gives, of what it reads; `params` are its own."""
+    positions = _next_positions(config, x.shape[1], None, x.dtype)
+    context = _context(config, positions, layer, None)
+    x, _ = _run_layer(config, layer)({"params": params}, x, context)
+    return x
+
+
+def read_out(
+    config: DecoderConfig, params: Any, x: Float[Array, "batch tokens hidden"]
+) -> Float[Array, "batch tokens vocab"]:
+    """The logits, of what the last layer gives. Of params all but the layers are read."""
+    decoder = Decoder(config)
+    of_decoder = {"params": params["model"]}
+    x = decoder.apply(of_decoder, x, method="finish")
+    if config.tie_embeddings:
+        return _capped(config, decoder.apply(of_decoder, x, method="attend"))
+    logits = _head(config).apply({"params": params["lm_head"]}, x)
+    return _capped(config, logits)

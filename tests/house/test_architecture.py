@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "methods": {"calibration", "folding", "weights", "runtime", "program", "numerics"},
     "layers": {"weights", "runtime", "program", "numerics"},
     "models": {"weights", "runtime", "layers", "numerics", "files"},
+    "streaming": {"models", "methods", "calibration", "folding", "weights"},
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 #: Files beside the rooms that only hand public names on; `import sqjax` itself reads no command and no model.

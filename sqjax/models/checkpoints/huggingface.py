@@ -1,7 +1,7 @@
 """Reads a model from a Hugging Face directory: config.json and safetensors; no pickle."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,6 +43,41 @@ def read_huggingface(
             here does not do, or tensors are missing, unknown, misshapen or not floating-point; all
             are listed.
     """
+    with open_checkpoint(directory, families) as found:
+        source, family, config, problems = found[:4]
+        params = assemble(source, family, config, dtype, problems, placement)
+        found.check_redundant()
+        return config, params
+
+
+class Checkpoint(NamedTuple):
+    """An opened checkpoint.
+
+    Attributes:
+        source: its tensors, without those that follow from the rest.
+        family: their names.
+        config: the model.
+        problems: what is wrong with its files; `read_leaves` and `leaf_shapes` raise them.
+        check_redundant: compares the tensors that follow from the rest with it, and raises
+            ValueError if they say something else.
+    """
+
+    source: Source
+    family: Family
+    config: DecoderConfig
+    problems: Sequence[str]
+    check_redundant: Callable[[], None]
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    directory: Path, families: Sequence[Family] = ()
+) -> Iterator[Checkpoint]:
+    """Reads ``config.json`` and the headers of all files, which stay open; no array is read yet.
+
+    Raises:
+        ValueError: as `read_huggingface`, for what the configuration and the headers say.
+    """
     config_file = directory / "config.json"
     family, config = read_config(
         read_object(config_file), str(config_file), families
@@ -61,12 +96,14 @@ def read_huggingface(
             {name: tensor.entry.shape for name, tensor in used.items()},
             lambda name: used[name].read(),
         )
-        params = assemble(source, family, config, dtype, problems, placement)
-        problems = []
-        for name in redundant:
-            problems += _contradiction(name, stored, family, config)
-        raise_problems(str(directory), problems)
-        return config, params
+
+        def check_redundant() -> None:
+            contradictions = []
+            for name in redundant:
+                contradictions += _contradiction(name, stored, family, config)
+            raise_problems(str(directory), contradictions)
+
+        yield Checkpoint(source, family, config, problems, check_redundant)
 
 
 class _Stored(NamedTuple):

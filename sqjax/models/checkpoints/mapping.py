@@ -66,12 +66,18 @@ def assemble(
     """
     leaves = {}
     for path, array in read_leaves(source, family, config, dtype, problems):
-        sharding = None if placement is None else placement(path, array.shape)
-        leaves[path] = _placed(array, dtype, sharding)
+        leaves[path] = placed(path, array, dtype, placement)
     return unflatten_dict(leaves, sep="/")
 
 
-def _placed(array: np.ndarray, dtype: DTypeLike, sharding: Any) -> jax.Array:
+def placed(
+    path: str,
+    array: np.ndarray,
+    dtype: DTypeLike,
+    placement: Placement | None = None,
+) -> jax.Array:
+    """A leaf in its dtype, on the devices where it belongs."""
+    sharding = None if placement is None else placement(path, array.shape)
     if sharding is None:
         return jnp.asarray(array, dtype)
     return jax.device_put(array.astype(dtype, copy=False), sharding)
@@ -83,10 +89,12 @@ def read_leaves(
     config: DecoderConfig,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
+    wanted: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of every leaf, layer by layer, read when it is asked for.
 
-    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold.
+    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold. Tensors of
+    which no leaf is `wanted` are not read; None: all are.
     """
     shapes = parameter_shapes(config, _layers_in(source, config))
     matched, match_problems = _match(source, family, config, shapes)
@@ -95,6 +103,8 @@ def read_leaves(
     missing = _entries(matched.values(), shapes)
     for name in sorted(matched, key=lambda name: _order(matched[name])):
         found = matched[name]
+        if wanted is not None and not any(map(wanted, found.paths)):
+            continue
         theirs = source.read(name)
         _check_range(source.name, name, theirs, dtype)
         of_leaves = [_entry_shape(shapes, found, p) for p in found.paths]
@@ -109,6 +119,23 @@ def read_leaves(
             missing[path] -= 1
             if missing[path] == 0:
                 yield path, partial.pop(path)
+
+
+def leaf_shapes(
+    source: Source,
+    family: Family,
+    config: DecoderConfig,
+    problems: Iterable[str] = (),
+) -> dict[str, Shape]:
+    """{path: shape} of every leaf that `read_leaves` gives; nothing is read.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    shapes = parameter_shapes(config, _layers_in(source, config))
+    _, match_problems = _match(source, family, config, shapes)
+    raise_problems(source.name, [*problems, *match_problems])
+    return shapes
 
 
 def _entries(

@@ -1,0 +1,248 @@
+"""`calibrate_layers`: statistics of a whole model, one layer of which is in memory at a time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm.auto import tqdm
+
+from sqjax._trees import check_finite
+from sqjax.calibration.analysis import Analyses, Fn, Known, shapes_of
+from sqjax.calibration.calibrate import (
+    calibrated,
+    check_batches,
+    check_mask,
+    warn_of_unreached,
+)
+from sqjax.calibration.parts import joined_stats
+from sqjax.calibration.stats import Stats
+from sqjax.folding.graph import Graph
+from sqjax.models.checkpoints.family import Family
+from sqjax.models.config import DecoderConfig
+from sqjax.models.decoder import embed, read_out, run_layer
+from sqjax.models.model import Model, check_ids
+from sqjax.streaming.sources import Parts, layer_prefix, opened_parts
+from sqjax.weights.quantize import named
+
+#: Arrays on the host: of token ids, of a mask, of what a layer gives.
+Arrays = list[np.ndarray]
+
+
+def calibrate_layers(
+    source: Any,
+    batches: Iterable[Any],
+    *,
+    mask: Callable[..., Any] | None = None,
+    attention: bool = False,
+    histogram: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    families: Sequence[Family] = (),
+    progress: bool = False,
+) -> Stats:
+    """`calibrate` of a decoder that does not fit in memory: one layer after the other.
+
+    The batches are embedded. Then each layer is read, calibrated on what the layer before it gave
+    for all batches, run on it, and dropped; last come the final norm and the head. Memory holds one
+    layer in float (or, before and after the layers, the embedding and the head), what calibration
+    makes of it (the proof folds a copy), and the activations of all batches, which stay on the
+    host: tokens x hidden size x bytes of the dtype.
+
+    What can be folded is searched for in the program of the whole model, which takes shapes and no
+    numbers. Each layer's groups are then proved on that layer alone. A group that scales leaves of
+    two layers is refused, because no layer alone can prove it; no family that is known here has
+    one.
+
+    Args:
+        source: the directory of a checkpoint, as `sqjax.models.load` takes it; or (model, params)
+            with layers apart.
+        batches: an iterable of token ids, each (batch, tokens).
+        mask: as for `calibrate`: mask(ids) is False for padding.
+        attention: as for `calibrate`.
+        histogram: as for `calibrate`.
+        dtype: of the parameters that are read from a directory, and so of the computation.
+        families: as for `sqjax.models.load`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        `Stats` of the whole model, with its own paths: those of ``calibrate(model.apply, params,
+        batches)``, up to the rounding of activations between two layers.
+
+    Raises:
+        ValueError: what `load` and `calibrate` refuse; the source is neither a directory nor
+            (model, params); the layers are one stack.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 3, 2, 1, 4))
+        >>> params = model.init(jax.random.key(0))
+        >>> stats = sq.calibrate_layers((model, params), [jnp.arange(12).reshape(2, 6)])
+        >>> len(stats.graph.sites), len(stats.graph.groups)
+        (22, 13)
+    """
+    ids = _token_ids(batches)
+    keep = _masks(mask, ids)
+    with opened_parts(source, dtype, families) as parts:
+        graph = _whole_graph(parts, ids, attention)
+        options = _Options(attention, histogram, keep is not None)
+        found = _of_parts(parts, ids, keep, options, progress)
+    stats = joined_stats(graph, found)
+    warn_of_unreached(stats)
+    return stats
+
+
+class _Options(NamedTuple):
+    """What is asked of calibration, the same for every part.
+
+    Attributes:
+        attention, histogram: as for `calibrate`.
+        masked: whether each batch's last argument says which tokens count.
+    """
+
+    attention: bool
+    histogram: bool
+    masked: bool
+
+
+def _token_ids(batches: Iterable[Any]) -> Arrays:
+    check_batches(batches)
+    ids = []
+    for number, batch in enumerate(batches):
+        alone = batch[0] if isinstance(batch, tuple) else batch
+        with named(f"calibration batch {number}"):
+            check_ids(alone)
+        ids.append(np.asarray(alone))
+    if not ids:
+        raise ValueError(
+            "calibrate_layers: batches is empty (an iterator that was used up?); at least one "
+            "batch is needed"
+        )
+    return ids
+
+
+def _masks(mask: Callable[..., Any] | None, ids: Arrays) -> Arrays | None:
+    """Which tokens count, of each batch; None if all do."""
+    check_mask(mask)
+    return None if mask is None else [np.asarray(mask(x)) for x in ids]
+
+
+def _whole_graph(parts: Parts, ids: Arrays, attention: bool) -> Graph:
+    """What can be folded in the whole model, from shapes alone: nothing is proved yet."""
+    model = Model(parts.config)
+    # Batches of every shape must fit the model: the longest, above all.
+    for batch in {x.shape: x for x in ids}.values():
+        jax.eval_shape(model.apply, parts.shapes, batch)
+    first = (ids[0],)
+    analyses = Analyses([model.apply], parts.shapes, [first], {}, attention)
+    return analyses.together(0, first, 0).graph
+
+
+def _of_parts(
+    parts: Parts,
+    ids: Arrays,
+    keep: Arrays | None,
+    options: _Options,
+    progress: bool,
+) -> dict[str, Stats]:
+    """{prefix: the statistics of a layer}, and those of what is in no layer, whose prefix is ""."""
+    config = parts.config
+    x = _embedded(parts, ids)
+    alike: dict[Any, _Alike] = {}
+    found: dict[str, Stats] = {}
+    # tqdm(layers) would hold a layer while the next one is read.
+    bar = tqdm(
+        desc="calibrating",
+        unit="layer",
+        total=config.num_layers,
+        disable=not progress,
+    )
+    for number, params in parts.layers():
+        prefix = layer_prefix(number)
+        kind = config.kind(number), config.has_experts(number)
+        key = kind, shapes_of((params,))
+        # Layers that are alike run the programs that were found and compiled for the first.
+        if key not in alike:
+            alike[key] = _Alike.of(partial(_run_layer, config, number))
+        with named(prefix.rstrip("/")):
+            check_finite(params, "parameter")
+            batches = _with_masks([(batch,) for batch in x], keep)
+            found[prefix] = _stats(alike[key], params, batches, options)
+        for i, batch in enumerate(x):
+            x[i] = jax.device_get(alike[key].forward(params, batch))
+        # The next layer is read before the loop's name for this one is used again.
+        del params
+        bar.update()
+    bar.close()
+    ends = _Alike.of(partial(_run_ends, config))
+    batches = _with_masks(list(zip(ids, x, strict=True)), keep)
+    found[""] = _stats(ends, parts.rest(), batches, options)
+    return found
+
+
+def _embedded(parts: Parts, ids: Arrays) -> Arrays:
+    """What the first layer reads of each batch."""
+    rest = parts.rest()
+    run = jax.jit(partial(embed, parts.config))
+    return [jax.device_get(run(rest, batch)) for batch in ids]
+
+
+def _with_masks(
+    batches: list[tuple[Any, ...]], keep: Arrays | None
+) -> list[tuple[Any, ...]]:
+    """The arguments of each batch, with its mask as the last one if there are masks."""
+    if keep is None:
+        return batches
+    return [(*args, mask) for args, mask in zip(batches, keep, strict=True)]
+
+
+class _Alike(NamedTuple):
+    """What serves all layers that are alike.
+
+    Attributes:
+        fn: fn(params, x, *mask), one of the layers as a function.
+        forward: the same, jitted.
+        known: what calibration found and compiled for it.
+    """
+
+    fn: Fn
+    forward: Callable[..., Any]
+    known: Known
+
+    @classmethod
+    def of(cls, fn: Fn) -> "_Alike":
+        """Of a function for which nothing is compiled yet."""
+        return cls(fn, jax.jit(fn), Known())
+
+
+def _run_layer(
+    config: DecoderConfig, number: int, params: Any, x: Any, *_: Any
+) -> Any:
+    return run_layer(config, number, params, x)
+
+
+def _run_ends(
+    config: DecoderConfig, params: Any, ids: Any, x: Any, *_: Any
+) -> Any:
+    """The embedding and the head: one program, because they may read the same leaf."""
+    return embed(config, params, ids), read_out(config, params, x)
+
+
+def _stats(
+    alike: _Alike,
+    params: Any,
+    batches: list[tuple[Any, ...]],
+    options: _Options,
+) -> Stats:
+    """What `calibrate` finds of a part, without its warnings."""
+    analyses = Analyses(
+        [alike.fn], params, batches[:1], {}, options.attention, alike.known
+    )
+    mask = _last if options.masked else None
+    return calibrated(analyses, [batches], mask, options.histogram)
+
+
+def _last(*args: Any) -> Any:
+    return args[-1]

@@ -1,0 +1,156 @@
+"""Where the parameters of a model come from, a part at a time: a checkpoint's files, or a tree."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
+
+from sqjax._arguments import check_mapping
+from sqjax._trees import named_leaves
+from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.huggingface import open_checkpoint
+from sqjax.models.checkpoints.mapping import leaf_shapes, placed, read_leaves
+from sqjax.models.config import DecoderConfig
+from sqjax.models.model import check_model
+from sqjax.models.stacking import check_layers
+
+LAYERS = "model/layers/"
+
+
+class Parts(NamedTuple):
+    """The parameters of a model, read part by part.
+
+    Attributes:
+        config: of the model.
+        shapes: the whole tree, of `jax.ShapeDtypeStruct`s.
+        rest: reads the tree of all parameters that are in no layer.
+        layers: reads (number, tree) of each layer in turn. Drop a tree before you ask for the next.
+    """
+
+    config: DecoderConfig
+    shapes: Any
+    rest: Callable[[], Any]
+    layers: Callable[[], Iterator[tuple[int, Any]]]
+
+
+def layer_prefix(layer: int) -> str:
+    """What the paths of a layer's leaves begin with."""
+    return f"{LAYERS}{layer}/"
+
+
+def layer_of_path(path: str) -> int | None:
+    """The number of the layer that a leaf is in; None if it is in none."""
+    if not path.startswith(LAYERS):
+        return None
+    number, _, _ = path.removeprefix(LAYERS).partition("/")
+    return int(number)
+
+
+def checkpoint_directory(path: Any, what: str) -> Path:
+    """The directory of a checkpoint.
+
+    Raises:
+        ValueError: it is none; `what` was called with it.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.path.isdir(path):
+        raise ValueError(
+            f"{what}: expected a directory with config.json and safetensors files, got {path!r}; "
+            "of any other model load the parameters, and call calibrate, smooth and quantize"
+        )
+    return Path(path)
+
+
+@contextlib.contextmanager
+def opened_parts(
+    source: Any, dtype: DTypeLike, families: Sequence[Family]
+) -> Iterator[Parts]:
+    """The parts of a checkpoint's directory, or of (model, params).
+
+    Raises:
+        ValueError: it is neither, or the checkpoint or the parameters are not as they must be.
+    """
+    if isinstance(source, tuple) and len(source) == 2:
+        yield _parts_of_tree(*source)
+        return
+    directory = checkpoint_directory(source, "calibrate_layers")
+    with open_checkpoint(directory, families) as found:
+        arguments = found.source, found.family, found.config
+        shapes = leaf_shapes(*arguments, found.problems)
+
+        def read(in_layers: bool) -> Iterator[tuple[str, Any]]:
+            def wanted(path: str) -> bool:
+                return (layer_of_path(path) is not None) == in_layers
+
+            leaves = read_leaves(*arguments, dtype, (), wanted)
+            return ((path, placed(path, x, dtype)) for path, x in leaves)
+
+        def rest() -> Any:
+            return unflatten_dict(dict(read(in_layers=False)), sep="/")
+
+        def layers() -> Iterator[tuple[int, Any]]:
+            # No name for a layer here: the name would hold it while the next one is read.
+            for number, leaves in itertools.groupby(read(True), _number):
+                yield number, _layer_tree(number, leaves)
+
+        abstract = abstract_tree(shapes, dtype)
+        yield Parts(found.config, abstract, rest, layers)
+        found.check_redundant()
+
+
+def _layer_tree(number: int, leaves: Iterable[tuple[str, Any]]) -> Any:
+    prefix = layer_prefix(number)
+    flat = {path.removeprefix(prefix): x for path, x in leaves}
+    return unflatten_dict(flat, sep="/")
+
+
+def _number(leaf: tuple[str, Any]) -> int:
+    number = layer_of_path(leaf[0])
+    assert number is not None  # only leaves of layers are asked for
+    return number
+
+
+def abstract_tree(
+    shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike
+) -> Any:
+    """The tree of leaves of these shapes, without numbers."""
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, dtype)
+        for path, shape in shapes.items()
+    }
+    return unflatten_dict(leaves, sep="/")
+
+
+def _parts_of_tree(model: Any, params: Any) -> Parts:
+    """The parts of a tree that is in memory already: one that is memory-mapped, say."""
+    check_model(model, "calibrate_layers")
+    check_mapping(params, "calibrate_layers", "the parameters of a Model")
+    of_layers = params["model"]["layers"]
+    if check_layers(of_layers, model.config.num_layers):
+        raise ValueError(
+            "calibrate_layers: expected layers apart, got one stack of them; take it apart with "
+            "sqjax.models.unstack_layers(params)"
+        )
+    apart = {**params["model"]}
+    del apart["layers"]
+    rest = {**params, "model": apart}
+
+    def layers() -> Iterator[tuple[int, Any]]:
+        for number in range(model.config.num_layers):
+            yield number, of_layers[str(number)]
+
+    return Parts(model.config, _abstract(params), lambda: rest, layers)
+
+
+def _abstract(params: Any) -> Any:
+    """The tree without numbers. What is one array at two places stays one object."""
+    _, leaves, treedef = named_leaves(params)
+    known: dict[int, Any] = {}
+    for leaf in leaves:
+        known.setdefault(id(leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.tree.unflatten(treedef, [known[id(leaf)] for leaf in leaves])
