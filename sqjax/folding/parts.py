@@ -147,12 +147,12 @@ def held_together(graph: Graph) -> list[tuple[str, ...]]:
     Example: with a group of the leaves norm and q, one of q and o, and a leaf embed, the sets are
     (norm, q, o) and (embed,).
     """
-    together = {path: [path] for path, _ in graph.leaves}
+    together: dict[str, tuple[str, ...]] = {
+        path: (path,) for path, _ in graph.leaves
+    }
     for group in graph.groups:
         joined: dict[str, None] = {}
         for path, _ in group.leaves:
             joined.update(dict.fromkeys(together[path]))
-        # One list for all of them, so that what joins one of them later joins all.
-        together.update(dict.fromkeys(joined, list(joined)))
-    sets = {id(paths): tuple(paths) for paths in together.values()}
-    return list(sets.values())
+        together.update(dict.fromkeys(joined, tuple(joined)))
+    return list(dict.fromkeys(together.values()))

@@ -586,9 +586,9 @@ def embed(
     config: DecoderConfig, params: Any, ids: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens hidden"]:
     """What the first layer reads. Of params those of the embedding are enough."""
-    x, _ = Decoder(config).apply(
-        {"params": params["model"]}, ids, None, method="embed"
-    )
+    decoder: Any = Decoder(config)
+    of_decoder = {"params": params["model"]}
+    x, _ = decoder.apply(of_decoder, ids, None, method="embed")
     return x
 
 
@@ -609,10 +609,10 @@ def read_out(
     config: DecoderConfig, params: Any, x: Float[Array, "batch tokens hidden"]
 ) -> Float[Array, "batch tokens vocab"]:
     """The logits, of what the last layer gives. Of params all but the layers are read."""
-    decoder = Decoder(config)
+    decoder: Any = Decoder(config)
     of_decoder = {"params": params["model"]}
     x = decoder.apply(of_decoder, x, method="finish")
     if config.tie_embeddings:
         return _capped(config, decoder.apply(of_decoder, x, method="attend"))
-    logits = _head(config).apply({"params": params["lm_head"]}, x)
-    return _capped(config, logits)
+    head: Any = _head(config)
+    return _capped(config, head.apply({"params": params["lm_head"]}, x))

@@ -235,9 +235,8 @@ def _quantized_part(plan: _Plan, leaves: Leaves) -> Leaves:
 def _common_prefix(paths: Iterable[str]) -> str:
     """What the paths of one layer begin with; "" for any others."""
     layers = set(map(layer_of_path, paths))
-    if len(layers) > 1 or None in layers:
-        return ""
-    return layer_prefix(layers.pop())
+    number = layers.pop()
+    return "" if layers or number is None else layer_prefix(number)
 
 
 def _check_part(

@@ -117,7 +117,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("arguments, message", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_refusals_before_anything_is_read(calibrated, monkeypatch, arguments, message):
     monkeypatch.setattr(loading, "read_leaves", None)
     with pytest.raises(ValueError, match=message):
@@ -127,7 +127,7 @@ def test_refusals_before_anything_is_read(calibrated, monkeypatch, arguments, me
 def test_statistics_of_another_model(calibrated, tmp_path):
     _, _, _, stats = calibrated
     other = write(tmp_path / "other", CONFIG | {"num_hidden_layers": 1})
-    with pytest.raises(ValueError, match="layers/1/.*missing"):
+    with pytest.raises(ValueError, match=r"layers/1/.*missing"):
         sq.load_quantized(other, sq.W8A8, stats)
 
 
@@ -152,17 +152,17 @@ def test_a_truncated_file_is_refused(calibrated, tmp_path):
     directory = write(tmp_path / "short")
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[:-8])
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(ValueError, match=r"model.safetensors"):
         sq.load_quantized(directory)
 
 
 def test_a_stored_head_that_contradicts_the_tie(tmp_path):
     weights = tensors(CONFIG)
     config = CONFIG | {"tie_word_embeddings": True}
-    with pytest.raises(ValueError, match="lm_head.weight.*other numbers"):
+    with pytest.raises(ValueError, match=r"lm_head.weight.*other numbers"):
         sq.load_quantized(write(tmp_path / "tied", config, weights))
 
 
 def test_it_is_no_directory():
-    with pytest.raises(ValueError, match="expected a directory with config.json"):
+    with pytest.raises(ValueError, match=r"expected a directory with config.json"):
         sq.load_quantized("smollm2-135m")
