@@ -341,6 +341,38 @@ def convolution_speeds(rows: Sequence[Row]) -> Table:
 # Cells ----------------------------------------------------------------------------------------
 
 
+#: What each job of the memory benchmark does.
+_JOBS = {
+    "nothing": "import sqjax, run a tiny program",
+    "calibration": "calibrate_layers, bfloat16, 256 tokens",
+    "prefill": "load_quantized to W8A8, prefill of 64 tokens",
+}
+
+
+def memory(rows: Sequence[Row]) -> Table:
+    """A line for each job: the most that was resident, beside the model's size in other forms."""
+    titles = (
+        "",
+        "peak MB",
+        "model in float32, MB",
+        "in int8",
+        "one layer in float32",
+    )
+    lines = []
+    for row in rows:
+        parameters, layer = row["parameters"], row["parameters_of_a_layer"]
+        lines.append(
+            (
+                _JOBS[row["job"]],
+                megabytes(row["peak_bytes"]),
+                megabytes(4 * parameters),
+                megabytes(parameters),
+                megabytes(4 * layer),
+            )
+        )
+    return Table(titles, lines)
+
+
 def times(ratio: float) -> str:
     """A ratio of speeds: "1.25x"."""
     return f"{ratio:.2f}x"
@@ -358,6 +390,7 @@ def milliseconds(seconds: float) -> str:
 
 #: The tables by the names that marks in Markdown give them.
 LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "memory": memory,
     "demo": demo,
     "schemes": schemes,
     "benchmark": models,

@@ -100,7 +100,10 @@ def test_a_group_that_straddles_is_named_and_left_out():
     graph = stats.graph
     assert straddling(graph, [["a/gain"], ["b/w"], ["c"]]) == ["b/w"]
     assert straddling(graph, [["a/gain", "b/w"], ["c"]]) == []
-    assert set(map(frozenset, held_together(graph))) == {frozenset(["a/gain", "b/w"]), frozenset("c")}
+    assert set(map(frozenset, held_together(graph))) == {
+        frozenset(["a/gain", "b/w"]),
+        frozenset("c"),
+    }
     part = part_of_stats(stats, ["b/w"], "b/")
     assert part.graph.groups == ()
     assert part.folded == {}

@@ -186,6 +186,10 @@ FLAX = {f"linen.{name}": getattr(_linen, name) for name in _LINEN}
 FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild", "QuantLinear")}
 
 
+#: Functions that load with the models, when they are first used.
+LATE = {name: getattr(sqjax, name) for name in ("calibrate_layers", "load_quantized")}
+
+
 def test_the_public_names_are_these():
     presets = {name for name, value in vars(sqjax).items() if isinstance(value, sqjax.Scheme)}
     assert presets == {
@@ -240,9 +244,9 @@ def test_the_public_names_are_these():
 
 @pytest.mark.slow
 @pytest.mark.each_case
-@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX, *LATE])
 def test_a_public_name_has_an_example_that_runs(name):
-    value = {**PUBLIC, **FLAX}[name]
+    value = {**PUBLIC, **FLAX, **LATE}[name]
     [test] = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs={})]
     assert any(example.want for example in test.examples), (
         f"sqjax.{name} has no example that shows a result"
@@ -253,9 +257,9 @@ def test_a_public_name_has_an_example_that_runs(name):
     assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *FLAX])
+@pytest.mark.parametrize("name", [*PUBLIC, *FLAX, *LATE])
 def test_a_docstring_names_every_argument_or_says_where(name):
-    value = {**PUBLIC, **FLAX}[name]
+    value = {**PUBLIC, **FLAX, **LATE}[name]
     if not inspect.isfunction(value):
         return
     arguments = [p for p in inspect.signature(value).parameters if p not in ("progress",)]
