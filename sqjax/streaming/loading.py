@@ -94,15 +94,17 @@ def load_quantized(
 
     Examples:
         >>> import sqjax as sq
-        >>> sq.load_quantized("no/such/directory")
+        >>> sq.load_quantized("no/such/directory")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: load_quantized: expected a directory with config.json and safetensors files, ...
+        ValueError: load_quantized: expected a directory with config.json and safetensors files...
     """
     path = checkpoint_directory(directory, "load_quantized")
     with open_checkpoint(path, families) as found:
         arguments = found.source, found.family, found.config
         shapes = leaf_shapes(*arguments, found.problems)
+        # Before the long part, and while memory is free.
+        found.check_redundant()
         model = Model(
             found.config,
             tokenizer.from_directory(path, found.config.vocab_size),
@@ -115,7 +117,6 @@ def load_quantized(
             for path, array in read_leaves(*arguments, dtype)
         )
         quantized = _quantized_as_read(plan, leaves)
-        found.check_redundant()
     return model, unflatten_dict(quantized, sep="/")
 
 

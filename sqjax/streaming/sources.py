@@ -99,8 +99,9 @@ def opened_parts(
                 yield number, _layer_tree(number, leaves)
 
         abstract = abstract_tree(shapes, dtype)
-        yield Parts(found.config, abstract, rest, layers)
+        # First, because what follows takes long.
         found.check_redundant()
+        yield Parts(found.config, abstract, rest, layers)
 
 
 def _layer_tree(number: int, leaves: Iterable[tuple[str, Any]]) -> Any:
