@@ -1,6 +1,6 @@
 """Statistics of parts of a model, and of the whole from those of its parts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,21 +60,21 @@ def stats_without_numbers(graph: Graph) -> Stats:
     return Stats({}, {}, {}, {}, {}, graph)
 
 
-def joined_stats(graph: Graph, parts: Mapping[str, Stats]) -> Stats:
+def joined_stats(graph: Graph, parts: Iterable[tuple[str, Stats]]) -> Stats:
     """The statistics of a whole program from those of its parts, which share no leaf.
 
     Args:
         graph: of the whole program. A group of it that is in no part has not passed the proof of
             any: its sites are refused.
-        parts: {what all names of the part begin with in the whole: its statistics}.
+        parts: (what all names of a part begin with in the whole, its statistics) of each.
 
     Raises:
         ValueError: no part has seen a site of the whole program.
     """
     found: dict[str, dict[str, Any]] = {field: {} for field in _BY_PATH}
-    graphs: dict[str, Graph] = {}
-    for prefix, stats in parts.items():
-        graphs[prefix] = stats.graph
+    graphs: list[tuple[str, Graph]] = []
+    for prefix, stats in parts:
+        graphs.append((prefix, stats.graph))
         for field in _BY_PATH:
             of_field = getattr(stats, field)
             for name, value in of_field.items():

@@ -3,7 +3,7 @@
 A model that does not fit in memory is read, calibrated and quantized in parts, a layer at a time.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -113,14 +113,12 @@ def leaves_of_group(group: Group) -> frozenset[str]:
     return frozenset(path for path, _ in group.leaves)
 
 
-def joined_graph(leaves: Any, parts: Mapping[str, Graph]) -> Graph:
-    """The graph of a tree of these (path, shape), from those of its parts: {prefix: part}.
+def joined_graph(leaves: Any, parts: Iterable[tuple[str, Graph]]) -> Graph:
+    """The graph of a tree of these (path, shape), from the (prefix, graph) of each of its parts.
 
     The inverse of `part_of_graph` where no group straddles two parts.
     """
-    whole = [
-        renamed_graph(part, prefix.__add__) for prefix, part in parts.items()
-    ]
+    whole = [renamed_graph(part, prefix.__add__) for prefix, part in parts]
     fields = {
         name: tuple(chain(*(getattr(graph, name) for graph in whole)))
         for name in Graph._fields

@@ -581,11 +581,15 @@ def _capped(config: DecoderConfig, logits: Array) -> Array:
 
 # Part by part: embed, every layer in turn, read_out -----------------------------------------------
 
+#: What the paths of those parameters begin with that `read_out` reads beside a tied embedding, and
+#: `embed` does not.
+HEAD = ("lm_head/", "model/norm/", "model/project_out/")
+
 
 def embed(
     config: DecoderConfig, params: Any, ids: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens hidden"]:
-    """What the first layer reads. Of params those of the embedding are enough."""
+    """What the first layer reads. Of params, none of `HEAD` and of the layers is read."""
     decoder: Any = Decoder(config)
     of_decoder = {"params": params["model"]}
     x, _ = decoder.apply(of_decoder, ids, None, method="embed")
@@ -608,7 +612,9 @@ def run_layer(
 def read_out(
     config: DecoderConfig, params: Any, x: Float[Array, "batch tokens hidden"]
 ) -> Float[Array, "batch tokens vocab"]:
-    """The logits, of what the last layer gives. Of params all but the layers are read."""
+    """The logits, of what the last layer gives. Of params, those of `HEAD` and a tied embedding are
+    read.
+    """
     decoder: Any = Decoder(config)
     of_decoder = {"params": params["model"]}
     x = decoder.apply(of_decoder, x, method="finish")

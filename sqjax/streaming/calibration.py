@@ -47,9 +47,9 @@ def calibrate_layers(
 
     The batches are embedded. Then each layer is read, calibrated on what the layer before it gave
     for all batches, run on it, and dropped; last come the final norm and the head. Memory holds one
-    layer in float (or, before and after the layers, the embedding and the head), what calibration
-    makes of it (the proof folds a copy), and the activations of all batches, which stay on the
-    host: tokens x hidden size x bytes of the dtype.
+    layer in float (before and after the layers: the embedding, the head), what calibration makes of
+    it (the proof folds a copy), and the activations of all batches, which stay on the host: tokens
+    x hidden size x bytes of the dtype.
 
     What can be folded is searched for in the program of the whole model, which takes shapes and no
     numbers. Each layer's groups are then proved on that layer alone. A group that scales leaves of
@@ -146,12 +146,40 @@ def _of_parts(
     keep: Arrays | None,
     options: _Options,
     progress: bool,
-) -> dict[str, Stats]:
-    """{prefix: the statistics of a layer}, and those of what is in no layer, whose prefix is ""."""
+) -> list[tuple[str, Stats]]:
+    """(what its paths begin with, the statistics of a part) of each part of a model."""
     config = parts.config
-    x = _embedded(parts, ids)
+    embedding = _Alike.of(partial(_embed, config))
+    batches = _with_masks([(batch,) for batch in ids], keep)
+    params = parts.embedding()
+    found = []
+    # A tied head reads the same leaf: then they are one program, and come together at the end.
+    if not config.tie_embeddings:
+        found.append(("", _stats(embedding, params, batches, options)))
+    x = [jax.device_get(embedding.forward(params, batch)) for batch in ids]
+    del params
+
+    found += _of_layers(parts, x, keep, options, progress)
+
+    run = _embed_and_read_out if config.tie_embeddings else _read_out
+    batches = _with_masks(list(zip(x, ids, strict=True)), keep)
+    head = _stats(
+        _Alike.of(partial(run, config)), parts.head(), batches, options
+    )
+    return [*found, ("", head)]
+
+
+def _of_layers(
+    parts: Parts,
+    x: Arrays,
+    keep: Arrays | None,
+    options: _Options,
+    progress: bool,
+) -> list[tuple[str, Stats]]:
+    """The same of the layers. Each replaces x, what it reads of each batch, by what it gives."""
+    config = parts.config
     alike: dict[Any, _Alike] = {}
-    found: dict[str, Stats] = {}
+    found = []
     # tqdm(layers) would hold a layer while the next one is read.
     bar = tqdm(
         desc="calibrating",
@@ -167,26 +195,16 @@ def _of_parts(
         if key not in alike:
             alike[key] = _Alike.of(partial(_run_layer, config, number))
         with named(prefix.rstrip("/")):
-            check_finite(params, "parameter")
             batches = _with_masks([(batch,) for batch in x], keep)
-            found[prefix] = _stats(alike[key], params, batches, options)
+            seen = _stats(alike[key], params, batches, options)
+        found.append((prefix, seen))
         for i, batch in enumerate(x):
             x[i] = jax.device_get(alike[key].forward(params, batch))
         # The next layer is read before the loop's name for this one is used again.
         del params
         bar.update()
     bar.close()
-    ends = _Alike.of(partial(_run_ends, config))
-    batches = _with_masks(list(zip(ids, x, strict=True)), keep)
-    found[""] = _stats(ends, parts.rest(), batches, options)
     return found
-
-
-def _embedded(parts: Parts, ids: Arrays) -> Arrays:
-    """What the first layer reads of each batch."""
-    rest = parts.rest()
-    run = jax.jit(partial(embed, parts.config))
-    return [jax.device_get(run(rest, batch)) for batch in ids]
 
 
 def _with_masks(
@@ -223,10 +241,18 @@ def _run_layer(
     return run_layer(config, number, params, x)
 
 
-def _run_ends(
-    config: DecoderConfig, params: Any, ids: Any, x: Any, *_: Any
+def _embed(config: DecoderConfig, params: Any, ids: Any, *_: Any) -> Any:
+    return embed(config, params, ids)
+
+
+def _read_out(config: DecoderConfig, params: Any, x: Any, *_: Any) -> Any:
+    return read_out(config, params, x)
+
+
+def _embed_and_read_out(
+    config: DecoderConfig, params: Any, x: Any, ids: Any, *_: Any
 ) -> Any:
-    """The embedding and the head: one program, because they may read the same leaf."""
+    """The embedding and the head, which read the same leaf."""
     return embed(config, params, ids), read_out(config, params, x)
 
 
@@ -237,6 +263,7 @@ def _stats(
     options: _Options,
 ) -> Stats:
     """What `calibrate` finds of a part, without its warnings."""
+    check_finite(params, "parameter")
     analyses = Analyses(
         [alike.fn], params, batches[:1], {}, options.attention, alike.known
     )

@@ -4,11 +4,12 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from sqjax._arguments import check_mapping
@@ -17,6 +18,7 @@ from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import open_checkpoint
 from sqjax.models.checkpoints.mapping import leaf_shapes, placed, read_leaves
 from sqjax.models.config import DecoderConfig
+from sqjax.models.decoder import HEAD
 from sqjax.models.model import check_model
 from sqjax.models.stacking import check_layers
 
@@ -29,13 +31,15 @@ class Parts(NamedTuple):
     Attributes:
         config: of the model.
         shapes: the whole tree, of `jax.ShapeDtypeStruct`s.
-        rest: reads the tree of all parameters that are in no layer.
+        embedding: reads the tree of the parameters that the embedding needs.
+        head: reads the tree of those that the final norm and the head need.
         layers: reads (number, tree) of each layer in turn. Drop a tree before you ask for the next.
     """
 
     config: DecoderConfig
     shapes: Any
-    rest: Callable[[], Any]
+    embedding: Callable[[], Any]
+    head: Callable[[], Any]
     layers: Callable[[], Iterator[tuple[int, Any]]]
 
 
@@ -50,6 +54,20 @@ def layer_of_path(path: str) -> int | None:
         return None
     number, _, _ = path.removeprefix(LAYERS).partition("/")
     return int(number)
+
+
+def _is_of_embedding(path: str) -> bool:
+    return layer_of_path(path) is None and not path.startswith(HEAD)
+
+
+def _is_of_head(config: DecoderConfig, path: str) -> bool:
+    """Whether the head needs a parameter; a tied one needs the embedding too."""
+    tied = config.tie_embeddings and layer_of_path(path) is None
+    return tied or path.startswith(HEAD)
+
+
+def _is_of_layer(path: str) -> bool:
+    return layer_of_path(path) is not None
 
 
 def checkpoint_directory(path: Any, what: str) -> Path:
@@ -83,25 +101,30 @@ def opened_parts(
         arguments = found.source, found.family, found.config
         shapes = leaf_shapes(*arguments, found.problems)
 
-        def read(in_layers: bool) -> Iterator[tuple[str, Any]]:
-            def wanted(path: str) -> bool:
-                return (layer_of_path(path) is not None) == in_layers
-
+        def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
             leaves = read_leaves(*arguments, dtype, (), wanted)
             return ((path, placed(path, x, dtype)) for path, x in leaves)
 
-        def rest() -> Any:
-            return unflatten_dict(dict(read(in_layers=False)), sep="/")
+        def tree(wanted: Callable[[str], bool]) -> Any:
+            return unflatten_dict(dict(read(wanted)), sep="/")
 
         def layers() -> Iterator[tuple[int, Any]]:
             # No name for a layer here: the name would hold it while the next one is read.
-            for number, leaves in itertools.groupby(read(True), _number):
+            for number, leaves in itertools.groupby(
+                read(_is_of_layer), _number
+            ):
                 yield number, _layer_tree(number, leaves)
 
         abstract = abstract_tree(shapes, dtype)
         # First, because what follows takes long.
         found.check_redundant()
-        yield Parts(found.config, abstract, rest, layers)
+        yield Parts(
+            found.config,
+            abstract,
+            partial(tree, _is_of_embedding),
+            partial(tree, partial(_is_of_head, found.config)),
+            layers,
+        )
 
 
 def _layer_tree(number: int, leaves: Iterable[tuple[str, Any]]) -> Any:
@@ -137,15 +160,23 @@ def _parts_of_tree(model: Any, params: Any) -> Parts:
             "calibrate_layers: expected layers apart, got one stack of them; take it apart with "
             "sqjax.models.unstack_layers(params)"
         )
-    apart = {**params["model"]}
-    del apart["layers"]
-    rest = {**params, "model": apart}
+
+    def tree(wanted: Callable[[str], bool]) -> Any:
+        leaves = flatten_dict(params, sep="/")
+        kept = {path: x for path, x in leaves.items() if wanted(path)}
+        return unflatten_dict(kept, sep="/")
 
     def layers() -> Iterator[tuple[int, Any]]:
         for number in range(model.config.num_layers):
             yield number, of_layers[str(number)]
 
-    return Parts(model.config, _abstract(params), lambda: rest, layers)
+    return Parts(
+        model.config,
+        _abstract(params),
+        partial(tree, _is_of_embedding),
+        partial(tree, partial(_is_of_head, model.config)),
+        layers,
+    )
 
 
 def _abstract(params: Any) -> Any:

@@ -72,9 +72,9 @@ def test_a_part_is_what_calibrating_it_alone_gives(stats):
 
 
 def test_parts_put_together_are_the_whole(stats):
-    parts = {p: part_of_stats(stats, leaves_of(stats.graph, p), p) for p in PREFIXES}
+    parts = [(p, part_of_stats(stats, leaves_of(stats.graph, p), p)) for p in PREFIXES]
     assert_same(joined_stats(stats.graph, parts), stats)
-    joined = joined_graph(stats.graph.leaves, {p: part.graph for p, part in parts.items()})
+    joined = joined_graph(stats.graph.leaves, [(p, part.graph) for p, part in parts])
     assert joined.leaves == stats.graph.leaves
     assert set(joined.groups) == set(stats.graph.groups)
 
@@ -108,7 +108,7 @@ def test_a_group_that_straddles_is_named_and_left_out():
     assert part.graph.groups == ()
     assert part.folded == {}
     assert part.absmax.keys() == {"w"}
-    parts = {"b/": part, "": part_of_stats(stats, ["a/gain", "c"])}
+    parts = [("b/", part), ("", part_of_stats(stats, ["a/gain", "c"]))]
     joined = joined_stats(graph, parts)
     assert joined.graph.groups == ()
     assert dict(joined.graph.refused)["b/w"] == (
@@ -117,7 +117,7 @@ def test_a_group_that_straddles_is_named_and_left_out():
 
 
 def test_a_site_that_no_part_has_seen(stats):
-    parts = {"": part_of_stats(stats, ["head"])}
+    parts = [("", part_of_stats(stats, ["head"]))]
     with pytest.raises(ValueError, match=r"layers/0/.*: expected a layer that reads it"):
         joined_stats(stats.graph, parts)
 

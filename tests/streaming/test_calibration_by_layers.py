@@ -102,9 +102,9 @@ def test_a_small_one_and_that_layers_that_are_alike_are_compiled_once(monkeypatc
     monkeypatch.setattr(calibration, "Known", counted)
     got = sq.calibrate_layers((model, params), [random_ids(2, 4)])
     assert_equal_stats(got, expected)
-    layers, ends = made
-    assert len(layers.analyses) == len(ends.analyses) == 1
-    assert len(layers.programs) == len(ends.programs) == 2  # the proof, and the recording
+    _, layers, head = made
+    assert len(layers.analyses) == len(head.analyses) == 1
+    assert len(layers.programs) == len(head.programs) == 2  # the proof, and the recording
     assert all(program._cache_size() == 1 for program in layers.programs.values())
 
 
@@ -140,7 +140,7 @@ def test_one_layer_is_alive_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "warn_of_unreached", lambda *_: None)
     monkeypatch.setattr(calibration, "_whole_graph", lambda *_: None)
     sq.calibrate_layers(directory, [np.arange(12).reshape(2, 6)])
-    assert alive == [1, 1, 1, 1, 0]
+    assert alive == [0, 1, 1, 1, 1, 0]  # the embedding, the layers, the head
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_nothing_of_a_layer_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(calibration, "_stats", stats)
     sq.calibrate_layers(directory, [np.arange(12).reshape(2, 6)])
-    assert alive == [1, 1, 1, 0]
+    assert alive == [0, 1, 1, 1, 0]
 
 
 def test_a_broken_layer_is_named():
