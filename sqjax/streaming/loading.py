@@ -159,7 +159,7 @@ def _plan(
 def _sites_graph(model: Model, shapes: Any) -> Graph:
     """The sites of a model, from its shapes: no leaf is read."""
     tokens = min(8, model.config.max_length)
-    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
     analyses = Analyses([model.apply], shapes, [(ids,)], {}, False)
     return graph_without_groups(analyses.together(0, (ids,), 0).survey)
 

@@ -117,6 +117,23 @@ EXPECTED = {
         ("", "M"),
         [("bare", "1.00x (1.00)"), ("W8A8_O1", "0.80x (1.25)")],
     ),
+    "memory": (
+        [
+            {
+                "job": "prefill",
+                "parameters": 2_000_000_000,
+                "parameters_of_a_layer": 80_000_000,
+                "peak_bytes": 3_100_000_000,
+            }
+        ],
+        ("", "peak MB", "model in float32, MB", "in int8", "one layer in float32"),
+        [
+            (
+                "load_quantized to W8A8, prefill of 64 tokens",
+                *("3100", "8000", "2000", "320"),
+            )
+        ],
+    ),
     "decode caches": (
         DECODE,
         ("cache", "bytes a token", "float32 weights", "W8A8 weights"),
