@@ -38,6 +38,11 @@ from safetensors.numpy import load_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 import tiny_checkpoint as tiny  # noqa: E402
 
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
+
 transformers.utils.logging.disable_progress_bar()
 VERSION = transformers.__version__.split(".")[0]
 NEW_TOKENS = 32
@@ -328,13 +333,15 @@ CASES = {
     ),
 }
 #: What transformers 5 computes is stored of these, because 4.57 computes something else than the
-#: authors: the exact GELU for Gemma's "gelu", and DeepSeek-V2's scores without YaRN's factor.
-BY_5 = ("gemma_gelu", "deepseek_v2_lite")
+#: authors: the exact GELU for Gemma's "gelu", DeepSeek-V2's scores without YaRN's factor, and a Phi's
+#: text that grows past the original length, where 5 computes all keys again with the long factors.
+BY_5 = ("gemma_gelu", "deepseek_v2_lite", "phi3_longrope_crossing")
 #: The norms of these add 1 to their weights.
 ONE_PLUS = ("gemma", "gemma2", "gemma3_text")
 #: Kinds of tensors with a spread of their own; see `tiny_checkpoint.draw`.
-SPREADS = dict.fromkeys((*ONE_PLUS, "granite"), {"embedding": 0.1})
-SPREADS |= {"bloom": {"matrix": 2.5}}
+SPREADS = dict.fromkeys(ONE_PLUS, {"embedding": 0.1})
+SPREADS["granite"] = {"embedding": 0.1, "matrix": 2.5}
+SPREADS["bloom"] = {"matrix": 2.5}
 
 
 def make_config(model_type, keys):
@@ -351,7 +358,9 @@ def saved_shapes(directory):
 
 def learn(config):
     """config.json, and the names and shapes on disk, as `save_pretrained` writes them."""
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    # 4.57 can not initialize a StableLM with norms of heads.
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config)
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         written = json.loads((Path(place) / "config.json").read_text())
