@@ -361,6 +361,7 @@ def learn(config):
     # 4.57 can not initialize a StableLM with norms of heads.
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         written = json.loads((Path(place) / "config.json").read_text())
