@@ -148,6 +148,7 @@ CASES = {
             **NO_FFN,
             "num_attention_heads": 16,
             "hidden_size": 64,
+            "tie_word_embeddings": False,
             "alibi": True,
             "multi_query": False,
             "parallel_attn": False,
