@@ -200,7 +200,7 @@ CASES = {
         ),
     ),
     "llama_dynamic_short": ("llama", llama("dynamic", factor=3.0, longest=64)),
-    "llama_dynamic_long": ("llama", llama("dynamic", factor=3.0, longest=8)),
+    "llama_dynamic_long": ("llama", llama("dynamic", factor=6.0, longest=8)),
     "llama_dynamic_crossing": ("llama", llama("dynamic", factor=3.0, longest=20)),
     "smollm3": ("smollm3", {**GROUPED, "num_hidden_layers": 4, "rope_theta": 5000.0}),
     "mistral": ("mistral", {**GROUPED, "sliding_window": 5, "rms_norm_eps": 1e-5}),
