@@ -123,6 +123,9 @@ _EXPERTS_FIELDS = {
 }
 
 
+_LATENT_NORM = Norm(eps=1e-6)
+
+
 @dataclass(frozen=True)
 class LatentAttention:
     """Keys and values that all heads make from one short vector of the token (DeepSeek-V2's MLA).
@@ -136,6 +139,7 @@ class LatentAttention:
         rotary_size: how many do.
         value_size: the channels of a value's head.
         query_rank: the length of a vector that queries are made of; None: they are made of x.
+        norm: the norm of these vectors.
     """
 
     rank: int
@@ -143,11 +147,16 @@ class LatentAttention:
     rotary_size: int
     value_size: int
     query_rank: int | None = None
+    norm: Norm = _LATENT_NORM
 
     def __post_init__(self):
         sizes = ("rank", "plain_size", "rotary_size", "value_size")
         fields = dict.fromkeys(sizes, SIZE)
-        check_fields(self, {**fields, "query_rank": SIZE_OR_NONE})
+        fields |= {
+            "query_rank": SIZE_OR_NONE,
+            "norm": instance_of(Norm, "a Norm"),
+        }
+        check_fields(self, fields)
 
 
 @dataclass(frozen=True)

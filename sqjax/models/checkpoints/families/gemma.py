@@ -47,11 +47,9 @@ _ABSENT = {
 
 
 def _first_activation(settings: Settings) -> str | None:
-    """Gemma 1: "hidden_activation", because "hidden_act" was wrong in the first files."""
-    key = "hidden_activation"
-    if settings.values.get(key) is None:
-        return "gelu_tanh"
-    return activation(key)(settings)
+    """Gemma 1: the first files say "gelu" and mean its approximation."""
+    found = activation("hidden_act", "gelu_pytorch_tanh")(settings)
+    return "gelu_tanh" if found == "gelu" else found
 
 
 GEMMA = Family(

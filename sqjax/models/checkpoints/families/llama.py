@@ -6,6 +6,7 @@ from sqjax.models.checkpoints.families.common import (
     FULL,
     SLIDING,
     activation,
+    even_head_dim,
     head_dim,
     kinds,
     layer_count,
@@ -15,6 +16,7 @@ from sqjax.models.checkpoints.families.common import (
     rms_norm,
     rope,
 )
+from sqjax.models.checkpoints.families.paths import GATE_UP, OUR_LAYER, QKV
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.names import (
     TRANSPOSED,
@@ -27,6 +29,7 @@ from sqjax.models.checkpoints.names import (
 from sqjax.models.checkpoints.settings import Settings, read
 from sqjax.models.config import LayerKind
 from sqjax.models.fields import (
+    COUNT,
     FLAG,
     POSITIVE,
     SIZE,
@@ -34,8 +37,8 @@ from sqjax.models.fields import (
     WHOLE_NUMBERS,
 )
 
-# The model's layers, in their names and in ours.
-THEIR_LAYER, OUR_LAYER = "layers.{layer}", "model/layers/{layer}"
+#: A layer, in the names of these families.
+THEIR_LAYER = "layers.{layer}"
 
 
 def rope_everywhere(settings: Settings, **choices) -> tuple[LayerKind, ...]:
@@ -150,7 +153,8 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     if settings("use_sliding_window", FLAG, False):
         window = settings("sliding_window", SIZE, None)
     settings.skip("sliding_window")
-    types = layer_types(settings, [SLIDING if window else FULL] * layers)
+    usual_types = [SLIDING if window and not turn else FULL for turn in turns]
+    types = layer_types(settings, usual_types)
     turning = rope(settings, head_dim(settings), theta=2000000.0)
     of_layers = []
     for turn, name in zip(turns, types, strict=False):
@@ -204,7 +208,7 @@ def _qwen_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     if settings("use_sliding_window", FLAG, False):
         window = settings("sliding_window", SIZE, 4096)
     settings.skip("sliding_window")
-    first = settings("max_window_layers", SIZE, 28)
+    first = settings("max_window_layers", COUNT, 28)
     usual = []
     for i in range(layers):
         usual.append(SLIDING if window and i >= first else FULL)
@@ -290,11 +294,11 @@ PHI3 = Family(
         *OUTER_ROWS,
         *several(
             f"{THEIR_LAYER}.self_attn.qkv_proj",
-            [f"{OUR_LAYER}/self_attn/{part}_proj" for part in "qkv"],
+            QKV,
         ),
         *several(
             f"{THEIR_LAYER}.mlp.gate_up_proj",
-            [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+            GATE_UP,
         ),
         *ATTENTION_ROWS,
         *MLP_ROWS,
@@ -320,11 +324,12 @@ _GLM_ROWS = (
     *ATTENTION_ROWS,
     *several(
         f"{THEIR_LAYER}.mlp.gate_up_proj",
-        [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+        GATE_UP,
     ),
     *MLP_ROWS,
 )
 _GLM_ABSENT = {
+    "attention_bias": True,
     "num_key_value_heads": 2,
     "head_dim": 128,
     "max_position_embeddings": 131072,
@@ -424,7 +429,12 @@ def _cohere2_kinds(settings: Settings) -> tuple[LayerKind, ...]:
 
 COHERE2 = Family(
     "cohere2",
-    {**COHERE.fields, "kinds": _cohere2_kinds, "qk_norm": None},
+    {
+        **COHERE.fields,
+        "head_dim": lambda settings: even_head_dim(settings, "hidden_size"),
+        "kinds": _cohere2_kinds,
+        "qk_norm": None,
+    },
     COHERE.rows,
     absent=COHERE.absent,
 )
