@@ -20,7 +20,7 @@ from sqjax.models.fields import (
     one_of,
     tuple_of,
 )
-from sqjax.models.rope import Rope
+from sqjax.models.rope import LongRope, Rope
 
 #: How a block adds attention and MLP to the residual stream; see `DecoderConfig.block`.
 BLOCKS = ("pre", "output", "sandwich", "sum", "parallel", "parallel_two")
@@ -267,6 +267,15 @@ class DecoderConfig:
         """Whether a layer has experts in place of one MLP."""
         experts = self.experts
         return experts is not None and layer not in experts.dense_layers
+
+    @property
+    def keys_change_after(self) -> int | None:
+        """The length beyond which all keys of a text are others; None for models without one."""
+        for kind in self.different_kinds:
+            scaling = None if kind.rope is None else kind.rope.scaling
+            if isinstance(scaling, LongRope):
+                return scaling.original_length
+        return None
 
     @property
     def value_dim(self) -> int:

@@ -1,6 +1,5 @@
 """Text generation as one compiled program: a prefill in chunks, then a loop of one-token steps."""
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +28,6 @@ from sqjax.models.model import (
     cache_for,
     check_model,
 )
-from sqjax.models.rope import LongRope
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
@@ -284,22 +282,14 @@ def _check_length(model: Model, rows: list[np.ndarray], steps: int) -> None:
             f"generate: expected prompt and new tokens to be at most {most} (config.max_length), "
             f"got {longest} + {steps}; shorten the prompt or take fewer steps"
         )
-    change = _length_of_change(model)
-    if longest <= change < longest + steps:
+    change = model.config.keys_change_after
+    # The last new token is never read.
+    if change is not None and longest <= change < longest + steps - 1:
         raise ValueError(
-            f"generate: expected prompt and new tokens to stay on one side of {change} tokens, where "
-            f"this model's keys change (LongRope), got {longest} + {steps}; take at most "
-            f"{change - longest} steps, then go on with the prompt and the new tokens as the prompt"
+            f"generate: expected prompt and new tokens on one side of {change} tokens, where this "
+            f"model's keys change (LongRope), got {longest} + {steps}; take at most "
+            f"{change - longest + 1} steps, then go on with all tokens as the prompt"
         )
-
-
-def _length_of_change(model: Model) -> float:
-    """The length beyond which all keys of a text are others, so that a cache holds no longer."""
-    for kind in model.config.different_kinds:
-        scaling = None if kind.rope is None else kind.rope.scaling
-        if isinstance(scaling, LongRope):
-            return scaling.original_length
-    return math.inf
 
 
 def _check_stream(stream: Any) -> None:
