@@ -4,6 +4,7 @@ The parameter tree has the names of Hugging Face's Llama, whatever the family's 
 rules and alphas for one family serve the others.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -148,6 +149,7 @@ class Layers(nn.Module):
     """
 
     config: DecoderConfig
+    remat: bool
 
     @nn.compact
     def __call__(
@@ -163,8 +165,12 @@ class Layers(nn.Module):
             held, config.num_layers
         )
         if stacked and cache is None:
-            return _scanned(config, held, x, positions), None
+            run_layer = _run_layer(config, 0)
+            if self.remat:
+                run_layer = jax.checkpoint(run_layer)
+            return _scanned(config, run_layer, held, x, positions), None
 
+        block_class = nn.remat(Block) if self.remat else Block
         grown = []
         for i in range(config.num_layers):
             context = _context(config, positions, i, cache)
@@ -172,7 +178,7 @@ class Layers(nn.Module):
                 layer = {"params": layer_of(held, i)}
                 x, new = _run_layer(config, i)(layer, x, context)
             else:
-                block = Block(config, config.has_experts(i), name=str(i))
+                block = block_class(config, config.has_experts(i), name=str(i))
                 x, new = block(x, context)
             grown.append(new)
         if cache is None:
@@ -204,10 +210,13 @@ def _context(
 
 
 def _scanned(
-    config: DecoderConfig, stack, x: Array, positions: Positions
+    config: DecoderConfig,
+    run_layer: Callable,
+    stack,
+    x: Array,
+    positions: Positions,
 ) -> Array:
     """x after all layers of a stack, without a cache. One program serves layers of every kind."""
-    run_layer = _run_layer(config, 0)
     context = _context(config, positions, 0, None)
     different = config.different_kinds
     if len(different) == 1:
@@ -234,6 +243,7 @@ class Decoder(nn.Module):
     """Embedding, blocks and final norm; and the embedding matrix's logits, for a tied output."""
 
     config: DecoderConfig
+    remat: bool
 
     def setup(self):
         """Names the parts as Hugging Face's Llama does."""
@@ -248,7 +258,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embed(rows, config.hidden_size)
         if config.embedding_norm:
             self.embed_layernorm = NormLayer(config.norm)
-        self.layers = Layers(config)
+        self.layers = Layers(config, self.remat)
         if config.final_norm:
             self.norm = NormLayer(config.norm)
 
@@ -349,6 +359,7 @@ class CausalLM(nn.Module):
     """
 
     config: DecoderConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -359,7 +370,7 @@ class CausalLM(nn.Module):
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
         """Logits of every position, or of the last only; and the cache grown, if there was one."""
         config = self.config
-        decoder = Decoder(config, name="model")
+        decoder = Decoder(config, self.remat, name="model")
         x, cache = decoder(ids, cache)
         # A prefill needs one position's logits, and the head is the largest matmul.
         if last:

@@ -1,7 +1,11 @@
 """Every family against what torch transformers computes with the same tiny random checkpoint."""
 
 import functools
+import json
+import sys
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoint
-from slow import slow_but
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
 
 import sqjax as sq
-from sqjax.models import generate, load, stack_layers
+from sqjax.models import families as f
+from sqjax.models import generate, load, partition_specs, stack_layers
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.huggingface import read_config
 
@@ -21,6 +28,10 @@ CASES = tiny_checkpoint.cases()
 QUICK = ("opt_350m", "falcon_40b", "gemma3_text", "qwen2_moe")
 #: transformers rounds Falcon's slopes to bfloat16. These heads' are no powers of two.
 ROUNDED = {"falcon_rw_sixteen_heads": 2e-3}
+
+
+def of_case(name):
+    return pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow,))
 
 
 @functools.cache
@@ -53,8 +64,7 @@ def test_both_versions_of_the_configuration_are_one_model(name):
         assert found == model.config, version
 
 
-@pytest.mark.each_case
-@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
+@pytest.mark.parametrize("name", [of_case(name) for name in CASES])
 def test_logits_are_those_of_torch(name):
     case, _, _ = loaded(name)
     expected = case["vectors"]["logits"]
@@ -178,8 +188,11 @@ def test_the_groups_that_fold_and_int8(name):
     expected = logits_of(name)
     smoothed = jax.jit(model.apply)(sq.smooth(params, stats, 0.5), ids)
     assert_close(smoothed, expected)
+    # A router that changes its mind changes everything after it.
+    float_sites = {"router": None} if model.config.experts else {}
     for scheme in (sq.W8A8_O1, sq.W8A8_O3):
-        qparams = sq.smoothquant(model.apply, params, [ids], 0.5, {"router": None, ".*": scheme})
+        rules = {**float_sites, ".*": scheme}
+        qparams = sq.smoothquant(model.apply, params, [ids], 0.5, rules)
         got = jax.jit(sq.quantized(model.apply))(qparams, ids)
         error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
         assert 0 < error < 0.1
@@ -269,3 +282,156 @@ def test_a_fused_tensor_of_another_shape(tmp_path):
         ValueError, match=r"query_key_value\.weight: expected shape \(96, 32\), got"
     ):
         load(tiny_checkpoint.write(case, tmp_path))
+
+
+# Families that are not known here ----------------------------------------------------------------
+
+LAYER, OURS = "layers.{layer}", f.OUR_LAYER
+#: InternLM2: a Llama whose queries, keys and values are one tensor, and whose names are others.
+INTERNLM2 = f.Family(
+    "internlm2",
+    fields={
+        **f.LLAMA_FIELDS,
+        "attention_bias": f.read("bias", f.FLAG, True),
+        "output_bias": f.read("bias", f.FLAG, True),
+        "mlp_bias": False,
+    },
+    rows=(
+        *f.tensor("tok_embeddings.weight", "model/embed_tokens/embedding"),
+        *f.norm("norm", "model/norm"),
+        *f.dense("output", "lm_head"),
+        *f.norm(f"{LAYER}.attention_norm", f"{OURS}/input_layernorm"),
+        *f.norm(f"{LAYER}.ffn_norm", f"{OURS}/post_attention_layernorm"),
+        *f.several(f"{LAYER}.attention.wqkv", f.QKV, f.BY_KEY_HEAD),
+        *f.dense(f"{LAYER}.attention.wo", f"{OURS}/self_attn/o_proj"),
+        *f.dense(f"{LAYER}.feed_forward.w1", f"{OURS}/mlp/gate_proj"),
+        *f.dense(f"{LAYER}.feed_forward.w3", f"{OURS}/mlp/up_proj"),
+        *f.dense(f"{LAYER}.feed_forward.w2", f"{OURS}/mlp/down_proj"),
+    ),
+)
+
+
+def test_a_family_from_outside(tmp_path):
+    """A Llama's checkpoint under InternLM2's names and in its layout computes what the Llama does."""
+    _, model, params = loaded("llama_grouped")
+    config = model.config
+    theirs = {"model.norm.weight": np.asarray(params["model"]["norm"]["weight"])}
+    theirs["model.tok_embeddings.weight"] = np.asarray(params["model"]["embed_tokens"]["embedding"])
+    theirs["output.weight"] = np.asarray(params["lm_head"]["kernel"]).T
+    for i, layer in params["model"]["layers"].items():
+        own = f"model.layers.{i}."
+        theirs[f"{own}attention_norm.weight"] = np.asarray(layer["input_layernorm"]["weight"])
+        theirs[f"{own}ffn_norm.weight"] = np.asarray(layer["post_attention_layernorm"]["weight"])
+        q, k, v, o = (np.asarray(layer["self_attn"][f"{x}_proj"]["kernel"]).T for x in "qkvo")
+        theirs[f"{own}attention.wo.weight"] = o
+        heads = []
+        for head in range(config.num_kv_heads):
+            size = config.head_dim
+            sharing = config.num_heads // config.num_kv_heads * size
+            heads.append(q[head * sharing : (head + 1) * sharing])
+            heads += [x[head * size : (head + 1) * size] for x in (k, v)]
+        theirs[f"{own}attention.wqkv.weight"] = np.concatenate(heads)
+        for name, part in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+            kernel = np.asarray(layer["mlp"][f"{part}_proj"]["kernel"])
+            theirs[f"{own}feed_forward.{name}.weight"] = kernel.T
+    values = {**config_of("llama_grouped"), "model_type": "internlm2", "bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = {name: np.ascontiguousarray(array) for name, array in theirs.items()}
+    save_file(theirs, tmp_path / "model.safetensors")
+    found, same = load(tmp_path, families=[INTERNLM2])
+    assert found == model
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    with pytest.raises(ValueError, match=r"expected model_type to be one of .*, got 'internlm2'"):
+        load(tmp_path)
+
+
+# The installed transformers ----------------------------------------------------------------------
+
+
+@pytest.mark.slow  # transformers takes seconds to import
+def test_what_the_installed_transformers_writes_is_read(tmp_path):
+    """Whichever version: 4.57 and 5 write other keys. Its models are not asked for."""
+    transformers = pytest.importorskip("transformers")
+    unread = {}
+    for name in CASES:
+        case = tiny_checkpoint.load(name)
+        values = case["configs"][min(case["configs"])]
+        kind = transformers.AutoConfig.for_model(**values)
+        kind.save_pretrained(tmp_path / name)
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        _, expected = read_config(values)
+        _, found = read_config(written)
+        if found != expected:
+            unread[name] = written
+    assert not unread
+
+
+def test_no_transformers_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model, _ = load(tiny_checkpoint.write(tiny_checkpoint.load("gemma2"), tmp_path))
+    assert model.config.block == "sandwich"
+
+
+# Placing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_dtype_and_a_placement_for_every_leaf(tmp_path, dtype):
+    case = tiny_checkpoint.load("qwen3_moe")
+    asked = {}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(path, shape):
+        asked[path] = shape
+        return device
+
+    _, params = load(tiny_checkpoint.write(case, tmp_path), dtype, placement=place)
+    leaves = flatten_dict(params, sep="/")
+    assert asked == {path: leaf.shape for path, leaf in leaves.items()}
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype(dtype)}
+
+
+def test_a_number_that_float16_cannot_hold_is_refused(tmp_path):
+    case = tiny_checkpoint.load("opt")
+    directory = tiny_checkpoint.write(case, tmp_path)
+    weights = tiny_checkpoint.weights(case)
+    weights["model.decoder.layers.1.fc1.weight"][3, 5] = -70000.0
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.fc1\.weight: expected numbers up to 6.55e\+04"
+    ):
+        load(directory, jnp.float16)
+
+
+def test_specs_split_heads_inner_channels_and_the_vocabulary():
+    _, _, params = loaded("mixtral")
+    specs = partition_specs(params, "tp")
+    layer = specs["model"]["layers"]["0"]
+    assert layer["self_attn"]["q_proj"]["kernel"] == P(None, "tp")
+    assert layer["self_attn"]["o_proj"]["kernel"] == P("tp", None)
+    assert layer["mlp"]["experts"]["up_proj"]["kernel"] == P(None, None, "tp")
+    assert layer["mlp"]["experts"]["down_proj"]["kernel"] == P(None, "tp", None)
+    assert layer["mlp"]["router"]["kernel"] == layer["input_layernorm"]["weight"] == P()
+    assert specs["model"]["embed_tokens"]["embedding"] == P("tp", None)
+    stacked = partition_specs(jax.eval_shape(stack_layers, params), "tp")
+    kernel = stacked["model"]["layers"]["mlp"]["experts"]["down_proj"]["kernel"]
+    assert kernel == P(None, None, "tp", None)
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient():
+    case, model, params = loaded("gemma2")
+    ids = jnp.asarray(case["vectors"]["ids"])
+
+    def gradients(model):
+        return jax.jit(jax.grad(lambda p: jnp.mean(model.apply(p, ids) ** 2)))
+
+    of_blocks = replace(model, remat=True)
+    expected = gradients(model)(params)
+    found = gradients(of_blocks)(params)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(partial(assert_close, largest=largest), found, expected)
+    assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(params, ids))
+    stacked = stack_layers(params)
+    assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(stacked, ids))
+    assert_close(jax.jit(of_blocks.apply)(stacked, ids), logits_of("gemma2"))

@@ -20,7 +20,12 @@ from sqjax.models.checkpoints.gguf_file import (
     read_header,
     read_tensor,
 )
-from sqjax.models.checkpoints.mapping import Placement, Source, assemble
+from sqjax.models.checkpoints.mapping import (
+    Placement,
+    Source,
+    assemble,
+    on_the_default_device,
+)
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.config import DecoderConfig, llama_config
 from sqjax.models.fields import (
@@ -106,7 +111,7 @@ class _Part(NamedTuple):
 def read_gguf(
     path: Path,
     dtype: DTypeLike = jnp.float32,
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[DecoderConfig, Params, dict[str, Any]]:
     """Reads a file: the configuration, the parameters, and all metadata, the tokenizer's too.
 

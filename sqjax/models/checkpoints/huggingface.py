@@ -14,7 +14,12 @@ from sqjax.files.header import Entry, Header, read_header
 from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.mapping import Placement, Source, assemble
+from sqjax.models.checkpoints.mapping import (
+    Placement,
+    Source,
+    assemble,
+    on_the_default_device,
+)
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.config import DecoderConfig, config_ropes, rotated_channels
 from sqjax.models.fields import MAPPING, TEXTS
@@ -28,7 +33,7 @@ def read_huggingface(
     directory: Path,
     dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[DecoderConfig, Params]:
     """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
 

@@ -14,7 +14,7 @@ from sqjax.models.checkpoints import smollm2
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
-from sqjax.models.checkpoints.mapping import Placement
+from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -26,7 +26,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     *,
     families: Sequence[Family] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[Model, Params]:
     """Loads a decoder language model.
 

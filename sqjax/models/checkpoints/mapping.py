@@ -26,6 +26,10 @@ from sqjax.models.model import Params
 Placement = Callable[[str, Shape], Any]
 
 
+def on_the_default_device(path: str, shape: Shape) -> None:
+    """The placement of a leaf that nothing is said about."""
+
+
 class Source(NamedTuple):
     """The tensors of a checkpoint.
 
@@ -48,7 +52,7 @@ def assemble(
     config: DecoderConfig,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> Params:
     """Builds the parameter tree of a model from named tensors.
 
@@ -66,15 +70,9 @@ def assemble(
     """
     leaves = {}
     for path, array in read_leaves(source, family, config, dtype, problems):
-        sharding = None if placement is None else placement(path, array.shape)
-        leaves[path] = _placed(array, dtype, sharding)
+        host = array.astype(dtype, copy=False)
+        leaves[path] = jax.device_put(host, placement(path, array.shape))
     return unflatten_dict(leaves, sep="/")
-
-
-def _placed(array: np.ndarray, dtype: DTypeLike, sharding: Any) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(array, dtype)
-    return jax.device_put(array.astype(dtype, copy=False), sharding)
 
 
 def read_leaves(

@@ -48,11 +48,12 @@ class Settings:
     def within(self, key: str) -> "Settings":
         """The keys of an object inside this one; none where there is no such object."""
         self.seen.add(key)
-        inner = self.values.get(key)
-        if inner is not None and not isinstance(inner, Mapping):
+        inner = self.values.get(key) or {}
+        if not isinstance(inner, Mapping):
             self.problems.append(
                 f"{self._prefix}{key}: expected an object with names, got {inner!r}"
             )
+            inner = {}
         found = Settings(
             inner if isinstance(inner, Mapping) else {},
             f"{self._prefix}{key}: ",

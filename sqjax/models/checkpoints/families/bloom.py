@@ -94,6 +94,7 @@ _OPT_ROWS = (
         },
     ),
 )
+#: OPT: learned positions, ReLU; 350m puts norms after the sums and has a smaller embedding.
 OPT = Family(
     "opt",
     _OPT_FIELDS,
@@ -130,6 +131,7 @@ def _bloom_head_dim(settings: Settings) -> int:
     return size // heads
 
 
+#: BLOOM: ALiBi; a norm follows the embedding.
 BLOOM = Family(
     "bloom",
     {
@@ -218,6 +220,7 @@ def _falcon_inner(settings: Settings) -> int:
     return settings("ffn_hidden_size", SIZE, usual)
 
 
+#: Falcon 7B, 40B, 11B and RW: three generations of blocks under one name.
 FALCON = Family(
     "falcon",
     {

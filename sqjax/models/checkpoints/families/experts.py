@@ -29,6 +29,7 @@ from sqjax.models.fields import (
 )
 
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+#: Mixtral: experts in every layer.
 MIXTRAL = Family(
     "mixtral",
     {
@@ -101,6 +102,7 @@ def _qwen_experts(settings: Settings, **shared) -> Experts:
     )
 
 
+#: Qwen1.5-MoE, Qwen2-57B-A14B: one expert, behind a gate, sees every token.
 QWEN2_MOE = Family(
     "qwen2_moe",
     {
@@ -139,6 +141,7 @@ QWEN2_MOE = Family(
         "shared_expert_intermediate_size": 5632,
     },
 )
+#: Qwen3-30B-A3B and its like.
 QWEN3_MOE = Family(
     "qwen3_moe",
     {
@@ -155,6 +158,7 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
     },
 )
+#: OLMoE: norms over all queries and all keys.
 OLMOE = Family(
     "olmoe",
     {
@@ -239,6 +243,7 @@ _LATENT_DENSE = (
     "q_b_proj",
     "kv_b_proj",
 )
+#: DeepSeek-V2 and V2-Lite: keys and values from a short vector; the first layers without experts.
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     {

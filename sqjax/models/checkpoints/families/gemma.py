@@ -52,6 +52,7 @@ def _first_activation(settings: Settings) -> str | None:
     return "gelu_tanh" if found == "gelu" else found
 
 
+#: Gemma 1.
 GEMMA = Family(
     "gemma",
     {**_FIELDS, "activation": _first_activation},
@@ -92,6 +93,7 @@ _SECOND_FIELDS = {
     "attention_softcap": read("attn_logit_softcapping", POSITIVE_OR_NONE, None),
     "logit_softcap": read("final_logit_softcapping", POSITIVE_OR_NONE, None),
 }
+#: Gemma 2: norms around attention and MLP, soft caps, a window in every second layer.
 GEMMA2 = Family(
     "gemma2",
     _SECOND_FIELDS,
@@ -124,6 +126,7 @@ def _third_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return kinds(types, LayerKind(None, everywhere), LayerKind(window, near))
 
 
+#: Gemma 3, text only: norms of queries and keys, a base of their own for layers with a window.
 GEMMA3_TEXT = Family(
     "gemma3_text",
     {

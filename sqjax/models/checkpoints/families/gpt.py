@@ -65,6 +65,7 @@ _GPT_FIELDS = {
     "gated_mlp": False,
     "activation": activation("activation_function", "gelu_new"),
 }
+#: GPT-2: learned positions; kernels stored as (in, out).
 GPT2 = Family(
     "gpt2",
     {
@@ -103,6 +104,7 @@ def _gptj_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return (LayerKind(None, Rope(size=size, interleaved=True)),)
 
 
+#: GPT-J: attention and MLP read one norm, and are added together.
 GPTJ = Family(
     "gptj",
     {
@@ -154,6 +156,7 @@ def _neox_kinds(settings: Settings) -> tuple[LayerKind, ...]:
 
 
 _NEOX_LAYER = "layers.{layer}"
+#: GPT-NeoX and Pythia: as GPT-J, with two norms.
 GPT_NEOX = Family(
     "gpt_neox",
     {
@@ -202,6 +205,7 @@ def _phi_qk_norm(settings: Settings) -> str | None:
 
 
 _PHI_LAYER = "layers.{layer}"
+#: Phi-1, 1.5 and 2: as GPT-J, with biases everywhere.
 PHI = Family(
     "phi",
     {

@@ -136,6 +136,7 @@ LLAMA_ROWS = (
 #: The angles that older checkpoints of these families hold.
 ANGLES = (".rotary_emb.inv_freq",)
 
+#: Llama 1 to 3.3, SmolLM2, and whatever else calls itself "llama".
 LLAMA = Family("llama", LLAMA_FIELDS, LLAMA_ROWS)
 
 
@@ -163,6 +164,7 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return tuple(of_layers)
 
 
+#: SmolLM3: some layers do not turn.
 SMOLLM3 = Family(
     "smollm3",
     {**LLAMA_FIELDS, "kinds": _smollm3_kinds},
@@ -174,6 +176,7 @@ SMOLLM3 = Family(
     },
 )
 
+#: Mistral 7B, NeMo: a window in every layer, or in none.
 MISTRAL = Family(
     "mistral",
     {**LLAMA_FIELDS, "kinds": rope_in_a_window},
@@ -193,6 +196,7 @@ def _ministral_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_in_some_windows(settings, [usual] * layers, window)
 
 
+#: Ministral: a window in some layers.
 MINISTRAL = Family(
     "ministral",
     {**LLAMA_FIELDS, "kinds": _ministral_kinds},
@@ -215,6 +219,7 @@ def _qwen_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_in_some_windows(settings, usual, window)
 
 
+#: Qwen2 and 2.5: queries, keys and values have a bias.
 QWEN2 = Family(
     "qwen2",
     {
@@ -227,6 +232,7 @@ QWEN2 = Family(
     LLAMA_ROWS,
     absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
 )
+#: Qwen3: queries and keys have a norm.
 QWEN3 = Family(
     "qwen3",
     {
@@ -250,6 +256,7 @@ def _scale(key: str):
     return lambda settings: float(settings(key, POSITIVE, 1.0))
 
 
+#: Granite: multipliers of the embedding, the residual stream, the scores and the logits.
 GRANITE = Family(
     "granite",
     {
@@ -262,6 +269,7 @@ GRANITE = Family(
     LLAMA_ROWS,
 )
 
+#: OLMo-2: norms follow attention and MLP.
 OLMO2 = Family(
     "olmo2",
     {
@@ -280,6 +288,7 @@ OLMO2 = Family(
     ),
 )
 
+#: Phi-3, Phi-4, Phi-4-mini: q/k/v are one tensor, and so are gate and up.
 PHI3 = Family(
     "phi3",
     {
@@ -334,12 +343,14 @@ _GLM_ABSENT = {
     "head_dim": 128,
     "max_position_embeddings": 131072,
 }
+#: GLM-4 9B: half of a head turns, in neighbouring pairs.
 GLM = Family(
     "glm",
     _GLM_FIELDS,
     (*_GLM_ROWS, *norm_rows("input_layernorm", "post_attention_layernorm")),
     absent=_GLM_ABSENT,
 )
+#: GLM-4 0414: as `GLM`, with norms around attention and MLP.
 GLM4 = Family(
     "glm4",
     {**_GLM_FIELDS, "block": "sandwich"},
@@ -380,6 +391,7 @@ def _norms_of_heads(name: str) -> tuple:
     )
 
 
+#: StableLM: LayerNorms; a quarter of a head turns.
 STABLELM = Family(
     "stablelm",
     {
@@ -397,6 +409,7 @@ STABLELM = Family(
     absent={"num_key_value_heads": 32, "max_position_embeddings": 4096},
 )
 
+#: Command R: one LayerNorm without bias for attention and MLP, which are added together.
 COHERE = Family(
     "cohere",
     {
@@ -427,6 +440,7 @@ def _cohere2_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return kinds(types, LayerKind(None, None), LayerKind(window, turning))
 
 
+#: Command R7B: as `COHERE`, with windows.
 COHERE2 = Family(
     "cohere2",
     {
