@@ -272,7 +272,7 @@ class DecoderConfig:
     def keys_change_after(self) -> int | None:
         """The length beyond which all keys of a text are others; None for models without one."""
         for kind in self.different_kinds:
-            scaling = None if kind.rope is None else kind.rope.scaling
+            scaling = getattr(kind.rope, "scaling", None)
             if isinstance(scaling, LongRope):
                 return scaling.original_length
         return None

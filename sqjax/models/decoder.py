@@ -305,12 +305,15 @@ def _next_positions(
     config: DecoderConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
 ) -> Positions:
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
+    capacities: dict[LayerKind, int] = {}
     if cache is None:
         start = jnp.int32(0)
         # one row, which serves the whole batch
         padding = jnp.zeros((1,), jnp.int32)
     else:
         start, padding = cache.length, cache.padding
+        for i, held in enumerate(cache.keys):
+            capacities[config.kind(i)] = held.capacity
     written_at = start + jnp.arange(tokens, dtype=jnp.int32)
     in_row = written_at[None, :] - padding[:, None]
     # Padding has no position. It takes that of the first token; the mask hides it from all others.
@@ -322,7 +325,7 @@ def _next_positions(
         rotary = None
         if channels is not None:
             rotary = rotary_table(places, kind.rope, channels, longest, dtype)
-        slots = _slots_of(config, kind, cache) or tokens
+        slots = capacities.get(kind, tokens)
         mask = visible(start, tokens, slots, padding, kind.sliding_window)
         views.append(View(rotary, mask))
     return Positions(tuple(views), start, in_row)
@@ -332,18 +335,6 @@ def _turning_channels(config: DecoderConfig) -> int | None:
     """How many channels of a head turn in the layers that have a rope; None if no layer has."""
     for rope in config_ropes(config):
         return rope.channels(rotated_channels(config))
-    return None
-
-
-def _slots_of(
-    config: DecoderConfig, kind: LayerKind, cache: KVCache | None
-) -> int | None:
-    """The capacity of a cache in the layers of a kind; None without a cache or such layers."""
-    if cache is None:
-        return None
-    for i, slots in enumerate(cache.keys):
-        if config.kind(i) == kind:
-            return slots.capacity
     return None
 
 

@@ -92,11 +92,10 @@ class Family:
             if callable(from_file):
                 value = _made(settings, from_file)
             found[name] = value
-        for problem in _not_neutral(settings, {**NEUTRAL, **self.neutral}):
-            settings.refuse(problem)
+        neutral = {**NEUTRAL, **self.neutral}
+        settings.problems += _not_neutral(settings, neutral)
         ends, size = settings("eos_token_id", IDS, None), found["vocab_size"]
-        for problem in beyond("eos_token_id", ends, size or 2**31):
-            settings.refuse(problem)
+        settings.problems += beyond("eos_token_id", ends, size or 2**31)
         raise_problems(source, settings.problems)
         try:
             return DecoderConfig(**found)

@@ -107,7 +107,7 @@ def _gguf_tokenizer(
     if "tokenizer.ggml.model" not in metadata:
         return None
     try:
-        return tokenizer.from_gguf_metadata(metadata)
+        return tokenizer.from_gguf_metadata(metadata, str(path))
     except ValueError as error:
         warnings.warn(
             f"{path}: the model was loaded without a tokenizer: {error}",

@@ -4,7 +4,8 @@ Then the tensors are read one by one, so that memory holds the model and one ten
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from sqjax.models.checkpoints.family import Family
@@ -198,13 +199,13 @@ def _missing(
     filled: Mapping[tuple[str, int | None], str],
 ) -> list[str]:
     """One problem for each leaf that no tensor fills, or not all of its entries."""
-    counts = dict.fromkeys(shapes, 1) | _entries(found, shapes)
-    for path, _ in filled:
-        counts[path] -= 1
-    problems = []
-    for path in sorted(path for path, count in counts.items() if count > 0):
-        problems.append(f"{path}: expected a tensor for it, got none")
-    return problems
+    expected = Counter(dict.fromkeys(shapes, 1) | _entries(found, shapes))
+    # A difference of counters keeps what is above 0.
+    missing = expected - Counter(path for path, _ in filled)
+    return [
+        f"{path}: expected a tensor for it, got none"
+        for path in sorted(missing)
+    ]
 
 
 def _layers_in(source: Source, config: DecoderConfig) -> int:
@@ -224,12 +225,10 @@ def parameter_shapes(config: DecoderConfig, layers: int) -> dict[str, Shape]:
     For a hidden size of 64 and two heads of 16, layers/0/self_attn/q_proj/kernel is (64, 32).
     """
     shapes: dict[str, Shape] = {}
-    prefix = "model/layers/0/"
     for number in range(layers):
         of_one = _of_one_layer(config, config.has_experts(number))
         for path, shape in of_one.items():
-            inside = path.removeprefix(prefix)
-            own = path if inside == path else f"model/layers/{number}/{inside}"
+            own = path.replace("layers/0/", f"layers/{number}/")
             shapes[own] = shape
     return shapes
 
@@ -244,9 +243,5 @@ def _of_one_layer(config: DecoderConfig, has_experts: bool) -> dict[str, Shape]:
     one = replace(config, num_layers=1, kinds=config.kinds[:1], experts=experts)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(CausalLM(one).init, jax.random.key(0), ids)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
-    shapes = {}
-    for keys, leaf in leaves:
-        path: Sequence[Any] = [key.key for key in keys]
-        shapes["/".join(path)] = leaf.shape
-    return shapes
+    leaves = flatten_dict(variables["params"], sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}
