@@ -6,6 +6,7 @@ their own: `Norm`, `Rope` with its scaling, `LayerKind`, `Experts`, `LatentAtten
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from sqjax.models.fields import (
     EPSILON,
@@ -355,7 +356,7 @@ def _check_kinds(config: DecoderConfig) -> None:
             "DecoderConfig.kinds: expected ropes that turn the same channels in the same pairs, "
             f"got (channels, interleaved) {sorted(layouts)}"
         )
-    has_window = any(kind.sliding_window for kind in config.kinds)
+    has_window = any(map(attrgetter("sliding_window"), config.kinds))
     if config.alibi is not None and has_window:
         raise ValueError(
             "DecoderConfig.alibi: expected no sliding window beside it, got one"

@@ -131,7 +131,7 @@ def _not_neutral(
         value = settings.values.get(key)
         if key in settings.seen or value in harmless:
             continue
-        stated = [repr(x) for x in harmless if x is not None]
+        stated = map(repr, filter(lambda x: x is not None, harmless))
         expected = " or ".join(stated) or "no such key"
         problems.append(
             f"{key} = {value!r}: expected {expected}; the model here computes nothing else"

@@ -275,7 +275,7 @@ def _longrope(settings: Settings, stated: Settings) -> LongRope | None:
 def layer_types(settings: Settings, usual: Sequence[str]) -> list[str]:
     """The kind of attention of each layer: as the file says, or the family's usual ones."""
     types = settings("layer_types", TEXTS, list(usual))
-    unknown = [name for name in types if name not in (FULL, SLIDING)]
+    unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
         settings.refuse(
             f"layer_types: expected {FULL!r} and {SLIDING!r}, got {unknown[0]!r}"

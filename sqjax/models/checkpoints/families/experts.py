@@ -28,6 +28,7 @@ from sqjax.models.fields import (
     one_of,
 )
 
+#: The kernels of an expert, by the names of the paper's code.
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 #: Mixtral: experts in every layer.
 MIXTRAL = Family(
@@ -78,6 +79,7 @@ def rope_without_windows(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_everywhere(settings)
 
 
+#: The router of all families here but Mixtral.
 _ROUTER_ROWS = dense(f"{THEIR_LAYER}.mlp.gate", f"{OUR_LAYER}/mlp/router")
 
 

@@ -31,6 +31,7 @@ def _norm(settings: Settings) -> Norm:
     return rms_norm(settings, one_plus=True)
 
 
+#: What all three share.
 _FIELDS = {
     **LLAMA_FIELDS,
     "mlp_bias": False,
@@ -73,6 +74,7 @@ def _second_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_in_some_windows(settings, usual, window)
 
 
+#: Norms before and after each part.
 _SANDWICH_ROWS = (
     *OUTER_ROWS,
     *ATTENTION_ROWS,
@@ -84,6 +86,7 @@ _SANDWICH_ROWS = (
         "post_feedforward_layernorm",
     ),
 )
+#: What Gemma 2 and 3 share.
 _SECOND_FIELDS = {
     **_FIELDS,
     "block": "sandwich",

@@ -51,6 +51,7 @@ def _inner(settings: Settings) -> int:
     return settings("n_inner", SIZE, 4 * settings("n_embd", SIZE))
 
 
+#: What GPT-2 and GPT-J share.
 _GPT_FIELDS = {
     "vocab_size": read("vocab_size", SIZE),
     "hidden_size": read("n_embd", SIZE),

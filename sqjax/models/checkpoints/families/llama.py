@@ -78,6 +78,7 @@ def rope_in_some_windows(
     return kinds(types, full, sliding)
 
 
+#: Where the fields of a Llama stand; families that are like it change some.
 LLAMA_FIELDS = {
     "vocab_size": read("vocab_size", SIZE),
     "hidden_size": read("hidden_size", SIZE),
@@ -106,6 +107,7 @@ ATTENTION_ROWS = (
     *norm(f"{THEIR_LAYER}.self_attn.q_norm", f"{OUR_LAYER}/self_attn/q_norm"),
     *norm(f"{THEIR_LAYER}.self_attn.k_norm", f"{OUR_LAYER}/self_attn/k_norm"),
 )
+#: A gated MLP.
 MLP_ROWS = (
     *dense(f"{THEIR_LAYER}.mlp.gate_proj", f"{OUR_LAYER}/mlp/gate_proj"),
     *dense(f"{THEIR_LAYER}.mlp.up_proj", f"{OUR_LAYER}/mlp/up_proj"),
@@ -127,6 +129,7 @@ OUTER_ROWS = (
     *norm("norm", "model/norm"),
     *dense("lm_head", "lm_head"),
 )
+#: All of a Llama.
 LLAMA_ROWS = (
     *OUTER_ROWS,
     *ATTENTION_ROWS,
@@ -319,6 +322,7 @@ PHI3 = Family(
     },
 )
 
+#: What both generations of GLM-4 share.
 _GLM_FIELDS = {
     **LLAMA_FIELDS,
     "output_bias": False,
