@@ -254,6 +254,18 @@ def test_configurations_that_are_refused(case):
         read_config(config)
 
 
+def test_an_end_that_transformers_writes_by_itself_says_nothing():
+    """Whatever the vocabulary's size; one that somebody has said must be in it."""
+    ends = [151329, 151336, 151338]
+    _, found = read_config(config_of("glm", eos_token_id=ends))
+    assert found == loaded("glm")[1].config
+    for wrong in (99, [*ends, 99]):
+        with pytest.raises(
+            ValueError, match=r"eos_token_id: expected token ids below .* 64, got 99"
+        ):
+            read_config(config_of("glm", eos_token_id=wrong))
+
+
 def test_a_missing_expert_is_named(tmp_path):
     case = tiny_checkpoint.load("mixtral")
     gone = next(name for name in case["shapes"] if ".experts.2.w1." in name)

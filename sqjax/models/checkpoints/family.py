@@ -14,6 +14,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from sqjax.models.checkpoints.names import Found, Row, find
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
@@ -68,6 +70,8 @@ class Family:
         absent: what a key that is not in the file means, where that is not what `fields` say. A
             key that is there as null is not absent.
         neutral: other keys, each with its values that change nothing: any other is refused.
+        usual_ends: the ids of tokens that end a text which transformers writes where nobody has
+            said any, whatever the vocabulary's size: in a smaller one these say nothing.
     """
 
     model_type: str
@@ -77,6 +81,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     absent: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple] = field(default_factory=dict)
+    usual_ends: tuple[int, ...] = ()
 
     def config(self, values: Mapping[str, Any], source: str) -> DecoderConfig:
         """The configuration that a file's keys and values describe; `source` is for errors.
@@ -94,8 +99,10 @@ class Family:
             found[name] = value
         neutral = {**NEUTRAL, **self.neutral}
         settings.problems += _not_neutral(settings, neutral)
-        ends, size = settings("eos_token_id", IDS, None), found["vocab_size"]
-        settings.problems += beyond("eos_token_id", ends, size or 2**31)
+        ends = settings("eos_token_id", IDS, None)
+        stated = set(jax.tree.leaves(ends)) - set(self.usual_ends)
+        size = found["vocab_size"] or 2**31
+        settings.problems += beyond("eos_token_id", sorted(stated), size)
         raise_problems(source, settings.problems)
         try:
             return DecoderConfig(**found)

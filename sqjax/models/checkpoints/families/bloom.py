@@ -258,4 +258,5 @@ FALCON = Family(
         ),
     ),
     prefix="transformer.",
+    usual_ends=(11,),
 )

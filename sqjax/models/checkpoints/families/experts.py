@@ -178,6 +178,7 @@ OLMOE = Family(
     },
     (*LLAMA_ROWS, *_ROUTER_ROWS, *EXPERT_ROWS),
     absent={"max_position_embeddings": 4096},
+    usual_ends=(50279,),
 )
 
 

@@ -97,6 +97,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (None, False),
         "add_cross_attention": (None, False),
     },
+    usual_ends=(50256,),
 )
 
 
@@ -135,6 +136,7 @@ GPTJ = Family(
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
     absent={"rotary_dim": 64},
+    usual_ends=(50256,),
 )
 
 # GPT-NeoX -----------------------------------------------------------------------------------------

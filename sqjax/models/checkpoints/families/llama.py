@@ -177,6 +177,7 @@ SMOLLM3 = Family(
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    usual_ends=(128001,),
 )
 
 #: Mistral 7B, NeMo: a window in every layer, or in none.
@@ -289,6 +290,7 @@ OLMO2 = Family(
         *MLP_ROWS,
         *norm_rows("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
+    usual_ends=(50279,),
 )
 
 #: Phi-3, Phi-4, Phi-4-mini: q/k/v are one tensor, and so are gate and up.
@@ -320,6 +322,7 @@ PHI3 = Family(
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
     },
+    usual_ends=(32000,),
 )
 
 #: What both generations of GLM-4 share.
@@ -341,6 +344,7 @@ _GLM_ROWS = (
     ),
     *MLP_ROWS,
 )
+_GLM_ENDS = (151329, 151336, 151338)
 _GLM_ABSENT = {
     "attention_bias": True,
     "num_key_value_heads": 2,
@@ -353,6 +357,7 @@ GLM = Family(
     _GLM_FIELDS,
     (*_GLM_ROWS, *norm_rows("input_layernorm", "post_attention_layernorm")),
     absent=_GLM_ABSENT,
+    usual_ends=_GLM_ENDS,
 )
 #: GLM-4 0414: as `GLM`, with norms around attention and MLP.
 GLM4 = Family(
@@ -375,6 +380,7 @@ GLM4 = Family(
         ),
     ),
     absent=_GLM_ABSENT,
+    usual_ends=_GLM_ENDS,
 )
 
 
@@ -430,6 +436,7 @@ COHERE = Family(
     },
     (*OUTER_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *norm_rows("input_layernorm")),
     absent={"tie_word_embeddings": True, "max_position_embeddings": 8192},
+    usual_ends=(255001,),
 )
 
 
@@ -455,6 +462,7 @@ COHERE2 = Family(
     },
     COHERE.rows,
     absent=COHERE.absent,
+    usual_ends=(255001,),
 )
 
 #: The experts of a layer, each kernel a tensor of its own.
