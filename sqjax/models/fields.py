@@ -161,9 +161,13 @@ def read_fields(
 
 def wrong(name: str, value: Any, what: What) -> str:
     """The text that says what was expected of a field, and what came."""
+    return f"{name}: expected {what.expected}, got {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, of which a long one is cut off."""
     text = repr(value)
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
-    return f"{name}: expected {what.expected}, got {shown}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def check(name: str, value: Any, what: What) -> None:
