@@ -213,6 +213,7 @@ def test_the_factors_of_llama_3_are_its_scaling():
     factors = {"rope_freqs.weight": converted.llama3_factors(config)}
     rope = config_of("llama_llama3", factors=factors).kinds[0].rope
     assert isinstance(rope.scaling, LongRope)
+    assert rope.scaling.original_length == 2**31 - 1  # a text never outgrows it
     _, ours = read_config_json(config)
     positions = jnp.arange(40)[None]
     got, expected = (
@@ -410,6 +411,7 @@ ANYTHING = (
     2**63,
     True,
     -0.5,
+    1e300,
     float("nan"),
     [],
     [True] * 4,

@@ -24,7 +24,7 @@ from sqjax.models.checkpoints.gguf_architectures import (
 )
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.config import DecoderConfig
-from sqjax.models.fields import POSITIVE, SIZE, What, one_of
+from sqjax.models.fields import LARGEST_SIZE, POSITIVE, SIZE, What, one_of
 
 
 def read_config(
@@ -75,11 +75,13 @@ def _stated(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _decimal(value: Any) -> Any:
     """A number that was rounded to float32, as it was before: 1e-06 for 9.999999974752427e-07.
 
-    Every number that rounds to the same float32 computes the same; this is the shortest.
+    The shortest decimal that rounds to it is what config.json said, of which the file was made.
     """
-    if isinstance(value, float) and value == np.float32(value):
-        return float(str(np.float32(value)))
-    return value
+    if not isinstance(value, float):
+        return value
+    with np.errstate(over="ignore"):  # of a float64
+        rounded = np.float32(value)
+    return float(str(rounded)) if float(rounded) == value else value
 
 
 # Translation --------------------------------------------------------------------------------------
@@ -100,8 +102,9 @@ def _translated(
     for suffix, key in scaling_keys.items():
         names[f"rope_scaling: {key}"] = _whole(name, suffix)
         scaling[key] = stated.pop(suffix, None)
-    # The factors of "llama3" are the same for short texts and long ones.
+    # The factors of "llama3" are the same for short texts and long ones: no text is long.
     scaling.setdefault("long_factor", scaling.get("short_factor"))
+    scaling.setdefault("original_max_position_embeddings", LARGEST_SIZE)
     names.setdefault("rope_scaling: long_factor", EVERY)
 
     values = {**architecture.absent, "rope_scaling": scaling}
