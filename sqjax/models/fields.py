@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 #: The largest size of an array's axis, and the largest float32.
-_LARGEST_SIZE = 2**31 - 1
+LARGEST_SIZE = 2**31 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -34,7 +34,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _is_id(x: Any) -> bool:
-    return is_whole(x) and 0 <= x <= _LARGEST_SIZE
+    return is_whole(x) and 0 <= x <= LARGEST_SIZE
 
 
 def _is_size(x: Any) -> bool:
@@ -79,9 +79,9 @@ def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, list) and all(map(holds, x))
 
 
-SIZE = What(f"a whole number from 1 to {_LARGEST_SIZE}", _is_size)
+SIZE = What(f"a whole number from 1 to {LARGEST_SIZE}", _is_size)
 SIZE_OR_NONE = _or_none(SIZE)
-COUNT = What(f"a whole number from 0 to {_LARGEST_SIZE}", _is_id)
+COUNT = What(f"a whole number from 0 to {LARGEST_SIZE}", _is_id)
 POSITIVE = What("a finite number above 0", _is_positive)
 POSITIVE_OR_NONE = _or_none(POSITIVE)
 EPSILON = What("a finite number of at least 0", _is_epsilon)
@@ -161,9 +161,13 @@ def read_fields(
 
 def wrong(name: str, value: Any, what: What) -> str:
     """The text that says what was expected of a field, and what came."""
+    return f"{name}: expected {what.expected}, got {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, of which a long one is cut off."""
     text = repr(value)
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
-    return f"{name}: expected {what.expected}, got {shown}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def check(name: str, value: Any, what: What) -> None:

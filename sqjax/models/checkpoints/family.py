@@ -20,7 +20,7 @@ from sqjax.models.checkpoints.names import Found, Row, find
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.config import DecoderConfig
-from sqjax.models.fields import IDS, beyond
+from sqjax.models.fields import IDS, beyond, shown
 
 #: Keys that would change what some model computes, with the values that change nothing. A family
 #: that does not read one of them would ignore it, so there the key must have such a value.
@@ -90,20 +90,26 @@ class Family:
             ValueError: listing every key that is missing, that is not what it must be, or that
                 asks for something that the model here does not do.
         """
-        settings = Settings({**self.absent, **values})
-        found = {}
+        return self.translate(Settings({**self.absent, **values}), source)
+
+    def translate(self, settings: Settings, source: str) -> DecoderConfig:
+        """As `config`, from settings of which problems may be known already."""
+        found, all_made = {}, True
         for name, from_file in self.fields.items():
             value = from_file
             if callable(from_file):
-                value = _made(settings, from_file)
+                value, is_made = _made(settings, from_file)
+                all_made = all_made and is_made
             found[name] = value
-        neutral = {**NEUTRAL, **self.neutral}
+        # A field that was given up may have had more keys to read.
+        neutral = {**NEUTRAL, **self.neutral} if all_made else {}
         settings.problems += _not_neutral(settings, neutral)
         ends = settings("eos_token_id", IDS, None)
         stated = set(jax.tree.leaves(ends)) - set(self.usual_ends)
         size = found["vocab_size"] or 2**31
         settings.problems += beyond("eos_token_id", sorted(stated), size)
-        raise_problems(source, settings.problems)
+        # A wrong key is one problem, however many fields are made of it.
+        raise_problems(source, list(dict.fromkeys(settings.problems)))
         try:
             return DecoderConfig(**found)
         except ValueError as error:
@@ -118,15 +124,15 @@ class Family:
         return name.endswith(self.ignored)
 
 
-def _made(settings: Settings, source: Any) -> Any:
-    """A field's value; where keys that it is made of are wrong, those are the problem."""
+def _made(settings: Settings, source: Any) -> tuple[Any, bool]:
+    """(a field's value, whether there is one); where its keys are wrong, those are the problem."""
     known = len(settings.problems)
     try:
-        return source(settings)
+        return source(settings), True
     except (ValueError, TypeError, ArithmeticError) as error:
         if len(settings.problems) == known:
             settings.refuse(str(error))
-        return None
+        return None, False
 
 
 def _not_neutral(
@@ -140,7 +146,8 @@ def _not_neutral(
             continue
         stated = map(repr, filter(lambda x: x is not None, harmless))
         expected = " or ".join(stated) or "no such key"
+        name = settings.name(key)
         problems.append(
-            f"{key} = {value!r}: expected {expected}; the model here computes nothing else"
+            f"{name} = {shown(value)}: expected {expected}; the model here computes nothing else"
         )
     return problems

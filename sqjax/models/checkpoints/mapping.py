@@ -38,13 +38,11 @@ class Source(NamedTuple):
         name: where they come from, for error messages.
         shapes: {a tensor's name in the file: its shape}.
         read: gives the array of a tensor.
-        called: gives the name by which the family's table knows a tensor.
     """
 
     name: str
     shapes: Mapping[str, Shape]
     read: Callable[[str], np.ndarray]
-    called: Callable[[str], str] = lambda name: name
 
 
 def assemble(
@@ -168,7 +166,7 @@ def _match(
             f"expected the tensors of {config.num_layers} layers, got those of {layers}"
         )
     for name, shape in source.shapes.items():
-        found = family.find(source.called(name), shapes)
+        found = family.find(name, shapes)
         if found is None or not _entry_is_there(shapes, found):
             problems.append(
                 f"{name}: expected no such tensor, got one of shape {shape}"

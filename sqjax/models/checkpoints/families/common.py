@@ -275,14 +275,15 @@ def _longrope(settings: Settings, stated: Settings) -> LongRope | None:
 def layer_types(settings: Settings, usual: Sequence[str]) -> list[str]:
     """The kind of attention of each layer: as the file says, or the family's usual ones."""
     types = settings("layer_types", TEXTS, list(usual))
+    key = settings.name("layer_types")
     unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
         settings.refuse(
-            f"layer_types: expected {FULL!r} and {SLIDING!r}, got {unknown[0]!r}"
+            f"{key}: expected {FULL!r} and {SLIDING!r}, got {unknown[0]!r}"
         )
     if len(types) != len(usual):
         settings.refuse(
-            f"layer_types: expected one for each of {len(usual)} layers, got {len(types)}"
+            f"{key}: expected one for each of {len(usual)} layers, got {len(types)}"
         )
     return types
 

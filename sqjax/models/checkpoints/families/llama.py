@@ -54,9 +54,9 @@ def _check_full(settings: Settings) -> None:
     if types is not None and not (
         set(types) == {FULL} and len(types) == layers
     ):
+        key = settings.name("layer_types")
         settings.refuse(
-            f"layer_types = {types!r}: not supported for this family; expected {layers} times "
-            f"{FULL!r}"
+            f"{key} = {types!r}: not supported for this family; expected {layers} times {FULL!r}"
         )
 
 
