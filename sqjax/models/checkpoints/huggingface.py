@@ -18,15 +18,27 @@ from sqjax.models.checkpoints.mapping import (
     Placement,
     Source,
     assemble,
+    layers_in,
     on_the_default_device,
+    parameter_shapes,
 )
+from sqjax.models.checkpoints.names import EVERY_LEAF
 from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.quantized.known import read_quantization
+from sqjax.models.checkpoints.quantized.modules import (
+    FLOATS,
+    Module,
+    Tensor,
+    sort_out,
+)
+from sqjax.models.checkpoints.quantized.stored_weight import (
+    Stored,
+    shape_in_the_table,
+)
 from sqjax.models.config import DecoderConfig, config_ropes, rotated_channels
 from sqjax.models.fields import MAPPING, TEXTS
 from sqjax.models.json_files import read_object
 from sqjax.models.model import Params
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_huggingface(
@@ -49,29 +61,55 @@ def read_huggingface(
             are listed.
     """
     config_file = directory / "config.json"
-    family, config = read_config(
-        read_object(config_file), str(config_file), families
-    )
+    values = read_object(config_file)
+    quantization = read_quantization(values, str(config_file))
+    values = {**values, "quantization_config": None}
+    family, config = read_config(values, str(config_file), families)
     with contextlib.ExitStack() as opened:
         stored, problems = _stored(directory, opened)
+        modules, floats, wrong = sort_out(stored, quantization)
+        problems += wrong
         used, redundant = {}, []
-        for name, tensor in stored.items():
+        for name, tensor in floats.items():
             problems += _wrong_dtype(name, tensor)
             if _is_redundant(name, family, config):
                 redundant.append(name)
             elif not family.ignores(name):
                 used[name] = tensor
-        source = Source(
-            str(directory),
-            {name: tensor.entry.shape for name, tensor in used.items()},
-            lambda name: used[name].read(),
-        )
+        for name in modules:
+            problems += _no_leaf_for_codes(name, family, config)
+        if quantization.zero_biases:
+            for name in _spare_biases(modules, used, family, config):
+                problems += _not_zero(name, used.pop(name))
+        source = _source(str(directory), used, modules, family)
         params = assemble(source, family, config, dtype, problems, placement)
         problems = []
         for name in redundant:
             problems += _contradiction(name, stored, family, config)
         raise_problems(str(directory), problems)
         return config, params
+
+
+def _source(
+    place: str,
+    floats: Mapping[str, Tensor],
+    modules: Mapping[str, Module],
+    family: Family,
+) -> Source:
+    """The tensors of a checkpoint, of which a quantized module's are one."""
+    shapes = {name: tensor.entry.shape for name, tensor in floats.items()}
+    for name, module in modules.items():
+        found = family.find(name, EVERY_LEAF)
+        layout = None if found is None else found.layout
+        shapes[name] = shape_in_the_table(layout, module.shape)
+
+    def read(name: str) -> Stored:
+        try:
+            return (modules.get(name) or floats[name]).read()
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    return Source(place, shapes, read)
 
 
 class _Stored(NamedTuple):
@@ -115,10 +153,54 @@ def _stored(
     return found, sorted(problems)
 
 
-def _wrong_dtype(name: str, tensor: _Stored) -> list[str]:
+def _wrong_dtype(name: str, tensor: Tensor) -> list[str]:
     if tensor.entry.dtype in FLOATS:
         return []
     return [f"{name}: expected a dtype of {FLOATS}, got {tensor.entry.dtype}"]
+
+
+# Quantized modules --------------------------------------------------------------------------------
+
+
+def _no_leaf_for_codes(
+    name: str, family: Family, config: DecoderConfig
+) -> list[str]:
+    """One problem if a quantized module is none that the model has as a matmul of its own."""
+    if family.find(name, {_EMBEDDING}) is not None:
+        return [
+            f"{name}: expected a float embedding, because its rows are looked up, got a quantized "
+            "one"
+        ]
+    if _is_redundant(name, family, config):
+        return [
+            f"{name}: expected no quantized head, because tie_word_embeddings is true; say false "
+            "there if the head is one of its own"
+        ]
+    return []
+
+
+def _spare_biases(
+    modules: Mapping[str, Module],
+    floats: Mapping[str, Tensor],
+    family: Family,
+    config: DecoderConfig,
+) -> list[str]:
+    """The biases of quantized modules for which the model has no leaf."""
+    leaves = parameter_shapes(config, layers_in([*modules, *floats], config))
+    names = []
+    for weight in modules:
+        name = f"{weight.removesuffix('weight')}bias"
+        if name in floats and family.find(name, leaves) is None:
+            names.append(name)
+    return names
+
+
+def _not_zero(name: str, tensor: Tensor) -> list[str]:
+    if not tensor.read().any():
+        return []
+    return [
+        f"{name}: expected no bias, or one that is 0, because the model has none; got other numbers"
+    ]
 
 
 # Tensors that follow from the rest ----------------------------------------------------------------
