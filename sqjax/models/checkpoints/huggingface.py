@@ -3,14 +3,13 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sqjax.files.arrays import STORED, DeclaredArray
-from sqjax.files.header import Entry, Header, read_header
+from sqjax.files.header import Header, read_header
 from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
@@ -112,26 +111,14 @@ def _source(
     return Source(place, shapes, read)
 
 
-class _Stored(NamedTuple):
-    """A tensor of a checkpoint: the opened file that it is in, and what the header says of it."""
-
-    file: BinaryIO
-    entry: Entry
-
-    def read(self) -> np.ndarray:
-        """The array."""
-        array = DeclaredArray(STORED[self.entry.dtype], self.entry.shape)
-        return array.read(self.file, self.entry.first)
-
-
 def _stored(
     directory: Path, opened: contextlib.ExitStack
-) -> tuple[dict[str, _Stored], list[str]]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """({name: tensor}, problems) of all files, which stay open until `opened` ends.
 
     Headers alone are read: no array before every shape has been checked.
     """
-    found: dict[str, _Stored] = {}
+    found: dict[str, Tensor] = {}
     place: dict[str, str] = {}
     problems = []
     paths, weight_map = weight_files(directory)
@@ -142,7 +129,7 @@ def _stored(
                 problems.append(
                     f"{name}: expected it in one file, got it in {place[name]} and {path.name}"
                 )
-            found[name] = _Stored(file, entry)
+            found[name] = Tensor(file, entry)
             place[name] = path.name
     for name in weight_map.keys() | (place.keys() if weight_map else ()):
         expected, got = weight_map.get(name), place.get(name)
@@ -218,7 +205,7 @@ def _is_redundant(name: str, family: Family, config: DecoderConfig) -> bool:
 
 def _contradiction(
     name: str,
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Tensor],
     family: Family,
     config: DecoderConfig,
 ) -> list[str]:

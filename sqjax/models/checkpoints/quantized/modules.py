@@ -6,10 +6,11 @@ under the name of the float tensor, so that all else is as in a float checkpoint
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from sqjax.files.arrays import STORED, DeclaredArray
 from sqjax.files.header import Entry
 from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.stored_weight import StoredWeight
@@ -17,15 +18,16 @@ from sqjax.models.checkpoints.quantized.stored_weight import StoredWeight
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class Tensor(Protocol):
-    """A tensor of a checkpoint."""
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint: the opened file that it is in, and what the header says of it."""
 
-    @property
-    def entry(self) -> Entry:
-        """What the header says of it."""
+    file: BinaryIO
+    entry: Entry
 
     def read(self) -> np.ndarray:
         """The array."""
+        array = DeclaredArray(STORED[self.entry.dtype], self.entry.shape)
+        return array.read(self.file, self.entry.first)
 
 
 Tensors = Mapping[str, Tensor]
