@@ -248,7 +248,9 @@ def test_experts_that_are_not_alike(tmp_path):
         del stored[f"{module}.{end}"]
     stored[f"{module}.weight"] = floats[f"{module}.weight"]
     config = {"quantization_config": of_layouts.AWQ}
-    with pytest.raises(ValueError, match=f"{module}.weight: expected all entries .* got both"):
+    with pytest.raises(
+        ValueError, match=f"{module}.weight: expected all entries .* quantized alike"
+    ):
         load(write(tmp_path, MOE | config, stored))
 
 

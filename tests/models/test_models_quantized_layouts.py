@@ -15,7 +15,11 @@ from sqjax.models.checkpoints import names
 from sqjax.models.checkpoints.huggingface import read_config
 from sqjax.models.checkpoints.quantized.known import read_quantization
 from sqjax.models.checkpoints.quantized.modules import Tensor, sort_out
-from sqjax.models.checkpoints.quantized.stored_weight import Kind, StoredWeight
+from sqjax.models.checkpoints.quantized.stored_weight import (
+    Kind,
+    StoredWeight,
+    placed,
+)
 from sqjax.models.checkpoints.quantized.unpacking import unpack, with_one_more
 from sqjax.numerics.formats import INT4
 
@@ -46,7 +50,7 @@ def test_what_compressed_tensors_reads_back(tmp_path, case):
     if case.startswith("fp8"):
         tensors["weight"] = tensors["weight"].view(ml_dtypes.float8_e4m3fn)
     weight = read_module(tmp_path, CONFIGS[case], tensors)
-    leaf = weight.placed(np.float32, None)
+    leaf = placed(weight, np.float32, None)
     leaf.tensor.check(case)
     np.testing.assert_array_equal(leaf.dequantize(), expected.T)
     is_static = "input_scale" in tensors
@@ -78,7 +82,7 @@ def test_inputs_that_do_not_fill_a_word(tmp_path):
     rng = np.random.default_rng(0)
     config = of_layouts.LAYOUTS["int4_zeros"][0]
     tensors, known, weight = of_layouts.packed(rng, (11, 21), group=8)
-    leaf = read_module(tmp_path, config, tensors).placed(np.float32, None)
+    leaf = placed(read_module(tmp_path, config, tensors), np.float32, None)
     np.testing.assert_array_equal(leaf.tensor.zero, known["zero"])
     np.testing.assert_array_equal(leaf.dequantize(), weight.T)
 
@@ -113,6 +117,6 @@ def test_a_quantized_tensor_is_split_as_its_float_one(case):
     inputs_first = case in ("columns", "as it is")
     theirs = (values - np.repeat(zero, 8, 1).astype(np.float32)) * np.repeat(scale, 8, 1)
     expected = layout.split(config, theirs.T if inputs_first else theirs, shapes)
-    got = [part.placed(np.float32, None) for part in weight.split(config, layout, shapes)]
+    got = [placed(part, np.float32, None) for part in weight.split(layout, config, shapes)]
     for part, own in zip(got, expected, strict=True):
         np.testing.assert_array_equal(part.dequantize(), own)

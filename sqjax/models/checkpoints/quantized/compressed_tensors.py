@@ -68,6 +68,8 @@ _ENDINGS = (
     "input_scale",
     "input_zero_point",
 )
+#: (out, in) of a weight, as a tensor.
+_SHAPE = Part(dict.fromkeys(("I64", "I32"), ((2,),)))
 #: Scales of a key/value cache. Here a cache's format is chosen when it is made, and its scales are
 #: those of what it holds.
 _OF_CACHES = (
@@ -168,7 +170,7 @@ def _packed_shape(tensors: Tensors) -> Shape:
     """The shape that is stored as a tensor, because words may be padded at the end."""
     matrix_shape(tensors, "weight_packed")
     stated = tensors["weight_shape"]
-    problem = Part({"I64": ((2,),), "I32": ((2,),)}).problem(stated.entry)
+    problem = _SHAPE.problem(stated.entry)
     if problem is not None:
         raise ValueError(f"weight_shape: {problem}")
     outputs, inputs = map(int, stated.read())
@@ -189,7 +191,7 @@ def _packed_parts(scheme: Scheme, shape: Shape) -> dict[str, Part]:
     return {
         **_common_parts(scheme, shape),
         "weight_packed": words((outputs, -(-inputs // per_word(bits)))),
-        "weight_shape": Part({"I64": ((2,),), "I32": ((2,),)}),
+        "weight_shape": _SHAPE,
         "weight_zero_point": zero,
     }
 

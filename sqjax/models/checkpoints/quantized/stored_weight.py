@@ -149,7 +149,7 @@ def split(
 
 
 def placed(stored: Stored, dtype: DTypeLike, sharding: Any) -> Any:
-    """The leaf of jax arrays, placed as its float array is to be; of a dtype, or standing for it."""
+    """The leaf of jax arrays, of a dtype or standing for it, placed as its float array is to be."""
     if not isinstance(stored, StoredWeight):
         return jax.device_put(stored.astype(dtype, copy=False), sharding)
     weight = stored.weight(dtype)
