@@ -102,9 +102,11 @@ def _source(
         layout = None if found is None else found.layout
         shapes[name] = shape_in_the_table(layout, module.shape)
 
+    tensors: dict[str, Any] = {**floats, **modules}
+
     def read(name: str) -> Stored:
         try:
-            return (modules.get(name) or floats[name]).read()
+            return tensors[name].read()
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 

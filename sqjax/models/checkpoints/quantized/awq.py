@@ -17,7 +17,7 @@ from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.keys import (
     first_stated,
     group_size,
-    one_number_of,
+    only,
 )
 from sqjax.models.checkpoints.quantized.modules import (
     Arrays,
@@ -48,7 +48,7 @@ _BITS = 4
 
 def read_awq(settings: Settings) -> Quantization:
     """What a configuration of the method "awq" says."""
-    first_stated(settings, ("bits", "w_bit"), one_number_of(_BITS), _BITS)
+    first_stated(settings, ("bits", "w_bit"), only(_BITS), _BITS)
     keys = ("version", "checkpoint_format", "format")
     first_stated(settings, keys, one_of("gemm", "GEMM"), "gemm")
     group = group_size(settings, "group_size", "q_group_size")

@@ -7,14 +7,13 @@ from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.keys import (
     PATTERNS,
     group_size,
-    one_number_of,
     only,
 )
 from sqjax.models.checkpoints.quantized.modules import group_count
 from sqjax.models.checkpoints.quantized.stored_weight import Kind
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.fields import FLAG, SIZE, What, one_of
-from sqjax.numerics.formats import E4M3, INT4, INT8
+from sqjax.numerics.formats import E4M3, INT4, INT8, FormatName
 from sqjax.numerics.weight_products import Activations
 
 _PACKED = "pack-quantized"
@@ -25,6 +24,17 @@ FORMATS = (
     "naive-quantized",
     "mixed-precision",
 )
+
+
+#: {type of weights: how many bits a code may have}, and what such codes are.
+_BITS = {"int": (4, 8), "float": (8,)}
+_NUMBERS = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): E4M3}
+#: {strategy of activations: what a leaf calls it}, the usual one first: of dynamic ones, of static.
+_DYNAMIC: dict[str, Activations] = {
+    "token": "per_token",
+    "tensor": "per_tensor",
+}
+_STATIC: dict[str, Activations] = {"tensor": "static"}
 
 
 class Blocks(NamedTuple):
@@ -73,24 +83,14 @@ def read_scheme(settings: Settings, usual: str | None) -> Scheme:
     packed = None if stated in (None, "mixed-precision") else stated == _PACKED
     settings("output_activations", only(), None)
     weights = settings.within("weights")
-    floating = weights("type", one_of("int", "float"), "int") == "float"
-    sizes = (8,) if floating else (4, 8)
-    bits = weights("num_bits", one_number_of(*sizes), 8)
+    kind = weights("type", one_of("int", "float"), "int")
+    bits = weights("num_bits", only(*_BITS[kind]), 8)
     weights("dynamic", only(False), False)
-    fmt = INT4 if bits == 4 else INT8
-    activations = None
-    if settings.values.get("input_activations") is not None:
-        inputs = settings.within("input_activations")
-        activations = _read_activations(inputs, floating)
+    activations, format_ = _read_activations(settings, kind)
     return Scheme(
         targets or [],
         packed,
-        Kind(
-            E4M3 if floating else fmt,
-            None,
-            activations,
-            "e4m3" if floating and activations else "int8",
-        ),
+        Kind(_NUMBERS[kind, bits], None, activations, format_),
         weights("symmetric", FLAG, True),
         _read_blocks(weights),
     )
@@ -106,33 +106,33 @@ _TWO_SIZES = What("two sizes of at least 1, outputs and inputs", _are_two_sizes)
 def _read_blocks(weights: Settings) -> Blocks:
     """What shares a scale."""
     group = group_size(weights, "group_size", default=-1)
-    usual = "tensor" if group is None else "group"
-    if weights.values.get("group_size") == -1:
-        usual = "channel"
-    strategies = one_of("tensor", "channel", "group", "block")
-    match weights("strategy", strategies, usual):
-        case "tensor":
-            return Blocks(None, None)
-        case "channel":
-            return Blocks(1, None)
-        case "group":
-            return Blocks(1, group)
-    sizes = weights("block_structure", _TWO_SIZES)
-    return Blocks(*(sizes or (None, None)))
+    # Older files have the size alone.
+    stated = str(weights.values.get("group_size"))
+    usual = {"None": "tensor", "-1": "channel"}.get(stated, "group")
+    simple = {
+        "tensor": Blocks(None, None),
+        "channel": Blocks(1, None),
+        "group": Blocks(1, group),
+    }
+    strategy = weights("strategy", one_of(*simple, "block"), usual)
+    if strategy in simple:
+        return simple[strategy]
+    return Blocks(*weights("block_structure", _TWO_SIZES, [1, 1]))
 
 
-def _read_activations(settings: Settings, floating: bool) -> Activations | None:
-    """How activations are quantized."""
-    settings("num_bits", one_number_of(8), 8)
-    kind = "float" if floating else "int"
+def _read_activations(
+    scheme: Settings, kind: str
+) -> tuple[Activations | None, FormatName]:
+    """How the activations are quantized that meet weights of a kind, and to which format."""
+    if scheme.values.get("input_activations") is None:
+        return None, "int8"
+    settings = scheme.within("input_activations")
+    settings("num_bits", only(8), 8)
     settings("type", one_of(kind), kind)
     no_zero_points = "activations have no zero points here"
     settings("symmetric", only(True, why=no_zero_points), True)
-    if not settings("dynamic", FLAG, False):
-        settings("strategy", one_of("tensor"), "tensor")
-        return "static"
-    by_name: dict[str, Activations] = {
-        "token": "per_token",
-        "tensor": "per_tensor",
-    }
-    return by_name.get(settings("strategy", one_of(*by_name), "token"))
+    dynamic = settings("dynamic", FLAG, False)
+    strategies = _DYNAMIC if dynamic else _STATIC
+    usual = next(iter(strategies))
+    strategy = settings("strategy", one_of(*strategies), usual)
+    return strategies[strategy], "e4m3" if kind == "float" else "int8"

@@ -19,7 +19,7 @@ from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.keys import (
     first_stated,
     group_size,
-    one_number_of,
+    only,
     refuse_others,
 )
 from sqjax.models.checkpoints.quantized.modules import (
@@ -60,7 +60,7 @@ _HARMLESS = {
 
 def read_gptq(settings: Settings) -> Quantization:
     """What a configuration of the method "gptq" says."""
-    bits = settings("bits", one_number_of(*PACKED_BITS), 4)
+    bits = settings("bits", only(*PACKED_BITS), 4)
     group = group_size(settings, "group_size")
     ordered = settings("desc_act", FLAG, False)
     symmetric = settings("sym", FLAG, True)

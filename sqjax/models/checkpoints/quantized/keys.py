@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqjax.models.checkpoints.settings import Settings
-from sqjax.models.fields import TEXTS, What, is_whole
+from sqjax.models.fields import SIZE, TEXTS, What
 
 
-def one_number_of(*numbers: int) -> What:
-    """What is one of some whole numbers."""
-    words = " or ".join(map(str, numbers))
-    return What(words, lambda x: is_whole(x) and x in numbers)
+def only(*values: Any, why: str = "") -> What:
+    """What is one of some values, of the same type too; `why` says why no other will do."""
+    stated = " or ".join(map(repr, values)) or "no such key"
+    words = f"{stated} ({why})".removesuffix(" ()")
+    allowed = set(map(repr, values))
+    return What(words, lambda x: repr(x) in allowed)
 
 
 def _is_group(x: Any) -> bool:
-    return is_whole(x) and (x == -1 or 0 < x < 2**31)
+    return repr(x) == "-1" or SIZE.holds(x)
 
 
 _GROUP = What("a number of channels, or -1 for all of an output", _is_group)
@@ -40,29 +42,24 @@ def group_size(
     return None if size == -1 else size
 
 
-def only(*values: Any, why: str = "nothing else is read here") -> What:
-    """What is one of some values, because all others would change the result."""
-    stated = " or ".join(map(repr, values)) or "no such key"
-    return What(f"{stated} ({why})", lambda x: x in values)
-
-
 def refuse_others(
     settings: Settings, harmless: Mapping[str, Sequence[Any]]
 ) -> None:
     """Refuses keys that would change what the weights mean, unless they have such a value."""
     for key, values in harmless.items():
-        settings(key, only(*values), None)
+        settings(key, only(*values, why="nothing else is read here"), None)
 
 
-def _are_patterns(x: Any) -> bool:
-    if not TEXTS.holds(x):
-        return False
+def _compiles(pattern: str) -> bool:
     try:
-        for text in x:
-            re.compile(text.removeprefix("re:"))
+        re.compile(pattern.removeprefix("re:"))
     except re.error:
         return False
     return True
+
+
+def _are_patterns(x: Any) -> bool:
+    return TEXTS.holds(x) and all(map(_compiles, x))
 
 
 PATTERNS = What(

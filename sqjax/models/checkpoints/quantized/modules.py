@@ -40,6 +40,8 @@ class Part(NamedTuple):
     Attributes:
         shapes: {dtype as safetensors names it: the shapes that it may have}.
         required: whether the module must have it.
+
+    One without shapes is a tensor that the module must not have.
     """
 
     shapes: Mapping[str, tuple[Shape, ...]]
@@ -47,6 +49,8 @@ class Part(NamedTuple):
 
     def problem(self, entry: Entry) -> str | None:
         """What is wrong with a tensor."""
+        if not self.shapes:
+            return f"expected no such tensor, got one of shape {entry.shape}"
         if entry.dtype not in self.shapes:
             return (
                 f"expected a dtype of {tuple(self.shapes)}, got {entry.dtype}"
@@ -56,6 +60,9 @@ class Part(NamedTuple):
             words = " or ".join(map(str, allowed))
             return f"expected shape {words}, got {entry.shape}"
         return None
+
+
+_NO_PART = Part({}, required=False)
 
 
 class Format(NamedTuple):
@@ -171,12 +178,11 @@ def _checked(
     module: str, tensors: Tensors, format_: Format
 ) -> tuple[Shape | None, list[str]]:
     """(the shape of a module's weight, what is wrong with its tensors)."""
-    absent = [end for end in format_.shape_from if end not in tensors]
+    absent = sorted(set(format_.shape_from) - set(tensors))
     if absent:
         beside = sorted(set(tensors) - set(format_.shape_from))
         return None, [
-            f"{module}.{end}: expected this tensor beside {beside}, got none"
-            for end in absent
+            f"{module}.{absent[0]}: expected this tensor beside {beside}, got none"
         ]
     try:
         shape = format_.shape(tensors)
@@ -200,16 +206,12 @@ def _wrong_parts(
     """One problem for each tensor that is missing, or not what it must be."""
     problems = []
     for end, tensor in tensors.items():
-        problem: str | None = (
-            f"expected no such tensor, got one of shape {tensor.entry.shape}"
-        )
-        if end in parts:
-            problem = parts[end].problem(tensor.entry)
+        problem = parts.get(end, _NO_PART).problem(tensor.entry)
         if problem is not None:
             problems.append(f"{module}.{end}: {problem}")
-    for end, part in parts.items():
-        if part.required and end not in tensors:
-            problems.append(f"{module}.{end}: expected a tensor, got none")
+    required = {end for end, part in parts.items() if part.required}
+    for end in sorted(required - set(tensors)):
+        problems.append(f"{module}.{end}: expected a tensor, got none")
     return problems
 
 

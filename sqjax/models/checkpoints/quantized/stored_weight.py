@@ -1,6 +1,6 @@
 """`StoredWeight`: a quantized weight as a checkpoint holds it, on its way to a `QuantWeight`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ class StoredWeight:
         """
 
         def parts_of(x: np.ndarray) -> list[np.ndarray]:
-            if x.ndim < 2 or len(x) == 1 < self.values.shape[0]:
+            if x.size == 1:
                 return [x for _ in shapes]
             own = [(x.shape[1], shape[-1]) for shape in shapes]
             theirs = x.T if layout in _INPUTS_FIRST else x
@@ -103,12 +103,13 @@ class StoredWeight:
 
         by_field = {name: parts_of(x) for name, x in self.arrays().items()}
         found = []
-        for i in range(len(shapes)):
-            own: dict[str, Any] = {
-                name: parts[i] for name, parts in by_field.items()
-            }
-            found.append(replace(self, **own))
+        for own in zip(*by_field.values(), strict=True):
+            found.append(self.holding(dict(zip(by_field, own, strict=True))))
         return found
+
+    def holding(self, arrays: Mapping[str, Any]) -> "StoredWeight":
+        """The weight with other arrays, by field."""
+        return replace(self, **arrays)
 
     def weight(self, dtype: DTypeLike) -> QuantWeight:
         """The leaf, of numpy arrays; `dtype` is that of the float weight that it stands for."""
@@ -169,8 +170,8 @@ def room_for(count: int, part: Stored) -> Stored:
 
     if not isinstance(part, StoredWeight):
         return room(part)
-    arrays: dict[str, Any] = {k: room(x) for k, x in part.arrays().items()}
-    return replace(part, **arrays)
+    rooms = {name: room(x) for name, x in part.arrays().items()}
+    return part.holding(rooms)
 
 
 def fill(stack: Stored, entry: int, part: Stored, where: str) -> None:
