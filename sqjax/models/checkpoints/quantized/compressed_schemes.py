@@ -29,6 +29,8 @@ FORMATS = (
 #: {type of weights: how many bits a code may have}, and what such codes are.
 _BITS = {"int": (4, 8), "float": (8,)}
 _NUMBERS = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): E4M3}
+#: What `actorder` is where the channels' order is stored.
+_ORDERS = ("group", "dynamic", "true")
 #: {strategy of activations: what a leaf calls it}, the usual one first: of dynamic ones, of static.
 _DYNAMIC: dict[str, Activations] = {
     "token": "per_token",
@@ -62,6 +64,7 @@ class Scheme(NamedTuple):
         kind: the format of codes and activations; its group is of no meaning yet.
         symmetric: whether there are no zero points.
         blocks: what shares a scale.
+        ordered: whether groups may be of channels that are no neighbours; a tensor says so.
     """
 
     targets: Sequence[str]
@@ -69,6 +72,7 @@ class Scheme(NamedTuple):
     kind: Kind
     symmetric: bool
     blocks: Blocks
+    ordered: bool
 
     @property
     def bits(self) -> int:
@@ -93,6 +97,7 @@ def read_scheme(settings: Settings, usual: str | None) -> Scheme:
         Kind(_NUMBERS[kind, bits], None, activations, format_),
         weights("symmetric", FLAG, True),
         _read_blocks(weights),
+        str(weights.values.get("actorder")).lower() in _ORDERS,
     )
 
 

@@ -32,6 +32,7 @@ from sqjax.models.checkpoints.quantized.compressed_schemes import (
 from sqjax.models.checkpoints.quantized.keys import (
     PATTERNS,
     names,
+    only,
     refuse_others,
 )
 from sqjax.models.checkpoints.quantized.modules import (
@@ -80,7 +81,6 @@ _OF_CACHES = (
 #: Keys that would change what the model computes, with their values that change nothing.
 _HARMLESS = {
     "quantization_status": ("compressed",),
-    "sparsity_config": ({}, {"format": "dense"}),
     "transform_config": ({}, {"config_groups": {}}),
 }
 
@@ -94,6 +94,7 @@ def read_compressed_tensors(settings: Settings) -> Quantization:
     """What a configuration of the method "compressed-tensors" says."""
     usual = settings("format", one_of(*FORMATS), None)
     refuse_others(settings, _HARMLESS)
+    settings.within("sparsity_config")("format", only("dense"), "dense")
     ignored = settings("ignore", PATTERNS, [])
     settings("config_groups", _GROUPS)
     groups = settings.within("config_groups")
@@ -213,7 +214,7 @@ def _common_parts(scheme: Scheme, shape: Shape) -> dict[str, Part]:
     """The tensors beside the codes that do not depend on how these are stored."""
     parts = {
         "weight_scale": scales(*_scale_shapes(scheme, shape)),
-        "weight_g_idx": words((shape[1],), required=False),
+        "weight_g_idx": words((shape[1],), required=scheme.ordered),
     }
     if scheme.kind.activations == "static":
         one = ((1,), ())
