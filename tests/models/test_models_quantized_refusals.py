@@ -1,6 +1,8 @@
 """What is refused of quantized checkpoints: one error that names the tensor or the key, and what is expected."""
 
+import contextlib
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import quantized_tensors as of_layouts
 from hf_directories import CONFIG, tensors, write
 
 from sqjax.models import load
+from sqjax.models.checkpoints.quantized.known import read_quantization
 
 LLAMA = CONFIG | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -395,3 +398,25 @@ def test_a_group_that_names_a_module_goes_first(tmp_path):
     layer = params["model"]["layers"]["0"]
     assert layer["mlp"]["up_proj"]["kernel"].tensor.fmt.name == "int4"
     assert layer["self_attn"]["q_proj"]["kernel"].tensor.fmt.name == "int8"
+
+
+ANYTHING = (None, True, -1, 0, 8, 2**70, 0.5, float("nan"), "", "re:(", [], [1], {}, {"a": {}})
+
+
+def changed_in_every_place(value):
+    """A configuration with anything in place of each of its parts."""
+    yield from ANYTHING
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            for other in changed_in_every_place(inner):
+                yield value | {key: other}
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "int4", "float8_blocks"])
+def test_a_configuration_of_any_json(layout):
+    config = of_layouts.LAYOUTS[layout][0]
+    for other in changed_in_every_place(config):
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = read_quantization({"quantization_config": other}, "config.json")
+            found.format_of(UP, {"weight", "weight_scale"})
