@@ -48,6 +48,8 @@ def read_huggingface(
 ) -> tuple[DecoderConfig, Params]:
     """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
 
+    Kernels that are stored quantized become `QuantWeight` leaves, as they are.
+
     Args:
         directory: of the checkpoint.
         dtype: of every parameter.
@@ -62,6 +64,7 @@ def read_huggingface(
     config_file = directory / "config.json"
     values = read_object(config_file)
     quantization = read_quantization(values, str(config_file))
+    # What it says has been read, so for the family it changes nothing any more.
     values = {**values, "quantization_config": None}
     family, config = read_config(values, str(config_file), families)
     with contextlib.ExitStack() as opened:
