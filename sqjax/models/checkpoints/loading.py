@@ -46,7 +46,8 @@ def load(
     Returns:
         The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the
         checkpoint has none (or, in a GGUF file, one that cannot be rebuilt: then there is a
-        warning).
+        warning). Kernels that a directory holds quantized (by compressed-tensors, AutoAWQ or GPTQ)
+        are `sqjax.QuantWeight` leaves: run ``sqjax.quantized(model.apply)`` on them.
 
     Raises:
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.

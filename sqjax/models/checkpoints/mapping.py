@@ -19,6 +19,13 @@ from jax.typing import DTypeLike
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.names import Found, Shape, their_shape
 from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.quantized.stored_weight import (
+    Stored,
+    fill,
+    placed,
+    room_for,
+    split,
+)
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
 from sqjax.models.model import Params
@@ -37,12 +44,12 @@ class Source(NamedTuple):
     Attributes:
         name: where they come from, for error messages.
         shapes: {a tensor's name in the file: its shape}.
-        read: gives the array of a tensor.
+        read: gives the array of a tensor; of one that is quantized already, all of it.
     """
 
     name: str
     shapes: Mapping[str, Shape]
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str], Stored]
 
 
 def assemble(
@@ -69,8 +76,7 @@ def assemble(
     """
     leaves = {}
     for path, array in read_leaves(source, family, config, dtype, problems):
-        host = array.astype(dtype, copy=False)
-        leaves[path] = jax.device_put(host, placement(path, array.shape))
+        leaves[path] = placed(array, dtype, placement(path, array.shape))
     return unflatten_dict(leaves, sep="/")
 
 
@@ -80,29 +86,32 @@ def read_leaves(
     config: DecoderConfig,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Stored]]:
     """(path, array) of every leaf, layer by layer, read when it is asked for.
 
-    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold.
+    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold. Of a leaf
+    that is quantized already it is a `StoredWeight`.
     """
-    shapes = parameter_shapes(config, _layers_in(source, config))
+    shapes = parameter_shapes(config, layers_in(source.shapes, config))
     matched, match_problems = _match(source, family, config, shapes)
     raise_problems(source.name, [*problems, *match_problems])
-    partial: dict[str, np.ndarray] = {}
+    partial: dict[str, Stored] = {}
     missing = _entries(matched.values(), shapes)
     for name in sorted(matched, key=lambda name: _order(matched[name])):
         found = matched[name]
         theirs = source.read(name)
-        _check_range(source.name, name, theirs, dtype)
         of_leaves = [_entry_shape(shapes, found, p) for p in found.paths]
-        parts = found.layout.split(config, theirs, of_leaves)
+        if isinstance(theirs, np.ndarray):
+            _check_range(source.name, name, theirs, dtype)
+        parts = split(found.layout, config, theirs, of_leaves)
         for path, part in zip(found.paths, parts, strict=True):
             if found.entry is None:
                 yield path, part
                 continue
             if path not in partial:
-                partial[path] = np.empty(shapes[path], part.dtype)
-            partial[path][found.entry] = part
+                partial[path] = room_for(shapes[path][0], part)
+            where = f"{source.name}: {name}"
+            fill(partial[path], found.entry, part, where)
             missing[path] -= 1
             if missing[path] == 0:
                 yield path, partial.pop(path)
@@ -157,7 +166,7 @@ def _match(
 
     Nothing is read: the shapes in the files' headers are compared with the model's.
     """
-    layers = _layers_in(source, config)
+    layers = layers_in(source.shapes, config)
     matched: dict[str, Found] = {}
     filled: dict[tuple[str, int | None], str] = {}
     problems = []
@@ -206,10 +215,10 @@ def _missing(
     ]
 
 
-def _layers_in(source: Source, config: DecoderConfig) -> int:
+def layers_in(names: Iterable[str], config: DecoderConfig) -> int:
     """How many of the model's layers the names of tensors speak of."""
     found = set()
-    for name in source.shapes:
+    for name in names:
         match = re.search(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.", name)
         if match:
             found.add(match[1])
