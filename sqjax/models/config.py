@@ -347,6 +347,7 @@ def _check_kinds(config: DecoderConfig) -> None:
                 "DecoderConfig.head_dim: expected an even number of channels that turn in pairs, "
                 f"at most {turned}, got {rope.channels(turned)}"
             )
+        _check_factors(rope, turned)
     # A stack of layers is scanned: all its layers run one program.
     layouts = {
         (r.channels(turned), r.interleaved) for r in config_ropes(config)
@@ -361,6 +362,20 @@ def _check_kinds(config: DecoderConfig) -> None:
         raise ValueError(
             "DecoderConfig.alibi: expected no sliding window beside it, got one"
         )
+
+
+def _check_factors(rope: Rope, turned: int) -> None:
+    """Raises ValueError unless a LongRope has a factor above 0 for each pair of channels."""
+    scaling = rope.scaling
+    if not isinstance(scaling, LongRope):
+        return
+    pairs = rope.channels(turned) // 2
+    for factors in (scaling.short, scaling.long):
+        if len(factors) != pairs or min(factors) <= 0:
+            raise ValueError(
+                f"LongRope: expected {pairs} factors above 0, one for each pair of channels, got "
+                f"{len(factors)}, the smallest {min(factors, default=None)}"
+            )
 
 
 def _check_latent(config: DecoderConfig) -> None:

@@ -240,6 +240,13 @@ WRONG = {
         config_of("llama", final_logit_softcapping=30.0),
         "final_logit_softcapping = 30.0: expected no such key",
     ),
+    "factors of another head": (
+        config_of(
+            "phi3_longrope_short",
+            rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+        ),
+        "LongRope: expected 4 factors above 0, .*, got 1",
+    ),
     "scaled heads": (
         config_of("gpt2", scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx = True: expected False",

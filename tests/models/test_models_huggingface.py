@@ -150,7 +150,7 @@ def test_mistral_with_a_window(tmp_path):
         ({"sliding_window": 4096}, "sliding_window = 4096: expected no such key; the model"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types = .*: expected no such key",
+            "layer_types = .*: not supported for this family; expected 2 times 'full_attention'",
         ),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of .*'silu'.*, got 'tanh'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: expected 1; the"),

@@ -22,9 +22,9 @@ from sqjax.models.checkpoints.families.llama import (
     rope_in_some_windows,
 )
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.settings import Settings, read
+from sqjax.models.checkpoints.settings import Settings, Source
 from sqjax.models.config import LayerKind, Norm
-from sqjax.models.fields import POSITIVE, POSITIVE_OR_NONE, SIZE
+from sqjax.models.fields import POSITIVE, SIZE
 
 
 def _norm(settings: Settings) -> Norm:
@@ -66,6 +66,16 @@ def _query_scale(settings: Settings) -> float:
     return settings("query_pre_attn_scalar", POSITIVE, 256) ** -0.5
 
 
+def _softcap(key: str) -> Source:
+    """The source of a soft cap; a file may write a whole number."""
+
+    def source(settings: Settings) -> float | None:
+        cap = settings(key, POSITIVE, None)
+        return None if cap is None else float(cap)
+
+    return source
+
+
 def _second_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     """Every second layer looks at all tokens, beginning with layer 1."""
     layers = range(layer_count(settings))
@@ -93,8 +103,8 @@ _SECOND_FIELDS = {
     "activation": activation("hidden_activation", "gelu_pytorch_tanh"),
     "kinds": _second_kinds,
     "query_scale": _query_scale,
-    "attention_softcap": read("attn_logit_softcapping", POSITIVE_OR_NONE, None),
-    "logit_softcap": read("final_logit_softcapping", POSITIVE_OR_NONE, None),
+    "attention_softcap": _softcap("attn_logit_softcapping"),
+    "logit_softcap": _softcap("final_logit_softcapping"),
 }
 #: Gemma 2: norms around attention and MLP, soft caps, a window in every second layer.
 GEMMA2 = Family(
