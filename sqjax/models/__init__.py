@@ -1,4 +1,4 @@
-"""Decoder language models that read real checkpoints: the Llama family, and what runs it.
+"""Decoder language models that read real checkpoints of many families, and what runs them.
 
     model, params = sqjax.models.load("smollm2-135m")
     logits = model.apply(params, ids)  # (batch, tokens, vocab)
@@ -28,6 +28,7 @@ from sqjax.models.evaluation.scoring import loglikelihoods as loglikelihoods
 from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
 from sqjax.models.model import Model as Model
+from sqjax.models.sharding import partition_specs as partition_specs
 from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers

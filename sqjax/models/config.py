@@ -6,6 +6,7 @@ their own: `Norm`, `Rope` with its scaling, `LayerKind`, `Experts`, `LatentAtten
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from sqjax.models.fields import (
     EPSILON,
@@ -20,7 +21,7 @@ from sqjax.models.fields import (
     one_of,
     tuple_of,
 )
-from sqjax.models.rope import Rope
+from sqjax.models.rope import LongRope, Rope
 
 #: How a block adds attention and MLP to the residual stream; see `DecoderConfig.block`.
 BLOCKS = ("pre", "output", "sandwich", "sum", "parallel", "parallel_two")
@@ -123,6 +124,9 @@ _EXPERTS_FIELDS = {
 }
 
 
+_LATENT_NORM = Norm(eps=1e-6)
+
+
 @dataclass(frozen=True)
 class LatentAttention:
     """Keys and values that all heads make from one short vector of the token (DeepSeek-V2's MLA).
@@ -136,6 +140,7 @@ class LatentAttention:
         rotary_size: how many do.
         value_size: the channels of a value's head.
         query_rank: the length of a vector that queries are made of; None: they are made of x.
+        norm: the norm of these vectors.
     """
 
     rank: int
@@ -143,11 +148,16 @@ class LatentAttention:
     rotary_size: int
     value_size: int
     query_rank: int | None = None
+    norm: Norm = _LATENT_NORM
 
     def __post_init__(self):
         sizes = ("rank", "plain_size", "rotary_size", "value_size")
         fields = dict.fromkeys(sizes, SIZE)
-        check_fields(self, {**fields, "query_rank": SIZE_OR_NONE})
+        fields |= {
+            "query_rank": SIZE_OR_NONE,
+            "norm": instance_of(Norm, "a Norm"),
+        }
+        check_fields(self, fields)
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,15 @@ class DecoderConfig:
         return experts is not None and layer not in experts.dense_layers
 
     @property
+    def keys_change_after(self) -> int | None:
+        """The length beyond which all keys of a text are others; None for models without one."""
+        for kind in self.different_kinds:
+            scaling = getattr(kind.rope, "scaling", None)
+            if isinstance(scaling, LongRope):
+                return scaling.original_length
+        return None
+
+    @property
     def value_dim(self) -> int:
         """Channels of a value's head."""
         return self.latent.value_size if self.latent else self.head_dim
@@ -328,6 +347,7 @@ def _check_kinds(config: DecoderConfig) -> None:
                 "DecoderConfig.head_dim: expected an even number of channels that turn in pairs, "
                 f"at most {turned}, got {rope.channels(turned)}"
             )
+        _check_factors(rope, turned)
     # A stack of layers is scanned: all its layers run one program.
     layouts = {
         (r.channels(turned), r.interleaved) for r in config_ropes(config)
@@ -337,11 +357,25 @@ def _check_kinds(config: DecoderConfig) -> None:
             "DecoderConfig.kinds: expected ropes that turn the same channels in the same pairs, "
             f"got (channels, interleaved) {sorted(layouts)}"
         )
-    has_window = any(kind.sliding_window for kind in config.kinds)
+    has_window = any(map(attrgetter("sliding_window"), config.kinds))
     if config.alibi is not None and has_window:
         raise ValueError(
             "DecoderConfig.alibi: expected no sliding window beside it, got one"
         )
+
+
+def _check_factors(rope: Rope, turned: int) -> None:
+    """Raises ValueError unless a LongRope has a factor above 0 for each pair of channels."""
+    scaling = rope.scaling
+    if not isinstance(scaling, LongRope):
+        return
+    pairs = rope.channels(turned) // 2
+    for factors in (scaling.short, scaling.long):
+        if len(factors) != pairs or min(factors) <= 0:
+            raise ValueError(
+                f"LongRope: expected {pairs} factors above 0, one for each pair of channels, got "
+                f"{len(factors)}, the smallest {min(factors, default=None)}"
+            )
 
 
 def _check_latent(config: DecoderConfig) -> None:

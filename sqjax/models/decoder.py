@@ -4,6 +4,7 @@ The parameter tree has the names of Hugging Face's Llama, whatever the family's 
 rules and alphas for one family serve the others.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,34 +14,25 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sqjax.models.attention import Scoring, alibi_slopes, attend, visible
-from sqjax.models.cache import KVCache, write
+from sqjax.models.attention import visible
+from sqjax.models.cache import KVCache
 from sqjax.models.config import (
     DecoderConfig,
-    LatentAttention,
     LayerKind,
     config_ropes,
     rotated_channels,
 )
-from sqjax.models.mlp import MLP, Mixture, projections
+from sqjax.models.mlp import MLP, Mixture
 from sqjax.models.norms import NormLayer
-from sqjax.models.rope import RotaryTable, rotary_table, rotate
-from sqjax.models.slots import Slots
+from sqjax.models.rope import rotary_table
+from sqjax.models.self_attention import (
+    Attention,
+    Context,
+    LayerCache,
+    MultiHeadLatentAttention,
+    View,
+)
 from sqjax.models.stacking import check_layers, layer_of
-
-LayerCache = tuple[Slots, Slots]
-
-
-class View(NamedTuple):
-    """What the layers of one kind may look at, and how their queries and keys turn.
-
-    Attributes:
-        rotary: cosines and sines of the tokens' positions; None where no layer turns.
-        mask: (rows, tokens, slots), what each token may look at.
-    """
-
-    rotary: RotaryTable | None
-    mask: Array
 
 
 class Positions(NamedTuple):
@@ -59,181 +51,6 @@ class Positions(NamedTuple):
     views: tuple[View, ...]
     start: Array
     in_row: Array
-
-
-class Context(NamedTuple):
-    """What one layer's attention needs beside x: its view, and its part of the cache.
-
-    Attributes:
-        view: what its kind may look at.
-        start, in_row: as in `Positions`.
-        ring: whether its slots are reused once all are full.
-        cache: its keys and values; None where the tokens look at each other only.
-    """
-
-    view: View
-    start: Array
-    in_row: Array
-    ring: bool
-    cache: LayerCache | None
-
-
-class Attention(nn.Module):
-    """Self-attention with grouped queries."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens hidden"], context: Context
-    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
-        """Returns the output, and the updated cache if there was one."""
-        config = self.config
-        batch, tokens, _ = x.shape
-        sizes = {
-            "q_proj": config.num_heads * config.head_dim,
-            "k_proj": config.num_kv_heads * config.head_dim,
-            "v_proj": config.num_kv_heads * config.head_dim,
-        }
-        flat = projections(self, x, sizes, config.attention_bias)
-        heads = (batch, tokens, -1, config.head_dim)
-        queries, keys, values = flat
-        queries = _turned(config, self._normed(queries, "q_norm"), context)
-        keys = _turned(config, self._normed(keys, "k_norm"), context)
-        mixed, cache = _attended(
-            config, queries, keys, values.reshape(heads), context
-        )
-        output = nn.Dense(
-            config.hidden_size, use_bias=config.output_bias, name="o_proj"
-        )
-        return output(mixed.reshape(batch, tokens, -1)), cache
-
-    def _normed(
-        self, flat: Float[Array, "batch tokens outputs"], name: str
-    ) -> Float[Array, "batch tokens heads head_dim"]:
-        """Queries or keys by head, after their norm, if there is one."""
-        config = self.config
-        by_head = (*flat.shape[:-1], -1, config.head_dim)
-        norm = config.qk_norm_kind
-        match config.qk_norm:
-            case None:
-                return flat.reshape(by_head)
-            case "all":
-                return NormLayer(norm, name=name)(flat).reshape(by_head)
-            case "head":
-                return NormLayer(norm, name=name)(flat.reshape(by_head))
-            case _:
-                layer = NormLayer(norm, axes=2, name=name)
-                return layer(flat.reshape(by_head))
-
-
-class MultiHeadLatentAttention(nn.Module):
-    """Self-attention whose keys and values all heads make from one short vector a token.
-
-    A head's key has `plain_size` channels of its own and `rotary_size` that all heads share:
-    only these turn with the position.
-    """
-
-    config: DecoderConfig
-    latent: LatentAttention
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens hidden"], context: Context
-    ) -> tuple[Float[Array, "batch tokens hidden"], LayerCache | None]:
-        """Returns the output, and the updated cache if there was one."""
-        config, latent = self.config, self.latent
-        batch, tokens, _ = x.shape
-        by_head = (batch, tokens, config.num_heads, -1)
-        plain = latent.plain_size
-
-        queries = self._queries(x).reshape(by_head)
-        turned = _turned(config, queries[..., plain:], context)
-        queries = jnp.concatenate([queries[..., :plain], turned], axis=-1)
-
-        both = self._dense(latent.rank + latent.rotary_size, "kv_a_proj", x)
-        short, shared = both[..., : latent.rank], both[..., latent.rank :]
-        short = NormLayer(config.norm, name="kv_a_layernorm")(short)
-        size = config.num_heads * (plain + latent.value_size)
-        wide = nn.Dense(size, use_bias=False, name="kv_b_proj")(short)
-        wide = wide.reshape(by_head)
-        shared = _turned(config, shared[:, :, None, :], context)
-        shared = jnp.broadcast_to(
-            shared, (*wide.shape[:-1], latent.rotary_size)
-        )
-        keys = jnp.concatenate([wide[..., :plain], shared], axis=-1)
-
-        mixed, cache = _attended(
-            config, queries, keys, wide[..., plain:], context
-        )
-        flat = mixed.reshape(batch, tokens, -1)
-        output = nn.Dense(
-            config.hidden_size, use_bias=config.output_bias, name="o_proj"
-        )
-        return output(flat), cache
-
-    def _queries(self, x: Array) -> Float[Array, "batch tokens outputs"]:
-        """The queries of all heads, made of x or of a short vector."""
-        config, latent = self.config, self.latent
-        size = config.num_heads * config.head_dim
-        if latent.query_rank is None:
-            return nn.Dense(size, use_bias=False, name="q_proj")(x)
-        short = self._dense(latent.query_rank, "q_a_proj", x)
-        short = NormLayer(config.norm, name="q_a_layernorm")(short)
-        return nn.Dense(size, use_bias=False, name="q_b_proj")(short)
-
-    def _dense(self, size: int, name: str, x: Array) -> Array:
-        use_bias = self.config.attention_bias
-        return nn.Dense(size, use_bias=use_bias, name=name)(x)
-
-
-def _turned(
-    config: DecoderConfig,
-    vectors: Float[Array, "batch tokens heads channels"],
-    context: Context,
-) -> Float[Array, "batch tokens heads channels"]:
-    """Queries or keys, turned by their positions if the layers of this kind turn."""
-    table = context.view.rotary
-    if table is None:
-        return vectors
-    return rotate(vectors, table, config_ropes(config)[0].interleaved)
-
-
-def _attended(
-    config: DecoderConfig,
-    queries: Float[Array, "batch tokens heads head_dim"],
-    keys: Float[Array, "batch tokens kv_heads head_dim"],
-    values: Float[Array, "batch tokens kv_heads value_dim"],
-    context: Context,
-) -> tuple[Float[Array, "batch tokens heads value_dim"], LayerCache | None]:
-    """Attention over the cache with these keys and values in it; and that cache."""
-    # A cache has them as (batch, kv_heads, tokens, head_dim).
-    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    cache = context.cache
-    if cache is None:
-        # The tokens look at each other: a cache of floats that lasts for this call.
-        read = Slots(keys), Slots(values)
-    else:
-        where = context.start, context.in_row, context.ring
-        written = write(cache[0], keys, *where), write(cache[1], values, *where)
-        # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
-        # again for each matmul that reads it.
-        read = cache = jax.lax.optimization_barrier(written)
-    in_order = cache is None or not context.ring
-    mixed = attend(
-        queries, *read, context.view.mask, in_order, _scoring(config)
-    )
-    return mixed, cache
-
-
-def _scoring(config: DecoderConfig) -> Scoring:
-    """How products of queries and keys become scores."""
-    usual = config.head_dim**-0.5
-    scale = usual if config.query_scale is None else config.query_scale
-    slopes = None
-    if config.alibi is not None:
-        slopes = tuple(config.alibi * alibi_slopes(config.num_heads))
-    return Scoring(scale, config.attention_softcap, slopes)
 
 
 class _Norms(NamedTuple):
@@ -332,6 +149,7 @@ class Layers(nn.Module):
     """
 
     config: DecoderConfig
+    remat: bool
 
     @nn.compact
     def __call__(
@@ -347,8 +165,12 @@ class Layers(nn.Module):
             held, config.num_layers
         )
         if stacked and cache is None:
-            return _scanned(config, held, x, positions), None
+            run_layer = _run_layer(config, 0)
+            if self.remat:
+                run_layer = jax.checkpoint(run_layer)
+            return _scanned(config, run_layer, held, x, positions), None
 
+        block_class = nn.remat(Block) if self.remat else Block
         grown = []
         for i in range(config.num_layers):
             context = _context(config, positions, i, cache)
@@ -356,7 +178,7 @@ class Layers(nn.Module):
                 layer = {"params": layer_of(held, i)}
                 x, new = _run_layer(config, i)(layer, x, context)
             else:
-                block = Block(config, config.has_experts(i), name=str(i))
+                block = block_class(config, config.has_experts(i), name=str(i))
                 x, new = block(x, context)
             grown.append(new)
         if cache is None:
@@ -388,10 +210,13 @@ def _context(
 
 
 def _scanned(
-    config: DecoderConfig, stack, x: Array, positions: Positions
+    config: DecoderConfig,
+    run_layer: Callable,
+    stack,
+    x: Array,
+    positions: Positions,
 ) -> Array:
     """x after all layers of a stack, without a cache. One program serves layers of every kind."""
-    run_layer = _run_layer(config, 0)
     context = _context(config, positions, 0, None)
     different = config.different_kinds
     if len(different) == 1:
@@ -418,6 +243,7 @@ class Decoder(nn.Module):
     """Embedding, blocks and final norm; and the embedding matrix's logits, for a tied output."""
 
     config: DecoderConfig
+    remat: bool
 
     def setup(self):
         """Names the parts as Hugging Face's Llama does."""
@@ -432,7 +258,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embed(rows, config.hidden_size)
         if config.embedding_norm:
             self.embed_layernorm = NormLayer(config.norm)
-        self.layers = Layers(config)
+        self.layers = Layers(config, self.remat)
         if config.final_norm:
             self.norm = NormLayer(config.norm)
 
@@ -490,12 +316,15 @@ def _next_positions(
     config: DecoderConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
 ) -> Positions:
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
+    capacities: dict[LayerKind, int] = {}
     if cache is None:
         start = jnp.int32(0)
         # one row, which serves the whole batch
         padding = jnp.zeros((1,), jnp.int32)
     else:
         start, padding = cache.length, cache.padding
+        for i, held in enumerate(cache.keys):
+            capacities[config.kind(i)] = held.capacity
     written_at = start + jnp.arange(tokens, dtype=jnp.int32)
     in_row = written_at[None, :] - padding[:, None]
     # Padding has no position. It takes that of the first token; the mask hides it from all others.
@@ -507,7 +336,7 @@ def _next_positions(
         rotary = None
         if channels is not None:
             rotary = rotary_table(places, kind.rope, channels, longest, dtype)
-        slots = _slots_of(config, kind, cache) or tokens
+        slots = capacities.get(kind, tokens)
         mask = visible(start, tokens, slots, padding, kind.sliding_window)
         views.append(View(rotary, mask))
     return Positions(tuple(views), start, in_row)
@@ -517,18 +346,6 @@ def _turning_channels(config: DecoderConfig) -> int | None:
     """How many channels of a head turn in the layers that have a rope; None if no layer has."""
     for rope in config_ropes(config):
         return rope.channels(rotated_channels(config))
-    return None
-
-
-def _slots_of(
-    config: DecoderConfig, kind: LayerKind, cache: KVCache | None
-) -> int | None:
-    """The capacity of a cache in the layers of a kind; None without a cache or such layers."""
-    if cache is None:
-        return None
-    for i, slots in enumerate(cache.keys):
-        if config.kind(i) == kind:
-            return slots.capacity
     return None
 
 
@@ -544,6 +361,7 @@ class CausalLM(nn.Module):
     """
 
     config: DecoderConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -554,7 +372,7 @@ class CausalLM(nn.Module):
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
         """Logits of every position, or of the last only; and the cache grown, if there was one."""
         config = self.config
-        decoder = Decoder(config, name="model")
+        decoder = Decoder(config, self.remat, name="model")
         x, cache = decoder(ids, cache)
         # A prefill needs one position's logits, and the head is the largest matmul.
         if last:
@@ -590,7 +408,7 @@ def embed(
     config: DecoderConfig, params: Any, ids: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens hidden"]:
     """What the first layer reads. Of params, none of `HEAD` and of the layers is read."""
-    decoder: Any = Decoder(config)
+    decoder: Any = Decoder(config, remat=False)
     of_decoder = {"params": params["model"]}
     x, _ = decoder.apply(of_decoder, ids, None, method="embed")
     return x
@@ -615,7 +433,7 @@ def read_out(
     """The logits, of what the last layer gives. Of params, those of `HEAD` and a tied embedding are
     read.
     """
-    decoder: Any = Decoder(config)
+    decoder: Any = Decoder(config, remat=False)
     of_decoder = {"params": params["model"]}
     x = decoder.apply(of_decoder, x, method="finish")
     if config.tie_embeddings:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 #: The largest size of an array's axis, and the largest float32.
-_LARGEST_SIZE = 2**31 - 1
+LARGEST_SIZE = 2**31 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -34,7 +34,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _is_id(x: Any) -> bool:
-    return is_whole(x) and 0 <= x <= _LARGEST_SIZE
+    return is_whole(x) and 0 <= x <= LARGEST_SIZE
 
 
 def _is_size(x: Any) -> bool:
@@ -53,14 +53,6 @@ def _is_flag(x: Any) -> bool:
     return isinstance(x, bool)
 
 
-def _is_size_or_none(x: Any) -> bool:
-    return x is None or _is_size(x)
-
-
-def _is_positive_or_none(x: Any) -> bool:
-    return x is None or _is_positive(x)
-
-
 def _are_ids(x: Any) -> bool:
     if isinstance(x, list):
         return len(x) > 0 and all(map(_is_id, x))
@@ -75,16 +67,23 @@ def _is_mapping(x: Any) -> bool:
     return isinstance(x, dict)
 
 
+def _or_none(what: What) -> What:
+    """What is None, or what something else must be."""
+    return What(
+        f"{what.expected}, or none", lambda x: x is None or what.holds(x)
+    )
+
+
 def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """The test of a list, all of whose entries pass a test."""
     return lambda x: isinstance(x, list) and all(map(holds, x))
 
 
-SIZE = What(f"a whole number from 1 to {_LARGEST_SIZE}", _is_size)
-SIZE_OR_NONE = What(f"{SIZE.expected}, or none", _is_size_or_none)
-COUNT = What(f"a whole number from 0 to {_LARGEST_SIZE}", _is_id)
+SIZE = What(f"a whole number from 1 to {LARGEST_SIZE}", _is_size)
+SIZE_OR_NONE = _or_none(SIZE)
+COUNT = What(f"a whole number from 0 to {LARGEST_SIZE}", _is_id)
 POSITIVE = What("a finite number above 0", _is_positive)
-POSITIVE_OR_NONE = What(f"{POSITIVE.expected}, or none", _is_positive_or_none)
+POSITIVE_OR_NONE = _or_none(POSITIVE)
 EPSILON = What("a finite number of at least 0", _is_epsilon)
 FLAG = What("true or false", _is_flag)
 ID = What("a token id", _is_id)
@@ -100,18 +99,15 @@ def one_of(*names: str | None) -> What:
     """What is one of some names, or None if that is among them."""
 
     def holds(x: Any) -> bool:
-        return (x is None or _is_text(x)) and x in names
+        return isinstance(x, str | None) and x in names
 
     return What(f"one of {names}", holds)
 
 
 def instance_of(kind: Any, words: str, none: bool = False) -> What:
     """What is an instance of a class, said in words; `none` allows None too."""
-
-    def holds(x: Any) -> bool:
-        return (none and x is None) or isinstance(x, kind)
-
-    return What(words, holds)
+    allowed = kind | None if none else kind
+    return What(words, lambda x: isinstance(x, allowed))
 
 
 def tuple_of(kind: type, words: str) -> What:
@@ -165,9 +161,13 @@ def read_fields(
 
 def wrong(name: str, value: Any, what: What) -> str:
     """The text that says what was expected of a field, and what came."""
+    return f"{name}: expected {what.expected}, got {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, of which a long one is cut off."""
     text = repr(value)
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
-    return f"{name}: expected {what.expected}, got {shown}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def check(name: str, value: Any, what: What) -> None:

@@ -25,16 +25,23 @@ TokenIds = Int[Array | np.ndarray, "batch tokens"]
 class Model:
     """A decoder language model without its parameters.
 
-    Two models are equal when their configurations are. Every method is a pure function that may
-    be jitted, and takes the bare parameter tree (no "params" level):
+    Two models are equal when they are but for their tokenizers. Every method is a pure function
+    that may be jitted, and takes the bare parameter tree (no "params" level):
 
         model, params = sqjax.models.load("smollm2-135m")
         ids = jnp.asarray([model.tokenizer.encode("The capital of France is")])
         logits = jax.jit(model.apply)(params, ids)
+
+    Attributes:
+        config: what it computes.
+        tokenizer: texts to token ids and back; None where the checkpoint has none.
+        remat: whether the gradient of `apply` computes each block's activations again, in place of
+            keeping them (`jax.checkpoint`).
     """
 
     config: DecoderConfig
     tokenizer: Tokenizer | None = field(default=None, compare=False, repr=False)
+    remat: bool = False
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters of a dtype; ``jax.eval_shape(model.init, key)`` gives their shapes."""
@@ -58,7 +65,8 @@ class Model:
         check_ids(ids)
         self._check_length(ids.shape[1])
         variables = {"params": params}
-        logits, _ = CausalLM(self.config).apply(variables, jnp.asarray(ids))
+        module = CausalLM(self.config, self.remat)
+        logits, _ = module.apply(variables, jnp.asarray(ids))
         return logits
 
     def init_cache(

@@ -28,7 +28,8 @@ class Format(NamedTuple):
         return jnp.issubdtype(self.dtype, jnp.floating)
 
 
-#: Symmetric int8 in [-127, 127]: -128 is never used, so a sign change is always exact.
+#: Symmetric int8 in [-127, 127]: -128 is never made here, so a sign change is always exact. Weights
+#: that other tools have quantized may hold it.
 INT8 = Format("int8", np.dtype(np.int8), 127.0)
 #: Symmetric int4 in [-7, 7]; with a zero point all of [-8, 7]. Two to a byte in the memory of a GPU
 #: or TPU, one in a CPU's (see `container`).

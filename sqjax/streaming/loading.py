@@ -37,13 +37,14 @@ from sqjax.models.checkpoints.huggingface import open_checkpoint
 from sqjax.models.checkpoints.mapping import (
     Placement,
     leaf_shapes,
-    placed,
+    on_the_default_device,
     read_leaves,
 )
 from sqjax.models.model import Model
 from sqjax.streaming.sources import (
     abstract_tree,
     checkpoint_directory,
+    float_leaf,
     layer_of_path,
     layer_prefix,
 )
@@ -63,7 +64,7 @@ def load_quantized(
     groups: str | Iterable[str] = "all",
     dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[Model, Any]:
     """`sqjax.models.load`, `smooth` and `quantize` in one, for models that do not fit in float.
 
@@ -113,8 +114,8 @@ def load_quantized(
             model, abstract_tree(shapes, dtype), scheme, stats, alpha, groups
         )
         leaves = (
-            (path, placed(path, array, dtype, placement))
-            for path, array in read_leaves(*arguments, dtype)
+            (path, float_leaf(path, x, dtype, placement(path, x.shape)))
+            for path, x in read_leaves(*arguments, dtype)
         )
         quantized = _quantized_as_read(plan, leaves)
     return model, unflatten_dict(quantized, sep="/")

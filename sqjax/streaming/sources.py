@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
@@ -16,7 +17,8 @@ from sqjax._arguments import check_mapping
 from sqjax._trees import named_leaves
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import open_checkpoint
-from sqjax.models.checkpoints.mapping import leaf_shapes, placed, read_leaves
+from sqjax.models.checkpoints.mapping import leaf_shapes, read_leaves
+from sqjax.models.checkpoints.quantized.stored_weight import placed
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import HEAD
 from sqjax.models.model import check_model
@@ -84,6 +86,20 @@ def checkpoint_directory(path: Any, what: str) -> Path:
     return Path(path)
 
 
+def float_leaf(path: str, stored: Any, dtype: DTypeLike, sharding: Any) -> Any:
+    """A leaf that was read, as a jax array.
+
+    Raises:
+        ValueError: it is quantized already.
+    """
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(
+            f"{path}: expected floats, got a weight that is quantized already; "
+            "sqjax.models.load(directory) loads it as it is"
+        )
+    return placed(stored, dtype, sharding)
+
+
 @contextlib.contextmanager
 def opened_parts(
     source: Any, dtype: DTypeLike, families: Sequence[Family]
@@ -103,7 +119,8 @@ def opened_parts(
 
         def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
             leaves = read_leaves(*arguments, dtype, (), wanted)
-            return ((path, placed(path, x, dtype)) for path, x in leaves)
+            for path, stored in leaves:
+                yield path, float_leaf(path, stored, dtype, None)
 
         def tree(wanted: Callable[[str], bool]) -> Any:
             return unflatten_dict(dict(read(wanted)), sep="/")

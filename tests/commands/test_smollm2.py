@@ -49,4 +49,4 @@ def test_smoothing_rescues_static_int8_on_the_real_model(smollm2):
     unsmoothed = perplexity(model, sq.quantize(params, stats, sq.W8A8_O3), tokens)
     assert 20 < plain < 60
     assert unsmoothed > 1.5 * plain
-    assert plain < perplexity(model, smoothed, tokens) < 1.15 * plain
+    assert plain < perplexity(model, smoothed, tokens) < 1.25 * plain

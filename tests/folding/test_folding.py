@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax_transformers import flax_transformers
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from slow import slow_but
@@ -184,9 +185,9 @@ def llama():
 
 def opt():
     """Hugging Face's class; lm_head is the embedding and is refused."""
-    from transformers import FlaxOPTForCausalLM, OPTConfig
+    hf = flax_transformers()
 
-    config = OPTConfig(
+    config = hf.OPTConfig(
         vocab_size=31,
         hidden_size=8,
         ffn_dim=12,
@@ -196,7 +197,7 @@ def opt():
         word_embed_proj_dim=8,
         dropout=0.0,
     )
-    model = FlaxOPTForCausalLM(config)
+    model = hf.FlaxOPTForCausalLM(config)
 
     def fn(params, ids):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)

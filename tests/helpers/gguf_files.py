@@ -2,6 +2,7 @@
 
 import gguf
 import numpy as np
+from gguf_converted import paired, write_file
 
 METADATA = {
     "llama.embedding_length": 64,
@@ -41,26 +42,16 @@ def tensors(tied=False):
 
 def interleaved(rows):
     """llama.cpp's order: of each head of 8 rows, the rows that rotate together side by side."""
-    order = [head * 8 + row for head in range(len(rows) // 8) for row in (0, 4, 1, 5, 2, 6, 3, 7)]
-    return rows[order]
+    return paired(rows, len(rows) // 8)
 
 
 def write(path, weights=None, metadata=METADATA, architecture="llama", quantized=()):
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[
-            type(value)
-        ]
-        add(key, value)
+    floats, kinds = {}, {}
     for name, array in (tensors() if weights is None else weights).items():
         array = interleaved(array) if ".attn_q." in name or ".attn_k." in name else array
         if name in quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+            kinds[name] = kind, gguf.quantize(array, kind)
         else:
-            writer.add_tensor(name, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+            floats[name] = array
+    return write_file(path, architecture, metadata, floats, kinds)

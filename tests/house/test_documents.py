@@ -42,7 +42,12 @@ def test_the_python_of_a_page_runs(page, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["README.md", pytest.param("docs/pages/index.md", marks=pytest.mark.every_case)]
+    "name",
+    [
+        "README.md",
+        pytest.param("docs/pages/index.md", marks=pytest.mark.every_case),
+        pytest.param("docs/pages/language-models.md", marks=pytest.mark.every_case),
+    ],
 )
 def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
     assert len(blocks(ROOT / name, slow=True)) > len(blocks(ROOT / name, slow=False))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
-import transformers as hf
+from flax_transformers import flax_transformers
 from slow import slow_but
 
 import sqjax as sq
@@ -22,6 +22,8 @@ from sqjax.folding.groups import Survey
 from sqjax.layers.hf_flax import ASSUMPTIONS, from_flax
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
+
+hf = flax_transformers()
 
 pytestmark = pytest.mark.huggingface
 

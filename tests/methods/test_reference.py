@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax_transformers import flax_transformers
 
 import sqjax as sq
 from sqjax._trees import named_leaves
@@ -34,9 +35,7 @@ def load_llama(directory):
 
 
 def load_opt(directory):
-    from transformers import FlaxOPTForCausalLM
-
-    model = FlaxOPTForCausalLM.from_pretrained(directory)
+    model = flax_transformers().FlaxOPTForCausalLM.from_pretrained(directory)
 
     def fn(params, ids):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)

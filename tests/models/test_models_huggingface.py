@@ -150,11 +150,11 @@ def test_mistral_with_a_window(tmp_path):
         ({"sliding_window": 4096}, "sliding_window = 4096: expected no such key; the model"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types = .*: expected no such key",
+            "layer_types = .*: not supported for this family; expected 2 times 'full_attention'",
         ),
         ({"hidden_act": "tanh"}, "hidden_act: expected one of .*'silu'.*, got 'tanh'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: expected 1; the"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = .*expected no such key"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected quant_method to be"),
         ({"vocab_size": None}, "vocab_size: expected a whole number from 1 to .*, got none"),
         ({"num_key_value_heads": 4}, "expected a multiple of num_kv_heads"),
     ],
@@ -213,6 +213,6 @@ def test_nothing_to_load(tmp_path):
 def test_numpy_ids_and_jit(tmp_path):
     model, params = load(write(tmp_path))
     ids = np.asarray([[3, 4, 5, 6]])
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(params, ids), model.apply(params, ids), atol=1e-5
-    )
+    expected = model.apply(params, ids)
+    tolerance = 3e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(jax.jit(model.apply)(params, ids), expected, rtol=0, atol=tolerance)

@@ -11,7 +11,7 @@ from sqjax.models.tokenizer import from_directory
 
 @pytest.mark.slow  # another process imports jax
 def test_import_is_light():
-    heavy = ["gguf", "tokenizers", "transformers", "torch"]
+    heavy = ["gguf", "jinja2", "tokenizers", "transformers", "torch"]
     code = f"import sys, sqjax.models; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

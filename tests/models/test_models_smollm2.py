@@ -152,6 +152,28 @@ def test_tokenizer_of_the_real_model(loaded):
 
 
 @pytest.mark.slow
+def test_chat_of_the_real_model(loaded):
+    """The template in the file, rendered here and by transformers."""
+    tokenizer = loaded[0].tokenizer
+    user = {"role": "user", "content": "Hi"}
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    text = tokenizer.chat([user])
+    assert text == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend,
+        chat_template=tokenizer.templates.named["default"].text,
+    )
+    for messages in ([user], [{"role": "system", "content": "Be brief."}, user, user]):
+        expected = reference.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.chat(messages, add_generation_prompt=False) == expected
+        ids = reference.apply_chat_template(messages, add_generation_prompt=True)
+        assert tokenizer.encode_chat(messages) == list(ids)
+
+
+@pytest.mark.slow
 def test_real_model_predicts_text(loaded):
     model, params = loaded
     ids = encode(

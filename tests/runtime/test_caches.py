@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxprs
 import numpy as np
 import pytest
+from flax_transformers import flax_transformers
 from jax import lax
 
 import sqjax as sq
@@ -288,7 +289,7 @@ def test_only_float_arrays_of_that_name_are_quantized():
 @pytest.mark.slow
 @pytest.mark.huggingface
 def test_a_hugging_face_llama_decodes_with_an_int8_cache():
-    from transformers import FlaxLlamaForCausalLM, LlamaConfig
+    hf = flax_transformers()
 
     sizes = {
         "vocab_size": 64,
@@ -296,8 +297,10 @@ def test_a_hugging_face_llama_decodes_with_an_int8_cache():
         "intermediate_size": 64,
         "max_position_embeddings": 32,
     }
-    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model, mask = FlaxLlamaForCausalLM(config, seed=0), jnp.ones((2, 12), jnp.int32)
+    config = hf.LlamaConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model, mask = hf.FlaxLlamaForCausalLM(config, seed=0), jnp.ones((2, 12), jnp.int32)
 
     def fn(params, ids, past, positions):
         out = model(

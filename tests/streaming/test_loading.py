@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized_tensors as of_layouts
 from hf_directories import CONFIG, shard, tensors, write
 
 import sqjax as sq
@@ -74,7 +75,7 @@ def test_what_waits_in_float_is_less_than_one_layer(calibrated, monkeypatch):
     alive, waiting = [], {}
     quantize = loading._quantized_part
 
-    def placed(path, array, dtype, placement):
+    def placed(path, array, dtype, _):
         leaf = jnp.asarray(array, dtype)
         waiting[path] = leaf.nbytes
         alive.append(sum(waiting.values()))
@@ -85,7 +86,7 @@ def test_what_waits_in_float_is_less_than_one_layer(calibrated, monkeypatch):
             del waiting[path]
         return quantize(plan, leaves)
 
-    monkeypatch.setattr(loading, "placed", placed)
+    monkeypatch.setattr(loading, "float_leaf", placed)
     monkeypatch.setattr(loading, "_quantized_part", quantized)
     sq.load_quantized(directory, sq.W8A8, stats, 0.5)
     assert not waiting
@@ -161,6 +162,23 @@ def test_a_stored_head_that_contradicts_the_tie(tmp_path):
     config = CONFIG | {"tie_word_embeddings": True}
     with pytest.raises(ValueError, match=r"lm_head.weight.*other numbers"):
         sq.load_quantized(write(tmp_path / "tied", config, weights))
+
+
+@pytest.mark.parametrize("call", [sq.load_quantized, lambda path: sq.calibrate_layers(path, [IDS])])
+def test_a_checkpoint_that_is_quantized_already(tmp_path, call):
+    config = CONFIG | {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    said, draw = of_layouts.LAYOUTS["awq"]
+    stored = {}
+    for name, x in tensors(config).items():
+        if "_proj.weight" not in name:
+            stored[name] = x
+            continue
+        module = name.removesuffix(".weight")
+        own, _, _ = draw(np.random.default_rng(0), x.shape)
+        stored |= {f"{module}.{end}": part for end, part in own.items()}
+    directory = write(tmp_path / "awq", config | {"quantization_config": said}, stored)
+    with pytest.raises(ValueError, match=r"down_proj/kernel: expected floats, got a weight that"):
+        call(directory)
 
 
 def test_it_is_no_directory():

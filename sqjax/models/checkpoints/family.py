@@ -14,11 +14,13 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from sqjax.models.checkpoints.names import Found, Row, find
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.config import DecoderConfig
-from sqjax.models.fields import IDS, beyond
+from sqjax.models.fields import IDS, beyond, shown
 
 #: Keys that would change what some model computes, with the values that change nothing. A family
 #: that does not read one of them would ignore it, so there the key must have such a value.
@@ -68,6 +70,8 @@ class Family:
         absent: what a key that is not in the file means, where that is not what `fields` say. A
             key that is there as null is not absent.
         neutral: other keys, each with its values that change nothing: any other is refused.
+        usual_ends: the ids of tokens that end a text which transformers writes where nobody has
+            said any, whatever the vocabulary's size: in a smaller one these say nothing.
     """
 
     model_type: str
@@ -77,6 +81,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     absent: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple] = field(default_factory=dict)
+    usual_ends: tuple[int, ...] = ()
 
     def config(self, values: Mapping[str, Any], source: str) -> DecoderConfig:
         """The configuration that a file's keys and values describe; `source` is for errors.
@@ -85,19 +90,26 @@ class Family:
             ValueError: listing every key that is missing, that is not what it must be, or that
                 asks for something that the model here does not do.
         """
-        settings = Settings({**self.absent, **values})
-        found = {}
+        return self.translate(Settings({**self.absent, **values}), source)
+
+    def translate(self, settings: Settings, source: str) -> DecoderConfig:
+        """As `config`, from settings of which problems may be known already."""
+        found, all_made = {}, True
         for name, from_file in self.fields.items():
             value = from_file
             if callable(from_file):
-                value = _made(settings, from_file)
+                value, is_made = _made(settings, from_file)
+                all_made = all_made and is_made
             found[name] = value
-        for problem in _not_neutral(settings, {**NEUTRAL, **self.neutral}):
-            settings.refuse(problem)
-        ends, size = settings("eos_token_id", IDS, None), found["vocab_size"]
-        for problem in beyond("eos_token_id", ends, size or 2**31):
-            settings.refuse(problem)
-        raise_problems(source, settings.problems)
+        # A field that was given up may have had more keys to read.
+        neutral = {**NEUTRAL, **self.neutral} if all_made else {}
+        settings.problems += _not_neutral(settings, neutral)
+        ends = settings("eos_token_id", IDS, None)
+        stated = set(jax.tree.leaves(ends)) - set(self.usual_ends)
+        size = found["vocab_size"] or 2**31
+        settings.problems += beyond("eos_token_id", sorted(stated), size)
+        # A wrong key is one problem, however many fields are made of it.
+        raise_problems(source, list(dict.fromkeys(settings.problems)))
         try:
             return DecoderConfig(**found)
         except ValueError as error:
@@ -112,15 +124,15 @@ class Family:
         return name.endswith(self.ignored)
 
 
-def _made(settings: Settings, source: Any) -> Any:
-    """A field's value; where keys that it is made of are wrong, those are the problem."""
+def _made(settings: Settings, source: Any) -> tuple[Any, bool]:
+    """(a field's value, whether there is one); where its keys are wrong, those are the problem."""
     known = len(settings.problems)
     try:
-        return source(settings)
+        return source(settings), True
     except (ValueError, TypeError, ArithmeticError) as error:
         if len(settings.problems) == known:
             settings.refuse(str(error))
-        return None
+        return None, False
 
 
 def _not_neutral(
@@ -132,9 +144,10 @@ def _not_neutral(
         value = settings.values.get(key)
         if key in settings.seen or value in harmless:
             continue
-        stated = [repr(x) for x in harmless if x is not None]
+        stated = map(repr, filter(lambda x: x is not None, harmless))
         expected = " or ".join(stated) or "no such key"
+        name = settings.name(key)
         problems.append(
-            f"{key} = {value!r}: expected {expected}; the model here computes nothing else"
+            f"{name} = {shown(value)}: expected {expected}; the model here computes nothing else"
         )
     return problems

@@ -9,28 +9,46 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sqjax.files.arrays import STORED, DeclaredArray
-from sqjax.files.header import Entry, Header, read_header
+from sqjax.files.header import Header, read_header
 from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.mapping import Placement, Source, assemble
+from sqjax.models.checkpoints.mapping import (
+    Placement,
+    Source,
+    assemble,
+    layers_in,
+    on_the_default_device,
+    parameter_shapes,
+)
+from sqjax.models.checkpoints.names import EVERY_LEAF
 from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.quantized.known import read_quantization
+from sqjax.models.checkpoints.quantized.modules import (
+    FLOATS,
+    Module,
+    Tensor,
+    sort_out,
+)
+from sqjax.models.checkpoints.quantized.stored_weight import (
+    Stored,
+    shape_in_the_table,
+)
 from sqjax.models.config import DecoderConfig, config_ropes, rotated_channels
 from sqjax.models.fields import MAPPING, TEXTS
 from sqjax.models.json_files import read_object
 from sqjax.models.model import Params
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_huggingface(
     directory: Path,
     dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[DecoderConfig, Params]:
     """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
+
+    Kernels that are stored quantized become `QuantWeight` leaves, as they are.
 
     Args:
         directory: of the checkpoint.
@@ -79,23 +97,28 @@ def open_checkpoint(
         ValueError: as `read_huggingface`, for what the configuration and the headers say.
     """
     config_file = directory / "config.json"
-    family, config = read_config(
-        read_object(config_file), str(config_file), families
-    )
+    values = read_object(config_file)
+    quantization = read_quantization(values, str(config_file))
+    # What it says has been read, so for the family it changes nothing any more.
+    values = {**values, "quantization_config": None}
+    family, config = read_config(values, str(config_file), families)
     with contextlib.ExitStack() as opened:
         stored, problems = _stored(directory, opened)
+        modules, floats, wrong = sort_out(stored, quantization)
+        problems += wrong
         used, redundant = {}, []
-        for name, tensor in stored.items():
+        for name, tensor in floats.items():
             problems += _wrong_dtype(name, tensor)
             if _is_redundant(name, family, config):
                 redundant.append(name)
             elif not family.ignores(name):
                 used[name] = tensor
-        source = Source(
-            str(directory),
-            {name: tensor.entry.shape for name, tensor in used.items()},
-            lambda name: used[name].read(),
-        )
+        for name in modules:
+            problems += _no_leaf_for_codes(name, family, config)
+        if quantization.zero_biases:
+            for name in _spare_biases(modules, used, family, config):
+                problems += _not_zero(name, used.pop(name))
+        source = _source(str(directory), used, modules, family)
 
         def check_redundant() -> None:
             contradictions = []
@@ -106,26 +129,38 @@ def open_checkpoint(
         yield Checkpoint(source, family, config, problems, check_redundant)
 
 
-class _Stored(NamedTuple):
-    """A tensor of a checkpoint: the opened file that it is in, and what the header says of it."""
+def _source(
+    place: str,
+    floats: Mapping[str, Tensor],
+    modules: Mapping[str, Module],
+    family: Family,
+) -> Source:
+    """The tensors of a checkpoint, of which a quantized module's are one."""
+    shapes = {name: tensor.entry.shape for name, tensor in floats.items()}
+    for name, module in modules.items():
+        found = family.find(name, EVERY_LEAF)
+        layout = None if found is None else found.layout
+        shapes[name] = shape_in_the_table(layout, module.shape)
 
-    file: BinaryIO
-    entry: Entry
+    tensors: dict[str, Any] = {**floats, **modules}
 
-    def read(self) -> np.ndarray:
-        """The array."""
-        array = DeclaredArray(STORED[self.entry.dtype], self.entry.shape)
-        return array.read(self.file, self.entry.first)
+    def read(name: str) -> Stored:
+        try:
+            return tensors[name].read()
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    return Source(place, shapes, read)
 
 
 def _stored(
     directory: Path, opened: contextlib.ExitStack
-) -> tuple[dict[str, _Stored], list[str]]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """({name: tensor}, problems) of all files, which stay open until `opened` ends.
 
     Headers alone are read: no array before every shape has been checked.
     """
-    found: dict[str, _Stored] = {}
+    found: dict[str, Tensor] = {}
     place: dict[str, str] = {}
     problems = []
     paths, weight_map = weight_files(directory)
@@ -136,7 +171,7 @@ def _stored(
                 problems.append(
                     f"{name}: expected it in one file, got it in {place[name]} and {path.name}"
                 )
-            found[name] = _Stored(file, entry)
+            found[name] = Tensor(file, entry)
             place[name] = path.name
     for name in weight_map.keys() | (place.keys() if weight_map else ()):
         expected, got = weight_map.get(name), place.get(name)
@@ -147,10 +182,54 @@ def _stored(
     return found, sorted(problems)
 
 
-def _wrong_dtype(name: str, tensor: _Stored) -> list[str]:
+def _wrong_dtype(name: str, tensor: Tensor) -> list[str]:
     if tensor.entry.dtype in FLOATS:
         return []
     return [f"{name}: expected a dtype of {FLOATS}, got {tensor.entry.dtype}"]
+
+
+# Quantized modules --------------------------------------------------------------------------------
+
+
+def _no_leaf_for_codes(
+    name: str, family: Family, config: DecoderConfig
+) -> list[str]:
+    """One problem if a quantized module is none that the model has as a matmul of its own."""
+    if family.find(name, {_EMBEDDING}) is not None:
+        return [
+            f"{name}: expected a float embedding, because its rows are looked up, got a quantized "
+            "one"
+        ]
+    if _is_redundant(name, family, config):
+        return [
+            f"{name}: expected no quantized head, because tie_word_embeddings is true; say false "
+            "there if the head is one of its own"
+        ]
+    return []
+
+
+def _spare_biases(
+    modules: Mapping[str, Module],
+    floats: Mapping[str, Tensor],
+    family: Family,
+    config: DecoderConfig,
+) -> list[str]:
+    """The biases of quantized modules for which the model has no leaf."""
+    leaves = parameter_shapes(config, layers_in([*modules, *floats], config))
+    names = []
+    for weight in modules:
+        name = f"{weight.removesuffix('weight')}bias"
+        if name in floats and family.find(name, leaves) is None:
+            names.append(name)
+    return names
+
+
+def _not_zero(name: str, tensor: Tensor) -> list[str]:
+    if not tensor.read().any():
+        return []
+    return [
+        f"{name}: expected no bias, or one that is 0, because the model has none; got other numbers"
+    ]
 
 
 # Tensors that follow from the rest ----------------------------------------------------------------
@@ -168,7 +247,7 @@ def _is_redundant(name: str, family: Family, config: DecoderConfig) -> bool:
 
 def _contradiction(
     name: str,
-    stored: Mapping[str, _Stored],
+    stored: Mapping[str, Tensor],
     family: Family,
     config: DecoderConfig,
 ) -> list[str]:

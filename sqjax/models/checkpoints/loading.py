@@ -14,7 +14,7 @@ from sqjax.models.checkpoints import smollm2
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
-from sqjax.models.checkpoints.mapping import Placement
+from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -26,7 +26,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     *,
     families: Sequence[Family] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> tuple[Model, Params]:
     """Loads a decoder language model.
 
@@ -46,7 +46,8 @@ def load(
     Returns:
         The model, and its parameters as a nested dict. ``model.tokenizer`` is None where the
         checkpoint has none (or, in a GGUF file, one that cannot be rebuilt: then there is a
-        warning).
+        warning). Kernels that a directory holds quantized (by compressed-tensors, AutoAWQ or GPTQ)
+        are `sqjax.QuantWeight` leaves: run ``sqjax.quantized(model.apply)`` on them.
 
     Raises:
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
@@ -107,7 +108,7 @@ def _gguf_tokenizer(
     if "tokenizer.ggml.model" not in metadata:
         return None
     try:
-        return tokenizer.from_gguf_metadata(metadata)
+        return tokenizer.from_gguf_metadata(metadata, str(path))
     except ValueError as error:
         warnings.warn(
             f"{path}: the model was loaded without a tokenizer: {error}",

@@ -4,7 +4,8 @@ Then the tensors are read one by one, so that memory holds the model and one ten
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,12 +13,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.names import Found, Shape, their_shape
 from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.quantized.stored_weight import (
+    Stored,
+    fill,
+    placed,
+    room_for,
+    split,
+)
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
 from sqjax.models.model import Params
@@ -26,20 +34,22 @@ from sqjax.models.model import Params
 Placement = Callable[[str, Shape], Any]
 
 
+def on_the_default_device(path: str, shape: Shape) -> None:
+    """The placement of a leaf that nothing is said about."""
+
+
 class Source(NamedTuple):
     """The tensors of a checkpoint.
 
     Attributes:
         name: where they come from, for error messages.
         shapes: {a tensor's name in the file: its shape}.
-        read: gives the array of a tensor.
-        called: gives the name by which the family's table knows a tensor.
+        read: gives the array of a tensor; of one that is quantized already, all of it.
     """
 
     name: str
     shapes: Mapping[str, Shape]
-    read: Callable[[str], np.ndarray]
-    called: Callable[[str], str] = lambda name: name
+    read: Callable[[str], Stored]
 
 
 def assemble(
@@ -48,7 +58,7 @@ def assemble(
     config: DecoderConfig,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
-    placement: Placement | None = None,
+    placement: Placement = on_the_default_device,
 ) -> Params:
     """Builds the parameter tree of a model from named tensors.
 
@@ -66,21 +76,8 @@ def assemble(
     """
     leaves = {}
     for path, array in read_leaves(source, family, config, dtype, problems):
-        leaves[path] = placed(path, array, dtype, placement)
+        leaves[path] = placed(array, dtype, placement(path, array.shape))
     return unflatten_dict(leaves, sep="/")
-
-
-def placed(
-    path: str,
-    array: np.ndarray,
-    dtype: DTypeLike,
-    placement: Placement | None = None,
-) -> jax.Array:
-    """A leaf in its dtype, on the devices where it belongs."""
-    sharding = None if placement is None else placement(path, array.shape)
-    if sharding is None:
-        return jnp.asarray(array, dtype)
-    return jax.device_put(array.astype(dtype, copy=False), sharding)
 
 
 def read_leaves(
@@ -90,32 +87,35 @@ def read_leaves(
     dtype: DTypeLike,
     problems: Iterable[str] = (),
     wanted: Callable[[str], bool] | None = None,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Stored]]:
     """(path, array) of every leaf, layer by layer, read when it is asked for.
 
-    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold. Tensors of
-    which no leaf is `wanted` are not read; None: all are.
+    Arrays have the file's dtype; each is checked for numbers that `dtype` cannot hold. Of a leaf
+    that is quantized already it is a `StoredWeight`. Tensors of which no leaf is `wanted` are not
+    read; None: all are.
     """
-    shapes = parameter_shapes(config, _layers_in(source, config))
+    shapes = parameter_shapes(config, layers_in(source.shapes, config))
     matched, match_problems = _match(source, family, config, shapes)
     raise_problems(source.name, [*problems, *match_problems])
-    partial: dict[str, np.ndarray] = {}
+    partial: dict[str, Stored] = {}
     missing = _entries(matched.values(), shapes)
     for name in sorted(matched, key=lambda name: _order(matched[name])):
         found = matched[name]
         if wanted is not None and not any(map(wanted, found.paths)):
             continue
         theirs = source.read(name)
-        _check_range(source.name, name, theirs, dtype)
         of_leaves = [_entry_shape(shapes, found, p) for p in found.paths]
-        parts = found.layout.split(config, theirs, of_leaves)
+        if isinstance(theirs, np.ndarray):
+            _check_range(source.name, name, theirs, dtype)
+        parts = split(found.layout, config, theirs, of_leaves)
         for path, part in zip(found.paths, parts, strict=True):
             if found.entry is None:
                 yield path, part
                 continue
             if path not in partial:
-                partial[path] = np.empty(shapes[path], part.dtype)
-            partial[path][found.entry] = part
+                partial[path] = room_for(shapes[path][0], part)
+            where = f"{source.name}: {name}"
+            fill(partial[path], found.entry, part, where)
             missing[path] -= 1
             if missing[path] == 0:
                 yield path, partial.pop(path)
@@ -132,7 +132,7 @@ def leaf_shapes(
     Raises:
         ValueError: as `assemble`.
     """
-    shapes = parameter_shapes(config, _layers_in(source, config))
+    shapes = parameter_shapes(config, layers_in(source.shapes, config))
     _, match_problems = _match(source, family, config, shapes)
     raise_problems(source.name, [*problems, *match_problems])
     return shapes
@@ -187,7 +187,7 @@ def _match(
 
     Nothing is read: the shapes in the files' headers are compared with the model's.
     """
-    layers = _layers_in(source, config)
+    layers = layers_in(source.shapes, config)
     matched: dict[str, Found] = {}
     filled: dict[tuple[str, int | None], str] = {}
     problems = []
@@ -196,7 +196,7 @@ def _match(
             f"expected the tensors of {config.num_layers} layers, got those of {layers}"
         )
     for name, shape in source.shapes.items():
-        found = family.find(source.called(name), shapes)
+        found = family.find(name, shapes)
         if found is None or not _entry_is_there(shapes, found):
             problems.append(
                 f"{name}: expected no such tensor, got one of shape {shape}"
@@ -227,19 +227,19 @@ def _missing(
     filled: Mapping[tuple[str, int | None], str],
 ) -> list[str]:
     """One problem for each leaf that no tensor fills, or not all of its entries."""
-    counts = dict.fromkeys(shapes, 1) | _entries(found, shapes)
-    for path, _ in filled:
-        counts[path] -= 1
-    problems = []
-    for path in sorted(path for path, count in counts.items() if count > 0):
-        problems.append(f"{path}: expected a tensor for it, got none")
-    return problems
+    expected = Counter(dict.fromkeys(shapes, 1) | _entries(found, shapes))
+    # A difference of counters keeps what is above 0.
+    missing = expected - Counter(path for path, _ in filled)
+    return [
+        f"{path}: expected a tensor for it, got none"
+        for path in sorted(missing)
+    ]
 
 
-def _layers_in(source: Source, config: DecoderConfig) -> int:
+def layers_in(names: Iterable[str], config: DecoderConfig) -> int:
     """How many of the model's layers the names of tensors speak of."""
     found = set()
-    for name in source.shapes:
+    for name in names:
         match = re.search(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.", name)
         if match:
             found.add(match[1])
@@ -253,12 +253,10 @@ def parameter_shapes(config: DecoderConfig, layers: int) -> dict[str, Shape]:
     For a hidden size of 64 and two heads of 16, layers/0/self_attn/q_proj/kernel is (64, 32).
     """
     shapes: dict[str, Shape] = {}
-    prefix = "model/layers/0/"
     for number in range(layers):
         of_one = _of_one_layer(config, config.has_experts(number))
         for path, shape in of_one.items():
-            inside = path.removeprefix(prefix)
-            own = path if inside == path else f"model/layers/{number}/{inside}"
+            own = path.replace("layers/0/", f"layers/{number}/")
             shapes[own] = shape
     return shapes
 
@@ -273,9 +271,5 @@ def _of_one_layer(config: DecoderConfig, has_experts: bool) -> dict[str, Shape]:
     one = replace(config, num_layers=1, kinds=config.kinds[:1], experts=experts)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(CausalLM(one).init, jax.random.key(0), ids)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
-    shapes = {}
-    for keys, leaf in leaves:
-        path: Sequence[Any] = [key.key for key in keys]
-        shapes["/".join(path)] = leaf.shape
-    return shapes
+    leaves = flatten_dict(variables["params"], sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}

@@ -56,6 +56,17 @@ class Found(NamedTuple):
     layout: Layout
 
 
+class _EveryLeaf:
+    """Holds every path."""
+
+    def __contains__(self, path: object) -> bool:
+        return True
+
+
+#: For `find`: takes the first row with a name, whatever leaves the model has.
+EVERY_LEAF: Container[str] = _EveryLeaf()
+
+
 def find(
     rows: Sequence[Row], name: str, leaves: Container[str]
 ) -> Found | None:

@@ -18,19 +18,28 @@ class Settings:
     problems are found before one error lists them.
     """
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
-        """`prefix` stands before a key's name in problems: "rope_scaling: factor"."""
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        prefix: str = "",
+        names: Mapping[str, str] | None = None,
+    ):
+        """`prefix` stands before a key's name in problems: "rope_scaling: factor".
+
+        `names` says what the file itself calls such a name, where it has other words.
+        """
         self.values = values
         self.problems: list[str] = []
         self.seen: set[str] = set()
         self._prefix = prefix
+        self._names = names or {}
 
     def __call__(self, key: str, what: What, default: Any = REQUIRED) -> Any:
         """The value of a key, or the default where the file has none, or has null."""
         self.seen.add(key)
         # null is the same as no key: Hugging Face writes it for what was never set.
         value = self.values.get(key)
-        name = self._prefix + key
+        name = self.name(key)
         if value is None and default is REQUIRED:
             self.problems.append(f"{name}: expected {what.expected}, got none")
             return None
@@ -41,6 +50,11 @@ class Settings:
             return None if default is REQUIRED else default
         return value
 
+    def name(self, key: str) -> str:
+        """What problems call a key."""
+        whole = self._prefix + key
+        return self._names.get(whole, whole)
+
     def skip(self, key: str) -> None:
         """Notes that a key says nothing here, whatever its value is."""
         self.seen.add(key)
@@ -48,14 +62,16 @@ class Settings:
     def within(self, key: str) -> "Settings":
         """The keys of an object inside this one; none where there is no such object."""
         self.seen.add(key)
-        inner = self.values.get(key)
-        if inner is not None and not isinstance(inner, Mapping):
+        inner = self.values.get(key) or {}
+        if not isinstance(inner, Mapping):
             self.problems.append(
-                f"{self._prefix}{key}: expected an object with names, got {inner!r}"
+                f"{self.name(key)}: expected an object with names, got {inner!r}"
             )
+            inner = {}
         found = Settings(
             inner if isinstance(inner, Mapping) else {},
             f"{self._prefix}{key}: ",
+            self._names,
         )
         # One list, so that what is wrong inside is reported with the rest.
         found.problems = self.problems

@@ -282,6 +282,14 @@ def _check_length(model: Model, rows: list[np.ndarray], steps: int) -> None:
             f"generate: expected prompt and new tokens to be at most {most} (config.max_length), "
             f"got {longest} + {steps}; shorten the prompt or take fewer steps"
         )
+    change = model.config.keys_change_after
+    # The last new token is never read.
+    if change is not None and longest <= change < longest + steps - 1:
+        raise ValueError(
+            f"generate: expected prompt and new tokens on one side of {change} tokens, where this "
+            f"model's keys change (LongRope), got {longest} + {steps}; take at most "
+            f"{change - longest + 1} steps, then go on with all tokens as the prompt"
+        )
 
 
 def _check_stream(stream: Any) -> None:

@@ -103,11 +103,14 @@ def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
 
 
 def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text alone: without the tokens that a tokenizer puts before every text."""
-    begin = tokenizer.encode("")
+    """The ids of a text alone: without the tokens that a tokenizer puts around every text."""
+    around = tokenizer.encode("")
     ids = tokenizer.encode(text)
-    if ids[: len(begin)] == begin:
-        return ids[len(begin) :]
+    # Which of them stand before the text is not said: as many as fit.
+    for cut in range(len(around), -1, -1):
+        end = len(ids) - len(around) + cut
+        if ids[:cut] == around[:cut] and ids[end:] == around[cut:]:
+            return ids[cut:end]
     return ids
 
 

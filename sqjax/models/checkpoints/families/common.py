@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sqjax.models.checkpoints.settings import REQUIRED, Settings
+from sqjax.models.checkpoints.settings import REQUIRED, Settings, read
 from sqjax.models.config import LayerKind, Norm
 from sqjax.models.fields import (
     EPSILON,
@@ -206,12 +206,13 @@ def _longest(settings: Settings) -> int:
 def _original(settings: Settings, stated: Settings) -> int:
     """How many tokens the model was trained on before its positions were scaled."""
     key = "original_max_position_embeddings"
-    return stated(key, SIZE, settings(key, SIZE, _longest(settings)))
+    # Phi-3 says it outside of the rope's own keys, which then holds.
+    return settings(key, SIZE, stated(key, SIZE, _longest(settings)))
 
 
 def _dynamic(settings: Settings, stated: Settings) -> Dynamic | None:
     factor = stated("factor", POSITIVE)
-    return factor and Dynamic(float(factor), _original(settings, stated))
+    return factor and Dynamic(float(factor), _longest(settings))
 
 
 def _llama3(settings: Settings, stated: Settings) -> Llama3 | None:
@@ -243,9 +244,9 @@ def _yarn_attention(stated: Settings, factor: float) -> float:
     def grown(multiplier: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1
 
-    scale = stated("mscale", EPSILON, 0)
-    scale_all = stated("mscale_all_dim", EPSILON, 0)
-    usual = grown(1)
+    scale = float(stated("mscale", EPSILON, 0))
+    scale_all = float(stated("mscale_all_dim", EPSILON, 0))
+    usual = grown(1.0)
     if scale and scale_all:
         usual = grown(scale) / grown(scale_all)
     return float(stated("attention_factor", POSITIVE, usual))
@@ -274,14 +275,15 @@ def _longrope(settings: Settings, stated: Settings) -> LongRope | None:
 def layer_types(settings: Settings, usual: Sequence[str]) -> list[str]:
     """The kind of attention of each layer: as the file says, or the family's usual ones."""
     types = settings("layer_types", TEXTS, list(usual))
-    unknown = [name for name in types if name not in (FULL, SLIDING)]
+    key = settings.name("layer_types")
+    unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
         settings.refuse(
-            f"layer_types: expected {FULL!r} and {SLIDING!r}, got {unknown[0]!r}"
+            f"{key}: expected {FULL!r} and {SLIDING!r}, got {unknown[0]!r}"
         )
     if len(types) != len(usual):
         settings.refuse(
-            f"layer_types: expected one for each of {len(usual)} layers, got {len(types)}"
+            f"{key}: expected one for each of {len(usual)} layers, got {len(types)}"
         )
     return types
 
@@ -292,3 +294,14 @@ def kinds(
     """The kind of each layer, from their types; one for all where they are alike."""
     of_layers = tuple(full if name == FULL else sliding for name in types)
     return of_layers[:1] if len(set(of_layers)) == 1 else of_layers
+
+
+#: The sizes of families that name them as Llama does, without key/value heads of their own.
+SIZES = {
+    "vocab_size": read("vocab_size", SIZE),
+    "hidden_size": read("hidden_size", SIZE),
+    "num_layers": read("num_hidden_layers", SIZE),
+    "num_heads": read("num_attention_heads", SIZE),
+    "num_kv_heads": read("num_attention_heads", SIZE),
+    "head_dim": lambda settings: even_head_dim(settings, "hidden_size"),
+}

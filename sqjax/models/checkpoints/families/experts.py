@@ -1,5 +1,7 @@
 """Families with mixtures of experts: Mixtral, Qwen's, OLMoE, DeepSeek-V2."""
 
+import math
+
 from sqjax.models.checkpoints.families.common import layer_count, rms_norm, rope
 from sqjax.models.checkpoints.families.llama import (
     EXPERT_ROWS,
@@ -9,6 +11,7 @@ from sqjax.models.checkpoints.families.llama import (
     QWEN2,
     QWEN3,
     THEIR_LAYER,
+    rope_everywhere,
     rope_in_a_window,
 )
 from sqjax.models.checkpoints.family import Family
@@ -17,6 +20,7 @@ from sqjax.models.checkpoints.settings import Settings, read
 from sqjax.models.config import Experts, LatentAttention, LayerKind
 from sqjax.models.fields import (
     COUNT,
+    EPSILON,
     FLAG,
     POSITIVE,
     SIZE,
@@ -24,7 +28,9 @@ from sqjax.models.fields import (
     one_of,
 )
 
+#: The kernels of an expert, by the names of the paper's code.
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+#: Mixtral: experts in every layer.
 MIXTRAL = Family(
     "mixtral",
     {
@@ -55,9 +61,25 @@ MIXTRAL = Family(
             )
         ),
     ),
-    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    absent={
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+    },
 )
 
+
+def rope_without_windows(settings: Settings) -> tuple[LayerKind, ...]:
+    """As Llama's layers. Versions of transformers differ in which layers have a window."""
+    if settings("use_sliding_window", FLAG, False):
+        settings.refuse(
+            "use_sliding_window = True: not supported for this family; expected False"
+        )
+    settings.skip("sliding_window")
+    return rope_everywhere(settings)
+
+
+#: The router of all families here but Mixtral.
 _ROUTER_ROWS = dense(f"{THEIR_LAYER}.mlp.gate", f"{OUR_LAYER}/mlp/router")
 
 
@@ -82,10 +104,12 @@ def _qwen_experts(settings: Settings, **shared) -> Experts:
     )
 
 
+#: Qwen1.5-MoE, Qwen2-57B-A14B: one expert, behind a gate, sees every token.
 QWEN2_MOE = Family(
     "qwen2_moe",
     {
         **QWEN2.fields,
+        "kinds": rope_without_windows,
         "attention_bias": read("qkv_bias", FLAG, True),
         "experts": lambda settings: _qwen_experts(
             settings,
@@ -119,9 +143,14 @@ QWEN2_MOE = Family(
         "shared_expert_intermediate_size": 5632,
     },
 )
+#: Qwen3-30B-A3B and its like.
 QWEN3_MOE = Family(
     "qwen3_moe",
-    {**QWEN3.fields, "experts": _qwen_experts},
+    {
+        **QWEN3.fields,
+        "kinds": rope_without_windows,
+        "experts": _qwen_experts,
+    },
     (*LLAMA_ROWS, *_ROUTER_ROWS, *EXPERT_ROWS),
     absent={
         "num_key_value_heads": 4,
@@ -131,6 +160,7 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
     },
 )
+#: OLMoE: norms over all queries and all keys.
 OLMOE = Family(
     "olmoe",
     {
@@ -148,6 +178,7 @@ OLMOE = Family(
     },
     (*LLAMA_ROWS, *_ROUTER_ROWS, *EXPERT_ROWS),
     absent={"max_position_embeddings": 4096},
+    usual_ends=(50279,),
 )
 
 
@@ -187,6 +218,19 @@ def _latent(settings: Settings) -> LatentAttention:
     )
 
 
+def _scale(settings: Settings) -> float:
+    """1 / sqrt(head_dim), with YaRN's growth of attention where the file states it."""
+    scale = _latent_size(settings) ** -0.5
+    for key in ("rope_scaling", "rope_parameters"):
+        stated = settings.within(key)
+        grown = stated("mscale_all_dim", EPSILON, 0)
+        factor = stated("factor", POSITIVE, 1)
+        if grown and factor > 1:
+            growth = 0.1 * grown * math.log(factor) + 1
+            return scale * growth**2
+    return scale
+
+
 def _latent_size(settings: Settings) -> int:
     latent = _latent(settings)
     return latent.plain_size + latent.rotary_size
@@ -202,6 +246,7 @@ _LATENT_DENSE = (
     "q_b_proj",
     "kv_b_proj",
 )
+#: DeepSeek-V2 and V2-Lite: keys and values from a short vector; the first layers without experts.
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     {
@@ -210,6 +255,8 @@ DEEPSEEK_V2 = Family(
         "head_dim": _latent_size,
         "kinds": _deepseek_kinds,
         "latent": _latent,
+        "query_scale": _scale,
+        "mlp_bias": False,
         "experts": _deepseek_experts,
     },
     (
@@ -245,4 +292,9 @@ DEEPSEEK_V2 = Family(
             )
         ),
     ),
+    absent={
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "q_lora_rank": 1536,
+    },
 )

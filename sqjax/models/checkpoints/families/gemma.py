@@ -22,15 +22,16 @@ from sqjax.models.checkpoints.families.llama import (
     rope_in_some_windows,
 )
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.settings import Settings, read
+from sqjax.models.checkpoints.settings import Settings, Source
 from sqjax.models.config import LayerKind, Norm
-from sqjax.models.fields import POSITIVE, POSITIVE_OR_NONE, SIZE
+from sqjax.models.fields import POSITIVE, SIZE
 
 
 def _norm(settings: Settings) -> Norm:
     return rms_norm(settings, one_plus=True)
 
 
+#: What all three share.
 _FIELDS = {
     **LLAMA_FIELDS,
     "mlp_bias": False,
@@ -47,13 +48,12 @@ _ABSENT = {
 
 
 def _first_activation(settings: Settings) -> str | None:
-    """Gemma 1: "hidden_activation", because "hidden_act" was wrong in the first files."""
-    key = "hidden_activation"
-    if settings.values.get(key) is None:
-        return "gelu_tanh"
-    return activation(key)(settings)
+    """Gemma 1: the first files say "gelu" and mean its approximation."""
+    found = activation("hidden_act", "gelu_pytorch_tanh")(settings)
+    return "gelu_tanh" if found == "gelu" else found
 
 
+#: Gemma 1.
 GEMMA = Family(
     "gemma",
     {**_FIELDS, "activation": _first_activation},
@@ -66,6 +66,16 @@ def _query_scale(settings: Settings) -> float:
     return settings("query_pre_attn_scalar", POSITIVE, 256) ** -0.5
 
 
+def _softcap(key: str) -> Source:
+    """The source of a soft cap; a file may write a whole number."""
+
+    def source(settings: Settings) -> float | None:
+        cap = settings(key, POSITIVE, None)
+        return None if cap is None else float(cap)
+
+    return source
+
+
 def _second_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     """Every second layer looks at all tokens, beginning with layer 1."""
     layers = range(layer_count(settings))
@@ -74,6 +84,7 @@ def _second_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_in_some_windows(settings, usual, window)
 
 
+#: Norms before and after each part.
 _SANDWICH_ROWS = (
     *OUTER_ROWS,
     *ATTENTION_ROWS,
@@ -85,15 +96,17 @@ _SANDWICH_ROWS = (
         "post_feedforward_layernorm",
     ),
 )
+#: What Gemma 2 and 3 share.
 _SECOND_FIELDS = {
     **_FIELDS,
     "block": "sandwich",
     "activation": activation("hidden_activation", "gelu_pytorch_tanh"),
     "kinds": _second_kinds,
     "query_scale": _query_scale,
-    "attention_softcap": read("attn_logit_softcapping", POSITIVE_OR_NONE, None),
-    "logit_softcap": read("final_logit_softcapping", POSITIVE_OR_NONE, None),
+    "attention_softcap": _softcap("attn_logit_softcapping"),
+    "logit_softcap": _softcap("final_logit_softcapping"),
 }
+#: Gemma 2: norms around attention and MLP, soft caps, a window in every second layer.
 GEMMA2 = Family(
     "gemma2",
     _SECOND_FIELDS,
@@ -126,6 +139,7 @@ def _third_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return kinds(types, LayerKind(None, everywhere), LayerKind(window, near))
 
 
+#: Gemma 3, text only: norms of queries and keys, a base of their own for layers with a window.
 GEMMA3_TEXT = Family(
     "gemma3_text",
     {

@@ -2,7 +2,13 @@
 
 from collections.abc import Mapping
 
-from sqjax.models.checkpoints.families import experts, gemma, gpt, llama
+from sqjax.models.checkpoints.families import (
+    bloom,
+    experts,
+    gemma,
+    gpt,
+    llama,
+)
 from sqjax.models.checkpoints.family import Family
 
 _ALL = (
@@ -31,9 +37,9 @@ _ALL = (
     gpt.GPT2,
     gpt.GPTJ,
     gpt.GPT_NEOX,
-    gpt.OPT,
-    gpt.BLOOM,
-    gpt.FALCON,
+    bloom.OPT,
+    bloom.BLOOM,
+    bloom.FALCON,
     gpt.PHI,
 )
 #: {model_type of config.json: family}.

@@ -6,6 +6,7 @@ from sqjax.models.checkpoints.families.common import (
     FULL,
     SLIDING,
     activation,
+    even_head_dim,
     head_dim,
     kinds,
     layer_count,
@@ -15,6 +16,7 @@ from sqjax.models.checkpoints.families.common import (
     rms_norm,
     rope,
 )
+from sqjax.models.checkpoints.families.paths import GATE_UP, OUR_LAYER, QKV
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.names import (
     TRANSPOSED,
@@ -27,6 +29,7 @@ from sqjax.models.checkpoints.names import (
 from sqjax.models.checkpoints.settings import Settings, read
 from sqjax.models.config import LayerKind
 from sqjax.models.fields import (
+    COUNT,
     FLAG,
     POSITIVE,
     SIZE,
@@ -34,8 +37,8 @@ from sqjax.models.fields import (
     WHOLE_NUMBERS,
 )
 
-# The model's layers, in their names and in ours.
-THEIR_LAYER, OUR_LAYER = "layers.{layer}", "model/layers/{layer}"
+#: A layer, in the names of these families.
+THEIR_LAYER = "layers.{layer}"
 
 
 def rope_everywhere(settings: Settings, **choices) -> tuple[LayerKind, ...]:
@@ -51,9 +54,9 @@ def _check_full(settings: Settings) -> None:
     if types is not None and not (
         set(types) == {FULL} and len(types) == layers
     ):
+        key = settings.name("layer_types")
         settings.refuse(
-            f"layer_types = {types!r}: not supported for this family; expected {layers} times "
-            f"{FULL!r}"
+            f"{key} = {types!r}: not supported for this family; expected {layers} times {FULL!r}"
         )
 
 
@@ -75,6 +78,7 @@ def rope_in_some_windows(
     return kinds(types, full, sliding)
 
 
+#: Where the fields of a Llama stand; families that are like it change some.
 LLAMA_FIELDS = {
     "vocab_size": read("vocab_size", SIZE),
     "hidden_size": read("hidden_size", SIZE),
@@ -103,6 +107,7 @@ ATTENTION_ROWS = (
     *norm(f"{THEIR_LAYER}.self_attn.q_norm", f"{OUR_LAYER}/self_attn/q_norm"),
     *norm(f"{THEIR_LAYER}.self_attn.k_norm", f"{OUR_LAYER}/self_attn/k_norm"),
 )
+#: A gated MLP.
 MLP_ROWS = (
     *dense(f"{THEIR_LAYER}.mlp.gate_proj", f"{OUR_LAYER}/mlp/gate_proj"),
     *dense(f"{THEIR_LAYER}.mlp.up_proj", f"{OUR_LAYER}/mlp/up_proj"),
@@ -124,6 +129,7 @@ OUTER_ROWS = (
     *norm("norm", "model/norm"),
     *dense("lm_head", "lm_head"),
 )
+#: All of a Llama.
 LLAMA_ROWS = (
     *OUTER_ROWS,
     *ATTENTION_ROWS,
@@ -133,6 +139,7 @@ LLAMA_ROWS = (
 #: The angles that older checkpoints of these families hold.
 ANGLES = (".rotary_emb.inv_freq",)
 
+#: Llama 1 to 3.3, SmolLM2, and whatever else calls itself "llama".
 LLAMA = Family("llama", LLAMA_FIELDS, LLAMA_ROWS)
 
 
@@ -150,7 +157,8 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     if settings("use_sliding_window", FLAG, False):
         window = settings("sliding_window", SIZE, None)
     settings.skip("sliding_window")
-    types = layer_types(settings, [SLIDING if window else FULL] * layers)
+    usual_types = [SLIDING if window and not turn else FULL for turn in turns]
+    types = layer_types(settings, usual_types)
     turning = rope(settings, head_dim(settings), theta=2000000.0)
     of_layers = []
     for turn, name in zip(turns, types, strict=False):
@@ -159,6 +167,7 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return tuple(of_layers)
 
 
+#: SmolLM3: some layers do not turn.
 SMOLLM3 = Family(
     "smollm3",
     {**LLAMA_FIELDS, "kinds": _smollm3_kinds},
@@ -168,8 +177,10 @@ SMOLLM3 = Family(
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     },
+    usual_ends=(128001,),
 )
 
+#: Mistral 7B, NeMo: a window in every layer, or in none.
 MISTRAL = Family(
     "mistral",
     {**LLAMA_FIELDS, "kinds": rope_in_a_window},
@@ -189,6 +200,7 @@ def _ministral_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return rope_in_some_windows(settings, [usual] * layers, window)
 
 
+#: Ministral: a window in some layers.
 MINISTRAL = Family(
     "ministral",
     {**LLAMA_FIELDS, "kinds": _ministral_kinds},
@@ -204,13 +216,14 @@ def _qwen_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     if settings("use_sliding_window", FLAG, False):
         window = settings("sliding_window", SIZE, 4096)
     settings.skip("sliding_window")
-    first = settings("max_window_layers", SIZE, 28)
+    first = settings("max_window_layers", COUNT, 28)
     usual = []
     for i in range(layers):
         usual.append(SLIDING if window and i >= first else FULL)
     return rope_in_some_windows(settings, usual, window)
 
 
+#: Qwen2 and 2.5: queries, keys and values have a bias.
 QWEN2 = Family(
     "qwen2",
     {
@@ -223,6 +236,7 @@ QWEN2 = Family(
     LLAMA_ROWS,
     absent={"num_key_value_heads": 32, "max_position_embeddings": 32768},
 )
+#: Qwen3: queries and keys have a norm.
 QWEN3 = Family(
     "qwen3",
     {
@@ -246,6 +260,7 @@ def _scale(key: str):
     return lambda settings: float(settings(key, POSITIVE, 1.0))
 
 
+#: Granite: multipliers of the embedding, the residual stream, the scores and the logits.
 GRANITE = Family(
     "granite",
     {
@@ -258,6 +273,7 @@ GRANITE = Family(
     LLAMA_ROWS,
 )
 
+#: OLMo-2: norms follow attention and MLP.
 OLMO2 = Family(
     "olmo2",
     {
@@ -274,8 +290,10 @@ OLMO2 = Family(
         *MLP_ROWS,
         *norm_rows("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
+    usual_ends=(50279,),
 )
 
+#: Phi-3, Phi-4, Phi-4-mini: q/k/v are one tensor, and so are gate and up.
 PHI3 = Family(
     "phi3",
     {
@@ -290,11 +308,11 @@ PHI3 = Family(
         *OUTER_ROWS,
         *several(
             f"{THEIR_LAYER}.self_attn.qkv_proj",
-            [f"{OUR_LAYER}/self_attn/{part}_proj" for part in "qkv"],
+            QKV,
         ),
         *several(
             f"{THEIR_LAYER}.mlp.gate_up_proj",
-            [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+            GATE_UP,
         ),
         *ATTENTION_ROWS,
         *MLP_ROWS,
@@ -304,8 +322,10 @@ PHI3 = Family(
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
     },
+    usual_ends=(32000,),
 )
 
+#: What both generations of GLM-4 share.
 _GLM_FIELDS = {
     **LLAMA_FIELDS,
     "output_bias": False,
@@ -320,21 +340,26 @@ _GLM_ROWS = (
     *ATTENTION_ROWS,
     *several(
         f"{THEIR_LAYER}.mlp.gate_up_proj",
-        [f"{OUR_LAYER}/mlp/{part}_proj" for part in ("gate", "up")],
+        GATE_UP,
     ),
     *MLP_ROWS,
 )
+_GLM_ENDS = (151329, 151336, 151338)
 _GLM_ABSENT = {
+    "attention_bias": True,
     "num_key_value_heads": 2,
     "head_dim": 128,
     "max_position_embeddings": 131072,
 }
+#: GLM-4 9B: half of a head turns, in neighbouring pairs.
 GLM = Family(
     "glm",
     _GLM_FIELDS,
     (*_GLM_ROWS, *norm_rows("input_layernorm", "post_attention_layernorm")),
     absent=_GLM_ABSENT,
+    usual_ends=_GLM_ENDS,
 )
+#: GLM-4 0414: as `GLM`, with norms around attention and MLP.
 GLM4 = Family(
     "glm4",
     {**_GLM_FIELDS, "block": "sandwich"},
@@ -355,6 +380,7 @@ GLM4 = Family(
         ),
     ),
     absent=_GLM_ABSENT,
+    usual_ends=_GLM_ENDS,
 )
 
 
@@ -375,6 +401,7 @@ def _norms_of_heads(name: str) -> tuple:
     )
 
 
+#: StableLM: LayerNorms; a quarter of a head turns.
 STABLELM = Family(
     "stablelm",
     {
@@ -392,6 +419,7 @@ STABLELM = Family(
     absent={"num_key_value_heads": 32, "max_position_embeddings": 4096},
 )
 
+#: Command R: one LayerNorm without bias for attention and MLP, which are added together.
 COHERE = Family(
     "cohere",
     {
@@ -408,6 +436,7 @@ COHERE = Family(
     },
     (*OUTER_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *norm_rows("input_layernorm")),
     absent={"tie_word_embeddings": True, "max_position_embeddings": 8192},
+    usual_ends=(255001,),
 )
 
 
@@ -422,11 +451,18 @@ def _cohere2_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return kinds(types, LayerKind(None, None), LayerKind(window, turning))
 
 
+#: Command R7B: as `COHERE`, with windows.
 COHERE2 = Family(
     "cohere2",
-    {**COHERE.fields, "kinds": _cohere2_kinds, "qk_norm": None},
+    {
+        **COHERE.fields,
+        "head_dim": lambda settings: even_head_dim(settings, "hidden_size"),
+        "kinds": _cohere2_kinds,
+        "qk_norm": None,
+    },
     COHERE.rows,
     absent=COHERE.absent,
+    usual_ends=(255001,),
 )
 
 #: The experts of a layer, each kernel a tensor of its own.
