@@ -410,6 +410,7 @@ def embed(
     """What the first layer reads. Of params, none of `HEAD` and of the layers is read."""
     decoder: Any = Decoder(config, remat=False)
     of_decoder = {"params": params["model"]}
+    # Without a cache: the positions begin at 0.
     x, _ = decoder.apply(of_decoder, ids, None, method="embed")
     return x
 
@@ -421,6 +422,7 @@ def run_layer(
     x: Float[Array, "batch tokens hidden"],
 ) -> Float[Array, "batch tokens hidden"]:
     """What one layer gives, of what it reads; `params` are its own."""
+    # Positions cost little, and are found again for each layer.
     positions = _next_positions(config, x.shape[1], None, x.dtype)
     context = _context(config, positions, layer, None)
     x, _ = _run_layer(config, layer)({"params": params}, x, context)
