@@ -16,6 +16,7 @@ from sqjax.models.fields import (
     SIZE,
     SIZE_OR_NONE,
     What,
+    check,
     check_fields,
     instance_of,
     one_of,
@@ -102,11 +103,12 @@ class Experts:
     def __post_init__(self):
         check_fields(self, _EXPERTS_FIELDS)
         allowed = self.count // self.groups * self.groups_kept
-        if self.count % self.groups or self.per_token > allowed:
+        too_many = self.per_token > allowed or self.groups_kept > self.groups
+        if self.count % self.groups or too_many:
             raise ValueError(
-                "Experts.per_token: expected groups that divide the experts, and at most as many "
-                f"experts a token as the kept groups have, got {self.per_token} of {self.count} "
-                f"in {self.groups_kept} of {self.groups} groups"
+                "Experts.per_token: expected groups that divide the experts, no more groups kept "
+                "than there are, and at most as many experts a token as these have, got "
+                f"{self.per_token} of {self.count} in {self.groups_kept} of {self.groups} groups"
             )
 
 
@@ -251,6 +253,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         check_fields(self, _FIELDS)
+        _check_positions(self)
         _check_heads(self)
         _check_kinds(self)
         _check_latent(self)
@@ -322,6 +325,12 @@ _FIELDS: Mapping[str, What] = {
     "logit_scale": POSITIVE,
     "logit_softcap": POSITIVE_OR_NONE,
 }
+
+
+def _check_positions(config: DecoderConfig) -> None:
+    """Raises ValueError if the table of positions would be longer than an array can be."""
+    rows = config.max_length + config.position_offset
+    check("DecoderConfig.max_length", rows, SIZE)
 
 
 def _check_heads(config: DecoderConfig) -> None:

@@ -215,7 +215,8 @@ def _check_alike(first: Any, row: Any, i: int) -> None:
             raise ValueError(
                 f"model/layers/{i}/{path}: expected what layer 0 has, {want}, got {have}; only "
                 "layers that are alike make a stack: stack the float parameters, then calibrate "
-                "and quantize the stack"
+                "and quantize the stack. A model whose float layers differ, because experts are in "
+                "some only, stays apart"
             )
 
 

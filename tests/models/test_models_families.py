@@ -251,6 +251,31 @@ WRONG = {
         ),
         "LongRope: expected 4 factors above 0, .*, got 1",
     ),
+    "heads that key heads do not divide": (
+        config_of("llama_grouped", num_key_value_heads=3),
+        r"DecoderConfig.num_heads: .* 3, got 4 \(from num_attention_heads\)",
+    ),
+    "layers without experts": (
+        config_of("deepseek_v2", first_k_dense_replace=2**31 - 1, topk_group=7),
+        r"got 2 of \d+ in 7 of \d+ groups \(from .*topk_group",
+    ),
+    "positions beyond an array": (
+        config_of("opt", max_position_embeddings=2**31 - 1),
+        r"max_length: .*got 2147483649 \(from max_position_embeddings\)",
+    ),
+    "a scaling of no kind": (
+        config_of("llama", rope_scaling={"factor": 2.0}),
+        "rope_type = None: not supported",
+    ),
+    "no object": (config_of("llama", rope_scaling=False), "rope_scaling: expected an object"),
+    "a flag of null": (
+        config_of("opt", enable_bias=None),
+        "enable_bias: expected true or false, got None",
+    ),
+    "no window": (
+        config_of("smollm3", layer_types=["sliding_attention"] * 4, sliding_window=None),
+        "sliding_window: expected a size for the layers of 'sliding_attention', got none",
+    ),
     "scaled heads": (
         config_of("gpt2", scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx = True: expected False",
@@ -263,6 +288,18 @@ def test_configurations_that_are_refused(case):
     config, message = WRONG[case]
     with pytest.raises(ValueError, match=f"config.json(.|\n)*{message}"):
         read_config(config)
+
+
+def test_all_layers_may_be_without_experts():
+    config = config_of("deepseek_v2", first_k_dense_replace=2**31 - 1)
+    _, found = read_config(config)
+    assert not any(map(found.has_experts, range(found.num_layers)))
+
+
+def test_the_older_name_of_a_base_holds():
+    """As in transformers: where both are there and differ, an edit of one alone."""
+    _, found = read_config(config_of("gpt_neox", rotary_emb_base=77, rope_theta=10000))
+    assert found.kinds[0].rope.theta == 77
 
 
 def test_an_end_that_transformers_writes_by_itself_says_nothing():

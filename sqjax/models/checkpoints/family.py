@@ -10,7 +10,7 @@ says that config.json is read as a Llama's but for two fields, and that tensors 
 names.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,13 +94,14 @@ class Family:
 
     def translate(self, settings: Settings, source: str) -> DecoderConfig:
         """As `config`, from settings of which problems may be known already."""
-        found, all_made = {}, True
+        found, keys, all_made = {}, {}, True
         for name, from_file in self.fields.items():
-            value = from_file
+            value, first = from_file, len(settings.read_names)
             if callable(from_file):
                 value, is_made = _made(settings, from_file)
                 all_made = all_made and is_made
             found[name] = value
+            keys[name] = settings.read_names[first:]
         # A field that was given up may have had more keys to read.
         neutral = {**NEUTRAL, **self.neutral} if all_made else {}
         settings.problems += _not_neutral(settings, neutral)
@@ -113,7 +114,9 @@ class Family:
         try:
             return DecoderConfig(**found)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            field_name = str(error).partition(":")[0].rpartition(".")[2]
+            of_file = _from(keys.get(field_name, ()))
+            raise ValueError(f"{source}: {error}{of_file}") from error
 
     def find(self, name: str, leaves: Container[str]) -> Found | None:
         """Which of a model's leaves a tensor fills; None if the table has no row for it."""
@@ -126,13 +129,20 @@ class Family:
 
 def _made(settings: Settings, source: Any) -> tuple[Any, bool]:
     """(a field's value, whether there is one); where its keys are wrong, those are the problem."""
-    known = len(settings.problems)
+    known, first = len(settings.problems), len(settings.read_names)
     try:
         return source(settings), True
     except (ValueError, TypeError, ArithmeticError) as error:
         if len(settings.problems) == known:
-            settings.refuse(str(error))
+            keys = settings.read_names[first:]
+            settings.refuse(f"{error}{_from(keys)}")
         return None, False
+
+
+def _from(keys: Iterable[str]) -> str:
+    """Which keys of the file a field is made of, for the end of an error."""
+    names = ", ".join(dict.fromkeys(keys))
+    return f" (from {names})" if names else ""
 
 
 def _not_neutral(

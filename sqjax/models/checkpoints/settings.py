@@ -31,6 +31,8 @@ class Settings:
         self.values = values
         self.problems: list[str] = []
         self.seen: set[str] = set()
+        #: The names of all keys in the order in which they were read, also those inside.
+        self.read_names: list[str] = []
         self._prefix = prefix
         self._names = names or {}
 
@@ -40,6 +42,10 @@ class Settings:
         # null is the same as no key: Hugging Face writes it for what was never set.
         value = self.values.get(key)
         name = self.name(key)
+        self.read_names.append(name)
+        # A flag that is null was not left out: transformers takes it as false.
+        if default is True and key in self.values and value is None:
+            self.problems.append(wrong(name, value, what))
         if value is None and default is REQUIRED:
             self.problems.append(f"{name}: expected {what.expected}, got none")
             return None
@@ -62,12 +68,11 @@ class Settings:
     def within(self, key: str) -> "Settings":
         """The keys of an object inside this one; none where there is no such object."""
         self.seen.add(key)
-        inner = self.values.get(key) or {}
-        if not isinstance(inner, Mapping):
+        inner = self.values.get(key)
+        if inner is not None and not isinstance(inner, Mapping):
             self.problems.append(
                 f"{self.name(key)}: expected an object with names, got {inner!r}"
             )
-            inner = {}
         found = Settings(
             inner if isinstance(inner, Mapping) else {},
             f"{self._prefix}{key}: ",
@@ -75,6 +80,7 @@ class Settings:
         )
         # One list, so that what is wrong inside is reported with the rest.
         found.problems = self.problems
+        found.read_names = self.read_names
         return found
 
     def refuse(self, problem: str) -> None:

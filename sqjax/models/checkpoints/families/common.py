@@ -158,7 +158,7 @@ def _scaling(
 ) -> Scaling | None:
     """The scaling that an object of the file describes."""
     # Older files say "type", newer ones "rope_type".
-    kind = stated("rope_type", TEXT, stated("type", TEXT, "default"))
+    kind = stated("rope_type", TEXT, stated("type", TEXT, None))
     makers = {
         "linear": _linear,
         "dynamic": _dynamic,
@@ -167,6 +167,10 @@ def _scaling(
         "longrope": _longrope,
         "su": _longrope,  # the name before "longrope"
     }
+    # What may stand there without a kind: numbers that are no scaling's.
+    plain = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}
+    if kind is None and set(stated.values) <= plain:
+        return None
     if kind == "default":
         return None
     if kind not in makers:

@@ -194,7 +194,8 @@ def _deepseek_experts(settings: Settings) -> Experts | None:
     inner = settings("moe_intermediate_size", SIZE, 1407)
     groups, kept = settings("n_group", SIZE, 1), settings("topk_group", SIZE, 1)
     shared = settings("n_shared_experts", SIZE, None)
-    first = settings("first_k_dense_replace", COUNT, 0)
+    layers = settings("num_hidden_layers", SIZE)
+    first = min(settings("first_k_dense_replace", COUNT, 0), layers)
     return Experts(
         count,
         settings("num_experts_per_tok", SIZE),

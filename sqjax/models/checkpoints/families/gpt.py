@@ -149,11 +149,17 @@ def _neox_block(settings: Settings) -> str:
 
 def _neox_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     size = even_head_dim(settings, "hidden_size")
-    theta = float(settings("rotary_emb_base", POSITIVE, 10000))
+    # Newer files say rope_theta, some say both: then the older name holds.
+    theta = float(settings("rope_theta", POSITIVE, 10000))
     # Newer files say partial_rotary_factor, some say both.
     part = settings("partial_rotary_factor", POSITIVE, 0.25)
     turning = rope(
-        settings, size, theta=theta, part=part, part_key="rotary_pct"
+        settings,
+        size,
+        theta=theta,
+        theta_key="rotary_emb_base",
+        part=part,
+        part_key="rotary_pct",
     )
     return (LayerKind(None, turning),)
 

@@ -153,12 +153,14 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
         settings.refuse(
             f"no_rope_layers: expected one number for each of {layers} layers, got {len(turns)}"
         )
-    window = None
-    if settings("use_sliding_window", FLAG, False):
-        window = settings("sliding_window", SIZE, None)
-    settings.skip("sliding_window")
-    usual_types = [SLIDING if window and not turn else FULL for turn in turns]
+    window = settings("sliding_window", SIZE, None)
+    in_use = settings("use_sliding_window", FLAG, False) and window is not None
+    usual_types = [SLIDING if in_use and not turn else FULL for turn in turns]
     types = layer_types(settings, usual_types)
+    if SLIDING in types and window is None:
+        settings.refuse(
+            f"sliding_window: expected a size for the layers of {SLIDING!r}, got none"
+        )
     turning = rope(settings, head_dim(settings), theta=2000000.0)
     of_layers = []
     for turn, name in zip(turns, types, strict=False):
