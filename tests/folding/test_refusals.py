@@ -385,7 +385,7 @@ def test_a_tied_embedding_is_refused():
     graph = graph_of(model.apply, params, jnp.array([[1, 2]]))
     reason = dict(graph.refused)["model/embed_tokens/embedding"]
     assert re.search(
-        r"`mul` at \S*llama.py.* multiplies two values of that scale", reason
+        r"`mul` at \S*norms.py.* multiplies two values of that scale", reason
     )  # the residual's norm
     assert len(graph.groups) == 4
 

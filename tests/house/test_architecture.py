@@ -161,7 +161,7 @@ def test_only_linen_nnx_and_models_load_flax_and_when_they_are_used():
         if re.search(r"^\s*(from|import) flax", (ROOT / path).read_text(), re.M)
     }
     # `_serialized` imports it in a function, once something else has loaded it.
-    assert users == {"layers", "models", "_serialized.py"}
+    assert users == {"layers", "models", "streaming", "_serialized.py"}
 
 
 def test_an_unknown_name_is_an_attribute_error():
