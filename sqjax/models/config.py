@@ -429,6 +429,17 @@ def llama_config(
 ) -> DecoderConfig:
     """The `DecoderConfig` of a Llama, whose few choices are said flat.
 
+    Args:
+        rope_theta: the base of the rotary embedding.
+        rms_norm_eps: added to the mean square in every norm.
+        attention_bias: whether q, k, v and the output projection have a bias.
+        sliding_window: a token looks at so many latest tokens, in every layer; None for all.
+
+        The other arguments are fields of `DecoderConfig`.
+
+    Raises:
+        ValueError: as `DecoderConfig`.
+
     Examples:
         >>> from sqjax.models import llama_config
         >>> llama_config(32, 8, 16, 3, 2, 1, 4, rope_theta=1e6).kinds[0].rope.theta

@@ -23,20 +23,27 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 def projections(
-    module: nn.Module, x: Array, sizes: Mapping[str, int], use_bias: bool
+    module: nn.Module,
+    layer: Callable[..., nn.Module],
+    sizes: Mapping[str, int],
+    *inputs: Array,
 ) -> list[Array]:
-    """The outputs of several Dense layers that read the same x, in the order of `sizes`.
+    """The outputs of several layers that read the same inputs, in the order of `sizes`.
 
-    `sizes` is {name: number of outputs}. If `sqjax.models.fuse` has stored the layers as one, one
-    matmul computes all outputs, side by side. With sizes 48, 16 and 16 they are split at 48 and
-    64.
+    If `sqjax.models.fuse` has stored the layers as one, one matmul computes all outputs, side by
+    side. With sizes 48, 16 and 16 they are split at 48 and 64.
+
+    Args:
+        module: whose parameters the layers' are.
+        layer: layer(outputs, name=...) makes one.
+        sizes: {name: number of outputs}.
+        inputs: what each is called with.
     """
     fused = fused_name(tuple(sizes))
-    dense = partial(nn.Dense, use_bias=use_bias)
     if not module.has_variable("params", fused):
-        return [dense(size, name=name)(x) for name, size in sizes.items()]
+        return [layer(n, name=name)(*inputs) for name, n in sizes.items()]
     ends = np.cumsum(list(sizes.values()))
-    outputs = dense(int(ends[-1]), name=fused)(x)
+    outputs = layer(int(ends[-1]), name=fused)(*inputs)
     return jnp.split(outputs, ends[:-1], axis=-1)
 
 
@@ -57,7 +64,8 @@ class MLP(nn.Module):
             sizes = dict.fromkeys(
                 ("gate_proj", "up_proj"), self.intermediate_size
             )
-            gate, up = projections(self, x, sizes, use_bias)
+            dense = partial(nn.Dense, use_bias=use_bias)
+            gate, up = projections(self, dense, sizes, x)
             inner = act(gate) * up
         else:
             first = nn.Dense(
@@ -95,16 +103,10 @@ class ExpertMLP(nn.Module):
     def __call__(
         self, rows: Float[Array, "rows hidden"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows hidden"]:
-        experts = self.experts
-        inner = experts.intermediate_size
-        dense = partial(ExpertDense, experts.count)
-        fused = fused_name(("gate_proj", "up_proj"))
-        if self.has_variable("params", fused):
-            both = dense(2 * inner, name=fused)(rows, sizes)
-            gate, up = jnp.split(both, 2, axis=-1)
-        else:
-            gate = dense(inner, name="gate_proj")(rows, sizes)
-            up = dense(inner, name="up_proj")(rows, sizes)
+        inner = self.experts.intermediate_size
+        dense = partial(ExpertDense, self.experts.count)
+        outputs = dict.fromkeys(("gate_proj", "up_proj"), inner)
+        gate, up = projections(self, dense, outputs, rows, sizes)
         act = ACTIVATIONS[self.config.activation]
         hidden = act(gate) * up
         down = dense(self.config.hidden_size, name="down_proj")

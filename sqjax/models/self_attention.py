@@ -1,5 +1,6 @@
 """Self-attention as Flax modules: queries, keys and values, their norms, and the cache."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,8 @@ class Attention(nn.Module):
             "k_proj": config.num_kv_heads * config.head_dim,
             "v_proj": config.num_kv_heads * config.head_dim,
         }
-        flat = projections(self, x, sizes, config.attention_bias)
+        dense = partial(nn.Dense, use_bias=config.attention_bias)
+        flat = projections(self, dense, sizes, x)
         heads = (batch, tokens, -1, config.head_dim)
         queries, keys, values = flat
         queries = _turned(config, self._normed(queries, "q_norm"), context)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 
 import sqjax as sq
 from sqjax.models import families as f
-from sqjax.models import generate, load, partition_specs, stack_layers
+from sqjax.models import fuse, generate, load, partition_specs, stack_layers
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.huggingface import read_config
 
@@ -107,6 +108,17 @@ def test_a_stack_is_the_layers_apart(name):
     assert_close(jax.jit(model.apply)(stack_layers(params), ids), logits_of(name))
 
 
+@pytest.mark.slow
+def test_fused_experts_are_the_experts_apart():
+    case, model, params = loaded("mixtral")
+    fused = fuse(params)
+    kernel = fused["model"]["layers"]["0"]["mlp"]["experts"]["gate_proj+up_proj"]["kernel"]
+    experts, inner = model.config.experts.count, model.config.experts.intermediate_size
+    assert kernel.shape == (experts, model.config.hidden_size, 2 * inner)
+    ids = jnp.asarray(case["vectors"]["ids"])
+    assert_close(jax.jit(model.apply)(fused, ids), logits_of("mixtral"))
+
+
 def test_layers_that_differ_are_no_stack():
     _, _, params = loaded("qwen2_moe")
     with pytest.raises(
@@ -168,6 +180,8 @@ def test_smoothed_weights_are_those_of_the_authors_code(name):
             np.testing.assert_allclose(leaf(smoothed, layer, f"{norm}/weight"), gain / s, rtol=1e-5)
 
 
+#: The primitives that multiply an activation with a weight.
+DOTS = ("dot_general", "ragged_dot_general")
 #: {case: its groups in a layer, and outside of layers}, as the literature has them and beyond.
 GROUPS = {
     "opt": (4, 0),  # q k v, o, up, down: the head is tied
@@ -181,7 +195,7 @@ GROUPS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", [*sorted(set(GROUPS) - {"mixtral"}), "mixtral"])
 def test_the_groups_that_fold_and_int8(name):
     case, model, params = loaded(name)
     ids = jnp.asarray(case["vectors"]["ids"])
@@ -197,7 +211,14 @@ def test_the_groups_that_fold_and_int8(name):
     for scheme in (sq.W8A8_O1, sq.W8A8_O3):
         rules = {**float_sites, ".*": scheme}
         qparams = sq.smoothquant(model.apply, params, [ids], 0.5, rules)
-        got = jax.jit(sq.quantized(model.apply))(qparams, ids)
+        run = sq.quantized(model.apply)
+        dots = [
+            e for e in jaxprs.equations(jaxprs.of(run, qparams, ids)) if e.primitive.name in DOTS
+        ]
+        int8 = [e for e in dots if {v.aval.dtype for v in e.invars[:2]} == {jnp.dtype(jnp.int8)}]
+        routers = model.config.num_layers if float_sites else 0
+        assert len(int8) == len(stats.graph.sites) - routers
+        got = jax.jit(run)(qparams, ids)
         error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
         assert 0 < error < 0.1
 
@@ -291,6 +312,9 @@ def test_configurations_that_are_refused(case):
 
 
 def test_all_layers_may_be_without_experts():
+    everything = {"first_k_dense_replace": 2**31 - 1, "num_hidden_layers": 2**31 - 1}
+    with pytest.raises(ValueError, match=r"num_hidden_layers: expected .* from 1 to 10000"):
+        read_config(config_of("deepseek_v2", **everything))
     config = config_of("deepseek_v2", first_k_dense_replace=2**31 - 1)
     _, found = read_config(config)
     assert not any(map(found.has_experts, range(found.num_layers)))
@@ -491,6 +515,7 @@ def test_remat_changes_no_gradient():
     found = gradients(of_blocks)(params)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(partial(assert_close, largest=largest), found, expected)
+    assert "remat" not in str(jax.make_jaxpr(model.apply)(params, ids))
     assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(params, ids))
     stacked = stack_layers(params)
     assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(stacked, ids))

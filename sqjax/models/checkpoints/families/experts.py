@@ -11,11 +11,13 @@ from sqjax.models.checkpoints.families.llama import (
     QWEN2,
     QWEN3,
     THEIR_LAYER,
+    norm_rows,
     rope_everywhere,
     rope_in_a_window,
 )
+from sqjax.models.checkpoints.families.paths import denses
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.names import TRANSPOSED, dense, norm, tensor
+from sqjax.models.checkpoints.names import TRANSPOSED, dense, tensor
 from sqjax.models.checkpoints.settings import Settings, read
 from sqjax.models.config import Experts, LatentAttention, LayerKind
 from sqjax.models.fields import (
@@ -83,6 +85,13 @@ def rope_without_windows(settings: Settings) -> tuple[LayerKind, ...]:
 _ROUTER_ROWS = dense(f"{THEIR_LAYER}.mlp.gate", f"{OUR_LAYER}/mlp/router")
 
 
+#: The MLP that sees every token.
+_SHARED = {
+    part: f"{OUR_LAYER}/mlp/shared_expert/{part}"
+    for part in ("gate_proj", "up_proj", "down_proj")
+}
+
+
 def _dense_layers(settings: Settings) -> tuple[int, ...]:
     """The layers without experts: those that the file names, and all but every so many."""
     step = settings("decoder_sparse_step", SIZE, 1)
@@ -121,14 +130,7 @@ QWEN2_MOE = Family(
         *LLAMA_ROWS,
         *_ROUTER_ROWS,
         *EXPERT_ROWS,
-        *(
-            row
-            for part in ("gate_proj", "up_proj", "down_proj")
-            for row in dense(
-                f"{THEIR_LAYER}.mlp.shared_expert.{part}",
-                f"{OUR_LAYER}/mlp/shared_expert/{part}",
-            )
-        ),
+        *denses(f"{THEIR_LAYER}.mlp.shared_expert", _SHARED),
         *dense(
             f"{THEIR_LAYER}.mlp.shared_expert_gate",
             f"{OUR_LAYER}/mlp/shared_expert_gate",
@@ -194,8 +196,8 @@ def _deepseek_experts(settings: Settings) -> Experts | None:
     inner = settings("moe_intermediate_size", SIZE, 1407)
     groups, kept = settings("n_group", SIZE, 1), settings("topk_group", SIZE, 1)
     shared = settings("n_shared_experts", SIZE, None)
-    layers = settings("num_hidden_layers", SIZE)
-    first = min(settings("first_k_dense_replace", COUNT, 0), layers)
+    first = settings("first_k_dense_replace", COUNT, 0)
+    first = min(first, layer_count(settings))
     return Experts(
         count,
         settings("num_experts_per_tok", SIZE),
@@ -242,11 +244,13 @@ def _deepseek_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     return (LayerKind(None, turning),)
 
 
-_LATENT_DENSE = (
-    "q_a_proj",
-    "q_b_proj",
-    "kv_b_proj",
-)
+#: What makes queries, keys and values of short vectors, and these.
+_LATENT_DENSE = {
+    "q_a_proj": f"{OUR_LAYER}/self_attn/q_a_proj",
+    "q_b_proj": f"{OUR_LAYER}/self_attn/q_b_proj",
+    "kv_a_proj_with_mqa": f"{OUR_LAYER}/self_attn/kv_a_proj",
+    "kv_b_proj": f"{OUR_LAYER}/self_attn/kv_b_proj",
+}
 #: DeepSeek-V2 and V2-Lite: keys and values from a short vector; the first layers without experts.
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
@@ -264,34 +268,9 @@ DEEPSEEK_V2 = Family(
         *LLAMA_ROWS,
         *_ROUTER_ROWS,
         *EXPERT_ROWS,
-        *(
-            row
-            for part in ("gate_proj", "up_proj", "down_proj")
-            for row in dense(
-                f"{THEIR_LAYER}.mlp.shared_experts.{part}",
-                f"{OUR_LAYER}/mlp/shared_expert/{part}",
-            )
-        ),
-        *(
-            row
-            for part in _LATENT_DENSE
-            for row in dense(
-                f"{THEIR_LAYER}.self_attn.{part}",
-                f"{OUR_LAYER}/self_attn/{part}",
-            )
-        ),
-        *dense(
-            f"{THEIR_LAYER}.self_attn.kv_a_proj_with_mqa",
-            f"{OUR_LAYER}/self_attn/kv_a_proj",
-        ),
-        *(
-            row
-            for part in ("q_a_layernorm", "kv_a_layernorm")
-            for row in norm(
-                f"{THEIR_LAYER}.self_attn.{part}",
-                f"{OUR_LAYER}/self_attn/{part}",
-            )
-        ),
+        *denses(f"{THEIR_LAYER}.mlp.shared_experts", _SHARED),
+        *denses(f"{THEIR_LAYER}.self_attn", _LATENT_DENSE),
+        *norm_rows("self_attn/q_a_layernorm", "self_attn/kv_a_layernorm"),
     ),
     absent={
         "n_routed_experts": 64,

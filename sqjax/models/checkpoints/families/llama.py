@@ -119,7 +119,8 @@ def norm_rows(*names: str) -> tuple:
     """The rows of a layer's norms that have one name in both."""
     rows: list[Row] = []
     for name in names:
-        rows += norm(f"{THEIR_LAYER}.{name}", f"{OUR_LAYER}/{name}")
+        theirs = name.replace("/", ".")
+        rows += norm(f"{THEIR_LAYER}.{theirs}", f"{OUR_LAYER}/{name}")
     return tuple(rows)
 
 
@@ -143,9 +144,8 @@ ANGLES = (".rotary_emb.inv_freq",)
 LLAMA = Family("llama", LLAMA_FIELDS, LLAMA_ROWS)
 
 
-def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
-    """Every fourth layer does not turn its queries and keys, unless the file says which do."""
-    layers = layer_count(settings)
+def _smollm3_turns(settings: Settings, layers: int) -> list[int]:
+    """For each layer a number: 0 where it does not turn."""
     interval = settings("no_rope_layer_interval", SIZE, 4)
     usual = [int((i + 1) % interval != 0) for i in range(layers)]
     turns = settings("no_rope_layers", WHOLE_NUMBERS, usual)
@@ -153,6 +153,13 @@ def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
         settings.refuse(
             f"no_rope_layers: expected one number for each of {layers} layers, got {len(turns)}"
         )
+    return turns
+
+
+def _smollm3_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    """Every fourth layer does not turn its queries and keys, unless the file says which do."""
+    layers = layer_count(settings)
+    turns = _smollm3_turns(settings, layers)
     window = settings("sliding_window", SIZE, None)
     in_use = settings("use_sliding_window", FLAG, False) and window is not None
     usual_types = [SLIDING if in_use and not turn else FULL for turn in turns]

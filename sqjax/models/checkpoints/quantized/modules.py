@@ -16,6 +16,8 @@ from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.stored_weight import StoredWeight
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+#: As `sqjax.numerics.dots.LONGEST_CONTRACTION`, of codes that reach -128 where ours end at -127.
+_MOST_INPUTS = (2**31 - 1) // (127 * 128)
 
 
 class Tensor(NamedTuple):
@@ -194,9 +196,10 @@ def _checked(
 
 def _check_length(inputs: int) -> None:
     """Raises ValueError for a matmul whose int32 sums could overflow: codes may be -128 here."""
-    if inputs > (2**31 - 1) // (127 * 128):
+    if inputs > _MOST_INPUTS:
         raise ValueError(
-            f"weight: expected at most 132104 inputs, which an int32 sum holds, got {inputs}"
+            f"weight: expected at most {_MOST_INPUTS} inputs, which an int32 sum holds, got "
+            f"{inputs}"
         )
 
 
