@@ -81,6 +81,7 @@ def test_loglikelihoods(params, cache):
 
 @pytest.mark.slow  # a wider model of its own, compiled for each case
 @pytest.mark.parametrize("cache", [None, "int4", CacheFormat("int8", keys="channels")])
+@pytest.mark.every_case
 def test_a_likelihood_does_not_depend_on_what_it_is_read_with(cache):
     """Nor on zeros up to a common length: keys' channels are those of the sequence's own tokens."""
     model = Model(replace(CONFIG, head_dim=32, max_length=200, attention_bias=True))
@@ -110,6 +111,7 @@ def test_nothing_that_is_empty_has_a_likelihood(params):
             loglikelihoods(MODEL, params, PAIRS, batch=batch)
 
 
+@pytest.mark.slow
 def test_a_long_context_loses_its_beginning(params):
     context = np.random.default_rng(0).integers(0, 61, 80).tolist()
     [got] = loglikelihoods(MODEL, params, [(context, [5, 6])])
