@@ -296,6 +296,26 @@ def test_bytes_are_not_characters():
     pytest.fail("no model told bytes from characters")
 
 
+class Around(Letters):
+    """Puts tokens before and after every text, and knows a token that ends one."""
+
+    before, after = [58], [59]
+
+    def encode(self, text):
+        return [*self.before, *super().encode(text), *self.after]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "begin"),
+    [([58], [59], [58]), ([], [60], [60]), ([57, 58], [60], [57, 58]), ([60], [], [60])],
+)
+def test_pairs_have_no_token_that_a_tokenizer_puts_after_a_text(before, after, begin):
+    tokenizer = type("Tokenizer", (Around,), {"before": before, "after": after})(None, eos_id=60)
+    model = Model(CONFIG, tokenizer)
+    assert encode_pair(model, "ab", "cd") == ([*before, 0, 1], [2, 3])
+    assert encode_pair(model, "", "cd") == (begin, [2, 3])
+
+
 def test_pairs_are_parted_as_the_harness_does():
     assert encode_pair(MODEL, "ab", "cd") == ([0, 1], [2, 3])
     assert encode_pair(MODEL, "", "cd") == ([60], [2, 3])
