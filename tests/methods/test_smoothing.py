@@ -557,6 +557,7 @@ def test_statistics_of_two_programs_do_not_merge():
 
 
 @pytest.mark.parametrize("groups", ["all", "norm", "down"])
+@pytest.mark.slow
 def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
     """The trap: perplexity 688 where 51 was right."""
     case = small()
