@@ -1,0 +1,60 @@
+"""The kinds of models whose checkpoints are read: what reading must know of each.
+
+A `Family` names its kind by the type of its configuration.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sqjax.models.config import DecoderConfig
+from sqjax.models.decoder import CausalLM
+
+#: A configuration of any kind. It is frozen and hashable, and has `num_layers`.
+Config = Any
+
+
+class Kind(NamedTuple):
+    """What reading must know of one kind of model.
+
+    Attributes:
+        what: what such a model is called in errors: "a decoder".
+        load: the function of `sqjax.models` that loads it.
+        layer: layer(config, i) is the configuration of a model whose only layer is like layer i.
+        init: the random parameters of such a model, a tree whose layers are "layers/0", "layers/1"
+            and so on. It is never run: only shapes are asked for.
+    """
+
+    what: str
+    load: str
+    layer: Callable[[Config, int], Config]
+    init: Callable[[Config], Any]
+
+
+def _layer_of_decoder(config: DecoderConfig, i: int) -> DecoderConfig:
+    experts = config.experts
+    if experts is not None:
+        dense_layers = () if config.has_experts(i) else (0,)
+        experts = replace(experts, dense_layers=dense_layers)
+    # Kinds of attention have the same parameters, so any one will do.
+    kinds = config.kinds[:1]
+    return replace(config, num_layers=1, kinds=kinds, experts=experts)
+
+
+def _init_decoder(config: DecoderConfig) -> Any:
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return CausalLM(config).init(jax.random.key(0), ids)["params"]
+
+
+#: {the type of a model's configuration: its kind}.
+KINDS: Mapping[type, Kind] = {
+    DecoderConfig: Kind("a decoder", "load", _layer_of_decoder, _init_decoder),
+}
+
+
+def kind_of(config: Config) -> Kind:
+    """The kind of a model, by its configuration."""
+    return KINDS[type(config)]
