@@ -14,6 +14,7 @@ never `folding`, `calibration` or `methods`: a model is quantized like any other
 """
 
 from sqjax.layers.hf_flax import from_flax as from_flax
+from sqjax.models.checkpoints.encoders import load_encoder as load_encoder
 from sqjax.models.checkpoints.family import Family as Family
 from sqjax.models.checkpoints.loading import load as load
 from sqjax.models.config import DecoderConfig as DecoderConfig
@@ -21,6 +22,8 @@ from sqjax.models.config import llama_config as llama_config
 from sqjax.models.decoding.generation import Generated as Generated
 from sqjax.models.decoding.generation import generate as generate
 from sqjax.models.decoding.generation import greedy as greedy
+from sqjax.models.encoder import Encoder as Encoder
+from sqjax.models.encoder_config import EncoderConfig as EncoderConfig
 from sqjax.models.evaluation.harness import harness_model as harness_model
 from sqjax.models.evaluation.perplexity import perplexity as perplexity
 from sqjax.models.evaluation.scoring import Question as Question
@@ -28,6 +31,7 @@ from sqjax.models.evaluation.scoring import loglikelihoods as loglikelihoods
 from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
 from sqjax.models.model import Model as Model
+from sqjax.models.pooling import Pooling as Pooling
 from sqjax.models.sharding import partition_specs as partition_specs
 from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers

@@ -57,19 +57,23 @@ _USUAL_ROPE = Rope()
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How the attention of some layers looks back.
+    """How the attention of some layers looks around.
 
     Attributes:
         sliding_window: a token looks at so many latest tokens, itself included; None for all.
         rope: the rotary embedding of queries and keys; None for none.
+        both_ways: whether a token looks at later tokens too, as in an encoder. Then a window of n
+            means n // 2 tokens on either side.
     """
 
     sliding_window: int | None = None
     rope: Rope | None = _USUAL_ROPE
+    both_ways: bool = False
 
     def __post_init__(self):
         rope = instance_of(Rope, "a Rope or None", none=True)
-        check_fields(self, {"sliding_window": SIZE_OR_NONE, "rope": rope})
+        fields = {"sliding_window": SIZE_OR_NONE, "rope": rope}
+        check_fields(self, {**fields, "both_ways": FLAG})
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class DecoderConfig:
             "sum": x = N(x + A(x)), then x = N(x + M(x)) (OPT-350m);
             "parallel": x += A(N x) + M(N x), with one norm for both (GPT-J);
             "parallel_two": the same with a norm each (GPT-NeoX).
+        first_norm: whether layer 0 has a norm before its attention; without one that layer reads a
+            normed embedding (ModernBERT).
         kinds: how the attention of each layer looks back; one stands for all layers.
         qk_norm: a norm of queries and keys before they turn: None; "head", over each head's
             channels, with one gain for all heads; "heads", with a gain for each head; "all", over
@@ -232,6 +238,7 @@ class DecoderConfig:
     norm: Norm = Norm()
     final_norm: bool = True
     block: str = "pre"
+    first_norm: bool = True
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
     qk_norm: str | None = None
     qk_norm_kind: Norm = Norm()
@@ -261,6 +268,15 @@ class DecoderConfig:
     def kind(self, layer: int) -> LayerKind:
         """How the attention of a layer looks back."""
         return self.kinds[layer if len(self.kinds) > 1 else 0]
+
+    def has_first_norm(self, layer: int) -> bool:
+        """Whether a layer has the norm before its attention that its block names."""
+        return self.first_norm or layer > 0
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether tokens look at later ones too."""
+        return self.kinds[0].both_ways
 
     @property
     def different_kinds(self) -> tuple[LayerKind, ...]:
@@ -304,6 +320,7 @@ _FIELDS: Mapping[str, What] = {
     "norm": instance_of(Norm, "a Norm"),
     "final_norm": FLAG,
     "block": one_of(*BLOCKS),
+    "first_norm": FLAG,
     "kinds": tuple_of(LayerKind, "a tuple of LayerKinds"),
     "qk_norm": one_of(None, "head", "heads", "all"),
     "qk_norm_kind": instance_of(Norm, "a Norm"),
@@ -348,6 +365,10 @@ def _check_kinds(config: DecoderConfig) -> None:
         raise ValueError(
             "DecoderConfig.kinds: expected one LayerKind for all layers, or one for each of "
             f"{config.num_layers}, got {len(config.kinds)}"
+        )
+    if len({kind.both_ways for kind in config.kinds}) != 1:
+        raise ValueError(
+            "DecoderConfig.kinds: expected both_ways to be the same in all, got both"
         )
     turned = rotated_channels(config)
     for rope in config_ropes(config):

@@ -190,7 +190,8 @@ def _attended(
         # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
         # again for each matmul that reads it.
         read = cache = jax.lax.optimization_barrier(written)
-    in_order = cache is None or not context.ring
+    # In order a token may skip the slots after its own, which it does not look at.
+    in_order = not config.both_ways and (cache is None or not context.ring)
     mixed = attend(
         queries, *read, context.view.mask, in_order, _scoring(config)
     )

@@ -73,8 +73,9 @@ class Family:
         neutral: other keys, each with its values that change nothing: any other is refused.
         usual_ends: the ids of tokens that end a text which transformers writes where nobody has
             said any, whatever the vocabulary's size: in a smaller one these say nothing.
-        left_out: the starts of the names of tensors of parts that the model here does not have,
-            such as the head of a masked language model, or the other tower of two.
+        left_out: the starts of the names, with or without the prefix, of tensors of parts that the
+            model here does not have, such as the head of a masked language model, or the other
+            tower of two.
         config_type: the type of the configuration, which says what kind of model it is; one of
             `sqjax.models.checkpoints.kinds.KINDS`.
     """
@@ -138,7 +139,11 @@ class Family:
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor says nothing that the model here needs."""
-        return name.endswith(self.ignored) or name.startswith(self.left_out)
+        bare = name.removeprefix(self.prefix)
+        starts = name.startswith(self.left_out) or bare.startswith(
+            self.left_out
+        )
+        return starts or name.endswith(self.ignored)
 
 
 def _made(settings: Settings, source: Any) -> tuple[Any, bool]:

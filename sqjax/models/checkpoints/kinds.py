@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
+from sqjax.models.encoder import TextEncoder
+from sqjax.models.encoder_config import EncoderConfig
 
 #: A configuration of any kind. It is frozen and hashable, and has `num_layers`.
 Config = Any
@@ -41,7 +43,13 @@ def _layer_of_decoder(config: DecoderConfig, i: int) -> DecoderConfig:
         experts = replace(experts, dense_layers=dense_layers)
     # Kinds of attention have the same parameters, so any one will do.
     kinds = config.kinds[:1]
-    return replace(config, num_layers=1, kinds=kinds, experts=experts)
+    return replace(
+        config,
+        num_layers=1,
+        kinds=kinds,
+        experts=experts,
+        first_norm=config.has_first_norm(i),
+    )
 
 
 def _init_decoder(config: DecoderConfig) -> Any:
@@ -49,9 +57,27 @@ def _init_decoder(config: DecoderConfig) -> Any:
     return CausalLM(config).init(jax.random.key(0), ids)["params"]
 
 
+def _layer_of_encoder(config: EncoderConfig, i: int) -> EncoderConfig:
+    first_norm = config.layers.has_first_norm(i)
+    kinds = config.kinds[:1]
+    return replace(config, num_layers=1, kinds=kinds, first_norm=first_norm)
+
+
+def _init_encoder(config: EncoderConfig) -> Any:
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = TextEncoder(config).init(jax.random.key(0), ids)["params"]
+    return {"model": params}
+
+
 #: {the type of a model's configuration: its kind}.
 KINDS: Mapping[type, Kind] = {
     DecoderConfig: Kind("a decoder", "load", _layer_of_decoder, _init_decoder),
+    EncoderConfig: Kind(
+        "an encoder of texts",
+        "load_encoder",
+        _layer_of_encoder,
+        _init_encoder,
+    ),
 }
 
 

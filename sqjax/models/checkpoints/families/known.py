@@ -1,9 +1,10 @@
-"""The table of all families that `load` knows."""
+"""The table of all families that `load` and `load_encoder` know."""
 
 from collections.abc import Mapping
 
 from sqjax.models.checkpoints.families import (
     bloom,
+    encoders,
     experts,
     gemma,
     gpt,
@@ -41,6 +42,12 @@ _ALL = (
     bloom.BLOOM,
     bloom.FALCON,
     gpt.PHI,
+    encoders.BERT,
+    encoders.ROBERTA,
+    encoders.XLM_ROBERTA,
+    encoders.CAMEMBERT,
+    encoders.DISTILBERT,
+    encoders.MODERNBERT,
 )
 #: {model_type of config.json: family}.
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
