@@ -62,13 +62,33 @@ class TextEncoder(nn.Module):
         if config.embedding_norm:
             x = NormLayer(config.norm, name="embed_layernorm")(x)
 
-        positions = _positions(config, places, ids.shape[1], mask, x.dtype)
+        positions = _positions(
+            config,
+            places,
+            ids.shape[1],
+            mask,
+            self._bias(ids.shape[1]),
+            x.dtype,
+        )
         x, _ = Layers(config.layers, self.remat, name="layers")(
             x, positions, None
         )
         return (
             NormLayer(config.norm, name="norm")(x) if config.final_norm else x
         )
+
+    def _bias(
+        self, tokens: int
+    ) -> Float[Array, "1 heads tokens tokens"] | None:
+        """What the distances of tokens add to scores."""
+        config = self.config
+        if config.distance_buckets is None:
+            return None
+        buckets = distance_buckets(tokens, config.distance_buckets)
+        table = nn.Embed(
+            config.distance_buckets, config.num_heads, name="embed_distances"
+        )
+        return table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
 
     def _table(self, rows: int, name: str, numbers: Array) -> Array:
         """The rows of a table by their numbers."""
@@ -91,6 +111,7 @@ def _positions(
     places: Int[Array, "rows tokens"],
     tokens: int,
     mask: Mask | None,
+    bias: Array | None,
     dtype: DTypeLike,
 ) -> Positions:
     """How the layers of each kind look around.
@@ -112,8 +133,33 @@ def _positions(
         if channels is not None:
             longest = jnp.int32(tokens)
             rotary = rotary_table(places, kind.rope, channels, longest, dtype)
-        views.append(View(rotary, seen))
+        views.append(View(rotary, seen, bias))
     return Positions(tuple(views), jnp.int32(0), places)
+
+
+#: From so many tokens on, all distances are one.
+_FARTHEST = 128
+
+
+def distance_buckets(tokens: int, count: int) -> np.ndarray:
+    """The bucket of the distance from each query to each key, int32 (tokens, tokens).
+
+    Half of the buckets are for keys before the query, the others for those after it. Of each half,
+    one half again is for one distance each, and the rest grow by one factor (Raffel et al. 2020,
+    arXiv 1910.10683). With 32 buckets, keys 0 to 7 tokens before the query have the buckets 0 to 7,
+    those 8 to 11 before it share 8, those 91 and more before it share 15; keys 1, 2, 3 after it
+    have 17, 18, 19.
+    """
+    places = np.arange(tokens, dtype=np.int32)
+    before = places[:, None] - places[None, :]
+    half, single = count // 2, count // 4
+    distance = np.abs(before)
+    # In float32 like the models' makers, because a bucket ends where a number is whole.
+    ratio = np.maximum(distance, single).astype(np.float32) / np.float32(single)
+    steps = np.log(ratio) / np.float32(np.log(_FARTHEST / single))
+    far = single + (steps * np.float32(half - single)).astype(np.int32)
+    bucket = np.where(distance < single, distance, np.minimum(far, half - 1))
+    return (bucket + np.where(before < 0, half, 0)).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ class EncoderConfig:
             they count all, which is another number only behind padding.
         token_types: the rows of a table of which a token's type picks the one that is added; None
             for no table.
+        distance_buckets: scores have a number added that a table holds for the distance from query
+            to key, of so many rows, which far distances share; a column for each head. None for no
+            table (MPNet has one, which all layers share).
         gated_mlp: down(act(gate(x)) * up(x)); if not, down(act(up(x))).
         activation: one of `sqjax.models.config.ACTIVATIONS`.
         pad_id: the token that fills a text.
@@ -87,6 +90,7 @@ class EncoderConfig:
     position_offset: int = 0
     skips_padding: bool = False
     token_types: int | None = None
+    distance_buckets: int | None = None
     gated_mlp: bool = False
     activation: str = "gelu"
     pad_id: int = 0
@@ -149,6 +153,7 @@ _FIELDS: Mapping[str, What] = {
     "position_offset": COUNT,
     "skips_padding": FLAG,
     "token_types": SIZE_OR_NONE,
+    "distance_buckets": SIZE_OR_NONE,
     "gated_mlp": FLAG,
     "activation": one_of(*ACTIVATIONS),
     "pad_id": COUNT,

@@ -25,10 +25,12 @@ class View(NamedTuple):
     Attributes:
         rotary: cosines and sines of the tokens' positions; None where no layer turns.
         mask: (rows, tokens, slots), what each token may look at.
+        bias: (rows, heads, tokens, slots), what is added to scores; None for nothing.
     """
 
     rotary: RotaryTable | None
     mask: Array
+    bias: Array | None = None
 
 
 class Context(NamedTuple):
@@ -192,8 +194,9 @@ def _attended(
         read = cache = jax.lax.optimization_barrier(written)
     # In order a token may skip the slots after its own, which it does not look at.
     in_order = not config.both_ways and (cache is None or not context.ring)
+    view = context.view
     mixed = attend(
-        queries, *read, context.view.mask, in_order, _scoring(config)
+        queries, *read, view.mask, in_order, _scoring(config), view.bias
     )
     return mixed, cache
 

@@ -1,4 +1,4 @@
-"""Encoders of texts: BERT (and MiniLM, BGE, E5), RoBERTa, XLM-RoBERTa, DistilBERT, ModernBERT."""
+"""Encoders of texts: BERT (and MiniLM, BGE, E5), RoBERTa, MPNet, DistilBERT, ModernBERT."""
 
 from collections.abc import Mapping, Sequence
 
@@ -174,6 +174,61 @@ def _roberta(model_type: str) -> Family:
 ROBERTA = _roberta("roberta")
 XLM_ROBERTA = _roberta("xlm-roberta")
 CAMEMBERT = _roberta("camembert")
+
+# MPNet --------------------------------------------------------------------------------------------
+
+#: In the models' own code these are fixed, whatever a file says.
+_MPNET_FIRST_ROW, _MPNET_BUCKETS = 2, 32
+
+
+def _mpnet_length(settings: Settings) -> int:
+    rows = settings("max_position_embeddings", SIZE, 514)
+    if rows <= _MPNET_FIRST_ROW:
+        settings.refuse(
+            f"max_position_embeddings: expected more than {_MPNET_FIRST_ROW} rows, of which these "
+            f"are of no token, got {rows}"
+        )
+    return rows - _MPNET_FIRST_ROW
+
+
+def _mpnet_buckets(settings: Settings) -> int:
+    key = "relative_attention_num_buckets"
+    stated = settings(key, SIZE, _MPNET_BUCKETS)
+    if stated != _MPNET_BUCKETS:
+        settings.refuse(f"{key}: expected {_MPNET_BUCKETS}, got {stated}")
+    return _MPNET_BUCKETS
+
+
+#: MPNet: a BERT whose scores know the distance of two tokens.
+MPNET = Family(
+    "mpnet",
+    {
+        **BERT_FIELDS,
+        "max_length": _mpnet_length,
+        "position_offset": _MPNET_FIRST_ROW,
+        "skips_padding": True,
+        "token_types": None,
+        "distance_buckets": _mpnet_buckets,
+        "pad_id": read("pad_token_id", COUNT, 1),
+    },
+    (
+        *BERT_ROWS,
+        *tensor(
+            "encoder.relative_attention_bias.weight",
+            "model/embed_distances/embedding",
+        ),
+        *denses(
+            f"{_LAYER}.attention.attn",
+            {"q": QKV[0], "k": QKV[1], "v": QKV[2], "o": O_PROJ},
+        ),
+        *norm(f"{_LAYER}.attention.LayerNorm", SECOND_NORM),
+    ),
+    prefix="mpnet.",
+    ignored=BUFFERS,
+    neutral=BERT_NEUTRAL,
+    left_out=HEADS,
+    config_type=EncoderConfig,
+)
 
 # DistilBERT ---------------------------------------------------------------------------------------
 

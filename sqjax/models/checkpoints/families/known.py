@@ -46,6 +46,7 @@ _ALL = (
     encoders.ROBERTA,
     encoders.XLM_ROBERTA,
     encoders.CAMEMBERT,
+    encoders.MPNET,
     encoders.DISTILBERT,
     encoders.MODERNBERT,
 )
