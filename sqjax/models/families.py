@@ -17,6 +17,10 @@ from sqjax.models.checkpoints.families.common import head_dim as head_dim
 from sqjax.models.checkpoints.families.common import layer_norm as layer_norm
 from sqjax.models.checkpoints.families.common import rms_norm as rms_norm
 from sqjax.models.checkpoints.families.common import rope as rope
+from sqjax.models.checkpoints.families.encoders import (
+    BERT_FIELDS as BERT_FIELDS,
+)
+from sqjax.models.checkpoints.families.encoders import BERT_ROWS as BERT_ROWS
 from sqjax.models.checkpoints.families.known import FAMILIES as FAMILIES
 from sqjax.models.checkpoints.families.llama import (
     ATTENTION_ROWS as ATTENTION_ROWS,
