@@ -94,7 +94,7 @@ def attend(
     mask: Bool[Array, "rows tokens slots"],
     in_order: bool,
     scoring: Scoring,
-    bias: Float[Array, "rows heads tokens slots"] | None = None,
+    bias: Float[Array, "bias_rows heads tokens slots"] | None = None,
 ) -> Float[Array, "batch tokens heads value_dim"]:
     """softmax(scores of q and k) v, where a score is q k^T * scale, changed as `scoring` says.
 

@@ -304,7 +304,7 @@ def _real(ids: Any, mask: Any) -> Mask | None:
             f"mask: expected 1 for each token and 0 for padding, whole numbers or booleans of the "
             f"ids' shape {ids.shape}, got {given.dtype} of shape {given.shape}"
         )
-    return given != 0
+    return given.astype(bool)
 
 
 def _check_token_types(config: EncoderConfig, ids: Any, types: Any) -> None:

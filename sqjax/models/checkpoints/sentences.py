@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.fields import FLAG, SIZE, TEXT, one_of
 from sqjax.models.json_files import read_list, read_object_if_there
@@ -103,7 +102,7 @@ def _modes(path: Path) -> tuple[str, ...]:
             )
     if not modes:
         settings.refuse(f"expected one of {list(_MODES)} to be true, got none")
-    raise_problems(str(path), settings.problems)
+    _check(path, settings)
     return tuple(dict.fromkeys(modes))
 
 
@@ -121,7 +120,7 @@ def _reading(directory: Path, model: Path) -> Reading:
     settings = Settings(read_object_if_there(path))
     longest = settings("max_seq_length", SIZE, None)
     lowercase = settings("do_lower_case", FLAG, False)
-    raise_problems(str(path), settings.problems)
+    _check(path, settings)
     if longest is None:
         longest = _model_max_length(model)
     return Reading(longest, lowercase, _usual_prompt(directory))
@@ -140,9 +139,15 @@ def _usual_prompt(directory: Path) -> str:
     path = directory / "config_sentence_transformers.json"
     settings = Settings(read_object_if_there(path))
     name = settings("default_prompt_name", TEXT, None)
-    if name is None:
-        raise_problems(str(path), settings.problems)
-        return ""
-    prompt = settings.within("prompts")(name, TEXT)
-    raise_problems(str(path), settings.problems)
+    prompt = ""
+    if name is not None:
+        prompt = settings.within("prompts")(name, TEXT)
+    _check(path, settings)
     return prompt
+
+
+def _check(path: Path, settings: Settings) -> None:
+    """Raises ValueError if anything that was read of a file is not what it must be."""
+    if settings.problems:
+        listed = "; ".join(settings.problems)
+        raise ValueError(f"{path}: {listed}")

@@ -101,7 +101,7 @@ def _rounded(size: int, largest: int) -> int:
     return min(1 << (size - 1).bit_length(), largest)
 
 
-def prepared(texts: Sequence[str], reading: Reading) -> list[str]:
+def prepared(texts: Any, reading: Reading) -> list[str]:
     """Texts as the checkpoint wants them.
 
     Raises:

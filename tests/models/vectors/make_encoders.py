@@ -6,7 +6,8 @@ with torch, safetensors and numpy:
     python tests/models/vectors/make_encoders.py [NAME ...]
 
 The first writes NAME.json and NAME.npz; the second adds config.json as transformers 5 writes it,
-and says where it computes something else. Without names all cases are made.
+and says where it computes something else. Without names all cases are made. A case of `ONLY_5` is
+made by transformers 5 alone.
 
 NAME.json is as of `make_decoders`.
 
@@ -74,6 +75,7 @@ CASES = {
         },
     ),
     "mpnet": ("mpnet", {**BASE, "relative_attention_num_buckets": 32}),
+    "nomic_bert": ("nomic_bert", BASE),
     "modernbert": ("modernbert", MODERN),
     "modernbert_biases": (
         "modernbert",
@@ -89,6 +91,9 @@ CASES = {
         },
     ),
 }
+
+#: transformers 4.57 does not know this one.
+ONLY_5 = ("nomic_bert",)
 
 
 def learn(config):
@@ -217,7 +222,9 @@ def main():
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or CASES:
         path = FOLDER / f"{name}.json"
-        if VERSION == "5":
+        if VERSION != "5" and name in ONLY_5:
+            continue
+        if VERSION == "5" and name not in ONLY_5:
             stored = tiny.load(name, "encoders")
             case = compare(stored, stored.pop("vectors"))
         else:
