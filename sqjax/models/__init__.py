@@ -1,13 +1,17 @@
-"""Decoder language models that read real checkpoints of many families, and what runs them.
+"""Decoders and encoders of texts that read real checkpoints of many families, and what runs them.
 
     model, params = sqjax.models.load("smollm2-135m")
     logits = model.apply(params, ids)  # (batch, tokens, vocab)
     prompt = "The capital of France is"
     answer = sqjax.models.generate(model, params, prompt, 32, cache="int8").texts[0]
 
+    encoder, params = sqjax.models.load_encoder("path/to/all-MiniLM-L6-v2")
+    vectors = encoder.encode(params, ["A cat.", "A dog."])  # (2, 384)
+
     fn, params = sqjax.models.from_flax(hugging_face_flax_model)  # any of its classes
 
-`model.apply` is an ordinary pure function of (params, ids): hand it to `sqjax.calibrate` as it is.
+`model.apply` and `encoder.apply` are ordinary pure functions of (params, ids): hand them to
+`sqjax.calibrate` as they are.
 
 May import `weights`, `runtime`, `layers`, `numerics`, `files`, and the small helpers `sqjax._*`;
 never `folding`, `calibration` or `methods`: a model is quantized like any other function.

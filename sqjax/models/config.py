@@ -263,6 +263,7 @@ class DecoderConfig:
         _check_positions(self)
         _check_heads(self)
         _check_kinds(self)
+        _check_directions(self)
         _check_latent(self)
 
     def kind(self, layer: int) -> LayerKind:
@@ -366,10 +367,6 @@ def _check_kinds(config: DecoderConfig) -> None:
             "DecoderConfig.kinds: expected one LayerKind for all layers, or one for each of "
             f"{config.num_layers}, got {len(config.kinds)}"
         )
-    if len({kind.both_ways for kind in config.kinds}) != 1:
-        raise ValueError(
-            "DecoderConfig.kinds: expected both_ways to be the same in all, got both"
-        )
     turned = rotated_channels(config)
     for rope in config_ropes(config):
         if rope.channels(turned) % 2 or rope.channels(turned) > turned:
@@ -391,6 +388,13 @@ def _check_kinds(config: DecoderConfig) -> None:
     if config.alibi is not None and has_window:
         raise ValueError(
             "DecoderConfig.alibi: expected no sliding window beside it, got one"
+        )
+
+
+def _check_directions(config: DecoderConfig) -> None:
+    if len({kind.both_ways for kind in config.kinds}) != 1:
+        raise ValueError(
+            "DecoderConfig.kinds: expected both_ways to be the same in all, got both"
         )
 
 

@@ -18,19 +18,22 @@ Real = Bool[Array, "batch tokens"]
 def _first(x: States, real: Real) -> Array:
     """The state of the first token: of [CLS], in a text of BERT's."""
     first = jnp.argmax(real, axis=1)
-    return jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0]
+    found = jnp.take_along_axis(x, first[:, None, None], axis=1)
+    return found[:, 0]
 
 
 def _largest(x: States, real: Real) -> Array:
     """The largest number of each channel."""
-    return jnp.max(jnp.where(real[:, :, None], x, -jnp.inf), axis=1)
+    counted = jnp.where(real[:, :, None], x, -jnp.inf)
+    return jnp.max(counted, axis=1)
 
 
 def _sum_and_count(x: States, real: Real) -> tuple[Array, Array]:
-    total = jnp.sum(jnp.where(real[:, :, None], x, 0), axis=1)
-    count = jnp.sum(real, axis=1, keepdims=True).astype(x.dtype)
+    counted = jnp.where(real[:, :, None], x, 0)
+    count = jnp.sum(real, axis=1, keepdims=True)
     # A row of padding alone has a sum of 0, which stays 0.
-    return total, jnp.maximum(count, 1)
+    count = jnp.maximum(count, 1).astype(x.dtype)
+    return jnp.sum(counted, axis=1), count
 
 
 def _mean(x: States, real: Real) -> Array:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.fields import FLAG, SIZE, TEXT, one_of
-from sqjax.models.json_files import read_list, read_object_if_there
+from sqjax.models.json_files import read_list, read_object, read_object_if_there
 from sqjax.models.pooling import POOLINGS, Pooling
 from sqjax.models.text.batches import Reading
 
@@ -85,20 +85,18 @@ def _modules(path: Path) -> dict[str, str]:
 
 def _modes(path: Path) -> tuple[str, ...]:
     """The poolings of a Pooling's config.json."""
-    settings = Settings(read_object_if_there(path))
+    settings = Settings(read_object(path))
     newer = settings("pooling_mode", one_of(*POOLINGS, None), None)
-    usual = newer is None and not any(map(settings.values.get, _MODES))
     modes = [] if newer is None else [newer]
     for key, mode in _MODES.items():
-        if settings(key, FLAG, False):
+        # sentence-transformers takes the mean unless a file says that it is not wanted.
+        usual = mode == "mean" and newer is None
+        if settings(key, FLAG, usual):
             modes.append(mode)
-    # sentence-transformers takes the mean where a file says nothing at all.
-    if usual and set(_MODES).isdisjoint(settings.values):
-        modes.append("mean")
-    for key, value in settings.values.items():
-        if key.startswith("pooling_mode_") and key not in _MODES and value:
+    for key in sorted(set(settings.values) - set(_MODES)):
+        if key.startswith("pooling_mode_") and settings.values[key]:
             settings.refuse(
-                f"{key} = {value!r}: not supported; expected some of {list(_MODES)}"
+                f"{key} = {settings.values[key]!r}: not supported; expected some of {list(_MODES)}"
             )
     if not modes:
         settings.refuse(f"expected one of {list(_MODES)} to be true, got none")
