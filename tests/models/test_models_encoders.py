@@ -289,8 +289,16 @@ def test_a_transformer_in_a_folder_of_its_own(tmp_path):
     modules = [{**SENTENCES["modules.json"][0], "path": "0_Transformer"}]
     modules.append(SENTENCES["modules.json"][1])
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    encoder, _ = load_encoder(tmp_path)
-    assert encoder == load_encoder(inner)[0]
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    for says, modes in (
+        ({}, ("mean",)),  # which sentence-transformers takes by itself
+        ({"pooling_mode": "max"}, ("max",)),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, ("max",)),
+    ):
+        pooling.write_text(json.dumps(says))
+        encoder, _ = load_encoder(tmp_path)
+        assert encoder == replace(load_encoder(inner)[0], pooling=Pooling(modes))
 
 
 WRONG_FILES = {
@@ -496,6 +504,15 @@ def test_every_family_is_one_of_these():
     known = {name for name, family in FAMILIES.items() if family.config_type is EncoderConfig}
     tested = {case_of(name)["model_type"] for name in CASES} - {"nomic_bert"}
     assert known == tested
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+def test_everything_is_computed_in_the_parameters_dtype(name):
+    vectors, encoder, params = loaded(name)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    arguments = half, vectors["padded_ids"], vectors["mask"]
+    assert jax.eval_shape(encoder.apply, *arguments).dtype == jnp.bfloat16
+    assert jax.eval_shape(encoder.embed, *arguments) == jax.ShapeDtypeStruct((2, 32), jnp.bfloat16)
 
 
 # Smoothing and int8 -------------------------------------------------------------------------------
