@@ -168,7 +168,7 @@ def test_pooled_states_are_those_of_sentence_transformers():
 def test_a_row_of_padding_is_zero_and_never_nan():
     states = jnp.ones((1, 3, 4))
     mask = jnp.zeros((1, 3), bool)
-    for mode in ("mean", "mean_sqrt_len"):
+    for mode in ("mean", "mean_sqrt_len", "max"):
         np.testing.assert_array_equal(POOL(Pooling((mode,), True), states, mask), np.zeros((1, 4)))
 
 
@@ -309,6 +309,14 @@ WRONG_FILES = {
     "a folder elsewhere": (
         {"modules.json": [{**SENTENCES["modules.json"][0], "path": "../other"}]},
         r"modules.json: path: expected the name of a folder beside it, got '../other'",
+    ),
+    "the folder above": (
+        {"modules.json": [{**SENTENCES["modules.json"][0], "path": ".."}]},
+        r"modules.json: path: expected the name of a folder beside it, got '..'",
+    ),
+    "two poolings": (
+        {"modules.json": [SENTENCES["modules.json"][i] for i in (0, 1, 1)]},
+        "modules.json: expected the modules .*, got .'Transformer', 'Pooling', 'Pooling'.",
     ),
     "no pooling": (
         {"modules.json": SENTENCES["modules.json"][:1]},
@@ -493,6 +501,8 @@ def test_configurations_by_hand_that_are_refused():
         EncoderConfig(64, 32, 48, 3, 4, kinds=(f.LayerKind(), f.LayerKind()))
     with pytest.raises(ValueError, match=r"EncoderConfig\.block: expected one of \('sum', 'pre'\)"):
         EncoderConfig(64, 32, 48, 2, 4, block="parallel")
+    with pytest.raises(ValueError, match=r"EncoderConfig\.distance_buckets: expected a multiple"):
+        EncoderConfig(64, 32, 48, 2, 4, distance_buckets=3)
     with pytest.raises(ValueError, match=r"EncoderConfig\.max_length: expected a whole number"):
         EncoderConfig(64, 32, 48, 2, 4, max_length=2**31 - 1, position_offset=2)
     config = EncoderConfig(64, 32, 48, 2, 4).layers
