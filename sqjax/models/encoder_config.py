@@ -6,6 +6,7 @@ The defaults are those of a BERT. Its blocks are a decoder's, whose tokens look 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from sqjax.models.config import ACTIVATIONS, DecoderConfig, LayerKind, Norm
 from sqjax.models.fields import (
@@ -134,6 +135,11 @@ class EncoderConfig:
         )
 
 
+def _are_buckets(x: Any) -> bool:
+    # A fourth of them are for near distances, of which 128 would leave none for far ones.
+    return x is None or (SIZE.holds(x) and x % 4 == 0 and x <= 256)
+
+
 _FIELDS: Mapping[str, What] = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
@@ -153,7 +159,9 @@ _FIELDS: Mapping[str, What] = {
     "position_offset": COUNT,
     "skips_padding": FLAG,
     "token_types": SIZE_OR_NONE,
-    "distance_buckets": SIZE_OR_NONE,
+    "distance_buckets": What(
+        "a multiple of 4 from 4 to 256, or none", _are_buckets
+    ),
     "gated_mlp": FLAG,
     "activation": one_of(*ACTIVATIONS),
     "pad_id": COUNT,

@@ -25,7 +25,9 @@ def _first(x: States, real: Real) -> Array:
 def _largest(x: States, real: Real) -> Array:
     """The largest number of each channel."""
     counted = jnp.where(real[:, :, None], x, -jnp.inf)
-    return jnp.max(counted, axis=1)
+    largest = jnp.max(counted, axis=1)
+    # A row of padding alone has none.
+    return jnp.where(jnp.isneginf(largest), 0, largest)
 
 
 def _sum_and_count(x: States, real: Real) -> tuple[Array, Array]:

@@ -168,7 +168,7 @@ def test_pooled_states_are_those_of_sentence_transformers():
 def test_a_row_of_padding_is_zero_and_never_nan():
     states = jnp.ones((1, 3, 4))
     mask = jnp.zeros((1, 3), bool)
-    for mode in ("mean", "mean_sqrt_len"):
+    for mode in ("mean", "mean_sqrt_len", "max"):
         np.testing.assert_array_equal(POOL(Pooling((mode,), True), states, mask), np.zeros((1, 4)))
 
 
@@ -289,8 +289,16 @@ def test_a_transformer_in_a_folder_of_its_own(tmp_path):
     modules = [{**SENTENCES["modules.json"][0], "path": "0_Transformer"}]
     modules.append(SENTENCES["modules.json"][1])
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    encoder, _ = load_encoder(tmp_path)
-    assert encoder == load_encoder(inner)[0]
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    for says, modes in (
+        ({}, ("mean",)),  # which sentence-transformers takes by itself
+        ({"pooling_mode": "max"}, ("max",)),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, ("max",)),
+    ):
+        pooling.write_text(json.dumps(says))
+        encoder, _ = load_encoder(tmp_path)
+        assert encoder == replace(load_encoder(inner)[0], pooling=Pooling(modes))
 
 
 WRONG_FILES = {
@@ -301,6 +309,14 @@ WRONG_FILES = {
     "a folder elsewhere": (
         {"modules.json": [{**SENTENCES["modules.json"][0], "path": "../other"}]},
         r"modules.json: path: expected the name of a folder beside it, got '../other'",
+    ),
+    "the folder above": (
+        {"modules.json": [{**SENTENCES["modules.json"][0], "path": ".."}]},
+        r"modules.json: path: expected the name of a folder beside it, got '..'",
+    ),
+    "two poolings": (
+        {"modules.json": [SENTENCES["modules.json"][i] for i in (0, 1, 1)]},
+        "modules.json: expected the modules .*, got .'Transformer', 'Pooling', 'Pooling'.",
     ),
     "no pooling": (
         {"modules.json": SENTENCES["modules.json"][:1]},
@@ -485,6 +501,8 @@ def test_configurations_by_hand_that_are_refused():
         EncoderConfig(64, 32, 48, 3, 4, kinds=(f.LayerKind(), f.LayerKind()))
     with pytest.raises(ValueError, match=r"EncoderConfig\.block: expected one of \('sum', 'pre'\)"):
         EncoderConfig(64, 32, 48, 2, 4, block="parallel")
+    with pytest.raises(ValueError, match=r"EncoderConfig\.distance_buckets: expected a multiple"):
+        EncoderConfig(64, 32, 48, 2, 4, distance_buckets=3)
     with pytest.raises(ValueError, match=r"EncoderConfig\.max_length: expected a whole number"):
         EncoderConfig(64, 32, 48, 2, 4, max_length=2**31 - 1, position_offset=2)
     config = EncoderConfig(64, 32, 48, 2, 4).layers
@@ -496,6 +514,15 @@ def test_every_family_is_one_of_these():
     known = {name for name, family in FAMILIES.items() if family.config_type is EncoderConfig}
     tested = {case_of(name)["model_type"] for name in CASES} - {"nomic_bert"}
     assert known == tested
+
+
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+def test_everything_is_computed_in_the_parameters_dtype(name):
+    vectors, encoder, params = loaded(name)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    arguments = half, vectors["padded_ids"], vectors["mask"]
+    assert jax.eval_shape(encoder.apply, *arguments).dtype == jnp.bfloat16
+    assert jax.eval_shape(encoder.embed, *arguments) == jax.ShapeDtypeStruct((2, 32), jnp.bfloat16)
 
 
 # Smoothing and int8 -------------------------------------------------------------------------------

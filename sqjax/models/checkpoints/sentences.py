@@ -57,7 +57,7 @@ def read_sentences(directory: Path) -> Sentences:
 
 def _modules(path: Path) -> dict[str, str]:
     """{a module's kind: its folder}, of modules.json."""
-    found: dict[str, str] = {}
+    found: list[tuple[str, str]] = []
     for module in read_list(path):
         says = module if isinstance(module, Mapping) else {}
         kind, folder = says.get("type"), says.get("path")
@@ -69,18 +69,23 @@ def _modules(path: Path) -> dict[str, str]:
                 "what follows it in code of your own"
             )
         # A path with folders in it could lead out of the directory.
-        if not isinstance(folder, str) or Path(folder).name != folder:
+        if not _is_folder(folder):
             raise ValueError(
                 f"{path}: path: expected the name of a folder beside it, got {folder!r}"
             )
-        found[name] = folder
-    # Two pairs of each would be more than this; an order is one of names.
-    if tuple(found) not in (_MODULES, _MODULES[:2]):
+        found.append((name, str(folder)))
+    order = tuple(name for name, _ in found)
+    if order not in (_MODULES, _MODULES[:2]):
         raise ValueError(
             f"{path}: expected the modules {_MODULES}, of which the last may be missing, in this "
-            f"order, got {tuple(found)}"
+            f"order, got {order}"
         )
-    return found
+    return dict(found)
+
+
+def _is_folder(name: Any) -> bool:
+    """Whether this is the name of a folder, or "" for the directory itself."""
+    return isinstance(name, str) and Path(name).name == name and name != ".."
 
 
 def _modes(path: Path) -> tuple[str, ...]:
