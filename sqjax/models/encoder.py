@@ -26,6 +26,7 @@ from sqjax.models.rope import rotary_table
 from sqjax.models.self_attention import View
 from sqjax.models.text.batches import (
     Reading,
+    TextBatch,
     prepared,
     text_batches,
     token_ids,
@@ -263,6 +264,37 @@ class Encoder:
         Raises:
             ValueError: the encoder has no tokenizer, or something is no text.
         """
+        parts = self._text_batches(texts, batch, prompt)
+        channels = self.config.hidden_size * len(self.pooling.modes)
+        count = sum(len(part.numbers) for part in parts)
+        vectors = np.zeros((count, channels), np.float32)
+        for part in parts:
+            found = _embed(self, params, part.ids, part.mask)
+            vectors[part.numbers] = np.asarray(found)[: len(part.numbers)]
+        return vectors
+
+    def batches(
+        self,
+        texts: Sequence[str],
+        *,
+        batch: int = 32,
+        prompt: str | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, mask) of texts in batches, as `encode` reads them: what `sqjax.calibrate` takes.
+
+            batches = encoder.batches(texts)
+            stats = sqjax.calibrate(
+                encoder.embed, params, batches, mask=lambda ids, mask: mask
+            )
+
+        Texts of like lengths are together. Arguments and errors are those of `encode`.
+        """
+        parts = self._text_batches(texts, batch, prompt)
+        return [(part.ids, part.mask) for part in parts]
+
+    def _text_batches(
+        self, texts: Sequence[str], batch: int, prompt: str | None
+    ) -> list[TextBatch]:
         if self.tokenizer is None:
             raise ValueError(
                 "encode: expected an encoder with a tokenizer, got one without; give "
@@ -275,12 +307,7 @@ class Encoder:
         longest = self.config.max_length
         limit = min(reading.max_tokens or longest, longest)
         ids = token_ids(self.tokenizer.backend, prepared(texts, reading), limit)
-        channels = self.config.hidden_size * len(self.pooling.modes)
-        vectors = np.zeros((len(ids), channels), np.float32)
-        for part in text_batches(ids, batch, limit, self.config.pad_id):
-            found = _embed(self, params, part.ids, part.mask)
-            vectors[part.numbers] = np.asarray(found)[: len(part.numbers)]
-        return vectors
+        return list(text_batches(ids, batch, limit, self.config.pad_id))
 
 
 # A function of the module, so that all calls with one encoder share its programs.
