@@ -20,6 +20,8 @@ never `folding`, `calibration` or `methods`: a model is quantized like any other
 from sqjax.layers.hf_flax import from_flax as from_flax
 from sqjax.models.checkpoints.encoders import load_encoder as load_encoder
 from sqjax.models.checkpoints.family import Family as Family
+from sqjax.models.checkpoints.images import load_image_text as load_image_text
+from sqjax.models.checkpoints.images import load_vision as load_vision
 from sqjax.models.checkpoints.loading import load as load
 from sqjax.models.config import DecoderConfig as DecoderConfig
 from sqjax.models.config import llama_config as llama_config
@@ -34,12 +36,18 @@ from sqjax.models.evaluation.scoring import Question as Question
 from sqjax.models.evaluation.scoring import loglikelihoods as loglikelihoods
 from sqjax.models.evaluation.scoring import multiple_choice as multiple_choice
 from sqjax.models.fusing import fuse as fuse
+from sqjax.models.image_text import ImageText as ImageText
+from sqjax.models.image_text import TextTowerModel as TextTowerModel
 from sqjax.models.model import Model as Model
 from sqjax.models.pooling import Pooling as Pooling
 from sqjax.models.sharding import partition_specs as partition_specs
 from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers
+from sqjax.models.text_tower import TextTowerConfig as TextTowerConfig
+from sqjax.models.vision_config import VisionConfig as VisionConfig
+from sqjax.models.vision_model import Preprocessing as Preprocessing
+from sqjax.models.vision_model import VisionModel as VisionModel
 
 #: The name of `llama_config` when it was a class.
 LlamaConfig = llama_config

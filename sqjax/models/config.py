@@ -25,9 +25,18 @@ from sqjax.models.fields import (
 from sqjax.models.rope import LongRope, Rope
 
 #: How a block adds attention and MLP to the residual stream; see `DecoderConfig.block`.
-BLOCKS = ("pre", "output", "sandwich", "sum", "parallel", "parallel_two")
-#: The functions between an MLP's matmuls; "gelu_tanh" is the approximation that GPT-2 takes.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+BLOCKS = (
+    "pre",
+    "output",
+    "sandwich",
+    "sum",
+    "scaled",
+    "parallel",
+    "parallel_two",
+)
+#: The functions between an MLP's matmuls; "gelu_tanh" is the approximation that GPT-2 takes,
+#: "quick_gelu" that of CLIP, x * sigmoid(1.702 x).
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,8 @@ class DecoderConfig:
             "output": x += N A(x), then x += N M(x) (OLMo-2);
             "sandwich": x += N A(N x), then x += N M(N x) (Gemma 2);
             "sum": x = N(x + A(x)), then x = N(x + M(x)) (OPT-350m);
+            "scaled": x += g A(N x), then x += h M(N x), with gains g and h for each channel
+                (DINOv2);
             "parallel": x += A(N x) + M(N x), with one norm for both (GPT-J);
             "parallel_two": the same with a norm each (GPT-NeoX).
         first_norm: whether layer 0 has a norm before its attention; without one that layer reads a

@@ -23,7 +23,7 @@ from sqjax.models.config import (
     rotated_channels,
 )
 from sqjax.models.mlp import MLP, Mixture
-from sqjax.models.norms import NormLayer
+from sqjax.models.norms import Gain, NormLayer
 from sqjax.models.rope import rotary_table
 from sqjax.models.self_attention import (
     Attention,
@@ -84,9 +84,19 @@ _NORMS = {
         after_attention="post_attention_layernorm",
         after_mlp="post_feedforward_layernorm",
     ),
+    "scaled": _Norms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "attention_scale",
+        "mlp_scale",
+    ),
     "parallel": _Norms("input_layernorm", None),
     "parallel_two": _Norms("input_layernorm", "post_attention_layernorm"),
 }
+
+
+#: Which of these are a gain alone: nothing is divided by its size.
+_GAINS = ("attention_scale", "mlp_scale")
 
 
 class Block(nn.Module):
@@ -123,7 +133,11 @@ class Block(nn.Module):
 
     def _norm(self, name: str | None, x: Array) -> Array:
         """The norm of x that has a name; x itself where there is none."""
-        return x if name is None else NormLayer(self.config.norm, name=name)(x)
+        if name is None:
+            return x
+        if name in _GAINS:
+            return Gain(name=name)(x)
+        return NormLayer(self.config.norm, name=name)(x)
 
     def _mlp(self, x: Array) -> Array:
         experts = self.config.experts

@@ -118,7 +118,7 @@ def _positions(
     """How the layers of each kind look around.
 
     A token looks at all tokens but padding, on either side; with a window of 5, at the 2 before
-    it, at itself and at the 2 after it.
+    it, at itself and at the 2 after it. Where the configuration is causal, not at those after it.
     """
     slots = jnp.arange(tokens, dtype=jnp.int32)
     distance = jnp.abs(slots[:, None] - slots[None, :])[None]
@@ -128,6 +128,8 @@ def _positions(
         window = kind.sliding_window
         reach = tokens if window is None else window // 2
         seen = distance <= reach
+        if config.causal:
+            seen = seen & (slots[:, None] >= slots[None, :])[None]
         if mask is not None:
             seen = seen & mask[:, None, :]
         rotary = None

@@ -51,6 +51,7 @@ class EncoderConfig:
         first_norm: whether layer 0 has a norm before its attention (in ModernBERT it has none).
         kinds: how the attention of each layer looks around; one stands for all layers. With a
             window of n, a token looks at n // 2 tokens on either side.
+        causal: whether a token looks at itself and at those before it alone, as in CLIP's texts.
         learned_positions: whether each position's row of a table is added to the embedding.
         position_offset: the row of position 0 in that table.
         skips_padding: whether positions count the tokens that are no padding, as in RoBERTa; else
@@ -87,6 +88,7 @@ class EncoderConfig:
     block: str = "sum"
     first_norm: bool = True
     kinds: tuple[LayerKind, ...] = _NO_ROPE
+    causal: bool = False
     learned_positions: bool = True
     position_offset: int = 0
     skips_padding: bool = False
@@ -155,6 +157,7 @@ _FIELDS: Mapping[str, What] = {
     "block": one_of(*ENCODER_BLOCKS),
     "first_norm": FLAG,
     "kinds": tuple_of(LayerKind, "a tuple of LayerKinds"),
+    "causal": FLAG,
     "learned_positions": FLAG,
     "position_offset": COUNT,
     "skips_padding": FLAG,

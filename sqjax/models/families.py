@@ -33,6 +33,10 @@ from sqjax.models.checkpoints.families.paths import GATE_UP as GATE_UP
 from sqjax.models.checkpoints.families.paths import OUR_LAYER as OUR_LAYER
 from sqjax.models.checkpoints.families.paths import QKV as QKV
 from sqjax.models.checkpoints.families.paths import denses as denses
+from sqjax.models.checkpoints.families.vision import PATCHES as PATCHES
+from sqjax.models.checkpoints.families.vision import (
+    WITH_BATCH_AXIS as WITH_BATCH_AXIS,
+)
 from sqjax.models.checkpoints.family import Family as Family
 from sqjax.models.checkpoints.names import BY_KEY_HEAD as BY_KEY_HEAD
 from sqjax.models.checkpoints.names import (
@@ -56,3 +60,4 @@ from sqjax.models.fields import FLAG as FLAG
 from sqjax.models.fields import POSITIVE as POSITIVE
 from sqjax.models.fields import SIZE as SIZE
 from sqjax.models.rope import Rope as Rope
+from sqjax.models.vision_config import VisionConfig as VisionConfig

@@ -11,7 +11,7 @@ names.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -76,6 +76,8 @@ class Family:
         left_out: the starts of the names, with or without the prefix, of tensors of parts that the
             model here does not have, such as the head of a masked language model, or the other
             tower of two.
+        optional: {a tensor's name without the prefix: {field: value}}, the fields that change where
+            a checkpoint has no such tensor, of parts that no key tells of.
         config_type: the type of the configuration, which says what kind of model it is; one of
             `sqjax.models.checkpoints.kinds.KINDS`.
     """
@@ -89,6 +91,7 @@ class Family:
     neutral: Mapping[str, tuple] = field(default_factory=dict)
     usual_ends: tuple[int, ...] = ()
     left_out: tuple[str, ...] = ()
+    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config_type: type = DecoderConfig
 
     def __post_init__(self):
@@ -136,6 +139,19 @@ class Family:
     def find(self, name: str, leaves: Container[str]) -> Found | None:
         """Which of a model's leaves a tensor fills; None if the table has no row for it."""
         return find(self.rows, name.removeprefix(self.prefix), leaves)
+
+    def fitted(self, config: Config, names: Iterable[str]) -> Config:
+        """The configuration without the optional parts of which there is no tensor.
+
+        Args:
+            config: as `config` gives it.
+            names: the names of all tensors of the checkpoint.
+        """
+        there = {name.removeprefix(self.prefix) for name in names}
+        changes: dict[str, Any] = {}
+        for name in self.optional.keys() - there:
+            changes |= self.optional[name]
+        return replace(config, **changes) if changes else config
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor says nothing that the model here needs."""

@@ -113,6 +113,7 @@ def open_checkpoint(
         stored, problems = _stored(directory, opened)
         modules, floats, wrong = sort_out(stored, quantization)
         problems += wrong
+        config = family.fitted(config, [*floats, *modules])
         used, redundant = {}, []
         for name, tensor in floats.items():
             if _is_redundant(name, family, config):

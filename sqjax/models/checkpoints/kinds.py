@@ -14,6 +14,10 @@ from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
 from sqjax.models.encoder import TextEncoder
 from sqjax.models.encoder_config import EncoderConfig
+from sqjax.models.image_text import TextTowerModel
+from sqjax.models.text_tower import TextTowerConfig
+from sqjax.models.vision_config import VisionConfig
+from sqjax.models.vision_model import VisionModel
 
 #: A configuration of any kind. It is frozen and hashable, and has `num_layers`.
 Config = Any
@@ -69,6 +73,22 @@ def _init_encoder(config: EncoderConfig) -> Any:
     return {"model": params}
 
 
+def _layer_of_vision(config: VisionConfig, i: int) -> VisionConfig:
+    return replace(config, num_layers=1)
+
+
+def _init_vision(config: VisionConfig) -> Any:
+    return VisionModel(config).init(jax.random.key(0))
+
+
+def _layer_of_tower(config: TextTowerConfig, i: int) -> TextTowerConfig:
+    return config.of_one_layer()
+
+
+def _init_tower(config: TextTowerConfig) -> Any:
+    return TextTowerModel(config).init(jax.random.key(0))
+
+
 #: {the type of a model's configuration: its kind}.
 KINDS: Mapping[type, Kind] = {
     DecoderConfig: Kind("a decoder", "load", _layer_of_decoder, _init_decoder),
@@ -77,6 +97,18 @@ KINDS: Mapping[type, Kind] = {
         "load_encoder",
         _layer_of_encoder,
         _init_encoder,
+    ),
+    VisionConfig: Kind(
+        "an encoder of images",
+        "load_vision",
+        _layer_of_vision,
+        _init_vision,
+    ),
+    TextTowerConfig: Kind(
+        "the text tower of two",
+        "load_image_text",
+        _layer_of_tower,
+        _init_tower,
     ),
 }
 

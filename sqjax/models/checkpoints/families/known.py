@@ -1,4 +1,4 @@
-"""The table of all families that `load` and `load_encoder` know."""
+"""The table of all families that `load`, `load_encoder` and `load_vision` know."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,7 @@ from sqjax.models.checkpoints.families import (
     gemma,
     gpt,
     llama,
+    vision,
 )
 from sqjax.models.checkpoints.family import Family
 
@@ -49,6 +50,12 @@ _ALL = (
     encoders.MPNET,
     encoders.DISTILBERT,
     encoders.MODERNBERT,
+    vision.VIT,
+    vision.DINOV2,
+    vision.CLIP,
+    vision.CLIP_VISION,
+    vision.SIGLIP,
+    vision.SIGLIP_VISION,
 )
 #: {model_type of config.json: family}.
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
