@@ -70,6 +70,7 @@ def smoothed_is_the_same(fn, stats, params, *inputs):
     return smoothed
 
 
+@pytest.mark.slow
 def test_a_while_loop_adds_what_every_step_saw():
     stats = sq.calibrate(
         looped, PARAMS, [(X, np.int32(STEPS)), (PLUS, np.int32(0))], histogram=True

@@ -119,6 +119,7 @@ SCHEMES = {
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_other_schemes_are_those_of_the_weight_alone():
     """x @ (w + d) is, bit for bit, what the scheme makes of x @ w, plus x @ d."""
     params = {name: PARAMS for name in SCHEMES}
@@ -150,6 +151,7 @@ def layers_of_a_sum(p, x):
 
 
 @pytest.mark.parametrize("fn", [layers, layers_of_a_sum])
+@pytest.mark.slow
 def test_layers_that_a_scan_runs_over(fn):
     params = {"w": normal(2, 8, 8), "a": normal(2, 8, 1), "b": normal(2, 1, 8)}
     x = normal(3, 8)

@@ -73,6 +73,7 @@ def in_int8(x, w, mask):
     return np.round(x / of_x) @ (np.round(w / of_w) * mask) * of_x * of_w
 
 
+@pytest.mark.slow
 def test_masked_weights_run_in_int8():
     """Every way in one program."""
     params = {name: {"w": W, "mask": jnp.asarray(MASK)} for name in WAYS}
@@ -123,6 +124,7 @@ SCHEMES = {
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_other_schemes_mask_their_codes():
     """fn with a mask is, bit for bit, x @ w with what numpy has masked of the codes."""
     x, w, mask = normal(6, 128).at[:, (3, 70)].mul(40), 1 + normal(128, 12), np.tri(128, 12, -60)
@@ -177,6 +179,7 @@ LAYERS = {"w": normal(2, 8, 8), "mask": jnp.asarray(normal(2, 8, 8, seed=3) > 0)
 
 
 @pytest.mark.parametrize("fn", [within, captured, before])
+@pytest.mark.slow
 def test_layers_that_a_scan_runs_over(fn):
     x = normal(3, 8)
     stats = sq.calibrate(fn, LAYERS, [x])
@@ -254,6 +257,7 @@ def test_what_is_no_mask_stays_float(case):
         sq.calibrate(lambda p, x: x @ way(p, x), params, [X])
 
 
+@pytest.mark.slow
 def test_a_mask_that_an_input_makes_is_none():
     def fn(p, x):
         return x @ (p["w"] * (x[:1].T > 0)) + x @ p["other"]

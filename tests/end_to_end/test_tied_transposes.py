@@ -80,6 +80,7 @@ def test_the_rows_are_outputs_in_whatever_order_the_program_has_the_products():
     assert same_trees(*trees)
 
 
+@pytest.mark.slow
 def test_a_one_hot_embedding_tied_to_the_head_is_the_untied_head():
     def fn(p, ids):
         h = jax.nn.one_hot(ids, 40) @ p["E"]
@@ -269,6 +270,7 @@ def _smoothed_autoencoder(x, w):
     return times_channels(np.tanh(times_rows(x, w)) / s, w)
 
 
+@pytest.mark.slow
 def test_one_layer_after_the_scan_over_all_of_them():
     """The layers that only the scan reads have no statistics: they meet no activation in h @ w.T."""
 
@@ -288,6 +290,7 @@ def test_one_layer_after_the_scan_over_all_of_them():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_two_functions_that_share_the_leaf():
     """Each has one of the products; the statistics are those of h @ w.T."""
     encode, decode = (lambda p, x: jnp.tanh(x @ p["w"])), (lambda p, h: h @ p["w"].T)
@@ -346,6 +349,7 @@ def test_no_fold_where_only_one_product_could_take_it():
 # The rest of the library ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_dequantized_leaf():
     qparams = sq.quantize({"w": W}, sq.calibrate(autoencoder, {"w": W}, [X]))
     linear = lambda p, x: (x @ p["w"] @ p["w"].T).sum()
@@ -359,6 +363,7 @@ def mesh():
     return jax.make_mesh((2,), ("model",), axis_types=kinds, devices=jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_saved_split_verified_and_sharded(tmp_path):
     def fn(p, x):
         return autoencoder(p, x) + p["bias"]
@@ -378,6 +383,7 @@ def test_saved_split_verified_and_sharded(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shard_map_whose_devices_have_a_block_of_rows_or_of_channels():
     def of_blocks(w_spec, x_spec, h_spec, sum_x, sum_h):
         total = {True: partial(lax.psum, axis_name="model"), False: lambda y: y}

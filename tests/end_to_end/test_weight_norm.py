@@ -72,6 +72,7 @@ def codes(w, axis=0):
     return np.round(w / scale), scale
 
 
+@pytest.mark.slow
 def test_the_norm_is_a_gain_and_the_product_runs_in_int8():
     """Every way in one program."""
     params = {name: {"v": PARAMS["v"], "g": PARAMS["g"]} for name in WAYS}
@@ -191,6 +192,7 @@ def floats(weight):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_other_schemes_measure_the_weight_as_it_was_before_smoothing():
     """x @ (g v / |v|) is the scheme's x @ v, times g / |v| in float64 of what v is dequantized."""
     x, v = normal(6, 128).at[:, (3, 70)].mul(40), normal(128, 12)
@@ -249,6 +251,7 @@ def test_layers_that_a_scan_runs_over(fn):
 
 
 @pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_convolution_smoothed_at_run_time(groups):
     def kernel(p):
         return p["g"] * p["v"] / norm(p["v"], (0, 1))

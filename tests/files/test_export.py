@@ -61,6 +61,7 @@ def test_a_dense_layer_keeps_its_int8_matmul(scheme):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_decoder_keeps_every_int8_matmul():
     config = LlamaConfig(
         vocab_size=64,

@@ -432,6 +432,7 @@ def test_a_stack_of_experts_is_the_integer_product_of_numpy():
     assert np.abs(expected - fn(params, x)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_activation_for_all_experts_is_the_integer_product_of_numpy():
     x, w = stacked_operands()
     fn = lambda p, x: jnp.einsum("td,edf->tef", x, p["w"])

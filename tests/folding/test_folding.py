@@ -447,6 +447,7 @@ def test_groups_are_those_written_by_hand(build):
 @pytest.mark.parametrize(
     "build", [*slow_but(LAWFUL, attention, fused_qkv, in_bfloat16, channels_mixed_up), OPT]
 )
+@pytest.mark.slow
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     """One compiled program folds and runs at s = 1, at powers of two and at any scales."""
     case, graph = found(build)
@@ -522,6 +523,7 @@ def test_norm_groups_are_those_of_the_authors(build):
     assert all("norm" in path for g in chosen for path in g.absorbers)
 
 
+@pytest.mark.slow
 def test_two_traces_give_one_graph():
     case, graph = found(fused_qkv)
     again = graph_of(case.fn, case.params, *case.args)

@@ -280,6 +280,7 @@ def test_smoothing_at_run_time_where_no_leaf_absorbs():
     "scheme", [pytest.param(sq.W8A8_O1, marks=pytest.mark.every_case), sq.W8A8_O3]
 )
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_the_tied_head_is_smoothed_at_run_time(scheme):
     """The embedding is gathered and is the head: s W is stored, gathered rows are divided by s
     again.

@@ -60,6 +60,7 @@ def assert_same(got, expected):
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
 
 
+@pytest.mark.slow
 def test_a_part_is_what_calibrating_it_alone_gives(stats):
     part = part_of_stats(stats, leaves_of(stats.graph, "layers/0/"), "layers/0/")
     alone = sq.calibrate(run, PARAMS["layers"]["0"], [X], histogram=True)

@@ -32,6 +32,7 @@ SQUARES = {
 
 
 @pytest.mark.parametrize("case", SQUARES)
+@pytest.mark.slow
 def test_the_leaves_before_a_square_carry_the_root(case):
     fn = SQUARES[case]
     degree = 4 if "fourth" in case or "of a" in case else 2

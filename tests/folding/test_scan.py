@@ -143,6 +143,7 @@ def test_scales_of_every_layer_are_those_of_the_layers_written_out(alpha):
     ),
 )
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_int8_in_a_scan_is_int8_written_out(scheme, smooth):
     results = []
     for fn, params, stats in zip(

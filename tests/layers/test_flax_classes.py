@@ -576,6 +576,7 @@ def test_the_function_is_the_model():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_named_outputs():
     case, fn, params, _ = built(whisper)
     model = getattr(hf, case.model)(case.config, _do_init=False)
@@ -661,6 +662,7 @@ def test_quantized_generate_is_greedy_decoding_in_int8(build):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_quantized_beam_search_runs_the_models_own_loop():
     """The score of a sequence that has not ended is the log-probability of its new tokens in the int8 model."""
     _, fn, params, stats = built(gpt2)
@@ -673,6 +675,7 @@ def test_quantized_beam_search_runs_the_models_own_loop():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_speech_is_transcribed_in_int8():
     """The encoder runs once, the decoder from its start token on."""
     case, fn, params, stats = built(whisper)

@@ -718,6 +718,7 @@ def test_quantize_dense_says_what_it_expected(change, message):
         ({"scheme": sq.EMBEDDING_INT4}, "a scheme for embeddings, which meet indices"),
     ],
 )
+@pytest.mark.slow
 def test_quantize_dense_general_says_what_it_expected(change, message):
     with pytest.raises(ValueError, match=message):
         quantize_dense_general(

@@ -157,6 +157,7 @@ def test_float_parameters_go_back_into_the_original_class():
     chex.assert_trees_all_equal(module(x), fn(params, x))
 
 
+@pytest.mark.slow
 def test_a_shared_param_stands_in_the_tree_once_and_is_shared_again():
     module, x = jittered(Tied(nnx.Rngs(0))), normal(3, 6)
     fn, params = functional(module)
@@ -197,6 +198,7 @@ WRAPS = {"plain": None, "jit": nnx.jit, "remat": nnx.remat}
 
 
 @pytest.mark.parametrize("wrap", slow_but(WRAPS, "jit"))
+@pytest.mark.slow
 def test_batch_statistics_and_dropout_run_in_eval_mode_and_are_refused_in_training(wrap):
     module, x = jittered(Stateful(nnx.Rngs(0), wrap)), normal(4, 6)
     module.eval()
@@ -525,6 +527,7 @@ def quantized_layer(linear, x, scheme=sq.W8A8, smooth=False):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_the_smoothed_layer_is_the_layer(alpha):
     """(X / s)(s W) = X W: in float bit for bit but rounding, and what QuantLinear stores is s W, and divides by s."""
     linear, x = layer(bias=False)
@@ -801,6 +804,7 @@ each_preset = pytest.mark.parametrize(("scheme", "error"), slow_but(PRESETS, *QU
 
 @each_preset
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_every_scheme_runs_under_nnx_jit_vmap_and_grad(scheme, error):
     linear, x = layer(128, 16)
     module = QuantLinear.from_linear(linear, scheme, jnp.max(jnp.abs(x), axis=0))
@@ -880,6 +884,7 @@ TRAINED = {"W8A8": sq.W8A8, "W4A8": sq.W4A8, "FP8": sq.FP8}
 
 
 @pytest.mark.parametrize("scheme", slow_but(TRAINED))
+@pytest.mark.every_case
 def test_what_is_around_a_quantized_layer_trains(scheme):
     """nnx.grad and nnx.Optimizer see every nnx.Param: the norm, the biases, the head; a QuantParam is none."""
     model, x, target = Around(nnx.Rngs(0)), normal(32, 64), normal(32, 4, seed=1)

@@ -35,6 +35,7 @@ def dense(p, x):
 
 @pytest.mark.parametrize("alpha", [0.5, 0.85])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-6, 1e-3])
+@pytest.mark.slow
 def test_a_channel_that_was_nearly_dead_may_come_alive(size, alpha):
     qparams = sq.smoothquant(dense, DENSE, [X.at[:, 5].mul(size)], alpha)
     assert error(dense, DENSE, qparams, X) < 0.02

@@ -127,6 +127,7 @@ def test_scales(model, alpha):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.slow
 def test_smoothed_parameters(model, alpha):
     """Those that PyTorch changed agree, and no others are touched."""
     prefix = f"smoothed/{alpha}/"

@@ -97,6 +97,7 @@ def assert_trees_equal(a, b):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.85, 1.0])
+@pytest.mark.slow
 def test_scales_are_the_formula(alpha):
     case = small()
     w = {
@@ -267,6 +268,7 @@ def test_the_order_of_groups_does_not_matter():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_powers_of_two_fold_exactly_in_bfloat16():
     case = llama()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)

@@ -143,6 +143,7 @@ def test_encoding_is_off_by_at_most_half_a_step(name):
 
 
 @each_coded_format
+@pytest.mark.slow
 def test_written_slots_hold_the_vectors_and_leave_the_others(name):
     found, written = through(name), slice(BEFORE, BEFORE + TOKENS)
     for array in found.keys.token_arrays():

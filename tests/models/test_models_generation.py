@@ -87,6 +87,7 @@ def test_chunks_of_the_prefill_change_nothing(trees, uncached, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_one_by_one_and_greedy(trees, uncached, name):
     assert generate(MODEL, trees[name], PROMPTS[0], STEPS).tokens == uncached[name][:1]
     assert (
@@ -95,6 +96,7 @@ def test_one_by_one_and_greedy(trees, uncached, name):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_quantized_cache_is_the_same_in_a_batch_and_in_chunks(trees):
     alone = generate(MODEL, trees["W8A8"], PROMPTS[2], STEPS, cache="int8").tokens[0]
     assert generate(MODEL, trees["W8A8"], PROMPTS, STEPS, cache="int8", chunk=4).tokens[2] == alone
@@ -151,6 +153,7 @@ def test_the_loop_ends_when_all_rows_have(trees, uncached):
 
 
 @pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.slow
 def test_the_stream_is_the_result_in_pieces(trees, uncached, every):
     pieces = {0: [], 1: [], 2: []}
     got = generate(
@@ -214,6 +217,7 @@ def test_top_k_and_top_p_keep_what_a_sort_keeps(top_k, top_p):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_draws_have_the_probabilities_of_the_logits(trees):
     """1000 first tokens after one prompt: 4 standard deviations of a binomial, for each likely token."""
     count, temperature = 1000, 1.7

@@ -210,6 +210,7 @@ def test_nothing_to_load(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_numpy_ids_and_jit(tmp_path):
     model, params = load(write(tmp_path))
     ids = np.asarray([[3, 4, 5, 6]])

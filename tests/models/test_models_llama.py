@@ -103,6 +103,7 @@ def oracle(config, params, ids):
 
 
 @each_config
+@pytest.mark.slow
 def test_logits_equal_the_oracle(name):
     config = CONFIGS[name]
     expected, got = oracle(config, params_of(config), IDS), logits_of(config)

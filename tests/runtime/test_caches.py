@@ -185,6 +185,7 @@ def test_a_mask_and_parts_of_a_cache_pass():
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn])
+@pytest.mark.slow
 def test_a_mask_may_fill_with_zeros_only(jit):
     held = sq.quantize_cache({"c": jnp.ones((4, 8))})
 
@@ -288,6 +289,7 @@ def test_only_float_arrays_of_that_name_are_quantized():
 
 @pytest.mark.slow
 @pytest.mark.huggingface
+@pytest.mark.every_case
 def test_a_hugging_face_llama_decodes_with_an_int8_cache():
     hf = flax_transformers()
 

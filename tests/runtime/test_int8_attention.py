@@ -161,6 +161,7 @@ def test_gradients_are_those_of_the_float_attention(granularity):
 
 
 @pytest.mark.parametrize("operand", [0, 1])
+@pytest.mark.slow
 def test_the_derivative_of_a_product_is_that_of_the_float_product(operand):
     x, y, g = normal(2, 5, 8), normal(2, 7, 8, seed=1), normal(2, 5, 7, seed=2)
     dims = (((2,), (2,)), ((0,), (0,)))
@@ -177,6 +178,7 @@ def test_a_scan_over_layers_runs_in_int8():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_scan_over_layers_is_each_of_them():
     stack = jax.tree.map(lambda *a: jnp.stack(a), layer(0), layer(4), layer(8))
     model = lambda p, x: lax.scan(lambda x, one: (attention(one, x), None), x, p)[0]

@@ -52,6 +52,7 @@ def test_a_multiple_of_a_weight_runs_in_int8(case):
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8_OUTLIERS", "W8A8_O3", "W4A8"])
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_other_schemes_take_the_number_too(scheme):
     x, w = normal(6, 128).at[:, 3].mul(40), normal(128, 12)
     fns = [lambda p, x: x @ p["w"], lambda p, x: x @ (p["w"] * -0.5)]
@@ -112,6 +113,7 @@ GAINS = {
 }
 
 
+@pytest.mark.slow
 def test_a_gain_of_the_outputs_belongs_to_the_scale():
     """Every way in one program; w * g as weight norm has it, where v / norm(v) is stored."""
     gain = jnp.linspace(-2.0, 3.0, 12)[None]
@@ -144,6 +146,7 @@ GAIN_SCHEMES = {
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_other_schemes_take_the_gain_too():
     x, w, gain = normal(6, 128).at[:, 3].mul(40), normal(128, 12), jnp.linspace(-2.0, 3.0, 12)[None]
     params = {name: {"w": w, "g": gain} for name in GAIN_SCHEMES}
@@ -196,6 +199,7 @@ def test_what_is_no_multiple_stays_float(case):
         sq.calibrate(fn, params, [X])
 
 
+@pytest.mark.slow
 def test_a_gain_that_is_multiplied_itself_stays_float():
     """x @ g is a matmul too, but w * g needs g's elements."""
 

@@ -554,6 +554,7 @@ def test_shardings_of_a_stack_with_smoothing_and_static_scales():
 
 
 @pytest.mark.parametrize("wrap", [nn.with_partitioning, nn.with_logical_partitioning])
+@pytest.mark.slow
 def test_shardings_of_boxed_leaves(wrap):
     """Flax's boxes stay around quantized leaves; what flax says of a box is said of its leaf."""
     init = wrap(nn.initializers.lecun_normal(), (None, "model"))
@@ -641,6 +642,7 @@ def test_outlier_channels_in_a_shard_map():
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)], ids=str)
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_groups_of_a_leaf_that_is_sharded_on_explicit_axes(spec):
     """The codes and scales are those of the leaf on one device, and stay sharded as it is."""
     params, x = {"w": normal(12, 8)}, normal(4, 12)

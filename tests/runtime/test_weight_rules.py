@@ -280,6 +280,7 @@ def test_a_group_too_long_for_int32_is_refused():
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_O3", "W8A16", "W8A8_OUTLIERS"])
+@pytest.mark.slow
 def test_leaves_without_elements_stay_as_they_are(scheme):
     params = {"w": normal(8, 5), "channels": normal(0, 5), "outputs": normal(8, 0)}
 

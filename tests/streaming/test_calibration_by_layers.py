@@ -88,6 +88,7 @@ def test_it_is_what_calibrating_the_whole_gives(name):
     assert_equal_stats(got, expected)
 
 
+@pytest.mark.slow
 def test_a_small_one_and_that_layers_that_are_alike_are_compiled_once(monkeypatch):
     model = Model(SMALL)
     params = random_params(model)
@@ -109,6 +110,7 @@ def test_a_small_one_and_that_layers_that_are_alike_are_compiled_once(monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_of_a_directory_with_a_mask_and_keys_and_two_lengths(tmp_path):
     directory = write(tmp_path / "model")
     model, params = sq.models.load(directory)

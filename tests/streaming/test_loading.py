@@ -57,6 +57,7 @@ def test_groups_are_chosen_as_by_scales(calibrated):
 
 
 @pytest.mark.parametrize("scheme", [sq.W8A8, "W8A16", {"embed": "EMBEDDING_INT8", "mlp": "W4A16"}])
+@pytest.mark.slow
 def test_without_statistics(tmp_path, scheme):
     directory = shard(tmp_path / "model", tensors(TIED), TIED) if scheme == sq.W8A8 else None
     directory = directory or write(tmp_path / "model")

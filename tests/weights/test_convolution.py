@@ -185,6 +185,7 @@ IMAGES = {"per_token": PerToken(), "per_tensor": PerTensor(), "static": Static()
 AS_USERS = ["patches", "depthwise, multiplied", "first, groups", "odd"]
 
 
+@pytest.mark.slow
 def test_quantized_convolutions_are_those_of_numpy():
     """Per image, per tensor and static: (q_x * q_w) scale_x scale_w, in the caller's layout."""
     programs, expected = {}, {}

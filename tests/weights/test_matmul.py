@@ -208,6 +208,7 @@ def test_half_precision_is_smoothed_in_float32():
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.slow
 def test_one_row_equals_that_row_of_two(activations):
     x, w = matrices(activations, rows=2)
     x = jnp.stack([x[0], -x[0]])  # one scale for both rows, whatever the granularity
@@ -372,6 +373,7 @@ def test_a_batch_that_the_weight_was_not_quantized_for_is_refused():
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.slow
 def test_smoothing_at_run_time_divides_x_and_multiplies_w(activations):
     x, w = normal(6, 32) * jnp.where(jnp.arange(32) == 3, 64.0, 1.0)[None, :], normal(32, 8, seed=1)
     absmax = jnp.max(jnp.abs(x), axis=0)
@@ -391,6 +393,7 @@ def test_smoothing_at_run_time_divides_x_and_multiplies_w(activations):
 
 
 @pytest.mark.parametrize("case", ["general in", "swapped", "apart"])
+@pytest.mark.slow
 def test_smoothing_follows_the_order_of_the_weight_axes(case):
     x_shape, w_shape, x_axes, w_axes = AXES[case]
     x, w = normal(*x_shape), normal(*w_shape, seed=1)

@@ -95,6 +95,7 @@ def same(a, b, scale=1e-5):
 
 @each_format
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_an_argument_of_jit(name):
     qparams, run, params, x = quantized_model(name)
     expected = relu_mlp(params, x)
@@ -138,6 +139,7 @@ def test_vmap_over_inputs_and_over_weights(name):
 
 
 @each_format
+@pytest.mark.slow
 def test_the_gradient_of_activations_is_nearly_that_of_the_float_function(name):
     qparams, run, params, x = quantized_model(name, fn=one_product)
     g = normal(6, 128, seed=9)
@@ -284,6 +286,7 @@ def test_a_cast_is_caught_where_the_leaf_is_used(name, cast):
 
 
 @each_format
+@pytest.mark.slow
 def test_donation(name):
     qparams, run, _, x = quantized_model(name)
     expected = run(qparams, x)
@@ -430,6 +433,7 @@ ROWS_THEN_COLUMNS = {
     "cuts", [COLUMNS_THEN_ROWS, ROWS_THEN_COLUMNS], ids=["columns_rows", "rows_columns"]
 )
 @each_format
+@pytest.mark.slow
 def test_cut_over_devices_as_the_float_leaf(name, cuts):
     qparams, run, params, x = quantized_model(name)
     where = jax.tree.map(lambda spec: NamedSharding(mesh(), spec), cuts)
@@ -526,7 +530,7 @@ def test_a_stack_over_devices():
         normal(4, 5, 64) * jnp.where(jnp.arange(64) == 5, 9.0, 1.0)[None, None, :],
     )
     stats = sq.calibrate(fn, params, [x])
-    for scheme in (*FORMATS.values(), sq.W8A8_O3.replace(smoothing=0.5, outliers=3.0)):
+    for scheme in (TWO_LEVEL, sq.W8A8_O3.replace(smoothing=0.5, outliers=3.0)):
         qparams = sq.quantize(params, stats, scheme)
         found = sq.shardings(qparams, {"w": NamedSharding(mesh(), P("data", "model"))})
         moved = jax.device_put(qparams, found)

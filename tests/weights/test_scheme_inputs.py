@@ -472,6 +472,7 @@ def test_rows_of_a_table_are_gathered_narrow_and_only_they_are_dequantized(name)
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_rows_out_of_range_follow_the_mode_of_the_lookup():
     table, ids = normal(5, 16), jnp.array([1, 5, 100])
     for mode in ("fill", "clip"):
@@ -541,6 +542,7 @@ def test_a_function_that_only_looks_rows_up_is_calibrated_for_its_tables():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_none_keeps_embeddings_float_too_where_it_comes_first():
     fn = lambda p, ids: p["embed"][ids] @ p["w"]
     rng = np.random.default_rng(0)

@@ -200,6 +200,7 @@ def test_activations_are_rounded_as_the_oracle_does_bit_for_bit(activations, fmt
     slow_rows_but([(*case, dtype) for case in CASES for dtype in dtypes(case[0])], *QUICK),
     ids=str,
 )
+@pytest.mark.slow
 def test_the_result_is_that_of_the_oracle(weights, activations, dtype):
     got, (x, w) = run(weights, dtype)[activations][1], operands(dtype)
     assert (got.shape, got.dtype) == ((ROWS, OUTPUTS), dtype)
@@ -242,6 +243,7 @@ def test_the_error_is_within_the_bound_of_theory(weights, activations):
     slow_rows_but([c for c in CASES if c[1] in ("per_token", None)], *QUICK),
     ids=str,
 )
+@pytest.mark.slow
 def test_jit_equals_eager(weights, activations):
     qparams, expected = run(weights, "float32")[activations]
     got = sq.quantized(fn)(qparams, data("float32")[0])
@@ -388,6 +390,7 @@ def test_whole_groups_of_weight_only_are_multiplied_group_by_group_for_gpus():
 
 
 @pytest.mark.parametrize("weights", ["int8 64", "int4 zero 64", "int4 two-level 64"])
+@pytest.mark.slow
 def test_programs_of_gpus_multiply_groups_in_int8(weights):
     qparams, (x, _, _) = for_gpu(run(weights, "float32")["per_token"][0]), data("float32")
     products, text = products_for("cuda", qparams, x)

