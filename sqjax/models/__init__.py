@@ -5,7 +5,7 @@
     prompt = "The capital of France is"
     answer = sqjax.models.generate(model, params, prompt, 32, cache="int8").texts[0]
 
-    encoder, params = sqjax.models.load_encoder("path/to/all-MiniLM-L6-v2")
+    encoder, params = sqjax.models.load_encoder("all-minilm-l6-v2")
     vectors = encoder.encode(params, ["A cat.", "A dog."])  # (2, 384)
 
     fn, params = sqjax.models.from_flax(hugging_face_flax_model)  # any of its classes

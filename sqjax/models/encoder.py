@@ -172,7 +172,7 @@ class Encoder:
     Two encoders are equal when they are but for their tokenizers. `apply` and `embed` are pure
     functions of the bare parameter tree, which `sqjax.calibrate` and what follows take as they are:
 
-        encoder, params = sqjax.models.load_encoder("path/to/all-MiniLM-L6-v2")
+        encoder, params = sqjax.models.load_encoder("all-minilm-l6-v2")
         vectors = encoder.encode(params, ["A cat.", "A dog."])  # (2, 384)
 
     Attributes:

@@ -430,7 +430,7 @@ def test_each_kind_of_model_has_its_own_loader(tmp_path):
     with pytest.raises(ValueError, match="this is an encoder of texts"):
         sq.load_quantized(encoder_at)
     with pytest.raises(
-        ValueError, match=r"no/such: expected .*a directory .* got no such directory"
+        ValueError, match=r"no/such: expected one of .*, or a directory .* got no such"
     ):
         load_encoder("no/such")
     with pytest.raises(ValueError, match=r"load_encoder: expected a dtype of floats"):

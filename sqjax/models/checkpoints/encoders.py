@@ -1,7 +1,7 @@
 """`load_encoder`: an encoder of texts and its parameters from a directory or a name."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +20,7 @@ from sqjax.models.encoder_config import EncoderConfig
 from sqjax.models.model import Params
 
 #: {name: what gives the path of its directory, downloading it if need be}.
-ENCODER_NAMES: Mapping[str, Callable[[], Path]] = {
-    "all-minilm-l6-v2": partial(fetch, MINILM)
-}
+ENCODER_NAMES = {"all-minilm-l6-v2": partial(fetch, MINILM)}
 
 
 def load_encoder(
@@ -70,10 +68,9 @@ def load_encoder(
     path = ENCODER_NAMES[name]() if name in ENCODER_NAMES else Path(name)
     # os.path's function, because Path's raises where a path is too long to be one.
     if not os.path.isdir(path):
-        names = [*sorted(ENCODER_NAMES), "a directory"]
         raise ValueError(
-            f"{name}: expected {' or '.join(names)} with config.json and model.safetensors, got "
-            "no such directory"
+            f"{name}: expected one of {sorted(ENCODER_NAMES)}, or a directory with config.json and "
+            "model.safetensors; got no such directory"
         )
     sentences = read_sentences(path)
     config, params = read_huggingface(
