@@ -24,14 +24,8 @@ from sqjax.models.encoder import Encoder
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8_O1, W8A8_O3, W8A16, Scheme
 
-#: The schemes, each smoothed by what folds into other weights.
-SCHEMES: dict[str, Scheme] = {
-    "W8A8 O1 per-token": W8A8_O1,
-    "W8A8 O1, the rest smoothed at run time": W8A8_O1.replace(smoothing=ALPHA),
-    "W8A8 O3 static": W8A8_O3,
-    "W8A8 O3, the rest smoothed at run time": W8A8_O3.replace(smoothing=ALPHA),
-    "W8A16": W8A16,
-}
+#: Schemes of int8 activations, each measured in three ways.
+INT8: dict[str, Scheme] = {"W8A8 O1": W8A8_O1, "W8A8 O3": W8A8_O3}
 
 
 class Size(NamedTuple):
@@ -93,12 +87,7 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
     )
     print(_what_folds(stats))
 
-    smoothing_scales = scales(params, stats, ALPHA)
-    smoothed = fold(params, stats.graph, smoothing_scales)
-    smoothed_stats = fold_stats(stats, smoothing_scales)
-    trees = {"float32": params}
-    for name, scheme in SCHEMES.items():
-        trees[name] = quantize(smoothed, smoothed_stats, scheme)
+    trees = {"float32": params, **_variants(params, stats)}
     speeds = _speeds(encoder, trees, batches[0], size.repeats)
 
     exact = encoder.encode(params, texts)
@@ -111,12 +100,34 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
     return rows
 
 
+def _variants(params: Any, stats: Stats) -> dict[str, Any]:
+    """{name: parameters} of each scheme: unsmoothed, with what folds, and smoothed at run time.
+
+    In BERT few scales fold, because a norm's output is the residual stream too. At run time every
+    matmul's activations can be divided.
+    """
+    folded = scales(params, stats, ALPHA)
+    smoothed = fold(params, stats.graph, folded)
+    smoothed_stats = fold_stats(stats, folded)
+    found = {}
+    for name, scheme in INT8.items():
+        at_run_time = scheme.replace(smoothing=ALPHA)
+        found[f"{name}, unsmoothed"] = quantize(params, stats, scheme)
+        found[f"{name}, what folds"] = quantize(
+            smoothed, smoothed_stats, scheme
+        )
+        found[f"{name}, at run time"] = quantize(params, stats, at_run_time)
+    found["W8A16"] = quantize(params, stats, W8A16)
+    return found
+
+
 def sentences(name: str, count: int) -> list[str]:
     """The first sentences of a shipped text that have 6 to 60 words.
 
     Raises:
         ValueError: the text has fewer of them.
     """
+    # A sentence may run over several lines.
     text = " ".join(shipped(name).split())
     found = []
     for sentence in re.split(r"(?<=[.!?])\s+", text):
@@ -146,6 +157,7 @@ def agreement_of(
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """The vectors divided by their lengths, float64."""
+    # In float32 a cosine of 1 would show as 0.9999999.
     wide = vectors.astype(np.float64)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
@@ -183,6 +195,6 @@ def _speeds(
 
 def _table(rows: list[Row], size: Size) -> str:
     """The table and a line that says what was done to get it."""
-    done = f"{size.evaluation} sentences; what folds is smoothed with alpha {ALPHA}"
+    done = f"{size.evaluation} sentences; smoothing with alpha {ALPHA}"
     table = layouts.embeddings(as_dicts(rows))
     return f"\n{done}; every matmul in int8\n{layouts.text(table)}"

@@ -1,5 +1,6 @@
 """`load_vision` and `load_image_text`: one tower, or both, from a directory."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from jax.typing import DTypeLike
 from sqjax.models.checkpoints.families.text_towers import TEXT_TOWERS
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import read_huggingface
-from sqjax.models.checkpoints.loading import check_arguments
+from sqjax.models.checkpoints.loading import check_arguments, check_options
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
@@ -58,7 +59,7 @@ def load_vision(
         ...
         ValueError: no/such/directory: expected a directory with config.json and model.safetensors
     """
-    directory = _directory("load_vision", path, dtype)
+    directory = _directory("load_vision", path, dtype, families, placement)
     config, params = read_huggingface(
         directory, dtype, families, placement, VisionConfig
     )
@@ -99,7 +100,7 @@ def load_image_text(
         ...
         ValueError: no/such/directory: expected a directory with config.json and model.safetensors
     """
-    directory = _directory("load_image_text", path, dtype)
+    directory = _directory("load_image_text", path, dtype, (), placement)
     # Each tower leaves out the tensors of the other: the file is opened twice.
     texts, of_texts = read_huggingface(
         directory, dtype, TEXT_TOWERS, placement, TextTowerConfig
@@ -110,11 +111,19 @@ def load_image_text(
     return model, {"images": of_images, "texts": of_texts}
 
 
-def _directory(what: str, path: str | Path, dtype: DTypeLike) -> Path:
+def _directory(
+    what: str,
+    path: str | Path,
+    dtype: DTypeLike,
+    families: Sequence[Family],
+    placement: Placement,
+) -> Path:
     """The directory of a checkpoint; `what` is the function that was called, for errors."""
     check_arguments(what, (), path, dtype)
+    check_options(what, families, placement)
     directory = Path(path)
-    if not directory.is_dir():
+    # os.path's function, because Path's raises where a path is too long to be one.
+    if not os.path.isdir(directory):
         raise ValueError(
             f"{path}: expected a directory with config.json and model.safetensors"
         )
