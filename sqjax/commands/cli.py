@@ -133,6 +133,12 @@ def _run_demo(options: argparse.Namespace) -> list[Row]:
 
     size = demo.QUICK if options.quick else demo.FULL
     rows = demo.demo(size, options.alpha, options.model, options.float_head)
+    if options.model == MODEL and not options.quick:
+        # A real model of another kind; `sqjax embeddings` has a record of its own.
+        from sqjax.commands import embeddings
+
+        print()
+        embeddings.embeddings(embeddings.QUICK)
     return as_dicts(rows)
 
 

@@ -24,6 +24,8 @@ from sqjax.models.encoder import Encoder
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8_O1, W8A8_O3, W8A16, Scheme
 
+#: Sentences in a batch: many, because each shape of a batch is a program to compile.
+BATCH = 64
 #: Schemes of int8 activations, each measured in three ways.
 INT8: dict[str, Scheme] = {"W8A8 O1": W8A8_O1, "W8A8 O3": W8A8_O3}
 
@@ -79,7 +81,8 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
         ValueError: there is no such encoder, or it has no tokenizer.
     """
     encoder, params = load_encoder(model_name)
-    batches = encoder.batches(sentences("calibration", size.calibration))
+    calibration = sentences("calibration", size.calibration)
+    batches = encoder.batches(calibration, batch=BATCH)
     texts = sentences("evaluation", size.evaluation)
     print(where(model_name), flush=True)
     stats = calibrate(
@@ -90,10 +93,10 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
     trees = {"float32": params, **_variants(params, stats)}
     speeds = _speeds(encoder, trees, batches[0], size.repeats)
 
-    exact = encoder.encode(params, texts)
+    exact = encoder.encode(params, texts, batch=BATCH)
     rows = []
     for name, tree in tqdm(trees.items(), desc="encoding", unit="scheme"):
-        vectors = encoder.encode(tree, texts)
+        vectors = encoder.encode(tree, texts, batch=BATCH)
         agreement = agreement_of(vectors, exact)
         rows.append(Row(name, *agreement, weight_bytes(tree), speeds[name]))
     print(_table(rows, size))

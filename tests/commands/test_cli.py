@@ -34,7 +34,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        (["demo"], (demo.FULL, 0.85, "smollm2-135m", False)),
+        (["demo", "--model", "a.gguf"], (demo.FULL, 0.85, "a.gguf", False)),
         (
             ["demo", "--quick", "--alpha", "0.5", "--model", "a.gguf", "--float-head"],
             (demo.QUICK, 0.5, "a.gguf", True),
@@ -52,6 +52,11 @@ def calls(monkeypatch):
 def test_a_command_runs_with_its_options(calls, arguments, call):
     assert cli.main(arguments) == 0
     assert calls == [call]
+
+
+def test_the_whole_demo_shows_both_real_models(calls):
+    assert cli.main(["demo"]) == 0
+    assert calls == [(demo.FULL, 0.85, "smollm2-135m", False), (embeddings.QUICK,)]
 
 
 @pytest.mark.parametrize(
