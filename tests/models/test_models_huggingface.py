@@ -8,6 +8,8 @@ from flax.traverse_util import flatten_dict
 from hf_directories import CONFIG, shard, tensors, write
 
 from sqjax.models import Model, load
+from sqjax.models.checkpoints.families.llama import LLAMA
+from sqjax.models.checkpoints.loading import check_options
 
 
 def expected_tree(weights):
@@ -217,3 +219,15 @@ def test_numpy_ids_and_jit(tmp_path):
     expected = model.apply(params, ids)
     tolerance = 3e-6 * np.abs(expected).max()
     np.testing.assert_allclose(jax.jit(model.apply)(params, ids), expected, rtol=0, atol=tolerance)
+
+
+def test_options_that_are_none():
+    """Asked directly, because the tests' type checker is before every public function."""
+    fine = lambda path, shape: None
+    check_options("load", [LLAMA], fine)
+    with pytest.raises(ValueError, match=r"load: expected placement to be a function .*got 3"):
+        check_options("load", (), 3)
+    with pytest.raises(ValueError, match=r"load: expected families to be a list .*got 3"):
+        check_options("load", 3, fine)
+    with pytest.raises(ValueError, match=r"load: expected families .*got \['llama'\]"):
+        check_options("load", ["llama"], fine)

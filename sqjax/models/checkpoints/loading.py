@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def load(
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
         ImportError: if reading it needs a package that is not installed.
     """
-    _check_arguments(path_or_name, dtype)
+    check_arguments("load", NAMES, path_or_name, dtype)
+    check_options("load", families, placement)
     check_source(path_or_name)
     path = (
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
@@ -84,11 +85,19 @@ def check_source(path_or_name: str | Path) -> None:
     )
 
 
-def _check_arguments(path_or_name: Any, dtype: Any) -> None:
-    """Raises ValueError for what is no path and for what is no dtype of floats."""
+def check_arguments(
+    what: str, names: Iterable[str], path_or_name: Any, dtype: Any
+) -> None:
+    """Raises ValueError for what is no path and for what is no dtype of floats.
+
+    Args:
+        what: the function that was called, for the error.
+        names: what it takes beside paths.
+        path_or_name, dtype: its arguments.
+    """
     if not isinstance(path_or_name, str | Path):
         raise ValueError(
-            f"load: expected one of {sorted(NAMES)} or a path, got {path_or_name!r}"
+            f"{what}: expected one of {sorted(names)} or a path, got {path_or_name!r}"
         )
     try:
         is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -96,8 +105,27 @@ def _check_arguments(path_or_name: Any, dtype: Any) -> None:
         is_float = False
     if not is_float:
         raise ValueError(
-            f"load: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
+            f"{what}: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
             "parameters afterwards"
+        )
+
+
+def check_options(what: str, families: Any, placement: Any) -> None:
+    """Raises ValueError for what is no sequence of families, or can not be called.
+
+    Args:
+        what: the function that was called, for the error.
+        families, placement: its arguments.
+    """
+    is_list = isinstance(families, Sequence)
+    if not is_list or not all(isinstance(one, Family) for one in families):
+        raise ValueError(
+            f"{what}: expected families to be a list of sqjax.models.Family, got {families!r}"
+        )
+    if not callable(placement):
+        raise ValueError(
+            f"{what}: expected placement to be a function of a leaf's path and shape, got "
+            f"{placement!r}; for one sharding everywhere, lambda path, shape: sharding"
         )
 
 
