@@ -7,7 +7,6 @@ import pytest
 
 import sqjax as sq
 from sqjax.models import load_encoder
-from sqjax.models.text.batches import text_batches, token_ids
 
 pytestmark = pytest.mark.slow
 
@@ -31,9 +30,7 @@ def test_int8_embeddings_are_near(minilm):
     encoder, params, sentences, expected = minilm
     # The last one is long, which takes long in int8 on a CPU.
     sentences, expected = sentences[:-1], expected[:-1]
-    limit = encoder.reading.max_tokens
-    ids = token_ids(encoder.tokenizer.backend, sentences, limit)
-    batches = [(batch.ids, batch.mask) for batch in text_batches(ids, 8, limit, 0)]
+    batches = encoder.batches(sentences, batch=8)
     stats = sq.calibrate(encoder.embed, params, batches, mask=lambda ids, mask: mask)
     qparams = sq.quantize(params, stats, sq.W8A8_O1)
     cosines = np.sum(encoder.encode(qparams, sentences) * expected, axis=1)
