@@ -225,6 +225,7 @@ def of_family(name):
     return pytest.param(name, marks=marks)
 
 
+@pytest.mark.filterwarnings("ignore:calibrate. (no|less|every)")  # few tokens for so many experts
 @pytest.mark.parametrize("name", [of_family(name) for name in GROUPS])
 def test_the_groups_that_fold_and_int8(name):
     case, model, params = loaded(name)
