@@ -69,6 +69,18 @@ def written_aside(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         # In one step, because both are in one file system: a reader finds the old file or the new.
         os.replace(aside, file)
+        _sync_directory(file.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a renaming last through a crash, where directories can be opened for that."""
+    if os.name != "posix":
+        return
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _mode_for(file: Path) -> int | None:
