@@ -19,6 +19,7 @@ from traced import graph_of
 import sqjax as sq
 from sqjax.models import Encoder, EncoderConfig, Pooling, load, load_encoder, stack_layers
 from sqjax.models import families as f
+from sqjax.models.checkpoints import encoders
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.huggingface import read_config
 from sqjax.models.encoder import distance_buckets
@@ -601,3 +602,14 @@ def test_a_stack_is_the_layers_apart():
     apart = jax.jit(encoder.embed)(params, *batch)
     remat = replace(encoder, remat=True)
     assert_close(jax.jit(remat.embed)(stack_layers(params), *batch), apart)
+
+
+def test_a_real_one_by_the_names_it_has(monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        encoders.ENCODER_NAMES, "all-minilm-l6-v2", lambda: asked.append(1) or Path("no")
+    )
+    for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
+        with pytest.raises(ValueError, match="got no such directory"):
+            load_encoder(name)
+    assert len(asked) == 2

@@ -549,3 +549,8 @@ def test_remat_changes_no_gradient():
     stacked = stack_layers(params)
     assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(stacked, ids))
     assert_close(jax.jit(of_blocks.apply)(stacked, ids), logits_of("gemma2"))
+
+
+def test_a_field_that_no_configuration_has():
+    with pytest.raises(ValueError, match=r"Family.fields: .*'hidden_size'.* got \['hiden_size'\]"):
+        f.Family("mine", fields={"hiden_size": 3}, rows=())

@@ -65,7 +65,10 @@ def load_encoder(
     check_arguments("load_encoder", ENCODER_NAMES, path_or_name, dtype)
     check_options("load_encoder", families, placement)
     name = str(path_or_name)
-    path = ENCODER_NAMES[name]() if name in ENCODER_NAMES else Path(name)
+    # Also by the name that it has elsewhere.
+    known = name.removeprefix("sentence-transformers/").lower()
+    is_path = os.path.isdir(name) or known not in ENCODER_NAMES
+    path = Path(name) if is_path else ENCODER_NAMES[known]()
     # os.path's function, because Path's raises where a path is too long to be one.
     if not os.path.isdir(path):
         raise ValueError(

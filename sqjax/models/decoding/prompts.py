@@ -1,6 +1,6 @@
 """Prompts of unequal length as one array, and the tokens that end a text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -92,6 +92,11 @@ def check_tokens(model: Model, ids: Any, where: str) -> None:
 
 def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
     """The ids of one prompt, which is a text or ids already."""
+    if isinstance(prompt, Mapping):
+        raise ValueError(
+            f"{where}: expected a text or token ids, got a message; encode a conversation by "
+            "model.tokenizer.encode_chat(messages)"
+        )
     if not isinstance(prompt, str):
         return _array(prompt, where)
     check_text(prompt, where)
