@@ -576,7 +576,7 @@ def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
 
 
 def test_smoothquant_takes_the_mask_of_calibrate():
-    fn = lambda p, x, real: (x * p["norm"]) @ p["w"]
+    fn = lambda p, x, real: (x * p["norm"][None, None]) @ p["w"]
     draw = lambda *shape: jax.random.normal(jax.random.key(1), shape)
     params, x = {"norm": jnp.ones(4), "w": draw(4, 3)}, draw(2, 5, 4)
     real = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
