@@ -52,20 +52,21 @@ class TextEncoder(nn.Module):
     ) -> Float[Array, "batch tokens hidden"]:
         config = self.config
         x = self._table(config.vocab_size, "embed_tokens", ids)
-        places = _places(config, ids.shape[1], mask)
+        numbers = places(config, ids)
         if config.token_types is not None:
             types = jnp.zeros_like(ids) if token_types is None else token_types
             x = x + self._table(config.token_types, "embed_token_types", types)
         if config.learned_positions:
             rows = config.max_length + config.position_offset
-            numbers = places + config.position_offset
-            x = x + self._table(rows, "embed_positions", numbers)
+            x = x + self._table(
+                rows, "embed_positions", numbers + config.position_offset
+            )
         if config.embedding_norm:
             x = NormLayer(config.norm, name="embed_layernorm")(x)
 
         positions = _positions(
             config,
-            places,
+            numbers,
             ids.shape[1],
             mask,
             self._bias(ids.shape[1]),
@@ -96,15 +97,17 @@ class TextEncoder(nn.Module):
         return nn.Embed(rows, self.config.hidden_size, name=name)(numbers)
 
 
-def _places(
-    config: EncoderConfig, tokens: int, mask: Mask | None
+def places(
+    config: EncoderConfig, ids: Int[Array, "batch tokens"]
 ) -> Int[Array, "rows tokens"]:
     """The position of each token; one row may serve the whole batch."""
-    if config.skips_padding and mask is not None:
-        # 5 slots of which the first 2 are padding: 0, 0, 0, 1, 2.
-        counted = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        return jnp.maximum(counted, 0)
-    return jnp.arange(tokens, dtype=jnp.int32)[None]
+    if not config.skips_padding:
+        return jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    # By the ids and not by the mask, because so it was trained. 5 slots of which the first 2 hold
+    # the id of padding: -1, -1, 0, 1, 2. Before the row of position 0 is that of padding.
+    real = ids != config.pad_id
+    counted = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(real, counted, -1)
 
 
 def _positions(

@@ -54,8 +54,8 @@ class EncoderConfig:
         causal: whether a token looks at itself and at those before it alone, as in CLIP's texts.
         learned_positions: whether each position's row of a table is added to the embedding.
         position_offset: the row of position 0 in that table.
-        skips_padding: whether positions count the tokens that are no padding, as in RoBERTa; else
-            they count all, which is another number only behind padding.
+        skips_padding: whether positions count the tokens whose id is not `pad_id`, whatever the
+            mask says, as in RoBERTa; else they count all.
         token_types: the rows of a table of which a token's type picks the one that is added; None
             for no table.
         distance_buckets: scores have a number added that a table holds for the distance from query
@@ -177,6 +177,11 @@ def _check_sizes(config: EncoderConfig) -> None:
         raise ValueError(
             "EncoderConfig.hidden_size: expected a multiple of num_heads = "
             f"{config.num_heads}, got {config.hidden_size}"
+        )
+    if config.pad_id >= config.vocab_size:
+        raise ValueError(
+            f"EncoderConfig.pad_id: expected a token id below vocab_size = {config.vocab_size}, "
+            f"got {config.pad_id}"
         )
     rows = config.max_length + config.position_offset
     check("EncoderConfig.max_length", rows, SIZE)

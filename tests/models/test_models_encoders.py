@@ -22,7 +22,7 @@ from sqjax.models import families as f
 from sqjax.models.checkpoints import encoders
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.huggingface import read_config
-from sqjax.models.encoder import distance_buckets
+from sqjax.models.encoder import distance_buckets, places
 from sqjax.models.pooling import POOLINGS, pool
 from sqjax.models.text.batches import Reading, prepared, text_batches
 
@@ -336,6 +336,14 @@ WRONG_FILES = {
         {"1_Pooling/config.json": {"pooling_mode_mean_tokens": False}},
         "1_Pooling.config.json: .*expected one of .* to be true, got none",
     ),
+    "a prompt apart": (
+        {"1_Pooling/config.json": {"include_prompt": False}},
+        "1_Pooling.config.json: .*include_prompt = False: not supported; expected true",
+    ),
+    "the end is kept": (
+        {"tokenizer_config.json": {"truncation_side": "left"}},
+        "tokenizer_config.json: truncation_side: expected 'right', got 'left'",
+    ),
     "no length": (
         {"sentence_bert_config.json": {"max_seq_length": 0}},
         "sentence_bert_config.json: .*max_seq_length: expected a whole number from 1",
@@ -613,3 +621,23 @@ def test_a_real_one_by_the_names_it_has(monkeypatch):
         with pytest.raises(ValueError, match="got no such directory"):
             load_encoder(name)
     assert len(asked) == 2
+
+
+def test_positions_skip_the_id_of_padding():
+    """As transformers counts them: by the ids, with a mask or without."""
+    config = EncoderConfig(32, 8, 16, 1, 2, skips_padding=True, pad_id=3, position_offset=4)
+    ids = jnp.asarray([[3, 3, 5, 6, 7], [5, 3, 6, 7, 3]])
+    rows = np.array([[3, 3, 4, 5, 6], [4, 3, 5, 6, 3]])
+    expected = np.where(np.asarray(ids) == 3, -1, np.cumsum(np.asarray(ids) != 3, axis=1) - 1) + 4
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(places(config, ids) + 4, rows)
+
+
+def test_padding_that_is_no_token():
+    with pytest.raises(
+        ValueError, match=r"pad_id: expected a token id below vocab_size = 32, got 40"
+    ):
+        EncoderConfig(32, 8, 16, 1, 2, pad_id=40)
+    values = {**case_of("bert")["configs"]["4"], "pad_token_id": 100000}
+    with pytest.raises(ValueError, match=r"below vocab_size = .*got 100000 \(from pad_token_id\)"):
+        read_config(values, config_type=EncoderConfig)

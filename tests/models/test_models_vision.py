@@ -514,14 +514,25 @@ def test_steps_of_preprocessing_may_be_left_out(tmp_path):
 
 
 WRONG_HOW = {
-    "no mean": ({"image_std": [1.0] * 3}, "image_mean: expected a list of 3 numbers.*, got none"),
+    "no mean": (
+        {"image_std": [1.0] * 3},
+        "image_mean: expected a list of 3 finite numbers.*, got none",
+    ),
     "two of three": (
         {**HOW, "image_mean": [1.0, 2.0]},
-        r"image_mean: expected a list of 3 numbers, one for each channel, got \[1.0, 2.0\]",
+        r"image_mean: expected a list of 3 finite numbers, one for each channel, got \[1.0, 2.0\]",
     ),
     "no spread": (
         {**HOW, "image_std": [1.0, 0.0, 1.0]},
-        r"Preprocessing.std: expected a number above 0 for each mean",
+        r"image_std = \[1.0, 0.0, 1.0\]: expected numbers above 0",
+    ),
+    "no number": (
+        {**HOW, "image_mean": [float("nan"), 0.0, 0.0]},
+        r"image_mean: expected a list of 3 finite numbers.*, got \[nan, 0.0, 0.0\]",
+    ),
+    "too large": (
+        {**HOW, "image_std": [1.0, 1.0, 10**400]},
+        "image_std: expected a list of 3 finite numbers",
     ),
     "scale": ({**HOW, "rescale_factor": -1}, "rescale_factor: expected a finite number above 0"),
 }

@@ -14,7 +14,7 @@ from sqjax.models.checkpoints.loading import check_arguments, check_options
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
-from sqjax.models.fields import FLAG, NUMBERS, POSITIVE, What
+from sqjax.models.fields import FINITE_NUMBERS, FLAG, POSITIVE, What
 from sqjax.models.image_text import ImageText, TextTowerModel
 from sqjax.models.json_files import read_object
 from sqjax.models.text_tower import TextTowerConfig
@@ -140,8 +140,8 @@ def _preprocessing(file: Path, channels: int) -> Preprocessing | None:
         # A model can be used without: its pixels may come from elsewhere.
         return None
     numbers = What(
-        f"a list of {channels} numbers, one for each channel",
-        lambda x: NUMBERS.holds(x) and len(x) == channels,
+        f"a list of {channels} finite numbers, one for each channel",
+        lambda x: FINITE_NUMBERS.holds(x) and len(x) == channels,
     )
     settings = Settings(read_object(file))
     # What is left out changes nothing: x * 1 - 0, divided by 1.
@@ -151,5 +151,7 @@ def _preprocessing(file: Path, channels: int) -> Preprocessing | None:
     if settings("do_normalize", FLAG, True):
         mean = settings("image_mean", numbers)
         std = settings("image_std", numbers)
+        if std is not None and min(std) <= 0:
+            settings.refuse(f"image_std = {std}: expected numbers above 0")
     raise_problems(str(file), settings.problems)
     return Preprocessing(float(scale), tuple(mean), tuple(std))

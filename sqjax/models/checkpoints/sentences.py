@@ -103,6 +103,11 @@ def _modes(path: Path) -> tuple[str, ...]:
             settings.refuse(
                 f"{key} = {settings.values[key]!r}: not supported; expected some of {list(_MODES)}"
             )
+    if not settings("include_prompt", FLAG, True):
+        settings.refuse(
+            "include_prompt = False: not supported; expected true, because here the tokens of a "
+            "prompt are pooled like others"
+        )
     if not modes:
         settings.refuse(f"expected one of {list(_MODES)} to be true, got none")
     _check(path, settings)
@@ -124,14 +129,19 @@ def _reading(directory: Path, model: Path) -> Reading:
     longest = settings("max_seq_length", SIZE, None)
     lowercase = settings("do_lower_case", FLAG, False)
     _check(path, settings)
+    says = read_object_if_there(model / "tokenizer_config.json")
+    if says.get("truncation_side", "right") != "right":
+        raise ValueError(
+            f"{model / 'tokenizer_config.json'}: truncation_side: expected 'right', got "
+            f"{says['truncation_side']!r}; here long texts lose their ends"
+        )
     if longest is None:
-        longest = _model_max_length(model)
+        longest = _model_max_length(says)
     return Reading(longest, lowercase, _usual_prompt(directory))
 
 
-def _model_max_length(model: Path) -> int | None:
-    """How long a text its tokenizer allows; None where no file says so."""
-    says: Any = read_object_if_there(model / "tokenizer_config.json")
+def _model_max_length(says: Mapping[str, Any]) -> int | None:
+    """How long a text a tokenizer's file allows; None where it does not say."""
     stated = says.get("model_max_length")
     # transformers writes 1e30 for a tokenizer without a limit.
     return stated if SIZE.holds(stated) else None
