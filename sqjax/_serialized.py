@@ -1,11 +1,13 @@
-"""Our classes of pytrees as others write them: `jax.export` and `flax.serialization`.
+"""Our classes of pytrees as files hold them: `sqjax.save`, `jax.export` and `flax.serialization`.
 
-Both write the arrays of a tree themselves. `jax.export` asks for the static fields of our classes
-as bytes (here JSON); flax takes them from the tree that is restored into.
+All write the arrays of a tree themselves. `save` and `jax.export` ask for the static fields of our
+classes as JSON; flax takes them from the tree that is restored into.
 """
 
+import base64
 import json
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -19,6 +21,10 @@ Class = TypeVar("Class", bound=type)
 
 #: The dataclasses that are pytrees of ours: what flax is told of.
 _CLASSES: list[type] = []
+#: Bytes of the labels of one leaf at most: those of a billion elements, apart.
+_LARGEST = 2**32
+#: {class that `serialized` decorates: what its static fields are made of, by name}.
+_PARTS: dict[type, dict[str, type]] = {}
 
 
 def known_to_flax(cls: Class) -> Class:
@@ -38,6 +44,7 @@ def serialized(*parts: type) -> Callable[[Class], Class]:
     known = {part.__name__: part for part in parts}
 
     def add(cls: Class) -> Class:
+        _PARTS[cls] = known
         export.register_pytree_node_serialization(
             cls,
             serialized_name=f"sqjax.{cls.__name__}",
@@ -51,12 +58,55 @@ def serialized(*parts: type) -> Callable[[Class], Class]:
     return add
 
 
+def is_serialized(x: Any) -> bool:
+    """Whether this is of a class that `serialized` decorates."""
+    return type(x) in _PARTS
+
+
+def serialized_class(name: str) -> type:
+    """The class of this name that `serialized` decorates.
+
+    Raises:
+        ValueError: there is none; it may be in a module that is not loaded.
+    """
+    for cls in _PARTS:
+        if cls.__name__ == name:
+            return cls
+    raise ValueError(
+        f"expected a class of sqjax, got {name!r}; `import sqjax.models` first, or update sqjax"
+    )
+
+
+def static_json(x: Any) -> dict[str, Any]:
+    """{field: JSON} of the static fields of a value of such a class."""
+    return {name: _plain(getattr(x, name)) for name in _static_names(type(x))}
+
+
+def rebuilt(cls: type, static: dict[str, Any], dynamic: dict[str, Any]) -> Any:
+    """A value of such a class, of the JSON of its static fields and of its other fields.
+
+    Raises:
+        ValueError: the fields are not the class's.
+    """
+    if list(static) != _static_names(cls):
+        raise ValueError(
+            f"{cls.__name__}: expected {_static_names(cls)}, got {list(static)}; update sqjax"
+        )
+    read = {name: _read(x, _PARTS[cls]) for name, x in static.items()}
+    return cls(**read, **dynamic)
+
+
+def _static_names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls) if field.metadata.get("static")]
+
+
 def _plain(value: Any) -> Any:
     """A static value as JSON: tuples as lists; dtypes, bytes and `parts` as objects that say so."""
     if isinstance(value, np.dtype):
         return {"dtype": value.name}
     if isinstance(value, bytes):
-        return {"bytes": value.hex()}
+        # Labels of channels: of a large model they would be many megabytes, and nearly all alike.
+        return {"zlib": base64.b64encode(zlib.compress(value)).decode()}
     if is_dataclass(value):
         own = [_plain(getattr(value, field.name)) for field in fields(value)]
         return {"class": type(value).__name__, "fields": own}
@@ -76,9 +126,24 @@ def _read(value: Any, known: dict[str, type]) -> Any:
         return value
     if "dtype" in value:
         return np.dtype(value["dtype"])
-    if "bytes" in value:
+    if "zlib" in value:
+        return _unpacked(base64.b64decode(value["zlib"]))
+    if "bytes" in value:  # as versions before wrote them
         return bytes.fromhex(value["bytes"])
     return known[value["class"]](*_read(value["fields"], known))
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Bytes that were compressed."""
+    reader = zlib.decompressobj()
+    try:
+        # Not without a bound, because a few bytes could be made to fill all memory.
+        found = reader.decompress(data, _LARGEST)
+    except zlib.error as error:
+        raise ValueError(f"labels that are damaged ({error})") from error
+    if not reader.eof:
+        raise ValueError(f"labels that are damaged, or above {_LARGEST} bytes")
+    return found
 
 
 def tell_flax() -> None:

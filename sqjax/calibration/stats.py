@@ -39,7 +39,8 @@ class Stats:
     `quantize` makes static quantizer scales of them.
 
     The statistics are raw sums and maxima, so those of two halves of the data merge exactly. A
-    `Stats` is a pytree: it can be an argument of a jitted function.
+    `Stats` is a pytree: it can be an argument of a jitted function. `sqjax.save` writes one, so
+    that one machine may calibrate and another quantize.
 
     Attributes:
         absmax: {site: max |X_j| over all tokens}, float32, the channels' shape.

@@ -45,8 +45,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
         path: of the file; its directory must exist. A file that is there is replaced, and hands on
             its mode.
         tree: dicts (with keys that are all str or all int), lists, tuples and None, of jax or
-            numpy arrays, `QuantWeight`s and `QTensor`s. An array that the tree holds twice is
-            written twice. Of any other container that jax knows (an equinox module, a dataclass, a
+            numpy arrays, `QuantWeight`s, `QTensor`s and `Stats`. An array that the tree holds twice
+            is written twice. Of any other container that jax knows (an equinox module, a dataclass, a
             flax box) the children are written by their keys: `load` then needs a tree `like` it.
 
     Raises:

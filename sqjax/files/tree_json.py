@@ -4,6 +4,8 @@ A node of the JSON is null (None) or {kind: content}, where the kinds are
 
 - "dict": [[key, node], ...]; "list" and "tuple": [node, ...];
 - "array": [dtype, shape], the array itself being stored under its path in the tree;
+- "class": [name of the class, {static field: JSON}, [[field, node], ...]], a class of sqjax such as
+  `Stats`;
 - "node": [name of the class, [[key, node], ...]], any other container that jax knows;
 - "QTensor", "QuantWeight", "Outliers": {field: content}, where the content of a field that holds
   arrays is a node, and that of any other is the plain value.
@@ -20,6 +22,12 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
+from sqjax._serialized import (
+    is_serialized,
+    rebuilt,
+    serialized_class,
+    static_json,
+)
 from sqjax.files.arrays import (
     DTYPES,
     DeclaredArray,
@@ -148,10 +156,14 @@ def to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
     if node is None:
         return None
     # By the exact type, because a subclass may hold more than its items, which would be lost.
-    kind = _KIND_OF.get(type(node))
-    if kind is None:
-        kind = "node" if is_container(node) else "array"
+    kind = _KIND_OF.get(type(node)) or _kind_of_others(node)
     return {kind: KINDS[kind].to_json(keys, node, tensors)}
+
+
+def _kind_of_others(node: Any) -> str:
+    if is_serialized(node):
+        return "class"
+    return "node" if is_container(node) else "array"
 
 
 def _dict_to_json(
@@ -187,6 +199,12 @@ def _node_to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
     found = children(node).by_key.items()
     pairs = [[key, to_json((*keys, key), x, tensors)] for key, x in found]
     return [class_name(node), pairs]
+
+
+def _ours_to_json(keys: Keys, node: Any, tensors: dict[str, np.ndarray]) -> Any:
+    found = children(node).by_key.items()
+    pairs = [[key, to_json((*keys, key), x, tensors)] for key, x in found]
+    return [class_name(node), static_json(node), pairs]
 
 
 def _array_to_json(keys: Keys, x: Any, tensors: dict[str, np.ndarray]) -> Any:
@@ -373,6 +391,15 @@ def _node_from_json(
     return jax.tree_util.tree_unflatten(known.treedef, list(found.values()))
 
 
+def _ours_from_json(
+    keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
+) -> Any:
+    name, static, pairs = content
+    cls = serialized_class(name)
+    found = _children_from_json(keys, pairs, declared, NO_TREE)
+    return rebuilt(cls, static, found)
+
+
 def _array_from_json(
     keys: Keys, content: Any, declared: dict[str, DeclaredArray], like: Any
 ) -> jax.ShapeDtypeStruct:
@@ -458,6 +485,7 @@ KINDS: dict[str, Kind] = {
     "tuple": Kind(tuple, _items_to_json, _tuple_from_json),
     # What jax does not look into is an array, or refused as one.
     "array": Kind(None, _array_to_json, _array_from_json),
+    "class": Kind(None, _ours_to_json, _ours_from_json),
     "node": Kind(None, _node_to_json, _node_from_json),
     "QTensor": Kind(QTensor, _leaf_to_json, _tensor_from_json),
     "QuantWeight": Kind(QuantWeight, _leaf_to_json, _weight_from_json),
