@@ -46,8 +46,8 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
             its mode.
         tree: dicts (with keys that are all str or all int), lists, tuples and None, of jax or
             numpy arrays, `QuantWeight`s, `QTensor`s and `Stats`. An array that the tree holds twice
-            is written twice. Of any other container that jax knows (an equinox module, a dataclass, a
-            flax box) the children are written by their keys: `load` then needs a tree `like` it.
+            is written twice. Of any other container that jax knows (an equinox module, a dataclass,
+            a flax box) the children are written by their keys: `load` then needs a tree `like` it.
 
     Raises:
         ValueError: the file can not keep a node or a dtype; a weight is not valid; an array is
