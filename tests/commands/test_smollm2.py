@@ -1,11 +1,10 @@
 """Quantizing the real model of `sqjax demo`: what folds, what runs in int8, what smoothing gains."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jaxprs import INT8_DOT, dots, widened
+from real_models import first_layers
 
 import sqjax as sq
 from sqjax.commands.shared import text_windows
@@ -26,9 +25,7 @@ def smollm2(request):
     """
     model, params = sq.models.load("smollm2-135m")
     if request.param:
-        model = replace(model, config=replace(model.config, num_layers=LAYERS))
-        layers = {str(i): params["model"]["layers"][str(i)] for i in range(LAYERS)}
-        params = {"model": {**params["model"], "layers": layers}}
+        model, params = first_layers(model, params, LAYERS)
     batches = [row[None] for row in text_windows(model, "calibration", 128, 2)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         stats = sq.calibrate(model.apply, params, batches)

@@ -510,6 +510,7 @@ def test_every_site_runs_in_int8(build, scheme):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_linen_stacks_along_either_axis_are_the_same_layers(axis):
     """variable_axes only says where the layers lie: the statistics have them first."""
     case, stats = found(linen_axis_1 if axis else linen_axis_0)

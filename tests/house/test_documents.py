@@ -6,6 +6,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from real_models import first_layers
+
+import sqjax
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -40,19 +43,27 @@ def test_the_python_of_a_page_runs(page, capsys):
     run(page, slow=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        pytest.param("docs/pages/index.md", marks=pytest.mark.every_case),
-        pytest.param("docs/pages/language-models.md", marks=pytest.mark.every_case),
-        pytest.param("docs/pages/model-families.md", marks=pytest.mark.every_case),
-    ],
-)
-def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
+#: Pages with blocks that fetch a real model.
+REAL = ["docs/pages/index.md", "docs/pages/language-models.md", "docs/pages/model-families.md"]
+REAL = [pytest.param(page, marks=pytest.mark.every_case) for page in ["README.md", *REAL]]
+
+
+def run_with_a_real_model(name):
     assert len(blocks(ROOT / name, slow=True)) > len(blocks(ROOT / name, slow=False))
     run(ROOT / name, slow=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
+    run_with_a_real_model(name)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_with_the_first_layers_of_its_model(monkeypatch, capsys):
+    load = sqjax.models.load
+    monkeypatch.setattr(sqjax.models, "load", lambda *args: first_layers(*load(*args), 2))
+    run_with_a_real_model("README.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

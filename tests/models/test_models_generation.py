@@ -234,6 +234,7 @@ def test_draws_have_the_probabilities_of_the_logits(trees):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_seeds(trees):
     def draw(prompts, seed, **how):
         return generate(

@@ -143,6 +143,7 @@ def test_gradients_are_those_of_layers_apart():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_every_layer_has_the_statistics_and_scales_that_it_has_apart():
     (apart, _, of_apart), (stacked, _, of_stacked) = calibrated()
     s_apart, s_stacked = (
@@ -339,6 +340,7 @@ GENERATED = [("O1", "int8"), ("float", "e4m3"), ("one of each", "int4")]
 
 @pytest.mark.parametrize("case", slow_but(GENERATED))
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_generate(case, monkeypatch):
     """The program that both forms run is one: it is compiled for the stack."""
     scheme, kind = case

@@ -307,6 +307,7 @@ def test_the_groups_that_fold_and_int8(name):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_two_towers_smoothed_and_in_int8():
     """Of both towers: 3 groups in each layer, and the last norm to the projection."""
     case = tiny_vision.load("clip")

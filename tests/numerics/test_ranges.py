@@ -310,6 +310,7 @@ def test_padding_is_in_no_bin():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_every_layer_of_a_scan_has_its_own():
     stack = {name: jnp.stack([x, 10 * x]) for name, x in PARAMS.items() if name != "b"}
     shared = {"stack": stack, "out": jnp.asarray(rng(4).normal(size=(8, WIDTH)), jnp.float32)}
@@ -374,6 +375,7 @@ def test_sharded_batches_count_as_on_one_device(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_a_shard_map_counts_as_one_device():
     """Rows of the second weight, and its activation's channels, on two devices; the first's activation counts once."""
     mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices("cpu")[:2])

@@ -492,6 +492,7 @@ def test_a_matmul_on_a_mesh_with_explicit_axes_is_sharded_as_the_float_one():
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 def test_shard_map_over_a_mesh_with_explicit_axes():
     """There the types of arrays say how they are cut, and shard_map wants specs that agree."""
     case, where = megatron(), shardings_of(MEGATRON, AxisType.Explicit)
