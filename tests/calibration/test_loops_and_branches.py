@@ -130,6 +130,7 @@ def stats_of_both():
 
 
 @pytest.mark.parametrize("scheme", [sq.W8A16, sq.W8A8, STATIC])
+@pytest.mark.slow
 def test_loops_and_branches_run_in_int8(scheme):
     qparams = sq.quantize(PARAMS, stats_of_both(), scheme)
     float_fn = jax.jit(both)

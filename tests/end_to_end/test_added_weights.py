@@ -98,6 +98,7 @@ def test_a_scale_passes_through_the_sum_to_both_terms():
     np.testing.assert_array_equal(smoothed["b"], params["b"])
 
 
+@pytest.mark.slow
 def test_where_the_addend_can_not_take_the_scale_the_weight_is_quantized_without_smoothing():
     def fn(p, x):
         return (x * p["norm"]) @ (p["w"] + jnp.tanh(p["a"] @ p["b"]))

@@ -57,6 +57,7 @@ def test_each_of_them_is_a_site_and_runs_in_int8(case):
     assert np.abs(got - expected).max() < 0.03 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_pieces_that_are_leaves_stored_as_outputs_by_inputs():
     def fn(p, x):
         return jnp.einsum("ti,oi->to", x, jnp.concatenate([p["a"], p["b"]]))

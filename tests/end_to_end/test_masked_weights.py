@@ -98,6 +98,7 @@ NORMED = {"norm": 1 + normal(1, 16) / 9, "w": W, "mask": jnp.asarray(MASK)}
 
 @pytest.mark.parametrize("mask", [lambda p: FLOAT, lambda p: p["mask"], lambda p: made(16, 12)])
 @pytest.mark.parametrize("by", [jnp.multiply, lambda w, m: jnp.where(m, w, 0)])
+@pytest.mark.slow
 def test_a_smoothing_scale_passes_through_a_mask(by, mask):
     def fn(p, x):
         return (x * p["norm"]) @ by(

@@ -127,6 +127,7 @@ def normed(p, x):
     return (x * p["norm"]) @ (p["g"] * p["v"] / norm(p["v"]))
 
 
+@pytest.mark.slow
 def test_no_scale_is_folded_through_a_norm_which_it_would_change():
     stats = sq.calibrate(normed, NORMED, [X])
     assert not stats.graph.groups

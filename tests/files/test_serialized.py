@@ -46,6 +46,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.slow
 def test_flax_writes_and_restores_a_quantized_tree(scheme):
     qparams = sq.quantize(params(), stats(), SCHEMES[scheme])
     blank = jax.tree.map(jnp.zeros_like, qparams)

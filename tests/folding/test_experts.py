@@ -311,6 +311,7 @@ def test_every_expert_has_the_statistics_of_its_own_tokens():
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0])
+@pytest.mark.slow
 def test_scales_of_every_expert_are_the_formula_and_shared_ones_take_the_largest(alpha):
     _, stats = found(dispatched_by_a_mask)
     s = sq.scales(MIXTURE, stats, alpha)
@@ -394,6 +395,7 @@ def test_experts_that_another_batch_reaches_are_not_named():
     assert both.unreached == second.unreached == first.merge(second).unreached == {}
 
 
+@pytest.mark.slow
 def test_layers_and_experts_are_named_together():
     def fn(p, x):
         def step(x, q):

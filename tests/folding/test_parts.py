@@ -72,6 +72,7 @@ def test_a_part_is_what_calibrating_it_alone_gives(stats):
         np.testing.assert_allclose(absmax, alone.absmax[path], 1e-6)
 
 
+@pytest.mark.slow
 def test_parts_put_together_are_the_whole(stats):
     parts = [(p, part_of_stats(stats, leaves_of(stats.graph, p), p)) for p in PREFIXES]
     assert_same(joined_stats(stats.graph, parts), stats)

@@ -470,6 +470,7 @@ def test_groups_are_those_written_by_hand(build):
     "build",
     slow_but(CASES, plain, transposed_and_cast, offset_gains),
 )
+@pytest.mark.slow
 def test_powers_of_two_change_no_bit_and_any_scale_only_rounding(build):
     """Other scales at every layer, so that layers that were mixed up would show."""
     case, stats = found(build)

@@ -69,6 +69,7 @@ def test_nnx_and_linen_compute_the_same(name):
     assert float(jnp.abs(expected - near).max()) < 0.05 * float(jnp.abs(near).max())
 
 
+@pytest.mark.slow
 def test_init_draws_flax_kernel_and_takes_static_scales_from_x():
     _, params = drawn("same")
     ours = sq.linen.QuantConv(**LAYERS["same"], scheme=sq.W8A8_O3)

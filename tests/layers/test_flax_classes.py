@@ -369,8 +369,8 @@ CASES = [
 ]
 
 
-#: The quick one has a fused kernel.
-each_class = pytest.mark.parametrize("build", slow_but(CASES, gpt2))
+#: All are slow.
+each_class = pytest.mark.parametrize("build", slow_but(CASES))
 
 
 def random_leaf(path, shape):

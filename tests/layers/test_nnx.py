@@ -552,6 +552,7 @@ def test_the_smoothed_layer_is_the_layer(alpha):
 
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O1", "O3"))
+@pytest.mark.slow
 def test_every_element_is_within_the_bound_of_theory(scheme, smooth):
     """|err_tj| <= sum_k |x_tk| sw_j / 2 + |w_kj| sx_t / 2 + sx_t sw_j / 4: both operands are off by half a step."""
     linear, x = layer()

@@ -63,6 +63,7 @@ def test_groups_may_be_smoothed_one_after_the_other(stats):
 
 
 @pytest.mark.parametrize("path", ["gain", "bias", "down"])
+@pytest.mark.slow
 def test_static_scales_of_parameters_that_were_trained_since_are_refused(stats, path):
     trained = PARAMS | {path: PARAMS[path] * 3}
     with pytest.raises(ValueError, match=f"{path}: the statistics are of other parameters"):

@@ -59,6 +59,7 @@ def test_channels_within_64th_of_the_median_are_as_the_authors_have_them():
         (X * 0, "every activation was zero at w", "calibration saw 64 tokens, all zeros here"),
     ],
 )
+@pytest.mark.slow
 def test_a_calibration_of_nothing_is_warned_of_and_gives_no_static_scale(x, warned, refused):
     with pytest.warns(UserWarning, match=warned):
         stats = sq.calibrate(dense, DENSE, [x])

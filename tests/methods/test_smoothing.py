@@ -202,6 +202,7 @@ def test_channels_without_a_scale_take_no_part():
 # Fold ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fold_multiplies_sites_and_divides_absorbers():
     case = small()
     s = {"q": jnp.arange(1.0, 7.0), "down": jnp.arange(2.0, 10.0)}
@@ -237,6 +238,7 @@ def test_smoothing_changes_the_parameters_but_not_the_function(case, alpha):
 
 
 @pytest.mark.parametrize("case", [small, pytest.param(llama, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_smoothing_is_pure_and_the_same_under_jit(case):
     case = case()
     before = jax.tree.map(lambda x: np.array(x), (case.params, case.stats))
@@ -575,6 +577,7 @@ def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
         )
 
 
+@pytest.mark.slow
 def test_smoothquant_takes_the_mask_of_calibrate():
     fn = lambda p, x, real: (x * p["norm"][None, None]) @ p["w"]
     draw = lambda *shape: jax.random.normal(jax.random.key(1), shape)

@@ -251,6 +251,7 @@ def test_texts_are_read_as_the_files_say(tmp_path):
     assert encoder.tokenizer.encode("a b c d e f g") == ids_of("a b c d e f g")
 
 
+@pytest.mark.slow
 def test_a_prompt_stands_before_every_text(tmp_path):
     files = {"default_prompt_name": "query", "prompts": {"query": "q ", "passage": "p "}}
     files = {**SENTENCES, "config_sentence_transformers.json": files}

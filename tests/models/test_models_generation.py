@@ -400,6 +400,7 @@ def test_counts_that_are_none(count):
         check_counts("generate", steps=3, top_k=count)
 
 
+@pytest.mark.slow
 def test_logits_that_are_nan(trees):
     params = jax.tree.map(lambda x: x, trees["float"])
     table = params["model"]["embed_tokens"]["embedding"]

@@ -246,6 +246,7 @@ def test_a_model_without_its_parameters(tmp_path):
         load_model(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_quantized_leaves_need_quantized(tmp_path):
     write(tmp_path)
     model, params = load(tmp_path)

@@ -184,6 +184,7 @@ def test_cached_decode_equals_apply(pieces):
 
 
 @pytest.mark.parametrize("name", slow_but(list(CONFIGS), "biases"))
+@pytest.mark.slow
 def test_cached_decode_equals_apply_for_every_configuration(name):
     read_in_pieces(CONFIGS[name], (4, 4))
 

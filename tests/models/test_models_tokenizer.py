@@ -323,6 +323,7 @@ def test_special_tokens_of_either_file(tmp_path):
     assert (tokenizer.bos_id, tokenizer.ends, tokenizer.pad_id) == (3, (1, 5), 7)
 
 
+@pytest.mark.slow
 def test_damaged_sentencepiece_models(tmp_path):
     """Wherever a file ends and whatever byte is wrong, it is read or refused with its name."""
     path = write_model(tmp_path, "spm_unigram") / "tokenizer.model"

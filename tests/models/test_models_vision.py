@@ -119,6 +119,7 @@ def both_towers(case):
 
 
 @pytest.mark.parametrize("name", slow_but(["siglip", "clip_old", "clip"], "clip"))
+@pytest.mark.slow
 def test_images_and_texts_are_as_similar_as_in_torch(name):
     case = tiny_vision.load(name)
     model, params = both_towers(case)

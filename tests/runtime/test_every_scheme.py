@@ -119,6 +119,7 @@ def test_int8_attention_keeps_a_query_of_nan(granularity):
 
 
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
+@pytest.mark.slow
 def test_values_that_no_query_reads_do_not_make_the_scales_coarser(granularity):
     q, k, v = (jnp.asarray(normal(2, 20, 16, seed=i)) for i in range(3))
     read = jnp.arange(20, dtype=jnp.int32) >= 4

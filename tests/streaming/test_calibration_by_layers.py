@@ -163,6 +163,7 @@ def test_nothing_of_a_layer_is_kept(tmp_path, monkeypatch):
     assert alive == [0, 1, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_broken_layer_is_named():
     model = Model(SMALL)
     params = random_params(model)

@@ -38,7 +38,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", slow_but(RULES, "W8A8"))
+@pytest.mark.parametrize("rules", slow_but(RULES))
 def test_it_is_what_smoothing_and_quantizing_the_whole_gives(calibrated, rules):
     directory, model, params, stats = calibrated
     alpha = {"layers/0": 0.9, ".*": 0.6}
@@ -135,6 +135,7 @@ def test_statistics_of_another_model(calibrated, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.slow
 def test_statistics_of_other_numbers(calibrated, tmp_path, name):
     _, _, _, stats = calibrated
     weights = tensors()

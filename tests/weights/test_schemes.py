@@ -356,6 +356,7 @@ def test_weight_only_programs_of_cpus_multiply_integers_and_make_no_float_weight
 @pytest.mark.parametrize(
     "weights", slow_but([name for name in WEIGHTS if "x" not in name and "two" not in name], *QUICK)
 )
+@pytest.mark.slow
 def test_weight_only_programs_of_gpus_convert_in_the_product_and_scale_its_result(weights):
     for dtype, kind in (("float32", "f32"), ("bfloat16", "bf16")):
         if dtype not in dtypes(weights):

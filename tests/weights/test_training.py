@@ -87,6 +87,7 @@ def _adapters():
     return params()["lora"]["a"], params()["lora"]["b"]
 
 
+@pytest.mark.slow
 def test_optax_trains_the_floats_only():
     qparams = quantize("W8A16")
     trained, frozen = sq.split(qparams)
