@@ -85,6 +85,7 @@ def test_a_while_loop_adds_what_every_step_saw():
     assert np.abs(smoothed["gain"] - PARAMS["gain"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_of_a_cond_the_branch_that_is_taken_sees():
     with pytest.warns(UserWarning, match=r"no token reached v \(branch 0 of `cond` at .*chosen"):
         stats = sq.calibrate(chosen, PARAMS, [PLUS])

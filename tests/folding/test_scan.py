@@ -178,6 +178,7 @@ def test_static_scales_are_one_a_layer():
         assert len(set(expected.tolist())) == LAYERS
 
 
+@pytest.mark.slow
 def test_the_matmuls_in_the_body_of_the_scan_are_int8():
     stats, _ = calibrated()
     for scheme in SCHEMES.values():

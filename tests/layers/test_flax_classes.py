@@ -479,6 +479,7 @@ def labels_of(build, site, leaf):
     return dict(group.sites)[site].array, -dict(group.leaves)[leaf].array
 
 
+@pytest.mark.slow
 def test_fused_kernels_absorb_in_their_values_only():
     """GPT-2 lays q, k, v side by side, 8 columns each; its kernels are (out, in)."""
     attention = "transformer/h/0/attn"

@@ -322,6 +322,7 @@ def test_folded_statistics_are_those_of_the_folded_model(case, groups):
     assert changed == sum(len(g.sites) for g in case.stats.graph.select(groups))
 
 
+@pytest.mark.slow
 def test_statistics_in_numpy():
     case = small()
     norm, hidden = absmax_of_inputs(case.batches, case.params)

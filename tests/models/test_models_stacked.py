@@ -404,6 +404,7 @@ def bad_trees():
 @pytest.mark.parametrize(
     "name", ["both", "a part is missing", "a gap", "no layers", "one norm for all"]
 )
+@pytest.mark.slow
 def test_a_tree_of_neither_form(name):
     params, message = bad_trees()[name]
     for call in (unstack_layers, stack_layers, lambda params: generate(MODEL, params, PROMPTS, 2)):

@@ -50,6 +50,7 @@ def test_it_is_what_smoothing_and_quantizing_the_whole_gives(calibrated, rules):
     assert_same_trees(got, expected)
 
 
+@pytest.mark.slow
 def test_groups_are_chosen_as_by_scales(calibrated):
     directory, _, params, stats = calibrated
     smoothed = sq.smooth(params, stats, 0.7, groups="norm")
@@ -70,6 +71,7 @@ def test_without_statistics(tmp_path, scheme):
     assert_same_trees(got, sq.quantize(params, stats, scheme))
 
 
+@pytest.mark.slow
 def test_what_waits_in_float_is_less_than_one_layer(calibrated, monkeypatch):
     """Counted: the bytes of all float leaves that are alive when the next one is read."""
     directory, _, params, stats = calibrated

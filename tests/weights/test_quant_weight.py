@@ -270,6 +270,7 @@ CASTS = {
 
 @each_format
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+@pytest.mark.slow
 def test_a_cast_is_caught_where_the_leaf_is_used(name, cast):
     """Also one of float8 values, which count as floats: helpers that cast "the floats" do it."""
     qparams, run, _, x = quantized_model(name)

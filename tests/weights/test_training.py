@@ -108,6 +108,7 @@ def test_optax_trains_the_floats_only():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.slow
 def test_trees_that_split_did_not_make_are_refused():
     trained, frozen = sq.split(quantize("W8A8"))
     with pytest.raises(ValueError, match=r"two trees that split made; they differ at \['other'\]"):
