@@ -6,6 +6,7 @@ was killed the lock is free, and the next one that writes there removes the dire
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import stat
@@ -69,6 +70,68 @@ def written_aside(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         # In one step, because both are in one file system: a reader finds the old file or the new.
         os.replace(aside, file)
+
+
+@contextlib.contextmanager
+def directory_written_aside(directory: Path) -> Iterator[Path]:
+    """A new directory to fill with files, renamed to `directory` at the end.
+
+    A directory that is there is replaced as a whole, and hands on its mode. Where anything fails it
+    stays as it was.
+    """
+    parent = directory.parent
+    with directory_beside(parent) as scratch:
+        new = scratch / "written"
+        new.mkdir()
+        yield new
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if directory.is_dir():
+            new.chmod(stat.S_IMODE(directory.stat().st_mode))
+        _put_in_place(new, directory)
+        _sync(parent)
+
+
+def _sync(path: Path) -> None:
+    """What is in a file, or which files are in a directory, is on the disk when this returns."""
+    # Elsewhere a directory can not be opened.
+    if path.is_dir() and os.name != "posix":
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _put_in_place(new: Path, directory: Path) -> None:
+    """Renames a directory to another, which may be there; what it held is then removed."""
+    if not directory.exists():
+        new.rename(directory)
+    elif not _exchange(new, directory):
+        # Not among what is left over, because nobody may remove it if we are killed in between.
+        old = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}")
+        directory.rename(old)
+        try:
+            new.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+#: Of Linux's renameat2: paths are relative to the working directory; exchange both.
+_HERE, _EXCHANGE = -100, 2
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Exchanges two directories in one step; whether the system can do that."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    paths = os.fsencode(new), os.fsencode(old)
+    return rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE) == 0
 
 
 def _mode_for(file: Path) -> int | None:

@@ -16,6 +16,12 @@ never `folding`, `calibration` or `methods`: a model is quantized like any other
 from sqjax.layers.hf_flax import from_flax as from_flax
 from sqjax.models.checkpoints.family import Family as Family
 from sqjax.models.checkpoints.loading import load as load
+from sqjax.models.checkpoints.writing.saving import (
+    save_compressed_tensors as save_compressed_tensors,
+)
+from sqjax.models.checkpoints.writing.saving import (
+    save_huggingface as save_huggingface,
+)
 from sqjax.models.config import DecoderConfig as DecoderConfig
 from sqjax.models.config import llama_config as llama_config
 from sqjax.models.decoding.generation import Generated as Generated

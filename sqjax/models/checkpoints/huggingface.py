@@ -78,6 +78,9 @@ class Checkpoint(NamedTuple):
         problems: what is wrong with its files; `read_leaves` and `leaf_shapes` raise them.
         check_redundant: compares the tensors that follow from the rest with it, and raises
             ValueError if they say something else.
+        others: the tensors that are not in `source`, because they follow from the rest or say
+            nothing that the model needs.
+        is_quantized: whether some of its modules are quantized.
     """
 
     source: Source
@@ -85,6 +88,8 @@ class Checkpoint(NamedTuple):
     config: DecoderConfig
     problems: Sequence[str]
     check_redundant: Callable[[], None]
+    others: Mapping[str, Tensor]
+    is_quantized: bool
 
 
 @contextlib.contextmanager
@@ -126,7 +131,16 @@ def open_checkpoint(
                 contradictions += _contradiction(name, stored, family, config)
             raise_problems(str(directory), contradictions)
 
-        yield Checkpoint(source, family, config, problems, check_redundant)
+        others = {name: x for name, x in floats.items() if name not in used}
+        yield Checkpoint(
+            source,
+            family,
+            config,
+            problems,
+            check_redundant,
+            others,
+            bool(modules),
+        )
 
 
 def _source(
@@ -195,7 +209,7 @@ def _no_leaf_for_codes(
     name: str, family: Family, config: DecoderConfig
 ) -> list[str]:
     """One problem if a quantized module is none that the model has as a matmul of its own."""
-    if family.find(name, {_EMBEDDING}) is not None:
+    if family.find(name, {EMBEDDING}) is not None:
         return [
             f"{name}: expected a float embedding, because its rows are looked up, got a quantized "
             "one"
@@ -234,14 +248,17 @@ def _not_zero(name: str, tensor: Tensor) -> list[str]:
 
 # Tensors that follow from the rest ----------------------------------------------------------------
 
-_EMBEDDING, _HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
+EMBEDDING, _HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
 _ANGLES = "rotary_emb.inv_freq"
 
 
 def _is_redundant(name: str, family: Family, config: DecoderConfig) -> bool:
     """Whether a tensor follows from the rest, so that it is compared and not used."""
-    if name.endswith(_ANGLES):
-        return True
+    return name.endswith(_ANGLES) or is_tied_head(name, family, config)
+
+
+def is_tied_head(name: str, family: Family, config: DecoderConfig) -> bool:
+    """Whether a tensor is the embedding once more, as the head."""
     return config.tie_embeddings and family.find(name, {_HEAD}) is not None
 
 
@@ -257,7 +274,7 @@ def _contradiction(
         tolerance = 0.01  # in bfloat16 they have 8 bits
     else:
         embedding = next(
-            other for other in stored if family.find(other, {_EMBEDDING})
+            other for other in stored if family.find(other, {EMBEDDING})
         )
         expected = stored[embedding].read()
         what = (

@@ -1,0 +1,134 @@
+"""The directory of a checkpoint: shards and their index, config.json, and all other files."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqjax.files.aside import directory_written_aside
+from sqjax.files.tensors import NewTensor, write_tensors
+from sqjax.models.json_files import read_object
+
+#: Ends of the names of files that hold weights, which would contradict what is written.
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack"),
+    *(".h5", ".onnx", ".ot", ".pkl", ".npz", ".index.json"),
+)
+_CONFIG = "config.json"
+
+
+def check_target(directory: Path, source: Path, overwrite: bool) -> None:
+    """Raises ValueError unless a directory may be written, and so replaced if it is there."""
+    here, origin = directory.resolve(), source.resolve()
+    if here == origin or here in origin.parents:
+        raise ValueError(
+            f"{directory}: expected a directory that does not hold like = {source}, which would be "
+            "replaced; choose another"
+        )
+    if not directory.parent.is_dir():
+        raise ValueError(
+            f"{directory}: expected a path in a directory that exists; make {directory.parent} "
+            "first"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(
+            f"{directory}: expected a directory or a path that is free, got a file"
+        )
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{directory}: expected a path that is free, got a directory with files in it; pass "
+            "overwrite=True to replace it"
+        )
+    # All that it holds will be removed, so it must look like what is written here.
+    strange = [path.name for path in directory.iterdir() if path.is_dir()]
+    if strange or not (directory / _CONFIG).is_file():
+        got = f"one that holds {strange[:3]}" if strange else "one without it"
+        raise ValueError(
+            f"{directory}: expected to replace a checkpoint, with config.json and no directories, "
+            f"got {got}; choose another path"
+        )
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Mapping[str, NewTensor],
+    source: Path,
+    changes: Mapping[str, Any],
+    max_shard_bytes: int,
+) -> None:
+    """Writes tensors and configuration, and copies what else is in a checkpoint's directory.
+
+    Args:
+        directory: replaced as a whole at the end, if it is there.
+        tensors: by name.
+        source: whose config.json and other files are taken over.
+        changes: keys of config.json that are other than in the source.
+        max_shard_bytes: how large a file of tensors may be; a tensor is never divided.
+    """
+    config = (source / _CONFIG).read_text("utf-8")
+    stated = json.loads(config)
+    if any(stated.get(key) != value for key, value in changes.items()):
+        config = json.dumps({**stated, **changes}, indent=2) + "\n"
+    with directory_written_aside(directory.resolve()) as new:
+        (new / _CONFIG).write_text(config, "utf-8")
+        for path in sorted(source.iterdir()):
+            is_other = not path.name.endswith((*_WEIGHTS, _CONFIG))
+            if path.is_file() and is_other and not path.name.startswith("."):
+                shutil.copyfile(path, new / path.name)
+        _write_shards(new, tensors, max_shard_bytes)
+
+
+def _write_shards(
+    new: Path, tensors: Mapping[str, NewTensor], max_shard_bytes: int
+) -> None:
+    """Writes model.safetensors, or shards with model.safetensors.index.json."""
+    shards = _shards(tensors, max_shard_bytes)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        write_tensors(new / "model.safetensors", tensors, metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_tensors(new / file, shard, metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (new / "model.safetensors.index.json").write_text(text)
+
+
+def _shards(
+    tensors: Mapping[str, NewTensor], max_shard_bytes: int
+) -> list[dict[str, NewTensor]]:
+    """The tensors in their order, in parts of so many bytes, or of one tensor that is larger."""
+    shards: list[dict[str, NewTensor]] = [{}]
+    held = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+    return shards
+
+
+def dtype_changes(
+    source: Path, tensors: Mapping[str, NewTensor], floats: tuple[np.dtype, ...]
+) -> dict[str, str]:
+    """The key of config.json that says the dtype, which is that of most floats."""
+    # Newer files say "dtype"; where both are there the newer one counts.
+    keys = read_object(source / _CONFIG).keys()
+    key = "dtype" if "dtype" in keys else "torch_dtype"
+    held: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in floats:
+            held[tensor.dtype.name] += tensor.nbytes
+    ((name, _),) = held.most_common(1)
+    return {key: name}

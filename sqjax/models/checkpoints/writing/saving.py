@@ -1,0 +1,274 @@
+"""`save_huggingface` and `save_compressed_tensors`: a model as others read it."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from sqjax._arguments import check_mapping, expect
+from sqjax.files.opening import check_path
+from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.huggingface import Checkpoint, open_checkpoint
+from sqjax.models.checkpoints.mapping import leaf_shapes
+from sqjax.models.checkpoints.writing.compressed import (
+    compressed_tensors,
+    quantization_config,
+)
+from sqjax.models.checkpoints.writing.directory import (
+    check_target,
+    dtype_changes,
+    write_checkpoint,
+)
+from sqjax.models.checkpoints.writing.floats import (
+    DTYPES,
+    Tensors,
+    float_tensor,
+    taken_over,
+)
+from sqjax.models.checkpoints.writing.leaves import (
+    Leaf,
+    leaves_apart,
+    raise_all,
+)
+from sqjax.models.model import Model, Params, check_model
+from sqjax.weights.quantize import named
+
+_FLOAT, _QUANTIZED = "save_huggingface", "save_compressed_tensors"
+#: As transformers shards by default.
+_SHARD = 5_000_000_000
+
+
+def save_huggingface(
+    directory: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    like: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = _SHARD,
+    overwrite: bool = False,
+    families: Sequence[Family] = (),
+) -> None:
+    """Writes float parameters, smoothed or not, as the Hugging Face checkpoint that they came from.
+
+    Names, layout, config.json and tokenizer are the source's, so whatever reads that reads this:
+    transformers, vLLM, SGLang, TensorRT-LLM, LMDeploy, llama.cpp's converter. A tied head is
+    written from the embedding. Everything is checked before a byte is written; the files are
+    written beside the directory, and renamed at the end, so a reader never sees half.
+
+    Args:
+        directory: to write. It must not be there, or be empty, unless `overwrite`.
+        model: as `sqjax.models.load` gave it.
+        params: its parameters. Layers in one stack, and kernels that `fuse` made one, are taken
+            apart again.
+        like: the directory that the model was loaded from.
+        dtype: of every parameter, float32, bfloat16 or float16; None: that which it has.
+        max_shard_bytes: how large a file of tensors may be; where there are several there is an
+            index. A tensor is never divided.
+        overwrite: whether a checkpoint that is there is replaced, as a whole.
+        families: as for `sqjax.models.load`.
+
+    Raises:
+        ValueError: leaves are missing, too many, misshapen or quantized; the model is another than
+            that of `like`; numbers are too large for the dtype; the directory may not be written.
+            Names the leaf or the file.
+        OSError: the files can not be written. What was there stays.
+
+    Examples:
+        >>> import sqjax as sq
+        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
+        >>> sq.models.save_huggingface("new", model, {}, like="no/such/directory")
+        Traceback (most recent call last):
+        ...
+        ValueError: save_huggingface: like: expected the directory that the model was loaded from,
+            with config.json and safetensors, got 'no/such/directory'
+    """
+    how = _How(_FLOAT, directory, like, dtype, max_shard_bytes, overwrite)
+    with _opened(how, model, params, families) as (checkpoint, leaves):
+        _refuse_quantized(leaves)
+        tensors = _float_tensors(checkpoint, leaves, how.float_dtype)
+        _write(how, checkpoint, tensors, {})
+
+
+def save_compressed_tensors(
+    directory: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    like: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = _SHARD,
+    overwrite: bool = False,
+    families: Sequence[Family] = (),
+) -> None:
+    """Writes quantized parameters as compressed-tensors, which vLLM and transformers read.
+
+    Codes, scales and zero points are written as they are: `sqjax.models.load` gives the same leaves
+    back. config.json says how each module is quantized, and which stay float (``ignore``). int8,
+    int4 and e4m3 weights are written, in groups too; with activations that stay float, or are
+    quantized per token, per tensor, or static. Where a checkpoint has one tensor for several leaves
+    (the q, k and v of Phi-3), these must be quantized alike; scales of whole tensors become scales
+    of outputs there, if they differ.
+
+    Args:
+        directory: as for `save_huggingface`.
+        model: as for `save_huggingface`.
+        params: as `sqjax.quantize` gave them, before `fuse`.
+        like: as for `save_huggingface`: the float checkpoint.
+        dtype: of what stays float.
+        max_shard_bytes: as for `save_huggingface`.
+        overwrite: as for `save_huggingface`.
+        families: as for `save_huggingface`.
+
+    Raises:
+        ValueError: as for `save_huggingface`; or a leaf is quantized in a way for which the format
+            has no name: smoothing at run time, outliers, two levels, e5m2, embeddings. Names it.
+        OSError: the files can not be written. What was there stays.
+
+    Examples:
+        >>> import sqjax as sq
+        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
+        >>> sq.models.save_compressed_tensors("new", model, {}, like="model.gguf")
+        Traceback (most recent call last):
+        ...
+        ValueError: save_compressed_tensors: like: expected the directory that the model was loaded
+            from, with config.json and safetensors, got 'model.gguf'
+    """
+    how = _How(_QUANTIZED, directory, like, dtype, max_shard_bytes, overwrite)
+    with _opened(how, model, params, families) as (checkpoint, leaves):
+        modules = compressed_tensors(checkpoint, leaves)
+        floats = _float_tensors(
+            checkpoint, leaves, how.float_dtype, but=modules.of
+        )
+        config = quantization_config(checkpoint, modules)
+        tensors = {**floats, **modules.tensors}
+        _write(how, checkpoint, tensors, {"quantization_config": config})
+
+
+class _How(NamedTuple):
+    """What was asked for."""
+
+    what: str
+    directory: Any
+    like: Any
+    dtype: Any
+    max_shard_bytes: int
+    overwrite: bool
+
+    @property
+    def float_dtype(self) -> np.dtype | None:
+        """The dtype of floats; None for that which each has."""
+        return None if self.dtype is None else np.dtype(self.dtype)
+
+    def check(self) -> None:
+        """Raises ValueError for arguments of a wrong kind."""
+        source = os.fspath(self.like) if _is_path(self.like) else ""
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(
+                "like: expected the directory that the model was loaded from, with "
+                f"config.json and safetensors, got {self.like!r}"
+            )
+        if self.dtype is not None and _dtype(self.dtype) not in DTYPES:
+            known = ", ".join(dtype.name for dtype in DTYPES)
+            raise ValueError(
+                f"dtype: expected one of {known}, or None, got {self.dtype!r}"
+            )
+        size = self.max_shard_bytes
+        fits = type(size) is int and size >= 1
+        number = "a whole number of at least 1"
+        expect(fits, "max_shard_bytes", number, size)
+        check_target(Path(self.directory), Path(self.like), self.overwrite)
+
+
+def _is_path(x: Any) -> bool:
+    return isinstance(x, str | os.PathLike)
+
+
+def _dtype(x: Any) -> np.dtype | None:
+    try:
+        return np.dtype(x)
+    except TypeError:
+        return None
+
+
+@contextlib.contextmanager
+def _opened(
+    how: _How, model: Model, params: Params, families: Sequence[Family]
+) -> Iterator[tuple[Checkpoint, dict[str, Leaf]]]:
+    """The source, and the leaves as it has them, when all of them are checked."""
+    check_model(model, how.what)
+    check_mapping(params, how.what, "the parameters of a Model")
+    check_path(how.directory, f"{how.what}(directory, ...)")
+    with named(how.what):
+        how.check()
+        with open_checkpoint(Path(how.like), families) as checkpoint:
+            _check_source(how, checkpoint, model)
+            shapes = leaf_shapes(*checkpoint[:4])
+            checkpoint.check_redundant()
+            yield checkpoint, leaves_apart(params, shapes)
+
+
+def _check_source(how: _How, checkpoint: Checkpoint, model: Model) -> None:
+    """Raises ValueError if the source is quantized, or another model."""
+    if checkpoint.is_quantized:
+        raise ValueError(
+            "like: expected a float checkpoint, whose names these are, got a "
+            f"quantized one, {how.like}; give the one that it was made of"
+        )
+    for field in fields(checkpoint.config):
+        expected = getattr(checkpoint.config, field.name)
+        got = getattr(model.config, field.name, None)
+        if got != expected:
+            raise ValueError(
+                f"model.config.{field.name}: expected {expected!r}, as {how.like} "
+                f"says, got {got!r}; give the directory that the model was loaded from"
+            )
+
+
+def _refuse_quantized(leaves: Mapping[str, Leaf]) -> None:
+    problems = [
+        f"{leaf.origin}: expected a float leaf, got a quantized one; save the float parameters, or "
+        "write these with sqjax.models.save_compressed_tensors"
+        for leaf in leaves.values()
+        if leaf.quantized
+    ]
+    raise_all(problems)
+
+
+def _float_tensors(
+    checkpoint: Checkpoint,
+    leaves: Mapping[str, Leaf],
+    dtype: np.dtype | None,
+    but: frozenset[str] = frozenset(),
+) -> Tensors:
+    """All tensors of the source but some, in its order."""
+    made = {}
+    for name in checkpoint.source.shapes:
+        # Every name is in the table, as `leaf_shapes` has checked.
+        found = checkpoint.family.find(name, leaves)
+        if name not in but and found is not None:
+            made[name] = float_tensor(checkpoint, name, found, leaves, dtype)
+    return made | taken_over(checkpoint, leaves, dtype)
+
+
+def _write(
+    how: _How,
+    checkpoint: Checkpoint,
+    tensors: Tensors,
+    changes: Mapping[str, Any],
+) -> None:
+    """Writes the directory."""
+    source = Path(how.like)
+    dtypes = dtype_changes(source, tensors, DTYPES)
+    write_checkpoint(
+        Path(how.directory),
+        tensors,
+        source,
+        {**dtypes, **changes},
+        how.max_shard_bytes,
+    )
