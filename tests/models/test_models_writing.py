@@ -1,6 +1,7 @@
 """Checkpoints for others: what is written is what the source has, and what is read again."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from hf_directories import CONFIG, tensors, write
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from slow import slow_but
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 from untyped import untyped
 
 import sqjax as sq
@@ -27,6 +30,8 @@ from sqjax.models import (
 )
 from sqjax.models.checkpoints.quantized.modules import Tensor
 from sqjax.models.checkpoints.quantized.unpacking import centred, pack, unpack
+from sqjax.models.text.chat import Template, Templates
+from sqjax.models.tokenizer import Tokenizer
 from sqjax.weights.quant_weight import is_quantized
 
 CASES = tiny_checkpoint.cases()
@@ -263,7 +268,7 @@ def test_arguments(tmp_path, loaded):
     new = tmp_path / "new"
     refused("expected a sqjax.models.Model", new, params, params, like=source)
     refused("the parameters of a Model", new, model, None, like=source)
-    for like in ("smollm2-135m", tmp_path, None):
+    for like in ("smollm2-135m", tmp_path, 3):
         refused("like: expected the directory that the model was", new, model, params, like=like)
     for dtype in (jnp.int8, "text", np.float64):
         refused("dtype: expected one of float32", new, model, params, like=source, dtype=dtype)
@@ -572,3 +577,60 @@ def test_a_quantized_source(tmp_path, loaded):
 
 
 SAVE = {"save": save_compressed_tensors}
+
+
+# Without a source ---------------------------------------------------------------------------------
+
+MADE = {
+    "tied": sq.models.llama_config(31, 16, 24, 2, 4, 2, 4, tie_embeddings=True, rope_theta=5e5),
+    "biases": sq.models.llama_config(31, 16, 24, 1, 4, 4, 8, attention_bias=True, mlp_bias=True),
+    "window": sq.models.llama_config(31, 16, 24, 1, 4, 4, 4, sliding_window=4, max_length=99),
+}
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_a_llama_needs_no_source(tmp_path, case):
+    model = sq.models.Model(MADE[case])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = other(shapes)
+    save_huggingface(tmp_path / "new", model, params)
+    again, read = load(tmp_path / "new")
+    assert again == model
+    assert_same(read, params)
+    # It is a source like any other from then on.
+    save_huggingface(tmp_path / "third", model, params, like=tmp_path / "new")
+    assert_same(stored_in(tmp_path / "third"), stored_in(tmp_path / "new"))
+
+
+def test_a_new_llama_has_the_names_of_one(tmp_path):
+    source = write(tmp_path / "source", LLAMA)
+    model, params = load(source)
+    save_huggingface(tmp_path / "new", model, params)
+    assert_same(stored_in(tmp_path / "new"), stored_in(source))
+
+
+def test_its_tokenizer_is_written_whole(tmp_path):
+    words = {"<unk>": 0, "a": 1, "b": 2, "</s>": 3}
+    backend = Backend(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = Template("{{ messages[0].content }}{{ eos_token }}", "a test")
+    templates = Templates({"default": template}, {"eos_token": "</s>"})
+    tokenizer = Tokenizer(backend, eos_id=3, templates=templates)
+    model = sq.models.Model(MADE["tied"], tokenizer)
+    params = other(jax.eval_shape(model.init, jax.random.key(0)))
+    save_huggingface(tmp_path / "new", model, params)
+    read = load(tmp_path / "new")[0].tokenizer
+    assert read.encode("b a c") == tokenizer.encode("b a c") == [2, 1, 0]
+    assert (read.ends, read.bos_id) == ((3,), None)
+    assert read.chat([{"role": "user", "content": "b"}]) == "b</s>"
+
+
+def test_other_models_need_one(tmp_path):
+    model = sq.models.Model(replace(MADE["tied"], logit_softcap=3.0))
+    params = other(jax.eval_shape(model.init, jax.random.key(0)))
+    refused(
+        "like: expected the directory .*only a Llama can be written",
+        tmp_path / "new",
+        model,
+        params,
+    )

@@ -5,13 +5,12 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sqjax.files.aside import directory_written_aside
 from sqjax.files.tensors import NewTensor, write_tensors
-from sqjax.models.json_files import read_object
 
 #: Ends of the names of files that hold weights, which would contradict what is written.
 _WEIGHTS = (
@@ -21,10 +20,11 @@ _WEIGHTS = (
 _CONFIG = "config.json"
 
 
-def check_target(directory: Path, source: Path, overwrite: bool) -> None:
+def check_target(directory: Path, source: Path | None, overwrite: bool) -> None:
     """Raises ValueError unless a directory may be written, and so replaced if it is there."""
-    here, origin = directory.resolve(), source.resolve()
-    if here == origin or here in origin.parents:
+    here = directory.resolve()
+    origin = None if source is None else source.resolve()
+    if origin is not None and (here == origin or here in origin.parents):
         raise ValueError(
             f"{directory}: expected a directory that does not hold like = {source}, which would be "
             "replaced; choose another"
@@ -55,32 +55,57 @@ def check_target(directory: Path, source: Path, overwrite: bool) -> None:
         )
 
 
+class Others(NamedTuple):
+    """What is in a directory beside the tensors.
+
+    Attributes:
+        config: the text of config.json.
+        files: {name: text, or the path of a file that is copied}.
+    """
+
+    config: str
+    files: Mapping[str, str | Path]
+
+    def with_keys(self, changes: Mapping[str, Any]) -> "Others":
+        """The same with other values of keys of config.json, whose text stays if they are so."""
+        stated = json.loads(self.config)
+        if all(stated.get(key) == value for key, value in changes.items()):
+            return self
+        text = json.dumps({**stated, **changes}, indent=2) + "\n"
+        return self._replace(config=text)
+
+
+def others_of(source: Path) -> Others:
+    """What a checkpoint's directory holds beside the weights: tokenizer, templates, a licence."""
+    files: dict[str, str | Path] = {}
+    for path in sorted(source.iterdir()):
+        is_other = not path.name.endswith((*_WEIGHTS, _CONFIG))
+        if path.is_file() and is_other and not path.name.startswith("."):
+            files[path.name] = path
+    return Others((source / _CONFIG).read_text("utf-8"), files)
+
+
 def write_checkpoint(
     directory: Path,
     tensors: Mapping[str, NewTensor],
-    source: Path,
-    changes: Mapping[str, Any],
+    others: Others,
     max_shard_bytes: int,
 ) -> None:
-    """Writes tensors and configuration, and copies what else is in a checkpoint's directory.
+    """Writes a directory, which replaces as a whole at the end what is there.
 
     Args:
-        directory: replaced as a whole at the end, if it is there.
+        directory: to write.
         tensors: by name.
-        source: whose config.json and other files are taken over.
-        changes: keys of config.json that are other than in the source.
+        others: all other files.
         max_shard_bytes: how large a file of tensors may be; a tensor is never divided.
     """
-    config = (source / _CONFIG).read_text("utf-8")
-    stated = json.loads(config)
-    if any(stated.get(key) != value for key, value in changes.items()):
-        config = json.dumps({**stated, **changes}, indent=2) + "\n"
     with directory_written_aside(directory.resolve()) as new:
-        (new / _CONFIG).write_text(config, "utf-8")
-        for path in sorted(source.iterdir()):
-            is_other = not path.name.endswith((*_WEIGHTS, _CONFIG))
-            if path.is_file() and is_other and not path.name.startswith("."):
-                shutil.copyfile(path, new / path.name)
+        (new / _CONFIG).write_text(others.config, "utf-8")
+        for name, content in others.files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, new / name)
+            else:
+                (new / name).write_text(content, "utf-8")
         _write_shards(new, tensors, max_shard_bytes)
 
 
@@ -119,12 +144,14 @@ def _shards(
     return shards
 
 
-def dtype_changes(
-    source: Path, tensors: Mapping[str, NewTensor], floats: tuple[np.dtype, ...]
+def dtype_key(
+    others: Others,
+    tensors: Mapping[str, NewTensor],
+    floats: tuple[np.dtype, ...],
 ) -> dict[str, str]:
     """The key of config.json that says the dtype, which is that of most floats."""
     # Newer files say "dtype"; where both are there the newer one counts.
-    keys = read_object(source / _CONFIG).keys()
+    keys = json.loads(others.config).keys()
     key = "dtype" if "dtype" in keys else "torch_dtype"
     held: Counter[str] = Counter()
     for tensor in tensors.values():

@@ -20,8 +20,10 @@ from sqjax.models.checkpoints.writing.compressed import (
     quantization_config,
 )
 from sqjax.models.checkpoints.writing.directory import (
+    Others,
     check_target,
-    dtype_changes,
+    dtype_key,
+    others_of,
     write_checkpoint,
 )
 from sqjax.models.checkpoints.writing.floats import (
@@ -34,6 +36,10 @@ from sqjax.models.checkpoints.writing.leaves import (
     Leaf,
     leaves_apart,
     raise_all,
+)
+from sqjax.models.checkpoints.writing.llamas import (
+    llama_checkpoint,
+    new_files,
 )
 from sqjax.models.model import Model, Params, check_model
 from sqjax.weights.quantize import named
@@ -48,7 +54,7 @@ def save_huggingface(
     model: Model,
     params: Params,
     *,
-    like: str | os.PathLike[str],
+    like: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = _SHARD,
     overwrite: bool = False,
@@ -66,7 +72,8 @@ def save_huggingface(
         model: as `sqjax.models.load` gave it.
         params: its parameters. Layers in one stack, and kernels that `fuse` made one, are taken
             apart again.
-        like: the directory that the model was loaded from.
+        like: the directory that the model was loaded from. None for a Llama, of a GGUF file say:
+            then config.json and the tokenizer's files are made of what the model knows.
         dtype: of every parameter, float32, bfloat16 or float16; None: that which it has.
         max_shard_bytes: how large a file of tensors may be; where there are several there is an
             index. A tensor is never divided.
@@ -89,10 +96,10 @@ def save_huggingface(
             with config.json and safetensors, got 'no/such/directory'
     """
     how = _How(_FLOAT, directory, like, dtype, max_shard_bytes, overwrite)
-    with _opened(how, model, params, families) as (checkpoint, leaves):
+    with _opened(how, model, params, families) as (checkpoint, leaves, others):
         _refuse_quantized(leaves)
         tensors = _float_tensors(checkpoint, leaves, how.float_dtype)
-        _write(how, checkpoint, tensors, {})
+        _write(how, tensors, others)
 
 
 def save_compressed_tensors(
@@ -100,7 +107,7 @@ def save_compressed_tensors(
     model: Model,
     params: Params,
     *,
-    like: str | os.PathLike[str],
+    like: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = _SHARD,
     overwrite: bool = False,
@@ -140,14 +147,14 @@ def save_compressed_tensors(
             from, with config.json and safetensors, got 'model.gguf'
     """
     how = _How(_QUANTIZED, directory, like, dtype, max_shard_bytes, overwrite)
-    with _opened(how, model, params, families) as (checkpoint, leaves):
+    with _opened(how, model, params, families) as (checkpoint, leaves, others):
         modules = compressed_tensors(checkpoint, leaves)
         floats = _float_tensors(
             checkpoint, leaves, how.float_dtype, but=modules.of
         )
         config = quantization_config(checkpoint, modules)
         tensors = {**floats, **modules.tensors}
-        _write(how, checkpoint, tensors, {"quantization_config": config})
+        _write(how, tensors, others, quantization_config=config)
 
 
 class _How(NamedTuple):
@@ -167,8 +174,11 @@ class _How(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for arguments of a wrong kind."""
-        source = os.fspath(self.like) if _is_path(self.like) else ""
-        if not (Path(source) / "config.json").is_file():
+        source = None
+        if _is_path(self.like):
+            source = Path(self.like)
+        is_there = source is not None and (source / "config.json").is_file()
+        if self.like is not None and not is_there:
             raise ValueError(
                 "like: expected the directory that the model was loaded from, with "
                 f"config.json and safetensors, got {self.like!r}"
@@ -182,7 +192,15 @@ class _How(NamedTuple):
         fits = type(size) is int and size >= 1
         number = "a whole number of at least 1"
         expect(fits, "max_shard_bytes", number, size)
-        check_target(Path(self.directory), Path(self.like), self.overwrite)
+        check_target(Path(self.directory), source, self.overwrite)
+
+
+class _Opened(NamedTuple):
+    """What a checkpoint is written from: the source's names, the leaves, and all other files."""
+
+    checkpoint: Checkpoint
+    leaves: dict[str, Leaf]
+    others: Others
 
 
 def _is_path(x: Any) -> bool:
@@ -199,18 +217,25 @@ def _dtype(x: Any) -> np.dtype | None:
 @contextlib.contextmanager
 def _opened(
     how: _How, model: Model, params: Params, families: Sequence[Family]
-) -> Iterator[tuple[Checkpoint, dict[str, Leaf]]]:
+) -> Iterator[_Opened]:
     """The source, and the leaves as it has them, when all of them are checked."""
     check_model(model, how.what)
     check_mapping(params, how.what, "the parameters of a Model")
     check_path(how.directory, f"{how.what}(directory, ...)")
     with named(how.what):
         how.check()
+        if how.like is None:
+            others = new_files(model)
+            checkpoint = llama_checkpoint(model.config)
+            leaves = leaves_apart(params, leaf_shapes(*checkpoint[:4]))
+            yield _Opened(checkpoint, leaves, others)
+            return
         with open_checkpoint(Path(how.like), families) as checkpoint:
             _check_source(how, checkpoint, model)
             shapes = leaf_shapes(*checkpoint[:4])
             checkpoint.check_redundant()
-            yield checkpoint, leaves_apart(params, shapes)
+            leaves = leaves_apart(params, shapes)
+            yield _Opened(checkpoint, leaves, others_of(Path(how.like)))
 
 
 def _check_source(how: _How, checkpoint: Checkpoint, model: Model) -> None:
@@ -256,19 +281,12 @@ def _float_tensors(
     return made | taken_over(checkpoint, leaves, dtype)
 
 
-def _write(
-    how: _How,
-    checkpoint: Checkpoint,
-    tensors: Tensors,
-    changes: Mapping[str, Any],
-) -> None:
-    """Writes the directory."""
-    source = Path(how.like)
-    dtypes = dtype_changes(source, tensors, DTYPES)
+def _write(how: _How, tensors: Tensors, others: Others, **keys: Any) -> None:
+    """Writes the directory; `keys` are new ones of config.json."""
+    changes = dtype_key(others, tensors, DTYPES) | keys
     write_checkpoint(
         Path(how.directory),
         tensors,
-        source,
-        {**dtypes, **changes},
+        others.with_keys(changes),
         how.max_shard_bytes,
     )
