@@ -21,6 +21,7 @@ from sqjax.files.opening import kind_of
 
 _PREFIX = ".sqjax-"
 _FRESH = ".sqjax_new-"
+_LOCK = "lock"
 #: A directory has its lock a moment after it is made; without one it is left over after so long.
 _SECONDS_TO_LOCK = 3600.0
 
@@ -38,7 +39,7 @@ def directory_beside(parent: Path) -> Iterator[Path]:
         try:
             # Elsewhere a directory that holds an open file can not be renamed.
             if os.name == "posix":
-                lock = until_the_end.enter_context((made / "lock").open("xb"))
+                lock = until_the_end.enter_context((made / _LOCK).open("xb"))
                 _locks(lock)
                 # Under this name others look at it, and find it locked.
                 scratch = made.rename(
@@ -46,7 +47,21 @@ def directory_beside(parent: Path) -> Iterator[Path]:
                 )
             yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
+
+
+def _remove(scratch: Path) -> None:
+    """Removes a directory, its lock last.
+
+    Without a lock nobody would remove what is left of it, if this process is killed here.
+    """
+    with contextlib.suppress(OSError):
+        for path in scratch.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -171,10 +186,10 @@ def _remove_left_over(parent: Path) -> None:
     for scratch in parent.glob(f"{_PREFIX}*"):
         with (
             contextlib.suppress(OSError),
-            (scratch / "lock").open("rb") as lock,
+            (scratch / _LOCK).open("rb") as lock,
         ):
             if _locks(lock):
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
     for made in parent.glob(f"{_FRESH}*"):
         with contextlib.suppress(OSError):
             if time.time() - made.stat().st_mtime > _SECONDS_TO_LOCK:

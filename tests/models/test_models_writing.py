@@ -1,6 +1,8 @@
 """Checkpoints for others: what is written is what the source has, and what is read again."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import jax
@@ -346,6 +348,20 @@ def test_what_fails_leaves_the_old_one(tmp_path, loaded, monkeypatch, exchange):
     assert stored_in(new)["lm_head.weight"].dtype == np.float16
 
 
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, loaded, monkeypatch):
+    source, model, params = loaded
+
+    def full(path, *others):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sqjax.models.checkpoints.writing.directory.write_tensors", full)
+    with pytest.raises(OSError, match="save_huggingface: .*new: No space left on device") as caught:
+        save_huggingface(tmp_path / "new", model, params, like=source)
+    assert caught.value.errno == errno.ENOSPC
+    assert names_in(tmp_path) == []
+
+
 # compressed-tensors -------------------------------------------------------------------------------
 
 WRITTEN = ("int8", "int8_tensor", "int4", "int4_zeros", "float8", "int8_packed")
@@ -517,7 +533,9 @@ REFUSED = {
     "one level of scales": changed_tensor(group_scale=jnp.ones((24, 1), jnp.int8)),
     "int8, int4 or e4m3 weights": changed_tensor(fmt=sq.numerics.formats.E5M2),
     "int8 or e4m3 activations": changed_tensor(activation_format="e5m2", activations="per_token"),
-    "groups that divide its 16 inputs": changed_tensor(group=5),
+    "groups that divide its 16 inputs": changed_tensor(
+        group=5, scale=jnp.ones((16, 4), jnp.float32)
+    ),
     "a kernel .in, out., stored outputs first": changed_tensor(order=()),
 }
 

@@ -13,7 +13,7 @@ from sqjax.files.tensors import NewTensor
 from sqjax.models.checkpoints.huggingface import Checkpoint
 from sqjax.models.checkpoints.names import Found, Row, Shape
 from sqjax.models.checkpoints.quantized.stored_weight import inputs_first
-from sqjax.models.checkpoints.quantized.unpacking import pack
+from sqjax.models.checkpoints.quantized.unpacking import pack, per_word
 from sqjax.models.checkpoints.writing.leaves import Leaf, raise_all
 from sqjax.models.stacking import layer_of
 from sqjax.numerics.formats import E4M3, INT4, INT8
@@ -37,7 +37,7 @@ class Modules(NamedTuple):
         of: the names of the float tensors in whose place they are.
         tensors: theirs.
         schemes: {module: its group in config.json, without targets}.
-        floats: the modules that stay float, or may.
+        floats: the modules whose kernels stay float.
     """
 
     of: frozenset[str]
@@ -68,7 +68,7 @@ def compressed_tensors(
                 floats.append(module)
             continue
         try:
-            made = _module(checkpoint, found, own)
+            made = _module(checkpoint, name, found, own)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -129,7 +129,7 @@ def _head_module(row: Row) -> str | None:
 
 
 class _Module(NamedTuple):
-    """Attributes: its group in config.json, without targets; its tensors, by the ends of names."""
+    """One module: its group in config.json, without targets; its tensors, by ends of names."""
 
     scheme: dict[str, Any]
     tensors: dict[str, NewTensor]
@@ -143,20 +143,21 @@ class _Part(NamedTuple):
     entry: int | None
 
     def read(self) -> QuantWeight:
-        """The weight, of numpy arrays; of a stack of experts that of one."""
+        """The weight; of a stack of experts that of one."""
         weight = self.leaf.read()
         return weight if self.entry is None else layer_of(weight, self.entry)
 
 
 def _module(
-    checkpoint: Checkpoint, found: Found, leaves: Sequence[Leaf]
+    checkpoint: Checkpoint, name: str, found: Found, leaves: Sequence[Leaf]
 ) -> _Module:
     """The module of one tensor.
 
     Raises:
         ValueError: a leaf can not be written; names it.
     """
-    if inputs_first(found.layout):
+    is_linear = name.endswith(".weight") and not inputs_first(found.layout)
+    if not is_linear:
         path = leaves[0].origin
         raise ValueError(
             f"{path}: expected a kernel that the checkpoint has as a Linear layer, outputs first; "
@@ -187,7 +188,7 @@ def _check(path: str, weight: QuantWeight) -> None:
     """Raises ValueError for a weight for which the format has no name."""
     tensor = weight.tensor
     inputs = tensor.values.shape[-1]
-    group = tensor.group
+    in_groups = tensor.scale.shape[-1] > 1
     refused = {
         "no smoothing at run time; smooth the float parameters with sqjax.smooth": (
             weight.smoothing is not None
@@ -205,7 +206,7 @@ def _check(path: str, weight: QuantWeight) -> None:
             weight.activation_format == "e5m2"
         ),
         f"groups that divide its {inputs} inputs; choose another group_size": (
-            group is not None and inputs % group != 0
+            in_groups and inputs % (tensor.group or inputs) != 0
         ),
         "a kernel (in, out), stored outputs first": (
             tensor.values.ndim != 2 or tensor.order != _ORDER
@@ -309,8 +310,8 @@ def _tensors(
             np.dtype(np.float32), scales, partial(_scale, join, scales)
         )
     }
+    a_word = per_word(bits)
     if format_ == "pack-quantized":
-        a_word = 32 // bits
         shape = np.array([outputs, inputs], np.int64)
         made["weight_shape"] = NewTensor(shape.dtype, (2,), lambda: shape)
         packed = outputs, -(-inputs // a_word)
@@ -322,7 +323,7 @@ def _tensors(
             first.fmt.dtype, (outputs, inputs), partial(join, "values")
         )
     if first.zero is not None:
-        rows = -(-outputs // 8), scales[-1]
+        rows = -(-outputs // a_word), scales[-1]
         made["weight_zero_point"] = NewTensor(
             np.dtype(np.int32), rows, lambda: pack(join("zero").T, bits).T
         )

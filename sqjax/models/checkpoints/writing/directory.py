@@ -157,5 +157,4 @@ def dtype_key(
     for tensor in tensors.values():
         if tensor.dtype in floats:
             held[tensor.dtype.name] += tensor.nbytes
-    ((name, _),) = held.most_common(1)
-    return {key: name}
+    return {key: name for name, _ in held.most_common(1)}

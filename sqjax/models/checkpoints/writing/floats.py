@@ -41,7 +41,7 @@ def float_tensor(
         dtype = _own_dtype(name, own)
     shapes = tuple(_of_entry(leaf.shape, found.entry) for leaf in own)
     shape = their_shape(checkpoint.config, found.layout, shapes)
-    read = partial(_joined, checkpoint.config, name, found, own, dtype)
+    read = partial(_joined, checkpoint.config, found, own, dtype)
     return NewTensor(dtype, shape, read)
 
 
@@ -99,7 +99,6 @@ def _of_entry(array: Any, entry: int | None) -> Any:
 
 def _joined(
     config: Any,
-    name: str,
     found: Found,
     leaves: Sequence[Leaf],
     dtype: np.dtype,

@@ -87,13 +87,14 @@ def save_huggingface(
         OSError: the files can not be written. What was there stays.
 
     Examples:
-        >>> import sqjax as sq
+        >>> import tempfile, jax, sqjax as sq
         >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
-        >>> sq.models.save_huggingface("new", model, {}, like="no/such/directory")
-        Traceback (most recent call last):
-        ...
-        ValueError: save_huggingface: like: expected the directory that the model was loaded from,
-            with config.json and safetensors, got 'no/such/directory'
+        >>> params = model.init(jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sq.models.save_huggingface(f"{folder}/new", model, params)
+        ...     again, _ = sq.models.load(f"{folder}/new")
+        >>> again == model
+        True
     """
     how = _How(_FLOAT, directory, like, dtype, max_shard_bytes, overwrite)
     with _opened(how, model, params, families) as (checkpoint, leaves, others):
@@ -125,7 +126,8 @@ def save_compressed_tensors(
     Args:
         directory: as for `save_huggingface`.
         model: as for `save_huggingface`.
-        params: as `sqjax.quantize` gave them, before `fuse`.
+        params: as `sqjax.quantize` gave them, before `fuse`. An embedding must be float, so of a
+            model with a tied head leave it out: {"embed_tokens": None, ".*": sqjax.W8A8}.
         like: as for `save_huggingface`: the float checkpoint.
         dtype: of what stays float.
         max_shard_bytes: as for `save_huggingface`.
@@ -138,13 +140,16 @@ def save_compressed_tensors(
         OSError: the files can not be written. What was there stays.
 
     Examples:
-        >>> import sqjax as sq
+        >>> import tempfile, jax, sqjax as sq
         >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
-        >>> sq.models.save_compressed_tensors("new", model, {}, like="model.gguf")
-        Traceback (most recent call last):
-        ...
-        ValueError: save_compressed_tensors: like: expected the directory that the model was loaded
-            from, with config.json and safetensors, got 'model.gguf'
+        >>> params = model.init(jax.random.key(0))
+        >>> stats = sq.calibrate(model.apply, params, [jax.numpy.array([[1, 2, 3]])])
+        >>> qparams = sq.quantize(params, stats, {"lm_head": None, ".*": sq.W8A8})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sq.models.save_compressed_tensors(f"{folder}/new", model, qparams)
+        ...     _, same = sq.models.load(f"{folder}/new")
+        >>> same["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"].activations
+        'per_token'
     """
     how = _How(_QUANTIZED, directory, like, dtype, max_shard_bytes, overwrite)
     with _opened(how, model, params, families) as (checkpoint, leaves, others):
@@ -158,7 +163,7 @@ def save_compressed_tensors(
 
 
 class _How(NamedTuple):
-    """What was asked for."""
+    """What was asked for: the function that was called, and its arguments."""
 
     what: str
     directory: Any
@@ -168,20 +173,23 @@ class _How(NamedTuple):
     overwrite: bool
 
     @property
+    def source(self) -> Path | None:
+        """The directory whose names are taken, if there is one."""
+        return Path(self.like) if _is_path(self.like) else None
+
+    @property
     def float_dtype(self) -> np.dtype | None:
         """The dtype of floats; None for that which each has."""
         return None if self.dtype is None else np.dtype(self.dtype)
 
     def check(self) -> None:
         """Raises ValueError for arguments of a wrong kind."""
-        source = None
-        if _is_path(self.like):
-            source = Path(self.like)
+        source = self.source
         is_there = source is not None and (source / "config.json").is_file()
         if self.like is not None and not is_there:
             raise ValueError(
-                "like: expected the directory that the model was loaded from, with "
-                f"config.json and safetensors, got {self.like!r}"
+                "like: expected the directory that the model was loaded from, with config.json and "
+                f"safetensors, got {self.like!r}"
             )
         if self.dtype is not None and _dtype(self.dtype) not in DTYPES:
             known = ", ".join(dtype.name for dtype in DTYPES)
@@ -195,14 +203,6 @@ class _How(NamedTuple):
         check_target(Path(self.directory), source, self.overwrite)
 
 
-class _Opened(NamedTuple):
-    """What a checkpoint is written from: the source's names, the leaves, and all other files."""
-
-    checkpoint: Checkpoint
-    leaves: dict[str, Leaf]
-    others: Others
-
-
 def _is_path(x: Any) -> bool:
     return isinstance(x, str | os.PathLike)
 
@@ -214,44 +214,61 @@ def _dtype(x: Any) -> np.dtype | None:
         return None
 
 
+class _Opened(NamedTuple):
+    """What a checkpoint is written from: the names of its tensors, the leaves, all other files."""
+
+    checkpoint: Checkpoint
+    leaves: dict[str, Leaf]
+    others: Others
+
+
 @contextlib.contextmanager
 def _opened(
     how: _How, model: Model, params: Params, families: Sequence[Family]
 ) -> Iterator[_Opened]:
-    """The source, and the leaves as it has them, when all of them are checked."""
+    """What is written, when all of it is checked. The source's files stay open until the end."""
     check_model(model, how.what)
     check_mapping(params, how.what, "the parameters of a Model")
     check_path(how.directory, f"{how.what}(directory, ...)")
     with named(how.what):
         how.check()
-        if how.like is None:
-            others = new_files(model)
-            checkpoint = llama_checkpoint(model.config)
-            leaves = leaves_apart(params, leaf_shapes(*checkpoint[:4]))
-            yield _Opened(checkpoint, leaves, others)
-            return
-        with open_checkpoint(Path(how.like), families) as checkpoint:
-            _check_source(how, checkpoint, model)
+        with _names_and_files(how, model, families) as (checkpoint, others):
             shapes = leaf_shapes(*checkpoint[:4])
             checkpoint.check_redundant()
-            leaves = leaves_apart(params, shapes)
-            yield _Opened(checkpoint, leaves, others_of(Path(how.like)))
+            yield _Opened(checkpoint, leaves_apart(params, shapes), others)
 
 
-def _check_source(how: _How, checkpoint: Checkpoint, model: Model) -> None:
-    """Raises ValueError if the source is quantized, or another model."""
-    if checkpoint.is_quantized:
-        raise ValueError(
-            "like: expected a float checkpoint, whose names these are, got a "
-            f"quantized one, {how.like}; give the one that it was made of"
-        )
+@contextlib.contextmanager
+def _names_and_files(
+    how: _How, model: Model, families: Sequence[Family]
+) -> Iterator[tuple[Checkpoint, Others]]:
+    """The source and its other files; without one, those of a Llama."""
+    source = how.source
+    if source is None:
+        others = new_files(model)
+        yield llama_checkpoint(model.config), others
+        return
+    with open_checkpoint(source, families) as checkpoint:
+        if checkpoint.is_quantized:
+            raise ValueError(
+                f"like: expected a float checkpoint, got a quantized one, {source}; give the one "
+                "that it was made of"
+            )
+        _check_model_of(source, checkpoint, model)
+        yield checkpoint, others_of(source)
+
+
+def _check_model_of(
+    source: Path, checkpoint: Checkpoint, model: Model
+) -> None:
+    """Raises ValueError, naming a field, if the source is another model."""
     for field in fields(checkpoint.config):
         expected = getattr(checkpoint.config, field.name)
         got = getattr(model.config, field.name, None)
         if got != expected:
             raise ValueError(
-                f"model.config.{field.name}: expected {expected!r}, as {how.like} "
-                f"says, got {got!r}; give the directory that the model was loaded from"
+                f"model.config.{field.name}: expected {expected!r}, as {source} says, got {got!r}; "
+                "give the directory that the model was loaded from"
             )
 
 
@@ -283,10 +300,11 @@ def _float_tensors(
 
 def _write(how: _How, tensors: Tensors, others: Others, **keys: Any) -> None:
     """Writes the directory; `keys` are new ones of config.json."""
-    changes = dtype_key(others, tensors, DTYPES) | keys
-    write_checkpoint(
-        Path(how.directory),
-        tensors,
-        others.with_keys(changes),
-        how.max_shard_bytes,
-    )
+    directory = Path(how.directory)
+    others = others.with_keys(dtype_key(others, tensors, DTYPES) | keys)
+    try:
+        write_checkpoint(directory, tensors, others, how.max_shard_bytes)
+    except OSError as error:
+        # The system's own error names no file where the disk is full.
+        text = f"{how.what}: {directory}: {error.strerror or error}"
+        raise OSError(error.errno, text) from error
