@@ -39,7 +39,7 @@ class Stats:
     `quantize` makes static quantizer scales of them.
 
     The statistics are raw sums and maxima, so those of two halves of the data merge exactly. A
-    `Stats` is a pytree: it can be an argument of a jitted function, or saved.
+    `Stats` is a pytree: it can be an argument of a jitted function.
 
     Attributes:
         absmax: {site: max |X_j| over all tokens}, float32, the channels' shape.

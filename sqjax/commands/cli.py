@@ -1,4 +1,4 @@
-"""The command line: `sqjax demo`, `sqjax schemes`, `sqjax decode`, `sqjax benchmark`."""
+"""The command line: `sqjax demo`, `schemes`, `embeddings`, `decode` and `benchmark`."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqjax.commands.defaults import ALPHA, MODEL
+from sqjax.commands.defaults import ALPHA, ENCODER, MODEL
 from sqjax.commands.records import (
     Row,
     as_dicts,
@@ -71,6 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(schemes)
     _add_alpha(schemes)
 
+    embeddings = commands.add_parser(
+        "embeddings",
+        help="quantize a real encoder of sentences and show how far its vectors turn",
+    )
+    embeddings.set_defaults(run=_run_embeddings)
+    _add_common(embeddings, quick="fewer sentences")
+    embeddings.add_argument(
+        "--model",
+        default=ENCODER,
+        help="a name or a directory, as sqjax.models.load_encoder takes it",
+    )
+
     benchmark = commands.add_parser(
         "benchmark", help="time every scheme beside float32, bfloat16 and qwix"
     )
@@ -121,6 +133,12 @@ def _run_demo(options: argparse.Namespace) -> list[Row]:
 
     size = demo.QUICK if options.quick else demo.FULL
     rows = demo.demo(size, options.alpha, options.model, options.float_head)
+    if options.model == MODEL and not options.quick:
+        # A real model of another kind; `sqjax embeddings` has a record of its own.
+        from sqjax.commands import embeddings
+
+        print()
+        embeddings.embeddings(embeddings.QUICK)
     return as_dicts(rows)
 
 
@@ -129,6 +147,13 @@ def _run_schemes(options: argparse.Namespace) -> list[Row]:
 
     size = demo.QUICK if options.quick else demo.FULL
     return as_dicts(schemes.compare(size, options.alpha, options.model))
+
+
+def _run_embeddings(options: argparse.Namespace) -> list[Row]:
+    from sqjax.commands import embeddings
+
+    size = embeddings.QUICK if options.quick else embeddings.FULL
+    return as_dicts(embeddings.embeddings(size, options.model))
 
 
 def _run_benchmark(options: argparse.Namespace) -> list[Row]:

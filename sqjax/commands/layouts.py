@@ -83,6 +83,27 @@ def schemes(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+def embeddings(rows: Sequence[Row]) -> Table:
+    """A line for each scheme: how far the vectors of sentences turn, and the speed."""
+    cosine, nearest = "cosine to float32", "same nearest"
+    titles = ("", cosine, "the least", nearest, "MB", "sentences/s")
+    speed = "sentences_per_second"
+    lines = []
+    for row in rows:
+        ratio = times(row[speed] / rows[0][speed])
+        lines.append(
+            (
+                row["name"],
+                f"{row['mean_cosine']:.4f}",
+                f"{row['least_cosine']:.4f}",
+                f"{100 * row['same_nearest']:.1f}%",
+                megabytes(row["weight_bytes"]),
+                f"{row[speed]:.0f} ({ratio})",
+            )
+        )
+    return Table(titles, lines)
+
+
 # The benchmark --------------------------------------------------------------------------------
 
 
@@ -393,6 +414,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "memory": memory,
     "demo": demo,
     "schemes": schemes,
+    "embeddings": embeddings,
     "benchmark": models,
     "benchmark rows": matvecs,
     "benchmark matmul": matmuls,

@@ -69,12 +69,19 @@ class DeclaredArray(NamedTuple):
         bytes_in_a_row = (length + 1) // 2
         return DeclaredArray(np.dtype(np.uint8), (*lead, bytes_in_a_row))
 
-    def read(self, file: BinaryIO, offset: int) -> np.ndarray:
-        """The array, whose bytes begin at `offset` of the opened file."""
+    def read_stored(self, file: BinaryIO, offset: int) -> np.ndarray:
+        """The array as the file holds it, whose bytes begin at `offset` of the opened file."""
         dtype, shape = self.stored
         file.seek(offset)
         raw = np.fromfile(file, np.uint8, math.prod(shape) * dtype.itemsize)
-        stored = raw.view(dtype).reshape(shape)
+        return raw.view(dtype).reshape(shape)
+
+    def read(self, file: BinaryIO, offset: int) -> np.ndarray:
+        """The array, whose bytes begin at `offset` of the opened file."""
+        return self.unpacked(self.read_stored(file, offset))
+
+    def unpacked(self, stored: np.ndarray) -> np.ndarray:
+        """The array that the file holds as `stored`."""
         if self.dtype != INT4.dtype:
             return stored
         return unpack_int4(stored, length=self.rows[-1]).reshape(self.shape)

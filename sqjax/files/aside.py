@@ -85,6 +85,7 @@ def written_aside(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         # In one step, because both are in one file system: a reader finds the old file or the new.
         os.replace(aside, file)
+        _sync(file.parent)
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def directory_written_aside(directory: Path) -> Iterator[Path]:
         new = scratch / "written"
         new.mkdir()
         yield new
-        for path in (*new.iterdir(), new):
+        for path in (*new.rglob("*"), new):
             _sync(path)
         if directory.is_dir():
             new.chmod(stat.S_IMODE(directory.stat().st_mode))
@@ -108,11 +109,12 @@ def directory_written_aside(directory: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """What is in a file, or which files are in a directory, is on the disk when this returns."""
-    # Elsewhere a directory can not be opened.
-    if path.is_dir() and os.name != "posix":
+    """Makes a file, or which files are in a directory, last through a crash."""
+    is_directory = path.is_dir()
+    # Elsewhere a directory can not be opened, and a file not synced that is opened to be read.
+    if is_directory and os.name != "posix":
         return
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
         os.fsync(opened)
     finally:

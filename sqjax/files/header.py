@@ -56,7 +56,13 @@ def read_header(file: BinaryIO) -> Header:
     # Before the header is read, because a wrong length could ask for all memory.
     if size < 8 or length > min(size - 8, _LONGEST):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    declared = _json(file.read(length))
+    text = file.read(length)
+    declared = _json(text)
+    # What fills the header up are spaces, says the format. JSON would take other blanks too.
+    if not text.rstrip(b" ").endswith(b"}"):
+        raise ValueError(
+            "a header that is filled up by other bytes than spaces"
+        )
     # The one name that is no tensor's, says the format.
     metadata = declared.pop("__metadata__", {})
     if not _is_text_by_text(metadata):

@@ -1,7 +1,8 @@
 """`save` and `load`: a parameter tree, quantized or not, as one safetensors file, bit for bit.
 
 The file holds every array under its path in the tree, int4 two to a byte. Its metadata holds the
-version of this layout ("sqjax") and the tree as JSON ("tree"): see `sqjax.files.tree_json`.
+version of this layout ("sqjax"), the tree as JSON ("tree"; see `sqjax.files.tree_json`) and the
+checksums of all of it (`sqjax.files.checksums`).
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 from sqjax._trees import PyTree, named_leaves
 from sqjax.files.arrays import STORED, DeclaredArray, shown
 from sqjax.files.aside import written_aside
+from sqjax.files.checksums import checksum, read_sums, sealed
 from sqjax.files.header import Entry, Header, read_header
 from sqjax.files.opening import check_path, open_file
 from sqjax.files.structure import check_like, is_quantized_leaf
@@ -24,7 +26,9 @@ from sqjax.files.tree_json import NO_TREE, from_json, to_json
 from sqjax.files.weight_checks import check_values
 
 #: The layout that `save` writes and `load` reads.
-VERSION = 1
+VERSION = 2
+#: The layout before it, which `load` reads too: it had no checksums.
+_WITHOUT_SUMS = 1
 #: How many of a file's problems an error lists.
 _PROBLEMS_SHOWN = 5
 
@@ -35,7 +39,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     Everything is checked before a byte is written. The file is written beside `path` and then
     renamed, because so a file that is already there stays whole until the new one is. int4 takes
     half a byte a weight; float8 and bfloat16 are kept as they are. No pickle. NaN and infinity are
-    kept too.
+    kept too. The file holds a checksum of every array and of the tree, which `load` verifies.
 
     Args:
         path: of the file; its directory must exist. A file that is there is replaced, and hands on
@@ -73,7 +77,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     try:
         tree_json = json.dumps(to_json((), tree, tensors))
         with written_aside(file) as aside:
-            metadata = {"sqjax": str(VERSION), "tree": tree_json}
+            metadata = sealed(VERSION, tree_json, tensors)
             _write(aside, tensors, metadata, path)
     except ValueError as error:
         raise ValueError(f"save: {path}: {error}") from error
@@ -106,7 +110,8 @@ def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
     The structure is the same, so what was compiled for that tree runs on this one. The arrays are
     jax arrays on the default device, int4 weights as this backend holds them
     (`sqjax.numerics.formats.container`); `jax.device_put(tree, sq.shardings(tree, ...))` spreads
-    them over a mesh. The file is opened once, and checked before an array is read.
+    them over a mesh. The file is opened once, and checked before an array is read. A byte of it
+    that has changed is refused, by the checksums that `save` wrote.
 
     Args:
         path: of a file that `save` wrote.
@@ -118,10 +123,10 @@ def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no whole safetensors file, or no file at all; `save` did not write it, or
-            that of a newer sqjax did; tensors are missing, too many, or of another shape or dtype
-            than the tree says; a weight is not valid, or has scales or codes that no quantizer
-            gives; an array has 64 bits where jax has 32; the tree is not like `like`. Names the
-            file, and the paths in the tree.
+            that of a newer sqjax did; a checksum is not that of the array; tensors are missing, too
+            many, or of another shape or dtype than the tree says; a weight is not valid, or has
+            scales or codes that no quantizer gives; an array has 64 bits where jax has 32; the tree
+            is not like `like`. Names the file, and the paths in the tree.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, sqjax as sq
@@ -140,11 +145,12 @@ def load(path: str | os.PathLike[str], like: PyTree = NO_TREE) -> PyTree:
     try:
         with open_file(file) as opened:
             header = _header(opened)
-            abstract = from_json((), _tree_in(header.metadata), declared, like)
+            tree_json, sums = _tree_in(header.metadata)
+            abstract = from_json((), tree_json, declared, like)
             _check_tensors(header.tensors, declared)
             if like is not NO_TREE:
                 check_like(abstract, like)
-            return _read(opened, header, declared, abstract)
+            return _read(opened, header, declared, abstract, sums)
     except ValueError as error:
         raise ValueError(f"load: {file}: {error}") from error
 
@@ -154,6 +160,7 @@ def _read(
     header: Header,
     declared: Mapping[str, DeclaredArray],
     abstract: PyTree,
+    sums: Mapping[str, Any] | None,
 ) -> PyTree:
     """The tree with its arrays, leaf by leaf: a quantized leaf has several, checked together."""
     names, structs, _ = named_leaves(abstract)
@@ -161,7 +168,10 @@ def _read(
 
     def read_next() -> np.ndarray:
         name, struct = next(arrays)
-        array = declared[name].read(opened, header.tensors[name].first)
+        stored = declared[name].read_stored(opened, header.tensors[name].first)
+        if sums is not None:
+            _check_sum(name, stored, sums)
+        array = declared[name].unpacked(stored)
         # The struct says what memory holds: int8 for the file's int4, on a CPU.
         return array.astype(struct.dtype, copy=False)
 
@@ -184,8 +194,22 @@ def _header(opened: BinaryIO) -> Header:
         ) from error
 
 
-def _tree_in(metadata: Mapping[str, str]) -> Any:
-    """The JSON of the tree, from the metadata of a file that this version reads."""
+def _check_sum(name: str, stored: np.ndarray, sums: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the leaf, if an array is not the one that was saved."""
+    if checksum(stored) != sums.get(name):
+        raise ValueError(
+            f"{shown(name)}: expected an array with the checksum that it was saved with, got "
+            "another one: the file was changed or damaged; copy it or save it again"
+        )
+
+
+def _tree_in(
+    metadata: Mapping[str, str],
+) -> tuple[Any, dict[str, Any] | None]:
+    """The JSON of the tree and the checksums, from the metadata of a file that this version reads.
+
+    The checksums are None where the layout has none.
+    """
     version = metadata.get("sqjax", "none")
     if not version.isdecimal() or "tree" not in metadata:
         found = sorted(metadata)[:5]
@@ -193,12 +217,15 @@ def _tree_in(metadata: Mapping[str, str]) -> Any:
             f"expected a file of sqjax.save, got metadata {found}; read other safetensors files "
             "with safetensors.flax.load_file, models with sqjax.models.load"
         )
-    if int(version) != VERSION:
+    # A seal says that the file was written with sums, whatever became of its version.
+    is_old = int(version) == _WITHOUT_SUMS and "seal" not in metadata
+    if int(version) > VERSION:
         raise ValueError(
             f"expected layout version {VERSION}, got {version}; update sqjax"
         )
+    sums = None if is_old else read_sums(metadata)
     try:
-        return json.loads(metadata["tree"])
+        return json.loads(metadata["tree"]), sums
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"expected the tree as JSON, got {error}; save it again"

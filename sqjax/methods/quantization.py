@@ -323,6 +323,7 @@ def smoothquant(
     *,
     groups: str | Iterable[str] = "all",
     runtime: float | None = None,
+    mask: Callable[..., Any] | None = None,
     progress: bool = False,
 ) -> PyTree:
     """Calibrates, smooths and quantizes in the right order; run the result with `quantized(fn)`.
@@ -341,6 +342,7 @@ def smoothquant(
         progress: as for `calibrate`.
         runtime: an alpha for the sites that are in no smoothed group (a tied head, what follows a
             GELU): these are smoothed at run time. None: not at all.
+        mask: as for `calibrate`: which tokens count.
 
     Returns:
         The quantized tree.
@@ -364,7 +366,7 @@ def smoothquant(
         check_alpha("smoothquant: runtime", runtime)
     if twice:
         batches = list(batches)
-    stats = calibrate(fn, params, batches, progress=progress)
+    stats = calibrate(fn, params, batches, mask=mask, progress=progress)
     s = scales(params, stats, alpha, groups=groups)
     schemes = site_schemes(stats.graph, scheme)
     if runtime is not None:
@@ -374,7 +376,12 @@ def smoothquant(
     # A histogram of X says nothing about X / s, so it is taken of the smoothed model.
     if twice:
         stats = calibrate(
-            fn, folded, batches, histogram=True, progress=progress
+            fn,
+            folded,
+            batches,
+            mask=mask,
+            histogram=True,
+            progress=progress,
         )
     else:
         stats = fold_stats(stats, s)

@@ -94,6 +94,7 @@ def attend(
     mask: Bool[Array, "rows tokens slots"],
     in_order: bool,
     scoring: Scoring,
+    bias: Float[Array, "bias_rows heads tokens slots"] | None = None,
 ) -> Float[Array, "batch tokens heads value_dim"]:
     """softmax(scores of q and k) v, where a score is q k^T * scale, changed as `scoring` says.
 
@@ -110,6 +111,7 @@ def attend(
         in_order: whether later tokens are in later slots, so that the last token is at most in
             the last slot. False for a ring, of which every block must read all slots.
         scoring: how products become scores. Its slopes need slots in order.
+        bias: what is added to scores beside; one row may serve the batch.
     """
     tokens, slots = mask.shape[1:]
     blocks = []
@@ -118,16 +120,19 @@ def attend(
         end = slots - tokens + last if in_order else slots
         seen = mask[:, first:last, :end]
         block = queries[:, first:last]
-        blocks.append(
-            _attend_block(
-                block, keys.first(end), values.first(end), seen, scoring
-            )
-        )
+        added = None if bias is None else bias[:, :, first:last, :end]
+        read = keys.first(end), values.first(end)
+        blocks.append(_attend_block(block, *read, seen, scoring, added))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _attend_block(
-    queries: Array, keys: Slots, values: Slots, mask: Array, scoring: Scoring
+    queries: Array,
+    keys: Slots,
+    values: Slots,
+    mask: Array,
+    scoring: Scoring,
+    bias: Array | None,
 ) -> Array:
     """Attention of one block of queries.
 
@@ -138,6 +143,8 @@ def _attend_block(
         queries (batch, 5, 6, 8)     rows (batch, 2, 3 * 5, 8): 3 query heads share a key head
         scores  (batch, 2, 15, 21)   (batch, 2, 3, 5, 21), to which the mask (rows, 5, 21) applies
         mixed   (batch, 2, 15, 8)    (batch, 5, 6, 8)
+
+    A bias (rows, 6, 5, 21) is added as (rows, 2, 3, 5, 21).
     """
     batch, tokens, heads, head_dim = queries.shape
     kv_heads, slots = keys.codes.shape[1], mask.shape[2]
@@ -152,6 +159,9 @@ def _attend_block(
     by_token = (batch, kv_heads, sharing, tokens)
     scores = _scores(rows, keys).reshape(*by_token, slots)
     scores = _changed(scores, scoring)
+    if bias is not None:
+        added = bias.reshape(bias.shape[0], *by_token[1:], slots)
+        scores = scores + added.astype(scores.dtype)
     allowed = mask.reshape(mask.shape[0], 1, 1, tokens, slots)
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
 

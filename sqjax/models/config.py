@@ -25,9 +25,18 @@ from sqjax.models.fields import (
 from sqjax.models.rope import LongRope, Rope
 
 #: How a block adds attention and MLP to the residual stream; see `DecoderConfig.block`.
-BLOCKS = ("pre", "output", "sandwich", "sum", "parallel", "parallel_two")
-#: The functions between an MLP's matmuls; "gelu_tanh" is the approximation that GPT-2 takes.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+BLOCKS = (
+    "pre",
+    "output",
+    "sandwich",
+    "sum",
+    "scaled",
+    "parallel",
+    "parallel_two",
+)
+#: The functions between an MLP's matmuls; "gelu_tanh" is the approximation that GPT-2 takes,
+#: "quick_gelu" that of CLIP, x * sigmoid(1.702 x).
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,23 @@ _USUAL_ROPE = Rope()
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How the attention of some layers looks back.
+    """How the attention of some layers looks around.
 
     Attributes:
         sliding_window: a token looks at so many latest tokens, itself included; None for all.
         rope: the rotary embedding of queries and keys; None for none.
+        both_ways: whether a token looks at later tokens too, as in an encoder. Then a window of n
+            means n // 2 tokens on either side.
     """
 
     sliding_window: int | None = None
     rope: Rope | None = _USUAL_ROPE
+    both_ways: bool = False
 
     def __post_init__(self):
         rope = instance_of(Rope, "a Rope or None", none=True)
-        check_fields(self, {"sliding_window": SIZE_OR_NONE, "rope": rope})
+        fields = {"sliding_window": SIZE_OR_NONE, "rope": rope}
+        check_fields(self, {**fields, "both_ways": FLAG})
 
 
 @dataclass(frozen=True)
@@ -187,8 +200,12 @@ class DecoderConfig:
             "output": x += N A(x), then x += N M(x) (OLMo-2);
             "sandwich": x += N A(N x), then x += N M(N x) (Gemma 2);
             "sum": x = N(x + A(x)), then x = N(x + M(x)) (OPT-350m);
+            "scaled": x += g A(N x), then x += h M(N x), with gains g and h for each channel
+                (DINOv2);
             "parallel": x += A(N x) + M(N x), with one norm for both (GPT-J);
             "parallel_two": the same with a norm each (GPT-NeoX).
+        first_norm: whether layer 0 has a norm before its attention; without one that layer reads a
+            normed embedding (ModernBERT).
         kinds: how the attention of each layer looks back; one stands for all layers.
         qk_norm: a norm of queries and keys before they turn: None; "head", over each head's
             channels, with one gain for all heads; "heads", with a gain for each head; "all", over
@@ -232,6 +249,7 @@ class DecoderConfig:
     norm: Norm = Norm()
     final_norm: bool = True
     block: str = "pre"
+    first_norm: bool = True
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
     qk_norm: str | None = None
     qk_norm_kind: Norm = Norm()
@@ -256,11 +274,21 @@ class DecoderConfig:
         _check_positions(self)
         _check_heads(self)
         _check_kinds(self)
+        _check_directions(self)
         _check_latent(self)
 
     def kind(self, layer: int) -> LayerKind:
         """How the attention of a layer looks back."""
         return self.kinds[layer if len(self.kinds) > 1 else 0]
+
+    def has_first_norm(self, layer: int) -> bool:
+        """Whether a layer has the norm before its attention that its block names."""
+        return self.first_norm or layer > 0
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether tokens look at later ones too."""
+        return self.kinds[0].both_ways
 
     @property
     def different_kinds(self) -> tuple[LayerKind, ...]:
@@ -304,6 +332,7 @@ _FIELDS: Mapping[str, What] = {
     "norm": instance_of(Norm, "a Norm"),
     "final_norm": FLAG,
     "block": one_of(*BLOCKS),
+    "first_norm": FLAG,
     "kinds": tuple_of(LayerKind, "a tuple of LayerKinds"),
     "qk_norm": one_of(None, "head", "heads", "all"),
     "qk_norm_kind": instance_of(Norm, "a Norm"),
@@ -370,6 +399,13 @@ def _check_kinds(config: DecoderConfig) -> None:
     if config.alibi is not None and has_window:
         raise ValueError(
             "DecoderConfig.alibi: expected no sliding window beside it, got one"
+        )
+
+
+def _check_directions(config: DecoderConfig) -> None:
+    if len({kind.both_ways for kind in config.kinds}) != 1:
+        raise ValueError(
+            "DecoderConfig.kinds: expected both_ways to be the same in all, got both"
         )
 
 

@@ -23,7 +23,7 @@ from sqjax.models.config import (
     rotated_channels,
 )
 from sqjax.models.mlp import MLP, Mixture
-from sqjax.models.norms import NormLayer
+from sqjax.models.norms import Gain, NormLayer
 from sqjax.models.rope import rotary_table
 from sqjax.models.self_attention import (
     Attention,
@@ -84,9 +84,19 @@ _NORMS = {
         after_attention="post_attention_layernorm",
         after_mlp="post_feedforward_layernorm",
     ),
+    "scaled": _Norms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "attention_scale",
+        "mlp_scale",
+    ),
     "parallel": _Norms("input_layernorm", None),
     "parallel_two": _Norms("input_layernorm", "post_attention_layernorm"),
 }
+
+
+#: Which of these are a gain alone: nothing is divided by its size.
+_GAINS = ("attention_scale", "mlp_scale")
 
 
 class Block(nn.Module):
@@ -94,6 +104,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     has_experts: bool = False
+    first_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -102,6 +113,8 @@ class Block(nn.Module):
         """Returns x with both added, and the updated cache if there was one."""
         config = self.config
         names = _NORMS[config.block]
+        if not self.first_norm:
+            names = names._replace(before_attention=None)
         attention = (
             MultiHeadLatentAttention(config, config.latent, name="self_attn")
             if config.latent
@@ -120,7 +133,11 @@ class Block(nn.Module):
 
     def _norm(self, name: str | None, x: Array) -> Array:
         """The norm of x that has a name; x itself where there is none."""
-        return x if name is None else NormLayer(self.config.norm, name=name)(x)
+        if name is None:
+            return x
+        if name in _GAINS:
+            return Gain(name=name)(x)
+        return NormLayer(self.config.norm, name=name)(x)
 
     def _mlp(self, x: Array) -> Array:
         experts = self.config.experts
@@ -178,7 +195,7 @@ class Layers(nn.Module):
                 layer = {"params": layer_of(held, i)}
                 x, new = _run_layer(config, i)(layer, x, context)
             else:
-                block = block_class(config, config.has_experts(i), name=str(i))
+                block = block_class(*_block(config, i), name=str(i))
                 x, new = block(x, context)
             grown.append(new)
         if cache is None:
@@ -191,7 +208,12 @@ class Layers(nn.Module):
 
 def _run_layer(config: DecoderConfig, i: int):
     """Layer i as a function of its parameters: a block that is no submodule of another."""
-    return Block(config, config.has_experts(i), parent=None).apply
+    return Block(*_block(config, i), parent=None).apply
+
+
+def _block(config: DecoderConfig, i: int) -> tuple[DecoderConfig, bool, bool]:
+    """The attributes of layer i's block."""
+    return config, config.has_experts(i), config.has_first_norm(i)
 
 
 def _context(
@@ -316,6 +338,11 @@ def _next_positions(
     config: DecoderConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
 ) -> Positions:
     """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
+    if config.both_ways:
+        raise ValueError(
+            "LayerKind.both_ways: expected false in a decoder, whose tokens are read one after "
+            "the other; an encoder is a sqjax.models.Encoder"
+        )
     capacities: dict[LayerKind, int] = {}
     if cache is None:
         start = jnp.int32(0)
@@ -330,7 +357,7 @@ def _next_positions(
     # Padding has no position. It takes that of the first token; the mask hides it from all others.
     places = jnp.maximum(in_row, 0)
     longest = jnp.max(places) + 1
-    channels = _turning_channels(config)
+    channels = turning_channels(config)
     views = []
     for kind in config.different_kinds:
         rotary = None
@@ -342,7 +369,7 @@ def _next_positions(
     return Positions(tuple(views), start, in_row)
 
 
-def _turning_channels(config: DecoderConfig) -> int | None:
+def turning_channels(config: DecoderConfig) -> int | None:
     """How many channels of a head turn in the layers that have a rope; None if no layer has."""
     for rope in config_ropes(config):
         return rope.channels(rotated_channels(config))

@@ -17,6 +17,10 @@ from sqjax.models.checkpoints.families.common import head_dim as head_dim
 from sqjax.models.checkpoints.families.common import layer_norm as layer_norm
 from sqjax.models.checkpoints.families.common import rms_norm as rms_norm
 from sqjax.models.checkpoints.families.common import rope as rope
+from sqjax.models.checkpoints.families.encoders import (
+    BERT_FIELDS as BERT_FIELDS,
+)
+from sqjax.models.checkpoints.families.encoders import BERT_ROWS as BERT_ROWS
 from sqjax.models.checkpoints.families.known import FAMILIES as FAMILIES
 from sqjax.models.checkpoints.families.llama import (
     ATTENTION_ROWS as ATTENTION_ROWS,
@@ -29,6 +33,10 @@ from sqjax.models.checkpoints.families.paths import GATE_UP as GATE_UP
 from sqjax.models.checkpoints.families.paths import OUR_LAYER as OUR_LAYER
 from sqjax.models.checkpoints.families.paths import QKV as QKV
 from sqjax.models.checkpoints.families.paths import denses as denses
+from sqjax.models.checkpoints.families.vision import PATCHES as PATCHES
+from sqjax.models.checkpoints.families.vision import (
+    WITH_BATCH_AXIS as WITH_BATCH_AXIS,
+)
 from sqjax.models.checkpoints.family import Family as Family
 from sqjax.models.checkpoints.names import BY_KEY_HEAD as BY_KEY_HEAD
 from sqjax.models.checkpoints.names import (
@@ -52,3 +60,4 @@ from sqjax.models.fields import FLAG as FLAG
 from sqjax.models.fields import POSITIVE as POSITIVE
 from sqjax.models.fields import SIZE as SIZE
 from sqjax.models.rope import Rope as Rope
+from sqjax.models.vision_config import VisionConfig as VisionConfig

@@ -33,6 +33,10 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
+def _is_finite(x: Any) -> bool:
+    return _is_number(x) and abs(x) <= _LARGEST_FLOAT  # which NaN is not
+
+
 def _is_id(x: Any) -> bool:
     return is_whole(x) and 0 <= x <= LARGEST_SIZE
 
@@ -92,6 +96,7 @@ TEXT = What("a text", _is_text)
 TEXTS = What("a list of texts", _list_of(_is_text))
 WHOLE_NUMBERS = What("a list of whole numbers", _list_of(is_whole))
 NUMBERS = What("a list of numbers", _list_of(_is_number))
+FINITE_NUMBERS = What("a list of finite numbers", _list_of(_is_finite))
 MAPPING = What("an object with names", _is_mapping)
 
 
@@ -111,9 +116,12 @@ def instance_of(kind: Any, words: str, none: bool = False) -> What:
 
 
 def tuple_of(kind: type, words: str) -> What:
-    """What is a tuple of instances of a class, said in words. A whole number is a float too."""
+    """What is a tuple of instances of a class, said in words.
+
+    A whole number is a float too; NaN and infinity are none.
+    """
     # int stands for whole numbers without bools, as in `is_whole`.
-    tests = {int: is_whole, float: _is_number}
+    tests = {int: is_whole, float: _is_finite}
     holds = tests.get(kind, lambda x: isinstance(x, kind))
     return What(words, lambda x: isinstance(x, tuple) and all(map(holds, x)))
 

@@ -17,6 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": nn.relu,
     "relu2": lambda x: jnp.square(nn.relu(x)),
 }

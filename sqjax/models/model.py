@@ -10,12 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sqjax._arguments import expect
+from sqjax._trees import named_leaves
 from sqjax.models.cache import KVCache, empty_cache
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
 from sqjax.models.fields import SIZE, check
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.tokenizer import Tokenizer
+from sqjax.weights.quant_weight import QuantWeight
 
 Params = Any  # a nested dict of arrays, or of whatever `sqjax.quantize` put in their place
 TokenIds = Int[Array | np.ndarray, "batch tokens"]
@@ -63,6 +65,7 @@ class Model:
                 layers are not as many as the configuration says, apart or in one stack.
         """
         check_ids(ids)
+        check_floats(params)
         self._check_length(ids.shape[1])
         variables = {"params": params}
         module = CausalLM(self.config, self.remat)
@@ -192,13 +195,32 @@ def check_model(model: Any, what: str) -> None:
     )
 
 
+def check_floats(params: Any) -> None:
+    """Raises ValueError, naming the leaf, for parameters that only `sqjax.quantized` can run.
+
+    flax would say that a kernel has another shape, because a quantized one is stored the other way.
+    """
+    names, leaves, _ = named_leaves(params, is_leaf=is_quantized)
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_quantized(leaf):
+            raise ValueError(
+                f"{name}: expected an array, got a quantized weight; run "
+                "sqjax.quantized(model.apply)(qparams, ids)"
+            )
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether this is a leaf that `sqjax.quantize` made."""
+    return isinstance(x, QuantWeight)
+
+
 def check_ids(ids: Any) -> None:
     """Raises ValueError unless these are token ids, (batch, tokens), of at least one token."""
     shape = getattr(ids, "shape", None)
     if shape is None or len(shape) != 2:
         raise ValueError(
-            f"ids: expected an array (batch, tokens), got {shape or type(ids).__name__}; "
-            "make one with jnp.asarray([ids])"
+            f"ids: expected an array (batch, tokens), got {shape or type(ids).__name__}; make one "
+            "with jnp.asarray([ids]) of one text's ids; texts are encoded by a tokenizer first"
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids: expected integers, got {ids.dtype}")

@@ -45,6 +45,15 @@ class NormLayer(nn.Module):
         return result.astype(x.dtype)
 
 
+class Gain(nn.Module):
+    """x times a gain for each channel."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
+        return x * _in_front(weight, x.ndim).astype(x.dtype)
+
+
 def _in_front(array: Array, ndim: int) -> Array:
     """An array with axes of size 1 in front, so that it has so many axes."""
     axes: Sequence[int] = range(ndim - array.ndim)

@@ -25,10 +25,12 @@ class View(NamedTuple):
     Attributes:
         rotary: cosines and sines of the tokens' positions; None where no layer turns.
         mask: (rows, tokens, slots), what each token may look at.
+        bias: (rows, heads, tokens, slots), what is added to scores; None for nothing.
     """
 
     rotary: RotaryTable | None
     mask: Array
+    bias: Array | None = None
 
 
 class Context(NamedTuple):
@@ -190,9 +192,11 @@ def _attended(
         # Behind a barrier the cache is read as it is stored. Without one XLA:CPU would write it
         # again for each matmul that reads it.
         read = cache = jax.lax.optimization_barrier(written)
-    in_order = cache is None or not context.ring
+    # In order a token may skip the slots after its own, which it does not look at.
+    in_order = not config.both_ways and (cache is None or not context.ring)
+    view = context.view
     mixed = attend(
-        queries, *read, context.view.mask, in_order, _scoring(config)
+        queries, *read, view.mask, in_order, _scoring(config), view.bias
     )
     return mixed, cache
 

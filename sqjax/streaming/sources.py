@@ -81,7 +81,9 @@ def checkpoint_directory(path: Any, what: str) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.path.isdir(path):
         raise ValueError(
             f"{what}: expected a directory with config.json and safetensors files, got {path!r}; "
-            "of any other model load the parameters, and call calibrate, smooth and quantize"
+            "of any other model load the parameters, and call calibrate, smooth and quantize; "
+            "nothing is downloaded by its Hugging Face id: pass the directory that "
+            "huggingface_hub.snapshot_download(id) returns"
         )
     return Path(path)
 

@@ -256,6 +256,7 @@ def test_masks_reach_into_scans():
 
 
 @pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.slow
 def test_masks_of_tokens_that_experts_share(flat):
     """Experts that see every token are masked alike; their statistics stay apart."""
 

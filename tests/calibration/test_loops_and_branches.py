@@ -150,6 +150,7 @@ def test_loops_and_branches_run_in_int8(scheme):
     assert "int8" in {v.aval.dtype.name for v in loop.invars}
 
 
+@pytest.mark.slow
 def test_stacks_in_switches_and_scans():
     stack = {"e": normal(3, WIDTH, WIDTH, seed=4)}
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from sqjax.commands import benchmark, cli, decode, demo, schemes
+from sqjax.commands import benchmark, cli, decode, demo, embeddings, schemes
 from sqjax.commands.records import read_record
 
 DEMO = demo.Row("float32", 36.5, 538, 1000.0, 50.0)
 SCHEME = schemes.Row("float32", 36.5, 36.5, 538)
+EMBEDDING = embeddings.Row("float32", 1.0, 1.0, 1.0, 90, 50.0)
 SPEED = {"table": "matvec", "name": "float32", "2048 to 8192 seconds": 0.002}
 
 
@@ -24,6 +25,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(demo, "demo", stand_in([DEMO]))
     monkeypatch.setattr(schemes, "compare", stand_in([SCHEME]))
+    monkeypatch.setattr(embeddings, "embeddings", stand_in([EMBEDDING]))
     monkeypatch.setattr(benchmark, "benchmark", stand_in([SPEED]))
     monkeypatch.setattr(decode, "run", stand_in([SPEED]))
     return calls
@@ -32,13 +34,15 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        (["demo"], (demo.FULL, 0.85, "smollm2-135m", False)),
+        (["demo", "--model", "a.gguf"], (demo.FULL, 0.85, "a.gguf", False)),
         (
             ["demo", "--quick", "--alpha", "0.5", "--model", "a.gguf", "--float-head"],
             (demo.QUICK, 0.5, "a.gguf", True),
         ),
         (["schemes"], (demo.FULL, 0.85, "smollm2-135m")),
         (["schemes", "--quick", "--model", "dir"], (demo.QUICK, 0.85, "dir")),
+        (["embeddings"], (embeddings.FULL, "all-minilm-l6-v2")),
+        (["embeddings", "--quick", "--model", "dir"], (embeddings.QUICK, "dir")),
         (["benchmark"], ()),
         (["benchmark", "--quick"], (benchmark.QUICK, ("llama-shaped",))),
         (["decode"], ("smollm2-135m", False, None)),
@@ -50,11 +54,17 @@ def test_a_command_runs_with_its_options(calls, arguments, call):
     assert calls == [call]
 
 
+def test_the_whole_demo_shows_both_real_models(calls):
+    assert cli.main(["demo"]) == 0
+    assert calls == [(demo.FULL, 0.85, "smollm2-135m", False), (embeddings.QUICK,)]
+
+
 @pytest.mark.parametrize(
     ("command", "rows"),
     [
         ("demo", [DEMO._asdict()]),
         ("schemes", [SCHEME._asdict()]),
+        ("embeddings", [EMBEDDING._asdict()]),
         ("benchmark", [SPEED]),
         ("decode", [SPEED]),
     ],

@@ -84,6 +84,7 @@ def merged(p, h):
     return h @ (p["w"] + 2.0 * (p["a"] @ p["b"]))
 
 
+@pytest.mark.slow
 def test_a_scale_passes_through_the_sum_to_both_terms():
     params = PARAMS | {"norm": 1 + normal(1, 16) / 9}
     stats = sq.calibrate(lambda p, x: merged(p, x * p["norm"]), params, [X])

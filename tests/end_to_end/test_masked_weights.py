@@ -193,6 +193,7 @@ def test_layers_that_a_scan_runs_over(fn):
     np.testing.assert_allclose(run(qparams, x), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_kernel_of_which_a_causal_mask_takes_the_centre():
     """PixelCNN's masked convolution; in float64 of the kernel's codes, and of the image."""
     causal = np.arange(9).reshape(3, 3, 1, 1) < 4

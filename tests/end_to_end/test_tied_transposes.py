@@ -103,6 +103,7 @@ def test_a_one_hot_embedding_tied_to_the_head_is_the_untied_head():
     np.testing.assert_allclose(jax.jit(run)(qparams, ids), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_are_looked_up_as_well():
     def fn(p, ids, x):
         return p["E"][ids] @ p["E"].T + x @ p["E"] @ p["E"].T
@@ -137,6 +138,7 @@ QUICK = ["O3", "both", "groups"]
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param([*SCHEMES], marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_schemes_in_one_program(names):
     params = dict.fromkeys(names, W)
     rules = {f"^{name}$": SCHEMES[name] for name in names}
@@ -159,6 +161,7 @@ def test_schemes_in_one_program(names):
         assert np.abs(expected - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_float8_rounds_the_scaled_activations_once():
     qparams = sq.quantize({"w": W}, sq.calibrate(both, {"w": W}, [(X, H)]), sq.FP8)
     run = sq.quantized(lambda p, x: x @ p["w"])
@@ -171,6 +174,7 @@ def test_float8_rounds_the_scaled_activations_once():
     assert (np.abs(run(qparams, X) - x @ dense) < allowed).all()
 
 
+@pytest.mark.slow
 def test_more_outputs_than_an_int32_sum_holds_are_summed_in_float():
     """A vocabulary of 140,000 in onehot @ E."""
     big = jnp.broadcast_to(normal(20, 1), (7_000, 20, 2)).reshape(140_000, 2)

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from safetensors import safe_open
+from sealing import sealed_again
 
 import sqjax as sq
 from sqjax.files import arrays, tree_json
@@ -281,7 +282,7 @@ def test_other_programs_can_read_the_file(tmp_path):
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
         assert kinds == {"norm": "BF16", "w/tensor/values": "F8_E4M3", "w/tensor/scale": "F32"}
         np.testing.assert_array_equal(file.get_tensor("norm"), np.asarray(tree["norm"]))
-        assert file.metadata()["sqjax"] == "1"
+        assert file.metadata()["sqjax"] == "2"
 
 
 # What is refused on the way out -----------------------------------------------------------------------------------
@@ -456,7 +457,10 @@ def test_the_file_is_as_readable_as_any_and_a_link_stays_one(tmp_path):
 
 
 def rewritten(file, change):
-    """The file, with its header (a dict) changed by `change`, which may return other data."""
+    """The file, with its header (a dict) changed by `change`, which may return other data.
+
+    It is sealed again, as by a program that writes what `load` must not take.
+    """
     raw = file.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
@@ -465,7 +469,8 @@ def rewritten(file, change):
     if "tree" in header.get("__metadata__", {}):
         header["__metadata__"]["tree"] = json.dumps(tree)
     new = json.dumps(header).encode()
-    file.write_bytes(len(new).to_bytes(8, "little") + new + (raw[start:] if data is None else data))
+    data = raw[start:] if data is None else data
+    file.write_bytes(sealed_again(len(new).to_bytes(8, "little") + new + data))
 
 
 def renamed(header, old, new):
@@ -498,8 +503,8 @@ TAMPERED = {
         r"got metadata \['format'\]",
     ),
     "newer": (
-        lambda h, t: h["__metadata__"].update(sqjax="2"),
-        r"expected layout version 1, got 2; update sqjax",
+        lambda h, t: h["__metadata__"].update(sqjax="3"),
+        r"expected layout version 2, got 3; update sqjax",
     ),
     "missing and extra": (
         lambda h, t: renamed(h, "bias", "other"),
@@ -568,6 +573,69 @@ def test_a_tampered_file_is_refused(tmp_path, case):
     rewritten(file, change)
     with pytest.raises(ValueError, match=f"^load: {re.escape(str(file))}: .*{message}"):
         sq.load(file)
+
+
+def is_taken(file, raw):
+    """Whether a file of these bytes is loaded."""
+    file.write_bytes(raw)
+    try:
+        sq.load(file)
+    except ValueError as error:
+        return not str(error).startswith(f"load: {file}: ")
+    return True
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 29])
+def test_a_byte_that_changes_anywhere_is_refused(tmp_path, step):
+    """By one bit, and to a digit or a blank."""
+    file = tmp_path / "x.safetensors"
+    sq.save(file, {"b": jnp.arange(3, dtype=jnp.int8), "w": weight("W4A16")})
+    raw = file.read_bytes()
+    taken = []
+    for number in range(0, len(raw), step):
+        byte = raw[number]
+        for other in {byte ^ (1 << number % 8), ord("0\n"[number % 2])} - {byte}:
+            if is_taken(file, raw[:number] + bytes([other]) + raw[number + 1 :]):
+                taken.append((number, other, raw[number - 20 : number + 20]))
+    assert taken == []
+    assert is_taken(file, raw)
+
+
+def test_what_was_changed_is_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    tree = {"b": jnp.arange(9, dtype=jnp.int8), "w": jnp.ones((4, 6))}
+    sq.save(file, tree)
+    raw = file.read_bytes()
+    ones = raw.index(np.ones(24, np.float32).tobytes())
+    file.write_bytes(raw[:ones] + b"1" + raw[ones + 1 :])
+    with pytest.raises(ValueError, match=r"x.safetensors: w: expected an array with the checksum"):
+        sq.load(file)
+    # Two arrays of one shape that have changed places.
+    sq.save(file, {"v": jnp.ones(3), "w": jnp.zeros(3)})
+    raw = file.read_bytes()
+    ones, zeros = np.ones(3, np.float32).tobytes(), np.zeros(3, np.float32).tobytes()
+    file.write_bytes(raw.replace(ones + zeros, zeros + ones))
+    with pytest.raises(ValueError, match=r"v: expected an array with the checksum"):
+        sq.load(file)
+    # The tree says something else than what was saved.
+    sq.save(file, {"norm": jnp.ones(3)})
+    file.write_bytes(file.read_bytes().replace(b"norm", b"form"))
+    with pytest.raises(ValueError, match=r"expected a header with the checksum"):
+        sq.load(file)
+
+
+def test_a_file_of_the_layout_without_sums_is_read(tmp_path):
+    file, tree = tmp_path / "x.safetensors", {"w": weight("W8A8")}
+    sq.save(file, tree)
+
+    def older(header, tree):
+        kept = header["__metadata__"]
+        header["__metadata__"] = {"sqjax": "1", "tree": kept["tree"]}
+
+    rewritten(file, older)
+    raw = file.read_bytes()
+    assert b"sums" not in raw
+    assert_same(sq.load(file), tree)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1], ids=str)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from sealing import sealed_again
 
 import sqjax as sq
 from sqjax.files import safetensors
@@ -160,7 +161,7 @@ def rewritten(file, **fields):
     tree["QuantWeight"].update(fields)
     header["__metadata__"]["tree"] = json.dumps(tree)
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    file.write_bytes(sealed_again(len(text).to_bytes(8, "little") + text + raw[start:]))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,6 @@ def test_a_flipped_bit_of_a_scale(tmp_path):
     scale = weights()["int8"].tensor.scale.tobytes()
     where = bytes(raw).index(scale)
     raw[where + 3] ^= 0x80  # the sign
-    (tmp_path / "x").write_bytes(raw)
+    (tmp_path / "x").write_bytes(sealed_again(bytes(raw)))
     with pytest.raises(ValueError, match=r"w: not a valid QTensor: scale must be finite and above"):
         sq.load(tmp_path / "x")

@@ -3,6 +3,7 @@
 ``tests/models/vectors/decoders/NAME.json`` holds a case: config.json as two versions of
 transformers write it, and the names and shapes of the tensors. Weights are not stored: `draw` makes
 a tensor's from its name. ``NAME.npz`` holds what transformers computed with them on torch.
+``encoders`` beside that folder holds the encoders' in the same way.
 """
 
 import json
@@ -13,13 +14,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-VECTORS = Path(__file__).parents[1] / "models" / "vectors" / "decoders"
+FOLDERS = Path(__file__).parents[1] / "models" / "vectors"
+VECTORS = FOLDERS / "decoders"
 
 #: Which kind of tensor a name is, the first that matches.
 KINDS = (
     ("bias", r"bias$"),
-    ("gain", r"(norm|ln_\w+)(\.norms\.\d+)?\.weight$"),
-    ("embedding", r"(embed_tokens|embed_positions|wte|wpe|word_embeddings|embed_in)\.weight$"),
+    ("gain", r"([nN]orm|ln_\w+)(\.norms\.\d+)?\.weight$"),
+    ("embedding", r"(embed_tokens|embed_positions|wte|wpe|embed_in)\.weight$"),
+    ("embedding", r"(word|tok|position|token_type)_embeddings\.weight$"),
     ("head", r"(lm_head|embed_out)\.weight$"),
     ("router", r"(gate|router)\.weight$"),
     ("matrix", r""),
@@ -45,15 +48,16 @@ def draw(name, shape, seed=0, one_plus=False, spread=None):
     return (middle + size * noise).astype(np.float32)
 
 
-def cases():
+def cases(folder="decoders"):
     """The names of all cases."""
-    return sorted(path.stem for path in VECTORS.glob("*.json"))
+    return sorted(path.stem for path in (FOLDERS / folder).glob("*.json"))
 
 
-def load(name):
+def load(name, folder="decoders"):
     """A case: what its JSON file says, and under "vectors" the arrays of its npz file."""
-    case = json.loads((VECTORS / f"{name}.json").read_text())
-    with np.load(VECTORS / f"{name}.npz") as arrays:
+    path = FOLDERS / folder / f"{name}.json"
+    case = json.loads(path.read_text())
+    with np.load(path.with_suffix(".npz")) as arrays:
         case["vectors"] = dict(arrays)
     return case
 

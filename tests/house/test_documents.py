@@ -47,6 +47,7 @@ def test_the_python_of_a_page_runs(page, capsys):
         "README.md",
         pytest.param("docs/pages/index.md", marks=pytest.mark.every_case),
         pytest.param("docs/pages/language-models.md", marks=pytest.mark.every_case),
+        pytest.param("docs/pages/model-families.md", marks=pytest.mark.every_case),
     ],
 )
 def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):

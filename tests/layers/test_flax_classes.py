@@ -369,8 +369,8 @@ CASES = [
 ]
 
 
-#: The quick ones: a fused kernel, and a convolution.
-each_class = pytest.mark.parametrize("build", slow_but(CASES, gpt2, vit))
+#: The quick one has a fused kernel.
+each_class = pytest.mark.parametrize("build", slow_but(CASES, gpt2))
 
 
 def random_leaf(path, shape):

@@ -672,6 +672,7 @@ def _linear(kernel):
 
 
 @pytest.mark.parametrize("scheme", slow_but(SCHEMES, "O3"))
+@pytest.mark.slow
 def test_the_constructor_draws_what_nnx_linear_draws(scheme):
     module, linear = (
         QuantLinear(16, 8, scheme=scheme, rngs=nnx.Rngs(7)),

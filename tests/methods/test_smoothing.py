@@ -557,6 +557,7 @@ def test_statistics_of_two_programs_do_not_merge():
 
 
 @pytest.mark.parametrize("groups", ["all", "norm", "down"])
+@pytest.mark.slow
 def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
     """The trap: perplexity 688 where 51 was right."""
     case = small()
@@ -572,6 +573,21 @@ def test_static_scales_of_unsmoothed_statistics_are_refused(groups):
         assert float(quantized[name].input_scale) == pytest.approx(
             float(folded.absmax[name].max()) / 127
         )
+
+
+def test_smoothquant_takes_the_mask_of_calibrate():
+    fn = lambda p, x, real: (x * p["norm"][None, None]) @ p["w"]
+    draw = lambda *shape: jax.random.normal(jax.random.key(1), shape)
+    params, x = {"norm": jnp.ones(4), "w": draw(4, 3)}, draw(2, 5, 4)
+    real = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
+    x = jnp.where(real[..., None], x, 100.0)
+    mask = {"mask": lambda x, real: real}
+    got = sq.smoothquant(fn, params, [(x, real)], 0.5, sq.W8A8_O3, **mask)
+    stats = sq.calibrate(fn, params, [(x, real)], **mask)
+    s = sq.scales(params, stats, 0.5)
+    folded = sq.fold(params, stats.graph, s)
+    assert_trees_equal(got, sq.quantize(folded, sq.fold_stats(stats, s), sq.W8A8_O3))
+    assert float(stats.absmax["w"].max()) < 10
 
 
 def test_smoothquant_is_the_sequence():

@@ -204,6 +204,7 @@ def test_arguments_in_another_order_or_form_are_told(name):
         sq.verify(*called)
 
 
+@pytest.mark.slow
 def test_rounding_by_reduce_precision_is_that_of_the_narrow_dtype():
     fn = lambda p, x: jax.lax.reduce_precision(x * p["norm"][None], 8, 7) @ p["w"]
     params = {"norm": jnp.linspace(1, 2, 8), "w": jnp.linspace(-1, 1, 24).reshape(8, 3)}

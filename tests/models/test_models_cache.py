@@ -462,6 +462,7 @@ def test_a_full_cache_is_seen_outside_jit(window, slots, held, tokens, room):
 
 @pytest.mark.parametrize("kind", ["int8", "e4m3"])
 @pytest.mark.parametrize("bias", [20.0, 300.0])
+@pytest.mark.slow
 def test_a_large_channel_of_the_keys_does_not_take_the_others_digits(kind, bias):
     """Scores q . k of keys with a bias in one channel: the softmax is nearly that of float keys."""
     rng = np.random.default_rng(0)

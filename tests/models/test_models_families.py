@@ -26,7 +26,7 @@ from sqjax.models.checkpoints.huggingface import read_config
 
 CASES = tiny_checkpoint.cases()
 #: One of each kind of block and position; the others run in the slow tests.
-QUICK = ("opt_350m", "falcon_40b", "gemma3_text", "qwen2_moe")
+QUICK = ("gemma3_text", "qwen2_moe")
 #: transformers rounds Falcon's slopes to bfloat16. These heads' are no powers of two.
 ROUNDED = {"falcon_rw_sixteen_heads": 2e-3}
 
@@ -181,27 +181,57 @@ def test_smoothed_weights_are_those_of_the_authors_code(name):
 
 #: The primitives that multiply an activation with a weight.
 DOTS = ("dot_general", "ragged_dot_general")
-#: {case: its groups in a layer, and outside of layers}, as the literature has them and beyond.
+#: {case of a family: its groups}, as the literature has them and beyond. A Llama's are four a layer
+#: (norm to q k v; v to o; norm to gate, up; up to down), and one for its final norm if its head is
+#: not tied. Nothing passes GELU to a second matmul without a gate.
 GROUPS = {
-    "opt": (4, 0),  # q k v, o, up, down: the head is tied
-    "bloom": (3, 0),  # nothing passes GELU
-    "gpt_neox": (3, 1),
-    "gemma2": (4, 0),
-    "olmo2": (2, 1),  # its norms follow the matmuls
-    "mixtral": (4, 1),
-    "cohere": (3, 0),  # q k v gate up, o, down
+    "llama_tied": 2 * 4,
+    "smollm3": 4 * 4,
+    "mistral": 2 * 4 + 1,
+    "ministral": 4 * 4 + 1,
+    "qwen2": 2 * 4,
+    "qwen3": 2 * 4,
+    "granite": 2 * 4,
+    "olmo2": 2 * 2 + 1,  # its norms follow the matmuls
+    "phi3": 2 * 4 + 1,
+    "glm": 2 * 4 + 1,
+    "glm4": 2 * 4 + 1,
+    "stablelm": 2 * 4 + 1,
+    "cohere": 2 * 3,  # q k v gate up, o, down
+    "cohere2": 4 * 3,
+    "mixtral": 2 * 4 + 1,
+    "qwen2_moe": 4 + 2 * 5 + 1,  # two layers have a shared expert, with a down of its own
+    "qwen3_moe": 2 * 4 + 1,
+    "olmoe": 2 * 4 + 1,
+    "deepseek_v2": 6 + 2 * 7 + 1,  # of latents two norms more; a shared expert's down
+    "gemma": 2 * 4,
+    "gemma2": 2 * 4,
+    "gemma3_text": 4 * 4,
+    "gpt2": 2 * 3,
+    "gptj": 2 * 2 + 1,
+    "gpt_neox": 2 * 3 + 1,
+    "phi": 2 * 2 + 1,
+    "opt": 2 * 4,
+    "opt_350m": 2 * 2 + 1,  # as Olmo 2
+    "bloom": 2 * 3,
+    "falcon_7b": 2 * 2,
+    "falcon_40b": 2 * 3,
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*sorted(set(GROUPS) - {"mixtral"}), "mixtral"])
+def of_family(name):
+    """One with experts runs always."""
+    marks = [pytest.mark.slow] + [pytest.mark.every_case] * (name != "mixtral")
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. (no|less|every)")  # few tokens for so many experts
+@pytest.mark.parametrize("name", [of_family(name) for name in GROUPS])
 def test_the_groups_that_fold_and_int8(name):
     case, model, params = loaded(name)
     ids = jnp.asarray(case["vectors"]["ids"])
     stats = sq.calibrate(model.apply, params, [ids])
-    in_layer, outside = GROUPS[name]
-    groups = stats.graph.groups
-    assert len(groups) == in_layer * model.config.num_layers + outside
+    assert len(stats.graph.groups) == GROUPS[name]
     expected = logits_of(name)
     smoothed = jax.jit(model.apply)(sq.smooth(params, stats, 0.5), ids)
     assert_close(smoothed, expected)
@@ -215,7 +245,7 @@ def test_the_groups_that_fold_and_int8(name):
             e for e in jaxprs.equations(jaxprs.of(run, qparams, ids)) if e.primitive.name in DOTS
         ]
         int8 = [e for e in dots if {v.aval.dtype for v in e.invars[:2]} == {jnp.dtype(jnp.int8)}]
-        routers = model.config.num_layers if float_sites else 0
+        routers = sum(map(model.config.has_experts, range(model.config.num_layers)))
         assert len(int8) == len(stats.graph.sites) - routers
         got = jax.jit(run)(qparams, ids)
         error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
@@ -519,3 +549,8 @@ def test_remat_changes_no_gradient():
     stacked = stack_layers(params)
     assert "remat" in str(jax.make_jaxpr(of_blocks.apply)(stacked, ids))
     assert_close(jax.jit(of_blocks.apply)(stacked, ids), logits_of("gemma2"))
+
+
+def test_a_field_that_no_configuration_has():
+    with pytest.raises(ValueError, match=r"Family.fields: .*'hidden_size'.* got \['hiden_size'\]"):
+        f.Family("mine", fields={"hiden_size": 3}, rows=())

@@ -168,6 +168,7 @@ def test_the_stream_is_the_result_in_pieces(trees, uncached, every):
     assert [len(piece) for piece in pieces[0]] == ([1] * 10 if every == 1 else [1, 4, 4, 1])
 
 
+@pytest.mark.slow
 def test_the_callback_may_end_a_row(trees, uncached):
     got = generate(MODEL, trees["float"], PROMPTS, STEPS, stream=lambda row, tokens: row == 1)
     assert got.tokens == [uncached["float"][0], uncached["float"][1][:1], uncached["float"][2]]

@@ -7,7 +7,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 from hf_directories import CONFIG, shard, tensors, write
 
-from sqjax.models import Model, load
+import sqjax as sq
+from sqjax.models import Model, generate, load, load_model
+from sqjax.models.checkpoints.families.llama import LLAMA
+from sqjax.models.checkpoints.loading import check_options
+from sqjax.models.model import check_ids
+
+IDS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
 def expected_tree(weights):
@@ -202,10 +208,10 @@ def test_broken_directories(tmp_path):
 
 def test_nothing_to_load(tmp_path):
     accepted = r"expected one of \['smollm2-135m'\], an existing .gguf file, or a directory"
-    with pytest.raises(ValueError, match=accepted + ".*no such path"):
+    with pytest.raises(ValueError, match=accepted + ".*no such path; .*snapshot_download"):
         load(tmp_path / "absent.gguf")
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=accepted + ".*another kind of file"):
+    with pytest.raises(ValueError, match=accepted + ".*another kind of file; sqjax.load reads"):
         load(tmp_path / "model.bin")
 
 
@@ -217,3 +223,45 @@ def test_numpy_ids_and_jit(tmp_path):
     expected = model.apply(params, ids)
     tolerance = 3e-6 * np.abs(expected).max()
     np.testing.assert_allclose(jax.jit(model.apply)(params, ids), expected, rtol=0, atol=tolerance)
+
+
+def test_options_that_are_none():
+    """Asked directly, because the tests' type checker is before every public function."""
+    fine = lambda path, shape: None
+    check_options("load", [LLAMA], fine)
+    with pytest.raises(ValueError, match=r"load: expected placement to be a function .*got 3"):
+        check_options("load", (), 3)
+    with pytest.raises(ValueError, match=r"load: expected families to be a list .*got 3"):
+        check_options("load", 3, fine)
+    with pytest.raises(ValueError, match=r"load: expected families .*got \['llama'\]"):
+        check_options("load", ["llama"], fine)
+
+
+def test_a_model_without_its_parameters(tmp_path):
+    write(tmp_path)
+    model, _ = load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert load_model(tmp_path) == model
+    with pytest.raises(ValueError, match=r"absent: expected a directory with config.json, got no"):
+        load_model(tmp_path / "absent")
+
+
+def test_quantized_leaves_need_quantized(tmp_path):
+    write(tmp_path)
+    model, params = load(tmp_path)
+    qparams = sq.quantize(params, sq.calibrate(model.apply, params, [IDS]), sq.W8A16)
+    assert jax.eval_shape(sq.quantized(model.apply), qparams, IDS).shape[:2] == IDS.shape
+    with pytest.raises(
+        ValueError, match=r"/kernel: expected an array, got a quantized weight; run"
+    ):
+        model.apply(qparams, IDS)
+
+
+def test_ids_that_are_none(tmp_path):
+    write(tmp_path)
+    model, params = load(tmp_path)
+    for ids in ([[1, 2]], "a cat"):
+        with pytest.raises(ValueError, match=r"ids: expected an array .* encoded by a tokenizer"):
+            check_ids(ids)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: .* got a message; .*encode_chat"):
+        generate(model, params, [{"role": "user", "content": "Hi"}], 2)

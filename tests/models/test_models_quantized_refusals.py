@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import quantized_tensors as of_layouts
 from hf_directories import CONFIG, tensors, write
+from slow import slow_but
 
 from sqjax.models import load
 from sqjax.models.checkpoints.quantized.known import read_quantization
@@ -412,7 +413,7 @@ def changed_in_every_place(value):
                 yield value | {key: other}
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq", "int4", "float8_blocks"])
+@pytest.mark.parametrize("layout", slow_but(["awq", "gptq", "int4", "float8_blocks"], "int4"))
 def test_a_configuration_of_any_json(layout):
     config = of_layouts.LAYOUTS[layout][0]
     for other in changed_in_every_place(config):

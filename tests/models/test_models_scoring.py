@@ -20,7 +20,7 @@ from sqjax.models import (
     loglikelihoods,
     multiple_choice,
 )
-from sqjax.models.decoding.prompts import stop_ids
+from sqjax.models.decoding.prompts import encode_alone, encode_open, stop_ids
 from sqjax.models.evaluation.harness import cut, rolling_pairs
 from sqjax.models.evaluation.perplexity import perplexity, windows
 from sqjax.models.evaluation.scoring import encode_pair, next_logprobs
@@ -314,6 +314,12 @@ def test_pairs_have_no_token_that_a_tokenizer_puts_after_a_text(before, after, b
     model = Model(CONFIG, tokenizer)
     assert encode_pair(model, "ab", "cd") == ([*before, 0, 1], [2, 3])
     assert encode_pair(model, "", "cd") == (begin, [2, 3])
+
+
+def test_a_text_that_begins_with_what_ends_texts():
+    tokenizer = type("Tokenizer", (Around,), {"before": [58], "after": [1]})(None, eos_id=1)
+    assert (encode_open(tokenizer, "ba"), encode_alone(tokenizer, "ba")) == ([58, 1, 0], [1, 0])
+    assert (encode_open(tokenizer, "b"), encode_alone(tokenizer, "b")) == ([58, 1], [1])
 
 
 def test_pairs_are_parted_as_the_harness_does():

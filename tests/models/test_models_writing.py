@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import quantized_tensors as of_layouts
 import tiny_checkpoint
+import tiny_vision
 from flax.traverse_util import flatten_dict
 from hf_directories import CONFIG, tensors, write
 from safetensors import safe_open
@@ -26,6 +27,8 @@ from sqjax.files.header import read_header
 from sqjax.models import (
     fuse,
     load,
+    load_encoder,
+    load_vision,
     save_compressed_tensors,
     save_huggingface,
     stack_layers,
@@ -94,20 +97,41 @@ def names_in(directory):
 # Floats -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "llama_tied", "phi3", "mixtral"))
-def test_a_family_is_written_as_it_is_read(tmp_path, name):
-    """Its own parameters are the source's tensors; others come back as they were."""
-    source = tiny_checkpoint.write(tiny_checkpoint.load(name), tmp_path / "source")
-    model, params = load(source)
-    save_huggingface(tmp_path / "same", model, params, like=source)
-    assert (source / "config.json").read_bytes() == (tmp_path / "same/config.json").read_bytes()
-    got, expected = stored_in(tmp_path / "same"), stored_in(source)
-    assert_same(got, expected)
+def assert_written_as_read(directory, source, loader):
+    """A model's own parameters are the source's tensors; others come back as they were."""
+    model, params = loader(source)
+    save_huggingface(directory / "same", model, params, like=source)
+    config = (source / "config.json").read_bytes()
+    assert (directory / "same/config.json").read_bytes() == config
+    assert_same(stored_in(directory / "same"), stored_in(source))
     changed = other(params)
-    save_huggingface(tmp_path / "new", model, changed, like=source)
-    again, read = load(tmp_path / "new")
+    save_huggingface(directory / "new", model, changed, like=source)
+    again, read = loader(directory / "new")
     assert again == model
     assert_same(read, changed)
+
+
+@pytest.mark.parametrize("name", slow_but(CASES, "llama_tied", "phi3", "mixtral"))
+def test_a_family_is_written_as_it_is_read(tmp_path, name):
+    source = tiny_checkpoint.write(tiny_checkpoint.load(name), tmp_path / "source")
+    assert_written_as_read(tmp_path, source, load)
+
+
+ENCODERS = [name for name in tiny_checkpoint.cases("encoders") if name != "nomic_bert"]
+
+
+@pytest.mark.parametrize("name", slow_but(ENCODERS, "roberta"))
+def test_an_encoder_of_texts_is_written_as_it_is_read(tmp_path, name):
+    """Its pooler and the heads of tasks, which are not read here, are copied."""
+    source = tiny_checkpoint.write(tiny_checkpoint.load(name, "encoders"), tmp_path / "source")
+    assert_written_as_read(tmp_path, source, load_encoder)
+
+
+@pytest.mark.parametrize("name", slow_but(tiny_vision.cases(), "clip"))
+def test_an_encoder_of_images_is_written_as_it_is_read(tmp_path, name):
+    """Of two towers that of texts is copied."""
+    source = tiny_vision.write(tiny_vision.load(name), tmp_path / "source")
+    assert_written_as_read(tmp_path, source, load_vision)
 
 
 @pytest.mark.slow
@@ -178,14 +202,36 @@ def test_what_else_is_in_the_directory(tmp_path):
     source = write(tmp_path / "source", LLAMA)
     model, params = load(source)
     (source / "tokenizer.model").write_bytes(b"\x00\x01")
-    (source / "chat_template.jinja").write_text("{{ x }}")
+    others = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
+    for name in others:
+        (source / name).write_text('{"a": 1}')
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", ".hidden"):
         (source / name).write_text("{}")
     (source / "original").mkdir()
     save_huggingface(tmp_path / "new", model, params, like=source)
-    expected = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.model"]
-    assert names_in(tmp_path / "new") == expected
+    expected = {*others, "config.json", "model.safetensors", "tokenizer.model"}
+    assert set(names_in(tmp_path / "new")) == expected
+    assert (tmp_path / "new/tokenizer_config.json").read_text() == '{"a": 1}'
     assert (tmp_path / "new/tokenizer.model").read_bytes() == b"\x00\x01"
+
+
+def test_the_folders_of_an_encoder_of_sentences(tmp_path):
+    """modules.json names them; others, such as another format's, are not taken over."""
+    source = tiny_checkpoint.write(tiny_checkpoint.load("bert", "encoders"), tmp_path / "source")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"models.{kind}"} for path, kind in kinds.items()]
+    (source / "modules.json").write_text(json.dumps(modules))
+    for folder in ("1_Pooling", "onnx"):
+        (source / folder).mkdir()
+        (source / folder / "config.json").write_text('{"pooling_mode": "max"}')
+    model, params = load_encoder(source)
+    for _ in range(2):
+        how = {"like": source, "overwrite": True}
+        save_huggingface(tmp_path / "new", model, params, **how)
+        expected = ["1_Pooling", "config.json", "model.safetensors", "modules.json"]
+        assert names_in(tmp_path / "new") == expected
+    assert load_encoder(tmp_path / "new")[0] == model
+    assert model.pooling.modes == ("max",)
 
 
 def test_tensors_that_follow_from_the_rest(tmp_path):
@@ -268,8 +314,8 @@ def test_a_stack_with_a_layer_too_few(tmp_path, loaded):
 def test_arguments(tmp_path, loaded):
     source, model, params = loaded
     new = tmp_path / "new"
-    refused("expected a sqjax.models.Model", new, params, params, like=source)
-    refused("the parameters of a Model", new, model, None, like=source)
+    refused("expected a model as sqjax.models.load", new, params, params, like=source)
+    refused("the parameters of a model", new, model, None, like=source)
     for like in ("smollm2-135m", tmp_path, 3):
         refused("like: expected the directory that the model was", new, model, params, like=like)
     for dtype in (jnp.int8, "text", np.float64):
@@ -285,6 +331,11 @@ def test_another_models_directory(tmp_path, loaded):
     source = write(tmp_path / "other", LLAMA | {"rope_theta": 1.5})
     message = r"model.config.kinds: expected .*1\.5.*, as .*other says, got .*5000"
     refused(message, tmp_path / "new", model, params, like=source)
+    bert = tiny_checkpoint.write(tiny_checkpoint.load("bert", "encoders"), tmp_path / "bert")
+    message = "expected model_type to be one of .*this is an encoder of texts"
+    refused(message, tmp_path / "new", model, params, like=bert)
+    encoder, params = load_encoder(bert)
+    refused("only a Llama can be written, .*EncoderC", tmp_path / "new", encoder, params)
 
 
 def test_numbers_beyond_the_dtype(tmp_path, loaded):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import quantized_tensors as of_layouts
 from hf_directories import CONFIG, shard, tensors, write
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.streaming import loading
@@ -37,7 +38,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rules", slow_but(RULES, "W8A8"))
 def test_it_is_what_smoothing_and_quantizing_the_whole_gives(calibrated, rules):
     directory, model, params, stats = calibrated
     alpha = {"layers/0": 0.9, ".*": 0.6}

@@ -252,7 +252,7 @@ AXES = {  # x, w, contracted axes of x and of w
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
     "case",
-    slow_but(list(AXES), "dense", "row vector", "weight vector", "swapped", "apart", "middle"),
+    slow_but(list(AXES), "row vector", "swapped", "apart"),
 )
 def test_contracts_any_axes(case, weights):
     x_shape, w_shape, x_axes, w_axes = AXES[case]

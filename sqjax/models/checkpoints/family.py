@@ -10,12 +10,14 @@ says that config.json is read as a Llama's but for two fields, and that tensors 
 names.
 """
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
+from sqjax.models.checkpoints.kinds import KINDS, Config
 from sqjax.models.checkpoints.names import Found, Row, find
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.settings import Settings
@@ -61,9 +63,9 @@ class Family:
 
     Attributes:
         model_type: the key of config.json by which the family is known.
-        fields: where each field of `DecoderConfig` comes from: a value, or a function of the
+        fields: where each field of the configuration comes from: a value, or a function of the
             file's `Settings` such as `sqjax.models.checkpoints.settings.read` makes. Fields that
-            are not named have their defaults, which are Llama's.
+            are not named have their defaults, which are Llama's for a decoder.
         rows: which tensor fills which leaves; see `sqjax.models.checkpoints.names`.
         prefix: what may stand before a tensor's name; the rows do not have it.
         ignored: the ends of the names of tensors that say nothing, such as a stored mask.
@@ -72,6 +74,13 @@ class Family:
         neutral: other keys, each with its values that change nothing: any other is refused.
         usual_ends: the ids of tokens that end a text which transformers writes where nobody has
             said any, whatever the vocabulary's size: in a smaller one these say nothing.
+        left_out: the starts of the names, with or without the prefix, of tensors of parts that the
+            model here does not have, such as the head of a masked language model, or the other
+            tower of two.
+        optional: {a tensor's name without the prefix: {field: value}}, the fields that change where
+            a checkpoint has no such tensor, of parts that no key tells of.
+        config_type: the type of the configuration, which says what kind of model it is; one of
+            `sqjax.models.checkpoints.kinds.KINDS`.
     """
 
     model_type: str
@@ -82,8 +91,25 @@ class Family:
     absent: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple] = field(default_factory=dict)
     usual_ends: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
+    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config_type: type = DecoderConfig
 
-    def config(self, values: Mapping[str, Any], source: str) -> DecoderConfig:
+    def __post_init__(self):
+        if self.config_type not in KINDS:
+            names = [kind.__name__ for kind in KINDS]
+            raise ValueError(
+                f"Family.config_type: expected one of {names}, got {shown(self.config_type)}"
+            )
+        known = {field.name for field in dataclasses.fields(self.config_type)}
+        unknown = sorted(set(self.fields) - known)
+        if unknown:
+            raise ValueError(
+                f"Family.fields: expected fields of {self.config_type.__name__}, {sorted(known)}, "
+                f"got {unknown}"
+            )
+
+    def config(self, values: Mapping[str, Any], source: str) -> Config:
         """The configuration that a file's keys and values describe; `source` is for errors.
 
         Raises:
@@ -92,7 +118,7 @@ class Family:
         """
         return self.translate(Settings({**self.absent, **values}), source)
 
-    def translate(self, settings: Settings, source: str) -> DecoderConfig:
+    def translate(self, settings: Settings, source: str) -> Config:
         """As `config`, from settings of which problems may be known already."""
         found, keys, all_made = {}, {}, True
         for name, from_file in self.fields.items():
@@ -107,12 +133,12 @@ class Family:
         settings.problems += _not_neutral(settings, neutral)
         ends = settings("eos_token_id", IDS, None)
         stated = set(jax.tree.leaves(ends)) - set(self.usual_ends)
-        size = found["vocab_size"] or 2**31
+        size = found.get("vocab_size") or 2**31
         settings.problems += beyond("eos_token_id", sorted(stated), size)
         # A wrong key is one problem, however many fields are made of it.
         raise_problems(source, list(dict.fromkeys(settings.problems)))
         try:
-            return DecoderConfig(**found)
+            return self.config_type(**found)
         except ValueError as error:
             field_name = str(error).partition(":")[0].rpartition(".")[2]
             of_file = _from(keys.get(field_name, ()))
@@ -122,9 +148,26 @@ class Family:
         """Which of a model's leaves a tensor fills; None if the table has no row for it."""
         return find(self.rows, name.removeprefix(self.prefix), leaves)
 
+    def fitted(self, config: Config, names: Iterable[str]) -> Config:
+        """The configuration without the optional parts of which there is no tensor.
+
+        Args:
+            config: as `config` gives it.
+            names: the names of all tensors of the checkpoint.
+        """
+        there = {name.removeprefix(self.prefix) for name in names}
+        changes: dict[str, Any] = {}
+        for name in self.optional.keys() - there:
+            changes |= self.optional[name]
+        return replace(config, **changes) if changes else config
+
     def ignores(self, name: str) -> bool:
-        """Whether a tensor says nothing that the model needs."""
-        return name.endswith(self.ignored)
+        """Whether a tensor says nothing that the model here needs."""
+        bare = name.removeprefix(self.prefix)
+        starts = name.startswith(self.left_out) or bare.startswith(
+            self.left_out
+        )
+        return starts or name.endswith(self.ignored)
 
 
 def _made(settings: Settings, source: Any) -> tuple[Any, bool]:

@@ -13,6 +13,7 @@ from sqjax.files.header import Header, read_header
 from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.kinds import KINDS, Config
 from sqjax.models.checkpoints.mapping import (
     Placement,
     Source,
@@ -45,7 +46,8 @@ def read_huggingface(
     dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = (),
     placement: Placement = on_the_default_device,
-) -> tuple[DecoderConfig, Params]:
+    config_type: type = DecoderConfig,
+) -> tuple[Config, Params]:
     """Reads ``config.json`` and the weights, in one safetensors file or in shards with an index.
 
     Kernels that are stored quantized become `QuantWeight` leaves, as they are.
@@ -55,13 +57,14 @@ def read_huggingface(
         dtype: of every parameter.
         families: families to look among before those that are known here.
         placement: where each leaf is placed.
+        config_type: of which kind the model must be, by the type of its configuration.
 
     Raises:
         ValueError: if a file is missing or damaged, the configuration asks for something the model
             here does not do, or tensors are missing, unknown, misshapen or not floating-point; all
             are listed.
     """
-    with open_checkpoint(directory, families) as found:
+    with open_checkpoint(directory, families, config_type) as found:
         source, family, config, problems = found[:4]
         params = assemble(source, family, config, dtype, problems, placement)
         found.check_redundant()
@@ -85,7 +88,7 @@ class Checkpoint(NamedTuple):
 
     source: Source
     family: Family
-    config: DecoderConfig
+    config: Config
     problems: Sequence[str]
     check_redundant: Callable[[], None]
     others: Mapping[str, Tensor]
@@ -94,7 +97,9 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def open_checkpoint(
-    directory: Path, families: Sequence[Family] = ()
+    directory: Path,
+    families: Sequence[Family] = (),
+    config_type: type = DecoderConfig,
 ) -> Iterator[Checkpoint]:
     """Reads ``config.json`` and the headers of all files, which stay open; no array is read yet.
 
@@ -106,18 +111,24 @@ def open_checkpoint(
     quantization = read_quantization(values, str(config_file))
     # What it says has been read, so for the family it changes nothing any more.
     values = {**values, "quantization_config": None}
-    family, config = read_config(values, str(config_file), families)
+    family, config = read_config(
+        values, str(config_file), families, config_type
+    )
     with contextlib.ExitStack() as opened:
         stored, problems = _stored(directory, opened)
         modules, floats, wrong = sort_out(stored, quantization)
         problems += wrong
+        config = family.fitted(config, [*floats, *modules])
         used, redundant = {}, []
         for name, tensor in floats.items():
-            problems += _wrong_dtype(name, tensor)
             if _is_redundant(name, family, config):
                 redundant.append(name)
-            elif not family.ignores(name):
+            elif family.ignores(name):
+                # Any dtype will do for what says nothing, such as a list of positions.
+                continue
+            else:
                 used[name] = tensor
+            problems += _wrong_dtype(name, tensor)
         for name in modules:
             problems += _no_leaf_for_codes(name, family, config)
         if quantization.zero_biases:
@@ -205,9 +216,7 @@ def _wrong_dtype(name: str, tensor: Tensor) -> list[str]:
 # Quantized modules --------------------------------------------------------------------------------
 
 
-def _no_leaf_for_codes(
-    name: str, family: Family, config: DecoderConfig
-) -> list[str]:
+def _no_leaf_for_codes(name: str, family: Family, config: Config) -> list[str]:
     """One problem if a quantized module is none that the model has as a matmul of its own."""
     if family.find(name, {EMBEDDING}) is not None:
         return [
@@ -226,7 +235,7 @@ def _spare_biases(
     modules: Mapping[str, Module],
     floats: Mapping[str, Tensor],
     family: Family,
-    config: DecoderConfig,
+    config: Config,
 ) -> list[str]:
     """The biases of quantized modules for which the model has no leaf."""
     leaves = parameter_shapes(config, layers_in([*modules, *floats], config))
@@ -252,13 +261,18 @@ EMBEDDING, _HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
 _ANGLES = "rotary_emb.inv_freq"
 
 
-def _is_redundant(name: str, family: Family, config: DecoderConfig) -> bool:
+def _is_redundant(name: str, family: Family, config: Config) -> bool:
     """Whether a tensor follows from the rest, so that it is compared and not used."""
-    return name.endswith(_ANGLES) or is_tied_head(name, family, config)
+    is_decoder = isinstance(config, DecoderConfig)
+    is_angles = is_decoder and name.endswith(_ANGLES)
+    return is_angles or is_tied_head(name, family, config)
 
 
-def is_tied_head(name: str, family: Family, config: DecoderConfig) -> bool:
+def is_tied_head(name: str, family: Family, config: Config) -> bool:
     """Whether a tensor is the embedding once more, as the head."""
+    # Models of other kinds have neither a tied head nor stored angles.
+    if not isinstance(config, DecoderConfig):
+        return False
     return config.tie_embeddings and family.find(name, {_HEAD}) is not None
 
 
@@ -266,7 +280,7 @@ def _contradiction(
     name: str,
     stored: Mapping[str, Tensor],
     family: Family,
-    config: DecoderConfig,
+    config: Config,
 ) -> list[str]:
     """One problem if a tensor that follows from the rest says something else."""
     if name.endswith(_ANGLES):
@@ -315,8 +329,11 @@ def read_config(
     values: Mapping[str, Any],
     source: str = "config.json",
     families: Sequence[Family] = (),
-) -> tuple[Family, DecoderConfig]:
+    config_type: type = DecoderConfig,
+) -> tuple[Family, Config]:
     """The family of a ``config.json``, and the configuration that it describes.
+
+    Families of other kinds than `config_type` are known, but not read.
 
     Raises:
         ValueError: listing every key that is missing, that is not what it must be, or that asks for
@@ -324,14 +341,22 @@ def read_config(
     """
     known = {**FAMILIES, **{one.model_type: one for one in families}}
     model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in known:
-        raise ValueError(
-            f"{source}: expected model_type to be one of {sorted(known)}, got {model_type!r}; "
-            "describe another family by a sqjax.models.Family, or quantize the model in its own "
-            "JAX code"
-        )
-    family = known[model_type]
-    return family, family.config(values, source)
+    family = known.get(model_type) if isinstance(model_type, str) else None
+    if family is not None and family.config_type is config_type:
+        return family, family.config(values, source)
+    alike = [
+        name for name, one in known.items() if one.config_type is config_type
+    ]
+    fix = (
+        "describe another family by a sqjax.models.Family and pass families=[it], or quantize the "
+        "model in its own JAX code"
+    )
+    if family is not None:
+        other = KINDS[family.config_type]
+        fix = f"this is {other.what}: sqjax.models.{other.load} loads it"
+    raise ValueError(
+        f"{source}: expected model_type to be one of {sorted(alike)}, got {model_type!r}; {fix}"
+    )
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

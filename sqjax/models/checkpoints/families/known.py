@@ -1,13 +1,15 @@
-"""The table of all families that `load` knows."""
+"""The table of all families that `load`, `load_encoder` and `load_vision` know."""
 
 from collections.abc import Mapping
 
 from sqjax.models.checkpoints.families import (
     bloom,
+    encoders,
     experts,
     gemma,
     gpt,
     llama,
+    vision,
 )
 from sqjax.models.checkpoints.family import Family
 
@@ -41,6 +43,19 @@ _ALL = (
     bloom.BLOOM,
     bloom.FALCON,
     gpt.PHI,
+    encoders.BERT,
+    encoders.ROBERTA,
+    encoders.XLM_ROBERTA,
+    encoders.CAMEMBERT,
+    encoders.MPNET,
+    encoders.DISTILBERT,
+    encoders.MODERNBERT,
+    vision.VIT,
+    vision.DINOV2,
+    vision.CLIP,
+    vision.CLIP_VISION,
+    vision.SIGLIP,
+    vision.SIGLIP_VISION,
 )
 #: {model_type of config.json: family}.
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}

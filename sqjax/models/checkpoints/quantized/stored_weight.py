@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.checkpoints.names import (
     AS_IS,
     COLUMNS_ONE_AFTER_ANOTHER,
     Layout,
     Shape,
 )
-from sqjax.models.config import DecoderConfig
 from sqjax.numerics.formats import INT8, Format, FormatName, container
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.qtensor import QTensor
@@ -81,7 +81,7 @@ class StoredWeight:
         return {name: x for name, x in fields.items() if x is not None}
 
     def split(
-        self, layout: Layout, config: DecoderConfig, shapes: Sequence[Shape]
+        self, layout: Layout, config: Config, shapes: Sequence[Shape]
     ) -> list["StoredWeight"]:
         """The weights of the leaves of these shapes, which one tensor holds.
 
@@ -139,7 +139,7 @@ Stored = np.ndarray | StoredWeight
 
 def split(
     layout: Layout,
-    config: DecoderConfig,
+    config: Config,
     theirs: Stored,
     shapes: Sequence[Shape],
 ) -> list:

@@ -15,6 +15,7 @@ from sqjax.models.checkpoints.names import Found, Row, Shape
 from sqjax.models.checkpoints.quantized.stored_weight import inputs_first
 from sqjax.models.checkpoints.quantized.unpacking import pack, per_word
 from sqjax.models.checkpoints.writing.leaves import Leaf, raise_all
+from sqjax.models.config import DecoderConfig
 from sqjax.models.stacking import layer_of
 from sqjax.numerics.formats import E4M3, INT4, INT8
 from sqjax.weights.quant_weight import QuantWeight
@@ -116,7 +117,8 @@ def _ignored(checkpoint: Checkpoint, modules: Modules) -> list[str]:
         if name.endswith(".weight") and len(tensor.entry.shape) == 2:
             names.append(name.removesuffix(".weight"))
     # It is a module of its own even where no file has a tensor for it.
-    if checkpoint.config.tie_embeddings:
+    config = checkpoint.config
+    if isinstance(config, DecoderConfig) and config.tie_embeddings:
         names += filter(None, map(_head_module, checkpoint.family.rows))
     return sorted(set(names) - modules.schemes.keys())
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sqjax.files.aside import directory_written_aside
 from sqjax.files.tensors import NewTensor, write_tensors
+from sqjax.models.json_files import read_list
 
 #: Ends of the names of files that hold weights, which would contradict what is written.
 _WEIGHTS = (
@@ -46,7 +47,9 @@ def check_target(directory: Path, source: Path | None, overwrite: bool) -> None:
             "overwrite=True to replace it"
         )
     # All that it holds will be removed, so it must look like what is written here.
-    strange = [path.name for path in directory.iterdir() if path.is_dir()]
+    known = _folders(directory)
+    inside = filter(Path.is_dir, sorted(directory.iterdir()))
+    strange = [path.name for path in inside if path not in known]
     if strange or not (directory / _CONFIG).is_file():
         got = f"one that holds {strange[:3]}" if strange else "one without it"
         raise ValueError(
@@ -60,7 +63,7 @@ class Others(NamedTuple):
 
     Attributes:
         config: the text of config.json.
-        files: {name: text, or the path of a file that is copied}.
+        files: {name, perhaps in a folder: text, or the path of a file that is copied}.
     """
 
     config: str
@@ -78,11 +81,25 @@ class Others(NamedTuple):
 def others_of(source: Path) -> Others:
     """What a checkpoint's directory holds beside the weights: tokenizer, templates, a licence."""
     files: dict[str, str | Path] = {}
-    for path in sorted(source.iterdir()):
-        is_other = not path.name.endswith((*_WEIGHTS, _CONFIG))
-        if path.is_file() and is_other and not path.name.startswith("."):
-            files[path.name] = path
+    for folder in (source, *_folders(source)):
+        for path in sorted(folder.iterdir()):
+            holds_weights = path.name.endswith(_WEIGHTS)
+            is_hidden = path.name.startswith(".")
+            if path.is_file() and not holds_weights and not is_hidden:
+                files[path.relative_to(source).as_posix()] = path
+    del files[_CONFIG]
     return Others((source / _CONFIG).read_text("utf-8"), files)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders in a directory that belong to its model: those of `sentence-transformers`."""
+    file = directory / "modules.json"
+    if not file.is_file():
+        return []
+    modules = [x for x in read_list(file) if isinstance(x, Mapping)]
+    names = {module.get("path") for module in modules}
+    inside = filter(Path.is_dir, sorted(directory.iterdir()))
+    return [path for path in inside if path.name in names]
 
 
 def write_checkpoint(
@@ -102,6 +119,7 @@ def write_checkpoint(
     with directory_written_aside(directory.resolve()) as new:
         (new / _CONFIG).write_text(others.config, "utf-8")
         for name, content in others.files.items():
+            (new / name).parent.mkdir(exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, new / name)
             else:

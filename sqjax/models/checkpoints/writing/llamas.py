@@ -12,7 +12,6 @@ from sqjax.models.checkpoints.mapping import Source, parameter_shapes
 from sqjax.models.checkpoints.names import Shape, their_shape
 from sqjax.models.checkpoints.writing.directory import Others
 from sqjax.models.config import DecoderConfig
-from sqjax.models.model import Model
 from sqjax.models.text.chat import DEFAULT
 from sqjax.models.text.tokenizer import Tokenizer
 
@@ -21,21 +20,35 @@ _NEW = "a new checkpoint"
 _SPECIAL = {"bos_token": "bos_id", "eos_token": "eos_id", "pad_token": "pad_id"}
 
 
-def llama_values(model: Model) -> dict[str, Any]:
+def _values(config: Any) -> dict[str, Any]:
     """The config.json of a model that is a Llama, or a Mistral, which may have a window.
 
     Raises:
         ValueError: the model is another, of which such a file would say too little.
     """
-    config = model.config
+    problem = (
+        "like: expected the directory that the model was loaded from, because without one only a "
+        "Llama can be written, and this is another model"
+    )
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"{problem}: {type(config).__name__}")
+    values = _as_a_llama(config)
+    try:
+        _, read = read_config(values, _NEW)
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from error
+    # All that such a file can not say shows in what is read of it.
+    if read != config:
+        raise ValueError(f"{problem}: {config}")
+    return values
+
+
+def _as_a_llama(config: DecoderConfig) -> dict[str, Any]:
     kind = config.kinds[0]
-    name, architecture = "llama", "LlamaForCausalLM"
-    if kind.sliding_window is not None:
-        name, architecture = "mistral", "MistralForCausalLM"
     theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
     values = {
-        "architectures": [architecture],
-        "model_type": name,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": LLAMA.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -51,22 +64,14 @@ def llama_values(model: Model) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "sliding_window": kind.sliding_window,
     }
-    if name == "llama":
-        del values["sliding_window"]
-    problem = (
-        "like: expected the directory that the model was loaded from, because without one only a "
-        "Llama can be written, and this is another model"
-    )
-    try:
-        _, read = read_config(values, _NEW)
-    except ValueError as error:
-        raise ValueError(f"{problem}: {error}") from error
-    # All that such a file can not say shows in what is read of it.
-    if read != config:
-        raise ValueError(f"{problem}: {config}")
-    return values | _ids(model.tokenizer)
+    if kind.sliding_window is not None:
+        values |= {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": MISTRAL.model_type,
+            "sliding_window": kind.sliding_window,
+        }
+    return values
 
 
 def _ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -116,11 +121,16 @@ def _tensor_shapes(config: DecoderConfig, family: Family) -> dict[str, Shape]:
     return shapes
 
 
-def new_files(model: Model) -> Others:
-    """The configuration, and the files that hold a tokenizer whole."""
-    config = json.dumps(llama_values(model), indent=2) + "\n"
-    files: dict[str, str | Path] = {}
+def new_files(model: Any) -> Others:
+    """The configuration, and the files that hold a tokenizer whole.
+
+    Raises:
+        ValueError: the model is no Llama.
+    """
+    values = _values(model.config)
     tokenizer = model.tokenizer
+    config = json.dumps(values | _ids(tokenizer), indent=2) + "\n"
+    files: dict[str, str | Path] = {}
     if tokenizer is not None:
         settings = _tokenizer_settings(tokenizer, model.config.max_length)
         files["tokenizer.json"] = tokenizer.backend.to_str()

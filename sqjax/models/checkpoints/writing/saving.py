@@ -41,17 +41,21 @@ from sqjax.models.checkpoints.writing.llamas import (
     llama_checkpoint,
     new_files,
 )
-from sqjax.models.model import Model, Params, check_model
+from sqjax.models.encoder import Encoder
+from sqjax.models.model import Model, Params
+from sqjax.models.vision_model import VisionModel
 from sqjax.weights.quantize import named
 
 _FLOAT, _QUANTIZED = "save_huggingface", "save_compressed_tensors"
+#: What is written, each as it was loaded.
+AnyModel = Model | Encoder | VisionModel
 #: As transformers shards by default.
 _SHARD = 5_000_000_000
 
 
 def save_huggingface(
     directory: str | os.PathLike[str],
-    model: Model,
+    model: AnyModel,
     params: Params,
     *,
     like: str | os.PathLike[str] | None = None,
@@ -69,16 +73,17 @@ def save_huggingface(
 
     Args:
         directory: to write. It must not be there, or be empty, unless `overwrite`.
-        model: as `sqjax.models.load` gave it.
+        model: as `sqjax.models.load`, `load_encoder` or `load_vision` gave it.
         params: its parameters. Layers in one stack, and kernels that `fuse` made one, are taken
             apart again.
         like: the directory that the model was loaded from. None for a Llama, of a GGUF file say:
-            then config.json and the tokenizer's files are made of what the model knows.
+            then config.json and the tokenizer's files are made of what the model knows. What else
+            is in it is copied: tensors that the model here does not read, the tokenizer's files.
         dtype: of every parameter, float32, bfloat16 or float16; None: that which it has.
         max_shard_bytes: how large a file of tensors may be; where there are several there is an
             index. A tensor is never divided.
         overwrite: whether a checkpoint that is there is replaced, as a whole.
-        families: as for `sqjax.models.load`.
+        families: as when the model was loaded.
 
     Raises:
         ValueError: leaves are missing, too many, misshapen or quantized; the model is another than
@@ -105,7 +110,7 @@ def save_huggingface(
 
 def save_compressed_tensors(
     directory: str | os.PathLike[str],
-    model: Model,
+    model: AnyModel,
     params: Params,
     *,
     like: str | os.PathLike[str] | None = None,
@@ -224,11 +229,15 @@ class _Opened(NamedTuple):
 
 @contextlib.contextmanager
 def _opened(
-    how: _How, model: Model, params: Params, families: Sequence[Family]
+    how: _How, model: AnyModel, params: Params, families: Sequence[Family]
 ) -> Iterator[_Opened]:
     """What is written, when all of it is checked. The source's files stay open until the end."""
-    check_model(model, how.what)
-    check_mapping(params, how.what, "the parameters of a Model")
+    expected = (
+        "a model as sqjax.models.load, load_encoder or load_vision gives it, and its parameters "
+        "after it"
+    )
+    expect(isinstance(model, AnyModel), how.what, expected, model)
+    check_mapping(params, how.what, "the parameters of a model")
     check_path(how.directory, f"{how.what}(directory, ...)")
     with named(how.what):
         how.check()
@@ -240,7 +249,7 @@ def _opened(
 
 @contextlib.contextmanager
 def _names_and_files(
-    how: _How, model: Model, families: Sequence[Family]
+    how: _How, model: AnyModel, families: Sequence[Family]
 ) -> Iterator[tuple[Checkpoint, Others]]:
     """The source and its other files; without one, those of a Llama."""
     source = how.source
@@ -248,7 +257,8 @@ def _names_and_files(
         others = new_files(model)
         yield llama_checkpoint(model.config), others
         return
-    with open_checkpoint(source, families) as checkpoint:
+    kind = type(model.config)
+    with open_checkpoint(source, families, kind) as checkpoint:
         if checkpoint.is_quantized:
             raise ValueError(
                 f"like: expected a float checkpoint, got a quantized one, {source}; give the one "
@@ -259,7 +269,7 @@ def _names_and_files(
 
 
 def _check_model_of(
-    source: Path, checkpoint: Checkpoint, model: Model
+    source: Path, checkpoint: Checkpoint, model: AnyModel
 ) -> None:
     """Raises ValueError, naming a field, if the source is another model."""
     for field in fields(checkpoint.config):
