@@ -695,11 +695,11 @@ def test_its_tokenizer_is_written_whole(tmp_path):
 
 
 def test_other_models_need_one(tmp_path):
-    model = sq.models.Model(replace(MADE["tied"], logit_softcap=3.0))
-    params = other(jax.eval_shape(model.init, jax.random.key(0)))
-    refused(
-        "like: expected the directory .*only a Llama can be written",
-        tmp_path / "new",
-        model,
-        params,
-    )
+    capped = replace(MADE["tied"], logit_softcap=3.0)
+    # torch's Mistral has no biases.
+    biased = replace(MADE["window"], attention_bias=True, output_bias=True)
+    for config in (capped, biased):
+        model = sq.models.Model(config)
+        params = other(jax.eval_shape(model.init, jax.random.key(0)))
+        message = "like: expected the directory .*only a Llama can be written"
+        refused(message, tmp_path / "new", model, params)

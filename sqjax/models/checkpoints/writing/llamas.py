@@ -71,6 +71,8 @@ def _as_a_llama(config: DecoderConfig) -> dict[str, Any]:
             "model_type": MISTRAL.model_type,
             "sliding_window": kind.sliding_window,
         }
+        # torch's Mistral has no biases, whatever these say.
+        del values["attention_bias"], values["mlp_bias"]
     return values
 
 
@@ -131,7 +133,7 @@ def new_files(model: Any) -> Others:
     tokenizer = model.tokenizer
     config = json.dumps(values | _ids(tokenizer), indent=2) + "\n"
     files: dict[str, str | Path] = {}
-    if tokenizer is not None:
+    if tokenizer is not None and tokenizer.backend is not None:
         settings = _tokenizer_settings(tokenizer, model.config.max_length)
         files["tokenizer.json"] = tokenizer.backend.to_str()
         files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
