@@ -175,4 +175,5 @@ def dtype_key(
     for tensor in tensors.values():
         if tensor.dtype in floats:
             held[tensor.dtype.name] += tensor.nbytes
-    return {key: name for name, _ in held.most_common(1)}
+    most = held.most_common(1)
+    return {key: most[0][0]} if most else {}

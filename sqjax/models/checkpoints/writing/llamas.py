@@ -8,6 +8,7 @@ from sqjax.models.checkpoints.families.common import ACTIVATIONS
 from sqjax.models.checkpoints.families.llama import LLAMA, MISTRAL
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import Checkpoint, read_config
+from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.checkpoints.mapping import Source, parameter_shapes
 from sqjax.models.checkpoints.names import Shape, their_shape
 from sqjax.models.checkpoints.writing.directory import Others
@@ -89,7 +90,7 @@ def _ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     return ids
 
 
-def llama_checkpoint(config: DecoderConfig) -> Checkpoint:
+def llama_checkpoint(config: Config) -> Checkpoint:
     """What an opened checkpoint of this model would be, but for its arrays."""
     window = config.kinds[0].sliding_window
     family = LLAMA if window is None else MISTRAL
