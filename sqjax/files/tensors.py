@@ -65,6 +65,7 @@ def write_tensors(
         }
         first = last
     text = json.dumps(header).encode()
+    # With spaces, because the format allows these at the end of the JSON.
     text += b" " * (-len(text) % _ALIGNED)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little"))

@@ -65,6 +65,7 @@ def compressed_tensors(
         own = [leaves[path] for path in found.paths]
         module = name.removesuffix(".weight")
         if not any(leaf.quantized for leaf in own):
+            # Of kernels alone: a norm or a bias is no module that could be quantized.
             if found.paths[0].endswith("/kernel"):
                 floats.append(module)
             continue
@@ -95,6 +96,7 @@ def quantization_config(
         group = groups.setdefault(key, {"targets": [], **scheme})
         group["targets"].append(module)
     formats = {group["format"] for group in groups.values()}
+    # One group is all Linear layers but those under "ignore"; several are told apart by names.
     if len(groups) == 1:
         (only,) = groups.values()
         only["targets"] = ["Linear"]
@@ -285,6 +287,7 @@ def _scheme(weight: QuantWeight, by_output: bool) -> dict[str, Any]:
             "symmetric": True,
             "dynamic": dynamic,
         }
+    # Weights alone are packed even of 8 bits, because vLLM reads them in no other way.
     packed = kind == "int" and (activations is None or tensor.fmt == INT4)
     return {
         "weights": weights,
@@ -329,6 +332,7 @@ def _tensors(
         made["weight_zero_point"] = NewTensor(
             np.dtype(np.int32), rows, lambda: pack(join("zero").T, bits).T
         )
+    # One for the module, which `_check_alike` has compared.
     scale = weights[0].input_scale
     if scale is not None:
         static = np.asarray(scale, np.float32).reshape(1)
@@ -353,6 +357,7 @@ def _joined(
     for part in parts:
         weight = part.read()
         array = np.asarray(attrgetter(field)(weight.tensor))
+        # On a GPU they are of jnp.int4, which numpy can not take bits of.
         if weight.tensor.fmt == INT4 and field == "values":
             array = array.astype(np.int8)
         rows = weight.tensor.values.shape[0]

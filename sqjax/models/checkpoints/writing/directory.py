@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,38 +24,52 @@ _CONFIG = "config.json"
 def check_target(directory: Path, source: Path | None, overwrite: bool) -> None:
     """Raises ValueError unless a directory may be written, and so replaced if it is there."""
     here = directory.resolve()
-    origin = None if source is None else source.resolve()
-    if origin is not None and (here == origin or here in origin.parents):
-        raise ValueError(
-            f"{directory}: expected a directory that does not hold like = {source}, which would be "
-            "replaced; choose another"
-        )
-    if not directory.parent.is_dir():
-        raise ValueError(
-            f"{directory}: expected a path in a directory that exists; make {directory.parent} "
-            "first"
-        )
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(
-            f"{directory}: expected a directory or a path that is free, got a file"
-        )
-    if not directory.exists() or not any(directory.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(
-            f"{directory}: expected a path that is free, got a directory with files in it; pass "
-            "overwrite=True to replace it"
-        )
-    # All that it holds will be removed, so it must look like what is written here.
+    origin = [] if source is None else [source.resolve()]
+    holds_source = here in (path for x in origin for path in (x, *x.parents))
+    _require(
+        not holds_source,
+        f"{directory}: expected a directory that does not hold like = {source}, which would be "
+        "replaced; choose another",
+    )
+    _require(
+        directory.parent.is_dir(),
+        f"{directory}: expected a path in a directory that exists; make {directory.parent} first",
+    )
+    _require(
+        directory.is_dir() or not directory.exists(),
+        f"{directory}: expected a directory or a path that is free, got a file",
+    )
+    # An empty directory is free too: many make one first.
+    inside = sorted(directory.iterdir()) if directory.is_dir() else []
+    _require(
+        overwrite or not inside,
+        f"{directory}: expected a path that is free, got a directory with files in it; pass "
+        "overwrite=True to replace it",
+    )
+    if inside:
+        _check_replaced(directory, inside)
+
+
+def _check_replaced(directory: Path, inside: Sequence[Path]) -> None:
+    """Raises ValueError unless a directory looks like what is written here.
+
+    All that it holds will be removed.
+    """
+    words = (
+        "expected to replace a checkpoint, with config.json and no folders, got"
+    )
+    expected = f"{directory}: {words} "
+    remedy = "; choose another path"
+    is_one = (directory / _CONFIG).is_file()
+    _require(is_one, f"{expected}one without it{remedy}")
     known = _folders(directory)
-    inside = filter(Path.is_dir, sorted(directory.iterdir()))
-    strange = [path.name for path in inside if path not in known]
-    if strange or not (directory / _CONFIG).is_file():
-        got = f"one that holds {strange[:3]}" if strange else "one without it"
-        raise ValueError(
-            f"{directory}: expected to replace a checkpoint, with config.json and no directories, "
-            f"got {got}; choose another path"
-        )
+    strange = [x.name for x in inside if x.is_dir() and x not in known]
+    _require(not strange, f"{expected}one that holds {strange[:3]}{remedy}")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
 
 
 class Others(NamedTuple):
@@ -72,6 +86,7 @@ class Others(NamedTuple):
     def with_keys(self, changes: Mapping[str, Any]) -> "Others":
         """The same with other values of keys of config.json, whose text stays if they are so."""
         stated = json.loads(self.config)
+        # The text itself, because so a checkpoint that did not change has the source's bytes.
         if all(stated.get(key) == value for key, value in changes.items()):
             return self
         text = json.dumps({**stated, **changes}, indent=2) + "\n"
@@ -83,6 +98,7 @@ def others_of(source: Path) -> Others:
     files: dict[str, str | Path] = {}
     for folder in (source, *_folders(source)):
         for path in sorted(folder.iterdir()):
+            # Those weights would be others than what is written, and a reader might take them.
             holds_weights = path.name.endswith(_WEIGHTS)
             is_hidden = path.name.startswith(".")
             if path.is_file() and not holds_weights and not is_hidden:
@@ -152,6 +168,7 @@ def _shards(
 ) -> list[dict[str, NewTensor]]:
     """The tensors in their order, in parts of so many bytes, or of one tensor that is larger."""
     shards: list[dict[str, NewTensor]] = [{}]
+    # A tensor larger than a shard is one alone, because tensors are not divided.
     held = 0
     for name, tensor in tensors.items():
         if shards[-1] and held + tensor.nbytes > max_shard_bytes:

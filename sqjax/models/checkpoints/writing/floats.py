@@ -106,6 +106,7 @@ def _joined(
     """The array of a tensor."""
     parts = []
     for leaf in leaves:
+        # Of numpy, because there a slice or a transpose is a view.
         array = _of_entry(np.asarray(leaf.read()), found.entry)
         parts.append(_narrowed(leaf.origin, array, dtype))
     return np.asarray(found.layout.join(config, parts))
@@ -116,6 +117,7 @@ def _narrowed(path: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype, copy=False)
     bound = float(jnp.finfo(dtype).max)
+    # No wider dtype than the new one has numbers that it can not hold.
     if float(jnp.finfo(array.dtype).max) <= bound:
         return narrow
     lost = np.isinf(narrow) & np.isfinite(array)

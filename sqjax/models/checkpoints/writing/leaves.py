@@ -62,6 +62,7 @@ def leaves_apart(params: Any, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
                     "several; save the parameters from before `fuse`"
                 )
             found.update(_unfused(own, leaf, shapes))
+    # A fused leaf is missing under its own names too, which would say the same again.
     problems = problems or _differences(found, shapes)
     raise_all(problems)
     return found
@@ -101,6 +102,7 @@ def _unstacked(path: str, leaf: Leaf) -> Iterator[tuple[str, Leaf]]:
     if inner == path or first.isdecimal() or not leaf.shape:
         yield path, leaf
         return
+    # A slice is made when it is asked for, because all of them would be the model once more.
     for i in range(leaf.shape[0]):
         own = leaf._replace(
             shape=leaf.shape[1:], read=partial(layer_of, leaf.read(), i)

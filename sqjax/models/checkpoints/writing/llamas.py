@@ -85,6 +85,7 @@ def _ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
         f"{key}_id": getattr(tokenizer, field)
         for key, field in _SPECIAL.items()
     }
+    # A list only where there are several, because older readers take a number alone.
     if len(tokenizer.ends) > 1:
         ids["eos_token_id"] = list(tokenizer.ends)
     return ids

@@ -257,6 +257,7 @@ def _names_and_files(
         others = new_files(model)
         yield llama_checkpoint(model.config), others
         return
+    # So that a file of another kind of model is refused by its name.
     kind = type(model.config)
     with open_checkpoint(source, families, kind) as checkpoint:
         if checkpoint.is_quantized:
