@@ -6,6 +6,7 @@ was killed the lock is free, and the next one that writes there removes the dire
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import stat
@@ -20,6 +21,7 @@ from sqjax.files.opening import kind_of
 
 _PREFIX = ".sqjax-"
 _FRESH = ".sqjax_new-"
+_LOCK = "lock"
 #: A directory has its lock a moment after it is made; without one it is left over after so long.
 _SECONDS_TO_LOCK = 3600.0
 
@@ -37,7 +39,7 @@ def directory_beside(parent: Path) -> Iterator[Path]:
         try:
             # Elsewhere a directory that holds an open file can not be renamed.
             if os.name == "posix":
-                lock = until_the_end.enter_context((made / "lock").open("xb"))
+                lock = until_the_end.enter_context((made / _LOCK).open("xb"))
                 _locks(lock)
                 # Under this name others look at it, and find it locked.
                 scratch = made.rename(
@@ -45,7 +47,21 @@ def directory_beside(parent: Path) -> Iterator[Path]:
                 )
             yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
+
+
+def _remove(scratch: Path) -> None:
+    """Removes a directory, its lock last.
+
+    Without a lock nobody would remove what is left of it, if this process is killed here.
+    """
+    with contextlib.suppress(OSError):
+        for path in scratch.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -69,18 +85,70 @@ def written_aside(file: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         # In one step, because both are in one file system: a reader finds the old file or the new.
         os.replace(aside, file)
-        _sync_directory(file.parent)
+        _sync(file.parent)
 
 
-def _sync_directory(directory: Path) -> None:
-    """Makes a renaming last through a crash, where directories can be opened for that."""
-    if os.name != "posix":
+@contextlib.contextmanager
+def directory_written_aside(directory: Path) -> Iterator[Path]:
+    """A new directory to fill with files, renamed to `directory` at the end.
+
+    A directory that is there is replaced as a whole, and hands on its mode. Where anything fails it
+    stays as it was.
+    """
+    parent = directory.parent
+    with directory_beside(parent) as scratch:
+        new = scratch / "written"
+        new.mkdir()
+        yield new
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if directory.is_dir():
+            new.chmod(stat.S_IMODE(directory.stat().st_mode))
+        _put_in_place(new, directory)
+        _sync(parent)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or which files are in a directory, last through a crash."""
+    is_directory = path.is_dir()
+    # Elsewhere a directory can not be opened, and a file not synced that is opened to be read.
+    if is_directory and os.name != "posix":
         return
-    opened = os.open(directory, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
     try:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _put_in_place(new: Path, directory: Path) -> None:
+    """Renames a directory to another, which may be there; what it held is then removed."""
+    if not directory.exists():
+        new.rename(directory)
+    elif not _exchange(new, directory):
+        # Not among what is left over, because nobody may remove it if we are killed in between.
+        old = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}")
+        directory.rename(old)
+        try:
+            new.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+#: Of Linux's renameat2: paths are relative to the working directory; exchange both.
+_HERE, _EXCHANGE = -100, 2
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Exchanges two directories in one step; whether the system can do that."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    paths = os.fsencode(new), os.fsencode(old)
+    return rename(_HERE, paths[0], _HERE, paths[1], _EXCHANGE) == 0
 
 
 def _mode_for(file: Path) -> int | None:
@@ -120,10 +188,10 @@ def _remove_left_over(parent: Path) -> None:
     for scratch in parent.glob(f"{_PREFIX}*"):
         with (
             contextlib.suppress(OSError),
-            (scratch / "lock").open("rb") as lock,
+            (scratch / _LOCK).open("rb") as lock,
         ):
             if _locks(lock):
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
     for made in parent.glob(f"{_FRESH}*"):
         with contextlib.suppress(OSError):
             if time.time() - made.stat().st_mtime > _SECONDS_TO_LOCK:

@@ -24,6 +24,12 @@ from sqjax.models.checkpoints.images import load_image_text as load_image_text
 from sqjax.models.checkpoints.images import load_vision as load_vision
 from sqjax.models.checkpoints.loading import load as load
 from sqjax.models.checkpoints.loading import load_model as load_model
+from sqjax.models.checkpoints.writing.saving import (
+    save_compressed_tensors as save_compressed_tensors,
+)
+from sqjax.models.checkpoints.writing.saving import (
+    save_huggingface as save_huggingface,
+)
 from sqjax.models.config import DecoderConfig as DecoderConfig
 from sqjax.models.config import llama_config as llama_config
 from sqjax.models.decoding.generation import Generated as Generated

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -107,6 +108,51 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path):
         # What another save has in use stays.
         assert sorted(tmp_path.iterdir()) == sorted([file, in_use])
     assert list(tmp_path.iterdir()) == [file]
+
+
+KILLED_IN_A_DIRECTORY = """
+import os, signal, sys
+from pathlib import Path
+from sqjax.files.aside import directory_written_aside
+with directory_written_aside(Path(sys.argv[1])) as new:
+    (new / "a").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@posix
+@pytest.mark.slow
+def test_a_directory_whose_writer_is_killed_stays_as_it_was(tmp_path):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "a").write_bytes(b"old")
+    code = [sys.executable, "-c", KILLED_IN_A_DIRECTORY, str(directory)]
+    assert subprocess.run(code, check=False).returncode == -9
+    assert (directory / "a").read_bytes() == b"old"
+    with aside.directory_written_aside(directory) as new:
+        (new / "b").write_bytes(b"new")
+        assert (directory / "a").read_bytes() == b"old"
+    # The old one, and what the killed process left, are gone.
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in directory.iterdir()] == ["b"]
+
+
+@posix
+def test_the_lock_is_removed_last(tmp_path, monkeypatch):
+    """A process that is killed while it removes its directory leaves one that the next removes."""
+    remove, seen = shutil.rmtree, {}
+
+    def rmtree(path, **how):
+        seen[path] = sorted(inner.name for inner in path.iterdir())
+        remove(path, **how)
+
+    monkeypatch.setattr("sqjax.files.aside.shutil.rmtree", rmtree)
+    with aside.directory_beside(tmp_path) as scratch:
+        (scratch / "file").write_bytes(b"x")
+        (scratch / "folder").mkdir()
+        (scratch / "folder" / "file").write_bytes(b"x")
+    assert seen == {scratch / "folder": ["file"], scratch: ["lock"]}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_an_os_error_with_the_path(tmp_path, monkeypatch):

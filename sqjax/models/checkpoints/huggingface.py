@@ -81,6 +81,9 @@ class Checkpoint(NamedTuple):
         problems: what is wrong with its files; `read_leaves` and `leaf_shapes` raise them.
         check_redundant: compares the tensors that follow from the rest with it, and raises
             ValueError if they say something else.
+        others: the tensors that are not in `source`, because they follow from the rest or say
+            nothing that the model needs.
+        is_quantized: whether some of its modules are quantized.
     """
 
     source: Source
@@ -88,6 +91,8 @@ class Checkpoint(NamedTuple):
     config: Config
     problems: Sequence[str]
     check_redundant: Callable[[], None]
+    others: Mapping[str, Tensor]
+    is_quantized: bool
 
 
 @contextlib.contextmanager
@@ -137,7 +142,16 @@ def open_checkpoint(
                 contradictions += _contradiction(name, stored, family, config)
             raise_problems(str(directory), contradictions)
 
-        yield Checkpoint(source, family, config, problems, check_redundant)
+        others = {name: x for name, x in floats.items() if name not in used}
+        yield Checkpoint(
+            source,
+            family,
+            config,
+            problems,
+            check_redundant,
+            others,
+            bool(modules),
+        )
 
 
 def _source(
@@ -204,7 +218,7 @@ def _wrong_dtype(name: str, tensor: Tensor) -> list[str]:
 
 def _no_leaf_for_codes(name: str, family: Family, config: Config) -> list[str]:
     """One problem if a quantized module is none that the model has as a matmul of its own."""
-    if family.find(name, {_EMBEDDING}) is not None:
+    if family.find(name, {EMBEDDING}) is not None:
         return [
             f"{name}: expected a float embedding, because its rows are looked up, got a quantized "
             "one"
@@ -243,17 +257,22 @@ def _not_zero(name: str, tensor: Tensor) -> list[str]:
 
 # Tensors that follow from the rest ----------------------------------------------------------------
 
-_EMBEDDING, _HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
+EMBEDDING, _HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
 _ANGLES = "rotary_emb.inv_freq"
 
 
 def _is_redundant(name: str, family: Family, config: Config) -> bool:
     """Whether a tensor follows from the rest, so that it is compared and not used."""
+    is_decoder = isinstance(config, DecoderConfig)
+    is_angles = is_decoder and name.endswith(_ANGLES)
+    return is_angles or is_tied_head(name, family, config)
+
+
+def is_tied_head(name: str, family: Family, config: Config) -> bool:
+    """Whether a tensor is the embedding once more, as the head."""
     # Models of other kinds have neither a tied head nor stored angles.
     if not isinstance(config, DecoderConfig):
         return False
-    if name.endswith(_ANGLES):
-        return True
     return config.tie_embeddings and family.find(name, {_HEAD}) is not None
 
 
@@ -269,7 +288,7 @@ def _contradiction(
         tolerance = 0.01  # in bfloat16 they have 8 bits
     else:
         embedding = next(
-            other for other in stored if family.find(other, {_EMBEDDING})
+            other for other in stored if family.find(other, {EMBEDDING})
         )
         expected = stored[embedding].read()
         what = (

@@ -202,6 +202,11 @@ def _likeness(stored: Stored, first: int) -> list:
     return [kind, *(x.shape[first:] for x in _arrays(stored))]
 
 
+def inputs_first(layout: Layout) -> bool:
+    """Whether tensors of a layout have their inputs first."""
+    return layout in _INPUTS_FIRST
+
+
 def shape_in_the_table(layout: Layout | None, shape: Shape) -> Shape:
     """The shape of a tensor as a family's table has it, of a weight with its outputs first."""
     return shape[::-1] if layout in _INPUTS_FIRST else shape

@@ -68,3 +68,25 @@ def with_one_more(
     """
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return (words.view(np.uint32) + np.uint32(ones)).view(np.int32)
+
+
+def pack(
+    codes: Shaped[np.ndarray, "*lead codes"], bits: int
+) -> Int32[np.ndarray, "*lead words"]:
+    """Codes around 0 in words, the inverse of `unpack` and `centred`; a last word is filled with 0.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sqjax.models.checkpoints.quantized.unpacking import pack
+        >>> hex(pack(np.arange(-8, 0, dtype=np.int8)[None], 4)[0, 0])
+        '0x76543210'
+    """
+    *lead, length = codes.shape
+    padding = [(0, 0)] * len(lead) + [(0, -length % per_word(bits))]
+    # As in `centred`, the sum is one modulo 256.
+    from_zero = codes.astype(np.int8).view(np.uint8) + np.uint8(2 ** (bits - 1))
+    filled = np.pad(from_zero, padding)
+    if bits == 4:
+        pairs = filled.reshape(*lead, -1, 2)
+        filled = pairs[..., 0] | (pairs[..., 1] << 4)
+    return np.ascontiguousarray(filled).view("<i4").astype(np.int32, copy=False)
