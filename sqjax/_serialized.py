@@ -21,7 +21,7 @@ Class = TypeVar("Class", bound=type)
 
 #: The dataclasses that are pytrees of ours: what flax is told of.
 _CLASSES: list[type] = []
-#: Bytes of the labels of one leaf at most: those of a billion elements, apart.
+#: The most bytes that the labels of one leaf may have: a billion elements, of 4 bytes each.
 _LARGEST = 2**32
 #: {class that `serialized` decorates: what its static fields are made of, by name}.
 _PARTS: dict[type, dict[str, type]] = {}

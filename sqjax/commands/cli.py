@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sqjax.commands.defaults import ALPHA, ENCODER, MODEL
 from sqjax.commands.records import (
@@ -71,17 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(schemes)
     _add_alpha(schemes)
 
-    embeddings = commands.add_parser(
-        "embeddings",
-        help="quantize a real encoder of sentences and show how far its vectors turn",
-    )
-    embeddings.set_defaults(run=_run_embeddings)
-    _add_common(embeddings, quick="fewer sentences")
-    embeddings.add_argument(
-        "--model",
-        default=ENCODER,
-        help="a name or a directory, as sqjax.models.load_encoder takes it",
-    )
+    _add_embeddings(commands)
 
     benchmark = commands.add_parser(
         "benchmark", help="time every scheme beside float32, bfloat16 and qwix"
@@ -102,6 +93,22 @@ def _parser() -> argparse.ArgumentParser:
         "--only", choices=("accuracy", "speed"), help="one of the two tables"
     )
     return parser
+
+
+def _add_embeddings(commands: Any) -> None:
+    """The command that quantizes an encoder of sentences."""
+    embeddings = commands.add_parser(
+        "embeddings",
+        help="quantize a real encoder of sentences and show how far its vectors turn",
+    )
+    embeddings.set_defaults(run=_run_embeddings)
+    _add_common(embeddings, quick="fewer sentences")
+    embeddings.add_argument(
+        "--model",
+        default=ENCODER,
+        help="a name or a directory, as sqjax.models.load_encoder takes it",
+    )
+    _add_alpha(embeddings)
 
 
 def _add_common(command: argparse.ArgumentParser, quick: str) -> None:
@@ -153,7 +160,7 @@ def _run_embeddings(options: argparse.Namespace) -> list[Row]:
     from sqjax.commands import embeddings
 
     size = embeddings.QUICK if options.quick else embeddings.FULL
-    return as_dicts(embeddings.embeddings(size, options.model))
+    return as_dicts(embeddings.embeddings(size, options.model, options.alpha))
 
 
 def _run_benchmark(options: argparse.Namespace) -> list[Row]:

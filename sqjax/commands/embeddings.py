@@ -12,7 +12,7 @@ from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, ENCODER
 from sqjax.commands.records import as_dicts
-from sqjax.commands.shared import shipped, weight_bytes, where
+from sqjax.commands.shared import check_alpha, shipped, weight_bytes, where
 from sqjax.commands.timing import interleaved
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize
@@ -64,19 +64,23 @@ class Row(NamedTuple):
     sentences_per_second: float
 
 
-def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
+def embeddings(
+    size: Size = FULL, model_name: str = ENCODER, alpha: float = ALPHA
+) -> list[Row]:
     """Quantizes an encoder in every scheme, and prints how far its vectors turn.
 
     Args:
         size: how much is done.
         model_name: what `sqjax.models.load_encoder` takes.
+        alpha: the smoothing strength, from 0 to 1.
 
     Returns:
         The table's rows, float32 first.
 
     Raises:
-        ValueError: there is no such encoder, or it has no tokenizer.
+        ValueError: alpha is out of range, there is no such encoder, or it has no tokenizer.
     """
+    check_alpha(alpha)
     encoder, params = load_encoder(model_name)
     calibration = sentences("calibration", size.calibration)
     batches = encoder.batches(calibration, batch=BATCH)
@@ -87,7 +91,7 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
     )
     print(_what_folds(stats))
 
-    trees = {"float32": params, **_variants(params, stats)}
+    trees = {"float32": params, **_variants(params, stats, alpha)}
     speeds = _speeds(encoder, trees, texts[:BATCH], size.repeats)
 
     exact = encoder.encode(params, texts, batch=BATCH)
@@ -96,22 +100,22 @@ def embeddings(size: Size = FULL, model_name: str = ENCODER) -> list[Row]:
         vectors = encoder.encode(tree, texts, batch=BATCH)
         agreement = agreement_of(vectors, exact)
         rows.append(Row(name, *agreement, weight_bytes(tree), speeds[name]))
-    print(_table(rows, size))
+    print(_table(rows, size, alpha))
     return rows
 
 
-def _variants(params: Any, stats: Stats) -> dict[str, Any]:
+def _variants(params: Any, stats: Stats, alpha: float) -> dict[str, Any]:
     """{name: parameters} of each scheme: unsmoothed, with what folds, and smoothed at run time.
 
     In BERT few scales fold, because a norm's output is the residual stream too. At run time every
     matmul's activations can be divided.
     """
-    folded = scales(params, stats, ALPHA)
+    folded = scales(params, stats, alpha)
     smoothed = fold(params, stats.graph, folded)
     smoothed_stats = fold_stats(stats, folded)
     found = {}
     for name, scheme in INT8.items():
-        at_run_time = scheme.replace(smoothing=ALPHA)
+        at_run_time = scheme.replace(smoothing=alpha)
         found[f"{name}, unsmoothed"] = quantize(params, stats, scheme)
         found[f"{name}, what folds"] = quantize(
             smoothed, smoothed_stats, scheme
@@ -191,8 +195,8 @@ def _speeds(
     return {name: len(texts) / one for name, one in seconds.items()}
 
 
-def _table(rows: list[Row], size: Size) -> str:
+def _table(rows: list[Row], size: Size, alpha: float) -> str:
     """The table and a line that says what was done to get it."""
-    done = f"{size.evaluation} sentences; smoothing with alpha {ALPHA}"
+    done = f"{size.evaluation} sentences; smoothing with alpha {alpha}"
     table = layouts.embeddings(as_dicts(rows))
-    return f"\n{done}; every matmul in int8\n{layouts.text(table)}"
+    return f"\n{done}\n{layouts.text(table)}"

@@ -19,7 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from sqjax.models.decoder import Layers, Positions, turning_channels
 from sqjax.models.encoder_config import EncoderConfig
 from sqjax.models.fields import SIZE, check
-from sqjax.models.model import Params, TokenIds, check_ids
+from sqjax.models.model import (
+    Params,
+    TokenIds,
+    check_floats,
+    check_ids,
+    initialized,
+)
 from sqjax.models.norms import NormLayer
 from sqjax.models.pooling import Pooling, pool
 from sqjax.models.rope import rotary_table
@@ -195,11 +201,8 @@ class Encoder:
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters of a dtype, as `Model.init` gives them."""
         one_token = jnp.zeros((1, 1), jnp.int32)
-        variables = TextEncoder(self.config).init(key, one_token)
-        cast = jax.tree.map(
-            lambda leaf: leaf.astype(dtype), variables["params"]
-        )
-        return {"model": cast}
+        module = TextEncoder(self.config)
+        return {"model": initialized(module, key, dtype, one_token)}
 
     def apply(
         self,
@@ -223,6 +226,7 @@ class Encoder:
         """
         config = self.config
         check_ids(ids)
+        check_floats(params)
         if ids.shape[1] > config.max_length:
             raise ValueError(
                 f"tokens: expected at most {config.max_length} (config.max_length), got "

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sqjax.models.model import Params, TokenIds, check_ids
+from sqjax.models.model import (
+    Params,
+    TokenIds,
+    check_floats,
+    check_ids,
+    initialized,
+)
 from sqjax.models.text_tower import TextTower, TextTowerConfig
 from sqjax.models.tokenizer import Tokenizer
 from sqjax.models.vision_model import Pixels, VisionModel
@@ -27,10 +33,7 @@ class TextTowerModel:
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters of a dtype."""
         one_token = jnp.zeros((1, 1), jnp.int32)
-        variables = TextTower(self.config).init(key, one_token)
-        return jax.tree.map(
-            lambda leaf: leaf.astype(dtype), variables["params"]
-        )
+        return initialized(TextTower(self.config), key, dtype, one_token)
 
     def embed(
         self, params: Params, ids: TokenIds
@@ -41,6 +44,7 @@ class TextTowerModel:
             ValueError: ids are not as they must be, or more than the tower was made for.
         """
         check_ids(ids)
+        check_floats(params)
         longest = self.config.encoder.max_length
         if ids.shape[1] > longest:
             # The table of positions has no more rows, and jax would read its last one instead.

@@ -17,7 +17,7 @@ from sqjax.models.decoder import CausalLM
 from sqjax.models.fields import SIZE, check
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.tokenizer import Tokenizer
-from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.quant_weight import is_quantized
 
 Params = Any  # a nested dict of arrays, or of whatever `sqjax.quantize` put in their place
 TokenIds = Int[Array | np.ndarray, "batch tokens"]
@@ -48,10 +48,7 @@ class Model:
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> Params:
         """Random parameters of a dtype; ``jax.eval_shape(model.init, key)`` gives their shapes."""
         one_token = jnp.zeros((1, 1), jnp.int32)
-        variables = CausalLM(self.config).init(key, one_token)
-        return jax.tree.map(
-            lambda leaf: leaf.astype(dtype), variables["params"]
-        )
+        return initialized(CausalLM(self.config), key, dtype, one_token)
 
     def apply(
         self, params: Params, ids: TokenIds
@@ -113,6 +110,7 @@ class Model:
             ValueError: if these tokens are more than the cache has room for, or it is another
                 model's.
         """
+        check_floats(params)
         self._check_cache(ids, cache)
         variables = {"params": params}
         logits, grown = CausalLM(self.config).apply(
@@ -124,6 +122,7 @@ class Model:
         self, params: Params, ids: TokenIds, cache: KVCache
     ) -> tuple[Float[Array, "batch tokens vocab"], KVCache]:
         """As `decode`, with the logits after every token."""
+        check_floats(params)
         self._check_cache(ids, cache)
         variables = {"params": params}
         logits, grown = CausalLM(self.config).apply(
@@ -184,6 +183,14 @@ def _room(config: DecoderConfig, layer: int, capacity: int, held: int) -> int:
     return capacity - needed
 
 
+def initialized(
+    module: Any, key: Array, dtype: DTypeLike, *inputs: Array, **options: Any
+) -> Params:
+    """Random parameters of a module, in a dtype; what it is called with makes all of them."""
+    variables = module.init(key, *inputs, **options)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), variables["params"])
+
+
 def check_model(model: Any, what: str) -> None:
     """Raises ValueError for what is no `Model`: its function, or one of the user's own."""
     expect(
@@ -205,13 +212,8 @@ def check_floats(params: Any) -> None:
         if is_quantized(leaf):
             raise ValueError(
                 f"{name}: expected an array, got a quantized weight; run "
-                "sqjax.quantized(model.apply)(qparams, ids)"
+                "sqjax.quantized(fn)(qparams, ...), where fn is what was called"
             )
-
-
-def is_quantized(x: Any) -> bool:
-    """Whether this is a leaf that `sqjax.quantize` made."""
-    return isinstance(x, QuantWeight)
 
 
 def check_ids(ids: Any) -> None:

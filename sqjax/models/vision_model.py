@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -16,10 +15,10 @@ from sqjax.models.fields import (
     check_fields,
     tuple_of,
 )
+from sqjax.models.model import Params, check_floats, initialized
 from sqjax.models.vision import ImageEncoder
 from sqjax.models.vision_config import VisionConfig
 
-Params = Any  # a nested dict of arrays, or of whatever `sqjax.quantize` put in their place
 #: (batch, rows, columns, channels), floats. What else comes is refused with the sizes that fit.
 Pixels = Any
 
@@ -109,10 +108,7 @@ class VisionModel:
         # One image is enough, because no parameter depends on how many there are.
         pixels = jnp.zeros((1, *sides, config.num_channels))
         module: Any = ImageEncoder(config)
-        variables = module.init(key, pixels, method="everything")
-        return jax.tree.map(
-            lambda leaf: leaf.astype(dtype), variables["params"]
-        )
+        return initialized(module, key, dtype, pixels, method="everything")
 
     def apply(
         self, params: Params, pixels: Pixels
@@ -185,6 +181,7 @@ class VisionModel:
 
     def _run(self, params: Params, pixels: Pixels, method: str) -> Any:
         self._check(pixels, "pixels", np.floating, "floats")
+        check_floats(params)
         variables = {"params": params}
         # Made anew in each call, so that the model itself stays a plain value.
         module: Any = ImageEncoder(self.config, self.remat)

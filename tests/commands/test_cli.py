@@ -41,8 +41,11 @@ def calls(monkeypatch):
         ),
         (["schemes"], (demo.FULL, 0.85, "smollm2-135m")),
         (["schemes", "--quick", "--model", "dir"], (demo.QUICK, 0.85, "dir")),
-        (["embeddings"], (embeddings.FULL, "all-minilm-l6-v2")),
-        (["embeddings", "--quick", "--model", "dir"], (embeddings.QUICK, "dir")),
+        (["embeddings"], (embeddings.FULL, "all-minilm-l6-v2", 0.85)),
+        (
+            ["embeddings", "--quick", "--model", "dir", "--alpha", "0.5"],
+            (embeddings.QUICK, "dir", 0.5),
+        ),
         (["benchmark"], ()),
         (["benchmark", "--quick"], (benchmark.QUICK, ("llama-shaped",))),
         (["decode"], ("smollm2-135m", False, None)),

@@ -53,6 +53,18 @@ def cases(folder="decoders"):
     return sorted(path.stem for path in (FOLDERS / folder).glob("*.json"))
 
 
+def as_text(case):
+    """A case as JSON, each configuration and each tensor on a line of its own."""
+    lines = []
+    for key, value in case.items():
+        if key in ("configs", "shapes"):
+            inner = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+            lines.append(f"{json.dumps(key)}: {{\n" + ",\n".join(inner) + "\n}")
+        else:
+            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def load(name, folder="decoders"):
     """A case: what its JSON file says, and under "vectors" the arrays of its npz file."""
     path = FOLDERS / folder / f"{name}.json"

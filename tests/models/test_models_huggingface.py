@@ -252,10 +252,10 @@ def test_quantized_leaves_need_quantized(tmp_path):
     model, params = load(tmp_path)
     qparams = sq.quantize(params, sq.calibrate(model.apply, params, [IDS]), sq.W8A16)
     assert jax.eval_shape(sq.quantized(model.apply), qparams, IDS).shape[:2] == IDS.shape
-    with pytest.raises(
-        ValueError, match=r"/kernel: expected an array, got a quantized weight; run"
-    ):
-        model.apply(qparams, IDS)
+    cache = model.init_cache(*IDS.shape)
+    for call in (model.apply, lambda *args: model.decode(*args, cache)):
+        with pytest.raises(ValueError, match=r"/kernel: expected an array, got a quantized weight"):
+            call(qparams, IDS)
 
 
 def test_ids_that_are_none(tmp_path):

@@ -17,10 +17,11 @@ from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.fields import FINITE_NUMBERS, FLAG, POSITIVE, What
 from sqjax.models.image_text import ImageText, TextTowerModel
 from sqjax.models.json_files import read_object
+from sqjax.models.model import Params
 from sqjax.models.text_tower import TextTowerConfig
 from sqjax.models.tokenizer import from_directory
 from sqjax.models.vision_config import VisionConfig
-from sqjax.models.vision_model import Params, Preprocessing, VisionModel
+from sqjax.models.vision_model import Preprocessing, VisionModel
 
 
 def load_vision(

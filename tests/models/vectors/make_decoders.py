@@ -508,18 +508,6 @@ def compare(case, stored):
     return case, arrays
 
 
-def as_text(case):
-    """A case as JSON, each configuration and each tensor on a line of its own."""
-    lines = []
-    for key, value in case.items():
-        if key in ("configs", "shapes"):
-            inner = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            lines.append(f"{json.dumps(key)}: {{\n" + ",\n".join(inner) + "\n}")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
 def main():
     """Makes the cases that the command line names, or all."""
     for name in sys.argv[1:] or CASES:
@@ -537,7 +525,7 @@ def main():
                 print(error, flush=True)
                 continue
             np.savez_compressed(path.with_suffix(".npz"), **arrays)
-        path.write_text(as_text(case))
+        path.write_text(tiny.as_text(case))
         print(
             name, "seed", case["seed"], "gap", case["smallest_gap"], case["deviations"], flush=True
         )

@@ -205,18 +205,6 @@ def compare(case, stored):
     return case
 
 
-def as_text(case):
-    """A case as JSON, each configuration and each tensor on a line of its own."""
-    lines = []
-    for key, value in case.items():
-        if key in ("configs", "shapes"):
-            inner = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            lines.append(f"{json.dumps(key)}: {{\n" + ",\n".join(inner) + "\n}")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
 def main():
     """Makes the cases that the command line names, or all."""
     FOLDER.mkdir(exist_ok=True)
@@ -230,7 +218,7 @@ def main():
         else:
             case, arrays = make(*CASES[name])
             np.savez_compressed(path.with_suffix(".npz"), **arrays)
-        path.write_text(as_text(case))
+        path.write_text(tiny.as_text(case))
         print(name, case["deviations"], flush=True)
 
 

@@ -36,6 +36,7 @@ import transformers
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+import tiny_checkpoint
 import tiny_vision as tiny
 
 transformers.utils.logging.disable_progress_bar()
@@ -204,18 +205,6 @@ def compare(case, keys, stored):
     return case
 
 
-def as_text(case):
-    """A case as JSON, each configuration and each tensor on a line of its own."""
-    lines = []
-    for key, value in case.items():
-        if key in ("configs", "shapes"):
-            inner = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            lines.append(f"{json.dumps(key)}: {{\n" + ",\n".join(inner) + "\n}")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
 def main():
     """Makes the cases that the command line names, or all."""
     tiny.VECTORS.mkdir(exist_ok=True)
@@ -229,7 +218,7 @@ def main():
             case, arrays = make(architecture, keys)
             np.savez_compressed(path.with_suffix(".npz"), **arrays)
             print({key: array.shape for key, array in arrays.items()})
-        path.write_text(as_text(case))
+        path.write_text(tiny_checkpoint.as_text(case))
         print(name, case["dropped"], case["deviations"], flush=True)
 
 

@@ -65,9 +65,7 @@ def compressed_tensors(
         own = [leaves[path] for path in found.paths]
         module = name.removesuffix(".weight")
         if not any(leaf.quantized for leaf in own):
-            # Of kernels alone: a norm or a bias is no module that could be quantized.
-            if found.paths[0].endswith("/kernel"):
-                floats.append(module)
+            floats += _float_module(module, found)
             continue
         try:
             made = _module(checkpoint, name, found, own)
@@ -84,6 +82,11 @@ def compressed_tensors(
         ]
     raise_all(problems)
     return Modules(frozenset(names), tensors, schemes, floats)
+
+
+def _float_module(module: str, found: Found) -> list[str]:
+    """The module of a kernel that stays float; a norm or a bias is none that could be quantized."""
+    return [module] if found.paths[0].endswith("/kernel") else []
 
 
 def quantization_config(
@@ -287,7 +290,7 @@ def _scheme(weight: QuantWeight, by_output: bool) -> dict[str, Any]:
             "symmetric": True,
             "dynamic": dynamic,
         }
-    # Weights alone are packed even of 8 bits, because vLLM reads them in no other way.
+    # Weights alone are packed, even of 8 bits, as the format's own tools do.
     packed = kind == "int" and (activations is None or tensor.fmt == INT4)
     return {
         "weights": weights,

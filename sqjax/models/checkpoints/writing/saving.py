@@ -66,10 +66,10 @@ def save_huggingface(
 ) -> None:
     """Writes float parameters, smoothed or not, as the Hugging Face checkpoint that they came from.
 
-    Names, layout, config.json and tokenizer are the source's, so whatever reads that reads this:
-    transformers, vLLM, SGLang, TensorRT-LLM, LMDeploy, llama.cpp's converter. A tied head is
-    written from the embedding. Everything is checked before a byte is written; the files are
-    written beside the directory, and renamed at the end, so a reader never sees half.
+    Names, layout, config.json and tokenizer are the source's, so whatever reads that reads this
+    (tried with transformers). A tied head is written from the embedding. Everything is checked
+    before a byte is written; the files are written beside the directory, and renamed at the end, so
+    a reader never sees half.
 
     Args:
         directory: to write. It must not be there, or be empty, unless `overwrite`.
@@ -119,7 +119,7 @@ def save_compressed_tensors(
     overwrite: bool = False,
     families: Sequence[Family] = (),
 ) -> None:
-    """Writes quantized parameters as compressed-tensors, which vLLM and transformers read.
+    """Writes quantized parameters as compressed-tensors, the format of vLLM's own tools.
 
     Codes, scales and zero points are written as they are: `sqjax.models.load` gives the same leaves
     back. config.json says how each module is quantized, and which stay float (``ignore``). int8,
