@@ -193,6 +193,7 @@ def test_the_matmuls_in_the_body_of_the_scan_are_int8():
         )  # no float copy of a stacked weight
 
 
+@pytest.mark.slow
 def test_jit_equals_eager():
     stats, _ = calibrated()
     qparams = sq.quantize(STACKED, stats)

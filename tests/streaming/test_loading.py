@@ -97,6 +97,7 @@ def test_what_waits_in_float_is_less_than_one_layer(calibrated, monkeypatch):
     assert layer / 2 < max(alive[3:]) <= layer  # the first three are the embedding and the head
 
 
+@pytest.mark.slow
 def test_float_leaves_are_dropped(calibrated):
     """No float kernel is alive once its layer is done: of all arrays that jax holds."""
     directory, _, params, stats = calibrated

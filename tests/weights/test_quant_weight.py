@@ -298,6 +298,7 @@ def test_donation(name):
 
 
 @each_format
+@pytest.mark.slow
 def test_eval_shape_of_quantize_is_quantize(name):
     (params, x), stats, scheme = model(), statistics(), FORMATS[name]
     qparams = sq.quantize(params, stats, scheme)
