@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
 from sqjax.files import export as _export  # noqa: F401 (registers our classes with jax.export)
-from sqjax.files.safetensors import load, save
+from sqjax.files.loading import load, load_saved
+from sqjax.files.saving import save
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize, smoothquant
 from sqjax.methods.smoothing import fold_stats, scales, smooth
@@ -47,6 +48,7 @@ from sqjax.weights.sharding import shardings
 from sqjax.weights.training import merge, split
 
 if TYPE_CHECKING:
+    from sqjax.streaming.act_scales import stats_from_act_scales
     from sqjax.streaming.calibration import calibrate_layers
     from sqjax.streaming.loading import load_quantized
 
@@ -83,6 +85,7 @@ __all__ = [
     "int8_attention",
     "load",
     "load_quantized",
+    "load_saved",
     "merge",
     "quantize",
     "quantize_cache",
@@ -93,6 +96,7 @@ __all__ = [
     "smooth",
     "smoothquant",
     "split",
+    "stats_from_act_scales",
     "verify",
 ]
 
@@ -109,6 +113,7 @@ _NAMESPACES = {
 _FUNCTIONS = {
     "calibrate_layers": "sqjax.streaming.calibration",
     "load_quantized": "sqjax.streaming.loading",
+    "stats_from_act_scales": "sqjax.streaming.act_scales",
 }
 
 

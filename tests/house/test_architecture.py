@@ -205,7 +205,8 @@ FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild"
 
 
 #: Functions that load with the models, when they are first used.
-LATE = {name: getattr(sqjax, name) for name in ("calibrate_layers", "load_quantized")}
+_LATE = ("calibrate_layers", "load_quantized", "stats_from_act_scales")
+LATE = {name: getattr(sqjax, name) for name in _LATE}
 
 
 def test_the_public_names_are_these():
@@ -256,6 +257,7 @@ def test_the_public_names_are_these():
             "quantize_cache",
             "save",
             "load",
+            "load_saved",
         ),
     }
 
