@@ -131,7 +131,9 @@ def test_what_is_not_the_models_is_refused(llama, case):
 def test_a_pickle_is_not_read(tmp_path, llama):
     file = tmp_path / "act.pt"
     file.write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(ValueError, match=r"act.pt: expected a safetensors file, got .*torch once more"):
+    with pytest.raises(
+        ValueError, match=r"act.pt: expected a safetensors file, got .*torch once more"
+    ):
         sq.stats_from_act_scales(file, *llama)
     with untyped(), pytest.raises(ValueError, match="act_scales: expected a safetensors file, or"):
         sq.stats_from_act_scales(None, *llama)
