@@ -84,6 +84,7 @@ def stats_from_act_scales(
         sites = analyses.together(0, batch, 0).graph.sites
         absmax = _by_site(sites, found, by_module)
         seen = calibrated(analyses, [[batch]], None, False)
+    # As though one token had the maximum in every channel, because the file counts none.
     ones = {path: jnp.asarray(np.int32(1)) for path in absmax}
     return replace(seen, absmax=absmax, abs_sum=absmax, count=ones, reached={})
 
@@ -117,6 +118,7 @@ def _by_site(
             has_own = site.batch and entry is not None
             _raise_to(values[entry] if has_own else values, name, by_module)
         absmax[site.path] = jnp.asarray(values)
+        # A site of which nothing is known would be smoothed as if it saw nothing.
         if site.path not in of_leaf:
             missing.append(site.path)
     if missing:
