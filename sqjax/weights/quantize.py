@@ -274,6 +274,7 @@ def _in_blocks(
         )
     largest = sharing.reduced(jnp.abs(stored), jnp.max)
     *stack, outputs, groups = largest.shape
+    # Rows of zeros fill the last block up, because they change no maximum.
     missing = [(0, 0)] * len(stack) + [(0, -outputs % size), (0, 0)]
     padded = jnp.pad(largest, missing)
     # (outputs, groups) -> (blocks, size, groups): the scale of a block is that of its largest row.

@@ -106,6 +106,7 @@ def _largest(
 ) -> Float[Array, "2 layers"]:
     """max|K| and max|V| of each layer, as a float cache holds them after these tokens."""
     batch, tokens = ids.shape
+    # Of floats, because these are the keys and values themselves.
     dtype = compute_dtype(params)
     empty = cache_for(model.config, batch, tokens, dtype, CacheFormat(), None)
     _, cache = quantized(model.decode)(params, ids, empty)

@@ -42,6 +42,7 @@ def read_fp8(settings: Settings) -> Quantization:
     sizes = settings("weight_block_size", TWO_SIZES)
     # None was a problem, which is raised before a module is looked at.
     blocks = Blocks(*(sizes or (1, 1)))
+    # What is refused needs no warning.
     if not settings.problems:
         warn_of_groups()
     format_ = Format(

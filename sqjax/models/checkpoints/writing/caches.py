@@ -52,6 +52,7 @@ def scale_tensors(
     for layer, module in modules.items():
         of_layer = {"k": scales.keys[layer], "v": scales.values[layer]}
         for name, scale in of_layer.items():
+            # A row of one, as the format has scales of whole tensors.
             array = np.asarray(scale, np.float32).reshape(1)
             read = partial(np.asarray, array)
             made[f"{module}.{name}_scale"] = NewTensor(array.dtype, (1,), read)

@@ -18,6 +18,7 @@ from sqjax.models.checkpoints.writing.leaves import Leaf, raise_all
 from sqjax.models.config import DecoderConfig
 from sqjax.models.stacking import layer_of
 from sqjax.numerics.formats import E4M3, INT4, INT8
+from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
 
 _HEAD = "lm_head/kernel"
@@ -295,31 +296,15 @@ def _scheme(weight: QuantWeight, sharing: _Sharing) -> dict[str, Any]:
     """How the module is quantized, in the words of config.json."""
     tensor = weight.tensor
     kind = "float" if tensor.fmt == E4M3 else "int"
-    weights: dict[str, Any] = {
+    weights = {
         "num_bits": 4 if tensor.fmt == INT4 else 8,
         "type": kind,
-        "strategy": "channel",
         "group_size": None,
         "symmetric": tensor.zero is None,
         "dynamic": False,
+        **_strategy(tensor, sharing),
     }
-    size = sharing.block
-    if size is not None:
-        weights |= {"strategy": "block", "block_structure": [size, size]}
-    elif tensor.scale.shape[1] > 1:
-        weights |= {"strategy": "group", "group_size": tensor.group}
-    elif tensor.scale.size == 1 and not sharing.by_output:
-        weights["strategy"] = "tensor"
-    activations = None
-    if weight.activations is not None:
-        strategy, dynamic = _STRATEGIES[weight.activations]
-        activations = {
-            "num_bits": 8,
-            "type": kind,
-            "strategy": strategy,
-            "symmetric": True,
-            "dynamic": dynamic,
-        }
+    activations = _activations(weight, kind)
     # Weights alone are packed, even of 8 bits, as the format's own tools do.
     packed = kind == "int" and (activations is None or tensor.fmt == INT4)
     return {
@@ -327,6 +312,30 @@ def _scheme(weight: QuantWeight, sharing: _Sharing) -> dict[str, Any]:
         "input_activations": activations,
         "output_activations": None,
         "format": "pack-quantized" if packed else f"{kind}-quantized",
+    }
+
+
+def _strategy(tensor: QTensor, sharing: _Sharing) -> dict[str, Any]:
+    """What shares a scale."""
+    size = sharing.block
+    if size is not None:
+        return {"strategy": "block", "block_structure": [size, size]}
+    if tensor.scale.shape[1] > 1:
+        return {"strategy": "group", "group_size": tensor.group}
+    is_one = tensor.scale.size == 1 and not sharing.by_output
+    return {"strategy": "tensor" if is_one else "channel"}
+
+
+def _activations(weight: QuantWeight, kind: str) -> dict[str, Any] | None:
+    if weight.activations is None:
+        return None
+    strategy, dynamic = _STRATEGIES[weight.activations]
+    return {
+        "num_bits": 8,
+        "type": kind,
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": dynamic,
     }
 
 
