@@ -17,6 +17,10 @@ from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import Checkpoint, open_checkpoint
 from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.checkpoints.mapping import leaf_shapes
+from sqjax.models.checkpoints.writing.caches import (
+    cache_scheme,
+    scale_tensors,
+)
 from sqjax.models.checkpoints.writing.compressed import (
     compressed_tensors,
     quantization_config,
@@ -37,18 +41,23 @@ from sqjax.models.checkpoints.writing.floats import (
 from sqjax.models.checkpoints.writing.leaves import (
     Leaf,
     leaves_apart,
-    raise_all,
+    refuse_quantized,
 )
 from sqjax.models.checkpoints.writing.llamas import (
     llama_checkpoint,
     new_files,
 )
+from sqjax.models.decoding.cache_scales import CacheScales
 from sqjax.models.encoder import Encoder
 from sqjax.models.model import Model, Params
 from sqjax.models.vision_model import VisionModel
 from sqjax.weights.quantize import named
 
 _FLOAT, _QUANTIZED = "save_huggingface", "save_compressed_tensors"
+_FIX = (
+    "save the float parameters, or write these with "
+    "sqjax.models.save_compressed_tensors"
+)
 #: What is written, each as it was loaded.
 AnyModel = Model | Encoder | VisionModel
 
@@ -103,7 +112,7 @@ def save_huggingface(
     """
     how = _How(_FLOAT, directory, like, dtype, max_shard_bytes, overwrite)
     with _opened(how, model, params, families) as (checkpoint, leaves, others):
-        _refuse_quantized(leaves)
+        refuse_quantized(leaves, _FIX)
         tensors = _float_tensors(checkpoint, leaves, how.float_dtype)
         _write(how, tensors, others)
 
@@ -118,6 +127,7 @@ def save_compressed_tensors(
     max_shard_bytes: int = SHARD,
     overwrite: bool = False,
     families: Sequence[Family] = (),
+    cache_scales: CacheScales | None = None,
 ) -> None:
     """Writes quantized parameters as compressed-tensors, the format of vLLM's own tools.
 
@@ -138,6 +148,9 @@ def save_compressed_tensors(
         max_shard_bytes: as for `save_huggingface`.
         overwrite: as for `save_huggingface`.
         families: as for `save_huggingface`.
+        cache_scales: as `sqjax.models.cache_scales` gave them, for a server whose cache is
+            quantized: ``kv_cache_scheme`` says so, and the tensors ``k_scale`` and ``v_scale`` of
+            each layer's attention hold them. None: nothing is said of caches.
 
     Raises:
         ValueError: as for `save_huggingface`; or a leaf is quantized in a way for which the format
@@ -164,6 +177,9 @@ def save_compressed_tensors(
         )
         config = quantization_config(checkpoint, modules)
         tensors = {**floats, **modules.tensors}
+        if cache_scales is not None:
+            tensors |= scale_tensors(checkpoint, leaves, cache_scales)
+            config["kv_cache_scheme"] = cache_scheme(cache_scales)
         _write(how, tensors, others, quantization_config=config)
 
 
@@ -281,16 +297,6 @@ def check_model_of(source: Path, config: Config, model: AnyModel) -> None:
                 f"model.config.{field.name}: expected {expected!r}, as {source} says, got {got!r}; "
                 "give the directory that the model was loaded from"
             )
-
-
-def _refuse_quantized(leaves: Mapping[str, Leaf]) -> None:
-    problems = [
-        f"{leaf.origin}: expected a float leaf, got a quantized one; save the float parameters, or "
-        "write these with sqjax.models.save_compressed_tensors"
-        for leaf in leaves.values()
-        if leaf.quantized
-    ]
-    raise_all(problems)
 
 
 def _float_tensors(
