@@ -13,6 +13,7 @@ from sqjax.files import export as _export  # noqa: F401 (registers our classes w
 from sqjax.files.safetensors import load, save
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize, smoothquant
+from sqjax.methods.site_errors import site_errors
 from sqjax.methods.smoothing import fold_stats, scales, smooth
 from sqjax.methods.verification import verify
 from sqjax.runtime.caches import quantize_cache
@@ -90,6 +91,7 @@ __all__ = [
     "save",
     "scales",
     "shardings",
+    "site_errors",
     "smooth",
     "smoothquant",
     "split",
