@@ -105,6 +105,8 @@ _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
     "nnx": "sqjax.nnx",
+    "plots": "sqjax.plots",
+    "report": "sqjax.report",
     "triton": "sqjax.numerics.triton",
 }
 #: Functions that load with their module, for the same reason.
@@ -115,7 +117,7 @@ _FUNCTIONS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `linen`, `nnx`, `models`, `triton`, and what uses them, when they are first used."""
+    """Loads a namespace (`linen`, `models` ...), or what uses one, when it is first used."""
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in _NAMESPACES:
