@@ -40,7 +40,7 @@ from sqjax.runtime.quantized import RULES
 from sqjax.runtime.weight_rules import weight_leaves
 from sqjax.weights.convolution import clipped_pixels
 from sqjax.weights.dot_general import clipped_rows, clipped_values
-from sqjax.weights.quant_weight import QuantWeight, is_quantized
+from sqjax.weights.quant_weight import QuantWeight, check_float, is_quantized
 
 
 class SiteError(NamedTuple):
@@ -121,7 +121,7 @@ class Comparison:
             ValueError: as `site_errors`.
         """
         check_function(fn, "site_errors", "(fn, params, qparams, batch)")
-        _check_quantized(qparams)
+        _check_quantized(params, qparams)
         names: dict[str, tuple[str, ...]] = {}
 
         def compared(trees, *args):
@@ -430,7 +430,9 @@ _CLIPPED = {
 # Checks -------------------------------------------------------------------------------------------
 
 
-def _check_quantized(qparams: PyTree) -> None:
+def _check_quantized(params: PyTree, qparams: PyTree) -> None:
+    """Raises ValueError unless one tree is float, and the other has quantized leaves."""
+    check_float(params, "site_errors: params")
     leaves = jax.tree.leaves(qparams, is_leaf=is_quantized)
     if not any(map(is_quantized, leaves)):
         raise ValueError(
@@ -441,14 +443,9 @@ def _check_quantized(qparams: PyTree) -> None:
 
 def _check_same_floats(params: PyTree, qparams: PyTree) -> None:
     """Raises ValueError unless the leaves that stayed float are the same in both trees."""
-    _, floats, _ = named_leaves(params, is_leaf=is_quantized)
+    _, floats, _ = named_leaves(params)
     paths, coded, _ = named_leaves(qparams, is_leaf=is_quantized)
     for path, exact, other in zip(paths, floats, coded, strict=True):
-        if is_quantized(exact):
-            raise ValueError(
-                f"site_errors: {path}: expected a float array in params, got {exact!r}; pass the "
-                "float tree that was quantized"
-            )
         if is_quantized(other) or exact is other:
             continue
         if not np.array_equal(exact, other):

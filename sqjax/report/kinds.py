@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 #: The number of a layer: the first number that ends a key of the path.
-_NUMBER = re.compile(r"(?<![0-9])\d+(?=/|$)")
+_NUMBER = re.compile(r"(?<![^/_])\d+(?=/|$)")
 #: Last keys of a path that say nothing of which leaf it is.
 _LAST = ("kernel", "weight", "w")
 
@@ -58,8 +58,14 @@ def kinds(paths: Iterable[str]) -> list[Kind]:
 
 
 def label(pattern: str) -> str:
-    """A short name: what follows the layer's number, without a last key such as "kernel"."""
+    """A short name: what follows the layer's number, without a last key such as "kernel".
+
+    Example: "layers/#/mlp/up/kernel" is "mlp/up"; "Dense_#/kernel" stays, because "kernel" alone
+    says nothing.
+    """
     keys = pattern.rpartition("#/")[2].split("/")
+    if len(keys) == 1 and keys[0] in _LAST:
+        return "/".join(pattern.split("/")[-2:])
     if len(keys) > 1 and keys[-1] in _LAST:
         keys.pop()
     return "/".join(keys[-3:])
