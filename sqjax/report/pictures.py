@@ -76,14 +76,21 @@ def surface(
     drawn = figure(9, 3.2, layout=None)
     titles = ("before smoothing", "after smoothing")
     for number, (x, title) in enumerate(zip(matrices, titles, strict=True)):
-        place = (0.5 * number, 0.0, 0.47, 0.9)
+        place = (0.5 * number, 0.1, 0.47, 0.95)
         axes = drawn.add_axes(place, projection="3d")
         _draw_surface(axes, np.asarray(pooled(x, *_BLOCKS)), size)
-        axes.set_title(f"{title}: up to {x.max():.3g}", color=INK, fontsize=9)
+        middle = 0.5 * number + 0.25
+        text = f"{title}: up to {_short(x.max())}"
+        drawn.text(middle, 0.94, text, color=INK, fontsize=9, ha="center")
         axes.set_xlabel("channel", color=INK, fontsize=8)
         axes.set_ylabel(rows, color=INK, fontsize=8)
         axes.set_zlabel(what, color=INK, fontsize=8)
     return drawn
+
+
+def _short(x: float) -> str:
+    """Three digits, and of large numbers all: 0.795, 22.4, 2,450."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def _draw_surface(axes: Any, x: np.ndarray, size: tuple[int, int]) -> None:
@@ -97,7 +104,7 @@ def _draw_surface(axes: Any, x: np.ndarray, size: tuple[int, int]) -> None:
     )
     axes.patch.set_alpha(0)
     axes.view_init(elev=28, azim=-62)
-    axes.set_box_aspect((1.7, 1.1, 0.75), zoom=1.25)
+    axes.set_box_aspect((1.7, 1.1, 0.75), zoom=1.2)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((0, 0, 0, 0))
         axis.line.set_color(INK)

@@ -78,7 +78,7 @@ def test_a_surface_says_how_high_it_is():
     x = np.ones((8, 16))
     x[:, 3] = 250
     drawn = plots.surface(x, x / x.max(0), what="|W|", rows="output")
-    titles = [axes.get_title() for axes in drawn.axes]
+    titles = [text.get_text() for text in drawn.texts]
     assert titles == ["before smoothing: up to 250", "after smoothing: up to 1"]
     assert drawn.axes[0].get_ylabel() == "output"
     assert drawing.svg(drawn, "a").count("<image") == 2
