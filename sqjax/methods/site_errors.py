@@ -127,6 +127,7 @@ class Comparison:
         def compared(trees, *args):
             return _outputs(fn, trees, args, names)
 
+        # As one function of both trees, because the comparisons read both.
         args = _arguments(batch)
         traced, _ = trace(compared, (params, qparams), args, {})
         program = Program(traced)
@@ -151,6 +152,7 @@ class Comparison:
         _check_same_floats(params, qparams)
         leaves = jax.tree.leaves((params, qparams))
         inputs = array_leaves(_arguments(batch))
+        # In float64 from here on, because many small sums are added.
         found = jax.device_get(self.sums(leaves, inputs))
         totals: dict[str, np.ndarray] = {}
         for name, sums in found.items():
@@ -188,6 +190,7 @@ def _outputs(
             f"site_errors: {other[0]} is in one tree only; pass the float tree that was quantized, "
             "and what quantize made of it"
         )
+    # What stayed float is the same in both trees (`_check_same_floats`), and needs no pair.
     pairs = []
     quantized = weight_leaves(paths, coded)
     for exact, other in zip(floats, quantized, strict=True):
@@ -200,8 +203,8 @@ def _named(program: Program, names: Mapping[str, Any]) -> dict[Var, str]:
     """{variable: the name of the comparison that it is}."""
     found = {}
     for equation in program.equations:
-        name = equation.params.get("name") if equation.name == "name" else None
-        if name in names:
+        name = str(equation.params.get("name"))
+        if equation.name == "name" and name in names:
             found[equation.outputs[0]] = name
     return found
 
@@ -217,6 +220,7 @@ def _all_steps(x: Array) -> Array:
 def _error(
     signal: float, noise: float, clipped: float, values: float
 ) -> SiteError:
+    # Rows that are looked up meet no activation: nothing is clipped of nothing.
     share = clipped / values if values else 0.0
     if not signal:
         return SiteError(math.nan, share)
@@ -309,7 +313,7 @@ class _Pairs(Registry):
         if made is None:
             return None
         path = specials_among(operands)[0].path
-        results = []
+        results: list[Any] = []
         for x, other in zip(exact, listed(equation, made), strict=True):
             if isinstance(other, Special):
                 results.append(_paired(path, x, other))

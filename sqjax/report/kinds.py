@@ -41,6 +41,7 @@ def kinds(paths: Iterable[str]) -> list[Kind]:
     A site without a number, or whose kind no other is of, is a kind of its own.
     """
     members: dict[str, dict[int | None, str]] = {}
+    # By what is left without the number, in the order of the program.
     for path in paths:
         pattern, number = split_number(path)
         members.setdefault(pattern, {})[number] = path
@@ -79,6 +80,7 @@ def merged(
     Example: q, k and v see one activation: their three kinds are the kind "q_proj, k_proj, v_proj".
     """
     by_values: dict[tuple[tuple[int, ...], tuple[float, ...]], list[Kind]] = {}
+    # By the numbers of layers too: kinds of other layers may have the same values by chance.
     for kind in found:
         own = tuple(values[path] for path in kind.paths)
         by_values.setdefault((kind.numbers, own), []).append(kind)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_llama import GROUPED, Letters, random_ids, random_params
+from untyped import untyped
 
 import sqjax as sq
 from sqjax.report import inspect, measure
@@ -52,9 +53,9 @@ def test_inspect_says_how_large_and_what_is_refused():
 
 def test_inspect_reads_no_batch_where_the_statistics_are_known():
     stats = sq.calibrate(fn, PARAMS, [X / 40])
-    assert inspect(fn, PARAMS, None, stats=stats) == inspect(fn, PARAMS, [X / 40])
+    assert inspect(fn, PARAMS, [], stats=stats) == inspect(fn, PARAMS, [X / 40])
     with pytest.raises(ValueError, match="the site up/kernel, which is no leaf of these"):
-        inspect(fn, {"norm": jnp.ones((1, 4))}, None, stats=stats)
+        inspect(fn, {"norm": jnp.ones((1, 4))}, [], stats=stats)
 
 
 def test_the_ratio_of_nothing_is_0():
@@ -128,5 +129,5 @@ def test_measure_refuses_what_can_be_known_before_anything_long_begins():
     with_letters = sq.models.Model(GROUPED, Letters(None, 0))
     with pytest.raises(ValueError, match="prompts=: expected a list of texts, got 'abc'"):
         measure(with_letters, {}, [], None, prompts="abc")
-    with pytest.raises(ValueError, match=r"expected a sqjax\.models\.Model"):
+    with untyped(), pytest.raises(ValueError, match=r"expected a sqjax\.models\.Model"):
         measure(fn, PARAMS, [], None)
