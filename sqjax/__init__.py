@@ -14,6 +14,7 @@ from sqjax.files.loading import load, load_saved
 from sqjax.files.saving import save
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize, smoothquant
+from sqjax.methods.site_errors import site_errors
 from sqjax.methods.smoothing import fold_stats, scales, smooth
 from sqjax.methods.verification import verify
 from sqjax.runtime.caches import quantize_cache
@@ -93,6 +94,7 @@ __all__ = [
     "save",
     "scales",
     "shardings",
+    "site_errors",
     "smooth",
     "smoothquant",
     "split",
@@ -107,6 +109,8 @@ _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
     "nnx": "sqjax.nnx",
+    "plots": "sqjax.plots",
+    "report": "sqjax.report",
     "triton": "sqjax.numerics.triton",
 }
 #: Functions that load with their module, for the same reason.
@@ -118,7 +122,7 @@ _FUNCTIONS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `linen`, `nnx`, `models`, `triton`, and what uses them, when they are first used."""
+    """Loads a namespace (`linen`, `models` ...), or what uses one, when it is first used."""
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in _NAMESPACES:
