@@ -26,8 +26,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 #: One row of a table: plain numbers and texts, with the unit in the key, as in "weight_bytes".
 Row = Mapping[str, Any]
 
@@ -124,6 +122,8 @@ def make_record(
     command: Sequence[str], rows: Sequence[Row], seconds: float
 ) -> Record:
     """A record of a run on this machine that ends now."""
+    import jax
+
     return Record(
         command=list(command),
         machine=this_machine(),

@@ -1,0 +1,129 @@
+"""`sqjax report`: one HTML page on what quantizing a model does."""
+
+import json as json_text
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqjax.commands.defaults import SCHEMES
+from sqjax.commands.options import (
+    MODEL,
+    STATS,
+    TEXT,
+    AlphaType,
+    Talk,
+    command,
+    output,
+)
+from sqjax.commands.outputs import check_output, new_file
+
+_EXAMPLES = """
+sqjax report smollm2-135m -o report.html
+sqjax report smollm2-135m --scheme w8a8_o3 --alpha 0.85 --alphas 0.5 --alphas 0.7 -o report.html
+"""
+_PROMPTS = ("The capital of France is", "Once upon a time")
+
+
+@command(
+    "report",
+    _EXAMPLES,
+    MODEL,
+    click.option(
+        "--scheme",
+        type=click.Choice([*SCHEMES], case_sensitive=False),
+        metavar="SCHEME",
+        default="w8a8",
+        show_default=True,
+        help="How every matmul is quantized, as for quantize.",
+    ),
+    click.option(
+        "--alpha",
+        type=AlphaType(),
+        default=0.5,
+        show_default=True,
+        help="Smoothing strength.",
+    ),
+    click.option(
+        "--alphas",
+        type=AlphaType(),
+        multiple=True,
+        help="Another strength whose perplexity is measured; may be given several times.",
+    ),
+    click.option(
+        "--prompt",
+        multiple=True,
+        help="A text that the models continue; may be given several times.  [default: two]",
+    ),
+    click.option(
+        "--eval-text",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="FILE|DIR",
+        help="What perplexity is measured on.  [default: a text that comes with sqjax]",
+    ),
+    click.option(
+        "--eval-windows",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="How many windows of it.",
+    ),
+    TEXT,
+    STATS,
+    output("FILE", "The page"),
+)
+def report(
+    talk: Talk,
+    model: str,
+    dtype: str,
+    scheme: str,
+    alpha: float,
+    alphas: tuple[float, ...],
+    prompt: tuple[str, ...],
+    eval_text: Path | None,
+    eval_windows: int,
+    text: Path | None,
+    tokens: int | None,
+    windows: int | None,
+    stats: Path | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Show on one HTML page what quantizing MODEL does.
+
+    MODEL is quantized with and without smoothing. The page holds its pictures itself, so it can be
+    sent as it is.
+    """
+    if "none" in (alpha, *alphas):
+        raise ValueError("--alpha: expected a number from 0 to 1, got none")
+    reads = model, text, eval_text, stats
+    check_output(output, force, directory=False, reads=reads)
+    from sqjax import report as reports
+    from sqjax.commands.calibrating import Asked, calibrated
+    from sqjax.commands.model_argument import open_decoder
+    from sqjax.commands.texts import read_texts, token_windows
+
+    opened = open_decoder(model, dtype, talk)
+    asked = Asked(text, tokens, windows, stats)
+    found = calibrated(opened, asked, talk, "report")
+    texts = read_texts(eval_text, "evaluation")
+    read = token_windows(opened.model, texts, tokens, eval_windows)
+    recipe = dict(click.get_current_context().params)
+    measured: Any = reports.measure(
+        opened.model,
+        opened.params,
+        [],
+        read.ids,
+        scheme=scheme.upper(),
+        alpha=alpha,
+        alphas=alphas,
+        prompts=prompt or _PROMPTS,
+        title=model,
+        recipe={key: str(x) for key, x in recipe.items() if x is not None},
+        stats=found.stats,
+        progress=talk.progress,
+    )
+    with new_file(output, found.made_of) as new:
+        new.write_text(reports.html(measured), "utf-8")
+    record = json_text.loads(json_text.dumps(measured.as_dict()))
+    talk.result(record | {"output": str(output)}, f"{output}: {read}")
