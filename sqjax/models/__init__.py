@@ -24,6 +24,8 @@ from sqjax.models.checkpoints.images import load_image_text as load_image_text
 from sqjax.models.checkpoints.images import load_vision as load_vision
 from sqjax.models.checkpoints.loading import load as load
 from sqjax.models.checkpoints.loading import load_model as load_model
+from sqjax.models.checkpoints.writing.gguf_saving import save_gguf as save_gguf
+from sqjax.models.checkpoints.writing.programs import export as export
 from sqjax.models.checkpoints.writing.saving import (
     save_compressed_tensors as save_compressed_tensors,
 )

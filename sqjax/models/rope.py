@@ -258,6 +258,14 @@ def _frequencies(rope: Rope, channels: int, longest: Array) -> Any:
     return scaled.astype(np.float32)
 
 
+def llama3_factors(rope: Rope, channels: int) -> np.ndarray:
+    """By what `Llama3` divides the frequency of each pair: from 1 to the whole factor."""
+    assert isinstance(rope.scaling, Llama3)
+    exponents = np.arange(0, channels, 2) / channels
+    plain = float(rope.theta) ** -exponents
+    return plain / _llama3(plain, rope.scaling)
+
+
 def _llama3(plain: np.ndarray, scaling: Llama3) -> np.ndarray:
     """Frequencies by how often a pair turns in the original length."""
     turns = scaling.original_length * plain / (2 * np.pi)

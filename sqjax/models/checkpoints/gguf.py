@@ -58,11 +58,8 @@ def read_gguf(
             complete model of an architecture that is known; every problem is listed.
         ImportError: if the `gguf` package is not installed.
     """
-    package = _import_gguf()
-    blocks = {
-        int(kind): Block(*sizes)
-        for kind, sizes in package.GGML_QUANT_SIZES.items()
-    }
+    package = import_gguf()
+    blocks = _blocks(package)
     with contextlib.ExitStack() as opened:
         parts = [_open(path, blocks, opened)]
         others = _paths_of_parts(parts[0])
@@ -91,6 +88,26 @@ def read_gguf(
         problems = unreadable.values()
         params = assemble(source, family, config, dtype, problems, placement)
     return config, params, metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The keys and values of a file, or of the first part of one.
+
+    Raises:
+        ValueError: it is no GGUF file.
+        ImportError: if the `gguf` package is not installed.
+    """
+    blocks = _blocks(import_gguf())
+    with contextlib.ExitStack() as opened:
+        return _open(path, blocks, opened).header.metadata
+
+
+def _blocks(package: Any) -> dict[int, Block]:
+    """How each type is stored, by its number."""
+    return {
+        int(kind): Block(*sizes)
+        for kind, sizes in package.GGML_QUANT_SIZES.items()
+    }
 
 
 def _shape(tensor: StoredTensor) -> tuple[int, ...]:
@@ -202,12 +219,12 @@ def _unreadable(stored: _Stored, package: Any) -> dict[str, str]:
     return problems
 
 
-def _import_gguf():
+def import_gguf(what: str = "reading") -> Any:
     """The `gguf` package, imported here because only these files need it."""
     try:
         import gguf
     except ImportError as error:
         raise ImportError(
-            "reading a .gguf file needs the `gguf` package: pip install sqjax[demo]"
+            f"{what} a .gguf file needs the `gguf` package: pip install sqjax[demo]"
         ) from error
     return gguf

@@ -179,7 +179,8 @@ def _gguf_tokenizer(
 ) -> tokenizer.Tokenizer | None:
     """The file's tokenizer. One that cannot be rebuilt is a warning and not an error, because the
     model itself can be used with token ids."""
-    if "tokenizer.ggml.model" not in metadata:
+    # What llama.cpp calls a model without one.
+    if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         return None
     try:
         return tokenizer.from_gguf_metadata(metadata, str(path))

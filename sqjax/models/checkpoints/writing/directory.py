@@ -21,8 +21,16 @@ _WEIGHTS = (
 _CONFIG = "config.json"
 
 
-def check_target(directory: Path, source: Path | None, overwrite: bool) -> None:
-    """Raises ValueError unless a directory may be written, and so replaced if it is there."""
+def check_target(
+    directory: Path,
+    source: Path | None,
+    overwrite: bool,
+    known_by: str = _CONFIG,
+) -> None:
+    """Raises ValueError unless a directory may be written, and so replaced if it is there.
+
+    `known_by` is a file that what is written here has, so that nothing else is replaced.
+    """
     here = directory.resolve()
     origin = [] if source is None else [source.resolve()]
     holds_source = here in (path for x in origin for path in (x, *x.parents))
@@ -47,20 +55,21 @@ def check_target(directory: Path, source: Path | None, overwrite: bool) -> None:
         "overwrite=True to replace it",
     )
     if inside:
-        _check_replaced(directory, inside)
+        _check_replaced(directory, inside, known_by)
 
 
-def _check_replaced(directory: Path, inside: Sequence[Path]) -> None:
+def _check_replaced(
+    directory: Path, inside: Sequence[Path], known_by: str
+) -> None:
     """Raises ValueError unless a directory looks like what is written here.
 
     All that it holds will be removed.
     """
-    words = (
-        "expected to replace a checkpoint, with config.json and no folders, got"
-    )
+    what = "a checkpoint" if known_by == _CONFIG else "an export"
+    words = f"expected to replace {what}, with {known_by} and no folders, got"
     expected = f"{directory}: {words} "
     remedy = "; choose another path"
-    is_one = (directory / _CONFIG).is_file()
+    is_one = (directory / known_by).is_file()
     _require(is_one, f"{expected}one without it{remedy}")
     known = _folders(directory)
     strange = [x.name for x in inside if x.is_dir() and x not in known]

@@ -68,6 +68,16 @@ def leaves_apart(params: Any, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
     return found
 
 
+def refuse_quantized(leaves: Mapping[str, Leaf], fix: str) -> None:
+    """Raises ValueError, naming them, if some leaves are quantized; `fix` says what to do."""
+    problems = [
+        f"{leaf.origin}: expected a float leaf, got a quantized one; {fix}"
+        for leaf in leaves.values()
+        if leaf.quantized
+    ]
+    raise_all(problems)
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raises one ValueError with all problems, the first of many, if there are any."""
     if problems:

@@ -1,7 +1,6 @@
 """Checkpoints without a source: the files of a Llama, made of its configuration and tokenizer."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from sqjax.models.checkpoints.families.common import ACTIVATIONS
@@ -134,12 +133,20 @@ def new_files(model: Any) -> Others:
     values = _values(model.config)
     tokenizer = model.tokenizer
     config = json.dumps(values | _ids(tokenizer), indent=2) + "\n"
-    files: dict[str, str | Path] = {}
-    if tokenizer is not None and tokenizer.backend is not None:
-        settings = _tokenizer_settings(tokenizer, model.config.max_length)
-        files["tokenizer.json"] = tokenizer.backend.to_str()
-        files["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
-    return Others(config, files)
+    return Others(config, tokenizer_files(tokenizer, model.config.max_length))
+
+
+def tokenizer_files(
+    tokenizer: Tokenizer | None, max_length: int
+) -> dict[str, str]:
+    """{name: text} of the files that hold a tokenizer whole; none for a model without one."""
+    if tokenizer is None or tokenizer.backend is None:
+        return {}
+    settings = _tokenizer_settings(tokenizer, max_length)
+    return {
+        "tokenizer.json": tokenizer.backend.to_str(),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
 
 
 def _tokenizer_settings(

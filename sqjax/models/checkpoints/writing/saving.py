@@ -35,7 +35,7 @@ from sqjax.models.checkpoints.writing.floats import (
 from sqjax.models.checkpoints.writing.leaves import (
     Leaf,
     leaves_apart,
-    raise_all,
+    refuse_quantized,
 )
 from sqjax.models.checkpoints.writing.llamas import (
     llama_checkpoint,
@@ -47,6 +47,10 @@ from sqjax.models.vision_model import VisionModel
 from sqjax.weights.quantize import named
 
 _FLOAT, _QUANTIZED = "save_huggingface", "save_compressed_tensors"
+_FIX = (
+    "save the float parameters, or write these with "
+    "sqjax.models.save_compressed_tensors"
+)
 #: What is written, each as it was loaded.
 AnyModel = Model | Encoder | VisionModel
 #: As transformers shards by default.
@@ -103,7 +107,7 @@ def save_huggingface(
     """
     how = _How(_FLOAT, directory, like, dtype, max_shard_bytes, overwrite)
     with _opened(how, model, params, families) as (checkpoint, leaves, others):
-        _refuse_quantized(leaves)
+        refuse_quantized(leaves, _FIX)
         tensors = _float_tensors(checkpoint, leaves, how.float_dtype)
         _write(how, tensors, others)
 
@@ -281,16 +285,6 @@ def _check_model_of(
                 f"model.config.{field.name}: expected {expected!r}, as {source} says, got {got!r}; "
                 "give the directory that the model was loaded from"
             )
-
-
-def _refuse_quantized(leaves: Mapping[str, Leaf]) -> None:
-    problems = [
-        f"{leaf.origin}: expected a float leaf, got a quantized one; save the float parameters, or "
-        "write these with sqjax.models.save_compressed_tensors"
-        for leaf in leaves.values()
-        if leaf.quantized
-    ]
-    raise_all(problems)
 
 
 def _float_tensors(
