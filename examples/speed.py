@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sqjax as sq
-from sqjax.commands.timing import interleaved
+from sqjax.report.timing import interleaved
 
 TOKENS, STEPS, REPEATS = 256, 48, 9
 

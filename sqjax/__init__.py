@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqjax.files.safetensors import load, save
     from sqjax.folding.apply import fold
     from sqjax.methods.quantization import quantize, smoothquant
+    from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
     from sqjax.runtime.caches import quantize_cache
@@ -90,6 +91,7 @@ __all__ = [
     "save",
     "scales",
     "shardings",
+    "site_errors",
     "smooth",
     "smoothquant",
     "split",
@@ -112,6 +114,7 @@ _NAMES = {
     "sqjax.files.safetensors": "load save",
     "sqjax.folding.apply": "fold",
     "sqjax.methods.quantization": "quantize smoothquant",
+    "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",
     "sqjax.methods.verification": "verify",
     "sqjax.runtime.caches": "quantize_cache",

@@ -7,7 +7,7 @@ was `bench`, so those names work still, hidden.
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,6 @@ import click
 
 from sqjax.commands.defaults import ALPHA, ENCODER, MODEL
 from sqjax.commands.options import Talk, command, several
-from sqjax.commands.records import (
-    Row,
-    as_dicts,
-    check_writable,
-    make_record,
-    write_record,
-)
 
 _RECORD = click.option(
     "--record",
@@ -49,9 +42,18 @@ def _quick(what: str) -> Callable[[Any], Any]:
 
 
 def _measure(
-    talk: Talk, record: Path | None, run: Callable[[], Sequence[Row]]
+    talk: Talk, record: Path | None, run: Callable[[], Iterable[Any]]
 ) -> None:
-    """Runs a command that prints its tables itself, and writes its record."""
+    """Runs a command that prints its tables itself, and writes its record.
+
+    `run` gives the rows: NamedTuples, or mappings.
+    """
+    from sqjax.commands.records import (
+        check_writable,
+        make_record,
+        write_record,
+    )
+
     if record is not None:
         # Before the run: a path that can not be written should not cost minutes of measuring.
         check_writable(record)
@@ -59,13 +61,17 @@ def _measure(
     # What is printed are tables for people, and for --json stdout holds one object alone.
     target = sys.stderr if talk.json else sys.stdout
     with contextlib.redirect_stdout(target):
-        rows = run()
+        rows = list(map(_as_dict, run()))
     if record is not None:
         seconds = time.perf_counter() - start
         arguments = click.get_current_context().obj
         write_record(record, make_record(arguments, rows, seconds))
     if talk.json:
-        talk.result({"rows": list(map(dict, rows))}, "")
+        talk.result({"rows": rows}, "")
+
+
+def _as_dict(row: Any) -> dict[str, Any]:
+    return dict(row) if isinstance(row, Mapping) else row._asdict()
 
 
 # The imports stand inside these functions so that `sqjax --help` does not load flax.
@@ -97,7 +103,7 @@ def demo(
 
     size = demos.QUICK if quick else demos.FULL
 
-    def run() -> list[Row]:
+    def run() -> Iterable[Any]:
         rows = demos.demo(size, alpha, model, float_head)
         if model == MODEL and not quick:
             # A real model of another kind; `bench embeddings` has a record of its own.
@@ -105,7 +111,7 @@ def demo(
 
             print()
             embeddings.embeddings(embeddings.QUICK)
-        return as_dicts(rows)
+        return rows
 
     _measure(talk, record, run)
 
@@ -126,7 +132,7 @@ def schemes(
     from sqjax.commands import schemes as tables
 
     size = demos.QUICK if quick else demos.FULL
-    _measure(talk, record, lambda: as_dicts(tables.compare(size, alpha, model)))
+    _measure(talk, record, lambda: tables.compare(size, alpha, model))
 
 
 @command(
@@ -152,7 +158,7 @@ def embeddings(
     _measure(
         talk,
         record,
-        lambda: as_dicts(encoders.embeddings(size, model, alpha)),
+        lambda: encoders.embeddings(size, model, alpha),
     )
 
 
@@ -166,7 +172,7 @@ def speed(talk: Talk, quick: bool, record: Path | None) -> None:
     """Time every scheme beside float32, bfloat16 and qwix."""
     from sqjax.commands import benchmark
 
-    def run() -> Sequence[Row]:
+    def run() -> Iterable[Any]:
         if quick:
             return benchmark.benchmark(benchmark.QUICK, ("llama-shaped",))
         return benchmark.benchmark()

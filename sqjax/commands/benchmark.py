@@ -21,14 +21,15 @@ from sqjax.calibration.calibrate import calibrate
 from sqjax.commands import layouts
 from sqjax.commands.defaults import MODEL
 from sqjax.commands.layouts import LIKE_QWIX, QWIX, SECONDS
-from sqjax.commands.records import Row, this_machine
+from sqjax.commands.records import Row
 from sqjax.commands.shared import check_length
-from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import quantize
 from sqjax.models import LlamaConfig, Model, fuse, load
 from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.loading import check_source
 from sqjax.models.decoder import CausalLM
+from sqjax.report.machine import this_machine
+from sqjax.report.timing import interleaved
 from sqjax.runtime.quantized import quantized
 from sqjax.weights import schemes
 

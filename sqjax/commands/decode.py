@@ -14,10 +14,8 @@ from sqjax.commands.records import Row, as_dicts
 from sqjax.commands.shared import (
     check_length,
     text_windows,
-    weight_bytes,
     where,
 )
-from sqjax.commands.timing import interleaved
 from sqjax.methods.quantization import smoothquant
 from sqjax.models import load
 from sqjax.models.cache import KVCache
@@ -25,8 +23,10 @@ from sqjax.models.decoding.sampling import likeliest
 from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Model, Params
 from sqjax.models.slots import CACHE_FORMATS
+from sqjax.report.timing import interleaved
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8
+from sqjax.weights.sizes import weight_bytes
 
 #: The tokens in the cache while batch sizes are compared.
 CONTEXT = 512

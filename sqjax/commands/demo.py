@@ -18,17 +18,17 @@ from sqjax.commands.shared import (
     check_alpha,
     check_length,
     text_windows,
-    weight_bytes,
     where,
 )
-from sqjax.commands.timing import interleaved
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import fold_stats, scales
 from sqjax.models import Model, greedy, load
 from sqjax.models.evaluation.perplexity import perplexity
+from sqjax.report.timing import interleaved
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import W8A8_O1, W8A8_O3, Scheme
+from sqjax.weights.sizes import weight_bytes
 
 PROMPT = "The capital of France is"
 #: The tokens of the prompt whose reading is timed.

@@ -12,14 +12,15 @@ from sqjax.calibration.stats import Stats
 from sqjax.commands import layouts
 from sqjax.commands.defaults import ALPHA, ENCODER
 from sqjax.commands.records import as_dicts
-from sqjax.commands.shared import check_alpha, shipped, weight_bytes, where
-from sqjax.commands.timing import interleaved
+from sqjax.commands.shared import check_alpha, shipped, where
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import fold_stats, scales
 from sqjax.models import load_encoder
 from sqjax.models.encoder import Encoder
+from sqjax.report.timing import interleaved
 from sqjax.weights.schemes import W8A8_O1, W8A8_O3, W8A16, Scheme
+from sqjax.weights.sizes import weight_bytes
 
 #: Sentences in a batch: many, because each shape of a batch is a program to compile.
 BATCH = 64

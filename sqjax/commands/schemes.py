@@ -17,7 +17,6 @@ from sqjax.commands.shared import (
     check_alpha,
     check_length,
     text_windows,
-    weight_bytes,
     where,
 )
 from sqjax.methods.quantization import quantize
@@ -28,6 +27,7 @@ from sqjax.models.model import Params, TokenIds
 from sqjax.runtime.int8_attention import int8_attention
 from sqjax.weights import schemes
 from sqjax.weights.schemes import Scheme, Static
+from sqjax.weights.sizes import weight_bytes
 
 SCHEMES: dict[str, Scheme] = {
     "W8A8 O1 per-token": schemes.W8A8_O1,

@@ -2,15 +2,12 @@
 
 from importlib import resources
 from numbers import Real
-from typing import Any
 
 import jax
 import numpy as np
 
 from sqjax.models import Model
 from sqjax.models.evaluation.perplexity import windows
-from sqjax.weights.qtensor import QTensor
-from sqjax.weights.quant_weight import QuantWeight
 
 #: What a command that reads texts says of a model without a tokenizer.
 NO_TOKENIZER = (
@@ -63,20 +60,3 @@ def check_length(model: Model, tokens: int, what: str) -> None:
 def where(model_name: str) -> str:
     """The model, the device and the version of jax: the first line that a command prints."""
     return f"{model_name} on {jax.devices()[0].platform}, jax {jax.__version__}"
-
-
-def weight_bytes(tree: Any) -> int:
-    """Bytes of a tree as a file or a GPU holds them, where int4 takes half a byte."""
-
-    def is_quantized_leaf(leaf: Any) -> bool:
-        return isinstance(leaf, QuantWeight | QTensor)
-
-    total = 0
-    for leaf in jax.tree.leaves(tree, is_leaf=is_quantized_leaf):
-        if isinstance(leaf, QuantWeight):
-            beside = (leaf.input_scale, leaf.smoothing, leaf.outliers)
-            total += leaf.tensor.nbytes
-            total += sum(array.nbytes for array in jax.tree.leaves(beside))
-        else:
-            total += int(leaf.nbytes)
-    return total

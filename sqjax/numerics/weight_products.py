@@ -244,6 +244,18 @@ def static_scale(
     return _nan_where(jnp.isnan(absmax(x, 1)), scale)
 
 
+def count_beyond(
+    x: Float[Array, "..."], scale: Float[Array, "..."], fmt: FormatName
+) -> Float[Array, ""]:
+    """How many |x| are larger than what a static scale covers, scale * bound; float32.
+
+    The range's own rounding is no excess: a scale of absmax / 127 clips no absmax.
+    """
+    covered = scale * (FORMATS[fmt].bound * (1 + 2.0**-20))
+    beyond = jnp.abs(x).astype(jnp.float32) > covered
+    return jnp.sum(beyond, dtype=jnp.float32)
+
+
 def _nan_where(lost: Bool[Array, "rows 1"], scale: Array) -> Array:
     """The scale of each row; on a CPU NaN for rows that are lost.
 

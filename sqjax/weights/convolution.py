@@ -16,6 +16,7 @@ from sqjax._shapes import entries_at
 from sqjax.numerics.channels import Channels, spread_channels
 from sqjax.numerics.convolution import Kernel, Window, convolution
 from sqjax.numerics.dots import LONGEST_CONTRACTION
+from sqjax.numerics.weight_products import count_beyond
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import quantize_weight
@@ -124,6 +125,22 @@ def quantized_convolution(
     out = convolution(weight.recipe, window, image, kernel)
     # Axis i of the result is axis of_result[i] of the caller's.
     return jnp.moveaxis(out, range(out.ndim), of_result)
+
+
+def clipped_pixels(
+    x: Float[Array, "..."], weight: QuantWeight, params: Mapping[str, Any]
+) -> Float[Array, ""]:
+    """How many values of an image lie beyond the kernel's static scale; 0 where it has none.
+
+    With smoothing at run time these are values of X / s.
+    """
+    if weight.activations != "static":
+        return jnp.zeros((), jnp.float32)
+    if weight.smoothing is not None:
+        sizes = [1] * x.ndim
+        sizes[params["dimension_numbers"].lhs_spec[1]] = -1
+        x = x.astype(jnp.float32) / weight.smoothing.reshape(sizes)
+    return count_beyond(x, weight.input_scale, weight.activation_format)
 
 
 def _kernel(weight: QuantWeight, logical: tuple[int, ...]) -> Kernel:

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import entries_at, other_axes, sizes_along
+from sqjax._shapes import Shape, entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import (
     Matrix,
     Recipe,
+    count_beyond,
     product,
     ragged_product,
     transposed_product,
@@ -67,17 +68,7 @@ def quantized_dot_general(
         multiply, channels = _multiply, list(w_axes)
     multiply = partial(multiply, weight.recipe)
 
-    moved = x.transpose(*axes.batch, *axes.free, *axes.contracted)
-    after_batch = len(axes.batch)
-    after_free = after_batch + len(axes.free)
-    batch_sizes = moved.shape[:after_batch]
-    free_sizes = moved.shape[after_batch:after_free]
-    rows = moved.reshape(
-        math.prod(batch_sizes),
-        math.prod(free_sizes),
-        math.prod(moved.shape[after_free:]),
-    )
-
+    rows, sizes = _as_rows(x, axes)
     operands = rows, *matrices(weight, len(channels), len(w_batch))
     if w_batch:
         out = jax.vmap(multiply)(*operands)
@@ -85,9 +76,53 @@ def quantized_dot_general(
         out = multiply(*jax.tree.map(lambda stack: stack[0], operands))
 
     outer_sizes = sizes_along(weight.tensor.values.shape, axes.outer)
-    return out.reshape(*batch_sizes, *free_sizes, *outer_sizes).transpose(
-        axes.of_result
+    return out.reshape(*sizes, *outer_sizes).transpose(axes.of_result)
+
+
+def clipped_values(
+    x: Float[Array, "..."], weight: QuantWeight, dimensions: DimensionNumbers
+) -> Float[Array, ""]:
+    """How many values of x, as `quantized_dot_general` quantizes them, lie beyond a static scale.
+
+    0 where the scale is computed at run time, or x stays float. With smoothing at run time these
+    are values of X / s; outlier channels, which stay float, are not counted.
+    """
+    (_, w_axes), (_, w_batch) = dimensions
+    is_other = _sums_over_outputs(weight.tensor, w_axes, w_batch)
+    if weight.activations != "static" or is_other:
+        return jnp.zeros((), jnp.float32)
+    rows, _ = _as_rows(x, _axes_of(x.ndim, weight.tensor.axes, dimensions))
+
+    def of_matrix(
+        rows: Array, matrix: Matrix, smoothing: Any, outliers: Any
+    ) -> Array:
+        rows = _smoothed(rows, smoothing)
+        if outliers is not None:
+            rows = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
+        return count_beyond(rows, matrix.input_scale, weight.activation_format)
+
+    operands = rows, *matrices(weight, len(w_axes), len(w_batch))
+    if w_batch:
+        return jnp.sum(jax.vmap(of_matrix)(*operands))
+    return of_matrix(*jax.tree.map(lambda stack: stack[0], operands))
+
+
+def _as_rows(
+    x: Array, axes: "_Axes"
+) -> tuple[Float[Array, "batch rows inner"], Shape]:
+    """An activation as stacks of rows, and the sizes of its batch axes and free axes.
+
+    Example: x of (tokens, experts, in) with a batch axis of experts is (experts, tokens, in).
+    """
+    moved = x.transpose(*axes.batch, *axes.free, *axes.contracted)
+    after_batch = len(axes.batch)
+    after_free = after_batch + len(axes.free)
+    rows = moved.reshape(
+        math.prod(moved.shape[:after_batch]),
+        math.prod(moved.shape[after_batch:after_free]),
+        math.prod(moved.shape[after_free:]),
     )
+    return rows, moved.shape[:after_free]
 
 
 class _Axes(NamedTuple):
@@ -350,3 +385,18 @@ def quantized_ragged_dot(
     # Without its smoothing, by which x has been divided already.
     stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
     return ragged_product(weight.recipe, x, stack, group_sizes)
+
+
+def clipped_rows(
+    x: Float[Array, "rows inner"],
+    weight: QuantWeight,
+    group_sizes: Int[Array, " stack"],
+) -> Float[Array, ""]:
+    """`clipped_values`, of the rows of `quantized_ragged_dot`."""
+    if weight.activations != "static":
+        return jnp.zeros((), jnp.float32)
+    rows = x.shape[0]
+    scale = jnp.broadcast_to(weight.input_scale, group_sizes.shape)
+    of_row = jnp.repeat(scale, group_sizes, total_repeat_length=rows)
+    divided = _smoothed(x, weight.smoothing)
+    return count_beyond(divided, of_row[:, None], weight.activation_format)

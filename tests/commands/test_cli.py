@@ -65,7 +65,7 @@ def refusal(capsys):
         out, err = capsys.readouterr()
         assert out == ""
         lines = [line for line in err.splitlines() if line.startswith("sqjax: ")]
-        assert len(lines) == 1 and err.splitlines()[-1] == lines[0], err
+        assert lines == err.splitlines()[-1:], err
         assert "Traceback" not in err
         return lines[0]
 
@@ -122,7 +122,8 @@ def test_every_help_has_examples_that_parse(name):
     result = CliRunner().invoke(cli.sqjax, [name, "--help"])
     assert result.exit_code == 0
     examples = result.output.partition("Examples:\n")[2].splitlines()
-    assert examples and all(line.startswith("  sqjax ") for line in examples)
+    assert examples
+    assert all(line.startswith("  sqjax ") for line in examples)
     assert {"--json", "--quiet"} <= set(result.output.split())
 
 
@@ -322,7 +323,8 @@ def test_texts_of_files_folders_and_lines(tmp_path):
     assert read_texts(tmp_path, "calibration").texts == ["one", "two", "three"]
     assert read_texts(tmp_path / "a.txt", "calibration").texts == ["one"]
     shipped = read_texts(None, "evaluation")
-    assert len(shipped.texts[0]) > 10_000 and "comes with sqjax" in shipped.name
+    assert len(shipped.texts[0]) > 10_000
+    assert "comes with sqjax" in shipped.name
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"txt": "three"}\n')
     with pytest.raises(ValueError, match=r'b\.jsonl:2: expected \{"text": \.\.\.\}, got \[.txt.\]'):
         read_texts(tmp_path / "b.jsonl", "calibration")

@@ -8,10 +8,11 @@ import pytest
 import sqjax as sq
 from sqjax.commands import benchmark, cli, demo, schemes
 from sqjax.commands import decode as decoding
-from sqjax.commands.shared import text_windows, weight_bytes
-from sqjax.commands.timing import interleaved
+from sqjax.commands.shared import text_windows
 from sqjax.models import LlamaConfig, Model
 from sqjax.models.tokenizer import Tokenizer
+from sqjax.report.timing import interleaved
+from sqjax.weights.sizes import weight_bytes
 
 
 class _Letters(Tokenizer):

@@ -7,8 +7,8 @@ import subprocess
 import jax
 import pytest
 
-from sqjax.commands import records
 from sqjax.commands.records import Machine, Record, make_record, read_record, write_record
+from sqjax.report import machine
 
 ROWS = [{"name": "float32", "seconds": 0.5}, {"name": "W8A8", "seconds": 0.25}]
 CPUINFO = """processor\t: 0
@@ -37,12 +37,12 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path):
 
 def test_the_machine_is_what_cpuinfo_says(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(records, "CPUINFO", cpuinfo)
-    elsewhere = records.this_machine()
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    elsewhere = machine.this_machine()
     assert elsewhere.features == []
     assert elsewhere.cpu
     cpuinfo.write_text(CPUINFO)
-    found = records.this_machine()
+    found = machine.this_machine()
     assert found.cpu == "AMD EPYC, cpu family 26, model 2"
     assert found.features == ["avx512_vnni", "avx512_bf16"]
 
@@ -54,7 +54,7 @@ def git(root, *arguments):
 
 
 def test_the_commit_is_that_of_this_checkout_alone(tmp_path):
-    assert records.current_commit(tmp_path) is None
+    assert machine.current_commit(tmp_path) is None
     git(tmp_path, "init")
     package = tmp_path / "sqjax"
     package.mkdir()
@@ -63,18 +63,18 @@ def test_the_commit_is_that_of_this_checkout_alone(tmp_path):
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert records.current_commit(tmp_path) == commit
+    assert machine.current_commit(tmp_path) == commit
     # Inside a checkout of something else: for example in an environment's site-packages.
-    assert records.current_commit(package) is None
+    assert machine.current_commit(package) is None
     (tmp_path / "README.md").write_text("not code")
-    assert records.current_commit(tmp_path) == commit
+    assert machine.current_commit(tmp_path) == commit
     source.write_text("2")
-    assert records.current_commit(tmp_path) == f"{commit}-dirty"
+    assert machine.current_commit(tmp_path) == f"{commit}-dirty"
 
 
 def test_the_commit_is_unknown_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records.current_commit() is None
+    assert machine.current_commit() is None
 
 
 @pytest.mark.parametrize(

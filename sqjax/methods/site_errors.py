@@ -1,0 +1,458 @@
+"""`site_errors`: how much of each matmul's output quantization loses, each taken by itself.
+
+The function runs once in float. Where it multiplies an activation with a leaf, the quantized leaf
+multiplies the same activation, by the rules by which `quantized` runs. So no site's error has a
+part in another's, and the sum of squares says which sites a scheme is wrong for.
+
+A leaf is a `Pair` on its way: the float array and the quantized one. What the two give at a meeting
+is compared at once, and the float result goes on. The comparisons are named values of the program
+(`jax.ad_checkpoint.checkpoint_name`), so that a second walk can take them out of loops, branches
+and devices, as it takes statistics for `calibrate`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from sqjax._arguments import check_function
+from sqjax._trees import PyTree, named_leaves
+from sqjax.calibration.analysis import described
+from sqjax.program.equations import Var
+from sqjax.program.evaluate import evaluate
+from sqjax.program.facts import Program
+from sqjax.program.registry import Kind, Registry, Rule, Special, specials_among
+from sqjax.program.subprograms import emit, listed
+from sqjax.program.trace import array_leaves, trace
+from sqjax.program.walk import run
+from sqjax.runtime.kinds import JoinedWeight, SummedWeight
+from sqjax.runtime.quantized import RULES
+from sqjax.runtime.weight_rules import weight_leaves
+from sqjax.weights.convolution import clipped_pixels
+from sqjax.weights.dot_general import clipped_rows, clipped_values
+from sqjax.weights.quant_weight import QuantWeight, is_quantized
+
+
+class SiteError(NamedTuple):
+    """What quantizing one site loses.
+
+    Attributes:
+        snr_db: 10 log10 of sum (X W)^2 over sum (X W - what the quantized leaf gives)^2, in
+            decibels: 20 more are an error 10 times smaller. Infinity where nothing is lost, NaN
+            where X W is all zeros (no token came by).
+        clipped: the share of the activation's values beyond a static scale's range; 0 where the
+            scale is computed at run time.
+    """
+
+    snr_db: float
+    clipped: float
+
+
+def site_errors(
+    fn: Callable[..., Any], params: PyTree, qparams: PyTree, batch: Any
+) -> dict[str, SiteError]:
+    """The error of every quantized leaf's output, each from the float program's own activation.
+
+    For a site with the activation X and the float leaf W, X W is compared with what the quantized
+    leaf computes from the same X. A leaf that is read several times, or is a stack of layers or
+    experts, has one error for all of that. Leaves that `fn` concatenates before one matmul have
+    that matmul's error. An embedding's error is that of the rows that were looked up.
+
+    Args:
+        fn: fn(params, *batch), as for `calibrate`.
+        params: the float tree that was quantized: after `smooth`, the smoothed one.
+        qparams: what `quantize` made of it.
+        batch: one argument, or a tuple of fn's arguments after params.
+
+    Returns:
+        {path: (snr_db, clipped)} of the quantized leaves that `fn` multiplies or looks up.
+
+    Raises:
+        ValueError: qparams has no quantized leaf; the trees have other paths, or differ in a leaf
+            that is not quantized (params were not smoothed, and qparams were); `fn` fails on the
+            batch; a quantized weight meets a primitive that has no rule.
+
+    Examples:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> params, x = {"w": jnp.array([[1.0, 0.3], [-0.2, 0.5]])}, jnp.array([[1.0, 16.0]])
+        >>> stats = sq.calibrate(fn, params, [x])
+        >>> errors = sq.site_errors(fn, params, sq.quantize(params, stats, sq.W8A8_O3), 2 * x)
+        >>> errors["w"].clipped, 0 < errors["w"].snr_db < 10
+        (0.5, True)
+    """
+    return Comparison.of(fn, params, qparams, batch).errors(
+        params, qparams, batch
+    )
+
+
+# A program that compares --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A function with the comparisons in it, compiled once for trees and batches of one kind.
+
+    Attributes:
+        sums: sums(leaves of both trees, inputs) is {paths of leaves: the four sums of `_compared`}.
+        names: {the name of a comparison: the paths of its leaves}.
+    """
+
+    sums: Callable[[Sequence[Any], Sequence[Any]], Mapping[str, Array]]
+    names: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(
+        cls, fn: Callable[..., Any], params: PyTree, qparams: PyTree, batch: Any
+    ) -> "Comparison":
+        """Traces the comparisons.
+
+        Raises:
+            ValueError: as `site_errors`.
+        """
+        check_function(fn, "site_errors", "(fn, params, qparams, batch)")
+        _check_quantized(qparams)
+        names: dict[str, tuple[str, ...]] = {}
+
+        def compared(trees, *args):
+            return _outputs(fn, trees, args, names)
+
+        args = _arguments(batch)
+        traced, _ = trace(compared, (params, qparams), args, {})
+        program = Program(traced)
+        measures: dict[Var, Callable[[Array], Any]] = {
+            v: lambda x: x for v in _named(program, names)
+        }
+
+        def sums(leaves, inputs):
+            _, seen = evaluate(program, leaves, inputs, measures)
+            return {
+                name: _all_steps(seen[v])
+                for v, name in _named(program, names).items()
+                if v in seen
+            }
+
+        return cls(jax.jit(sums), names)
+
+    def errors(
+        self, params: PyTree, qparams: PyTree, batch: Any
+    ) -> dict[str, SiteError]:
+        """`site_errors` of trees and a batch of the same kind."""
+        _check_same_floats(params, qparams)
+        leaves = jax.tree.leaves((params, qparams))
+        inputs = array_leaves(_arguments(batch))
+        found = jax.device_get(self.sums(leaves, inputs))
+        totals: dict[str, np.ndarray] = {}
+        for name, sums in found.items():
+            for path in self.names[name]:
+                before = totals.get(path, np.zeros(4))
+                totals[path] = before + np.asarray(sums, np.float64)
+        return {path: _error(*totals[path].tolist()) for path in sorted(totals)}
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _outputs(
+    fn: Callable[..., Any],
+    trees: tuple[PyTree, PyTree],
+    args: tuple[Any, ...],
+    names: dict[str, tuple[str, ...]],
+) -> Any:
+    """fn(params, *args) on the pairs of leaves; names each comparison on its way."""
+    params, qparams = trees
+    try:
+        traced, inputs = trace(fn, params, args, {})
+    # Whatever fn raises: a TypeError of two arguments for one, a shape that does not fit, ...
+    except Exception as error:
+        raise ValueError(
+            "site_errors: fn(params, *batch) failed on inputs of shapes "
+            f"{described(args)}. {type(error).__name__}: {error}"
+        ) from error
+    _, floats, _ = named_leaves(params)
+    paths, coded, _ = named_leaves(qparams, is_leaf=is_quantized)
+    if paths != traced.paths:
+        other = sorted({*paths} ^ {*traced.paths})[:1]
+        raise ValueError(
+            f"site_errors: {other[0]} is in one tree only; pass the float tree that was quantized, "
+            "and what quantize made of it"
+        )
+    pairs = []
+    quantized = weight_leaves(paths, coded)
+    for exact, other in zip(floats, quantized, strict=True):
+        is_pair = isinstance(other, Special)
+        pairs.append(_paired(other.path, exact, other) if is_pair else exact)
+    return run(traced.jaxpr, [*pairs, *inputs], _Pairs(names))
+
+
+def _named(program: Program, names: Mapping[str, Any]) -> dict[Var, str]:
+    """{variable: the name of the comparison that it is}."""
+    found = {}
+    for equation in program.equations:
+        name = equation.params.get("name") if equation.name == "name" else None
+        if name in names:
+            found[equation.outputs[0]] = name
+    return found
+
+
+def _all_steps(x: Array) -> Array:
+    """The sums over all steps of loops, and over devices, which may count one token twice.
+
+    Every sum is then too large by the same factor, which the ratios do not see.
+    """
+    return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+def _error(
+    signal: float, noise: float, clipped: float, values: float
+) -> SiteError:
+    share = clipped / values if values else 0.0
+    if not signal:
+        return SiteError(math.nan, share)
+    if not noise:
+        return SiteError(math.inf, share)
+    return SiteError(10 * math.log10(signal / noise), share)
+
+
+# Pairs --------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pair:
+    """A float array, and the special value that `quantized` would have in its place.
+
+    Attributes:
+        exact: the array.
+        coded: a `Special` that holds a quantized weight, or several that fn has joined.
+    """
+
+    exact: Any
+    coded: Any
+
+
+def _paired(path: str, exact: Any, coded: Special) -> Special:
+    return Special(path, Pair(exact, coded))
+
+
+def _slices(equation: JaxprEqn, pair: Special, length: int) -> Special:
+    coded = pair.value.coded
+    sliced = RULES.kind_of(coded).slices(equation, coded, length)
+    return _paired(pair.path, pair.value.exact, sliced)
+
+
+def _specs(equation: JaxprEqn, pair: Special, spec: PartitionSpec) -> Special:
+    coded = pair.value.coded
+    specs = RULES.kind_of(coded).specs(equation, coded, spec)
+    return _paired(pair.path, spec, specs)
+
+
+def _carry(equation: JaxprEqn, pair: Special) -> Any:
+    coded = pair.value.coded
+    return RULES.kind_of(coded).carry(equation, coded)
+
+
+def _leave(pair: Special) -> Any:
+    coded = pair.value.coded
+    return RULES.kind_of(coded).leave(coded)
+
+
+def _no_rule(equation: JaxprEqn, *operands: Any) -> Any:
+    """Raises what `quantized` raises."""
+    coded = list(map(_coded, operands))
+    return RULES.owner(coded).otherwise(equation, *coded)
+
+
+PAIRS = Kind(
+    Pair,
+    otherwise=_no_rule,
+    slices=_slices,
+    specs=_specs,
+    carry=_carry,
+    leave=_leave,
+)
+
+
+class _Pairs(Registry):
+    """One rule for every primitive: run it on the floats, and what `quantized` does beside it.
+
+    `names` is filled with the comparisons: {name: paths}.
+    """
+
+    def __init__(self, names: dict[str, tuple[str, ...]]):
+        super().__init__(PAIRS)
+        self._names = names
+
+    def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:
+        """The rule of both programs."""
+        return Rule(self._both, asks=True)
+
+    def _both(
+        self, equation: JaxprEqn, *operands: Any, known: Sequence[Any]
+    ) -> list[Any] | None:
+        """The float results, paired with the quantized ones where these are weights still."""
+        exact = emit(equation, *map(_exact, operands))
+        coded = list(map(_coded, operands))
+        rule = RULES.rule(equation, coded).given(known)
+        made = rule(equation, *coded)
+        if made is None:
+            return None
+        path = specials_among(operands)[0].path
+        results = []
+        for x, other in zip(exact, listed(equation, made), strict=True):
+            if isinstance(other, Special):
+                results.append(_paired(path, x, other))
+            else:
+                results.append(self._meeting(equation, coded, x, other))
+        return results
+
+    def _meeting(
+        self, equation: JaxprEqn, coded: Sequence[Any], exact: Any, other: Any
+    ) -> Array:
+        """The float result of a product, which from here on hangs on a comparison."""
+        clip = _CLIPPED.get(equation.primitive.name)
+        # Other arrays are no products: the norm of a weight, an array that passes a barrier.
+        if clip is None:
+            return exact
+        leaves = [
+            leaf for x in specials_among(coded) for leaf in _weights_in(x)
+        ]
+        clipped, values = clip(equation, coded, leaves)
+        sums = _compared(exact, other, clipped, values)
+        name = f"{_PREFIX}{len(self._names)}"
+        self._names[name] = tuple(leaf.path for leaf in leaves)
+        named = checkpoint_name(sums, name)
+        # Both cases are the result. But what nothing reads is dropped from a program.
+        return lax.select(named[0] >= 0, exact, exact)
+
+
+#: What the names of comparisons begin with.
+_PREFIX = "sqjax.site_errors "
+
+
+def _exact(x: Any) -> Any:
+    return x.value.exact if isinstance(x, Special) else x
+
+
+def _coded(x: Any) -> Any:
+    return x.value.coded if isinstance(x, Special) else x
+
+
+def _weights_in(special: Special) -> Iterator[Special]:
+    """The quantized weights that a special value is made of."""
+    value = special.value
+    if isinstance(value, QuantWeight):
+        yield special
+    elif isinstance(value, JoinedWeight):
+        yield from specials_among(value.pieces)
+    elif isinstance(value, SummedWeight):
+        yield from specials_among(value.terms)
+
+
+def _compared(exact: Any, other: Any, clipped: Array, values: Any) -> Array:
+    """(sum exact^2, sum (exact - other)^2, clipped values, values), float32.
+
+    Example: the outputs 3 and 4 for which the quantized weight gives 3 and 5, of an activation of
+    10 values one of which was clipped: (25, 1, 1, 10).
+    """
+    wanted, got = exact.astype(jnp.float32), other.astype(jnp.float32)
+    signal = jnp.sum(jnp.square(wanted))
+    noise = jnp.sum(jnp.square(wanted - got))
+    # Times 1, because in a shard_map all four must vary over the same devices.
+    one = signal * 0 + 1
+    return jnp.stack([signal, noise, clipped * one, values * one])
+
+
+# What is clipped ----------------------------------------------------------------------------------
+
+
+def _of_dot(
+    equation: JaxprEqn, operands: Sequence[Any], leaves: Sequence[Special]
+) -> tuple[Array, int]:
+    lhs, rhs = operands
+    (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
+    dimensions = (l_axes, r_axes), (l_batch, r_batch)
+    x = lhs
+    if isinstance(lhs, Special):
+        x, dimensions = rhs, ((r_axes, l_axes), (r_batch, l_batch))
+    count = partial(clipped_values, x, dimensions=dimensions)
+    return _mean_of(count, leaves), x.size
+
+
+def _of_ragged_dot(
+    equation: JaxprEqn, operands: Sequence[Any], leaves: Sequence[Special]
+) -> tuple[Array, int]:
+    x, _, group_sizes = operands
+    count = partial(clipped_rows, x, group_sizes=group_sizes)
+    return _mean_of(count, leaves), x.size
+
+
+def _of_convolution(
+    equation: JaxprEqn, operands: Sequence[Any], leaves: Sequence[Special]
+) -> tuple[Array, int]:
+    x, _ = operands
+    count = partial(clipped_pixels, x, params=equation.params)
+    return _mean_of(count, leaves), x.size
+
+
+def _of_rows(
+    equation: JaxprEqn, operands: Sequence[Any], leaves: Sequence[Special]
+) -> tuple[Array, int]:
+    """Rows of an embedding are looked up by indices, which nothing clips."""
+    return jnp.zeros((), jnp.float32), 0
+
+
+def _mean_of(count: Callable[..., Array], leaves: Sequence[Special]) -> Array:
+    """How many values are clipped; of concatenated leaves, each with its scale, the mean."""
+    counts = [count(weight=leaf.value) for leaf in leaves]
+    return sum(counts[1:], counts[0]) / len(counts)
+
+
+#: {primitive of a product or look-up: what it clips}.
+_CLIPPED = {
+    "dot_general": _of_dot,
+    "ragged_dot_general": _of_ragged_dot,
+    "conv_general_dilated": _of_convolution,
+    "gather": _of_rows,
+}
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _check_quantized(qparams: PyTree) -> None:
+    leaves = jax.tree.leaves(qparams, is_leaf=is_quantized)
+    if not any(map(is_quantized, leaves)):
+        raise ValueError(
+            "site_errors: expected qparams with quantized leaves, as sqjax.quantize gives them, "
+            "got none; the order is site_errors(fn, params, qparams, batch)"
+        )
+
+
+def _check_same_floats(params: PyTree, qparams: PyTree) -> None:
+    """Raises ValueError unless the leaves that stayed float are the same in both trees."""
+    _, floats, _ = named_leaves(params, is_leaf=is_quantized)
+    paths, coded, _ = named_leaves(qparams, is_leaf=is_quantized)
+    for path, exact, other in zip(paths, floats, coded, strict=True):
+        if is_quantized(exact):
+            raise ValueError(
+                f"site_errors: {path}: expected a float array in params, got {exact!r}; pass the "
+                "float tree that was quantized"
+            )
+        if is_quantized(other) or exact is other:
+            continue
+        if not np.array_equal(exact, other):
+            raise ValueError(
+                f"site_errors: {path} is another array in params than in qparams; pass the tree "
+                "that was quantized: after smooth, the smoothed one"
+            )
