@@ -77,11 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    # Not click's own way, which prints usage over several lines, and knows no other errors.
     try:
-        # click's own way to end prints usage over several lines, and knows no other errors.
-        status = sqjax.main(
-            arguments, "sqjax", standalone_mode=False, obj=arguments
-        )
+        with sqjax.make_context(
+            "sqjax", arguments, obj=list(arguments)
+        ) as context:
+            sqjax.invoke(context)
+    except click.exceptions.Exit as end:  # of `--help`
+        return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return _BAD_INPUT
@@ -93,8 +96,7 @@ def _run(arguments: list[str]) -> int:
         return _complain(error, _BAD_INPUT)
     except RuntimeError as error:
         return _complain(error, _FAILED)
-    # `--help` gives its own status, a command nothing.
-    return status if isinstance(status, int) else 0
+    return 0
 
 
 def _of_usage(error: click.ClickException) -> str:
@@ -109,7 +111,6 @@ def _of_usage(error: click.ClickException) -> str:
 def _complain(problem: object, status: int) -> int:
     """Says a problem in one line, also where its text has several."""
     line = " ".join(str(problem).split())
-    # A bar or a half line of text may stand there still.
     click.echo(f"sqjax: {line}", err=True)
     return status
 

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import Talk
-from sqjax.commands.shared import weight_bytes
 from sqjax.commands.texts import TOKENS, Windows
 from sqjax.models import Model
 from sqjax.models.model import Params
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.sizes import weight_bytes
 
 
 class Compared(NamedTuple):

@@ -70,9 +70,9 @@ def evaluate(
         return
     from sqjax.commands.model_argument import open_decoder
     from sqjax.commands.outputs import check_recipe
-    from sqjax.commands.shared import weight_bytes
     from sqjax.commands.texts import read_texts, token_windows
     from sqjax.models import perplexity
+    from sqjax.weights.sizes import weight_bytes
 
     texts = read_texts(text, "evaluation")
     check_recipe({"text": texts.digest})

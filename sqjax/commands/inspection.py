@@ -73,8 +73,8 @@ def _of_quantized(
 ) -> tuple[dict[str, Any], str]:
     """A record and a text of how the weights of a model are quantized."""
     from sqjax._trees import named_leaves
-    from sqjax.commands.shared import weight_bytes
     from sqjax.weights.quant_weight import is_quantized
+    from sqjax.weights.sizes import weight_bytes
 
     paths, leaves, _ = named_leaves(opened.params, is_leaf=is_quantized)
     kinds: dict[str, str] = {}

@@ -9,10 +9,10 @@ from sqjax.commands.calibrating import smoothed
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import Talk
 from sqjax.commands.quantize import How
-from sqjax.commands.shared import weight_bytes
 from sqjax.folding.graph import paths_of
 from sqjax.methods.quantization import quantize, site_schemes
 from sqjax.weights.schemes import PRESETS
+from sqjax.weights.sizes import weight_bytes
 
 #: What a tied head is called in the trees of models here.
 _TIED = "embed_tokens"

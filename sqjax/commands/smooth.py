@@ -67,8 +67,8 @@ def smooth(
     check_output(output, force, directory=True, reads=(model, text, stats))
     from sqjax.commands.calibrating import Asked, calibrated, smoothed
     from sqjax.commands.model_argument import open_model
-    from sqjax.commands.shared import weight_bytes
     from sqjax.models import save_huggingface
+    from sqjax.weights.sizes import weight_bytes
 
     opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)

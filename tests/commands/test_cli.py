@@ -19,6 +19,7 @@ from tiny_speaker import END, write_speaker
 import sqjax as sq
 from sqjax.commands import cli
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
+from sqjax.commands.outputs import check_output
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
 
@@ -123,7 +124,7 @@ def test_every_help_has_examples_that_parse(name):
     assert result.exit_code == 0
     examples = result.output.partition("Examples:\n")[2].splitlines()
     assert examples
-    assert all(line.startswith("  sqjax ") for line in examples)
+    assert all(line.split()[0] == "sqjax" for line in examples)
     assert {"--json", "--quiet"} <= set(result.output.split())
 
 
@@ -172,6 +173,7 @@ def test_a_recipe_makes_the_same_bytes_again(quantized, run):
     assert files_in("again") == files_in(quantized)
 
 
+@pytest.mark.slow
 def test_options_win_over_a_recipe(quantized, run):
     recipe = quantized / "recipe.yaml"
     made = ["-o", "w8a16", "--json", "--quiet"]
@@ -184,6 +186,7 @@ def test_options_win_over_a_recipe(quantized, run):
     assert record["weight_bytes"] < 0.5 * record["float_bytes"]
 
 
+@pytest.mark.slow
 def test_statistics_serve_python_too(stats):
     found = sq.load(stats)
     model, params = loaded("tiny")
@@ -221,6 +224,7 @@ def log_probabilities(path, windows):
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_eval_and_compare_measure_what_numpy_does(run, quantized):
     model, _ = loaded("tiny")
     windows = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 32)
@@ -255,6 +259,7 @@ def test_a_model_is_as_itself(run):
     assert found["same_token"] == 1
 
 
+@pytest.mark.slow
 def test_generate_streams_what_the_library_generates(run, quantized):
     model, params = loaded(quantized)
     raw = sq.models.generate(model, params, "The dog", 8)
@@ -414,31 +419,56 @@ def test_recipes_are_checked(refusal, quantized, tmp_path):
 
 
 def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
-    text = tmp_path / "text.txt"
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
     text.write_text(TEXT)
-    run("calibrate", "tiny", "--text", text, *FEW, "-o", tmp_path / "stats")
+    made_of = {"text": read_texts(text, "evaluation").digest}
+    said = {"model": "tiny", "text": str(text), "made_of": made_of, "tokens": 32, "windows": 1}
+    recipe.write_text(yaml.safe_dump(said))
+    again = ["eval", "--recipe", recipe, "--quiet"]
+    run(*again)
     text.write_text(TEXT[1:])
-    again = ["--recipe", tmp_path / "stats.recipe.yaml", "-o", tmp_path / "new", "--quiet"]
-    said = refusal("calibrate", *again)
-    assert "expected the text that the recipe was made of" in said
-    assert sorted(os.listdir(tmp_path)) == ["stats", "stats.recipe.yaml", "text.txt"]
+    assert "expected the text that the recipe was made of" in refusal(*again)
     # One that is named on the line is meant.
-    run("calibrate", *again, "--text", text)
+    run(*again, "--text", text)
 
 
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def test_force_replaces_a_directory_of_ours_alone(refusal, run, stats, tmp_path):
-    made = ["--stats", stats, "--quiet", "--format", "compressed-tensors", "-o", tmp_path / "out"]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years")
-    assert "it is there already" in refusal("quantize", "tiny", *made)
-    said = refusal("quantize", "tiny", *made, "--force")
-    assert "got a directory without recipe.yaml" in said
-    (tmp_path / "out" / "thesis.tex").rename(tmp_path / "out" / "recipe.yaml")
-    run("quantize", "tiny", *made, "--force")
-    assert (tmp_path / "out" / "config.json").is_file()
+def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
+    out, reads = tmp_path / "out", (None, "smollm2-135m")
+
+    def check(force):
+        check_output(out, force, directory=True, reads=reads)
+
+    check(False)
+    out.mkdir()
+    check(False)  # many make a directory first
+    (out / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="out: it is there already; pass --force"):
+        check(False)
+    with pytest.raises(ValueError, match="got a directory without recipe.yaml"):
+        check(True)
+    (out / "thesis.tex").rename(out / "recipe.yaml")
+    check(True)
+    with pytest.raises(ValueError, match="expected a file to replace, got something else"):
+        check_output(out, True, directory=False, reads=())
+    # The recipe of a file is beside it, and not replaced either.
+    (tmp_path / "stats.recipe.yaml").write_text("command: calibrate")
+    with pytest.raises(ValueError, match=r"stats\.recipe\.yaml: it is there already"):
+        check_output(tmp_path / "stats", False, directory=False, reads=())
+
+
+@pytest.mark.slow
+def test_force_replaces_the_directory_as_a_whole(run, stats, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("old")
+    (out / "model-00002-of-00002.safetensors").write_text("old")
+    made = ["--stats", stats, "--quiet", "--format", "compressed-tensors", "--force", "-o", out]
+    run("quantize", "tiny", *made)
+    assert {"config.json", "model.safetensors", "recipe.yaml"} <= set(os.listdir(out))
+    assert "model-00002-of-00002.safetensors" not in os.listdir(out)
     assert os.listdir(tmp_path) == ["out"]
 
 
