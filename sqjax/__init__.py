@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats
-    from sqjax.files.safetensors import load, save
+    from sqjax.files.loading import load, load_saved
+    from sqjax.files.saving import save
     from sqjax.folding.apply import fold
     from sqjax.methods.quantization import quantize, smoothquant
     from sqjax.methods.site_errors import site_errors
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sqjax.runtime.caches import quantize_cache
     from sqjax.runtime.int8_attention import int8_attention
     from sqjax.runtime.quantized import quantized
+    from sqjax.streaming.act_scales import stats_from_act_scales
     from sqjax.streaming.calibration import calibrate_layers
     from sqjax.streaming.loading import load_quantized
     from sqjax.weights.qtensor import QTensor, dequantize
@@ -84,6 +86,7 @@ __all__ = [
     "int8_attention",
     "load",
     "load_quantized",
+    "load_saved",
     "merge",
     "quantize",
     "quantize_cache",
@@ -95,6 +98,7 @@ __all__ = [
     "smooth",
     "smoothquant",
     "split",
+    "stats_from_act_scales",
     "verify",
 ]
 
@@ -111,7 +115,8 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats",
-    "sqjax.files.safetensors": "load save",
+    "sqjax.files.loading": "load load_saved",
+    "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
     "sqjax.methods.quantization": "quantize smoothquant",
     "sqjax.methods.site_errors": "site_errors",
@@ -120,6 +125,7 @@ _NAMES = {
     "sqjax.runtime.caches": "quantize_cache",
     "sqjax.runtime.int8_attention": "int8_attention",
     "sqjax.runtime.quantized": "quantized",
+    "sqjax.streaming.act_scales": "stats_from_act_scales",
     "sqjax.streaming.calibration": "calibrate_layers",
     "sqjax.streaming.loading": "load_quantized",
     "sqjax.weights.qtensor": "QTensor dequantize",

@@ -132,6 +132,28 @@ def rebuilt(cls: type, static: dict[str, Any], dynamic: dict[str, Any]) -> Any:
     return cls(**read, **dynamic)
 
 
+def value_json(x: Any) -> Any:
+    """The JSON of a value that static fields are made of, such as the `Graph` of statistics."""
+    return _plain(x)
+
+
+def read_value(value: Any) -> Any:
+    """What `value_json` has written.
+
+    Raises:
+        ValueError: it has not written this.
+    """
+    known: dict[str, type] = {}
+    for parts in _PARTS.values():
+        known |= parts
+    try:
+        return _read(value, known)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"expected a value of a class of sqjax, got {error!r}; save it again"
+        ) from error
+
+
 def _static_names(cls: Any) -> list[str]:
     return [field.name for field in fields(cls) if field.metadata.get("static")]
 

@@ -76,6 +76,19 @@ class DeclaredArray(NamedTuple):
         raw = np.fromfile(file, np.uint8, math.prod(shape) * dtype.itemsize)
         return raw.view(dtype).reshape(shape)
 
+    def mapped(self, file: BinaryIO, offset: int) -> np.ndarray:
+        """As `read_stored`, but the system reads the bytes when they are looked at.
+
+        They are in no memory of this process once the array is gone.
+        """
+        dtype, shape = self.stored
+        count = math.prod(shape) * dtype.itemsize
+        # Nothing can not be mapped.
+        if not count:
+            return np.empty(shape, dtype)
+        raw = np.asarray(np.memmap(file, np.uint8, "r", offset, (count,)))
+        return raw.view(dtype).reshape(shape)
+
     def read(self, file: BinaryIO, offset: int) -> np.ndarray:
         """The array, whose bytes begin at `offset` of the opened file."""
         return self.unpacked(self.read_stored(file, offset))
@@ -90,7 +103,9 @@ class DeclaredArray(NamedTuple):
 def as_stored(x: np.ndarray) -> np.ndarray:
     """An array as the file holds it: int4 two to a byte, anything else as it is."""
     if x.dtype != INT4.dtype:
-        return x
+        # Files hold the lowest byte first.
+        is_swapped = x.dtype.byteorder == ">"
+        return x.astype(x.dtype.newbyteorder("<")) if is_swapped else x
     # A scalar is stored as a row of one: `DeclaredArray.rows` reads it in the same way.
     return pack_int4(np.atleast_1d(x))
 

@@ -74,6 +74,13 @@ def read_header(file: BinaryIO) -> Header:
     return Header(tensors, metadata)
 
 
+def header_bytes(file: BinaryIO) -> bytes:
+    """All bytes of an opened file before its data; `read_header` has found the file whole."""
+    file.seek(0)
+    length = file.read(8)
+    return length + file.read(int.from_bytes(length, "little"))
+
+
 def _json(text: bytes) -> dict[str, Any]:
     """The header as a dict; a name that comes twice is refused, because one would be lost."""
     try:

@@ -83,3 +83,22 @@ def _bytes_of(name: str, tensor: NewTensor) -> memoryview:
     if got != expected:
         raise ValueError(f"{name}: expected {expected}, got {got}")
     return array.reshape(-1).view(np.uint8).data
+
+
+def in_shards(
+    tensors: Mapping[str, NewTensor], max_shard_bytes: int
+) -> list[dict[str, NewTensor]]:
+    """The tensors in their order, in parts of so many bytes, or of one tensor that is larger.
+
+    Tensors of 4, 4 and 9 bytes are two parts of at most 8: the first two, and the last.
+    """
+    shards: list[dict[str, NewTensor]] = [{}]
+    # A tensor larger than a shard is one alone, because tensors are not divided.
+    held = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+    return shards

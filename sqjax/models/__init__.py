@@ -32,6 +32,7 @@ from sqjax.models.checkpoints.writing.saving import (
 from sqjax.models.checkpoints.writing.saving import (
     save_huggingface as save_huggingface,
 )
+from sqjax.models.checkpoints.writing.whole import save as save
 from sqjax.models.config import DecoderConfig as DecoderConfig
 from sqjax.models.config import llama_config as llama_config
 from sqjax.models.decoding.generation import Generated as Generated

@@ -84,21 +84,23 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tree_of_any_containers_comes_back(tmp_path, name):
-    tree, file = trees()[name], tmp_path / "x"
+    tree, file = trees()[name], tmp_path / "x.safetensors"
     sq.save(file, tree)
     assert_same(sq.load(file, like=tree), tree)
     # Shapes are enough, and containers are all that is taken from there.
     assert_same(sq.load(file, like=jax.eval_shape(lambda: tree)), tree)
     assert_same(sq.load(file, like=jax.tree.map(jnp.zeros_like, tree)), tree)
-    with pytest.raises(ValueError, match=r"load: .*x: .*it is a \w+ with the children .*like="):
+    with pytest.raises(
+        ValueError, match=r"load: .*x.safetensors: .*it is a \w+ with the children .*like="
+    ):
         sq.load(file)
 
 
 def test_an_empty_key_is_a_key(tmp_path):
     x = numbers(2)
     tree = {"": {"a": x, "": {"": x + 1}}, "b": [{"": x + 2}]}
-    sq.save(tmp_path / "x", tree)
-    assert_same(sq.load(tmp_path / "x"), tree)
+    sq.save(tmp_path / "x.safetensors", tree)
+    assert_same(sq.load(tmp_path / "x.safetensors"), tree)
 
 
 @pytest.mark.slow
@@ -106,9 +108,9 @@ def test_a_quantized_module_comes_back_into_a_float_one(tmp_path):
     fn = lambda p, x: p.activation(x @ p.kernel + p.bias[None])
     params, x = Dense(numbers(8, 4), numbers(4, seed=1)), numbers(3, 8, seed=2)
     qparams = sq.quantize(params, sq.calibrate(fn, params, [x]))
-    sq.save(tmp_path / "x", qparams)
+    sq.save(tmp_path / "x.safetensors", qparams)
     for like in (params, qparams):
-        found = sq.load(tmp_path / "x", like=like)
+        found = sq.load(tmp_path / "x.safetensors", like=like)
         assert_same(found, qparams)
     np.testing.assert_array_equal(sq.quantized(fn)(found, x), sq.quantized(fn)(qparams, x))
 
@@ -129,17 +131,17 @@ def other_trees():
 
 
 def test_a_tree_that_is_not_like_it_is_refused(tmp_path):
-    sq.save(tmp_path / "x", {"a": Dense(numbers(2, 3), None)})
+    sq.save(tmp_path / "x.safetensors", {"a": Dense(numbers(2, 3), None)})
     for message, like in other_trees().items():
-        with pytest.raises(ValueError, match=rf"load: .*x: .*{message}"):
-            sq.load(tmp_path / "x", like=like)
+        with pytest.raises(ValueError, match=rf"load: .*x.safetensors: .*{message}"):
+            sq.load(tmp_path / "x.safetensors", like=like)
 
 
 def test_a_plain_tree_is_compared_too(tmp_path):
-    sq.save(tmp_path / "x", [numbers(2)])
-    assert_same(sq.load(tmp_path / "x", like=[numbers(2)]), [numbers(2)])
+    sq.save(tmp_path / "x.safetensors", [numbers(2)])
+    assert_same(sq.load(tmp_path / "x.safetensors", like=[numbers(2)]), [numbers(2)])
     with pytest.raises(ValueError, match="expected the containers"):
-        sq.load(tmp_path / "x", like=(numbers(2),))
+        sq.load(tmp_path / "x.safetensors", like=(numbers(2),))
 
 
 def deep(levels):
@@ -169,6 +171,6 @@ def refused():
 
 def test_what_would_be_lost_is_refused(tmp_path):
     for message, tree in refused().items():
-        with pytest.raises(ValueError, match=rf"save: .*x: .*{message}"):
-            sq.save(tmp_path / "x", tree)
+        with pytest.raises(ValueError, match=rf"save: .*x.safetensors: .*{message}"):
+            sq.save(tmp_path / "x.safetensors", tree)
     assert not list(tmp_path.iterdir())

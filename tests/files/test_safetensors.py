@@ -94,7 +94,7 @@ def test_64_bits_need_jax_to_have_them(tmp_path):
         "a": [np.array([1 / 3]), np.array([2**40]), np.array([2**63], np.uint64)],
         "b": np.array([1 / 3], ">f4"),
     }
-    file = tmp_path / "x"
+    file = tmp_path / "x.safetensors"
     sq.save(file, tree)
     with pytest.raises(
         ValueError, match=r"a/0: expected float64 \(1,\), which jax would cut .*jax_enable_x64.*a/1"
@@ -222,8 +222,8 @@ def test_int4_is_read_as_this_backend_holds_it(tmp_path, stored):
 
 def test_int4_takes_half_a_byte_a_weight(tmp_path):
     tree = {f"w{i}": quantize_weight(normal(512, 256, seed=i), (0,), sq.W4A16) for i in range(2)}
-    sq.save(tmp_path / "x", tree)
-    size, weights = (tmp_path / "x").stat().st_size, 2 * 512 * 256
+    sq.save(tmp_path / "x.safetensors", tree)
+    size, weights = (tmp_path / "x.safetensors").stat().st_size, 2 * 512 * 256
     held = sum(w.tensor.nbytes for w in tree.values())
     assert held <= size <= held + 2048  # the header
     scales = 5 / 128  # a float32 scale and an int8 zero point for every group of 128
@@ -276,8 +276,8 @@ def test_a_module_comes_back(tmp_path):
 
 def test_other_programs_can_read_the_file(tmp_path):
     tree = {"norm": normal(4, dtype=jnp.bfloat16), "w": weight("FP8")}
-    sq.save(tmp_path / "x", tree)
-    with safe_open(tmp_path / "x", framework="numpy") as file:
+    sq.save(tmp_path / "x.safetensors", tree)
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
         assert set(file.keys()) == {"norm", "w/tensor/values", "w/tensor/scale"}
         kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
         assert kinds == {"norm": "BF16", "w/tensor/values": "F8_E4M3", "w/tensor/scale": "F32"}
@@ -394,12 +394,14 @@ def test_save_is_refused_under_jit(tmp_path):
     with pytest.raises(
         ValueError, match=r"a: expected an array of numbers, got .*Tracer; save outside jit"
     ):
-        jax.jit(lambda x: sq.save(tmp_path / "x", {"a": x}))(jnp.ones(2))
+        jax.jit(lambda x: sq.save(tmp_path / "x.safetensors", {"a": x}))(jnp.ones(2))
 
 
-@pytest.mark.parametrize("path", ["", "nowhere/x"])
+@pytest.mark.parametrize("path", ["nowhere/x", "nowhere/x.safetensors"])
 def test_save_needs_a_directory(tmp_path, path):
-    with pytest.raises(ValueError, match="expected a file's path in a directory that exists"):
+    with pytest.raises(
+        ValueError, match=r"expected a path in a directory that exists; make .*nowh"
+    ):
         sq.save(tmp_path / path, {"a": jnp.ones(2)})
 
 
@@ -418,7 +420,7 @@ def half_written(tensors, file, metadata):
 
 @pytest.mark.parametrize("where", ["writing", "syncing", "renaming"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
-    file, old, new = tmp_path / "x", {"a": jnp.ones(2)}, {"a": jnp.zeros(3)}
+    file, old, new = tmp_path / "x.safetensors", {"a": jnp.ones(2)}, {"a": jnp.zeros(3)}
     sq.save(file, old)
     with monkeypatch.context() as patched:
         owner, name = {
@@ -446,11 +448,12 @@ def test_a_tree_can_be_saved_over_the_file_it_came_from(tmp_path):
 def test_the_file_is_as_readable_as_any_and_a_link_stays_one(tmp_path):
     (tmp_path / "plain").touch()
     link = tmp_path / "link"
-    link.symlink_to("target")
+    link.symlink_to("target.bin")
     sq.save(link, {"a": jnp.ones(2)})
     assert link.is_symlink()
-    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "target")}
-    assert modes["plain"] == modes["target"]
+    names = "plain", "target.bin"
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in names}
+    assert modes["plain"] == modes["target.bin"]
 
 
 # What is refused on the way in ------------------------------------------------------------------------------------
@@ -503,8 +506,8 @@ TAMPERED = {
         r"got metadata \['format'\]",
     ),
     "newer": (
-        lambda h, t: h["__metadata__"].update(sqjax="3"),
-        r"expected layout version 2, got 3; update sqjax",
+        lambda h, t: h["__metadata__"].update(sqjax="4"),
+        r"expected layout version 3, got 4; update sqjax",
     ),
     "missing and extra": (
         lambda h, t: renamed(h, "bias", "other"),
@@ -650,8 +653,8 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
 
 
 def test_something_else_is_refused(tmp_path):
-    (tmp_path / "x").write_bytes(b"\x80\x04N." * 40)
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04N." * 40)
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
-        sq.load(tmp_path / "x")
+        sq.load(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match="nothing"):
         sq.load(tmp_path / "nothing")

@@ -36,8 +36,8 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("histogram", [False, True])
 def test_statistics_come_back(tmp_path, histogram):
     params, stats = calibrated(histogram=histogram)
-    sq.save(tmp_path / "stats", stats)
-    got = sq.load(tmp_path / "stats")
+    sq.save(tmp_path / "stats.safetensors", stats)
+    got = sq.load(tmp_path / "stats.safetensors")
     assert isinstance(got, sq.Stats)
     assert got.graph == stats.graph
     assert len(got.graph.groups) == 2
@@ -51,8 +51,8 @@ def test_statistics_come_back(tmp_path, histogram):
 def test_beside_parameters_and_folded(tmp_path):
     params, stats = calibrated()
     folded = sq.fold_stats(stats, sq.scales(params, stats, 0.5))
-    sq.save(tmp_path / "both", {"params": params, "stats": [stats, folded]})
-    got = sq.load(tmp_path / "both")
+    sq.save(tmp_path / "both.safetensors", {"params": params, "stats": [stats, folded]})
+    got = sq.load(tmp_path / "both.safetensors")
     assert_same(got, {"params": params, "stats": [stats, folded]})
     rewritten = sq.smooth(params, got["stats"][0], 0.5)
     quantized = sq.quantize(rewritten, got["stats"][1], sq.W8A8_O3)
@@ -107,7 +107,7 @@ CHANGES = {
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_file_that_holds_none_is_refused(tmp_path, case):
     change, message = CHANGES[case]
-    sq.save(tmp_path / "stats", calibrated()[1])
-    changed(tmp_path / "stats", change)
-    with pytest.raises(ValueError, match=f"load: .*stats: .*{message}"):
-        sq.load(tmp_path / "stats")
+    sq.save(tmp_path / "stats.safetensors", calibrated()[1])
+    changed(tmp_path / "stats.safetensors", change)
+    with pytest.raises(ValueError, match=f"load: .*stats.safetensors: .*{message}"):
+        sq.load(tmp_path / "stats.safetensors")

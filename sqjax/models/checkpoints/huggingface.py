@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from sqjax.files.header import Header, read_header
 from sqjax.files.opening import open_file
+from sqjax.files.shards import is_saved
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.kinds import KINDS, Config
@@ -370,9 +371,15 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if single.is_file():
         return [single], {}
     if not index.is_file():
+        why = "pickled weights are not read: save the model with safetensors"
+        if is_saved(directory):
+            why = (
+                "sqjax.models.save wrote it, and sqjax.models.load reads it: give the checkpoint "
+                "that it was made of"
+            )
         raise ValueError(
             f"{directory}: expected model.safetensors or model.safetensors.index.json, got neither "
-            "(pickled weights are not read: save the model with safetensors)"
+            f"({why})"
         )
     weight_map: Any = read_object(index).get("weight_map")
     if not MAPPING.holds(weight_map) or not TEXTS.holds(

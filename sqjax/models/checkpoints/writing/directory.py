@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqjax.files.aside import directory_written_aside
-from sqjax.files.tensors import NewTensor, write_tensors
+from sqjax.files.shards import INDEX
+from sqjax.files.tensors import NewTensor, in_shards, write_tensors
 from sqjax.models.json_files import read_list
 
 #: Ends of the names of files that hold weights, which would contradict what is written.
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack"),
-    *(".h5", ".onnx", ".ot", ".pkl", ".npz", ".index.json"),
+    *(".h5", ".onnx", ".ot", ".pkl", ".npz", ".index.json", INDEX),
 )
 _CONFIG = "config.json"
 
@@ -142,21 +143,26 @@ def write_checkpoint(
         max_shard_bytes: how large a file of tensors may be; a tensor is never divided.
     """
     with directory_written_aside(directory.resolve()) as new:
-        (new / _CONFIG).write_text(others.config, "utf-8")
-        for name, content in others.files.items():
-            (new / name).parent.mkdir(exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, new / name)
-            else:
-                (new / name).write_text(content, "utf-8")
+        write_files(new, others)
         _write_shards(new, tensors, max_shard_bytes)
+
+
+def write_files(new: Path, others: Others) -> None:
+    """Writes config.json and all other files to a new directory."""
+    (new / _CONFIG).write_text(others.config, "utf-8")
+    for name, content in others.files.items():
+        (new / name).parent.mkdir(exist_ok=True)
+        if isinstance(content, Path):
+            shutil.copyfile(content, new / name)
+        else:
+            (new / name).write_text(content, "utf-8")
 
 
 def _write_shards(
     new: Path, tensors: Mapping[str, NewTensor], max_shard_bytes: int
 ) -> None:
     """Writes model.safetensors, or shards with model.safetensors.index.json."""
-    shards = _shards(tensors, max_shard_bytes)
+    shards = in_shards(tensors, max_shard_bytes)
     metadata = {"format": "pt"}
     if len(shards) == 1:
         write_tensors(new / "model.safetensors", tensors, metadata)
@@ -170,22 +176,6 @@ def _write_shards(
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (new / "model.safetensors.index.json").write_text(text)
-
-
-def _shards(
-    tensors: Mapping[str, NewTensor], max_shard_bytes: int
-) -> list[dict[str, NewTensor]]:
-    """The tensors in their order, in parts of so many bytes, or of one tensor that is larger."""
-    shards: list[dict[str, NewTensor]] = [{}]
-    # A tensor larger than a shard is one alone, because tensors are not divided.
-    held = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            held = 0
-        shards[-1][name] = tensor
-        held += tensor.nbytes
-    return shards
 
 
 def dtype_key(

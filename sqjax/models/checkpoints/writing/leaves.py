@@ -36,11 +36,19 @@ class Leaf(NamedTuple):
     read: Callable[[], Any]
 
 
-def leaves_apart(params: Any, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
+def leaves_apart(
+    params: Any, shapes: Mapping[str, Shape], may_be_fused: bool = False
+) -> dict[str, Leaf]:
     """{path: leaf} of a tree, of the leaves that a model of these shapes has.
 
     A stack of layers, (layers, in, out), is taken apart, and so are float kernels that `fuse` made
     one: each leaf is a slice, made when it is asked for.
+
+    Args:
+        params: the tree.
+        shapes: {path: shape} of the model's leaves.
+        may_be_fused: whether quantized kernels that `fuse` made one are taken. They can not be
+            taken apart, so they are not to be read then.
 
     Raises:
         ValueError: listing leaves that are missing, that the model does not have, of another shape,
@@ -56,7 +64,7 @@ def leaves_apart(params: Any, shapes: Mapping[str, Shape]) -> dict[str, Leaf]:
             path, x.shape, x.dtype, is_quantized(x), partial(_as_is, x)
         )
         for own, leaf in _unstacked(path, whole):
-            if leaf.quantized and _FUSED in own:
+            if leaf.quantized and _FUSED in own and not may_be_fused:
                 problems.append(
                     f"{path}: expected quantized kernels apart, got one that `fuse` made of "
                     "several; save the parameters from before `fuse`"

@@ -12,8 +12,10 @@ from jax.typing import DTypeLike
 
 from sqjax._arguments import check_mapping, expect
 from sqjax.files.opening import check_path
+from sqjax.files.saving import SHARD, check_shard_size, told
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import Checkpoint, open_checkpoint
+from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.checkpoints.mapping import leaf_shapes
 from sqjax.models.checkpoints.writing.compressed import (
     compressed_tensors,
@@ -53,8 +55,6 @@ _FIX = (
 )
 #: What is written, each as it was loaded.
 AnyModel = Model | Encoder | VisionModel
-#: As transformers shards by default.
-_SHARD = 5_000_000_000
 
 
 def save_huggingface(
@@ -64,7 +64,7 @@ def save_huggingface(
     *,
     like: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
-    max_shard_bytes: int = _SHARD,
+    max_shard_bytes: int = SHARD,
     overwrite: bool = False,
     families: Sequence[Family] = (),
 ) -> None:
@@ -119,7 +119,7 @@ def save_compressed_tensors(
     *,
     like: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
-    max_shard_bytes: int = _SHARD,
+    max_shard_bytes: int = SHARD,
     overwrite: bool = False,
     families: Sequence[Family] = (),
 ) -> None:
@@ -193,23 +193,25 @@ class _How(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for arguments of a wrong kind."""
+        check_source(self.like)
         source = self.source
-        is_there = source is not None and (source / "config.json").is_file()
-        if self.like is not None and not is_there:
-            raise ValueError(
-                "like: expected the directory that the model was loaded from, with config.json and "
-                f"safetensors, got {self.like!r}"
-            )
         if self.dtype is not None and _dtype(self.dtype) not in DTYPES:
             known = ", ".join(dtype.name for dtype in DTYPES)
             raise ValueError(
                 f"dtype: expected one of {known}, or None, got {self.dtype!r}"
             )
-        size = self.max_shard_bytes
-        fits = type(size) is int and size >= 1
-        number = "a whole number of at least 1"
-        expect(fits, "max_shard_bytes", number, size)
+        check_shard_size(self.max_shard_bytes)
         check_target(Path(self.directory), source, self.overwrite)
+
+
+def check_source(like: Any) -> None:
+    """Raises ValueError unless this is None, or the directory of a model."""
+    is_there = _is_path(like) and (Path(like) / "config.json").is_file()
+    if like is not None and not is_there:
+        raise ValueError(
+            "like: expected the directory that the model was loaded from, with config.json and "
+            f"safetensors, got {like!r}"
+        )
 
 
 def _is_path(x: Any) -> bool:
@@ -269,16 +271,14 @@ def _names_and_files(
                 f"like: expected a float checkpoint, got a quantized one, {source}; give the one "
                 "that it was made of"
             )
-        _check_model_of(source, checkpoint, model)
+        check_model_of(source, checkpoint.config, model)
         yield checkpoint, others_of(source)
 
 
-def _check_model_of(
-    source: Path, checkpoint: Checkpoint, model: AnyModel
-) -> None:
-    """Raises ValueError, naming a field, if the source is another model."""
-    for field in fields(checkpoint.config):
-        expected = getattr(checkpoint.config, field.name)
+def check_model_of(source: Path, config: Config, model: AnyModel) -> None:
+    """Raises ValueError, naming a field, if the source, of this configuration, is another model."""
+    for field in fields(config):
+        expected = getattr(config, field.name)
         got = getattr(model.config, field.name, None)
         if got != expected:
             raise ValueError(
@@ -311,5 +311,4 @@ def _write(how: _How, tensors: Tensors, others: Others, **keys: Any) -> None:
         write_checkpoint(directory, tensors, others, how.max_shard_bytes)
     except OSError as error:
         # The system's own error names no file where the disk is full.
-        text = f"{how.what}: {directory}: {error.strerror or error}"
-        raise OSError(error.errno, text) from error
+        raise told(error, f"{how.what}: {directory}") from error
