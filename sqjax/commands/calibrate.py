@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sqjax.commands.asked import Asked
 from sqjax.commands.options import MODEL, TEXT, Talk, command, output
 from sqjax.commands.outputs import check_output, new_file
 
@@ -33,7 +34,7 @@ def calibrate(
     """
     check_output(output, force, directory=False, reads=(model, text))
     from sqjax import save
-    from sqjax.commands.calibrating import Asked, calibrated, what_folds
+    from sqjax.commands.calibrating import calibrated, what_folds
     from sqjax.commands.model_argument import open_model
 
     opened = open_model(model, dtype, talk)

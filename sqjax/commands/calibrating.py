@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from sqjax import load
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
+from sqjax.commands.asked import Asked
 from sqjax.commands.model_argument import Opened, float_only
 from sqjax.commands.options import Talk
 from sqjax.commands.outputs import check_recipe
@@ -14,21 +15,6 @@ from sqjax.commands.shared import NO_TOKENIZER
 from sqjax.commands.texts import WINDOWS, lines, read_texts, token_windows
 from sqjax.folding.apply import fold
 from sqjax.methods.smoothing import fold_stats, scales
-
-
-class Asked(NamedTuple):
-    """What the options say of calibration.
-
-    Attributes:
-        text: what is read; None for the shipped text.
-        tokens, windows: how much of it; None for the usual.
-        stats: a file with statistics, in place of all of these.
-    """
-
-    text: Path | None
-    tokens: int | None
-    windows: int | None
-    stats: Path | None = None
 
 
 class Calibrated(NamedTuple):

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sqjax.commands.asked import Asked
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import MODEL, STATS, TEXT, Talk, command
 
@@ -28,7 +29,7 @@ def inspect(
 
     It is calibrated for that. Of a quantized model, how its weights are quantized is shown.
     """
-    from sqjax.commands.calibrating import Asked, calibrated
+    from sqjax.commands.calibrating import calibrated
     from sqjax.commands.model_argument import open_model
 
     opened = open_model(model, dtype, talk)

@@ -1,10 +1,11 @@
 """`sqjax quantize`: a quantized checkpoint, in our layout or in one that others read."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
+from sqjax.commands.asked import Asked, How
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
 from sqjax.commands.options import (
     MODEL,
@@ -116,7 +117,7 @@ def quantize(
         output, force, directory=is_directory, reads=(model, text, stats)
     )
     from sqjax.commands import quantizing
-    from sqjax.commands.calibrating import Asked, calibrated
+    from sqjax.commands.calibrating import calibrated
     from sqjax.commands.model_argument import open_model
 
     opened = open_model(model, dtype, talk)
@@ -130,22 +131,6 @@ def quantize(
     record = quantizing.record(opened, made, how)
     record |= {"output": str(output), "text": found.name}
     talk.result(record, f"{output}: {quantizing.summary(record)}")
-
-
-class How(NamedTuple):
-    """What is asked for.
-
-    Attributes:
-        layout: "sqjax", "compressed-tensors" or "gguf".
-        scheme: of all matmuls that no rule is of.
-        rules: {pattern: scheme, or "none"}, the first that is found wins.
-        alpha: the smoothing strength, or "none".
-    """
-
-    layout: str
-    scheme: str
-    rules: dict[str, str]
-    alpha: float | str
 
 
 def _how(

@@ -5,10 +5,10 @@ from typing import Any
 
 from sqjax import models
 from sqjax.calibration.stats import Stats
+from sqjax.commands.asked import How
 from sqjax.commands.calibrating import smoothed
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import Talk
-from sqjax.commands.quantize import How
 from sqjax.folding.graph import paths_of
 from sqjax.methods.quantization import quantize, site_schemes
 from sqjax.weights.schemes import PRESETS

@@ -34,6 +34,8 @@ _MADE_WITH, _MADE_OF = "made_with", "made_of"
 _PACKAGES = ("sqjax", "jax", "jaxlib", "flax", "numpy")
 #: Of a large file only so much is read for its digest, at each end.
 _END = 1 << 16
+#: The argument that may be a path or a name.
+_MODEL = "model"
 #: Where click keeps which recipe a command was given.
 _PATH = "sqjax.recipe"
 
@@ -159,7 +161,7 @@ def recipe_text(context: click.Context, made_of: Mapping[str, str]) -> str:
     for key in _parameters(context):
         value = context.params.get(key)
         if value is not None:
-            recipe[key] = _plain(value)
+            recipe[key] = _plain(key, value)
     recipe[_MADE_WITH] = versions()
     recipe[_MADE_OF] = dict(made_of)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -173,14 +175,23 @@ def settle(**options: Any) -> None:
     click.get_current_context().params.update(options)
 
 
-def _plain(value: Any) -> Any:
-    """An option's value as YAML has it; what is a path here is written out in full."""
+def _plain(key: str, value: Any) -> Any:
+    """An option's value as YAML has it; paths are written out in full."""
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | float):
-        return value
-    is_path = os.path.exists(value)
-    return os.path.abspath(value) if is_path else str(value)
+        return [_plain(key, item) for item in value]
+    if key == _MODEL:
+        return os.path.abspath(value) if _is_path(value) else value
+    return os.path.abspath(value) if isinstance(value, Path) else value
+
+
+def _is_path(name: str) -> bool:
+    """Whether this MODEL is a path here, and no name of a model that is fetched."""
+    from sqjax.models.checkpoints.encoders import ENCODER_NAMES
+    from sqjax.models.checkpoints.loading import NAMES
+
+    # A folder may have the name of a model that is fetched.
+    is_name = name in NAMES or name in ENCODER_NAMES
+    return not is_name and os.path.exists(name)
 
 
 def versions() -> dict[str, str]:

@@ -1,11 +1,13 @@
 """`sqjax report`: one HTML page on what quantizing a model does."""
 
+import importlib.util
 import json as json_text
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sqjax.commands.asked import Asked
 from sqjax.commands.defaults import SCHEMES
 from sqjax.commands.options import (
     MODEL,
@@ -98,8 +100,13 @@ def report(
         raise ValueError("--alpha: expected a number from 0 to 1, got none")
     reads = model, text, eval_text, stats
     check_output(output, force, directory=False, reads=reads)
+    # Before minutes of work, because the pictures come at the end.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "report: needs matplotlib for its pictures: pip install 'sqjax[plots]'"
+        )
     from sqjax import report as reports
-    from sqjax.commands.calibrating import Asked, calibrated
+    from sqjax.commands.calibrating import calibrated
     from sqjax.commands.model_argument import open_decoder
     from sqjax.commands.texts import read_texts, token_windows
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from sqjax.commands.asked import Asked
 from sqjax.commands.options import (
     MODEL,
     STATS,
@@ -65,7 +66,7 @@ def smooth(
     if alpha == "none":
         raise ValueError("--alpha: expected a number from 0 to 1, got none")
     check_output(output, force, directory=True, reads=(model, text, stats))
-    from sqjax.commands.calibrating import Asked, calibrated, smoothed
+    from sqjax.commands.calibrating import calibrated, smoothed
     from sqjax.commands.model_argument import open_model
     from sqjax.models import save_huggingface
     from sqjax.weights.sizes import weight_bytes

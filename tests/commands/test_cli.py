@@ -447,7 +447,7 @@ def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
     (out / "thesis.tex").write_text("years")
     with pytest.raises(ValueError, match="out: it is there already; pass --force"):
         check(False)
-    with pytest.raises(ValueError, match="got a directory without recipe.yaml"):
+    with pytest.raises(ValueError, match=r"got a directory without recipe\.yaml"):
         check(True)
     (out / "thesis.tex").rename(out / "recipe.yaml")
     check(True)
