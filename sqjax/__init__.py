@@ -109,6 +109,8 @@ _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
     "nnx": "sqjax.nnx",
+    "plots": "sqjax.plots",
+    "report": "sqjax.report",
     "triton": "sqjax.numerics.triton",
 }
 #: {module: the public names that are in it}, as type checkers see them above.

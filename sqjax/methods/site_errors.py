@@ -300,7 +300,7 @@ class _Pairs(Registry):
 
     def _both(
         self, equation: JaxprEqn, *operands: Any, known: Sequence[Any]
-    ) -> list[Any] | None:
+    ) -> Any:
         """The float results, paired with the quantized ones where these are weights still."""
         exact = emit(equation, *map(_exact, operands))
         coded = list(map(_coded, operands))
@@ -315,7 +315,7 @@ class _Pairs(Registry):
                 results.append(_paired(path, x, other))
             else:
                 results.append(self._meeting(equation, coded, x, other))
-        return results
+        return results if equation.primitive.multiple_results else results[0]
 
     def _meeting(
         self, equation: JaxprEqn, coded: Sequence[Any], exact: Any, other: Any

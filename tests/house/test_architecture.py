@@ -32,10 +32,11 @@ MAY_IMPORT = {
     "models": {"weights", "runtime", "layers", "numerics", "files"},
     "streaming": {"models", "methods", "calibration", "folding", "weights"},
 }
+MAY_IMPORT["report"] = {"calibration", "folding", "methods", "models", "program", "weights"}
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 #: Files beside the rooms that only hand public names on; `import sqjax` itself reads no command and no model.
 FACES = {"__init__": set(MAY_IMPORT) - {"commands", "models"}, "__main__": {"commands"}}
-FACES |= {"linen": {"layers"}, "nnx": {"layers"}}
+FACES |= {"linen": {"layers"}, "nnx": {"layers"}, "plots": {"report"}}
 
 
 def room_of(path):
@@ -127,7 +128,7 @@ def test_the_docstring_of_a_room_says_what_it_may_import(room):
 
 
 def test_dir_shows_the_public_names_alone():
-    namespaces = {"linen", "models", "nnx", "triton"}
+    namespaces = {"linen", "models", "nnx", "plots", "report", "triton"}
     assert set(dir(sqjax)) == {*sqjax.__all__, *namespaces, "__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", sqjax.__version__)
 

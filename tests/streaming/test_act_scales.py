@@ -136,7 +136,7 @@ def test_a_pickle_is_not_read(tmp_path, llama):
         sq.stats_from_act_scales(file, *llama)
     with untyped(), pytest.raises(ValueError, match="act_scales: expected a safetensors file, or"):
         sq.stats_from_act_scales(None, *llama)
-    with untyped(), pytest.raises(ValueError, match="expected a model as sqjax.models.load"):
+    with untyped(), pytest.raises(ValueError, match=r"expected a model as sqjax\.models\.load"):
         sq.stats_from_act_scales({}, lambda params, ids: ids, llama[1])
 
 
