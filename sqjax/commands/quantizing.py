@@ -53,7 +53,8 @@ def write(new: Path, opened: Opened, params: Any, how: How) -> None:
     """Writes the parameters in the format that was asked for."""
     model, like = opened.model, opened.directory
     if how.layout == "gguf":
-        models.save_gguf(new, model, params, dtype=how.scheme, like=like)
+        kind: Any = how.scheme
+        models.save_gguf(new, model, params, dtype=kind, like=like)
     elif how.layout == "compressed-tensors":
         models.save_compressed_tensors(new, model, params, like=like)
     else:
