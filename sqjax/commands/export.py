@@ -6,6 +6,7 @@ import click
 
 from sqjax.commands.options import MODEL, Talk, command, output
 from sqjax.commands.outputs import check_output, check_recipe, new_directory
+from sqjax.commands.recipes import settle
 
 _EXAMPLES = """
 sqjax export smollm2-w8a8 -o exported
@@ -73,6 +74,7 @@ def export(
     made_of = {"model": opened.digest}
     check_recipe(made_of)
     platforms = platform or _PLATFORMS
+    settle(platform=list(platforms))
     with new_directory(output, made_of) as new:
         talk.note(f"exporting for {', '.join(platforms)}")
         models.export(

@@ -157,17 +157,23 @@ def recipe_text(context: click.Context, made_of: Mapping[str, str]) -> str:
     import yaml
 
     name = context.command.name
-    recipe: dict[str, Any] = {"command": name}
-    for key in _parameters(context):
-        value = context.params.get(key)
-        if value is not None:
-            recipe[key] = _plain(key, value)
+    recipe = stated(context)
     recipe[_MADE_WITH] = versions()
     recipe[_MADE_OF] = dict(made_of)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     return (
         f"# To make it again: sqjax {name} --recipe THIS_FILE -o PATH\n{text}"
     )
+
+
+def stated(context: click.Context) -> dict[str, Any]:
+    """The command that runs, and its options: what a recipe says, without versions and digests."""
+    recipe: dict[str, Any] = {"command": context.command.name}
+    for key in _parameters(context):
+        value = context.params.get(key)
+        if value is not None:
+            recipe[key] = _plain(key, value)
+    return recipe
 
 
 def settle(**options: Any) -> None:

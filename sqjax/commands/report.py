@@ -19,6 +19,7 @@ from sqjax.commands.options import (
     output,
 )
 from sqjax.commands.outputs import check_output, new_file
+from sqjax.commands.recipes import settle, stated
 
 _EXAMPLES = """
 sqjax report smollm2-135m -o report.html
@@ -115,7 +116,8 @@ def report(
     found = calibrated(opened, asked, talk, "report")
     texts = read_texts(eval_text, "evaluation")
     read = token_windows(opened.model, texts, tokens, eval_windows)
-    recipe = dict(click.get_current_context().params)
+    settle(tokens=read.ids.shape[1], prompt=list(prompt or _PROMPTS))
+    recipe = stated(click.get_current_context())
     measured: Any = reports.measure(
         opened.model,
         opened.params,
@@ -126,7 +128,7 @@ def report(
         alphas=alphas,
         prompts=prompt or _PROMPTS,
         title=model,
-        recipe={key: str(x) for key, x in recipe.items() if x is not None},
+        recipe={key: str(x) for key, x in recipe.items()},
         stats=found.stats,
         progress=talk.progress,
     )
