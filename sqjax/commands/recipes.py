@@ -222,13 +222,14 @@ def check_same(context: click.Context, made_of: Mapping[str, str]) -> None:
     path = context.meta.get(_PATH)
     if path is None:
         return
-    stated = read_recipe(path).get(_MADE_OF) or {}
+    digests = read_recipe(path).get(_MADE_OF) or {}
     for key, digest in made_of.items():
         own = context.get_parameter_source(key)
         is_named = own == click.core.ParameterSource.COMMANDLINE
-        if key in stated and stated[key] != digest and not is_named:
+        before = digests.get(key, digest)
+        if before != digest and not is_named:
             raise ValueError(
-                f"{path}: expected the {key} that the recipe was made of, {stated[key]}, got "
+                f"{path}: expected the {key} that the recipe was made of, {before}, got "
                 f"another one, {digest}; give it, or another one with its option"
             )
 

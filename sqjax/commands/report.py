@@ -18,7 +18,7 @@ from sqjax.commands.options import (
     command,
     output,
 )
-from sqjax.commands.outputs import check_output, new_file
+from sqjax.commands.outputs import check_output, check_recipe, new_file
 from sqjax.commands.recipes import settle, stated
 
 _EXAMPLES = """
@@ -115,6 +115,8 @@ def report(
     asked = Asked(text, tokens, windows, stats)
     found = calibrated(opened, asked, talk, "report")
     texts = read_texts(eval_text, "evaluation")
+    made_of = found.made_of | {"eval_text": texts.digest}
+    check_recipe(made_of)
     read = token_windows(opened.model, texts, tokens, eval_windows)
     settle(tokens=read.ids.shape[1], prompt=list(prompt or _PROMPTS))
     recipe = stated(click.get_current_context())
@@ -132,7 +134,7 @@ def report(
         stats=found.stats,
         progress=talk.progress,
     )
-    with new_file(output, found.made_of) as new:
+    with new_file(output, made_of) as new:
         new.write_text(reports.html(measured), "utf-8")
     record = json_text.loads(json_text.dumps(measured.as_dict()))
     talk.result(record | {"output": str(output)}, f"{output}: {read}")
