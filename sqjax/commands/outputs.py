@@ -53,17 +53,20 @@ def check_output(
 
 def _check_free(output: Path, force: bool, directory: bool) -> None:
     """Raises ValueError if something is there that must not be replaced."""
-    is_empty = output.is_dir() and not any(output.iterdir())
-    recipe = recipe_of(output)
-    there = [path for path in (output, recipe) if os.path.lexists(path)]
-    if not there or (directory and is_empty):
+    # Many make an empty directory first.
+    if directory and output.is_dir() and not os.listdir(output):
         return
-    _require(
-        force,
-        f"{there[0]}: it is there already; pass --force to replace it, or name another path",
-    )
-    if not output.exists():
-        return
+    for path in (output, recipe_of(output)):
+        _require(
+            force or not os.path.lexists(path),
+            f"{path}: it is there already; pass --force to replace it, or name another path",
+        )
+    if output.exists():
+        _check_kind(output, directory)
+
+
+def _check_kind(output: Path, directory: bool) -> None:
+    """Raises ValueError if what is replaced is something else than what comes in its place."""
     what = "a directory" if directory else "a file"
     _require(
         output.is_dir() == directory,

@@ -146,8 +146,8 @@ def _how(
     """
     scheme = _USUAL[layout] if scheme is None else scheme
     is_gguf = layout == "gguf"
-    if (scheme in GGUF_SCHEMES) != is_gguf:
-        known = GGUF_SCHEMES if is_gguf else SCHEMES
+    known = GGUF_SCHEMES if is_gguf else tuple(SCHEMES)
+    if scheme not in known:
         raise ValueError(
             f"--scheme: expected one of {', '.join(known)} for --format {layout}, got {scheme}"
         )
@@ -156,9 +156,8 @@ def _how(
             "--rule: expected none for --format gguf, whose weights are all of one type"
         )
     if alpha is None:
-        # Of int4 weights alone smoothing makes the errors larger: there is nothing to move.
-        takes_part = is_gguf or SCHEMES.get(scheme) is False
-        alpha = "none" if takes_part else _ALPHA
+        # Where activations stay float, smoothing only makes the weights harder.
+        alpha = _ALPHA if SCHEMES.get(scheme) else "none"
     split = (rule.rpartition("=") for rule in rules)
     return How(layout, scheme, {p: s for p, _, s in split}, alpha)
 

@@ -35,7 +35,9 @@ def _rules(stats: Stats, how: How, talk: Talk) -> dict[str, Any] | None:
     """{pattern: scheme, or None for float}, with one for all at the end; None for GGUF."""
     if how.layout == "gguf":
         return None
-    rules = {p: PRESETS.get(name.upper()) for p, name in how.rules.items()}
+    # "none" is no preset, and None is what a rule says for float.
+    chosen = map(PRESETS.get, map(str.upper, how.rules.values()))
+    rules = dict(zip(how.rules, chosen, strict=True))
     sites = paths_of(stats.graph.sites)
     is_tied = any(_TIED in path for path in sites)
     if how.layout == "compressed-tensors" and is_tied and _TIED not in rules:
