@@ -1,6 +1,7 @@
 """The command line `sqjax`: one file a command, wired here. jax is imported when one runs."""
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -92,6 +93,9 @@ def _run(arguments: list[str]) -> int:
         return _complain(_of_usage(error), _BAD_INPUT)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # whoever read stdout, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
     except (ValueError, OSError, ImportError) as error:
         return _complain(error, _BAD_INPUT)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""`sqjax bench decode`: what a quantized cache of a real model costs in accuracy, gains in speed."""
+"""`sqjax bench decode`: what a quantized cache costs a model in accuracy, and gains in speed."""
 
 from collections.abc import Mapping
 from functools import partial

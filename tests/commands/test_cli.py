@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -250,6 +251,28 @@ def test_eval_and_compare_measure_what_numpy_does(run, quantized):
     assert found["perplexity"] == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
     ratio = np.exp(losses[1].mean() - losses[0].mean())
     assert found["ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_are_asked_of_the_harness(run, monkeypatch):
+    """The harness is a stand-in here: it asks one question, and gives scores in its own form."""
+    harness, base = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.api.model")
+    base.LM = type("LM", (), {})
+
+    def simple_evaluate(model, tasks, limit):
+        assert isinstance(model, base.LM)
+        request = types.SimpleNamespace(args=("The dog", " barks"))
+        [(score, _)] = model.loglikelihood([request])
+        return {"results": {name: {"alias": name, "acc,none": score} for name in tasks}}
+
+    harness.simple_evaluate = simple_evaluate
+    modules = {"lm_eval": harness, "lm_eval.api": harness, "lm_eval.api.model": base}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found = json.loads(run("eval", "tiny", "--tasks", "a,b", "--limit", "2", "--json", "--quiet"))
+    assert found["results"]["a"] == found["results"]["b"]
+    assert found["results"]["a"]["acc,none"] < 0
+    assert found["results"]["a"].keys() == {"acc,none"}
 
 
 def test_a_model_is_as_itself(run):
