@@ -78,6 +78,7 @@ def generate(
     A PROMPT of - is read from stdin.
     """
     if prompt == "-":
+        talk.note("reading the prompt from stdin")
         prompt = sys.stdin.read()
     from sqjax.commands.model_argument import open_decoder
     from sqjax.models import generate as continued

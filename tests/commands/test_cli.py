@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -184,7 +183,7 @@ def test_options_win_over_a_recipe(quantized, run):
     assert record["rules"] == {"q_proj": "none"}
     kernel = loaded("w8a16")[1]["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     assert kernel.activations is None
-    assert record["weight_bytes"] < 0.5 * record["float_bytes"]
+    assert record["weight_bytes"] < 0.6 * record["float_bytes"]
 
 
 @pytest.mark.slow
@@ -517,7 +516,7 @@ def test_ctrl_c_ends_with_130():
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(0.7)  # it waits for a prompt
+        assert process.stderr.readline() == "reading the prompt from stdin\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")

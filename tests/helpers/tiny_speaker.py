@@ -40,7 +40,7 @@ def write_speaker(directory, *, template=TEMPLATE, seed=0, **changes):
     save_file(weights, directory / "model.safetensors")
     bytes_of = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocab=bytes_of, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END])
     backend.save(str(directory / "tokenizer.json"))
