@@ -26,7 +26,7 @@ from sqjax.weights.schemes import PRESETS, Indices
 TEXT = "A quick brown fox jumps over a lazy dog, and the dog barks at the fox. " * 12
 COMMANDS = ("quantize", "eval", "generate", "compare", "inspect", "report", "calibrate", "smooth")
 COMMANDS += ("export", "demo", "bench")
-#: How much the tests read: one window of the text is 32 tokens, which are bytes.
+#: How much the tests read.
 FEW = ["--tokens", "32", "--windows", "3", "--quiet"]
 
 

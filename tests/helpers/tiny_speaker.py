@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of bytes and a chat template, as a Hugging Face directory."""
+"""A tiny Llama with a tokenizer of (nearly) bytes and a chat template, as a Hugging Face directory."""
 
 import json
 
@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 END = "<|end|>"
 SMALL = {
     **CONFIG,
-    "vocab_size": 257,
+    "vocab_size": 258,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_attention_heads": 4,
@@ -39,7 +39,8 @@ def write_speaker(directory, *, template=TEMPLATE, seed=0, **changes):
             weights[name][3] = 12.0
     save_file(weights, directory / "model.safetensors")
     bytes_of = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(BPE(vocab=bytes_of, merges=[]))
+    # One merge, because GGUF has no tokenizer without any.
+    backend = Tokenizer(BPE(vocab={**bytes_of, "\u0120d": 256}, merges=[("\u0120", "d")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END])
