@@ -1,4 +1,4 @@
-"""Quantized trees in files, and as arguments of exported functions.
+"""Quantized trees in files and directories, and as arguments of exported functions.
 
 May import `weights` and `numerics`; and the small helpers `sqjax._*`.
 """

@@ -109,7 +109,12 @@ def contents_of(
         ValueError: some of it can not be kept; names the path, or the argument.
     """
     tensors: dict[str, np.ndarray] = {}
-    parts = {"tree": to_json((), tree, tensors)}
+    try:
+        parts = {"tree": to_json((), tree, tensors)}
+    except RecursionError as error:
+        raise ValueError(
+            "the tree is nested too deeply, or holds itself; make it flatter"
+        ) from error
     if stats is not None:
         expected = "the Stats that sqjax.calibrate gives"
         fits = isinstance(stats, serialized_class("Stats"))
@@ -129,6 +134,7 @@ def _checked_config(config: Any) -> dict[str, Any]:
     check_mapping(config, "config", "JSON by name, as {'alpha': 0.5}")
     given = dict(config)
     try:
+        # Without NaN, because only Python's JSON has it.
         read = json.loads(json.dumps(given, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(

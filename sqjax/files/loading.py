@@ -1,8 +1,9 @@
 """`load` and `load_saved`: what `save` wrote, verified and put where it shall be."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def saved_config(directory: Path) -> dict[str, Any]:
     """
     try:
         with opened_directory(directory) as opened:
-            return opened.parts.get("config") or {}
+            return opened.parts.get("config", {})
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
@@ -164,22 +165,25 @@ class _Reader:
     def __call__(self, abstract: PyTree) -> PyTree:
         """The tree with its arrays; a quantized leaf has several, which are checked together."""
         names, structs, _ = named_leaves(abstract)
-        arrays = iter(zip(names, structs, strict=True))
+        arrays = zip(names, structs, strict=True)
         paths, leaves, treedef = named_leaves(
             abstract, is_leaf=is_quantized_leaf
         )
         found = []
         for path, leaf in zip(paths, leaves, strict=True):
-            own = [next(arrays) for _ in jax.tree.leaves(leaf)]
-            found.append(self._leaf(path, jax.tree.structure(leaf), own))
+            structure = jax.tree.structure(leaf)
+            # The arrays of a tree stand in the order of its leaves.
+            own = list(islice(arrays, len(jax.tree.leaves(leaf))))
+            found.append(self._leaf(path, structure, own))
         return jax.tree_util.tree_unflatten(treedef, found)
 
     def _leaf(self, path: str, structure: Any, own: list[Any]) -> Any:
         """A leaf of these (path, shape and dtype), verified and placed."""
-        read = [self._read(name, struct) for name, struct in own]
+        read = list(starmap(self._read, own))
         leaf = jax.tree.unflatten(structure, read)
         if is_quantized_leaf(leaf):
             check_values(path, leaf)
+        # Copies on devices, so that what is mapped can go before the next leaf is read.
         placed = []
         for (name, _), array in zip(own, read, strict=True):
             placed.append(_placed(name, array, self._where.get(name)))
@@ -205,7 +209,7 @@ class _Reader:
 
 
 def _is_sharding(x: Any) -> bool:
-    return x is None or isinstance(x, Sharding | PartitionSpec)
+    return isinstance(x, Sharding | PartitionSpec | None)
 
 
 def _where(abstract: PyTree, shardings: Shardings) -> dict[str, Any]:
@@ -217,29 +221,35 @@ def _where(abstract: PyTree, shardings: Shardings) -> dict[str, Any]:
     names, _, _ = named_leaves(abstract)
     if callable(shardings):
         shardings = shardings(abstract)
-    if _is_sharding(shardings):
-        return {name: _checked(name, shardings) for name in names}
-    given, found, _ = named_leaves(shardings, is_leaf=_is_sharding)
-    where = dict(zip(given, found, strict=True))
-    missing = [name for name in names if name not in where]
+    where = dict.fromkeys(names, shardings)
+    if not _is_sharding(shardings):
+        given, found, _ = named_leaves(shardings, is_leaf=_is_sharding)
+        where = dict(zip(given, found, strict=True))
+        _check_names(names, where)
+    for name in names:
+        _check_sharding(name, where[name])
+    return where
+
+
+def _check_names(names: Iterable[str], where: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there is a sharding for every array, and no other."""
+    missing = sorted(set(names) - where.keys())
     # None stands for a part that a weight does not have, too.
-    extra = [x for x in where if where[x] is not None and x not in names]
+    given = {name for name in where if where[name] is not None}
+    extra = sorted(given.difference(names))
     if missing or extra:
         raise ValueError(
             "shardings: expected one for every array of the tree, as sq.shardings gives them; "
             f"there are none for {missing[:5]}, and too many for {extra[:5]}"
         )
-    return {name: _checked(name, where[name]) for name in names}
 
 
-def _checked(path: str, sharding: Any) -> Sharding | None:
-    """A sharding, or None for the default device."""
-    if sharding is None or isinstance(sharding, Sharding):
-        return sharding
-    raise ValueError(
-        f"shardings: {shown(path)}: expected a Sharding or None, got {sharding!r}; a spec names no "
-        "devices: NamedSharding(mesh, spec)"
-    )
+def _check_sharding(path: str, sharding: Any) -> None:
+    if not isinstance(sharding, Sharding | None):
+        raise ValueError(
+            f"shardings: {shown(path)}: expected a Sharding or None, got {sharding!r}; a spec "
+            "names no devices: NamedSharding(mesh, spec)"
+        )
 
 
 def _placed(path: str, array: np.ndarray, sharding: Sharding | None) -> Any:

@@ -25,6 +25,7 @@ from sqjax.files.opening import open_file
 
 #: The layout before checksums, which is read too.
 _WITHOUT_SUMS = 1
+_SUMS = "sums"
 
 
 def write_file(path: Path, contents: Contents) -> None:
@@ -40,7 +41,7 @@ def write_file(path: Path, contents: Contents) -> None:
     version = OF_A_TREE if contents.parts.keys() == {"tree"} else VERSION
     sums = {name: checksum(x) for name, x in contents.tensors.items()}
     texts = {name: json.dumps(x) for name, x in contents.parts.items()}
-    metadata = {"sqjax": str(version), **texts, "sums": json.dumps(sums)}
+    metadata = {"sqjax": str(version), **texts, _SUMS: json.dumps(sums)}
     metadata[SEAL] = seal_of(metadata)
     try:
         save_file(contents.tensors, path, metadata)
@@ -82,6 +83,22 @@ def _parts_in(
 
     The checksums are None where the layout has none.
     """
+    version = _version_of(metadata)
+    # A seal says that the file was written with sums, whatever became of its version.
+    if version > _WITHOUT_SUMS or SEAL in metadata:
+        check_seal(metadata, "a header")
+    texts = {x: text for x, text in metadata.items() if x in (*PARTS, _SUMS)}
+    try:
+        parts = {name: json.loads(text) for name, text in texts.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"expected the tree as JSON, got {error}; save it again"
+        ) from error
+    return parts, parts.pop(_SUMS, None)
+
+
+def _version_of(metadata: Mapping[str, str]) -> int:
+    """The layout's version, if it is one that is read here."""
     version = metadata.get("sqjax", "none")
     if not version.isdecimal() or "tree" not in metadata:
         found = sorted(metadata)[:5]
@@ -93,15 +110,4 @@ def _parts_in(
         raise ValueError(
             f"expected layout version {VERSION}, got {version}; update sqjax"
         )
-    # A seal says that the file was written with sums, whatever became of its version.
-    is_old = int(version) == _WITHOUT_SUMS and SEAL not in metadata
-    if not is_old:
-        check_seal(metadata, "a header")
-    there = [part for part in PARTS if part in metadata]
-    try:
-        parts = {part: json.loads(metadata[part]) for part in there}
-        return parts, None if is_old else json.loads(metadata["sums"])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"expected the tree as JSON, got {error}; save it again"
-        ) from error
+    return int(version)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sqjax.files.aside import directory_written_aside, written_aside
 from sqjax.files.contents import Contents, contents_of
 from sqjax.files.one_file import write_file
 from sqjax.files.opening import check_path
-from sqjax.files.shards import INDEX, is_of_a_save, write_shards
+from sqjax.files.shards import is_of_a_save, write_shards
 
 #: As transformers shards by default.
 SHARD = 5_000_000_000
@@ -76,10 +77,6 @@ def save(
         _write(target, contents, max_shard_bytes)
     except ValueError as error:
         raise ValueError(f"save: {path}: {error}") from error
-    except RecursionError as error:
-        raise ValueError(
-            f"save: {path}: the tree is nested too deeply, or holds itself; make it flatter"
-        ) from error
     except OSError as error:
         raise told(error, f"save: {path}") from error
 
@@ -99,18 +96,17 @@ def told(error: OSError, what: str) -> OSError:
 
 def _check_target(target: Path) -> None:
     """Raises ValueError unless a path is in a directory, and nothing else is lost with it."""
-    if not target.parent.is_dir():
-        raise ValueError(
-            "expected a path in a directory that exists; make "
-            f"{target.parent} first"
-        )
+    expected = "a path in a directory that exists"
+    parent = target.parent
+    if not parent.is_dir():
+        raise ValueError(f"expected {expected}; make {parent} first")
     # What is in a directory would go with it, because it is replaced as a whole.
-    inside = sorted(os.listdir(target)) if target.is_dir() else []
-    others = [name for name in inside if not is_of_a_save(name)]
-    if others or (inside and INDEX not in inside):
+    inside = os.listdir(target) if target.is_dir() else []
+    others = list(filterfalse(is_of_a_save, inside))
+    if others:
         raise ValueError(
             "expected a path that is free, or a directory that holds what save wrote and nothing "
-            f"else, got one that holds {(others or inside)[:3]}; choose another path"
+            f"else, got one that holds {sorted(others)[:3]}; choose another path"
         )
 
 
@@ -125,6 +121,5 @@ def _write(target: Path, contents: Contents, max_shard_bytes: int) -> None:
 
 def _is_for_a_file(target: Path) -> bool:
     """Whether one file is written: where one is, or by the name: x.safetensors, but not qwen2.5."""
-    if target.exists():
-        return not target.is_dir()
-    return target.suffix[1:2].isalpha()
+    ends_in_a_word = target.suffix[1:2].isalpha()
+    return not target.is_dir() if target.exists() else ends_in_a_word

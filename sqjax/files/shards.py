@@ -97,6 +97,7 @@ def write_shards(
     for number, part in enumerate(parted, 1):
         file = f"sqjax-{number:05}-of-{len(parted):05}.safetensors"
         write_tensors(directory / file, part, {})
+        # Of what shall be there, because a disk may have written something else.
         sums = {name: checksum(contents.tensors[name]) for name in part}
         with (directory / file).open("rb") as written:
             header = sum_of(header_bytes(written))
@@ -192,6 +193,7 @@ def _shards_in(index: Mapping[str, Any]) -> list[Shard]:
         )
     found = []
     for name, says in shards.items():
+        # No other names, because one with folders in it could lead out of the directory.
         if _SHARD.fullmatch(name) is None:
             raise ValueError(
                 f"{INDEX}: expected names such as sqjax-00001-of-00001.safetensors, got {name!r}; "

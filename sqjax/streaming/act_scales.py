@@ -78,19 +78,21 @@ def stats_from_act_scales(
     with named("stats_from_act_scales"):
         by_module = read_act_scales(act_scales)
         found = leaves_of_modules(by_module, model.config, families)
-        seen = _seen(model, params)
-        absmax = _by_site(seen.graph.sites, found, by_module)
+        batch = _batch(model)
+        analyses = Analyses([model.apply], params, [batch], {}, False)
+        # Before the proof, which compiles the model.
+        sites = analyses.together(0, batch, 0).graph.sites
+        absmax = _by_site(sites, found, by_module)
+        seen = calibrated(analyses, [[batch]], None, False)
     ones = {path: jnp.asarray(np.int32(1)) for path in absmax}
     return replace(seen, absmax=absmax, abs_sum=absmax, count=ones, reached={})
 
 
-def _seen(model: Model | Encoder, params: Any) -> Stats:
-    """The statistics of a few tokens, whose graph has passed the proof."""
+def _batch(model: Model | Encoder) -> tuple[np.ndarray]:
+    """The arguments of a model: a few tokens, any ones."""
     tokens = min(8, model.config.max_length)
     ids = np.arange(2 * tokens, dtype=np.int32).reshape(2, tokens)
-    batch = (ids % model.config.vocab_size,)
-    analyses = Analyses([model.apply], params, [batch], {}, False)
-    return calibrated(analyses, [[batch]], None, False)
+    return (ids % model.config.vocab_size,)
 
 
 def _by_site(

@@ -1,5 +1,6 @@
 """`save` and `load`: bit for bit, in one safetensors file that says what it holds; damage is named."""
 
+import base64
 import copy
 import dataclasses
 import functools
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import stat
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -639,6 +641,31 @@ def test_a_file_of_the_layout_without_sums_is_read(tmp_path):
     raw = file.read_bytes()
     assert b"sums" not in raw
     assert_same(sq.load(file), tree)
+
+
+#: A file that sqjax wrote before directories of shards were known, compressed.
+OF_VERSION_2 = (
+    "c-nPR+iKh}5KWeTh|#k`bg^zr3wbK^vCuc$n2{|dTfFPU_LioL$*=WO`YDy<-DE=&A%kXo&Y3eK{aan6bwG8!brZ"
+    "BOL0zNu0ZoH*XpIgfYB$YPqIFgjC4v&+EabY)xa7hah5;T^P@>Il(h*Yds+w`O+jm_xS2+H%N9y+<Za4NrB!uV}b"
+    "bB`*gLjn}&R7yF(bz!e-og5=hl#TjoF3tS+|WlvbP?m*q2J%v&myOEKeR5{DXu8au2>b5?eut`P_NXF8s}`kofg<"
+    ")c%DOXgwg1r3*+;-VnSM<YsGyd71P2<PmO7%4ZDfR{dQai4cBCm0wo$^Noy3Bq@fm+=DCs1N+8?_SghFVm*JJj2?"
+    "a!HAsl6%G(<AjI4z{0ytR_56X&`8K;g_A!HHJdd!wDTd7BeqgFi5?31w0z4?p2|Fv!r1PyF~m(u6|(D`ydP2Qdoc"
+    "rxix&8TH<eZVJ5>1nY1kvA=WTH+{zAZ&?~sTBVvxpC57=W^dV)Vk)Y6&eHm{y8IlzFBg}qr<=b|{{dIq-c0"
+)
+
+
+def test_a_file_of_the_layout_of_one_tree_is_read_and_written(tmp_path):
+    """Older versions read what is written for a tree alone."""
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(zlib.decompress(base64.b85decode(OF_VERSION_2)))
+    found = sq.load(file)
+    assert found["a"][0].tolist() == [0, 1, 2]
+    assert found["b"].values.tolist() == [[127, 64], [-64, 127]]
+    with safe_open(file, framework="numpy") as opened:
+        before = opened.metadata()
+    sq.save(tmp_path / "again.safetensors", found)
+    with safe_open(tmp_path / "again.safetensors", framework="numpy") as opened:
+        assert opened.metadata() == before
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1], ids=str)

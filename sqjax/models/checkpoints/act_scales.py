@@ -5,13 +5,14 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 
 from sqjax._arguments import expect
 from sqjax._names import near_misses
-from sqjax.files.header import read_header
+from sqjax.files.header import Entry, read_header
 from sqjax.files.opening import open_file
 from sqjax.models.checkpoints.families.known import FAMILIES
 from sqjax.models.checkpoints.family import Family
@@ -32,43 +33,46 @@ def read_act_scales(source: Any) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: it is neither; or an array is no vector of finite numbers of at least 0; names
-            the file and the module.
+            the file or the module.
     """
-    if isinstance(source, Mapping):
-        return {name: _checked(name, x) for name, x in source.items()}
+    arrays = source if isinstance(source, Mapping) else _in_file(source)
+    return dict(map(_checked, arrays.items()))
+
+
+def _in_file(source: Any) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file."""
     is_path = isinstance(source, str | os.PathLike)
     expected = "a safetensors file, or arrays by the names of modules"
     expect(is_path, "act_scales", expected, source)
     try:
         with open_file(source) as file:
             entries = read_header(file).tensors
-            return {
-                name: _checked(name, _read(Tensor(file, entry)))
-                for name, entry in entries.items()
-            }
+            return {name: _read(file, x) for name, x in entries.items()}
     except ValueError as error:
+        # What people have is a pickle most often.
         raise ValueError(
-            f"{source}: expected a safetensors file with a vector for every Linear: {error}; "
-            f"{_CONVERT}"
+            f"{source}: expected a safetensors file, got {error}; {_CONVERT}"
         ) from error
 
 
-def _read(tensor: Tensor) -> Any:
-    known = tensor.entry.dtype in FLOATS
-    return tensor.read() if known else tensor.entry.dtype
+def _read(file: BinaryIO, entry: Entry) -> np.ndarray:
+    if entry.dtype not in FLOATS:
+        raise ValueError(f"an array of {entry.dtype}")
+    return Tensor(file, entry).read()
 
 
-def _checked(name: str, x: Any) -> np.ndarray:
-    """A vector of ranges, as float32."""
-    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
-    array = np.asarray(x, np.float32) if is_array else np.zeros(())
-    if array.ndim != 1 or not np.all(np.isfinite(array) & (array >= 0)):
-        got = f"an array of shape {array.shape}" if is_array else repr(x)
+def _checked(named: tuple[str, Any]) -> tuple[str, np.ndarray]:
+    """(name, vector of ranges as float32) of a module."""
+    name, x = named
+    array = np.asarray(x)
+    is_vector = jnp.issubdtype(array.dtype, jnp.floating) and array.ndim == 1
+    # NaN is not at least 0 either.
+    if not is_vector or not np.all((array >= 0) & (array < np.inf)):
         raise ValueError(
             f"{name}: expected a vector of finite numbers of at least 0, one for each input "
-            f"channel, got {got}"
+            f"channel, got {array.dtype.name} of shape {array.shape}"
         )
-    return array
+    return name, array.astype(np.float32)
 
 
 def leaves_of_modules(
@@ -87,35 +91,43 @@ def leaves_of_modules(
     """
     names = list(names)
     leaves = parameter_shapes(config, config.num_layers)
-    among = families or FAMILIES.values()
-    found: dict[str, Found] = {}
-    unknown = names
-    for family in among:
-        if family.config_type is not type(config):
-            continue
-        own = {name: _find(family, name, config, leaves) for name in names}
-        known = {name: x for name, x in own.items() if x is not None}
-        if len(known) == len(names) and not unknown and known != found:
-            raise ValueError(
-                "act_scales: several families have these names, for different leaves; pass "
-                "families=[the model's]"
-            )
-        if len(known) > len(found):
-            found = known
-            unknown = [name for name in names if name not in known]
+    tables = []
+    for family in families or FAMILIES.values():
+        if family.config_type is type(config):
+            tables.append(_found(family, names, config, leaves))
+    best = max(tables, key=len, default={})
+    unknown = sorted(set(names) - best.keys())
     if unknown or not names:
+        near = near_misses("".join(unknown[:1]), sorted(leaves))
         raise ValueError(
             f"act_scales: expected the names of a model's Linears, got {unknown[:5]}. Near misses: "
-            f"{near_misses(''.join(unknown[:1]), sorted(leaves))}"
+            f"{near}"
         )
-    return found
+    # Nothing says which of two families is meant, unless both mean the same.
+    whole = [table for table in tables if table.keys() == best.keys()]
+    expect(
+        whole.count(best) == len(whole),
+        "act_scales",
+        "names of one family; pass families=[the model's], because several have these",
+        names[0],
+    )
+    return best
 
 
-def _find(
-    family: Family, name: str, config: Config, leaves: Mapping[str, Any]
-) -> Found | None:
-    """The leaves of a module by one family's table. A tied head's is the embedding."""
-    weight = f"{name}.weight"
-    if is_tied_head(weight, family, config):
-        return Found((EMBEDDING,), None, AS_IS)
-    return family.find(weight, leaves)
+def _found(
+    family: Family,
+    names: Iterable[str],
+    config: Config,
+    leaves: Mapping[str, Any],
+) -> dict[str, Found]:
+    """The leaves of the modules that one family's table has."""
+    table = {}
+    for name in names:
+        weight = f"{name}.weight"
+        found = family.find(weight, leaves)
+        # A tied head has the embedding's numbers, and inputs of its own.
+        if is_tied_head(weight, family, config):
+            found = Found((EMBEDDING,), None, AS_IS)
+        if found is not None:
+            table[name] = found
+    return table

@@ -52,6 +52,7 @@ def read_directory(
         return read_huggingface(
             directory, dtype, families, placement, config_type
         )
+    # Before the arrays, because reading these takes long.
     model = _model_in(directory, config_type)
     family, config = config_of(directory, families, config_type)
     shardings = partial(_shardings, directory, dtype, placement)
@@ -63,6 +64,7 @@ def config_of(
     directory: Path, families: Sequence[Family], config_type: type
 ) -> tuple[Family, Config]:
     """What ``config.json`` says, but for how another checkpoint's weights were quantized."""
+    # The parameters say themselves how they are quantized.
     file = directory / _CONFIG
     values = {**read_object(file), "quantization_config": None}
     return read_config(values, str(file), families, config_type)
@@ -95,6 +97,7 @@ def _model_in(directory: Path, config_type: type) -> Mapping[str, Any]:
 
 def _check_file(directory: Path, name: str, expected: str) -> None:
     """Raises ValueError unless a file of a directory is the one that was saved there."""
+    # Sealed or not, a name must not lead out of the directory.
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
@@ -121,6 +124,7 @@ def _shardings(
     _check_dtype(directory, dtype, shapes)
 
     def of_leaf(path: str, leaf: Any) -> Any:
+        # The shape of the float leaf, because that is what a caller knows.
         sharding = placement(path, leaf.shape)
         if is_quantized(leaf) and isinstance(sharding, NamedSharding):
             return explicit_shardings(leaf, sharding)

@@ -124,6 +124,7 @@ def _files(
 
 def _check_leaves(model: AnyModel, params: Params) -> None:
     """Raises ValueError, naming leaves, unless a tree is one that the model can run."""
+    # Names and shapes alone: what is saved is the tree as it is.
     shapes = parameter_shapes(model.config, model.config.num_layers)
     leaves_apart(params, shapes, may_be_fused=True)
 
