@@ -35,6 +35,8 @@ from sqjax.models.checkpoints.writing.saving import (
 from sqjax.models.checkpoints.writing.whole import save as save
 from sqjax.models.config import DecoderConfig as DecoderConfig
 from sqjax.models.config import llama_config as llama_config
+from sqjax.models.decoding.cache_scales import CacheScales as CacheScales
+from sqjax.models.decoding.cache_scales import cache_scales as cache_scales
 from sqjax.models.decoding.generation import Generated as Generated
 from sqjax.models.decoding.generation import generate as generate
 from sqjax.models.decoding.generation import greedy as greedy

@@ -14,12 +14,20 @@ from jaxtyping import Array, Float, Int
 
 from sqjax._shapes import from_front, other_axes, sizes_along
 from sqjax._trees import is_concrete
-from sqjax.numerics.formats import Format, scale_from_absmax
+from sqjax.numerics.formats import Format, scale_from_absmax, to_format
 from sqjax.numerics.smoothing import believable, smoothing_scales
 from sqjax.numerics.weight_products import Activations
+from sqjax.weights.layout import lay_out
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
-from sqjax.weights.schemes import Int4, PerTensor, PerToken, Scheme, Static
+from sqjax.weights.schemes import (
+    Float8,
+    Int4,
+    PerTensor,
+    PerToken,
+    Scheme,
+    Static,
+)
 from sqjax.weights.sharding import explicit_shardings
 
 #: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float,
@@ -230,6 +238,8 @@ def _tensor(
 ) -> QTensor:
     """The weight in the format and with the scales that the scheme's `weight` says."""
     how = scheme.weight
+    if isinstance(how, Float8) and how.block_size is not None:
+        return _in_blocks(weight, contracting, how.block_size, how.fmt, batch)
     if isinstance(how, Int4) and how.two_level:
         assert how.group_size is not None  # `Int4` has checked it
         return QTensor.quantize_twice(
@@ -238,6 +248,43 @@ def _tensor(
     zero_point = isinstance(how, Int4) and how.zero_point
     return QTensor.quantize(
         weight, contracting, how.granularity, how.fmt, batch, zero_point
+    )
+
+
+def _in_blocks(
+    weight: Array,
+    contracting: tuple[int, ...],
+    size: int,
+    fmt: Format,
+    batch: tuple[int, ...],
+) -> QTensor:
+    """The weight in groups of `size` channels, whose scales are those of blocks of `size` outputs.
+
+    For a kernel (256, 300) and a size of 128 there are 2 x 3 blocks, the last for 44 outputs. The
+    scales are (300, 2), of which the rows 0 to 127 are alike.
+
+    Raises:
+        ValueError: the weight is no kernel (in, out), or a stack of these.
+    """
+    stored, order, sharing = lay_out(weight, contracting, batch, size)
+    if len(contracting) != 1 or stored.ndim != len(batch) + 2:
+        raise ValueError(
+            f"blocks: expected a kernel (in, out), got one of {stored.ndim - len(batch)} axes, of "
+            f"which {len(contracting)} are contracted; take group_size in place of block_size"
+        )
+    largest = sharing.reduced(jnp.abs(stored), jnp.max)
+    *stack, outputs, groups = largest.shape
+    # Rows of zeros fill the last block up, because they change no maximum.
+    missing = [(0, 0)] * len(stack) + [(0, -outputs % size), (0, 0)]
+    padded = jnp.pad(largest, missing)
+    # (outputs, groups) -> (blocks, size, groups): the scale of a block is that of its largest row.
+    by_block = padded.reshape(*stack, -1, size, groups)
+    of_blocks = jnp.max(by_block, axis=-2)
+    rows = jnp.repeat(of_blocks, size, axis=-2)[..., :outputs, :]
+    scale = scale_from_absmax(rows, fmt)
+    values = to_format(stored, sharing.spread(scale), fmt)
+    return QTensor(
+        values, scale, order, weight.dtype, group=sharing.group, fmt=fmt
     )
 
 

@@ -169,6 +169,9 @@ class Float8(_Weight):
         group_size: a scale for so many consecutive channels of an output; None: one for all of
             them.
         per_tensor: whether the whole matrix has one scale. Not with a group size.
+        block_size: a scale for a block of so many outputs and as many consecutive channels, as
+            DeepSeek-V3 has it (128). Every output of a block holds it, so that the leaf is one in
+            groups. Not with the two above.
 
     Raises:
         ValueError: a field is of another type, out of range, or does not go with the others; the
@@ -178,14 +181,32 @@ class Float8(_Weight):
         >>> import sqjax as sq
         >>> sq.Scheme(weight=sq.Float8(format="e5m2"), activation=None)
         Scheme(weight=Float8(format='e5m2'), activation=None)
+        >>> sq.FP8.replace(weight=sq.Float8(block_size=128)).weight.granularity
+        128
     """
 
     format: Float8Format = "e4m3"
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.format in ("e4m3", "e5m2")
         _require(known, self, "format", "'e4m3' or 'e5m2'")
+        size = self.block_size
+        fits = size is None or (type(size) is int and size >= 1)
+        meaning = (
+            "an int of 1 or more (a block's outputs and channels), or None"
+        )
+        _require(fits, self, "block_size", meaning)
+        alone = self.group_size is None and not self.per_tensor
+        meaning = "None with a group size or per_tensor=True"
+        _require(size is None or alone, self, "block_size", meaning)
+
+    @property
+    def granularity(self) -> Granularity:
+        """As for other weights; of blocks the channels of one."""
+        own = super().granularity
+        return own if self.block_size is None else self.block_size
 
     @property
     def fmt(self) -> Format:

@@ -10,16 +10,18 @@ import pytest
 import tiny_checkpoint as tiny
 from slow import slow_but
 from tiny_llama import GROUPED, random_params
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizer_vectors import vectors, write_directory, write_json, write_model
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers
 from untyped import untyped
 
 import sqjax as sq
 from sqjax.models import Model, fuse, llama_config, load, save_gguf, stack_layers
 from sqjax.models.checkpoints.gguf import read_metadata
 from sqjax.models.text.chat import Template, Templates
+from sqjax.models.text.directory import from_directory
 from sqjax.models.text.gguf import from_gguf_metadata
-from sqjax.models.text.splits import BY_NAME
+from sqjax.models.text.gguf_metadata import gguf_metadata
 from sqjax.models.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -144,35 +146,50 @@ def byte_level(*steps, normalizer=None):
     return Tokenizer(backend, len(tokens) - 2, bos_id=len(tokens) - 3, templates=templates)
 
 
-#: SmolLM2's and Qwen's, in the words of their own files.
-QWEN = BY_NAME["qwen2"].steps[0][1]
-SPLITS = {
-    "smollm": byte_level(pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)),
-    "gpt-2": byte_level(pre_tokenizers.ByteLevel(False)),
-    "qwen2": byte_level(
-        pre_tokenizers.Split(Regex(QWEN), "isolated"),
-        pre_tokenizers.ByteLevel(False, use_regex=False),
-        normalizer=normalizers.NFC(),
-    ),
-}
+#: SmolLM2's, in the words of its own file.
+SMOLLM = byte_level(pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False))
 
 
-@pytest.mark.parametrize("name", SPLITS)
-def test_a_byte_level_tokenizer_is_named_and_comes_back(tmp_path, name):
-    tokenizer = SPLITS[name]
-    config = llama_config(270, 8, 16, 1, 2, 1, 4)
-    model = Model(config, tokenizer)
+def test_a_byte_level_tokenizer_is_named_and_comes_back(tmp_path):
+    model = Model(llama_config(270, 8, 16, 1, 2, 1, 4), SMOLLM)
     save_gguf(tmp_path / "new.gguf", model, random_params(model), "f32")
     metadata = read_metadata(tmp_path / "new.gguf")
-    assert metadata["tokenizer.ggml.pre"] == name
+    assert metadata["tokenizer.ggml.pre"] == "smollm"
     kinds = metadata["tokenizer.ggml.token_type"]
     tokens = metadata["tokenizer.ggml.tokens"]
     assert [kinds[tokens.index(t)] for t in ("he", "<s>", "<tool>", "[PAD269]")] == [1, 3, 4, 5]
     back = from_gguf_metadata(metadata)
     for text in ("hello <tool> 1234 he's</s>", "e\u0301  \n\n x"):
-        assert back.encode(text) == tokenizer.encode(text)
-    assert (back.ends, back.bos_id, back.pad_id) == (tokenizer.ends, tokenizer.bos_id, None)
+        assert back.encode(text) == SMOLLM.encode(text)
+    assert (back.ends, back.bos_id, back.pad_id) == (SMOLLM.ends, SMOLLM.bos_id, None)
     assert back.chat([{"role": "user", "content": "Hi"}]) == "<s>!"
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"), [("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2", "qwen2")]
+)
+def test_files_of_tokenizers_as_their_makers_write_them(tmp_path, name, pre):
+    tokenizer = from_directory(write_directory(tmp_path, name))
+    metadata = gguf_metadata(tokenizer, 1000)
+    assert metadata["tokenizer.ggml.pre"] == pre
+    back = from_gguf_metadata(metadata)
+    for text in vectors(name)["texts"]:
+        assert back.encode(text) == tokenizer.encode(text), text
+
+
+def test_scores_are_read_of_the_sentencepiece_file(tmp_path):
+    expected = vectors("spm_bpe")
+    config = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}
+    write_json(write_model(tmp_path, "spm_bpe"), tokenizer_config=config)
+    tokenizer = from_directory(tmp_path)
+    metadata = gguf_metadata(tokenizer, 1000, tmp_path)
+    pieces = len(expected["pieces"])
+    assert metadata["tokenizer.ggml.scores"][:pieces] == [row[1] for row in expected["pieces"]]
+    back = from_gguf_metadata(metadata)
+    for text, ids in zip(expected["texts"], expected["ids"], strict=True):
+        assert back.encode(text) == [1, *ids, 2], text
+    with pytest.raises(ValueError, match="expected a byte-level tokenizer"):
+        gguf_metadata(tokenizer, 1000)
 
 
 def refused(message, path, *arguments, **others):
@@ -197,11 +214,11 @@ def test_what_gguf_has_no_words_for_is_refused(tmp_path):
     refused("expected a byte-level tokenizer", path, Model(config, word), params)
     small = llama_config(40, 8, 16, 1, 2, 1, 4)
     few = random_params(Model(small))
-    refused("ids below 40, the embedding's rows", path, Model(small, SPLITS["gpt-2"]), few)
+    refused("ids below 40, the embedding's rows", path, Model(small, SMOLLM), few)
 
 
 def test_keys_of_a_file_are_copied(tmp_path):
-    model = Model(llama_config(270, 8, 16, 1, 2, 1, 4), SPLITS["smollm"])
+    model = Model(llama_config(270, 8, 16, 1, 2, 1, 4), SMOLLM)
     params = random_params(model)
     save_gguf(tmp_path / "first.gguf", model, params, "f32")
     plain = Model(model.config)
@@ -230,11 +247,10 @@ def test_refusals(tmp_path):
     refused(r'expected a name that ends with "\.gguf"', tmp_path / "new.bin", MODEL, params)
     refused("make .*none first", tmp_path / "none/new.gguf", MODEL, params)
     refused("like: expected the .gguf file or", path, MODEL, params, like=tmp_path / "no")
-    ids = jnp.asarray([[1, 2, 3]])
-    quantized = sq.quantize(params, sq.calibrate(MODEL.apply, params, [ids]), sq.W8A16)
-    refused(
-        "got a quantized one; save_gguf quantizes float parameters itself", path, MODEL, quantized
-    )
+    tensor = sq.QTensor.quantize(params["model"]["embed_tokens"]["embedding"], (1,))
+    embedding = {"embedding": sq.QuantWeight(tensor, None, None, None)}
+    quantized = {"model": params["model"] | {"embed_tokens": embedding}}
+    refused("a quantized one; save_gguf quantizes float parameters itself", path, MODEL, quantized)
     case = tiny.load("gpt2")
     other, its = load(tiny.write(case, tmp_path / "gpt2"))
     refused("expected a model that llama.cpp has as one of .*'qwen3'", path, other, its)

@@ -1,5 +1,7 @@
 """Checkpoints that are quantized already: every layout bit for bit, and models that run on them."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,30 @@ def test_logits_of_the_dequantized_model(tmp_path, layout):
     expected = jax.jit(model.apply)(in_float, ids)
     got = jax.jit(sq.quantized(model.apply))(params, ids)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_float8_of_deepseek_is_the_same_as_blocks_of_compressed_tensors(tmp_path):
+    """Blocks of 8 outputs and 4 inputs, which do not divide the outputs of k and v."""
+    blocks, draw = copy.deepcopy(of_layouts.LAYOUTS["float8_blocks"])
+    config = LLAMA | {"num_key_value_heads": 1, "num_attention_heads": 3}
+    stored, _, floats = checkpoint(draw, config)
+    theirs = {
+        name.replace("weight_scale", "weight_scale_inv"): x
+        for name, x in stored.items()
+        if not name.endswith("lm_head.weight_scale")
+    }
+    fp8 = {"quant_method": "fp8", "weight_block_size": [8, 4], "activation_scheme": "dynamic"}
+    with pytest.warns(UserWarning, match="one scale for each token here"):
+        _, params = load(write(tmp_path / "fp8", config | {"quantization_config": fp8}, theirs))
+    group = {**of_layouts.FLOAT, "dynamic": True, "strategy": "group", "group_size": 4}
+    blocks["config_groups"]["group_0"]["input_activations"] = group
+    with pytest.warns(UserWarning, match="one scale for each token here"):
+        _, same = load(write(tmp_path / "ct", config | {"quantization_config": blocks}, stored))
+    assert jax.tree.structure(params) == jax.tree.structure(same)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    leaf = quantized_leaves(params)[f"{UP}.kernel"]
+    assert (leaf.activations, leaf.activation_format) == ("per_token", "e4m3")
+    np.testing.assert_array_equal(leaf.dequantize(), floats[f"{UP}.weight"].T)
 
 
 @pytest.mark.slow

@@ -48,6 +48,10 @@ AWQ, GPTQ = of_layouts.AWQ, of_layouts.GPTQ
 GROUP = "config.json.*quantization_config: config_groups: group_0: "
 CONFIGS = {
     "method": ({"quant_method": "bitsandbytes"}, r"one of \['awq', .*'gptq'\], got 'bitsandbytes'"),
+    "fp8 without blocks": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        "activation_scheme: expected 'dynamic', got 'static'",
+    ),
     "no method": ({"bits": 4}, r"quant_method to be one of \['awq', .*\], got None"),
     "no object": ([4], "quant_method to be one of .*, got None"),
     "unhashable": ({"quant_method": ["awq"]}, r"got \['awq'\]"),

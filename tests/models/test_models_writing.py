@@ -38,6 +38,7 @@ from sqjax.models.checkpoints.quantized.unpacking import centred, pack, unpack
 from sqjax.models.text.chat import Template, Templates
 from sqjax.models.tokenizer import Tokenizer
 from sqjax.weights.quant_weight import is_quantized
+from sqjax.weights.quantize import quantize_weight
 
 CASES = tiny_checkpoint.cases()
 # Sizes that words of 8 codes and groups of 8 divide.
@@ -472,6 +473,7 @@ SCHEMES = {
     "w4a8": sq.W4A16.replace(weight=sq.Int4(group_size=8), activation=sq.PerToken()),
     "fp8": sq.FP8,
     "w8a8_static": sq.W8A8_O3,
+    "fp8_blocks": sq.FP8.replace(weight=sq.Float8(block_size=8)),
 }
 
 
@@ -492,6 +494,33 @@ def test_what_quantize_gives_comes_back_bit_for_bit(tmp_path, scheme):
     assert config["ignore"] == ["lm_head"]
     assert [*config["config_groups"]] == ["group_0"]
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert_same(load(tmp_path / "new")[1], given)
+
+
+def test_scales_of_blocks_are_written_once(tmp_path, loaded):
+    """Blocks of 8 x 8: of 24 outputs and 16 inputs there are 3 x 2. Others are scales of groups."""
+    source, model, params = loaded
+    scheme = sq.FP8.replace(weight=sq.Float8(block_size=8))
+
+    def choose(path):
+        return {"up_proj": blocks, "down_proj": groups}.get(path.split("/")[-2])
+
+    def blocks(x):
+        return quantize_weight(x, (0,), scheme)
+
+    def groups(x):
+        return quantize_weight(x, (0,), sq.FP8.replace(weight=sq.Float8(group_size=8)))
+
+    given = by_hand(params, choose)
+    save_compressed_tensors(tmp_path / "new", model, given, like=source)
+    config = json.loads((tmp_path / "new/config.json").read_text())["quantization_config"]
+    by_strategy = {x["weights"]["strategy"]: x for x in config["config_groups"].values()}
+    assert by_strategy["block"]["weights"]["block_structure"] == [8, 8]
+    assert by_strategy["block"]["targets"] == [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    assert by_strategy["group"]["weights"]["group_size"] == 8
+    stored = stored_in(tmp_path / "new")
+    assert stored["model.layers.0.mlp.up_proj.weight_scale"].shape == (3, 2)
+    assert stored["model.layers.0.mlp.down_proj.weight_scale"].shape == (16, 3)
     assert_same(load(tmp_path / "new")[1], given)
 
 

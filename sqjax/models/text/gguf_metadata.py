@@ -1,13 +1,15 @@
 """A tokenizer as the metadata of a GGUF file: the inverse of `sqjax.models.text.gguf`."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqjax.models.text.building import (
     CONTROL,
     NORMAL,
+    SPACE,
     UNUSED,
     USER_DEFINED,
 )
@@ -121,10 +123,12 @@ def _of_pieces(file: Path) -> tuple[dict[int, _Token], dict[str, Any]]:
     model, _ = read_sentencepiece(file)
     if not model.merges or model.characters or model.one_space:
         raise _refuse("a sentencepiece model that merges", f"that of {file}")
-    tokens = {
-        i: _Token(text, kind, score)
-        for i, (text, score, kind) in enumerate(model.pieces)
-    }
+    tokens = {}
+    for i, (text, score, kind) in enumerate(model.pieces):
+        # The file holds a user's symbol as it stands in a text.
+        is_symbol = kind == USER_DEFINED
+        shown = text.replace(SPACE, " ") if is_symbol else text
+        tokens[i] = _Token(shown, kind, score)
     keys = {
         "model": "llama",
         "pre": "default",
@@ -172,32 +176,57 @@ def _name_of(wanted: Splits) -> str:
 
 
 def _steps(stated: Any) -> Steps:
-    """The steps in the words of `Splits`, of what a tokenizer.json says."""
+    """The steps in the words of `Splits`, of what a tokenizer.json says.
+
+    A step that has no words there keeps the name of its type, which no `Splits` has.
+    """
     if stated is None:
         return ()
     kind = stated["type"]
-    if kind == "Sequence":
-        return tuple(
-            step for one in stated["pretokenizers"] for step in _steps(one)
-        )
-    if kind == "ByteLevel":
-        # The package knows the expression of GPT-2 by itself.
-        words = GPT2.steps if stated.get("use_regex", True) else ()
-        return (
-            (("prefix", ""),)
-            if stated["add_prefix_space"]
-            else (
-                *words,
-                (BYTES, ""),
-            )
-        )
-    if kind == "Digits":
-        return ((DIGITS if stated["individual_digits"] else NUMBERS, ""),)
-    if kind == "Punctuation" and stated["behavior"] == "Contiguous":
-        return ((PUNCTUATION, ""),)
-    regex = stated.get("pattern", {}).get("Regex")
-    is_alone = stated.get("behavior") == "Isolated" and not stated["invert"]
-    return ((SPLIT, regex) if regex and is_alone else (kind, ""),)
+    make = _WORDS_OF.get(kind)
+    return ((kind, ""),) if make is None else make(stated)
+
+
+def _of_sequence(stated: Mapping[str, Any]) -> Steps:
+    inside = map(_steps, stated["pretokenizers"])
+    return tuple(itertools.chain.from_iterable(inside))
+
+
+def _of_byte_level(stated: Mapping[str, Any]) -> Steps:
+    prefix = (("prefix", ""),) if stated["add_prefix_space"] else ()
+    # The package knows the expression of GPT-2 by itself.
+    words = GPT2.steps if stated.get("use_regex", True) else ()
+    return (*prefix, *words, (BYTES, ""))
+
+
+def _of_digits(stated: Mapping[str, Any]) -> Steps:
+    return ((DIGITS if stated["individual_digits"] else NUMBERS, ""),)
+
+
+def _of_punctuation(stated: Mapping[str, Any]) -> Steps:
+    return ((PUNCTUATION + _unless(stated, "Contiguous"), ""),)
+
+
+def _of_split(stated: Mapping[str, Any]) -> Steps:
+    regex = stated["pattern"].get("Regex", "")
+    inverted = " of all else" if stated["invert"] else ""
+    return ((SPLIT + _unless(stated, "Isolated") + inverted, regex),)
+
+
+def _unless(stated: Mapping[str, Any], usual: str) -> str:
+    """A behaviour in words, but for the one that GGUF's names stand for."""
+    behavior = stated["behavior"]
+    return "" if behavior == usual else f" ({behavior})"
+
+
+#: {type of a pre-tokenizer: its steps}.
+_WORDS_OF: dict[str, Callable[[Mapping[str, Any]], Steps]] = {
+    "Sequence": _of_sequence,
+    "ByteLevel": _of_byte_level,
+    "Digits": _of_digits,
+    "Punctuation": _of_punctuation,
+    "Split": _of_split,
+}
 
 
 def _composes(stated: Any) -> bool:
@@ -231,13 +260,13 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def _around(tokenizer: Tokenizer) -> dict[str, bool]:
     """Whether a token is put before every text, and one after it."""
     around = tokenizer.encode("")
-    for begins in (False, True):
-        for ends in (False, True):
-            before = [tokenizer.bos_id] if begins else []
-            after = [tokenizer.eos_id] if ends else []
-            if around == [*before, *after]:
-                return {"add_bos_token": begins, "add_eos_token": ends}
-    raise _refuse("a begin and an end around every text, or none", around)
+    begin, end = [tokenizer.bos_id], [tokenizer.eos_id]
+    # With one token for both, that of an empty text is its begin.
+    begins = around[:1] == begin
+    rest = around[begins:]
+    if rest not in ([], end):
+        raise _refuse("a begin and an end around every text, or none", around)
+    return {"add_bos_token": begins, "add_eos_token": rest == end}
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, str]:

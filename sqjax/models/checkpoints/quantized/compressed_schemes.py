@@ -1,7 +1,10 @@
 """How compressed-tensors says that modules are quantized: the groups of its configuration."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.keys import (
@@ -37,6 +40,7 @@ _DYNAMIC: dict[str, Activations] = {
     "tensor": "per_tensor",
 }
 _STATIC: dict[str, Activations] = {"tensor": "static"}
+_GROUP = "group"
 
 
 class Blocks(NamedTuple):
@@ -53,6 +57,16 @@ class Blocks(NamedTuple):
         outputs, inputs = shape
         rows = group_count(self.outputs, outputs)
         return rows, group_count(self.inputs, inputs)
+
+    def by_output(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+        """Scales or zero points, (out, groups), or (1, 1): a block's repeated for its outputs.
+
+        In blocks of 128 outputs the scales (3, 2) of 300 outputs become (300, 2).
+        """
+        x = x.reshape(self.scales(shape))
+        if self.outputs in (None, 1):
+            return x
+        return np.repeat(x, self.outputs, axis=0)[: shape[0]]
 
 
 class Scheme(NamedTuple):
@@ -105,7 +119,8 @@ def _are_two_sizes(x: Any) -> bool:
     return isinstance(x, list) and len(x) == 2 and all(map(SIZE.holds, x))
 
 
-_TWO_SIZES = What("two sizes of at least 1, outputs and inputs", _are_two_sizes)
+#: What a block is.
+TWO_SIZES = What("two sizes of at least 1, outputs and inputs", _are_two_sizes)
 
 
 def _read_blocks(weights: Settings) -> Blocks:
@@ -122,7 +137,16 @@ def _read_blocks(weights: Settings) -> Blocks:
     strategy = weights("strategy", one_of(*simple, "block"), usual)
     if strategy in simple:
         return simple[strategy]
-    return Blocks(*weights("block_structure", _TWO_SIZES, [1, 1]))
+    return Blocks(*weights("block_structure", TWO_SIZES, [1, 1]))
+
+
+def warn_of_groups() -> None:
+    """Warns that activations in groups of channels are read as activations by token."""
+    warnings.warn(
+        "quantization_config: activations have one scale for each token here, and not one for "
+        "each group of its channels: results are a little coarser",
+        stacklevel=2,
+    )
 
 
 def _read_activations(
@@ -139,5 +163,11 @@ def _read_activations(
     dynamic = settings("dynamic", FLAG, False)
     strategies = _DYNAMIC if dynamic else _STATIC
     usual = next(iter(strategies))
+    # What comes with float8 weights in blocks.
+    in_groups = settings.values.get("strategy") == _GROUP
+    if kind == "float" and dynamic and in_groups:
+        strategies = {**strategies, _GROUP: "per_token"}
+        settings.skip("group_size")
+        warn_of_groups()
     strategy = settings("strategy", one_of(*strategies), usual)
     return strategies[strategy], "e4m3" if kind == "float" else "int8"

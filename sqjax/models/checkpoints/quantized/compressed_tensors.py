@@ -249,7 +249,7 @@ def _decode(scheme: Scheme, arrays: Arrays, shape: Shape) -> StoredWeight:
     return StoredWeight(
         kind,
         _codes(scheme, arrays, shape),
-        _by_output(scheme, scale, shape),
+        scheme.blocks.by_output(scale, shape),
         _zero_points(scheme, arrays, shape),
         _input_scale(arrays),
     )
@@ -265,18 +265,6 @@ def _codes(scheme: Scheme, arrays: Arrays, shape: Shape) -> np.ndarray:
         return codes
     codes = unpack(arrays["weight_packed"], scheme.bits)[:, : shape[1]]
     return np.ascontiguousarray(centred(codes, scheme.bits))
-
-
-def _by_output(scheme: Scheme, x: np.ndarray, shape: Shape) -> np.ndarray:
-    """Scales or zero points, (out, groups), or (1, 1): those of a block repeated for its outputs.
-
-    In blocks of 128 outputs the scales (3, 2) of 300 outputs become (300, 2).
-    """
-    x = x.reshape(scheme.blocks.scales(shape))
-    together = scheme.blocks.outputs
-    if together in (None, 1):
-        return x
-    return np.repeat(x, together, axis=0)[: shape[0]]
 
 
 def _zero_points(
@@ -295,7 +283,9 @@ def _zero_points(
         codes = unpack(zero.T, scheme.bits)[:, :rows].T
         zero = np.ascontiguousarray(centred(codes, scheme.bits))
     check_zero_points(name, zero, scheme.bits)
-    return _by_output(scheme, zero, shape) if scheme.bits == 4 else None
+    if scheme.bits != 4:
+        return None
+    return scheme.blocks.by_output(zero, shape)
 
 
 def _check_all_zero(name: str, x: Any) -> None:

@@ -8,6 +8,7 @@ from sqjax.models.checkpoints.quantized.awq import read_awq
 from sqjax.models.checkpoints.quantized.compressed_tensors import (
     read_compressed_tensors,
 )
+from sqjax.models.checkpoints.quantized.fp8 import read_fp8
 from sqjax.models.checkpoints.quantized.gptq import read_gptq
 from sqjax.models.checkpoints.quantized.modules import NOTHING, Quantization
 from sqjax.models.checkpoints.settings import Settings
@@ -16,6 +17,7 @@ from sqjax.models.checkpoints.settings import Settings
 METHODS: Mapping[str, Callable[[Settings], Quantization]] = {
     "awq": read_awq,
     "compressed-tensors": read_compressed_tensors,
+    "fp8": read_fp8,
     "gptq": read_gptq,
 }
 

@@ -18,6 +18,7 @@ from sqjax.models.checkpoints.writing.leaves import Leaf, raise_all
 from sqjax.models.config import DecoderConfig
 from sqjax.models.stacking import layer_of
 from sqjax.numerics.formats import E4M3, INT4, INT8
+from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
 
 _HEAD = "lm_head/kernel"
@@ -184,10 +185,10 @@ def _module(
     for part, weight in zip(parts, weights, strict=True):
         _check(part.path, weight)
     _check_alike(parts, weights)
-    by_output = _scales_differ(weights)
-    scheme = _scheme(weights[0], by_output)
     join = partial(_joined, checkpoint.config, found, parts)
-    tensors = _tensors(scheme["format"], weights, join, by_output)
+    sharing = _Sharing(_scales_differ(weights), _block(weights[0], join))
+    scheme = _scheme(weights[0], sharing)
+    tensors = _tensors(scheme["format"], weights, join, sharing)
     return _Module(scheme, tensors)
 
 
@@ -264,32 +265,46 @@ def _scales_differ(weights: Sequence[QuantWeight]) -> bool:
     return alone and any(scale != scales[0] for scale in scales)
 
 
-def _scheme(weight: QuantWeight, by_output: bool) -> dict[str, Any]:
+class _Sharing(NamedTuple):
+    """What shares a scale beside what the leaves say.
+
+    Attributes:
+        by_output: whether leaves with one scale each, other ones, are one tensor.
+        block: the outputs, and the inputs, of a block whose scales are alike; None for no blocks.
+    """
+
+    by_output: bool
+    block: int | None
+
+
+def _block(weight: QuantWeight, join: Any) -> int | None:
+    """The size of the blocks of a float8 weight in groups, if its outputs' scales are alike there.
+
+    Scales of 300 outputs in groups of 128 are those of blocks if they are those of the outputs 0,
+    128 and 256, repeated. Others are scales of groups.
+    """
+    size = weight.tensor.group
+    in_groups = weight.tensor.scale.shape[1] > 1
+    if size is None or not in_groups or weight.tensor.fmt != E4M3:
+        return None
+    scale = join("scale")
+    blocks = np.repeat(scale[::size], size, axis=0)[: len(scale)]
+    return size if np.array_equal(blocks, scale) else None
+
+
+def _scheme(weight: QuantWeight, sharing: _Sharing) -> dict[str, Any]:
     """How the module is quantized, in the words of config.json."""
     tensor = weight.tensor
     kind = "float" if tensor.fmt == E4M3 else "int"
     weights = {
         "num_bits": 4 if tensor.fmt == INT4 else 8,
         "type": kind,
-        "strategy": "channel",
         "group_size": None,
         "symmetric": tensor.zero is None,
         "dynamic": False,
+        **_strategy(tensor, sharing),
     }
-    if tensor.scale.shape[1] > 1:
-        weights |= {"strategy": "group", "group_size": tensor.group}
-    elif tensor.scale.size == 1 and not by_output:
-        weights["strategy"] = "tensor"
-    activations = None
-    if weight.activations is not None:
-        strategy, dynamic = _STRATEGIES[weight.activations]
-        activations = {
-            "num_bits": 8,
-            "type": kind,
-            "strategy": strategy,
-            "symmetric": True,
-            "dynamic": dynamic,
-        }
+    activations = _activations(weight, kind)
     # Weights alone are packed, even of 8 bits, as the format's own tools do.
     packed = kind == "int" and (activations is None or tensor.fmt == INT4)
     return {
@@ -300,24 +315,51 @@ def _scheme(weight: QuantWeight, by_output: bool) -> dict[str, Any]:
     }
 
 
+def _strategy(tensor: QTensor, sharing: _Sharing) -> dict[str, Any]:
+    """What shares a scale."""
+    size = sharing.block
+    if size is not None:
+        return {"strategy": "block", "block_structure": [size, size]}
+    if tensor.scale.shape[1] > 1:
+        return {"strategy": "group", "group_size": tensor.group}
+    is_one = tensor.scale.size == 1 and not sharing.by_output
+    return {"strategy": "tensor" if is_one else "channel"}
+
+
+def _activations(weight: QuantWeight, kind: str) -> dict[str, Any] | None:
+    if weight.activations is None:
+        return None
+    strategy, dynamic = _STRATEGIES[weight.activations]
+    return {
+        "num_bits": 8,
+        "type": kind,
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": dynamic,
+    }
+
+
 # Its tensors --------------------------------------------------------------------------------------
 
 
 def _tensors(
-    format_: str, weights: Sequence[QuantWeight], join: Any, by_output: bool
+    format_: str,
+    weights: Sequence[QuantWeight],
+    join: Any,
+    sharing: _Sharing,
 ) -> dict[str, NewTensor]:
     """The module's tensors, by the ends of their names; `join(field)` reads one."""
     first = weights[0].tensor
     outputs = sum(weight.tensor.values.shape[0] for weight in weights)
     inputs = first.values.shape[1]
     bits = 4 if first.fmt == INT4 else 8
-    one_scale = first.scale.size == 1 and not by_output
-    scales: Shape = (1,) if one_scale else (outputs, first.scale.shape[1])
-    made = {
-        "weight_scale": NewTensor(
-            np.dtype(np.float32), scales, partial(_scale, join, scales)
-        )
-    }
+    one_scale = first.scale.size == 1 and not sharing.by_output
+    rows = sharing.block or 1
+    scales: Shape = -(-outputs // rows), first.scale.shape[1]
+    if one_scale:
+        scales = (1,)
+    read = partial(_scale, join, scales, rows)
+    made = {"weight_scale": NewTensor(np.dtype(np.float32), scales, read)}
     a_word = per_word(bits)
     if format_ == "pack-quantized":
         shape = np.array([outputs, inputs], np.int64)
@@ -331,9 +373,9 @@ def _tensors(
             first.fmt.dtype, (outputs, inputs), partial(join, "values")
         )
     if first.zero is not None:
-        rows = -(-outputs // a_word), scales[-1]
+        packed = -(-outputs // a_word), scales[-1]
         made["weight_zero_point"] = NewTensor(
-            np.dtype(np.int32), rows, lambda: pack(join("zero").T, bits).T
+            np.dtype(np.int32), packed, lambda: pack(join("zero").T, bits).T
         )
     # One for the module, which `_check_alike` has compared.
     scale = weights[0].input_scale
@@ -343,9 +385,10 @@ def _tensors(
     return made
 
 
-def _scale(join: Any, shape: Shape) -> np.ndarray:
+def _scale(join: Any, shape: Shape, rows: int) -> np.ndarray:
+    """The scales, of which so many outputs have the same."""
     scale = join("scale")
-    return scale.reshape(-1)[:1] if shape == (1,) else scale
+    return scale.reshape(-1)[:1] if shape == (1,) else scale[::rows]
 
 
 def _joined(

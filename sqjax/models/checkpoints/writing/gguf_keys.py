@@ -4,6 +4,7 @@ Whether a model is one that an architecture's files can describe is not decided 
 keys are made of its configuration and read again, and must give that configuration.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -69,16 +70,15 @@ def describe(config: Any, preferred: str | None) -> Described:
     )
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"{problem}: {type(config).__name__}")
-    names = list(ARCHITECTURES)
-    if preferred is not None and preferred in names:
-        names.insert(0, preferred)
-    for name in names:
-        found = _described(name, config)
-        if found is not None:
-            return found
-    raise ValueError(
-        f"{problem}; write it with sqjax.models.save_huggingface: {config}"
-    )
+    # A sort keeps the order of what is alike: the preferred one comes first.
+    names = sorted(ARCHITECTURES, key=lambda name: name != preferred)
+    tried = (_described(name, config) for name in names)
+    found = next(filter(None, tried), None)
+    if found is None:
+        raise ValueError(
+            f"{problem}; write it with sqjax.models.save_huggingface: {config}"
+        )
+    return found
 
 
 def _described(name: str, config: DecoderConfig) -> Described | None:
@@ -131,8 +131,10 @@ def _stated(
     """The keys, without the architecture, and the tensors that say something; None for no key."""
     wide, window = _kinds(config)
     turning, factors = _of_rope(config, wide.rope)
-    near = None if window is None else window.rope
-    has_own_base = near is not None and near.theta != turning["rope.freq_base"]
+    near = getattr(window, "rope", None) or wide.rope
+    base = turning["rope.freq_base"]
+    # A file says the base of windows only where it is another.
+    own = {getattr(near, "theta", base)} - {base}
     return {
         "block_count": config.num_layers,
         "context_length": config.max_length,
@@ -147,27 +149,30 @@ def _stated(
         "attention.scale": config.query_scale,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-        "attention.sliding_window": window and window.sliding_window,
+        "attention.sliding_window": getattr(window, "sliding_window", None),
         "attention.sliding_window_pattern": _pattern(config),
-        "rope.freq_base_swa": near.theta if near and has_own_base else None,
+        "rope.freq_base_swa": next(iter(own), None),
         **turning,
         **_of_experts(name, config.experts),
     }, factors
 
 
 def _kinds(config: DecoderConfig) -> tuple[LayerKind, LayerKind | None]:
-    """The kind of layer whose rotary embedding is the file's; and the kind that has a window."""
-    with_window = [k for k in config.kinds if k.sliding_window is not None]
-    without = [k for k in config.kinds if k.sliding_window is None]
-    first = (without or with_window)[0]
-    return first, with_window[0] if with_window else None
+    """The kind of layer whose rotary embedding is the file's; and the kind that has a window.
+
+    They are one and the same where all layers have a window.
+    """
+    by_window: dict[bool, LayerKind] = {}
+    for kind in config.different_kinds:
+        by_window.setdefault(kind.sliding_window is not None, kind)
+    window = by_window.get(True)
+    return by_window.get(False, config.kinds[0]), window
 
 
 def _pattern(config: DecoderConfig) -> list[bool] | None:
     """For each layer whether it has a window, where they differ."""
-    if len(config.kinds) == 1:
-        return None
-    return [kind.sliding_window is not None for kind in config.kinds]
+    pattern = [kind.sliding_window is not None for kind in config.kinds]
+    return pattern if len(pattern) > 1 else None
 
 
 def _of_experts(name: str, experts: Experts | None) -> dict[str, Any]:
@@ -213,17 +218,17 @@ def _of_rope(
 
 
 def _of_yarn(yarn: Yarn) -> dict[str, Any]:
-    usual = 0.1 * np.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    # Where there is no key, it follows from the factor.
+    usual = 0.1 * np.log(max(yarn.factor, 1.0)) + 1
     is_usual = np.isclose(yarn.attention_factor, usual, 1e-6)
+    own = None if is_usual else float(yarn.attention_factor)
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(yarn.factor),
         _ORIGINAL: yarn.original_length,
         "rope.scaling.yarn_beta_fast": float(yarn.fast),
         "rope.scaling.yarn_beta_slow": float(yarn.slow),
-        "rope.scaling.yarn_attn_factor": None
-        if is_usual
-        else float(yarn.attention_factor),
+        "rope.scaling.yarn_attn_factor": own,
     }
 
 
@@ -257,22 +262,22 @@ def _tensor_shapes(
 ) -> dict[str, Shape]:
     """{name: shape} of the tensors that hold a model's leaves, by the rows of an architecture."""
     leaves = parameter_shapes(config, config.num_layers)
-    name_of: dict[str, tuple[str, Row]] = {}
-    # A tensor that holds several leaves goes before those of one leaf; of several names for a leaf
-    # that only one of which models have both, the last is the one of all others.
-    for row in sorted(rows, key=_leaf_count):
-        for layer in map(str, range(config.num_layers)):
-            paths = [path.format(layer=layer) for path in row.ours]
-            if "{entry}" in row.theirs or not set(paths) <= leaves.keys():
-                continue
-            name = row.theirs.format(layer=layer)
-            found = find(rows, name, leaves)
-            if found is not None and list(found.paths) == paths:
-                name_of |= dict.fromkeys(paths, (name, row))
-    return {
-        name: _shape(config, row, name, leaves)
-        for name, row in name_of.values()
-    }
+    name_of: dict[str, str] = {}
+    layers = list(map(str, range(config.num_layers)))
+    # Older files have a tensor for each expert.
+    whole = [row for row in rows if "{entry}" not in row.theirs]
+    # Rows of several leaves come last, and go before those of one leaf. Of two rows of one leaf the
+    # second one is that of all models but those with both leaves.
+    for row, layer in itertools.product(sorted(whole, key=_leaf_count), layers):
+        paths = tuple(path.format(layer=layer) for path in row.ours)
+        name = row.theirs.format(layer=layer)
+        found = find(whole, name, leaves)
+        if found is not None and found.paths == paths:
+            name_of |= dict.fromkeys(paths, name)
+    shapes: dict[str, Shape] = {}
+    for name in dict.fromkeys(name_of.values()):
+        shapes[name] = _shape(config, whole, name, leaves)
+    return shapes
 
 
 def _leaf_count(row: Row) -> int:
@@ -280,9 +285,12 @@ def _leaf_count(row: Row) -> int:
 
 
 def _shape(
-    config: DecoderConfig, row: Row, name: str, leaves: Mapping[str, Shape]
+    config: DecoderConfig,
+    rows: Sequence[Row],
+    name: str,
+    leaves: Mapping[str, Shape],
 ) -> Shape:
-    found = find([row], name, leaves)
-    assert found is not None  # the name was made of this row
+    found = find(rows, name, leaves)
+    assert found is not None  # the name was found by these rows
     own = tuple(leaves[path] for path in found.paths)
-    return their_shape(config, row.layout, own)
+    return their_shape(config, found.layout, own)

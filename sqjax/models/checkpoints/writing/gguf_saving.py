@@ -31,6 +31,8 @@ from sqjax.weights.quantize import named
 GgufType = Literal["q8_0", "q4_0", "q4_1", "f16", "bf16", "f32"]
 #: {type: the number that `general.file_type` has for a file that is mostly of it}.
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32}
+#: Numbers of a row that share a scale, or a scale and a minimum.
+_BLOCK = 32
 _NARROW = ("q4_0", "q4_1")
 #: Of 4 bits these would cost most, so they have 8, as in the files of others.
 _FIRST_AND_LAST = ("token_embd.weight", "output.weight")
@@ -156,20 +158,21 @@ class _Source(NamedTuple):
 def _source(like: str | os.PathLike[str] | None) -> _Source:
     if like is None:
         return _Source()
-    expected = "the .gguf file or the directory that the model was loaded from"
-    path = Path(like) if isinstance(like, str | os.PathLike) else Path("-")
+    path = Path(like)
     if path.is_dir():
         model_type = str(read_object(path / "config.json").get("model_type"))
         # "qwen2_moe" there is "qwen2moe" here, "gemma3_text" is "gemma3".
         name = model_type.removesuffix("_text").replace("_", "")
         return _Source(name, path)
+    expected = "the .gguf file or the directory that the model was loaded from"
     expect(path.is_file(), "like", expected, str(like))
     metadata = read_metadata(path)
-    kept = {}
-    for key, value in metadata.items():
-        group, _, rest = key.partition(".")
-        if group == "tokenizer" or (group == "general" and rest not in _OWN):
-            kept[key] = value
+    own = {f"general.{key}" for key in _OWN}
+    kept = {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith(("tokenizer.", "general.")) and key not in own
+    }
     return _Source(metadata.get("general.architecture"), None, kept)
 
 
@@ -232,13 +235,14 @@ def _tensors(
 
 def _type_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """The type of a tensor in a file that is mostly of another."""
-    if len(shape) == 1 or name.endswith(_ALWAYS_WIDE):
-        return "f32"
-    if "q" in dtype and shape[-1] % 32:
+    is_wide = len(shape) == 1 or name.endswith(_ALWAYS_WIDE)
+    if is_wide or not dtype.startswith("q"):
+        return "f32" if is_wide else dtype
+    # As llama.cpp's converter does.
+    if shape[-1] % _BLOCK:
         return "f16"
-    if dtype in _NARROW and name in _FIRST_AND_LAST:
-        return "q8_0"
-    return dtype
+    is_outer = name in _FIRST_AND_LAST
+    return "q8_0" if is_outer and dtype in _NARROW else dtype
 
 
 def _no_arrays(name: str) -> Any:
@@ -269,6 +273,7 @@ def _write(
         writer.add_tensor_info(
             name, floats.shape, np.dtype(np.float32), nbytes, raw_dtype=kind
         )
+    # All types are known by now: the header needs no array.
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -208,6 +208,7 @@ def _programs(
     Trees are lists of arrays, because a reader without sqjax knows none of its classes.
     """
     batch, prompt, length = sizes
+    # Of float parameters it is `decode` itself.
     run = quantized(model.decode)
     empty = partial(
         cache_for, model.config, batch, length, weights.dtype, kind, prompt
@@ -221,6 +222,7 @@ def _programs(
         return logits.astype(jnp.float32), jax.tree.leaves(grown)
 
     def prefill(arrays: list, ids: jax.Array) -> tuple:
+        # Padding stands on the left, so that all rows write to one slot.
         padding = jnp.sum(ids < 0, axis=1, dtype=jnp.int32)
         cache = empty()._replace(padding=padding)
         return read(arrays, jnp.maximum(ids, 0), cache)
@@ -258,6 +260,7 @@ def _write(
     for name, x in zip(weights.names, weights.arrays, strict=True):
         tensors[name] = _stored(x, name in weights.packed)
     with directory_written_aside(directory.resolve()) as new:
+        # First, because the manifest says where in it each array begins.
         write_tensors(
             new / _WEIGHTS, tensors, {"format": "sqjax.models.export"}
         )

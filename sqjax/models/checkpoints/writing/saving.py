@@ -17,6 +17,10 @@ from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.huggingface import Checkpoint, open_checkpoint
 from sqjax.models.checkpoints.kinds import Config
 from sqjax.models.checkpoints.mapping import leaf_shapes
+from sqjax.models.checkpoints.writing.caches import (
+    cache_scheme,
+    scale_tensors,
+)
 from sqjax.models.checkpoints.writing.compressed import (
     compressed_tensors,
     quantization_config,
@@ -43,6 +47,7 @@ from sqjax.models.checkpoints.writing.llamas import (
     llama_checkpoint,
     new_files,
 )
+from sqjax.models.decoding.cache_scales import CacheScales
 from sqjax.models.encoder import Encoder
 from sqjax.models.model import Model, Params
 from sqjax.models.vision_model import VisionModel
@@ -122,6 +127,7 @@ def save_compressed_tensors(
     max_shard_bytes: int = SHARD,
     overwrite: bool = False,
     families: Sequence[Family] = (),
+    cache_scales: CacheScales | None = None,
 ) -> None:
     """Writes quantized parameters as compressed-tensors, the format of vLLM's own tools.
 
@@ -142,6 +148,9 @@ def save_compressed_tensors(
         max_shard_bytes: as for `save_huggingface`.
         overwrite: as for `save_huggingface`.
         families: as for `save_huggingface`.
+        cache_scales: as `sqjax.models.cache_scales` gave them, for a server whose cache is
+            quantized: ``kv_cache_scheme`` says so, and the tensors ``k_scale`` and ``v_scale`` of
+            each layer's attention hold them. None: nothing is said of caches.
 
     Raises:
         ValueError: as for `save_huggingface`; or a leaf is quantized in a way for which the format
@@ -168,6 +177,9 @@ def save_compressed_tensors(
         )
         config = quantization_config(checkpoint, modules)
         tensors = {**floats, **modules.tensors}
+        if cache_scales is not None:
+            tensors |= scale_tensors(checkpoint, leaves, cache_scales)
+            config["kv_cache_scheme"] = cache_scheme(cache_scales)
         _write(how, tensors, others, quantization_config=config)
 
 
