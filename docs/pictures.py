@@ -1,23 +1,21 @@
-"""Draws the pictures of the documentation: python docs/pictures.py [rooms] [smoothing]
+"""Draws the pictures of the documentation: python docs/pictures.py [rooms] [smoothing] [sites]
 
-`rooms` reads the imports of sqjax/ as they are. `smoothing` calibrates SmolLM2-135M (98 MB,
-fetched once from PyPI).
+`rooms` reads the imports of sqjax/ as they are. `smoothing` and `sites` calibrate SmolLM2-135M
+(98 MB, fetched once from PyPI), and take some minutes.
 """
 
 import ast
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+import sqjax as sq
+from sqjax.report import drawing
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pages" / "pictures"
 SITE = "model/layers/11/mlp/down_proj/kernel"
-GREY, BLUE = "#9e9e9e", "#3949ab"
 
 
 # Rooms ----------------------------------------------------------------------------------------
@@ -76,10 +74,11 @@ def draw_rooms() -> None:
         for n, level in enumerate(levels)
         for i, room in enumerate(level)
     }
-    _, axes = plt.subplots(figsize=(8, 6))
+    drawn = drawing.figure(8, 6)
+    axes = drawn.subplots()
     arrow = {
         "arrowstyle": "-|>",
-        "color": "#c5cae9",
+        "color": "#aab2d8",
         "shrinkA": 16,
         "shrinkB": 16,
     }
@@ -89,58 +88,80 @@ def draw_rooms() -> None:
     box = {
         "boxstyle": "round,pad=0.5",
         "facecolor": "#e8eaf6",
-        "edgecolor": BLUE,
+        "edgecolor": drawing.SECOND,
     }
     for room, (x, y) in position.items():
         axes.text(x, y, room, ha="center", va="center", bbox=box, fontsize=11)
     axes.set_ylim(-0.5, len(levels) - 0.5)
     axes.set_xlim(0, 1)
     axes.axis("off")
-    plt.savefig(
+    drawn.savefig(
         PICTURES / "rooms.svg", bbox_inches="tight", metadata={"Date": None}
     )
 
 
-# Smoothing ------------------------------------------------------------------------------------
+# A real model ---------------------------------------------------------------------------------
+
+
+def smollm2():
+    """(model, params, statistics) of SmolLM2, calibrated on 8 windows of the shipped text."""
+    from sqjax.commands.shared import text_windows
+
+    model, params = sq.models.load("smollm2-135m")
+    batches = list(text_windows(model, "calibration", 512, 8)[:, None])
+    return model, params, sq.calibrate(model.apply, params, batches)
+
+
+def save(drawn, name: str) -> None:
+    """Writes a picture as PNG, on nothing, so that it reads on light pages and on dark ones."""
+    drawn.savefig(PICTURES / name, dpi=110, metadata={"Software": None})
 
 
 def draw_smoothing() -> None:
     """The largest activation and weight of every channel of one matmul, before and after."""
-    import sqjax as sq
-    from sqjax.commands.demo import shipped
-    from sqjax.models.evaluation.perplexity import windows
-
-    model, params = sq.models.load("smollm2-135m")
-    ids = model.tokenizer.encode(shipped("calibration"))
-    batches = [window[None] for window in windows(ids, 512, 8)]
-    stats = sq.calibrate(model.apply, params, batches)
-    s = sq.scales(params, stats, alpha=0.85)
-    smoothed = sq.fold_stats(stats, s)
+    _, params, stats = smollm2()
+    smoothed = sq.fold_stats(stats, sq.scales(params, stats, alpha=0.85))
     before = np.asarray(stats.absmax[SITE])
     after = np.asarray(smoothed.absmax[SITE])
     weight = np.asarray(stats.weight_absmax[SITE])
     # (X / s)(s W): what the activations were divided by, the weights were multiplied with.
     weight_after = weight * before / np.where(after == 0, 1, after)
-    _, panels = plt.subplots(1, 2, figsize=(10, 3.6))
-    rows = (("max |X|", before, after), ("max |W|", weight, weight_after))
-    for axes, (title, old, new) in zip(panels, rows, strict=True):
-        axes.semilogy(old, ".", ms=2.5, color=GREY, label="before")
-        axes.semilogy(new, ".", ms=2.5, color=BLUE, label="after")
-        axes.set_xlabel("channel")
-        axes.set_title(title)
-        axes.legend(frameon=False, markerscale=4)
-        axes.spines[["top", "right"]].set_visible(False)
-    plt.tight_layout()
-    plt.savefig(
-        PICTURES / "smoothing.png", dpi=110, metadata={"Software": None}
-    )
+    pairs = {"max |X|": (before, after), "max |W|": (weight, weight_after)}
+    save(sq.plots.channels(pairs), "smoothing.png")
     print(
         f"{SITE}: largest of max |X| {before.max():.0f}, median {np.median(before):.2f}"
     )
     print(f"after: {after.max():.2f}, median {np.median(after):.2f}")
 
 
-DRAWINGS = {"rooms": draw_rooms, "smoothing": draw_smoothing}
+def draw_sites() -> None:
+    """The outliers and the error of every matmul of SmolLM2 in W8A8_O3, before and after."""
+    from sqjax.commands.shared import text_windows
+    from sqjax.report.inspection import outlier_ratio
+
+    model, params, stats = smollm2()
+    window = text_windows(model, "evaluation", 512, 1)
+    s = sq.scales(params, stats, alpha=0.85)
+    forms = (
+        (params, stats),
+        (sq.smooth(params, stats, 0.85), sq.fold_stats(stats, s)),
+    )
+    ratios, decibels = [], []
+    for tree, its_stats in forms:
+        absmax = its_stats.absmax
+        ratios.append({path: outlier_ratio(x) for path, x in absmax.items()})
+        qparams = sq.quantize(tree, its_stats, sq.W8A8_O3)
+        errors = sq.site_errors(model.apply, tree, qparams, window)
+        decibels.append({path: e.snr_db for path, e in errors.items()})
+    save(sq.plots.outliers(*ratios), "outliers.png")
+    save(sq.plots.errors(*decibels), "errors.png")
+
+
+DRAWINGS = {
+    "rooms": draw_rooms,
+    "smoothing": draw_smoothing,
+    "sites": draw_sites,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or DRAWINGS:

@@ -40,7 +40,7 @@ from sqjax.runtime.quantized import RULES
 from sqjax.runtime.weight_rules import weight_leaves
 from sqjax.weights.convolution import clipped_pixels
 from sqjax.weights.dot_general import clipped_rows, clipped_values
-from sqjax.weights.quant_weight import QuantWeight, is_quantized
+from sqjax.weights.quant_weight import QuantWeight, check_float, is_quantized
 
 
 class SiteError(NamedTuple):
@@ -121,12 +121,13 @@ class Comparison:
             ValueError: as `site_errors`.
         """
         check_function(fn, "site_errors", "(fn, params, qparams, batch)")
-        _check_quantized(qparams)
+        _check_quantized(params, qparams)
         names: dict[str, tuple[str, ...]] = {}
 
         def compared(trees, *args):
             return _outputs(fn, trees, args, names)
 
+        # As one function of both trees, because the comparisons read both.
         args = _arguments(batch)
         traced, _ = trace(compared, (params, qparams), args, {})
         program = Program(traced)
@@ -151,6 +152,7 @@ class Comparison:
         _check_same_floats(params, qparams)
         leaves = jax.tree.leaves((params, qparams))
         inputs = array_leaves(_arguments(batch))
+        # In float64 from here on, because many small sums are added.
         found = jax.device_get(self.sums(leaves, inputs))
         totals: dict[str, np.ndarray] = {}
         for name, sums in found.items():
@@ -188,6 +190,7 @@ def _outputs(
             f"site_errors: {other[0]} is in one tree only; pass the float tree that was quantized, "
             "and what quantize made of it"
         )
+    # What stayed float is the same in both trees (`_check_same_floats`), and needs no pair.
     pairs = []
     quantized = weight_leaves(paths, coded)
     for exact, other in zip(floats, quantized, strict=True):
@@ -200,8 +203,8 @@ def _named(program: Program, names: Mapping[str, Any]) -> dict[Var, str]:
     """{variable: the name of the comparison that it is}."""
     found = {}
     for equation in program.equations:
-        name = equation.params.get("name") if equation.name == "name" else None
-        if name in names:
+        name = str(equation.params.get("name"))
+        if equation.name == "name" and name in names:
             found[equation.outputs[0]] = name
     return found
 
@@ -217,6 +220,7 @@ def _all_steps(x: Array) -> Array:
 def _error(
     signal: float, noise: float, clipped: float, values: float
 ) -> SiteError:
+    # Rows that are looked up meet no activation: nothing is clipped of nothing.
     share = clipped / values if values else 0.0
     if not signal:
         return SiteError(math.nan, share)
@@ -309,7 +313,7 @@ class _Pairs(Registry):
         if made is None:
             return None
         path = specials_among(operands)[0].path
-        results = []
+        results: list[Any] = []
         for x, other in zip(exact, listed(equation, made), strict=True):
             if isinstance(other, Special):
                 results.append(_paired(path, x, other))
@@ -430,7 +434,9 @@ _CLIPPED = {
 # Checks -------------------------------------------------------------------------------------------
 
 
-def _check_quantized(qparams: PyTree) -> None:
+def _check_quantized(params: PyTree, qparams: PyTree) -> None:
+    """Raises ValueError unless one tree is float, and the other has quantized leaves."""
+    check_float(params, "site_errors: params")
     leaves = jax.tree.leaves(qparams, is_leaf=is_quantized)
     if not any(map(is_quantized, leaves)):
         raise ValueError(
@@ -441,14 +447,9 @@ def _check_quantized(qparams: PyTree) -> None:
 
 def _check_same_floats(params: PyTree, qparams: PyTree) -> None:
     """Raises ValueError unless the leaves that stayed float are the same in both trees."""
-    _, floats, _ = named_leaves(params, is_leaf=is_quantized)
+    _, floats, _ = named_leaves(params)
     paths, coded, _ = named_leaves(qparams, is_leaf=is_quantized)
     for path, exact, other in zip(paths, floats, coded, strict=True):
-        if is_quantized(exact):
-            raise ValueError(
-                f"site_errors: {path}: expected a float array in params, got {exact!r}; pass the "
-                "float tree that was quantized"
-            )
         if is_quantized(other) or exact is other:
             continue
         if not np.array_equal(exact, other):

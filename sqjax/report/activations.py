@@ -50,6 +50,7 @@ def seen_at(
             f"{path}: no matmul of an activation meets this leaf; "
             "print(stats.graph) lists the sites"
         )
+    # Of several matmuls that read one leaf the first: all of them see its channels.
     place = places[0]
     x = _activation(program, place, params, args)
     paths, leaves, _ = named_leaves(params)
@@ -61,6 +62,7 @@ def _activation(
     program: Program, place: Place, params: PyTree, args: tuple[Any, ...]
 ) -> np.ndarray:
     """|X| as (matrices, tokens, channels)."""
+    # The values themselves: a probe that measures would lose what is to be drawn.
     probes = {place.activation: lambda x: x}
 
     @jax.jit
@@ -86,6 +88,7 @@ def _weight(weight: np.ndarray, place: Place) -> np.ndarray:
     """|W| as (matrices, outputs, channels)."""
     site = place.site
     ends = [a for a in range(weight.ndim) if a not in site.channel_axes]
+    # The order of `_activation`: matrices, rows, channels.
     order = [*site.batch, *ends, *site.axes]
     matrices = int(np.prod([weight.shape[a] for a in site.batch], dtype=int))
     channels = int(np.prod([weight.shape[a] for a in site.axes]))
@@ -110,6 +113,7 @@ def pooled(x: Any, rows: int, columns: int) -> tuple[tuple[float, ...], ...]:
     x = np.abs(np.asarray(x, np.float32))
     for axis, most in enumerate((rows, columns)):
         size = x.shape[axis]
+        # Blocks of nearly one size: 10 channels in 4 blocks begin at 0, 2, 5 and 7.
         starts = np.linspace(0, size, min(most, size), endpoint=False)
         x = np.maximum.reduceat(x, starts.astype(int), axis=axis)
     return tuple(

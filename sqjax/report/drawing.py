@@ -35,11 +35,10 @@ def matplotlib() -> Any:
     return matplotlib
 
 
-def figure(
-    width: float, height: float, layout: str | None = "constrained"
-) -> Any:
+def figure(width: float, height: float, layout: Any = "constrained") -> Any:
     """An empty matplotlib Figure on nothing, in inches; pyplot does not know of it."""
     matplotlib()
+    # Not pyplot, because that keeps every figure, and chooses a backend for the process.
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout=layout)
@@ -111,6 +110,8 @@ def svg(drawn: Any, title: str) -> str:
         title: what it shows, for those who can not see it. It must be the page's only one of this
             name, because the names of the picture's parts are made of it.
     """
+    # Letters stay letters, so that the page's font draws them; and names inside the picture come
+    # from its title, so that the same figure is the same text.
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
@@ -123,4 +124,5 @@ def svg(drawn: Any, title: str) -> str:
     # Without the declarations, which have no place inside a page, and without what names a DTD.
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Last, because the picture itself knows nothing of the page that it stands in.
     return text.replace(INK, "currentColor").strip()

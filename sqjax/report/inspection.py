@@ -121,6 +121,7 @@ def inspect(
     sizes = {
         path: int(leaf.nbytes) for path, leaf in zip(paths, leaves, strict=True)
     }
+    # What matmuls read in a way that is not known stays float: the graph says why.
     facts = site_facts(stats, sizes)
     sites = {site.path for site in facts}
     tables = tuple(site.path for site in stats.graph.tables)
@@ -183,6 +184,7 @@ def outlier_ratio(absmax: Any) -> float:
     Example: the channels' absmaxes 1, 2, 3, 0 and 40 give 40 / 2.5 = 16.
     """
     channels = np.asarray(absmax, np.float64).reshape(-1)
+    # Without dead channels, because many of these would make the median 0.
     alive = channels[channels > 0]
     return float(alive.max() / np.median(alive)) if alive.size else 0.0
 
@@ -199,6 +201,7 @@ def absorbers_of(graph: Graph, path: str) -> tuple[str, ...]:
 
 def refusal_of(graph: Graph, path: str) -> str:
     """Why a site is in no group; of a stack of matrices the reason of the first; "" if it is."""
+    # A matrix of a stack is named with its index: layers/kernel[3].
     for name, reason in graph.refused:
         if name.partition("[")[0] == path:
             return reason
@@ -212,6 +215,7 @@ def _outlier_table(sites: Iterable[SiteFacts]) -> list[str]:
     rows += [_outlier_row(kind, by_path) for kind in kinds(by_path)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
+    # The name comes last, so that long ones push nothing aside.
     for *numbers, name in rows:
         cells = [x.rjust(n) for x, n in zip(numbers, widths, strict=False)]
         lines.append("  ".join(["", *cells, name]).rstrip())

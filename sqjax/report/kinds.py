@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 #: The number of a layer: the first number that ends a key of the path.
-_NUMBER = re.compile(r"(?<![0-9])\d+(?=/|$)")
+_NUMBER = re.compile(r"(?<![^/_])\d+(?=/|$)")
 #: Last keys of a path that say nothing of which leaf it is.
 _LAST = ("kernel", "weight", "w")
 
@@ -41,6 +41,7 @@ def kinds(paths: Iterable[str]) -> list[Kind]:
     A site without a number, or whose kind no other is of, is a kind of its own.
     """
     members: dict[str, dict[int | None, str]] = {}
+    # By what is left without the number, in the order of the program.
     for path in paths:
         pattern, number = split_number(path)
         members.setdefault(pattern, {})[number] = path
@@ -58,8 +59,14 @@ def kinds(paths: Iterable[str]) -> list[Kind]:
 
 
 def label(pattern: str) -> str:
-    """A short name: what follows the layer's number, without a last key such as "kernel"."""
+    """A short name: what follows the layer's number, without a last key such as "kernel".
+
+    Example: "layers/#/mlp/up/kernel" is "mlp/up"; "Dense_#/kernel" stays, because "kernel" alone
+    says nothing.
+    """
     keys = pattern.rpartition("#/")[2].split("/")
+    if len(keys) == 1 and keys[0] in _LAST:
+        return "/".join(pattern.split("/")[-2:])
     if len(keys) > 1 and keys[-1] in _LAST:
         keys.pop()
     return "/".join(keys[-3:])
@@ -73,6 +80,7 @@ def merged(
     Example: q, k and v see one activation: their three kinds are the kind "q_proj, k_proj, v_proj".
     """
     by_values: dict[tuple[tuple[int, ...], tuple[float, ...]], list[Kind]] = {}
+    # By the numbers of layers too: kinds of other layers may have the same values by chance.
     for kind in found:
         own = tuple(values[path] for path in kind.paths)
         by_values.setdefault((kind.numbers, own), []).append(kind)

@@ -146,6 +146,7 @@ def measure(
     if stats is None:
         stats = calibrate(model.apply, params, batches, progress=progress)
     schemes = site_schemes(stats.graph, scheme)
+    # Both forms are made before anything is measured, because they refuse what does not fit.
     measured = _Model(model, params, batches, stats, schemes)
     plain, smooth = measured.form(None), measured.form(alpha)
     every = {
@@ -154,8 +155,9 @@ def measure(
         SMOOTHED: smooth.quantized,
     }
     read = partial(perplexity, model, progress=progress)
+    # Errors and clipped shares on text that calibration has not seen, as a served model meets it.
     rows = _rows(measured, plain, smooth, windows[:1])
-    given = {
+    given: dict[str, Any] = {
         "scheme": _rules_text(scheme),
         "alpha": alpha,
         "calibration": _shapes(batches),
@@ -220,6 +222,7 @@ def _speeds(
         for name, tree in trees.items()
     }
     seconds = interleaved(runs, repeats, "reading")
+    # Of one window alone: a whole text would say the same, and take longer.
     return {name: windows.shape[1] / s for name, s in seconds.items()}
 
 
@@ -274,6 +277,7 @@ def _rows(
 def _state(error: SiteError | None, ratio: float) -> State:
     if error is None:
         return State(None, 0.0, ratio)
+    # JSON knows neither infinity nor NaN.
     snr = error.snr_db if math.isfinite(error.snr_db) else None
     return State(snr, error.clipped, ratio)
 
@@ -282,6 +286,7 @@ def scheme_text(scheme: Scheme | None) -> str:
     """A scheme in few words: the name of the preset that it is, or how it is written."""
     if scheme is None:
         return "float"
+    # W8A8 and W8A8_O1 are one scheme: the shorter name comes first.
     names = [name for name, preset in PRESETS.items() if preset == scheme]
     return names[0] if names else repr(scheme)
 
@@ -305,6 +310,7 @@ def _surfaces(
     window: Any,
 ) -> tuple[Surface, ...]:
     """The activation and the weight of the smoothed site with the largest outliers."""
+    # Of a site that nothing absorbs the scale of, there is no "after".
     smoothed = [row for row in rows if row.absorbed_by]
     if not smoothed:
         return ()
@@ -333,6 +339,7 @@ def _continuations(
     if not prompts:
         return ()
     texts: dict[str, Sequence[str]] = {}
+    # All prompts at once, because each batch size is a program to compile.
     for name, tree in trees.items():
         made = generate(model, tree, list(prompts), steps).texts
         texts[name] = [] if made is None else made

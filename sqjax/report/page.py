@@ -39,6 +39,7 @@ def html(record: Record) -> str:
         >>> page.startswith("<!DOCTYPE html>"), "<tiny>" in page, "&lt;tiny&gt;" in page
         (True, False, True)
     """
+    # One pass over the template, so that a "$" in what is filled in stays what it is.
     css, script = _file("page.css"), _file("page.js")
     return Template(_file("page.html")).substitute(
         policy=_policy(script),
@@ -65,6 +66,7 @@ def _file(name: str) -> str:
 
 def _policy(script: str) -> str:
     """What the page may load: its own style, its own script, and pictures that are inside."""
+    # By its digest, so that no other script can run, whatever a name or a text holds.
     digest = hashlib.sha256(script.encode()).digest()
     own = base64.b64encode(digest).decode()
     return (
@@ -117,6 +119,7 @@ def _error_card(sites: Sequence[SiteRow]) -> list[str]:
     """The error of the middle site and of the worst."""
     before = [s.unsmoothed.snr_db for s in sites]
     after = [s.smoothed.snr_db for s in sites]
+    # Sites that stay float, and those that lose nothing, have no error.
     known = [x for x in after if x is not None]
     was = [x for x in before if x is not None]
     if not known or not was:
@@ -176,6 +179,7 @@ def _section(title: str, inside: str) -> str:
 
 def _figure(drawn: Any, title: str, caption: str) -> str:
     """A picture with what it shows; the title is for screen readers."""
+    # One picture to a screen reader, not a hundred texts.
     picture = svg(drawn, title).replace(
         "<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1
     )
@@ -245,6 +249,7 @@ def _tradeoff(variants: Iterable[Variant]) -> str:
 def _alphas(record: Record) -> list[str]:
     if not record.alphas:
         return []
+    # With lines for the float model and for no smoothing at all.
     values = {v.name: v.perplexity for v in record.variants}
     drawn = pictures.alphas(
         dict(record.alphas), exact=values[FLOAT], unsmoothed=values[UNSMOOTHED]
@@ -278,6 +283,7 @@ def _heads() -> list[str]:
 
 def _row(site: SiteRow) -> str:
     before, after = site.unsmoothed, site.smoothed
+    # What smoothing has gained.
     gain = None
     if before.snr_db is not None and after.snr_db is not None:
         gain = after.snr_db - before.snr_db
@@ -336,6 +342,7 @@ def _texts(continuations: Sequence[Continuation]) -> str:
 def _made(record: Record) -> list[str]:
     """The recipe, the versions and the machine, as terms and what they are."""
     versions = ", ".join(f"{k} {v}" for k, v in record.versions.items())
+    # What is not in the recipe cannot be chosen, but may change the figures.
     rows = [
         *record.recipe.items(),
         ("versions", versions),

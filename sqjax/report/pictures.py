@@ -5,6 +5,7 @@ figure.savefig("outliers.svg")
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -72,18 +73,27 @@ def surface(
     shapes = {x.shape for x in matrices}
     fits = len(shapes) == 1 and matrices[0].ndim == 2
     expect(fits, "surface", "two matrices of one shape", list(shapes))
+    # The axes count tokens and channels, also where the matrices hold blocks of them.
     size = matrices[0].shape if size is None else size
     drawn = figure(9, 3.2, layout=None)
     titles = ("before smoothing", "after smoothing")
     for number, (x, title) in enumerate(zip(matrices, titles, strict=True)):
-        place = (0.5 * number, 0.0, 0.47, 0.9)
+        place = (0.5 * number, 0.1, 0.47, 0.95)
+        # By hand, because no layout of matplotlib knows how much of a box a surface fills.
         axes = drawn.add_axes(place, projection="3d")
         _draw_surface(axes, np.asarray(pooled(x, *_BLOCKS)), size)
-        axes.set_title(f"{title}: up to {x.max():.3g}", color=INK, fontsize=9)
+        middle = 0.5 * number + 0.25
+        text = f"{title}: up to {_short(x.max())}"
+        drawn.text(middle, 0.94, text, color=INK, fontsize=9, ha="center")
         axes.set_xlabel("channel", color=INK, fontsize=8)
         axes.set_ylabel(rows, color=INK, fontsize=8)
         axes.set_zlabel(what, color=INK, fontsize=8)
     return drawn
+
+
+def _short(x: float) -> str:
+    """Three digits, and of large numbers all: 0.795, 22.4, 2,450."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
 def _draw_surface(axes: Any, x: np.ndarray, size: tuple[int, int]) -> None:
@@ -97,7 +107,7 @@ def _draw_surface(axes: Any, x: np.ndarray, size: tuple[int, int]) -> None:
     )
     axes.patch.set_alpha(0)
     axes.view_init(elev=28, azim=-62)
-    axes.set_box_aspect((1.7, 1.1, 0.75), zoom=1.25)
+    axes.set_box_aspect((1.7, 1.1, 0.75), zoom=1.2)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((0, 0, 0, 0))
         axis.line.set_color(INK)
@@ -134,6 +144,7 @@ def outliers(
     _check_sites("outliers", *series)
     titles = ("before smoothing", "after smoothing")
     drawn, axes = panels(4.6 * len(series), 3.4, 1, len(series))
+    # By the values before, so that both panels have the same lines.
     rows = merged(kinds(before), before)
     highest = max(max(values.values()) for values in series)
     ticks = _one_two_five(highest * 1.5)
@@ -164,18 +175,18 @@ def _draw_kinds(
 ) -> None:
     """A line for each kind over its layers; a mark at the right for a site that has none."""
     layers = [number for kind in rows for number in kind.numbers]
+    # A site that is in no layer stands behind the last.
     last = max(layers, default=0)
-    for i, kind in enumerate(rows):
-        own = [values[path] for path in kind.paths]
-        mark = MARKS[i % len(MARKS)]
-        where = kind.numbers or (last + 1,)
+    looks = zip(cycle(COLOURS), cycle(MARKS), strict=False)
+    for kind, (colour, mark) in zip(rows, looks, strict=False):
+        own = list(map(values.__getitem__, kind.paths))
         axes.plot(
-            where,
+            kind.numbers or (last + 1,),
             own,
             marker=mark,
             markersize=3.5,
             linewidth=1,
-            color=COLOURS[i % len(COLOURS)],
+            color=colour,
             label=plain(kind.label),
         )
     _whole_numbers(axes.xaxis)
@@ -216,33 +227,37 @@ def errors(
         2
     """
     _check_sites("errors", first, second)
+    # One axis of decibels for all panels, because kinds are to be compared, too.
     layered, alone = _layered(first)
     count = len(layered) + bool(alone)
     columns = min(count, 4)
     rows = -(-count // columns)
-    height = 0.8 + 1.9 * rows
-    drawn, axes = panels(
-        max(2.35 * columns, 4.2), height, rows, columns, shared=True
-    )
+    size = max(2.35 * columns, 4.2), 0.8 + 1.9 * rows
+    drawn, axes = panels(*size, rows, columns, shared=True)
     both = list(zip((first, second), names, (FIRST, SECOND), "os", strict=True))
     for one, kind in zip(axes.flat, layered, strict=False):
-        for values, label, colour, mark in both:
-            _dots(one, kind.numbers, kind.paths, values, label, colour, mark)
+        for series in both:
+            _dots(one, kind.numbers, kind.paths, "-", *series)
         _whole_numbers(one.xaxis)
         name(one, kind.label, "layer")
     if alone:
-        one = axes.flat[len(layered)]
-        paths = [path for kind in alone for path in kind.paths]
-        for values, label, colour, mark in both:
-            _dots(one, range(len(paths)), paths, values, label, colour, mark)
-        one.set_xticks(range(len(paths)), [plain(kind.label) for kind in alone])
-        one.set_xlim(-0.6, len(paths) - 0.4)
-        name(one, "not in layers")
-    for row in axes:
-        row[0].set_ylabel("dB", color=INK, fontsize=8)
+        _draw_alone(axes.flat[len(layered)], alone, both)
+    for one in axes[:, 0]:
+        one.set_ylabel("dB", color=INK, fontsize=8)
     hidden(axes.flat[count:])
     shared_legend(drawn, axes.flat[0].get_legend_handles_labels(), columns=2)
     return drawn
+
+
+def _draw_alone(axes: Any, alone: Sequence[Kind], both: Sequence[Any]) -> None:
+    """The sites that are in no layer, side by side."""
+    paths = [kind.paths[0] for kind in alone]
+    where = range(len(paths))
+    for series in both:
+        _dots(axes, where, paths, "", *series)
+    axes.set_xticks(where, [plain(kind.label) for kind in alone])
+    axes.set_xlim(-0.6, len(paths) - 0.4)
+    name(axes, "not in layers")
 
 
 def _layered(sites: Mapping[str, Any]) -> tuple[list[Kind], list[Kind]]:
@@ -256,20 +271,17 @@ def _dots(
     axes: Any,
     where: Sequence[int],
     paths: Sequence[str],
+    line: str,
     values: Mapping[str, float | None],
     label: str,
     colour: str,
     mark: str,
 ) -> None:
-    points = [
-        np.nan if values[path] is None else float(values[path] or 0)
-        for path in paths
-    ]
-    finite = np.where(np.isfinite(points), points, np.nan)
-    line = "-" if len(paths) > 1 and not isinstance(where, range) else ""
+    """The values of some sites, without those that are None or infinite."""
+    points = np.array([values[path] for path in paths], np.float64)
     axes.plot(
         list(where),
-        finite,
+        np.where(np.isfinite(points), points, np.nan),
         marker=mark,
         linestyle=line,
         markersize=3,
@@ -310,6 +322,7 @@ def alphas(
     ordered = sorted(points.items())
     x, y = zip(*ordered, strict=True)
     one.plot(x, y, "o-", color=SECOND, label="smoothed", markersize=4.5)
+    # The best one says its number; the others are read from the axis.
     best = min(ordered, key=lambda point: point[1])
     one.annotate(
         f"{best[1]:.2f}",
@@ -358,33 +371,39 @@ def tradeoff(
     expect(bool(rows), "tradeoff", "at least one row", list(rows))
     drawn, axes = panels(5.4, 3.4, 1, 1)
     one = axes[0][0]
-    fastest = max((speed or 0.0) for *_, speed in rows) or 1.0
-    middle = np.mean([size for _, size, _, _ in rows])
-    of_three = INK, FIRST, SECOND
-    for i, (label, size, value, speed) in enumerate(rows):
+    fastest = max([1e-9, *(speed for *_, speed in rows if speed)])
+    # Texts stand towards the middle, so that none leaves the picture.
+    middle = float(np.mean([size for _, size, _, _ in rows]))
+    colours = (INK, FIRST, SECOND) if len(rows) <= 3 else COLOURS
+    looks = zip(cycle(colours), cycle(MARKS), strict=False)
+    for (label, size, value, speed), (colour, mark) in zip(
+        rows, looks, strict=False
+    ):
         area = 60 + 240 * (speed or 0.0) / fastest
-        colour = (of_three if len(rows) <= 3 else COLOURS)[i % len(COLOURS)]
-        mark = MARKS[i % len(MARKS)]
         one.scatter(
             size / 1e6, value, area, color=colour, marker=mark, alpha=0.85
         )
-        label = plain(label)
-        text = label if speed is None else f"{label}\n{speed:.0f} tokens/s"
-        left = size > middle
-        one.annotate(
-            text,
-            (size / 1e6, value),
-            (-13 if left else 13, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            color=INK,
-            fontsize=8,
-        )
+        said = "" if speed is None else f"\n{speed:.0f} tokens/s"
+        _beside(one, size / 1e6, value, plain(label) + said, size > middle)
+    # From 0, because a ratio of sizes is what is looked for.
     one.set_xlim(left=0)
     one.margins(x=0.12, y=0.3)
     name(one, "", "parameters, MB", "perplexity (lower is better)")
     return drawn
+
+
+def _beside(axes: Any, x: float, y: float, text: str, left: bool) -> None:
+    """A text beside a point, on its left or on its right."""
+    axes.annotate(
+        text,
+        (x, y),
+        (-13 if left else 13, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        color=INK,
+        fontsize=8,
+    )
 
 
 def channels(panels_of: Mapping[str, tuple[Any, Any]]) -> Any:

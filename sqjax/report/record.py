@@ -143,6 +143,7 @@ class Record:
         Raises:
             ValueError: a field is missing, or is not known.
         """
+        # JSON has lists for tuples, and mappings for what has names.
         try:
             return cls(
                 **{

@@ -99,8 +99,10 @@ def clipped_values(
         rows = _smoothed(rows, smoothing)
         if outliers is not None:
             rows = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
-        return count_beyond(rows, matrix.input_scale, weight.activation_format)
+        scale: Any = matrix.input_scale
+        return count_beyond(rows, scale, weight.activation_format)
 
+    # Each matrix of a batch has a scale of its own.
     operands = rows, *matrices(weight, len(w_axes), len(w_batch))
     if w_batch:
         return jnp.sum(jax.vmap(of_matrix)(*operands))
@@ -396,6 +398,7 @@ def clipped_rows(
     if weight.activations != "static":
         return jnp.zeros((), jnp.float32)
     rows = x.shape[0]
+    # A row has the scale of its matrix; rows beyond all groups have the last one's.
     scale = jnp.broadcast_to(weight.input_scale, group_sizes.shape)
     of_row = jnp.repeat(scale, group_sizes, total_repeat_length=rows)
     divided = _smoothed(x, weight.smoothing)
