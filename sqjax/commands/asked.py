@@ -33,3 +33,8 @@ class How(NamedTuple):
     scheme: str
     rules: dict[str, str]
     alpha: float | str
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration matters: a GGUF file that is not smoothed knows no activations."""
+        return self.layout != "gguf" or self.alpha != "none"

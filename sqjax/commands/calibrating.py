@@ -21,12 +21,12 @@ class Calibrated(NamedTuple):
     """A model's statistics.
 
     Attributes:
-        stats: the statistics.
+        stats: the statistics; None where they are not needed.
         name: of what was read.
         made_of: digests of the model and of what was read, for the recipe.
     """
 
-    stats: Stats
+    stats: Any
     name: str
     made_of: dict[str, str]
 
@@ -75,6 +75,18 @@ def calibrated(
         opened.model.apply, opened.params, batches, progress=talk.progress
     )
     return Calibrated(stats, str(windows), made_of)
+
+
+def uncalibrated(opened: Opened, command: str) -> Calibrated:
+    """What `calibrated` gives, for what needs no statistics: only the checks.
+
+    Raises:
+        ValueError: the model is quantized, or the recipe was made of another one.
+    """
+    float_only(opened, command)
+    made_of = {"model": opened.digest}
+    check_recipe(made_of)
+    return Calibrated(None, "nothing", made_of)
 
 
 def read_stats(path: Path) -> Stats:

@@ -117,12 +117,15 @@ def quantize(
         output, force, directory=is_directory, reads=(model, text, stats)
     )
     from sqjax.commands import quantizing
-    from sqjax.commands.calibrating import calibrated
+    from sqjax.commands.calibrating import calibrated, uncalibrated
     from sqjax.commands.model_argument import open_model
 
     opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
-    found = calibrated(opened, asked, talk, "quantize")
+    if how.needs_statistics:
+        found = calibrated(opened, asked, talk, "quantize")
+    else:
+        found = uncalibrated(opened, "quantize")
     made = quantizing.quantized_as(opened, found.stats, how, talk)
     write = new_directory if is_directory else new_file
     with write(output, found.made_of) as new:

@@ -18,23 +18,21 @@ from sqjax.weights.sizes import weight_bytes
 _TIED = "embed_tokens"
 
 
-def quantized_as(opened: Opened, stats: Stats, how: How, talk: Talk) -> Any:
+def quantized_as(opened: Opened, stats: Any, how: How, talk: Talk) -> Any:
     """The smoothed parameters; quantized too, but for GGUF, whose writer quantizes itself."""
-    # Before the work, because these are found wrong at once.
-    rules = _rules(stats, how, talk)
-    if rules is not None:
-        site_schemes(stats.graph, rules)
-    params, their_stats = smoothed(opened.params, stats, how.alpha)
-    if rules is None:
+    if how.layout == "gguf":
+        params, _ = smoothed(opened.params, stats, how.alpha)
         return params
+    rules = _rules(stats, how, talk)
+    # Before the work, because wrong patterns are found at once.
+    site_schemes(stats.graph, rules)
+    params, their_stats = smoothed(opened.params, stats, how.alpha)
     talk.note("quantizing")
     return quantize(params, their_stats, rules)
 
 
-def _rules(stats: Stats, how: How, talk: Talk) -> dict[str, Any] | None:
-    """{pattern: scheme, or None for float}, with one for all at the end; None for GGUF."""
-    if how.layout == "gguf":
-        return None
+def _rules(stats: Stats, how: How, talk: Talk) -> dict[str, Any]:
+    """{pattern: scheme, or None for float}, with one for all at the end."""
     # "none" is no preset, and None is what a rule says for float.
     chosen = map(PRESETS.get, map(str.upper, how.rules.values()))
     rules = dict(zip(how.rules, chosen, strict=True))
@@ -56,7 +54,8 @@ def write(new: Path, opened: Opened, params: Any, how: How) -> None:
     model, like = opened.model, opened.directory
     if how.layout == "gguf":
         kind: Any = how.scheme
-        models.save_gguf(new, model, params, dtype=kind, like=like)
+        # The file itself says best how its tokenizer is written.
+        models.save_gguf(new, model, params, dtype=kind, like=opened.source)
     elif how.layout == "compressed-tensors":
         models.save_compressed_tensors(new, model, params, like=like)
     else:
@@ -88,5 +87,5 @@ def summary(made: dict[str, Any]) -> str:
     if made["format"] == "gguf":
         size = f"from {before:.0f} MB"
     return (
-        f"{made['scheme']}, {smoothing}, {size}, calibrated on {made['text']}"
+        f"{made['scheme']}, {smoothing}, {size}; calibrated on {made['text']}"
     )
