@@ -2,56 +2,56 @@
 
 calibrate -> smooth -> quantize -> jax.jit(quantized(fn)): see the README for the five lines, and
 each function's docstring for its shapes, errors and source.
+
+Every name is imported when it is first used, so that `sqjax --help` need not wait for jax.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sqjax.calibration.calibrate import calibrate
-from sqjax.calibration.stats import Stats
-from sqjax.files import export as _export  # noqa: F401 (registers our classes with jax.export)
-from sqjax.files.loading import load, load_saved
-from sqjax.files.saving import save
-from sqjax.folding.apply import fold
-from sqjax.methods.quantization import quantize, smoothquant
-from sqjax.methods.site_errors import site_errors
-from sqjax.methods.smoothing import fold_stats, scales, smooth
-from sqjax.methods.verification import verify
-from sqjax.runtime.caches import quantize_cache
-from sqjax.runtime.int8_attention import int8_attention
-from sqjax.runtime.quantized import quantized
-from sqjax.weights.qtensor import QTensor, dequantize
-from sqjax.weights.quant_weight import QuantWeight
-from sqjax.weights.schemes import (
-    EMBEDDING_INT4,
-    EMBEDDING_INT8,
-    FP8,
-    FP8_E5M2,
-    W4A8,
-    W4A16,
-    W4A16_G64,
-    W8A8,
-    W8A8_O1,
-    W8A8_O2,
-    W8A8_O3,
-    W8A8_OUTLIERS,
-    W8A16,
-    Float8,
-    Indices,
-    Int4,
-    Int8,
-    PerTensor,
-    PerToken,
-    Scheme,
-    Static,
-)
-from sqjax.weights.sharding import shardings
-from sqjax.weights.training import merge, split
-
 if TYPE_CHECKING:
+    from sqjax.calibration.calibrate import calibrate
+    from sqjax.calibration.stats import Stats
+    from sqjax.files.loading import load, load_saved
+    from sqjax.files.saving import save
+    from sqjax.folding.apply import fold
+    from sqjax.methods.quantization import quantize, smoothquant
+    from sqjax.methods.site_errors import site_errors
+    from sqjax.methods.smoothing import fold_stats, scales, smooth
+    from sqjax.methods.verification import verify
+    from sqjax.runtime.caches import quantize_cache
+    from sqjax.runtime.int8_attention import int8_attention
+    from sqjax.runtime.quantized import quantized
     from sqjax.streaming.act_scales import stats_from_act_scales
     from sqjax.streaming.calibration import calibrate_layers
     from sqjax.streaming.loading import load_quantized
+    from sqjax.weights.qtensor import QTensor, dequantize
+    from sqjax.weights.quant_weight import QuantWeight
+    from sqjax.weights.schemes import (
+        EMBEDDING_INT4,
+        EMBEDDING_INT8,
+        FP8,
+        FP8_E5M2,
+        W4A8,
+        W4A16,
+        W4A16_G64,
+        W8A8,
+        W8A8_O1,
+        W8A8_O2,
+        W8A8_O3,
+        W8A8_OUTLIERS,
+        W8A16,
+        Float8,
+        Indices,
+        Int4,
+        Int8,
+        PerTensor,
+        PerToken,
+        Scheme,
+        Static,
+    )
+    from sqjax.weights.sharding import shardings
+    from sqjax.weights.training import merge, split
 
 __all__ = [
     "EMBEDDING_INT4",
@@ -104,7 +104,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-#: Namespaces that load when they are first used: flax takes a second to import.
+#: Namespaces; flax takes a second to import.
 _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
@@ -113,21 +113,48 @@ _NAMESPACES = {
     "report": "sqjax.report",
     "triton": "sqjax.numerics.triton",
 }
-#: Functions that load with their module, for the same reason.
-_FUNCTIONS = {
-    "calibrate_layers": "sqjax.streaming.calibration",
-    "load_quantized": "sqjax.streaming.loading",
-    "stats_from_act_scales": "sqjax.streaming.act_scales",
+#: {module: the public names that are in it}, as type checkers see them above.
+_NAMES = {
+    "sqjax.calibration.calibrate": "calibrate",
+    "sqjax.calibration.stats": "Stats",
+    "sqjax.files.loading": "load load_saved",
+    "sqjax.files.saving": "save",
+    "sqjax.folding.apply": "fold",
+    "sqjax.methods.quantization": "quantize smoothquant",
+    "sqjax.methods.site_errors": "site_errors",
+    "sqjax.methods.smoothing": "fold_stats scales smooth",
+    "sqjax.methods.verification": "verify",
+    "sqjax.runtime.caches": "quantize_cache",
+    "sqjax.runtime.int8_attention": "int8_attention",
+    "sqjax.runtime.quantized": "quantized",
+    "sqjax.streaming.act_scales": "stats_from_act_scales",
+    "sqjax.streaming.calibration": "calibrate_layers",
+    "sqjax.streaming.loading": "load_quantized",
+    "sqjax.weights.qtensor": "QTensor dequantize",
+    "sqjax.weights.quant_weight": "QuantWeight",
+    "sqjax.weights.schemes": (
+        "EMBEDDING_INT4 EMBEDDING_INT8 FP8 FP8_E5M2 Float8 Indices Int4 "
+        "Int8 PerTensor PerToken Scheme Static W4A16 W4A16_G64 W4A8 W8A16 "
+        "W8A8 W8A8_O1 W8A8_O2 W8A8_O3 W8A8_OUTLIERS "
+    ),
+    "sqjax.weights.sharding": "shardings",
+    "sqjax.weights.training": "merge split",
+}
+_MODULE_OF = {
+    name: module for module, names in _NAMES.items() for name in names.split()
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a namespace (`linen`, `models` ...), or what uses one, when it is first used."""
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    """Imports a public name, or a namespace, when it is first used."""
     if name in _NAMESPACES:
         return importlib.import_module(_NAMESPACES[name])
-    raise AttributeError(f"module 'sqjax' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sqjax' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    # Kept, because so it is looked up once only.
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -58,6 +58,42 @@ def serialized(*parts: type) -> Callable[[Class], Class]:
     return add
 
 
+def exported(
+    **ways: tuple[Callable[[Any], Any], Callable[[Any], Any]],
+) -> Callable[[Class], Class]:
+    """A decorator: makes a dataclass that is a pytree known to `jax.export`, and to flax.
+
+    jax writes the arrays itself; the static fields are written as JSON, by name. The class itself
+    carries this, so that it holds whichever module of sqjax was imported first.
+
+    Args:
+        ways: {static field that is no JSON: (what makes JSON of it, what reads that)}.
+    """
+
+    def add(cls: Class) -> Class:
+        def write(values: tuple[Any, ...]) -> bytes:
+            named = dict(zip(_static_names(cls), values, strict=True))
+            for name, (plain, _) in ways.items():
+                named[name] = plain(named[name])
+            return json.dumps(named).encode()
+
+        def read(text: bytes) -> tuple[Any, ...]:
+            named = json.loads(text)
+            for name, (_, known) in ways.items():
+                named[name] = known(named[name])
+            return tuple(named[name] for name in _static_names(cls))
+
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"sqjax.{cls.__name__}",
+            serialize_auxdata=write,
+            deserialize_auxdata=read,
+        )
+        return known_to_flax(cls)
+
+    return add
+
+
 def is_serialized(x: Any) -> bool:
     """Whether this is of a class that `serialized` decorates."""
     return type(x) in _PARTS

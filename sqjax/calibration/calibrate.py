@@ -1,6 +1,7 @@
 """`calibrate`: runs a function on example batches, and records what each of its matmuls saw."""
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -117,7 +118,8 @@ def calibrate(
     analyses = Analyses(
         functions, params, first_batches, groups or {}, attention
     )
-    stats = calibrated(analyses, streams, mask, histogram, progress)
+    totals = [operator.length_hint(batches) for batches in iterables]
+    stats = calibrated(analyses, streams, mask, histogram, progress, totals)
     warn_of_unreached(stats)
     return stats
 
@@ -128,6 +130,7 @@ def calibrated(
     mask: Callable[..., Any] | None,
     histogram: bool,
     progress: bool = False,
+    totals: Sequence[int] = (),
 ) -> Stats:
     """What `calibrate` does between its checks and its warnings.
 
@@ -135,6 +138,7 @@ def calibrated(
         analyses: of the functions, on their first batches.
         streams: the batches of each function, the first ones among them.
         mask, histogram, progress: as for `calibrate`.
+        totals: how many batches each stream has, for the progress bar; 0 where nobody knows.
     """
     first_batches = analyses.first_batches
     first = analyses.together(0, first_batches[0], 0)
@@ -151,9 +155,14 @@ def calibrated(
 
     # Record: one function and one batch at a time, so that only one batch is in memory.
     recorder = Recorder(analyses, first, graph, mask, histogram)
-    for which, stream in enumerate(streams):
+    counted = itertools.zip_longest(streams, totals)
+    for which, (stream, total) in enumerate(counted):
         shown = tqdm(
-            stream, desc="calibrating", unit="batch", disable=not progress
+            stream,
+            desc="calibrating",
+            unit="batch",
+            total=total or None,
+            disable=not progress,
         )
         for number, batch in enumerate(shown):
             recorder.record(which, _arguments(batch, number), number)

@@ -1,4 +1,4 @@
-"""`sqjax benchmark`: how fast each scheme is beside float32, bfloat16 and qwix, in one process.
+"""`sqjax bench speed`: how fast each scheme is beside float32, bfloat16 and qwix, in one process.
 
 Every figure is the median of runs that take turns, so that a busy machine slows all rows alike.
 Read the ratios.

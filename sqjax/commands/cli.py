@@ -1,180 +1,128 @@
-"""The command line: `sqjax demo`, `schemes`, `embeddings`, `decode` and `benchmark`."""
+"""The command line `sqjax`: one file a command, wired here. jax is imported when one runs."""
 
-import argparse
+import copy
+import os
 import sys
-import time
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sqjax.commands.defaults import ALPHA, ENCODER, MODEL
-from sqjax.commands.records import (
-    Row,
-    as_dicts,
-    check_writable,
-    make_record,
-    write_record,
-)
+import click
 
-#: The exit status of a command that Ctrl-C ended, as shells have it.
-_INTERRUPTED = 130
+from sqjax import __version__
+from sqjax.commands import bench
+from sqjax.commands.calibrate import calibrate
+from sqjax.commands.compare import compare
+from sqjax.commands.evaluate import evaluate
+from sqjax.commands.export import export
+from sqjax.commands.generate import generate
+from sqjax.commands.inspection import inspect
+from sqjax.commands.quantize import quantize
+from sqjax.commands.report import report
+from sqjax.commands.smooth import smooth
+
+#: Exit statuses: of bad input, of what failed for another reason, and of Ctrl-C as shells have it.
+_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+
+
+class _InOrder(click.Group):
+    """A group whose help lists commands as they were added: in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names."""
+        return list(self.commands)
+
+
+@click.group("sqjax", cls=_InOrder, no_args_is_help=True)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def sqjax() -> None:
+    """Post-training quantization for JAX: from a model's directory to a smaller one that serves.
+
+    MODEL is a directory with config.json and safetensors (float, or quantized by AWQ, GPTQ,
+    compressed-tensors or sqjax), a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or
+    smollm2-135m.
+
+    \b
+    sqjax quantize smollm2-135m -o smollm2-w8a8
+    sqjax compare smollm2-135m smollm2-w8a8
+    sqjax generate smollm2-w8a8 "Why is the sky blue?"
+    """
+
+
+for one in (
+    quantize,
+    evaluate,
+    generate,
+    compare,
+    inspect,
+    report,
+    calibrate,
+    smooth,
+    export,
+    bench.demo,
+    bench.bench,
+):
+    sqjax.add_command(one)
+for name, former in bench.FORMER.items():
+    hidden = copy.copy(former)
+    hidden.hidden = True
+    sqjax.add_command(hidden, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status; errors of the user's making are one line."""
+    """Runs a command and returns the exit status; what goes wrong is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
-    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    # Not click's own way, which prints usage over several lines, and knows no other errors.
     try:
-        if options.record is not None:
-            # Before the run: a path that can not be written should not cost minutes of measuring.
-            check_writable(options.record)
-        rows = options.run(options)
-        if options.record is not None:
-            seconds = time.perf_counter() - start
-            write_record(options.record, make_record(arguments, rows, seconds))
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        print(f"sqjax: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sqjax: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        with sqjax.make_context(
+            "sqjax", arguments, obj=list(arguments)
+        ) as context:
+            sqjax.invoke(context)
+    except click.exceptions.Exit as end:  # of `--help`
+        return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return _BAD_INPUT
+    except click.ClickException as error:
+        return _complain(_of_usage(error), _BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # whoever read stdout, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    except (ValueError, OSError, ImportError) as error:
+        return _complain(error, _BAD_INPUT)
+    except RuntimeError as error:
+        return _complain(error, _FAILED)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Each command's options; `run` among what is parsed is the function that runs it."""
-    parser = argparse.ArgumentParser(
-        prog="sqjax", description="Post-training quantization for JAX"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    demo = commands.add_parser(
-        "demo",
-        help="quantize a real language model to int8 and show accuracy and speed",
-    )
-    demo.set_defaults(run=_run_demo)
-    _add_common(demo, quick="an impatient minute: less text, fewer repeats")
-    _add_model(demo)
-    _add_alpha(demo)
-    demo.add_argument(
-        "--float-head",
-        action="store_true",
-        help="keep lm_head in float, as the authors do",
-    )
-
-    schemes = commands.add_parser(
-        "schemes",
-        help="the perplexity of a real language model in every scheme",
-    )
-    schemes.set_defaults(run=_run_schemes)
-    _add_common(schemes, quick="less text")
-    _add_model(schemes)
-    _add_alpha(schemes)
-
-    _add_embeddings(commands)
-
-    benchmark = commands.add_parser(
-        "benchmark", help="time every scheme beside float32, bfloat16 and qwix"
-    )
-    benchmark.set_defaults(run=_run_benchmark)
-    _add_common(
-        benchmark, quick="a few minutes: one small model, fewer repeats"
-    )
-
-    decode = commands.add_parser(
-        "decode",
-        help="accuracy and speed of decoding with a quantized key/value cache",
-    )
-    decode.set_defaults(run=_run_decode)
-    _add_common(decode, quick="less text, fewer repeats")
-    _add_model(decode)
-    decode.add_argument(
-        "--only", choices=("accuracy", "speed"), help="one of the two tables"
-    )
-    return parser
+def _of_usage(error: click.ClickException) -> str:
+    """What was wrong with the arguments, and where help is."""
+    text = error.format_message()
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return text
+    return f"{text.rstrip('.')}; see `{context.command_path} --help`"
 
 
-def _add_embeddings(commands: Any) -> None:
-    """The command that quantizes an encoder of sentences."""
-    embeddings = commands.add_parser(
-        "embeddings",
-        help="quantize a real encoder of sentences and show how far its vectors turn",
-    )
-    embeddings.set_defaults(run=_run_embeddings)
-    _add_common(embeddings, quick="fewer sentences")
-    embeddings.add_argument(
-        "--model",
-        default=ENCODER,
-        help="a name or a directory, as sqjax.models.load_encoder takes it",
-    )
-    _add_alpha(embeddings)
+def _complain(problem: object, status: int) -> int:
+    """Says a problem in one line, also where its text has several."""
+    line = " ".join(str(problem).split())
+    click.echo(f"sqjax: {line}", err=True)
+    return status
 
 
-def _add_common(command: argparse.ArgumentParser, quick: str) -> None:
-    """The options that every command has."""
-    command.add_argument("--quick", action="store_true", help=quick)
-    command.add_argument(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="write the figures, the machine and the versions to this JSON file at the end",
-    )
-
-
-def _add_model(command: argparse.ArgumentParser) -> None:
-    names = "a name, a .gguf file or a Hugging Face directory"
-    command.add_argument("--model", default=MODEL, help=names)
-
-
-def _add_alpha(command: argparse.ArgumentParser) -> None:
-    strength = f"smoothing strength, 0 to 1 (default {ALPHA})"
-    command.add_argument("--alpha", type=float, default=ALPHA, help=strength)
-
-
-# The imports stand inside these functions so that `sqjax --help` does not load flax.
-
-
-def _run_demo(options: argparse.Namespace) -> list[Row]:
-    from sqjax.commands import demo
-
-    size = demo.QUICK if options.quick else demo.FULL
-    rows = demo.demo(size, options.alpha, options.model, options.float_head)
-    if options.model == MODEL and not options.quick:
-        # A real model of another kind; `sqjax embeddings` has a record of its own.
-        from sqjax.commands import embeddings
-
-        print()
-        embeddings.embeddings(embeddings.QUICK)
-    return as_dicts(rows)
-
-
-def _run_schemes(options: argparse.Namespace) -> list[Row]:
-    from sqjax.commands import demo, schemes
-
-    size = demo.QUICK if options.quick else demo.FULL
-    return as_dicts(schemes.compare(size, options.alpha, options.model))
-
-
-def _run_embeddings(options: argparse.Namespace) -> list[Row]:
-    from sqjax.commands import embeddings
-
-    size = embeddings.QUICK if options.quick else embeddings.FULL
-    return as_dicts(embeddings.embeddings(size, options.model, options.alpha))
-
-
-def _run_benchmark(options: argparse.Namespace) -> list[Row]:
-    from sqjax.commands import benchmark
-
-    if options.quick:
-        return benchmark.benchmark(benchmark.QUICK, ("llama-shaped",))
-    return benchmark.benchmark()
-
-
-def _run_decode(options: argparse.Namespace) -> list[Row]:
-    from sqjax.commands import decode
-
-    return decode.run(options.model, options.quick, options.only)
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    """Warnings are a line too, without the place in the code where they came up."""
+    line = " ".join(str(message).split())
+    click.echo(f"sqjax: warning: {line}", err=True)
 
 
 if __name__ == "__main__":

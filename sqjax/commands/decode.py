@@ -1,4 +1,4 @@
-"""`sqjax decode`: what a quantized cache costs in accuracy and gains in speed, on a real model."""
+"""`sqjax bench decode`: what a quantized cache costs a model in accuracy, and gains in speed."""
 
 from collections.abc import Mapping
 from functools import partial

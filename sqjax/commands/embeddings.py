@@ -1,4 +1,4 @@
-"""`sqjax embeddings`: a real encoder of sentences from float to int8, by what its vectors say."""
+"""`sqjax bench embeddings`: a real encoder of sentences in int8, by what its vectors say."""
 
 import re
 from collections.abc import Sequence

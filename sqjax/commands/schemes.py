@@ -1,4 +1,4 @@
-"""`sqjax schemes`: a real language model's perplexity in every scheme, smoothed and not."""
+"""`sqjax bench schemes`: a real language model's perplexity in every scheme, smoothed and not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sqjax._arguments import expect
-from sqjax._serialized import known_to_flax
+from sqjax._serialized import exported
 from sqjax._shapes import entries_at, sharded_as, sizes_along
 from sqjax.numerics.formats import (
+    FORMATS,
     INT4,
     INT8,
     Format,
@@ -51,7 +52,11 @@ _SCALE_DTYPES: dict[str, np.dtype] = {
 }
 
 
-@known_to_flax
+@exported(
+    order=(list, tuple),
+    dtype=(attrgetter("name"), np.dtype),
+    fmt=(attrgetter("name"), FORMATS.__getitem__),
+)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QTensor(NoArray):

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array
 
-from sqjax._serialized import known_to_flax
+from sqjax._serialized import exported
 from sqjax._shapes import Shape, sharded_as
 from sqjax._trees import named_leaves
 from sqjax.numerics.formats import FormatName
@@ -37,7 +38,12 @@ class Outliers(NamedTuple):
     weight: Any
 
 
-@known_to_flax
+export.register_namedtuple_serialization(
+    Outliers, serialized_name="sqjax.Outliers"
+)
+
+
+@exported()
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QuantWeight(NoArray):

@@ -1,107 +1,546 @@
-"""The command line: which function runs with which arguments, records, errors."""
+"""The command line: what each command writes and says, recipes, refusals, exit codes."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
+from tiny_speaker import END, write_speaker
 
-from sqjax.commands import benchmark, cli, decode, demo, embeddings, schemes
-from sqjax.commands.records import read_record
+import sqjax as sq
+from sqjax.commands import cli
+from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
+from sqjax.commands.outputs import check_output
+from sqjax.commands.texts import read_texts
+from sqjax.weights.schemes import PRESETS, Indices
 
-DEMO = demo.Row("float32", 36.5, 538, 1000.0, 50.0)
-SCHEME = schemes.Row("float32", 36.5, 36.5, 538)
-EMBEDDING = embeddings.Row("float32", 1.0, 1.0, 1.0, 90, 50.0)
-SPEED = {"table": "matvec", "name": "float32", "2048 to 8192 seconds": 0.002}
+TEXT = "A quick brown fox jumps over a lazy dog, and the dog barks at the fox. " * 12
+COMMANDS = ("quantize", "eval", "generate", "compare", "inspect", "report", "calibrate", "smooth")
+COMMANDS += ("export", "demo", "bench")
+#: How much the tests read.
+FEW = ["--tokens", "32", "--windows", "3", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the checkpoint "tiny" and a text, the working directory of these tests."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_speaker(folder / "tiny")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_place(place, monkeypatch):
+    monkeypatch.chdir(place)
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """The arguments of every command that runs; none of them measures anything."""
-    calls = []
+def run(capsys):
+    """Runs a command that goes well, and gives what it printed to stdout."""
 
-    def stand_in(rows):
-        def run(*arguments):
-            calls.append(arguments)
-            return rows
+    def run(*arguments):
+        status = cli.main([str(x) for x in arguments])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
 
-        return run
+    return run
 
-    monkeypatch.setattr(demo, "demo", stand_in([DEMO]))
-    monkeypatch.setattr(schemes, "compare", stand_in([SCHEME]))
-    monkeypatch.setattr(embeddings, "embeddings", stand_in([EMBEDDING]))
-    monkeypatch.setattr(benchmark, "benchmark", stand_in([SPEED]))
-    monkeypatch.setattr(decode, "run", stand_in([SPEED]))
-    return calls
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command that is refused, and gives its one line on stderr."""
+
+    def refusal(*arguments, status=2):
+        assert cli.main([str(x) for x in arguments]) == status
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = [line for line in err.splitlines() if line.startswith("sqjax: ")]
+        assert lines == err.splitlines()[-1:], err
+        assert "Traceback" not in err
+        return lines[0]
+
+    return refusal
+
+
+def loaded(path):
+    return sq.models.load(path)
+
+
+def files_in(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def stats(place):
+    """A file of statistics that `sqjax calibrate` wrote."""
+    arguments = ["calibrate", place / "tiny", "--text", place / "text.txt", *FEW]
+    assert cli.main([*map(str, arguments), "-o", str(place / "stats")]) == 0
+    return place / "stats"
+
+
+@pytest.fixture(scope="module")
+def quantized(place, stats):
+    """A directory that `sqjax quantize` wrote."""
+    arguments = [place / "tiny", "--stats", stats, "--rule", "q_proj=none", "--quiet"]
+    made = place / "tiny-w8a8"
+    assert cli.main(["quantize", *map(str, arguments), "-o", str(made)]) == 0
+    return made
+
+
+# Help ---------------------------------------------------------------------------------------------
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from sqjax.commands import cli; status = cli.main(['quantize', '--help']); "
+        "print(status, [m for m in ('jax', 'numpy', 'yaml', 'tqdm', 'flax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert done.stderr == ""
+
+
+def test_the_help_lists_the_commands():
+    result = CliRunner().invoke(cli.sqjax, ["--help"])
+    listed = result.output.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
+    assert "..." not in listed
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+def test_every_help_has_examples_that_parse(name):
+    result = CliRunner().invoke(cli.sqjax, [name, "--help"])
+    assert result.exit_code == 0
+    examples = result.output.partition("Examples:\n")[2].splitlines()
+    assert examples
+    assert all(line.split()[0] == "sqjax" for line in examples)
+    assert {"--json", "--quiet"} <= set(result.output.split())
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    assert cli.main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+def test_the_schemes_are_those_of_the_library():
+    assert {name.upper() for name in SCHEMES} == set(PRESETS)
+    for name, quantizes_activations in SCHEMES.items():
+        scheme = PRESETS[name.upper()]
+        is_activation = scheme.activation is not None and scheme.activation != Indices()
+        assert quantizes_activations == is_activation
+    assert GGUF_SCHEMES == ("q8_0", "q4_0", "q4_1")
+
+
+# What commands make -------------------------------------------------------------------------------
+
+
+def by_hand(model, params, rules, alpha):
+    """What `quantize` shall write: the library's own steps on the same windows of the text."""
+    ids = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 1, 32)
+    return sq.smoothquant(model.apply, params, list(ids), alpha, rules)
+
+
+@pytest.mark.slow
+def test_quantize_writes_what_the_library_makes(quantized):
+    model, params = loaded("tiny")
+    expected = by_hand(model, params, {"q_proj": None, ".*": sq.W8A8}, 0.5)
+    again, tree = loaded(quantized)
+    assert again == model
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, tree, expected))
+
+
+def test_a_recipe_makes_the_same_bytes_again(quantized, run):
+    recipe = quantized / "recipe.yaml"
+    said = yaml.safe_load(recipe.read_text())
+    assert said["command"] == "quantize"
+    assert said["rule"] == ["q_proj=none"]
+    # What was not given is said too, because another version may take something else.
+    assert (said["scheme"], said["alpha"], said["format"]) == ("w8a8", 0.5, "sqjax")
+    assert said["made_with"]["jax"] == jax.__version__
+    run("quantize", "--recipe", recipe, "-o", "again", "--quiet")
+    assert files_in("again") == files_in(quantized)
+
+
+@pytest.mark.slow
+def test_options_win_over_a_recipe(quantized, run):
+    recipe = quantized / "recipe.yaml"
+    made = ["-o", "w8a16", "--json", "--quiet"]
+    out = run("quantize", "--recipe", recipe, "--scheme", "w8a16", "--alpha", "none", *made)
+    record = json.loads(out)
+    assert (record["scheme"], record["alpha"]) == ("w8a16", "none")
+    assert record["rules"] == {"q_proj": "none"}
+    kernel = loaded("w8a16")[1]["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.activations is None
+    assert record["weight_bytes"] < 0.6 * record["float_bytes"]
+
+
+@pytest.mark.slow
+def test_statistics_serve_python_too(stats):
+    found = sq.load(stats)
+    model, params = loaded("tiny")
+    ids = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 1, 32)
+    expected = sq.calibrate(model.apply, params, list(ids))
+    path = "model/layers/1/mlp/down_proj/kernel"
+    np.testing.assert_array_equal(found.absmax[path], expected.absmax[path])
+    assert found.graph == expected.graph
+    assert (stats.parent / "stats.recipe.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_smooth_computes_the_same(run, stats):
+    run("smooth", "tiny", "--alpha", "0.8", "--stats", stats, "-o", "smooth", "--quiet")
+    model, params = loaded("tiny")
+    same, smooth = loaded("smooth")
+    ids = jnp.asarray([same.tokenizer.encode("The dog barks.")])
+    expected = model.apply(params, ids)
+    np.testing.assert_allclose(same.apply(smooth, ids), expected, rtol=1e-4, atol=1e-4)
+    norm = ["model", "layers", "0", "input_layernorm", "weight"]
+    assert not np.allclose(at(smooth, norm), at(params, norm))
+
+
+def at(tree, keys):
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
+def log_probabilities(path, windows):
+    """float64 log-probabilities of the next tokens, by numpy: (windows, places, vocabulary)."""
+    model, params = loaded(path)
+    logits = jax.jit(sq.quantized(model.apply))(params, windows)
+    logits = np.asarray(logits, np.float64)[:, :-1]
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+@pytest.mark.slow
+def test_eval_and_compare_measure_what_numpy_does(run, quantized):
+    model, _ = loaded("tiny")
+    windows = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 32)
+    first, second = (log_probabilities(path, windows) for path in ("tiny", quantized))
+    following = windows[:, 1:, None]
+    losses = [-np.take_along_axis(x, following, -1)[..., 0] for x in (first, second)]
+
+    given = ["--text", "text.txt", *FEW, "--json"]
+    found = json.loads(run("compare", "tiny", quantized, *given))
+    difference = (losses[1] - losses[0]).mean(axis=1)
+    assert found["perplexity"] == pytest.approx(np.exp(losses[0].mean()), rel=1e-5)
+    assert found["other_perplexity"] == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+    assert found["loss_difference"] == pytest.approx(difference.mean(), rel=1e-2, abs=1e-5)
+    error = difference.std(ddof=1) / 3**0.5
+    assert found["standard_error"] == pytest.approx(error, rel=1e-2, abs=1e-5)
+    same = (first.argmax(-1) == second.argmax(-1)).mean()
+    assert found["same_token"] == pytest.approx(same, abs=1e-6)
+    kl = (np.exp(first) * (first - second)).sum(-1).mean()
+    assert found["kl"] == pytest.approx(kl, rel=1e-2)
+    assert 0 < kl < 0.1
+
+    found = json.loads(run("eval", quantized, "--against", "tiny", *given))
+    assert found["perplexity"] == pytest.approx(np.exp(losses[1].mean()), rel=1e-5)
+    ratio = np.exp(losses[1].mean() - losses[0].mean())
+    assert found["ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_are_asked_of_the_harness(run, monkeypatch):
+    """The harness is a stand-in here: it asks one question, and gives scores in its own form."""
+    harness, base = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.api.model")
+    base.LM = type("LM", (), {})
+
+    def simple_evaluate(model, tasks, limit):
+        assert isinstance(model, base.LM)
+        request = types.SimpleNamespace(args=("The dog", " barks"))
+        [(score, _)] = model.loglikelihood([request])
+        return {"results": {name: {"alias": name, "acc,none": score} for name in tasks}}
+
+    harness.simple_evaluate = simple_evaluate
+    modules = {"lm_eval": harness, "lm_eval.api": harness, "lm_eval.api.model": base}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    found = json.loads(run("eval", "tiny", "--tasks", "a,b", "--limit", "2", "--json", "--quiet"))
+    assert found["results"]["a"] == found["results"]["b"]
+    assert found["results"]["a"]["acc,none"] < 0
+    assert found["results"]["a"].keys() == {"acc,none"}
+
+
+def test_a_model_is_as_itself(run):
+    text = ["--text", "text.txt", *FEW]
+    found = json.loads(run("compare", "tiny", "tiny", *text, "--json"))
+    assert (found["kl"], found["loss_difference"], found["standard_error"]) == (0, 0, 0)
+    assert found["same_token"] == 1
+
+
+@pytest.mark.slow
+def test_generate_streams_what_the_library_generates(run, quantized):
+    model, params = loaded(quantized)
+    raw = sq.models.generate(model, params, "The dog", 8)
+    said = run("generate", quantized, "The dog", "--raw", "--max-tokens", "8", "--quiet")
+    # A character that has not ended is not shown.
+    assert said.rstrip("\n") == raw.texts[0].rstrip("\ufffd")
+    found = json.loads(
+        run("generate", quantized, "The dog", "--max-tokens", "8", "--quiet", "--json")
+    )
+    message = [{"role": "user", "content": "The dog"}]
+    ids = model.tokenizer.encode_chat(message)
+    chat = sq.models.generate(model, params, [ids], 8)
+    assert found["chat"] is True
+    assert found["text"] == chat.texts[0].rstrip("\ufffd") != said.rstrip("\n")
+    assert found["tokens"] == len(chat.tokens[0])
+
+
+@pytest.mark.slow
+def test_inspect_says_what_is_there(run, quantized, stats):
+    found = json.loads(run("inspect", "tiny", "--stats", stats, "--quiet", "--json"))
+    assert (found["layers"], found["channels"], len(found["sites"])) == (2, 16, 15)
+    assert "outliers" in run("inspect", "tiny", "--stats", stats, "--quiet").lower()
+    found = json.loads(run("inspect", quantized, "--quiet", "--json"))
+    assert len(found["quantized"]) == 13
+    assert {*found["quantized"].values()} == {"int8 weight, int8 activations, per token"}
+
+
+@pytest.mark.slow
+def test_report_is_one_page(run, stats):
+    how = ["--stats", stats, "--tokens", "32", "--eval-windows", "2", "--prompt", "The dog"]
+    run("report", "tiny", *how, "-o", "report.html", "--quiet")
+    page = Path("report.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert Path("report.html.recipe.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_export_writes_programs(run, quantized):
+    how = ["--platform", "cpu", "--prompt", "8", "--length", "16"]
+    found = json.loads(run("export", quantized, *how, "-o", "programs", "--quiet", "--json"))
+    assert {"run.py", "recipe.yaml"} <= set(found["files"]) | set(os.listdir("programs"))
+
+
+@pytest.mark.slow
+def test_other_formats_are_models_again(run, stats):
+    given = ["--stats", stats, "--quiet"]
+    others = {"ct": "compressed-tensors", "tiny.gguf": "gguf"}
+    for output, layout in others.items():
+        run("quantize", "tiny", *given, "--format", layout, "-o", output)
+        model, params = loaded(output)
+        same, floats = loaded("tiny")
+        ids = jnp.asarray([same.tokenizer.encode("The dog barks.")])
+        got = sq.quantized(model.apply)(params, ids)
+        expected = same.apply(floats, ids)
+        error = jnp.abs(got - expected).max() / jnp.abs(expected).max()
+        assert 0 < error < 0.1
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+def test_texts_of_files_folders_and_lines(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n"three"\n')
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    assert read_texts(tmp_path, "calibration").texts == ["one", "two", "three"]
+    assert read_texts(tmp_path / "a.txt", "calibration").texts == ["one"]
+    shipped = read_texts(None, "evaluation")
+    assert len(shipped.texts[0]) > 10_000
+    assert "comes with sqjax" in shipped.name
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"txt": "three"}\n')
+    with pytest.raises(ValueError, match=r'b\.jsonl:2: expected \{"text": \.\.\.\}, got \[.txt.\]'):
+        read_texts(tmp_path / "b.jsonl", "calibration")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a\.txt: expected a text in UTF-8"):
+        read_texts(tmp_path / "a.txt", "calibration")
+
+
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "call"),
+    ("arguments", "said"),
     [
-        (["demo", "--model", "a.gguf"], (demo.FULL, 0.85, "a.gguf", False)),
+        (["quantise", "tiny"], "No such command 'quantise'"),
+        (["quantize", "tiny"], "Missing option '-o'"),
+        (["quantize", "tiny", "-o", "x", "--scheme", "w3a3"], "'w3a3' is not one of 'w8a8'"),
+        (["quantize", "tiny", "-o", "x", "--alpha", "2"], "strength from 0 to 1, or none, got '2'"),
         (
-            ["demo", "--quick", "--alpha", "0.5", "--model", "a.gguf", "--float-head"],
-            (demo.QUICK, 0.5, "a.gguf", True),
+            ["quantize", "tiny", "-o", "x", "--rule", "q_proj"],
+            "expected PATTERN=SCHEME with one of",
         ),
-        (["schemes"], (demo.FULL, 0.85, "smollm2-135m")),
-        (["schemes", "--quick", "--model", "dir"], (demo.QUICK, 0.85, "dir")),
-        (["embeddings"], (embeddings.FULL, "all-minilm-l6-v2", 0.85)),
-        (
-            ["embeddings", "--quick", "--model", "dir", "--alpha", "0.5"],
-            (embeddings.QUICK, "dir", 0.5),
-        ),
-        (["benchmark"], ()),
-        (["benchmark", "--quick"], (benchmark.QUICK, ("llama-shaped",))),
-        (["decode"], ("smollm2-135m", False, None)),
-        (["decode", "--quick", "--only", "speed"], ("smollm2-135m", True, "speed")),
+        (["quantize", "tiny", "-o", "x", "--scheme", "q8_0"], "for --format sqjax, got q8_0"),
+        (["quantize", "tiny", "-o", "x", "--format", "gguf"], "name that ends with .gguf"),
+        (["quantize", "tiny", "-o", "x.gguf"], "name that ends with .gguf for --format gguf"),
+        (["quantize", "nowhere", "-o", "x"], "nowhere: no such path; expected smollm2-135m"),
+        (["quantize", "text.txt", "-o", "x"], "got another kind of file"),
+        (["quantize", "tiny", "-o", "no/x"], "expected a path in a folder that exists"),
+        (["quantize", "tiny", "-o", "tiny", "--force"], "does not hold tiny, which is read"),
+        (["quantize", "tiny", "-o", "text.txt"], "text.txt: it is there already; pass --force"),
+        (["smooth", "tiny", "-o", "tiny"], "tiny: it is there already; pass --force"),
+        (["eval", "tiny", "--text", "no.txt"], "Path 'no.txt' does not exist"),
+        (["eval", "tiny", "--text", "text.txt", "--tokens", "1024"], "windows of text of 1024"),
+        (["eval", "tiny", "--text", "text.txt", "--windows", "999"], "got 999"),
+        (["eval", "tiny", "--tasks", "arc_easy"], "pip install 'sqjax[eval]'"),
+        (["generate", "tiny", "Hi", "--max-tokens", "64"], "the model takes 64 in all"),
+        (["generate", "tiny", ""], "PROMPT: expected a text, got an empty one"),
+        (["demo", "--model", "no/such/model"], "no/such/model"),
+        (["bench", "decode", "--only", "size"], "'size' is not one of 'accuracy', 'speed'"),
     ],
 )
-def test_a_command_runs_with_its_options(calls, arguments, call):
-    assert cli.main(arguments) == 0
-    assert calls == [call]
+def test_bad_input_is_one_line(refusal, arguments, said):
+    assert said in refusal(*arguments)
+    assert not Path("x").exists()
 
 
-def test_the_whole_demo_shows_both_real_models(calls):
-    assert cli.main(["demo"]) == 0
-    assert calls == [(demo.FULL, 0.85, "smollm2-135m", False), (embeddings.QUICK,)]
+def test_what_starts_from_floats_refuses_a_quantized_model(refusal, quantized):
+    said = refusal("quantize", quantized, "-o", "x")
+    assert "starts from float weights, got quantized ones" in said
 
 
-@pytest.mark.parametrize(
-    ("command", "rows"),
-    [
-        ("demo", [DEMO._asdict()]),
-        ("schemes", [SCHEME._asdict()]),
-        ("embeddings", [EMBEDDING._asdict()]),
-        ("benchmark", [SPEED]),
-        ("decode", [SPEED]),
-    ],
-)
-def test_a_record_holds_the_rows(calls, tmp_path, command, rows):
-    path = tmp_path / "records" / "one.json"
-    arguments = [command, "--quick", "--record", str(path)]
-    assert cli.main(arguments) == 0
-    record = read_record(path)
-    assert record.command == arguments
-    assert record.rows == rows
-    assert record.seconds >= 0
+def test_a_hub_id_without_a_network_is_one_line(refusal, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def no_network(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(hub, "snapshot_download", no_network)
+    said = refusal("inspect", "HuggingFaceTB/SmolLM2-135M")
+    assert "could not be fetched (ConnectionError: no route)" in said
 
 
-def test_errors_are_one_line(calls, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    assert cli.main(["demo", "--record", str(tmp_path / "file" / "demo.json")]) == 1
-    assert capsys.readouterr().err.startswith("sqjax: ")
-    assert calls == []  # refused before anything is measured
-    monkeypatch.undo()
-    assert cli.main(["demo", "--model", "no/such/model"]) == 1
-    assert "no/such/model" in capsys.readouterr().err
+def test_a_hub_id_is_fetched(run, monkeypatch, place, quantized):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(quantized))
+    found = json.loads(run("inspect", "someone/tiny", "--json", "--quiet"))
+    assert found["model"] == "someone/tiny"
 
 
-def test_a_record_that_can_not_be_written_is_refused_first(calls, tmp_path, capsys):
-    assert cli.main(["demo", "--record", str(tmp_path)]) == 1
-    assert "expected a file's path, got a directory" in capsys.readouterr().err
-    assert calls == []
+def test_recipes_are_checked(refusal, quantized, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    made = ["--recipe", recipe, "-o", "x"]
+
+    def refused(text):
+        recipe.write_text(text)
+        return refusal("quantize", *made)
+
+    assert "got the key 'shceme'; did you mean scheme?" in refused("shceme: w8a8\nmodel: tiny\n")
+    assert "expected a recipe of `sqjax quantize`, got one of `sqjax smooth`" in refused(
+        "command: smooth\nmodel: tiny\n"
+    )
+    assert "expected a recipe such as" in refused("- w8a8\n")
+    assert "expected a recipe in YAML" in refused("scheme: [w8a8\n")
+    assert "'w9' is not one of" in refused("scheme: w9\nmodel: tiny\n")
+    assert "alpha: expected a text or a number, got True" in refused("alpha: yes\nmodel: tiny\n")
+    assert "Missing argument 'MODEL'" in refused("scheme: w8a8\n")
 
 
-def test_an_interrupted_command_is_one_line(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    text.write_text(TEXT)
+    made_of = {"text": read_texts(text, "evaluation").digest}
+    said = {"model": "tiny", "text": str(text), "made_of": made_of, "tokens": 32, "windows": 1}
+    recipe.write_text(yaml.safe_dump(said))
+    again = ["eval", "--recipe", recipe, "--quiet"]
+    run(*again)
+    text.write_text(TEXT[1:])
+    assert "expected the text that the recipe was made of" in refusal(*again)
+    # One that is named on the line is meant.
+    run(*again, "--text", text)
 
-    monkeypatch.setattr(demo, "demo", interrupted)
-    assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == "sqjax: interrupted\n"
+
+# Outputs ------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
+    out, reads = tmp_path / "out", (None, "smollm2-135m")
+
+    def check(force):
+        check_output(out, force, directory=True, reads=reads)
+
+    check(False)
+    out.mkdir()
+    check(False)  # many make a directory first
+    (out / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="out: it is there already; pass --force"):
+        check(False)
+    with pytest.raises(ValueError, match=r"got a directory without recipe\.yaml"):
+        check(True)
+    (out / "thesis.tex").rename(out / "recipe.yaml")
+    check(True)
+    with pytest.raises(ValueError, match="expected a file to replace, got something else"):
+        check_output(out, True, directory=False, reads=())
+    # The recipe of a file is beside it, and not replaced either.
+    (tmp_path / "stats.recipe.yaml").write_text("command: calibrate")
+    with pytest.raises(ValueError, match=r"stats\.recipe\.yaml: it is there already"):
+        check_output(tmp_path / "stats", False, directory=False, reads=())
+
+
+@pytest.mark.slow
+def test_force_replaces_the_directory_as_a_whole(run, stats, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("old")
+    (out / "model-00002-of-00002.safetensors").write_text("old")
+    made = ["--stats", stats, "--quiet", "--format", "compressed-tensors", "--force", "-o", out]
+    run("quantize", "tiny", *made)
+    assert {"config.json", "model.safetensors", "recipe.yaml"} <= set(os.listdir(out))
+    assert "model-00002-of-00002.safetensors" not in os.listdir(out)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("full"), 2)])
+def test_nothing_is_left_half_written(refusal, stats, tmp_path, monkeypatch, error, status):
+    def save(directory, *_, **__):
+        (Path(directory) / "half").write_text("half")
+        raise error
+
+    monkeypatch.setattr(sq.models, "save_compressed_tensors", save)
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "recipe.yaml").write_text("old")
+    made = ["--stats", stats, "--format", "compressed-tensors", "-o", old, "--force"]
+    said = refusal("quantize", "tiny", *made, status=status)
+    assert said == ("sqjax: interrupted" if status == 130 else "sqjax: full")
+    assert files_in(old) == {"recipe.yaml": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_ends_with_130():
+    command = [sys.executable, "-m", "sqjax", "generate", "tiny", "-"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr.readline() == "reading the prompt from stdin\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert err == "sqjax: interrupted\n"
+
+
+@pytest.mark.slow
+def test_a_process_says_its_result_on_stdout_alone(quantized):
+    command = [sys.executable, "-m", "sqjax", "inspect", quantized, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["kind"] == "a decoder"
+    assert f"reading {quantized}" in done.stderr
+
+
+def test_warnings_are_a_line(monkeypatch, capsys):
+    import warnings
+
+    def warn(*_, **__):
+        warnings.simplefilter("always")
+        warnings.warn("few\ntokens", stacklevel=1)
+        raise ValueError("the end")
+
+    monkeypatch.setattr("sqjax.commands.model_argument.open_model", warn)
+    assert cli.main(["inspect", "tiny"]) == 2
+    assert capsys.readouterr().err == "sqjax: warning: few tokens\nsqjax: the end\n"
+    assert END

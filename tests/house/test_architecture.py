@@ -73,7 +73,7 @@ def forbidden(path):
     room = room_of(path)
     allowed = {room, *{**MAY_IMPORT, **FACES}.get(room, set())}
     if room == "commands":
-        allowed |= set(sqjax.__all__)  # the commands are users of the library too
+        allowed |= {*sqjax.__all__, "__version__"}  # the commands are users of the library too
     found = []
     for name, line in imports(path):
         imported = name.split(".")[1]
@@ -160,9 +160,25 @@ def loaded_by(statement):
     return set(ast.literal_eval(run.stdout))
 
 
+def test_importing_sqjax_loads_no_jax_until_a_name_is_used():
+    code = "import sys, sqjax; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_type_checkers_see_the_names_where_they_are():
+    [block] = [node for node in parsed(Path("__init__.py")).body if isinstance(node, ast.If)]
+    seen = {f"{node.module}.{a.name}" for node in block.body for a in node.names}
+    assert {name.rpartition(".")[2] for name in seen} == set(sqjax.__all__)
+    for name in seen:
+        module, _, own = name.rpartition(".")
+        assert getattr(sqjax, own) is getattr(importlib.import_module(module), own)
+
+
 @pytest.mark.slow
-def test_importing_sqjax_loads_nothing_heavy():
-    assert loaded_by("import sqjax") == set()
+def test_the_core_loads_nothing_heavy():
+    names = ("calibrate", "smoothquant", "quantized", "save", "load", "verify", "QTensor", "W8A8")
+    assert loaded_by(f"import sqjax; {'; '.join(f'sqjax.{name}' for name in names)}") == set()
 
 
 @pytest.mark.slow
@@ -190,13 +206,15 @@ def test_an_unknown_name_is_an_attribute_error():
 
 # Public names -----------------------------------------------------------------------------------------------------
 
+#: Functions that load with the models, when they are first used.
+LATE = {
+    name: getattr(sqjax, name)
+    for name in ("calibrate_layers", "load_quantized", "stats_from_act_scales")
+}
 PUBLIC = {
     name: value
-    for name, value in vars(sqjax).items()
-    if not name.startswith("_")
-    and not inspect.ismodule(value)
-    and not isinstance(value, sqjax.Scheme)
-    if getattr(value, "__module__", "").startswith("sqjax")
+    for name, value in ((name, getattr(sqjax, name)) for name in sqjax.__all__)
+    if name not in LATE and not isinstance(value, sqjax.Scheme)
 }
 _linen = importlib.import_module("sqjax.linen")
 _nnx = importlib.import_module("sqjax.nnx")
@@ -205,13 +223,8 @@ FLAX = {f"linen.{name}": getattr(_linen, name) for name in _LINEN}
 FLAX |= {f"nnx.{name}": getattr(_nnx, name) for name in ("functional", "rebuild", "QuantLinear")}
 
 
-#: Functions that load with the models, when they are first used.
-_LATE = ("calibrate_layers", "load_quantized", "stats_from_act_scales")
-LATE = {name: getattr(sqjax, name) for name in _LATE}
-
-
 def test_the_public_names_are_these():
-    presets = {name for name, value in vars(sqjax).items() if isinstance(value, sqjax.Scheme)}
+    presets = {name for name in sqjax.__all__ if isinstance(getattr(sqjax, name), sqjax.Scheme)}
     assert presets == {
         *(
             "W8A8",

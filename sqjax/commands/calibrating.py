@@ -1,0 +1,128 @@
+"""What `calibrate`, `smooth`, `quantize` and others share: statistics of a model, and its fold."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqjax import load
+from sqjax.calibration.calibrate import calibrate
+from sqjax.calibration.stats import Stats
+from sqjax.commands.asked import Asked
+from sqjax.commands.model_argument import Opened, float_only
+from sqjax.commands.options import Talk
+from sqjax.commands.outputs import check_recipe
+from sqjax.commands.recipes import digest_of, settle
+from sqjax.commands.shared import NO_TOKENIZER
+from sqjax.commands.texts import WINDOWS, lines, read_texts, token_windows
+from sqjax.folding.apply import fold
+from sqjax.methods.smoothing import fold_stats, scales
+
+
+class Calibrated(NamedTuple):
+    """A model's statistics.
+
+    Attributes:
+        stats: the statistics; None where they are not needed.
+        name: of what was read.
+        made_of: digests of the model and of what was read, for the recipe.
+    """
+
+    stats: Any
+    name: str
+    made_of: dict[str, str]
+
+
+def calibrated(
+    opened: Opened, asked: Asked, talk: Talk, command: str
+) -> Calibrated:
+    """The statistics of a model, from a file or by calibrating now.
+
+    Raises:
+        ValueError: the model is quantized or has no tokenizer; the recipe was made of other things;
+            the file holds no statistics, or what `calibrate` refuses.
+    """
+    float_only(opened, command)
+    if asked.stats is not None:
+        if asked.text is not None:
+            raise ValueError(
+                "--stats: expected it without --text, which would not be read"
+            )
+        made_of = {"model": opened.digest, "stats": digest_of([asked.stats])}
+        check_recipe(made_of)
+        return Calibrated(read_stats(asked.stats), str(asked.stats), made_of)
+    if opened.model.tokenizer is None:
+        raise ValueError(f"{opened.name}: {NO_TOKENIZER}")
+    texts = read_texts(asked.text, "calibration")
+    made_of = {"model": opened.digest, "text": texts.digest}
+    check_recipe(made_of)
+    if opened.is_encoder:
+        read = lines(texts, asked.windows)
+        settle(windows=asked.windows or WINDOWS[texts.purpose])
+        name = f"{len(read)} lines of {texts.name}"
+        talk.note(f"calibrating on {name}")
+        stats = calibrate(
+            opened.model.embed,
+            opened.params,
+            opened.model.batches(read),
+            mask=lambda _, mask: mask,
+            progress=talk.progress,
+        )
+        return Calibrated(stats, name, made_of)
+    windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
+    settle(windows=windows.ids.shape[0], tokens=windows.ids.shape[1])
+    talk.note(f"calibrating on {windows}")
+    batches = list(windows.ids[:, None])
+    stats = calibrate(
+        opened.model.apply, opened.params, batches, progress=talk.progress
+    )
+    return Calibrated(stats, str(windows), made_of)
+
+
+def uncalibrated(opened: Opened, command: str) -> Calibrated:
+    """What `calibrated` gives, for what needs no statistics: only the checks.
+
+    Raises:
+        ValueError: the model is quantized, or the recipe was made of another one.
+    """
+    float_only(opened, command)
+    made_of = {"model": opened.digest}
+    check_recipe(made_of)
+    return Calibrated(None, "nothing", made_of)
+
+
+def read_stats(path: Path) -> Stats:
+    """The statistics of a file.
+
+    Raises:
+        ValueError: it is no file of sqjax, or holds something else.
+    """
+    found = load(path)
+    if not isinstance(found, Stats):
+        raise ValueError(
+            f"{path}: expected statistics that `sqjax calibrate` wrote, got a tree of parameters"
+        )
+    return found
+
+
+def smoothed(
+    params: Any, stats: Stats, alpha: float | str, groups: str = "all"
+) -> tuple[Any, Stats]:
+    """The parameters with the smoothing scales of this alpha folded in, and their statistics.
+
+    With "none" both are as they were.
+    """
+    if alpha == "none":
+        return params, stats
+    s = scales(params, stats, alpha, groups=groups)
+    # Static schemes need the statistics of the parameters that are quantized: the smoothed ones.
+    return fold(params, stats.graph, s), fold_stats(stats, s)
+
+
+def what_folds(stats: Stats) -> str:
+    """How many matmuls there are, and how many scales can be folded away."""
+    graph = stats.graph
+    groups = graph.select("all")
+    sites = {path for group in groups for path in group.paths}
+    return (
+        f"{len(graph.sites)} matmuls, {len(sites)} of which can be smoothed, in "
+        f"{len(groups)} groups"
+    )

@@ -1,0 +1,95 @@
+"""`sqjax export`: a model's programs, compiled for a platform, with its weights beside them."""
+
+from pathlib import Path
+
+import click
+
+from sqjax.commands.options import MODEL, Talk, command, output
+from sqjax.commands.outputs import check_output, check_recipe, new_directory
+from sqjax.commands.recipes import settle
+
+_EXAMPLES = """
+sqjax export smollm2-w8a8 -o exported
+sqjax export smollm2-w8a8 --platform cuda --prompt 512 --length 2048 -o exported
+sqjax export smollm2-w8a8 --platform cpu --platform tpu --batch 4 -o exported
+"""
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@command(
+    "export",
+    _EXAMPLES,
+    MODEL,
+    click.option(
+        "--platform",
+        type=click.Choice(_PLATFORMS),
+        multiple=True,
+        help="What the programs are for; may be given several times.  [default: all of them]",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="How many prompts are read at once.",
+    ),
+    click.option(
+        "--prompt",
+        type=click.IntRange(1),
+        default=128,
+        show_default=True,
+        help="The tokens of a prompt.",
+    ),
+    click.option(
+        "--length",
+        type=click.IntRange(2),
+        default=256,
+        show_default=True,
+        help="The tokens that the cache has room for.",
+    ),
+    output(
+        "DIR", "The programs, the weights, and run.py, which imports jax alone"
+    ),
+)
+def export(
+    talk: Talk,
+    model: str,
+    dtype: str,
+    platform: tuple[str, ...],
+    batch: int,
+    prompt: int,
+    length: int,
+    output: Path,
+    force: bool,
+) -> None:
+    """Write the programs of MODEL, to run with jax alone.
+
+    One reads a prompt, the other one more token (jax.export). They run where jax is, without sqjax.
+    """
+    check_output(output, force, directory=True, reads=(model,))
+    from sqjax import models
+    from sqjax.commands.model_argument import open_decoder
+
+    opened = open_decoder(model, dtype, talk)
+    made_of = {"model": opened.digest}
+    check_recipe(made_of)
+    platforms = platform or _PLATFORMS
+    settle(platform=list(platforms))
+    with new_directory(output, made_of) as new:
+        talk.note(f"exporting for {', '.join(platforms)}")
+        models.export(
+            new,
+            opened.model,
+            opened.params,
+            batch=batch,
+            prompt=prompt,
+            length=length,
+            platforms=platforms,
+        )
+        files = sorted(path.name for path in new.iterdir())
+    record = {
+        "output": str(output),
+        "platforms": list(platforms),
+        "files": files,
+    }
+    talk.result(record, f"{output}: {', '.join(files)}")

@@ -1,0 +1,174 @@
+"""`sqjax quantize`: a quantized checkpoint, in our layout or in one that others read."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqjax.commands.asked import Asked, How
+from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
+from sqjax.commands.options import (
+    MODEL,
+    STATS,
+    TEXT,
+    AlphaType,
+    Talk,
+    command,
+    output,
+)
+from sqjax.commands.outputs import check_output, new_directory, new_file
+from sqjax.commands.recipes import settle
+
+_EXAMPLES = """
+sqjax quantize smollm2-135m -o smollm2-w8a8
+sqjax quantize smollm2-135m --scheme w4a16 --rule embed_tokens=none -o smollm2-w4a16
+sqjax quantize ./Llama-3.2-1B --alpha 0.8 --format compressed-tensors -o ./Llama-3.2-1B-w8a8
+sqjax quantize smollm2-135m --format gguf --scheme q8_0 -o smollm2-q8_0.gguf
+sqjax quantize --recipe smollm2-w8a8/recipe.yaml -o again
+"""
+_FORMATS = ("sqjax", "compressed-tensors", "gguf")
+#: What --scheme is where it is not given.
+_USUAL = {"sqjax": "w8a8", "compressed-tensors": "w8a8", "gguf": "q8_0"}
+#: The strength of smoothing where --alpha is not given and activations are quantized.
+_ALPHA = 0.5
+
+
+class _Rule(click.ParamType):
+    """PATTERN=SCHEME, or PATTERN=none."""
+
+    name = "rule"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The rule as it is, with its scheme in small letters."""
+        pattern, equals, scheme = str(value).rpartition("=")
+        scheme = scheme.lower()
+        known = (*SCHEMES, "none")
+        if not equals or scheme not in known:
+            self.fail(
+                f"expected PATTERN=SCHEME with one of {', '.join(known)}, got {value!r}",
+                param,
+                ctx,
+            )
+        return f"{pattern}={scheme}"
+
+
+@command(
+    "quantize",
+    _EXAMPLES,
+    MODEL,
+    click.option(
+        "--scheme",
+        type=click.Choice((*SCHEMES, *GGUF_SCHEMES), case_sensitive=False),
+        metavar="SCHEME",
+        help=f"How every matmul is quantized: {', '.join(SCHEMES)}; with --format gguf "
+        f"{', '.join(GGUF_SCHEMES)}.  [default: w8a8, or q8_0]",
+    ),
+    click.option(
+        "--rule",
+        type=_Rule(),
+        multiple=True,
+        metavar="PATTERN=SCHEME",
+        help="Another scheme, or none for float, where the pattern is found in a weight's path. "
+        "The first that is found wins. May be given several times.",
+    ),
+    click.option(
+        "--alpha",
+        type=AlphaType(),
+        help="Smoothing strength from 0 to 1, or none.  [default: 0.5 where activations are "
+        "quantized, else none]",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(_FORMATS),
+        default="sqjax",
+        show_default=True,
+        help="What reads the result: sqjax; vLLM and its kin; llama.cpp.",
+    ),
+    TEXT,
+    STATS,
+    output("DIR", "The quantized model (a FILE.gguf for gguf)"),
+)
+def quantize(
+    talk: Talk,
+    model: str,
+    dtype: str,
+    scheme: str | None,
+    rule: tuple[str, ...],
+    alpha: float | str | None,
+    format: str,
+    text: Path | None,
+    tokens: int | None,
+    windows: int | None,
+    stats: Path | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Smooth and quantize MODEL, and write it.
+
+    It is calibrated first, unless --stats are given. The result is a MODEL again, for `eval`,
+    `generate`, `compare`, `inspect` and `export`. Paths of weights, for --rule, are those that
+    `inspect` shows: model/layers/0/self_attn/q_proj/kernel.
+    """
+    how = _how(format, scheme, rule, alpha)
+    _check_name(output, format)
+    settle(scheme=how.scheme, alpha=how.alpha)
+    is_directory = format != "gguf"
+    check_output(
+        output, force, directory=is_directory, reads=(model, text, stats)
+    )
+    from sqjax.commands import quantizing
+    from sqjax.commands.calibrating import calibrated, uncalibrated
+    from sqjax.commands.model_argument import open_model
+
+    opened = open_model(model, dtype, talk)
+    asked = Asked(text, tokens, windows, stats)
+    if how.needs_statistics:
+        found = calibrated(opened, asked, talk, "quantize")
+    else:
+        found = uncalibrated(opened, "quantize")
+    made = quantizing.quantized_as(opened, found.stats, how, talk)
+    write = new_directory if is_directory else new_file
+    with write(output, found.made_of) as new:
+        talk.note(f"writing {output}")
+        quantizing.write(new, opened, made, how)
+    record = quantizing.record(opened, made, how)
+    record |= {"output": str(output), "text": found.name}
+    talk.result(record, f"{output}: {quantizing.summary(record)}")
+
+
+def _how(
+    layout: str,
+    scheme: str | None,
+    rules: tuple[str, ...],
+    alpha: float | str | None,
+) -> How:
+    """The options together, with the defaults that depend on each other.
+
+    Raises:
+        ValueError: the scheme or the rules do not go with the format.
+    """
+    scheme = _USUAL[layout] if scheme is None else scheme
+    is_gguf = layout == "gguf"
+    known = GGUF_SCHEMES if is_gguf else tuple(SCHEMES)
+    if scheme not in known:
+        raise ValueError(
+            f"--scheme: expected one of {', '.join(known)} for --format {layout}, got {scheme}"
+        )
+    if rules and is_gguf:
+        raise ValueError(
+            "--rule: expected none for --format gguf, whose weights are all of one type"
+        )
+    if alpha is None:
+        # Where activations stay float, smoothing only makes the weights harder.
+        alpha = _ALPHA if SCHEMES.get(scheme) else "none"
+    split = (rule.rpartition("=") for rule in rules)
+    return How(layout, scheme, {p: s for p, _, s in split}, alpha)
+
+
+def _check_name(output: Path, layout: str) -> None:
+    """Raises ValueError if the name of the result is that of another format."""
+    if (output.suffix == ".gguf") != (layout == "gguf"):
+        raise ValueError(
+            f"{output}: expected a name that ends with .gguf for --format gguf, and for no other "
+            f"format, got --format {layout}"
+        )

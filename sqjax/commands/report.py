@@ -1,0 +1,140 @@
+"""`sqjax report`: one HTML page on what quantizing a model does."""
+
+import importlib.util
+import json as json_text
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sqjax.commands.asked import Asked
+from sqjax.commands.defaults import SCHEMES
+from sqjax.commands.options import (
+    MODEL,
+    STATS,
+    TEXT,
+    AlphaType,
+    Talk,
+    command,
+    output,
+)
+from sqjax.commands.outputs import check_output, check_recipe, new_file
+from sqjax.commands.recipes import settle, stated
+
+_EXAMPLES = """
+sqjax report smollm2-135m -o report.html
+sqjax report smollm2-135m --scheme w8a8_o3 --alpha 0.85 --alphas 0.5 --alphas 0.7 -o report.html
+"""
+_PROMPTS = ("The capital of France is", "Once upon a time")
+
+
+@command(
+    "report",
+    _EXAMPLES,
+    MODEL,
+    click.option(
+        "--scheme",
+        type=click.Choice([*SCHEMES], case_sensitive=False),
+        metavar="SCHEME",
+        default="w8a8",
+        show_default=True,
+        help="How every matmul is quantized, as for quantize.",
+    ),
+    click.option(
+        "--alpha",
+        type=AlphaType(),
+        default=0.5,
+        show_default=True,
+        help="Smoothing strength.",
+    ),
+    click.option(
+        "--alphas",
+        type=AlphaType(),
+        multiple=True,
+        help="Another strength whose perplexity is measured; may be given several times.",
+    ),
+    click.option(
+        "--prompt",
+        multiple=True,
+        help="A text that the models continue; may be given several times.  [default: two]",
+    ),
+    click.option(
+        "--eval-text",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="FILE|DIR",
+        help="What perplexity is measured on.  [default: a text that comes with sqjax]",
+    ),
+    click.option(
+        "--eval-windows",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="How many windows of it.",
+    ),
+    TEXT,
+    STATS,
+    output("FILE", "The page"),
+)
+def report(
+    talk: Talk,
+    model: str,
+    dtype: str,
+    scheme: str,
+    alpha: float,
+    alphas: tuple[float, ...],
+    prompt: tuple[str, ...],
+    eval_text: Path | None,
+    eval_windows: int,
+    text: Path | None,
+    tokens: int | None,
+    windows: int | None,
+    stats: Path | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Show on one HTML page what quantizing MODEL does.
+
+    MODEL is quantized with and without smoothing. The page holds its pictures itself, so it can be
+    sent as it is.
+    """
+    if "none" in (alpha, *alphas):
+        raise ValueError("--alpha: expected a number from 0 to 1, got none")
+    reads = model, text, eval_text, stats
+    check_output(output, force, directory=False, reads=reads)
+    # Before minutes of work, because the pictures come at the end.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "report: needs matplotlib for its pictures: pip install 'sqjax[plots]'"
+        )
+    from sqjax import report as reports
+    from sqjax.commands.calibrating import calibrated
+    from sqjax.commands.model_argument import open_decoder
+    from sqjax.commands.texts import read_texts, token_windows
+
+    opened = open_decoder(model, dtype, talk)
+    asked = Asked(text, tokens, windows, stats)
+    found = calibrated(opened, asked, talk, "report")
+    texts = read_texts(eval_text, "evaluation")
+    made_of = found.made_of | {"eval_text": texts.digest}
+    check_recipe(made_of)
+    read = token_windows(opened.model, texts, tokens, eval_windows)
+    settle(tokens=read.ids.shape[1], prompt=list(prompt or _PROMPTS))
+    recipe = stated(click.get_current_context())
+    measured: Any = reports.measure(
+        opened.model,
+        opened.params,
+        [],
+        read.ids,
+        scheme=scheme.upper(),
+        alpha=alpha,
+        alphas=alphas,
+        prompts=prompt or _PROMPTS,
+        title=model,
+        recipe={key: str(x) for key, x in recipe.items()},
+        stats=found.stats,
+        progress=talk.progress,
+    )
+    with new_file(output, made_of) as new:
+        new.write_text(reports.html(measured), "utf-8")
+    record = json_text.loads(json_text.dumps(measured.as_dict()))
+    talk.result(record | {"output": str(output)}, f"{output}: {read}")
