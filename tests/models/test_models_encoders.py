@@ -593,7 +593,7 @@ def test_quantized_texts_are_near(tmp_path):
     """`encode` runs quantized parameters as they are, here of W8A8 in all six matmuls."""
     found, _ = load_encoder(written(tmp_path, SENTENCES))
     encoder, _, ids = small()
-    params = encoder.init(jax.random.key(0))
+    params = jax.jit(encoder.init)(jax.random.key(0))
     stats = sq.calibrate(encoder.apply, params, [ids])
     qparams = sq.quantize(params, stats, sq.W8A8)
     assert int8_dots(sq.quantized(encoder.embed), qparams, ids) == 6
