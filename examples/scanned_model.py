@@ -23,7 +23,7 @@ def main() -> dict[str, float]:
     )()
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (32, 64))
-    params = layers.init(keys[1], x, None)["params"]
+    params = jax.jit(layers.init)(keys[1], x, None)["params"]
     gains = jnp.exp(
         2 * jax.random.normal(keys[2], (6, 64))
     )  # other outliers in every layer

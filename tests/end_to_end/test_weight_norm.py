@@ -105,7 +105,7 @@ def test_flax_linen(features):
 
     model = Model()
     with jax.numpy_dtype_promotion("standard"):
-        variables = model.init(jax.random.key(0), X)
+        variables = jax.jit(model.init)(jax.random.key(0), X)
         stats = sq.calibrate(model.apply, variables, [X])
         qvariables = sq.quantize(variables, stats)
         exact = np.asarray(model.apply(variables, X))

@@ -590,7 +590,12 @@ def is_taken(file, raw):
     return True
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 29])
+EVERY = [pytest.mark.slow, pytest.mark.every_case]
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=EVERY), pytest.param(3, marks=pytest.mark.slow), 29]
+)
 def test_a_byte_that_changes_anywhere_is_refused(tmp_path, step):
     """By one bit, and to a digit or a blank."""
     file = tmp_path / "x.safetensors"

@@ -71,7 +71,7 @@ def test_export_takes_statistics():
 @pytest.mark.slow
 def test_a_decoder_is_exported_with_its_cache(cache):
     model = Model(LlamaConfig(16, 8, 16, 1, 2, 1, 16))
-    weights = model.init(jax.random.key(0))
+    weights = jax.jit(model.init)(jax.random.key(0))
     empty = model.init_cache(1, 8, kind=cache)
     run = jax.jit(model.decode)
     ids = jnp.array([[1, 2]])

@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 def block():
     module, x = Block(), normal(2, 8, 8, 3, seed=1)
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     params = jax.tree.map(lambda a: a + 0.1 * normal(*a.shape), variables["params"])
 
     def fn(params, x):

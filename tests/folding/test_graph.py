@@ -138,20 +138,21 @@ def test_a_stated_group_is_proved_too():
 
 # Keys and queries ---------------------------------------------------------------------------------
 
-LLAMA = Model(LlamaConfig(31, 12, 10, 2, 6, 2, 4))
+LLAMA = Model(LlamaConfig(31, 12, 10, 1, 6, 2, 4))
 IDS = jnp.array([[1, 5, 30, 2, 7, 8, 9, 11]])
+BATCHES = [IDS, IDS[:, ::-1]]
 
 
 @pytest.fixture(scope="module")
 def llama():
     params = jax.jit(LLAMA.init)(jax.random.key(0))
-    return params, sq.calibrate(LLAMA.apply, params, [IDS, IDS[:, :5]], attention=True)
+    return params, sq.calibrate(LLAMA.apply, params, BATCHES, attention=True)
 
 
 @pytest.mark.slow
 def test_keys_are_looked_for_only_when_asked(llama):
     params, stats = llama
-    plain = sq.calibrate(LLAMA.apply, params, [IDS])
+    plain = sq.calibrate(LLAMA.apply, params, BATCHES)
     assert not plain.graph.keys
     assert plain.graph.groups == tuple(g for g in stats.graph.groups if not g.keys)
     with pytest.raises(
@@ -166,7 +167,7 @@ def test_scales_between_keys_and_queries(llama):
     """Tied over rotary pairs (i, i + 2), one vector a key head, shared by its three query heads."""
     _, stats = llama
     names = [site.path for site in stats.graph.keys]
-    assert names == [f"model/layers/{i}/self_attn/k_proj/kernel (keys)" for i in range(2)]
+    assert names == ["model/layers/0/self_attn/k_proj/kernel (keys)"]
     groups = {g.name: g for g in stats.graph.groups if g.keys}
     for i, name in enumerate(names):
         layer = f"model/layers/{i}/self_attn"
@@ -197,11 +198,16 @@ def rotated_keys(params, ids, layer=0):
     return np.concatenate(turned, -1)
 
 
+def keys_absmax(params):
+    """Over the tokens of all batches: (heads, head_dim)."""
+    return np.concatenate([np.abs(rotated_keys(params, ids)) for ids in BATCHES]).max(0)
+
+
 @pytest.mark.slow
 def test_scales_are_the_keys_absmax_to_the_exponent(llama):
     params, stats = llama
     name = stats.graph.keys[0].path
-    absmax = np.abs(rotated_keys(params, IDS)).max(0)
+    absmax = keys_absmax(params)
     np.testing.assert_allclose(stats.absmax[name], absmax, rtol=1e-4)
     pairs = np.maximum(absmax[:, :2], absmax[:, 2:]).ravel()
     np.testing.assert_allclose(
@@ -215,9 +221,9 @@ def test_smoothed_keys_are_the_same_function_with_flatter_keys(llama):
     s = sq.scales(params, stats, 0.5, attention=1.0)
     folded = sq.fold(params, stats.graph, s)
     assert sq.verify(LLAMA.apply, params, folded, IDS) < 1e-5
-    absmax = np.abs(rotated_keys(folded, IDS)).max(0)
+    absmax = keys_absmax(folded)
     np.testing.assert_allclose(np.maximum(absmax[:, :2], absmax[:, 2:]), 1.0, rtol=1e-3)
-    again = sq.calibrate(LLAMA.apply, folded, [IDS, IDS[:, :5]], attention=True)
+    again = sq.calibrate(LLAMA.apply, folded, BATCHES, attention=True)
     assert_trees_all_close(again.absmax, sq.fold_stats(stats, s).absmax, rtol=2e-4)
     sq.quantize(
         folded, sq.fold_stats(stats, s), sq.W8A8_O3

@@ -250,7 +250,7 @@ REACHED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("programs", [200, pytest.param(1200, marks=pytest.mark.every_case)])
+@pytest.mark.parametrize("programs", [100, pytest.param(1200, marks=pytest.mark.every_case)])
 def test_every_fold_of_a_random_program_is_exact(programs):
     tally = survey(0, programs)
     assert tally["groups"] >= 0.8 * programs
@@ -264,10 +264,10 @@ def test_every_fold_of_a_random_program_is_exact(programs):
 
 @pytest.mark.slow
 def test_every_fold_around_convolutions_is_exact():
-    tally = survey(7, 40, random_image_dag)
-    assert tally["groups"] >= 20
-    assert tally["conv"] >= 20
-    assert tally["pool"] >= 2
+    tally = survey(7, 24, random_image_dag)
+    assert tally["groups"] >= 12
+    assert tally["conv"] >= 12
+    assert tally["pool"] >= 1
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_numpy_and_jax_agree_on_the_programs():
     are few.
     """
     agree = 0
-    draws = [random_dag] * 20 + [random_image_dag] * 12
+    draws = [random_dag] * 12 + [random_image_dag] * 6
     for number, draw in enumerate(draws):
         dag = drawn(1, number, draw)
         expected = run(dag, dag.leaves, dag.inputs)[-1].operands
@@ -363,7 +363,7 @@ def test_a_search_without_its_certificate_is_caught():
 def test_fold_does_the_same_as_numpy():
     """Powers of two, and 1 + w for multiples of 1/64, are exact in float32 too."""
     compared = 0
-    for number in range(15):
+    for number in range(8):
         dag = drawn(3, number)
         graph = find_graph(Survey.of(program_of(dag), {}))
         if not graph.groups:
@@ -376,7 +376,7 @@ def test_fold_does_the_same_as_numpy():
         for path, x in folded(dag, graph, s).items():
             np.testing.assert_array_equal(got[path], x)
         compared += 1
-    assert compared > 5
+    assert compared > 3
 
 
 # The certificate under attack ---------------------------------------------------------------------

@@ -233,23 +233,22 @@ def test_the_groups_that_fold_and_int8(name):
     stats = sq.calibrate(model.apply, params, [ids])
     assert len(stats.graph.groups) == GROUPS[name]
     expected = logits_of(name)
-    smoothed = jax.jit(model.apply)(sq.smooth(params, stats, 0.5), ids)
-    assert_close(smoothed, expected)
+    scales = sq.scales(params, stats, 0.5)
+    smoothed = sq.fold(params, stats.graph, scales)
+    assert_close(jax.jit(model.apply)(smoothed, ids), expected)
     # A router that changes its mind changes everything after it.
     float_sites = {"router": None} if model.config.experts else {}
-    for scheme in (sq.W8A8_O1, sq.W8A8_O3):
-        rules = {**float_sites, ".*": scheme}
-        qparams = sq.smoothquant(model.apply, params, [ids], 0.5, rules)
-        run = sq.quantized(model.apply)
-        dots = [
-            e for e in jaxprs.equations(jaxprs.of(run, qparams, ids)) if e.primitive.name in DOTS
-        ]
-        int8 = [e for e in dots if {v.aval.dtype for v in e.invars[:2]} == {jnp.dtype(jnp.int8)}]
-        routers = sum(map(model.config.has_experts, range(model.config.num_layers)))
-        assert len(int8) == len(stats.graph.sites) - routers
-        got = jax.jit(run)(qparams, ids)
-        error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-        assert 0 < error < 0.1
+    rules = {**float_sites, "self_attn": sq.W8A8_O1, ".*": sq.W8A8_O3}
+    qparams = sq.quantize(smoothed, sq.fold_stats(stats, scales), rules)
+    run = jax.jit(sq.quantized(model.apply))
+    found = jaxprs.equations(run.trace(qparams, ids).jaxpr)
+    dots = [e for e in found if e.primitive.name in DOTS]
+    int8 = [e for e in dots if {v.aval.dtype for v in e.invars[:2]} == {jnp.dtype(jnp.int8)}]
+    routers = sum(map(model.config.has_experts, range(model.config.num_layers)))
+    assert len(int8) == len(stats.graph.sites) - routers
+    got = run(qparams, ids)
+    error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+    assert 0 < error < 0.1
 
 
 # What is wrong ------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from sqjax.commands.shared import shipped
-from sqjax.models import generate, greedy, load
+from sqjax.models import generate, greedy, load, stack_layers
 from sqjax.models.evaluation.perplexity import perplexity
 
 
@@ -61,8 +62,8 @@ def test_real_model_predicts_text(loaded):
         model,
         "Water boils at one hundred degrees, and the Earth takes 365 days to go around the Sun.",
     )
-    logs = jax.nn.log_softmax(model.apply(params, ids)[0, :-1])
-    loss = -np.mean(logs[np.arange(logs.shape[0]), ids[0, 1:]])
+    logits = np.asarray(jax.jit(model.apply)(stack_layers(params), ids))[0, :-1]
+    loss = np.mean(logsumexp(logits, -1) - logits[np.arange(len(logits)), ids[0, 1:]])
     assert 1 < loss < 4  # chance is log(49152) = 10.8
 
 
@@ -114,9 +115,10 @@ CONTINUATIONS = [
 
 @pytest.mark.slow
 def test_ten_prompts_continue_as_in_torch(loaded):
-    """In one batch of unequal prompts, in chunks of the prefill."""
+    """In one batch of unequal prompts, in chunks of the prefill; one program of all layers."""
     model, params = loaded
-    got = generate(model, params, [prompt for prompt, _ in CONTINUATIONS], 20, stop=(), chunk=8)
+    stacked = stack_layers(params)
+    got = generate(model, stacked, [prompt for prompt, _ in CONTINUATIONS], 20, stop=(), chunk=8)
     assert got.tokens == [[int(i) for i in ids.split()] for _, ids in CONTINUATIONS]
 
 

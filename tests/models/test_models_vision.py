@@ -293,18 +293,20 @@ def test_the_groups_that_fold_and_int8(name):
     in_layer, outside = GROUPS[name]
     assert PATCH_KERNEL in [site.path for site in stats.graph.sites]
     assert len(stats.graph.groups) == in_layer * model.config.num_layers + outside
-    expected = run(params, pixels)
-    smoothed = run(sq.smooth(params, stats, 0.5), pixels)
-    np.testing.assert_allclose(smoothed, expected, atol=2e-5 * np.abs(expected).max())
-    for scheme in (sq.W8A8_O1, sq.W8A8_O3):
-        qparams = sq.smoothquant(run, params, [pixels], 0.5, {".*": scheme})
-        dots = jaxprs.dots(jaxprs.of(sq.quantized(run), qparams, pixels))
-        int8 = [dot for dot in dots if dot.dtypes == jaxprs.INT8_DOT]
-        # Every site, so that of the patches too.
-        assert len(int8) == len(stats.graph.sites)
-        got = jax.jit(sq.quantized(run))(qparams, pixels)
-        error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-        assert 0 < error < 0.1
+    compiled = jax.jit(run)
+    expected = compiled(params, pixels)
+    scales = sq.scales(params, stats, 0.5)
+    smoothed = sq.fold(params, stats.graph, scales)
+    got = compiled(smoothed, pixels)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+    rules = {"self_attn": sq.W8A8_O1, ".*": sq.W8A8_O3}
+    qparams = sq.quantize(smoothed, sq.fold_stats(stats, scales), rules)
+    int8 = jax.jit(sq.quantized(run))
+    dots = jaxprs.dots(int8.trace(qparams, pixels).jaxpr)
+    # Every site, so that of the patches too.
+    assert [dot.dtypes for dot in dots].count(jaxprs.INT8_DOT) == len(stats.graph.sites)
+    error = np.sqrt(np.mean((int8(qparams, pixels) - expected) ** 2) / np.mean(expected**2))
+    assert 0 < error < 0.1
 
 
 @pytest.mark.slow

@@ -144,8 +144,8 @@ def test_smoothed_parameters_are_the_same_function(tmp_path):
     save_huggingface(tmp_path / "new", model, smooth, like=source)
     read = load(tmp_path / "new")[1]
     assert_same(read, smooth)
-    expected = np.asarray(jax.jit(model.apply)(params, ids))
-    got = np.asarray(jax.jit(model.apply)(read, ids))
+    run = jax.jit(model.apply)
+    expected, got = np.asarray(run(params, ids)), np.asarray(run(read, ids))
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 

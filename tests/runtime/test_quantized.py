@@ -99,7 +99,7 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
         vocab_size=48,
         hidden_size=32,
         intermediate_size=64,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -114,7 +114,7 @@ def test_a_llama_runs_every_weight_in_int8_and_holds_no_float_copy(tie):
     program = jaxprs.of(sq.quantized(model.apply), qparams, ids)
     int8 = [dot for dot in jaxprs.dots(program) if dot.dtypes == jaxprs.INT8_DOT]
     attention = [dot for dot in jaxprs.dots(program) if dot.dtypes != jaxprs.INT8_DOT]
-    assert len(int8) == len(sites) == 14 + 1
+    assert len(int8) == len(sites) == 7 + 1
     assert (
         len(attention) == 2 * config.num_layers
     )  # q . k and probabilities . v multiply two activations

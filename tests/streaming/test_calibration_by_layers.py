@@ -72,7 +72,9 @@ CONFIGS = {
         embedding_size=16,
         max_length=32,
     ),
-    "experts": DecoderConfig(*SIZES, experts=Experts(4, 2, 16, shared_size=8, dense_layers=(0,))),
+    "experts": DecoderConfig(
+        *(61, 24, 40, 2, 6, 2, 8), experts=Experts(4, 2, 16, shared_size=8, dense_layers=(0,))
+    ),
 }
 
 
