@@ -472,11 +472,12 @@ def test_the_gradient_through_experts_is_the_dequantized_one():
     params, sizes = {"w": jnp.asarray(w)}, jnp.array([5, 2, 8])
     stacked = lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"])
     rows = lambda p, x: lax.ragged_dot(x, p["w"], sizes)
+    gradient = lambda loss: jax.jit(jax.grad(loss))
     for fn, args in ((stacked, jnp.asarray(x)), (rows, jnp.asarray(x.reshape(15, 16)))):
         qparams = sq.quantize(params, sq.calibrate(fn, params, [args]))
         effective = {"w": sq.dequantize(qparams["w"].tensor)}
-        got = jax.grad(lambda x, fn=fn, q=qparams: jnp.sum(sq.quantized(fn)(q, x)))(args)
-        expected = jax.grad(lambda x, fn=fn, p=effective: jnp.sum(fn(p, x)))(args)
+        got = gradient(lambda x, fn=fn, q=qparams: jnp.sum(sq.quantized(fn)(q, x)))(args)
+        expected = gradient(lambda x, fn=fn, p=effective: jnp.sum(fn(p, x)))(args)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
         assert not np.allclose(got, 0)
 

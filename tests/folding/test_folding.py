@@ -39,7 +39,8 @@ def jittered(params, seed=0):
 
 
 def linen_case(module, x, groups, **kwargs):
-    params = jittered(module.init(jax.random.key(0), x, **kwargs)["params"])
+    init = jax.jit(lambda key, x: module.init(key, x, **kwargs)["params"])
+    params = jittered(init(jax.random.key(0), x))
     return Case(lambda p, x: module.apply({"params": p}, x, **kwargs), params, (x,), groups)
 
 
@@ -136,7 +137,7 @@ def batch_norm():
     them.
     """
     module, x = BatchNormed(), normal(5, 6)
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
 
     def fn(p, x):
         return module.apply({**variables, "params": p}, x, mutable=["batch_stats"])

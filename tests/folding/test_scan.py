@@ -384,7 +384,7 @@ def linen(axis, body=Layer):
             )
 
     net = Net()
-    params = jittered(net.init(jax.random.key(0), X)["params"])
+    params = jittered(jax.jit(net.init)(jax.random.key(0), X)["params"])
     groups = {
         (LAYERS * WIDTH, ("layers/norm/bias", "layers/norm/scale"), ("layers/up/kernel",)),
         (LAYERS * HIDDEN, ("layers/up/bias", "layers/up/kernel"), ("layers/down/kernel",)),

@@ -275,7 +275,7 @@ class Net(nn.Module):
 @pytest.mark.slow
 def test_replaces_dense_in_a_larger_module_under_remat():
     x = normal(5, 32)
-    params = Net(nn.Dense).init(jax.random.key(0), x)["params"]
+    params = jax.jit(Net(nn.Dense).init)(jax.random.key(0), x)["params"]
     qparams = {name: quantize_dense(p) for name, p in params.items()}
     expected = Net(nn.Dense).apply({"params": params}, x)
     got = jax.jit(Net(QuantDense).apply)({"params": qparams}, x)
@@ -433,7 +433,7 @@ TRAINED = {"W8A8": sq.W8A8, "W4A8": sq.W4A8, "FP8": sq.FP8}
 def test_what_is_around_a_quantized_layer_trains(scheme):
     """Gradients are taken with respect to the float leaves; norm, bias and head learn, the quantized kernel stays."""
     x, target = normal(32, 64), normal(32, 4, seed=1)
-    params = Around(nn.Dense).init(jax.random.key(0), x)["params"]
+    params = jax.jit(Around(nn.Dense).init)(jax.random.key(0), x)["params"]
     qparams = {**params, "body": quantize_dense(params["body"], scheme)}
     floats, weights = split(qparams)
     before = jax.tree.map(jnp.array, weights)
@@ -593,9 +593,8 @@ class Attention(nn.Module):
 @pytest.mark.slow
 def test_attention_scans_over_stacked_quantized_layers_and_has_gradients():
     x = normal(6, 16)
-    draws = jax.vmap(lambda key: Attention(nn.DenseGeneral).init(key, x)["params"])(
-        jax.random.split(jax.random.key(0), 3)
-    )
+    draw = jax.jit(jax.vmap(lambda key: Attention(nn.DenseGeneral).init(key, x)["params"]))
+    draws = draw(jax.random.split(jax.random.key(0), 3))
     axes = {"query": -1, "key": -1, "value": -1, "out": (-2, -1)}
     stacked = {
         n: jax.vmap(lambda p, n=n: quantize_dense_general(p, axis=axes[n]))(draws[n]) for n in axes
