@@ -117,6 +117,7 @@ def contents_of(
         ) from error
     if stats is not None:
         expected = "the Stats that sqjax.calibrate gives"
+        # By its name, because this room knows no calibration.
         fits = isinstance(stats, serialized_class("Stats"))
         expect(fits, "stats", expected, stats)
         parts["stats"] = to_json(_STATS, stats, tensors)

@@ -133,6 +133,7 @@ def _loaded(what: str, path: Any, like: PyTree, shardings: Shardings) -> Saved:
             if like is not NO_TREE:
                 check_like(saved.params, like)
             where = _where(saved.params, shardings)
+            # Nothing but arrays is left to read, each of which is verified.
             of_tree = _Reader(opened, declared, str, where)
             of_stats = _Reader(opened, declared, name_in_stats, {})
             params, stats = of_tree(saved.params), of_stats(saved.stats)

@@ -71,6 +71,7 @@ def save(
     # Past links, because the renaming at the end would replace a link and not the file behind it.
     target = Path(os.path.realpath(path))
     try:
+        # All of it before a byte is written.
         check_shard_size(max_shard_bytes)
         _check_target(target)
         contents = contents_of(tree, stats, config, graph)

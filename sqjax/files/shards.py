@@ -102,6 +102,7 @@ def write_shards(
         with (directory / file).open("rb") as written:
             header = sum_of(header_bytes(written))
         shards[file] = {"header": header, "tensors": sums}
+    # Last, because it has the sums of all else.
     index = {"sqjax": VERSION, **contents.parts, "shards": shards}
     index[SEAL] = seal_of(index)
     (directory / INDEX).write_bytes(_text(index))

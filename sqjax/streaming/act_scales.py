@@ -84,6 +84,7 @@ def stats_from_act_scales(
         sites = analyses.together(0, batch, 0).graph.sites
         absmax = _by_site(sites, found, by_module)
         seen = calibrated(analyses, [[batch]], None, False)
+    # As though one token had the maximum in every channel, because the file counts none.
     ones = {path: jnp.asarray(np.int32(1)) for path in absmax}
     return replace(seen, absmax=absmax, abs_sum=absmax, count=ones, reached={})
 
@@ -102,8 +103,9 @@ def _by_site(
 ) -> dict[str, Array]:
     """{site: max |X_j|}, from those of modules.
 
-    A module that holds several leaves (q, k and v in one) gives its numbers to each. One that is an
-    expert fills its entry of the stack; an expert that saw no token has none in such files.
+    A module that holds several leaves (q, k and v in one) gives its numbers to each. Experts whose
+    channels share their statistics have the largest of theirs: of 2 experts with (1, 5) and (3, 2)
+    these are (3, 5). An expert that saw no token is in no such file.
     """
     of_leaf: dict[str, dict[int | None, str]] = {}
     for name, one in found.items():
@@ -113,9 +115,10 @@ def _by_site(
     for site in sites:
         values = np.zeros(site.channels, np.float32)
         for entry, name in of_leaf.get(site.path, {}).items():
-            own = values if entry is None else values[entry]
-            _fill(own, name, by_module[name])
+            has_own = site.batch and entry is not None
+            _raise_to(values[entry] if has_own else values, name, by_module)
         absmax[site.path] = jnp.asarray(values)
+        # A site of which nothing is known would be smoothed as if it saw nothing.
         if site.path not in of_leaf:
             missing.append(site.path)
     if missing:
@@ -126,11 +129,14 @@ def _by_site(
     return absmax
 
 
-def _fill(room: np.ndarray, name: str, values: np.ndarray) -> None:
-    """Copies a module's numbers to where its site has room for them."""
+def _raise_to(
+    room: np.ndarray, name: str, by_module: Mapping[str, np.ndarray]
+) -> None:
+    """Raises the ranges of a site to those of a module, where these are larger."""
+    values = by_module[name]
     if room.size != values.size:
         raise ValueError(
             f"{name}: expected {room.size} input channels, got {values.size}; are these another "
             "model's?"
         )
-    room[...] = values.reshape(room.shape)
+    np.maximum(room, values.reshape(room.shape), out=room)

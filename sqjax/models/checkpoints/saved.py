@@ -139,6 +139,7 @@ def _check_dtype(directory: Path, dtype: DTypeLike, shapes: Any) -> None:
 
     float32 is what a caller who says nothing asks for.
     """
+    # A quantized leaf has the dtype of the float leaf that it stands for.
     leaves = jax.tree.leaves(shapes, is_leaf=is_quantized)
     held = sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})
     asked = jnp.dtype(dtype).name
