@@ -74,7 +74,7 @@ def draw_rooms() -> None:
         for n, level in enumerate(levels)
         for i, room in enumerate(level)
     }
-    drawn = drawing.figure(8, 6)
+    drawn = drawing.figure(8.0, 6.0)
     axes = drawn.subplots()
     arrow = {
         "arrowstyle": "-|>",

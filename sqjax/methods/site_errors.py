@@ -66,7 +66,8 @@ def site_errors(
     For a site with the activation X and the float leaf W, X W is compared with what the quantized
     leaf computes from the same X. A leaf that is read several times, or is a stack of layers or
     experts, has one error for all of that. Leaves that `fn` concatenates before one matmul have
-    that matmul's error. An embedding's error is that of the rows that were looked up.
+    that matmul's error. An embedding's error is that of the rows that were looked up. In a
+    shard_map the products are those of each device.
 
     Args:
         fn: fn(params, *batch), as for `calibrate`.

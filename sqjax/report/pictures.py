@@ -75,7 +75,7 @@ def surface(
     expect(fits, "surface", "two matrices of one shape", list(shapes))
     # The axes count tokens and channels, also where the matrices hold blocks of them.
     size = matrices[0].shape if size is None else size
-    drawn = figure(9, 3.2, layout=None)
+    drawn = figure(9.0, 3.2, layout=None)
     titles = ("before smoothing", "after smoothing")
     for number, (x, title) in enumerate(zip(matrices, titles, strict=True)):
         place = (0.5 * number, 0.1, 0.47, 0.95)
@@ -83,7 +83,7 @@ def surface(
         axes = drawn.add_axes(place, projection="3d")
         _draw_surface(axes, np.asarray(pooled(x, *_BLOCKS)), size)
         middle = 0.5 * number + 0.25
-        text = f"{title}: up to {_short(x.max())}"
+        text = f"{title}: up to {_short(float(x.max()))}"
         drawn.text(middle, 0.94, text, color=INK, fontsize=9, ha="center")
         axes.set_xlabel("channel", color=INK, fontsize=8)
         axes.set_ylabel(rows, color=INK, fontsize=8)
@@ -147,7 +147,7 @@ def outliers(
     # By the values before, so that both panels have the same lines.
     rows = merged(kinds(before), before)
     highest = max(max(values.values()) for values in series)
-    ticks = _one_two_five(highest * 1.5)
+    ticks = _one_two_five(float(highest) * 1.5)
     for one, values, title in zip(axes[0], series, titles, strict=False):
         _draw_kinds(one, [kind for kind, _ in rows], values)
         one.set_yscale("log")
@@ -426,7 +426,7 @@ def channels(panels_of: Mapping[str, tuple[Any, Any]]) -> Any:
         1
     """
     expect(bool(panels_of), "channels", "at least one panel", {})
-    drawn, axes = panels(5 * len(panels_of), 3.6, 1, len(panels_of))
+    drawn, axes = panels(5.0 * len(panels_of), 3.6, 1, len(panels_of))
     for one, (title, pair) in zip(axes[0], panels_of.items(), strict=True):
         both = zip(pair, ("before", "after"), (FIRST, SECOND), strict=True)
         for values, label, colour in both:
