@@ -12,11 +12,11 @@ END = "<|end|>"
 SMALL = {
     **CONFIG,
     "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 4,
+    "head_dim": 8,
     "max_position_embeddings": 64,
 }
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
