@@ -526,7 +526,12 @@ def test_nothing_is_left_half_written(refusal, tmp_path, monkeypatch, error, sta
 
 
 def test_ctrl_c_ends_with_130():
-    command = [sys.executable, "-m", "sqjax", "generate", "tiny", "-"]
+    # A process that is started in the background ignores Ctrl-C, and so would what it starts.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from sqjax.commands.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "generate", "tiny", "-"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -178,7 +178,7 @@ def test_alpha_is_checked_before_a_model_is_loaded(monkeypatch, capsys, alpha):
         ):
             run(alpha=alpha, size=demo.QUICK)
     for command in ("demo", "schemes"):
-        assert cli.main([command, "--alpha", str(alpha)]) == 1
+        assert cli.main([command, "--alpha", str(alpha)]) == 2
         assert "sqjax: alpha: expected a smoothing strength" in capsys.readouterr().err
 
 

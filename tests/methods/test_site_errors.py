@@ -158,6 +158,7 @@ def test_what_no_token_reaches_is_nan_and_what_is_exact_infinite():
     assert found["w"].snr_db == np.inf
 
 
+@pytest.mark.slow
 def test_trees_that_do_not_belong_together_are_refused():
     stats = sq.calibrate(mlp, PARAMS, [SEEN])
     smoothed = sq.smooth(PARAMS, stats, 0.5)

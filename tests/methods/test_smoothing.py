@@ -377,6 +377,7 @@ def test_alpha_by_name():
         np.testing.assert_array_equal(s[name], exact[alpha][name])
 
 
+@pytest.mark.slow
 def test_a_pattern_may_name_any_site_of_a_group():
     case = small()
     s = sq.scales(case.params, case.stats, {"^k$": 1.0, "down": 0.0})

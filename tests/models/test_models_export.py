@@ -77,6 +77,7 @@ def test_int4_codes_share_bytes_and_give_the_same_tokens(tmp_path, capsys, monke
     assert [len(row) for row in run_here(tmp_path / "new", capsys, monkeypatch, 99, ROWS)] == [8, 8]
 
 
+@pytest.mark.slow
 def test_int8_stays_int8_and_an_end_ends_a_row(tmp_path, capsys, monkeypatch):
     params = params_in("w8a8")
     tokens = expected_tokens(params, ROWS[1:], 8)[0]

@@ -283,6 +283,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path, source):
         load(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_what_other_functions_say_of_it(tmp_path, source):
     model, params, _ = of_source(source)
     save(tmp_path / "new", model, params, like=source)

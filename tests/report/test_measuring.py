@@ -33,6 +33,7 @@ PARAMS = {
 X = jnp.array([[1.0, -2.0, 30.0, 0.0], [0.5, 3.0, -40.0, 0.0]])
 
 
+@pytest.mark.slow
 def test_inspect_says_how_large_and_what_is_refused():
     found = inspect(fn, PARAMS, [X / 40])
     up = next(site for site in found.sites if site.path == "up/kernel")

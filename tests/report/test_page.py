@@ -80,6 +80,7 @@ class Elements(HTMLParser):
             self.cells[-1] += data
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_has_every_site():
     elements = Elements(page())
     assert elements.open == []

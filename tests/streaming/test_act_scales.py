@@ -50,6 +50,7 @@ def numpys_scales(names, alpha):
     return np.maximum(x**alpha / w ** (1 - alpha), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_scales_are_those_of_the_authors_formula(tmp_path, llama):
     model, params = llama
     save_file(act_scales(), tmp_path / "act.safetensors")
