@@ -221,7 +221,8 @@ def _speeds(
         name: partial(read, tree, windows[:1], progress=False)
         for name, tree in trees.items()
     }
-    seconds = interleaved(runs, repeats, "reading")
+    shown = read.keywords["progress"]
+    seconds = interleaved(runs, repeats, "reading", shown)
     # Of one window alone: a whole text would say the same, and take longer.
     return {name: windows.shape[1] / s for name, s in seconds.items()}
 

@@ -10,7 +10,10 @@ from tqdm.auto import tqdm
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, description: str
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    description: str,
+    progress: bool = True,
 ) -> dict[str, float]:
     """{name: median seconds of a call}, from rounds in which every function is called once.
 
@@ -18,7 +21,10 @@ def interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rounds = range(repeats + 1)
-    for number in tqdm(rounds, desc=description, unit="round", leave=False):
+    shown = tqdm(
+        rounds, description, unit="round", leave=False, disable=not progress
+    )
+    for number in shown:
         for name, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(
