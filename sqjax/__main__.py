@@ -2,7 +2,7 @@
 
 import sys
 
-from sqjax.commands.cli import main
+from sqjax.commands.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -77,6 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
 
 
+def script() -> int:
+    """`main` of a process of its own, which an interruption ends at once."""
+    status = main()
+    if status == _INTERRUPTED:
+        # What was half written is gone by now. Not by `sys.exit`, because jax's threads, still at
+        # what was interrupted, may crash while Python takes its modules down: exit code 139.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def _run(arguments: list[str]) -> int:
     # Not click's own way, which prints usage over several lines, and knows no other errors.
     try:
@@ -126,4 +138,4 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())
