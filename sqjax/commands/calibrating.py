@@ -46,6 +46,7 @@ def calibrated(
             raise ValueError(
                 "--stats: expected it without --text, which would not be read"
             )
+        # The text is in the statistics already, and so not part of the recipe.
         made_of = {"model": opened.digest, "stats": digest_of([asked.stats])}
         check_recipe(made_of)
         return Calibrated(read_stats(asked.stats), str(asked.stats), made_of)
@@ -55,6 +56,7 @@ def calibrated(
     made_of = {"model": opened.digest, "text": texts.digest}
     check_recipe(made_of)
     if opened.is_encoder:
+        # An encoder sees sentences, and not windows that begin in the middle of one.
         read = lines(texts, asked.windows)
         settle(windows=asked.windows or WINDOWS[texts.purpose])
         name = f"{len(read)} lines of {texts.name}"
@@ -70,6 +72,7 @@ def calibrated(
     windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
     settle(windows=windows.ids.shape[0], tokens=windows.ids.shape[1])
     talk.note(f"calibrating on {windows}")
+    # One window a batch, because memory then holds the activations of one.
     batches = list(windows.ids[:, None])
     stats = calibrate(
         opened.model.apply, opened.params, batches, progress=talk.progress

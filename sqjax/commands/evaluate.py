@@ -64,6 +64,7 @@ def evaluate(
                 "--tasks: expected it without --text, --tokens, --windows and --against, which are "
                 "about perplexity"
             )
+        # An empty name is a comma too many.
         names = [name for name in tasks.split(",") if name]
         record = _scores(talk, model, dtype, names, limit, cache)
         talk.result(record, _table(record["results"]))
@@ -77,6 +78,7 @@ def evaluate(
     texts = read_texts(text, "evaluation")
     check_recipe({"text": texts.digest})
     rows: list[dict[str, Any]] = []
+    # Both read the same text, each by its own tokenizer.
     for name in filter(None, (model, against)):
         opened = open_decoder(name, dtype, talk)
         read = token_windows(opened.model, texts, tokens, windows)
@@ -139,6 +141,7 @@ def _numbers(results: Any) -> dict[str, dict[str, float]]:
     """{task: {metric: number}}, without what is no number."""
     kept = {}
     for task, metrics in results.items():
+        # Beside the numbers there are names, as of the task itself.
         kept[task] = {
             metric: float(value)
             for metric, value in metrics.items()

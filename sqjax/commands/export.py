@@ -66,6 +66,7 @@ def export(
 
     One reads a prompt, the other one more token (jax.export). They run where jax is, without sqjax.
     """
+    # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model,))
     from sqjax import models
     from sqjax.commands.model_argument import open_decoder
@@ -73,6 +74,7 @@ def export(
     opened = open_decoder(model, dtype, talk)
     made_of = {"model": opened.digest}
     check_recipe(made_of)
+    # One program serves them all, so there is no need to ask for which.
     platforms = platform or _PLATFORMS
     settle(platform=list(platforms))
     with new_directory(output, made_of) as new:
@@ -86,6 +88,7 @@ def export(
             length=length,
             platforms=platforms,
         )
+        # Listed while the folder is still aside: at its end the recipe comes too.
         files = sorted(path.name for path in new.iterdir())
     record = {
         "output": str(output),

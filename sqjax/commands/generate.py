@@ -85,9 +85,11 @@ def generate(
 
     opened = open_decoder(model, dtype, talk)
     ids, is_chat = _prompt_ids(opened.model.tokenizer, prompt, chat)
+    # The library would refuse it too, but knows no option to name.
     _check_room(opened.model, ids, max_tokens)
     writer = _Writer(opened.model.tokenizer, talk)
     talk.note("a chat" if is_chat else "a text to go on with")
+    # Compiling counts, because a person waits for it too.
     start = time.perf_counter()
     made = continued(
         opened.model,
@@ -129,6 +131,7 @@ class _Writer:
     def __call__(self, row: int, tokens: list[int]) -> None:
         """Called by `sqjax.models.generate` with the new tokens."""
         self.ids += tokens
+        # Of all ids, because a letter may take several tokens.
         new = self.tokenizer.decode_new(self.ids, self.shown)
         self.shown += new
         if not self.talk.json:
@@ -145,6 +148,7 @@ def _prompt_ids(
     """
     if not prompt:
         raise ValueError("PROMPT: expected a text, got an empty one")
+    # A model that was trained on chats answers nothing else well.
     is_chat = bool(tokenizer.templates.named) if chat is None else chat
     if not is_chat:
         return tokenizer.encode(prompt), False

@@ -34,6 +34,7 @@ def inspect(
 
     opened = open_model(model, dtype, talk)
     head = _what_it_is(opened)
+    # Codes tell nothing of outliers, and nothing can be folded into them.
     if opened.is_quantized:
         talk.result(*_of_quantized(opened, head))
         return
@@ -42,6 +43,7 @@ def inspect(
     asked = Asked(text, tokens, windows, stats)
     found = calibrated(opened, asked, talk, "inspect")
     model_fn: Any = opened.model
+    # An encoder is quantized as it is used: with its pooling.
     fn = model_fn.embed if opened.is_encoder else model_fn.apply
     inspection = inspected(fn, opened.params, [], stats=found.stats)
     record = head | {"text": found.name} | inspection.as_dict()
@@ -100,6 +102,7 @@ def _kind_of(leaf: Any) -> str:
     weight = f"{tensor.fmt.name} weight"
     if tensor.group is not None:
         weight += f" in groups of {tensor.group}"
+    # A table whose rows are looked up meets no activation.
     if leaf is tensor:
         return f"{weight}, looked up"
     if leaf.activations is None:

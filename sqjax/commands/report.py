@@ -100,6 +100,7 @@ def report(
     if "none" in (alpha, *alphas):
         raise ValueError("--alpha: expected a number from 0 to 1, got none")
     reads = model, text, eval_text, stats
+    # A page takes minutes, so what is wrong with its place is said first.
     check_output(output, force, directory=False, reads=reads)
     # Before minutes of work, because the pictures come at the end.
     if importlib.util.find_spec("matplotlib") is None:
@@ -115,6 +116,7 @@ def report(
     asked = Asked(text, tokens, windows, stats)
     found = calibrated(opened, asked, talk, "report")
     texts = read_texts(eval_text, "evaluation")
+    # A page depends on a second text, by which perplexity is measured.
     made_of = found.made_of | {"eval_text": texts.digest}
     check_recipe(made_of)
     read = token_windows(opened.model, texts, tokens, eval_windows)

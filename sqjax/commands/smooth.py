@@ -65,6 +65,7 @@ def smooth(
     """
     if alpha == "none":
         raise ValueError("--alpha: expected a number from 0 to 1, got none")
+    # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model, text, stats))
     from sqjax.commands.calibrating import calibrated, smoothed
     from sqjax.commands.model_argument import open_model
@@ -74,10 +75,12 @@ def smooth(
     opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
     found = calibrated(opened, asked, talk, "smooth")
+    # Statistics of the smoothed parameters are of no use here: nothing is quantized.
     params, _ = smoothed(opened.params, found.stats, alpha, groups)
     with new_directory(output, found.made_of) as new:
         talk.note(f"writing {output}")
         save_huggingface(new, opened.model, params, like=opened.directory)
+    # Counted again, because "norms" folds fewer groups than the model has.
     chosen = found.stats.graph.select(groups)
     size = weight_bytes(params)
     record = {
