@@ -335,6 +335,8 @@ def test_report_is_one_page(run, stats):
 @pytest.mark.slow
 def test_export_writes_programs(run, quantized):
     how = ["--platform", "cpu", "--prompt", "8", "--length", "16"]
+    said = run("export", quantized, *how, "-o", "said", "--quiet")
+    assert said.endswith(" new ones: python said/run.py 16 1,2,3\n")
     found = json.loads(run("export", quantized, *how, "-o", "programs", "--quiet", "--json"))
     assert {"run.py", "recipe.yaml"} <= set(found["files"]) | set(os.listdir("programs"))
 
@@ -352,6 +354,12 @@ def test_other_formats_are_models_again(run, stats):
         expected = same.apply(floats, ids)
         error = jnp.abs(got - expected).max() / jnp.abs(expected).max()
         assert 0 < error < 0.1
+
+
+def test_export_says_first_what_it_needs(refusal, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    # "nowhere" is no model, but this is said before it is looked for.
+    assert "pip install 'sqjax[export]'" in refusal("export", "nowhere", "-o", "x")
 
 
 # Texts --------------------------------------------------------------------------------------------
