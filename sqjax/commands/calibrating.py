@@ -22,12 +22,12 @@ class Calibrated(NamedTuple):
 
     Attributes:
         stats: the statistics; None where they are not needed.
-        name: of what was read.
+        name: of what was read; None where nothing was.
         made_of: digests of the model and of what was read, for the recipe.
     """
 
     stats: Any
-    name: str
+    name: str | None
     made_of: dict[str, str]
 
 
@@ -89,7 +89,7 @@ def uncalibrated(opened: Opened, command: str) -> Calibrated:
     float_only(opened, command)
     made_of = {"model": opened.digest}
     check_recipe(made_of)
-    return Calibrated(None, "nothing", made_of)
+    return Calibrated(None, None, made_of)
 
 
 def read_stats(path: Path) -> Stats:

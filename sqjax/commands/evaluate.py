@@ -55,7 +55,8 @@ def evaluate(
     """Measure perplexity on a text, or scores on tasks.
 
     Perplexity is exp of the mean negative log-likelihood of each token of a window after its first;
-    lower is better.
+    lower is better. Sizes are those of the weights in memory: what a .gguf file holds becomes
+    float when it is read.
     """
     if tasks is not None:
         wrong = text or against or tokens or windows
@@ -105,7 +106,7 @@ def evaluate(
 
 def _line(row: dict[str, Any]) -> str:
     size = row["weight_bytes"] / 1e6
-    return f"perplexity {row['perplexity']:.3f}  {size:.0f} MB  {row['model']}"
+    return f"perplexity {row['perplexity']:.3f}  {size:.0f} MB in memory  {row['model']}"
 
 
 def _scores(

@@ -131,8 +131,8 @@ def quantize(
     with write(output, found.made_of) as new:
         talk.note(f"writing {output}")
         quantizing.write(new, opened, made, how)
-    record = quantizing.record(opened, made, how)
-    record |= {"output": str(output), "text": found.name}
+    record = quantizing.record(opened, made, how, output)
+    record["text"] = found.name
     talk.result(record, f"{output}: {quantizing.summary(record)}")
 
 

@@ -165,8 +165,10 @@ def test_a_recipe_makes_the_same_file_again(run):
     # A GGUF file that is not smoothed needs no calibration, so this is quick.
     made = ["--format", "gguf", "--scheme", "Q4_0", "-o", "one.gguf", "--quiet", "--json"]
     record = json.loads(run("quantize", "tiny", *made))
-    assert (record["scheme"], record["alpha"]) == ("q4_0", "none")
-    run("quantize", "--recipe", "one.gguf.recipe.yaml", "-o", "two.gguf", "--quiet")
+    assert (record["scheme"], record["alpha"], record["text"]) == ("q4_0", None, None)
+    assert record["weight_bytes"] == Path("one.gguf").stat().st_size < record["float_bytes"]
+    said = run("quantize", "--recipe", "one.gguf.recipe.yaml", "-o", "two.gguf", "--quiet")
+    assert said == "two.gguf: q4_0, not smoothed, 0 MB to 0 MB\n"
     for name in ("{}.gguf", "{}.gguf.recipe.yaml"):
         one, two = (Path(name.format(x)).read_bytes() for x in ("one", "two"))
         assert one == two
@@ -193,7 +195,7 @@ def test_options_win_over_a_recipe(quantized, run):
     made = ["-o", "w8a16", "--json", "--quiet"]
     out = run("quantize", "--recipe", recipe, "--scheme", "w8a16", "--alpha", "none", *made)
     record = json.loads(out)
-    assert (record["scheme"], record["alpha"]) == ("w8a16", "none")
+    assert (record["scheme"], record["alpha"]) == ("w8a16", None)
     assert record["rules"] == {"q_proj": "none"}
     kernel = loaded("w8a16")[1]["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     assert kernel.activations is None
