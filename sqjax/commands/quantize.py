@@ -117,11 +117,17 @@ def quantize(
         output, force, directory=is_directory, reads=(model, text, stats)
     )
     from sqjax.commands import quantizing
-    from sqjax.commands.calibrating import calibrated, uncalibrated
+    from sqjax.commands.calibrating import (
+        calibrated,
+        check_asked,
+        uncalibrated,
+    )
     from sqjax.commands.model_argument import open_model
 
-    opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
+    if how.needs_statistics:
+        check_asked(asked)
+    opened = open_model(model, dtype, talk)
     if how.needs_statistics:
         found = calibrated(opened, asked, talk, "quantize")
     else:

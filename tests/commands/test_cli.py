@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import jax
@@ -410,6 +411,7 @@ def test_texts_of_files_folders_and_lines(tmp_path):
         (["eval", "tiny", "--text", "no.txt"], "Path 'no.txt' does not exist"),
         (["eval", "tiny", "--text", "text.txt", "--tokens", "1024"], "windows of text of 1024"),
         (["eval", "tiny", "--text", "text.txt", "--windows", "999"], "got 999"),
+        (["eval", "tiny", "--limit", "3"], "--limit: expected it with --tasks"),
         (["eval", "tiny", "--tasks", "arc_easy"], "pip install 'sqjax[eval]'"),
         (["generate", "tiny", "Hi", "--max-tokens", "64"], "the model takes 64 in all"),
         (["generate", "tiny", ""], "PROMPT: expected a text, got an empty one"),
@@ -420,6 +422,53 @@ def test_texts_of_files_folders_and_lines(tmp_path):
 def test_bad_input_is_one_line(refusal, arguments, said):
     assert said in refusal(*arguments)
     assert not Path("x").exists()
+
+
+NOTHING = "expected a text, got nothing but spaces"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["calibrate", "tiny", "--text", "empty.txt", "-o", "x"], NOTHING),
+        (["quantize", "tiny", "--text", "lines.jsonl", "-o", "x"], 'expected {"text": ...}'),
+        (["smooth", "tiny", "--text", "empty", "-o", "x"], "expected a folder of texts"),
+        (["inspect", "tiny", "--text", "empty.txt"], NOTHING),
+        (["report", "tiny", "--eval-text", "empty.txt", "-o", "x"], NOTHING),
+        (["eval", "tiny", "--against", "empty"], "a directory without config.json"),
+        (["compare", "tiny", "tinny"], "tinny: no such path"),
+        (["inspect", "tiny", "--stats", "text.txt"], "--stats: text.txt: expected a file that"),
+        (["inspect", "tiny", "--stats", "text.txt", "--text", "text.txt"], "without --text"),
+    ],
+)
+def test_wrong_inputs_are_found_before_a_model_is_loaded(
+    refusal, monkeypatch, place, arguments, said
+):
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "empty.txt").write_text(" ")
+    (place / "lines.jsonl").write_text('{"txt": "a"}')
+
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sqjax.models.load", loads)
+    assert said in refusal(*arguments)
+
+
+def test_eval_holds_one_model_at_a_time(run, monkeypatch):
+    held = []
+
+    def opens(name, *_):
+        assert all(one() is None for one in held)
+        weights = np.zeros(2)
+        held.append(weakref.ref(weights))
+        return types.SimpleNamespace(model=loaded_model, params=weights)
+
+    loaded_model = sq.models.load("tiny")[0]
+    monkeypatch.setattr("sqjax.commands.model_argument.open_decoder", opens)
+    monkeypatch.setattr("sqjax.models.perplexity", lambda *_, **__: 2.0)
+    run("eval", "tiny", "--against", "tiny", "--text", "text.txt", *FEW)
+    assert len(held) == 2
 
 
 @pytest.mark.slow
