@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sqjax.commands.options import MODEL, TEXT, Talk, command
+from sqjax.commands.options import EVALUATION_TEXT, MODEL, Talk, command
 
 _EXAMPLES = """
 sqjax compare smollm2-135m smollm2-w8a8
@@ -19,7 +19,7 @@ sqjax compare smollm2-135m smollm2-w4a16 --json
     _EXAMPLES,
     MODEL,
     click.argument("other", metavar="OTHER"),
-    TEXT,
+    EVALUATION_TEXT,
 )
 def compare(
     talk: Talk,
