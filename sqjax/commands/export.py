@@ -74,7 +74,7 @@ def export(
     prints up to 16 new tokens after the token ids 1, 2, 3. The script knows ids, and no text: the
     tokenizer's files, which lie beside it, are for a program of yours.
 
-    Writing needs the package flatbuffers: pip install 'sqjax[export]'.
+    Writing and running need the package flatbuffers too: pip install flatbuffers.
     """
     # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model,))
