@@ -68,7 +68,7 @@ def calibrated(
         return Calibrated(stats, name, made_of)
     windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
     settle(windows=windows.ids.shape[0], tokens=windows.ids.shape[1])
-    talk.note(f"calibrating on {windows}, after compiling for the first")
+    talk.note(f"calibrating on {windows}; compiling comes first")
     # One window a batch, because memory then holds the activations of one.
     batches = list(windows.ids[:, None])
     stats = calibrate(

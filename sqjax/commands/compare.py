@@ -49,7 +49,7 @@ def compare(
     read = token_windows(first.model, texts, length, windows)
     same = token_windows(second.model, texts, length, windows)
     comparing.check_comparable(first, second, read, same)
-    talk.note(f"reading {read}")
+    talk.note(f"reading {read}; compiling comes first")
     found = comparing.compared(first, second, read.ids, talk)
     record: dict[str, Any] = found._asdict() | {"text": str(read)}
     talk.result(record, comparing.text_of(found, model, other))

@@ -124,7 +124,7 @@ def _measured(name: str, how: _How, talk: Talk) -> dict[str, Any]:
     opened = model_argument.open_decoder(name, how.dtype, talk)
     # Both models read the same text, each by its own tokenizer.
     read = token_windows(opened.model, how.texts, how.tokens, how.windows)
-    talk.note(f"reading {read}, after compiling for the first")
+    talk.note(f"reading {read}; compiling comes first")
     value = models.perplexity(
         opened.model,
         opened.params,

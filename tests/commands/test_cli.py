@@ -345,6 +345,7 @@ def test_report_is_one_page(run, stats):
     lines = said.splitlines()
     assert lines[0] == "report.html: W8A8, on 2 x 32 tokens"
     assert [line.split()[0] for line in lines[1:]] == ["perplexity"] * 3
+    assert [line.split()[-1] for line in lines[1:]] == ["float", "unsmoothed", "smoothed"]
     assert page.lstrip().lower().startswith("<!doctype html>")
     assert Path("report.html.recipe.yaml").is_file()
 
