@@ -19,6 +19,7 @@ from sqjax.commands.generate import generate
 from sqjax.commands.inspection import inspect
 from sqjax.commands.interruption import heed_interruptions
 from sqjax.commands.quantize import quantize
+from sqjax.commands.recipes import recipe_with
 from sqjax.commands.report import report
 from sqjax.commands.smooth import smooth
 
@@ -124,6 +125,9 @@ def _of_usage(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return text
+    recipe = recipe_with(error)
+    if recipe is not None:
+        return f"{recipe}: {text}"
     return f"{text.rstrip('.')}; see `{context.command_path} --help`"
 
 

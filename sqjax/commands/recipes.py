@@ -105,6 +105,18 @@ RECIPE = click.option(
 )
 
 
+def recipe_with(error: click.ClickException) -> Path | None:
+    """The recipe that a wrong value of an option stands in, if it is from one."""
+    context = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
+    if context is None or parameter is None:
+        return None
+    source = context.get_parameter_source(parameter.name)
+    # The defaults of the command are those of the recipe.
+    is_from_recipe = source == click.core.ParameterSource.DEFAULT_MAP
+    return context.meta.get(_PATH) if is_from_recipe else None
+
+
 def _check_command(path: Path, named: Any, context: click.Context) -> None:
     """Raises ValueError if a recipe is of another command."""
     own = context.command.name

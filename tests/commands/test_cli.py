@@ -537,7 +537,8 @@ def test_recipes_are_checked(refusal, tmp_path):
     )
     assert "expected a recipe such as" in refused("- w8a8\n")
     assert "recipe.yaml:2: expected a recipe in YAML: expected ',' or" in refused("scheme: [a\nb:")
-    assert "'w9' is not one of" in refused("scheme: w9\nmodel: tiny\n")
+    said = refused("scheme: w9\nmodel: tiny\n")
+    assert "recipe.yaml: Invalid value for '--scheme': 'w9' is not one of" in said
     assert "alpha: expected a text or a number, got True" in refused("alpha: yes\nmodel: tiny\n")
     assert "Missing argument 'MODEL'" in refused("scheme: w8a8\n")
 
