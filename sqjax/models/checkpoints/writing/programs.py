@@ -21,6 +21,7 @@ from sqjax.files.opening import check_path, open_file
 from sqjax.files.tensors import NewTensor, write_tensors
 from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.writing.directory import check_target
+from sqjax.models.checkpoints.writing.leaves import check_leaves
 from sqjax.models.checkpoints.writing.llamas import tokenizer_files
 from sqjax.models.checkpoints.writing.run_script import RUN
 from sqjax.models.decoding.generation import compute_dtype
@@ -77,8 +78,8 @@ def export(
         overwrite: whether an export that is there is replaced, as a whole.
 
     Raises:
-        ValueError: sizes that the model has no room for, an unknown platform, parameters that are
-            no arrays, or a directory that may not be written.
+        ValueError: sizes that the model has no room for, an unknown platform, leaves that are
+            missing, too many or misshapen, or a directory that may not be written.
         OSError: the files can not be written. What was there stays.
 
     Examples:
@@ -101,6 +102,7 @@ def export(
         sizes.check(model)
         _check_platforms(platforms)
         check_target(target, None, overwrite, known_by=_MANIFEST)
+        check_leaves(model.config, params)
         weights = _weights(unstack_layers(params))
         programs = _programs(model, weights, sizes, cache_format(cache))
         exported = {
