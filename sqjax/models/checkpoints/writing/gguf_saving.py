@@ -125,6 +125,7 @@ def _check_target(file: Path, overwrite: bool) -> None:
         f"a path in a directory that exists; make {file.parent} first": (
             not file.parent.is_dir()
         ),
+        "a path that is free, got a directory; choose another": file.is_dir(),
         "a path that is free, got a file; pass overwrite=True to replace it": (
             file.exists() and not overwrite
         ),
