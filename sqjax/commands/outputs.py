@@ -56,7 +56,9 @@ def _check_free(output: Path, force: bool, directory: bool) -> None:
     # Many make an empty directory first.
     if directory and output.is_dir() and not os.listdir(output):
         return
-    for path in (output, recipe_of(output)):
+    # The recipe of a directory is in it.
+    taken = (output,) if directory else (output, recipe_of(output))
+    for path in taken:
         _require(
             force or not os.path.lexists(path),
             f"{path}: it is there already; pass --force to replace it, or name another path",
@@ -79,6 +81,29 @@ def _check_kind(output: Path, directory: bool) -> None:
         is_ours or not directory,
         f"{output}: expected to replace what sqjax wrote, got a directory without {FILE}; name "
         "another path",
+    )
+    if directory:
+        _check_folders(output)
+
+
+def _check_folders(output: Path) -> None:
+    """Raises ValueError if a directory holds folders that no command writes, or that people are in.
+
+    A project's own directory has a config.json too.
+    """
+    # Here, because it needs numpy.
+    from sqjax.models.checkpoints.writing.directory import strange_folders
+
+    strange = strange_folders(output)
+    _require(
+        not strange,
+        f"{output}: expected to replace what sqjax wrote, got a directory that holds "
+        f"{strange[:3]}; name another path",
+    )
+    here = Path.cwd()
+    _require(
+        output.resolve() not in (here, *here.parents),
+        f"{output}: expected a path that does not hold the working directory; name another path",
     )
 
 
