@@ -361,11 +361,15 @@ def test_texts_of_files_folders_and_lines(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n"three"\n')
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "c.bin").write_bytes(b"\xff")
+    (tmp_path / "d.txt").mkdir()
     assert read_texts(tmp_path, "calibration").texts == ["one", "two", "three"]
     assert read_texts(tmp_path / "a.txt", "calibration").texts == ["one"]
     shipped = read_texts(None, "evaluation")
     assert len(shipped.texts[0]) > 10_000
     assert "comes with sqjax" in shipped.name
+    # JSON's texts may hold what ends lines elsewhere.
+    (tmp_path / "b.jsonl").write_text('{"text": "a\u2028b\x85c"}\r\n"d"', "utf-8")
+    assert read_texts(tmp_path / "b.jsonl", "calibration").texts == ["a\u2028b\x85c", "d"]
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"txt": "three"}\n')
     with pytest.raises(ValueError, match=r'b\.jsonl:2: expected \{"text": \.\.\.\}, got \[.txt.\]'):
         read_texts(tmp_path / "b.jsonl", "calibration")
@@ -472,7 +476,7 @@ def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
+def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path, monkeypatch):
     out, reads = tmp_path / "out", (None, "smollm2-135m")
 
     def check(force):
@@ -488,6 +492,18 @@ def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
         check(True)
     (out / "thesis.tex").rename(out / "recipe.yaml")
     check(True)
+    (out / "src").mkdir()
+    with pytest.raises(ValueError, match=r"got a directory that holds \['src'\]"):
+        check(True)
+    # The folders that a model of sentence-transformers has are its own.
+    (out / "modules.json").write_text('[{"path": "src"}]')
+    check(True)
+    (out / "src").rmdir()
+    monkeypatch.chdir(out)
+    with pytest.raises(ValueError, match="does not hold the working directory"):
+        check_output(Path("."), True, directory=True, reads=())
+    with pytest.raises(ValueError, match="it is there already"):
+        check_output(Path("."), False, directory=True, reads=())
     with pytest.raises(ValueError, match="expected a file to replace, got something else"):
         check_output(out, True, directory=False, reads=())
     # The recipe of a file is beside it, and not replaced either.
