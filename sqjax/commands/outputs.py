@@ -39,8 +39,13 @@ def check_output(
         os.access(parent, os.W_OK),
         f"{output}: expected a folder that may be written to, {parent} may not",
     )
+    here, working = output.resolve(), Path.cwd()
+    # Nobody could go on in a directory that was replaced.
+    _require(
+        here not in (working, *working.parents),
+        f"{output}: expected a path that does not hold the working directory; name another path",
+    )
     _check_free(output, force, directory)
-    here = output.resolve()
     for read in reads:
         if read is None or not os.path.exists(read):
             continue
@@ -87,7 +92,7 @@ def _check_kind(output: Path, directory: bool) -> None:
 
 
 def _check_folders(output: Path) -> None:
-    """Raises ValueError if a directory holds folders that no command writes, or that people are in.
+    """Raises ValueError if a directory holds folders that no command writes.
 
     A project's own directory has a config.json too.
     """
@@ -99,11 +104,6 @@ def _check_folders(output: Path) -> None:
         not strange,
         f"{output}: expected to replace what sqjax wrote, got a directory that holds "
         f"{strange[:3]}; name another path",
-    )
-    here = Path.cwd()
-    _require(
-        output.resolve() not in (here, *here.parents),
-        f"{output}: expected a path that does not hold the working directory; name another path",
     )
 
 

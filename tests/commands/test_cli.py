@@ -18,8 +18,10 @@ from tiny_speaker import END, write_speaker
 
 import sqjax as sq
 from sqjax.commands import cli
+from sqjax.commands.calibrating import read_stats
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
 from sqjax.commands.outputs import check_output
+from sqjax.commands.recipes import digest_at
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
 
@@ -457,6 +459,19 @@ def test_recipes_are_checked(refusal, tmp_path):
     assert "'w9' is not one of" in refused("scheme: w9\nmodel: tiny\n")
     assert "alpha: expected a text or a number, got True" in refused("alpha: yes\nmodel: tiny\n")
     assert "Missing argument 'MODEL'" in refused("scheme: w8a8\n")
+    made_of = "model: tiny\nalpha: none\nscheme: q8_0\nformat: gguf\nmade_of: 3\n"
+    made[-1] = "x.gguf"
+    assert "made_of: expected digests by name, got 3" in refused(made_of)
+
+
+def test_statistics_may_be_a_directory(tmp_path):
+    stats = sq.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, [jnp.ones((1, 2))])
+    sq.save(tmp_path / "stats", stats)
+    assert read_stats(tmp_path / "stats").graph == stats.graph
+    before = digest_at(tmp_path / "stats")
+    assert before == digest_at(tmp_path / "stats")
+    (tmp_path / "stats/sqjax.json").write_text("{}")
+    assert before != digest_at(tmp_path / "stats")
 
 
 def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
@@ -500,10 +515,9 @@ def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path, monkeypa
     check(True)
     (out / "src").rmdir()
     monkeypatch.chdir(out)
-    with pytest.raises(ValueError, match="does not hold the working directory"):
-        check_output(Path("."), True, directory=True, reads=())
-    with pytest.raises(ValueError, match="it is there already"):
-        check_output(Path("."), False, directory=True, reads=())
+    for directory in (True, False):
+        with pytest.raises(ValueError, match="does not hold the working directory"):
+            check_output(Path(), True, directory=directory, reads=())
     with pytest.raises(ValueError, match="expected a file to replace, got something else"):
         check_output(out, True, directory=False, reads=())
     # The recipe of a file is beside it, and not replaced either.

@@ -18,6 +18,7 @@ from sqjax.files.arrays import DeclaredArray, as_stored, check_savable
 from sqjax.files.aside import directory_written_aside
 from sqjax.files.header import read_header
 from sqjax.files.opening import check_path, open_file
+from sqjax.files.saving import told
 from sqjax.files.tensors import NewTensor, write_tensors
 from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.writing.directory import check_target
@@ -112,8 +113,7 @@ def export(
     try:
         _write(target, model, weights, sizes, exported)
     except OSError as error:
-        text = f"export: {target}: {error.strerror or error}"
-        raise OSError(error.errno, text) from error
+        raise told(error, f"export: {target}") from error
 
 
 class _Sizes(NamedTuple):
