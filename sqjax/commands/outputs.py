@@ -12,6 +12,8 @@ from sqjax.commands.recipes import FILE, check_same, recipe_text
 
 def recipe_of(file: Path) -> Path:
     """Where the recipe of a file is: beside it, because a folder may hold several."""
+    # Past links, as for the file itself.
+    file = file.resolve()
     return file.with_name(f"{file.name}.{FILE}")
 
 
@@ -30,7 +32,7 @@ def check_output(
         directory: whether it is a directory, or a file.
         reads: what the command reads; paths among these must not be replaced.
     """
-    parent = output.absolute().parent
+    parent = output.resolve().parent
     _require(
         parent.is_dir(),
         f"{output}: expected a path in a folder that exists; make {parent} first",
@@ -134,13 +136,14 @@ def new_file(output: Path, made_of: Mapping[str, str]) -> Iterator[Path]:
 
     context = click.get_current_context()
     with directory_beside(output.resolve().parent) as scratch:
-        new = scratch / output.name
+        target = output.resolve()
+        new = scratch / target.name
         yield new
         recipe = recipe_of(new)
         recipe.write_text(recipe_text(context, made_of), "utf-8")
         # The recipe first, because a file without one could not be made again.
-        os.replace(recipe, recipe_of(output))
-        os.replace(new, output)
+        os.replace(recipe, recipe_of(target))
+        os.replace(new, target)
 
 
 def check_recipe(made_of: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ import sqjax as sq
 from sqjax.commands import cli
 from sqjax.commands.calibrating import read_stats
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
-from sqjax.commands.outputs import check_output
+from sqjax.commands.outputs import check_output, new_file
 from sqjax.commands.recipes import digest_at
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
@@ -514,16 +515,33 @@ def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path, monkeypa
     (out / "modules.json").write_text('[{"path": "src"}]')
     check(True)
     (out / "src").rmdir()
-    monkeypatch.chdir(out)
     for directory in (True, False):
-        with pytest.raises(ValueError, match="does not hold the working directory"):
-            check_output(Path(), True, directory=directory, reads=())
+        with monkeypatch.context() as there:
+            there.chdir(out)
+            with pytest.raises(ValueError, match="does not hold the working directory"):
+                check_output(Path(), True, directory=directory, reads=())
     with pytest.raises(ValueError, match="expected a file to replace, got something else"):
         check_output(out, True, directory=False, reads=())
     # The recipe of a file is beside it, and not replaced either.
     (tmp_path / "stats.recipe.yaml").write_text("command: calibrate")
     with pytest.raises(ValueError, match=r"stats\.recipe\.yaml: it is there already"):
         check_output(tmp_path / "stats", False, directory=False, reads=())
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """What it leads to is written, and its recipe is beside that."""
+    (tmp_path / "far").mkdir()
+    link, real = tmp_path / "link", tmp_path / "far/real"
+    link.symlink_to(real)
+    with click.Context(cli.sqjax), new_file(link, {}) as new:
+        new.write_text("result")
+    assert link.is_symlink()
+    assert real.read_text() == "result"
+    assert sorted(os.listdir(tmp_path / "far")) == ["real", "real.recipe.yaml"]
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere/real")
+    with pytest.raises(ValueError, match=r"a path in a folder that exists; make .*nowhere"):
+        check_output(link, True, directory=False, reads=())
 
 
 @pytest.mark.slow
