@@ -10,7 +10,7 @@ from sqjax.commands.asked import Asked
 from sqjax.commands.model_argument import Opened, float_only
 from sqjax.commands.options import Talk
 from sqjax.commands.outputs import check_recipe
-from sqjax.commands.recipes import digest_of, settle
+from sqjax.commands.recipes import digest_at, settle
 from sqjax.commands.shared import NO_TOKENIZER
 from sqjax.commands.texts import WINDOWS, lines, read_texts, token_windows
 from sqjax.folding.apply import fold
@@ -47,7 +47,7 @@ def calibrated(
                 "--stats: expected it without --text, which would not be read"
             )
         # The text is in the statistics already, and so not part of the recipe.
-        made_of = {"model": opened.digest, "stats": digest_of([asked.stats])}
+        made_of = {"model": opened.digest, "stats": digest_at(asked.stats)}
         check_recipe(made_of)
         return Calibrated(read_stats(asked.stats), str(asked.stats), made_of)
     if opened.model.tokenizer is None:

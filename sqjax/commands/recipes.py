@@ -223,6 +223,10 @@ def check_same(context: click.Context, made_of: Mapping[str, str]) -> None:
     if path is None:
         return
     digests = read_recipe(path).get(_MADE_OF) or {}
+    if not isinstance(digests, Mapping):
+        raise ValueError(
+            f"{path}: {_MADE_OF}: expected digests by name, got {digests!r}"
+        )
     for key, digest in made_of.items():
         own = context.get_parameter_source(key)
         is_named = own == click.core.ParameterSource.COMMANDLINE
@@ -245,3 +249,11 @@ def digest_of(paths: Iterable[Path]) -> str:
             file.seek(max(_END, size - _END))
             sum_of_all.update(file.read(_END))
     return f"sha256:{sum_of_all.hexdigest()}"
+
+
+def digest_at(path: Path) -> str:
+    """The digest of a file, or of the files of a directory; hidden ones are none of them."""
+    if path.is_file():
+        return digest_of([path])
+    files = filter(Path.is_file, path.iterdir())
+    return digest_of(file for file in files if not file.name.startswith("."))
