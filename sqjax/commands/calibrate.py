@@ -34,11 +34,13 @@ def calibrate(
     """
     check_output(output, force, directory=False, reads=(model, text))
     from sqjax import save
-    from sqjax.commands.calibrating import calibrated, what_folds
+    from sqjax.commands.calibrating import calibrated, check_asked, what_folds
     from sqjax.commands.model_argument import open_model
 
+    asked = Asked(text, tokens, windows)
+    check_asked(asked)
     opened = open_model(model, dtype, talk)
-    found = calibrated(opened, Asked(text, tokens, windows), talk, "calibrate")
+    found = calibrated(opened, asked, talk, "calibrate")
     with new_file(output, found.made_of) as new:
         # `save` writes a file where the name ends so.
         written = new.with_name("statistics.safetensors")

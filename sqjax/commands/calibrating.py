@@ -22,12 +22,12 @@ class Calibrated(NamedTuple):
 
     Attributes:
         stats: the statistics; None where they are not needed.
-        name: of what was read.
+        name: of what was read; None where nothing was.
         made_of: digests of the model and of what was read, for the recipe.
     """
 
     stats: Any
-    name: str
+    name: str | None
     made_of: dict[str, str]
 
 
@@ -42,10 +42,6 @@ def calibrated(
     """
     float_only(opened, command)
     if asked.stats is not None:
-        if asked.text is not None:
-            raise ValueError(
-                "--stats: expected it without --text, which would not be read"
-            )
         # The text is in the statistics already, and so not part of the recipe.
         made_of = {"model": opened.digest, "stats": digest_at(asked.stats)}
         check_recipe(made_of)
@@ -80,6 +76,22 @@ def calibrated(
     return Calibrated(stats, str(windows), made_of)
 
 
+def check_asked(asked: Asked) -> None:
+    """Raises ValueError if there is nothing to calibrate on.
+
+    Commands ask before they load a model, because the answer should not take a minute. What was
+    read is read again later: beside a model it is small.
+    """
+    if asked.stats is None:
+        read_texts(asked.text, "calibration")
+        return
+    if asked.text is not None:
+        raise ValueError(
+            "--stats: expected it without --text, which would not be read"
+        )
+    read_stats(asked.stats)
+
+
 def uncalibrated(opened: Opened, command: str) -> Calibrated:
     """What `calibrated` gives, for what needs no statistics: only the checks.
 
@@ -89,7 +101,7 @@ def uncalibrated(opened: Opened, command: str) -> Calibrated:
     float_only(opened, command)
     made_of = {"model": opened.digest}
     check_recipe(made_of)
-    return Calibrated(None, "nothing", made_of)
+    return Calibrated(None, None, made_of)
 
 
 def read_stats(path: Path) -> Stats:
@@ -98,11 +110,13 @@ def read_stats(path: Path) -> Stats:
     Raises:
         ValueError: it is no file of sqjax, or holds something else.
     """
-    found = load(path)
+    expected = f"--stats: {path}: expected a file that `sqjax calibrate` wrote"
+    try:
+        found = load(path)
+    except ValueError as error:
+        raise ValueError(f"{expected}; {error}") from error
     if not isinstance(found, Stats):
-        raise ValueError(
-            f"{path}: expected statistics that `sqjax calibrate` wrote, got a tree of parameters"
-        )
+        raise ValueError(f"{expected}, got a tree of parameters")
     return found
 
 

@@ -17,6 +17,7 @@ from sqjax.commands.evaluate import evaluate
 from sqjax.commands.export import export
 from sqjax.commands.generate import generate
 from sqjax.commands.inspection import inspect
+from sqjax.commands.interruption import heed_interruptions
 from sqjax.commands.quantize import quantize
 from sqjax.commands.report import report
 from sqjax.commands.smooth import smooth
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def script() -> int:
     """`main` of a process of its own, which an interruption ends at once."""
+    heed_interruptions()
     status = main()
     if status == _INTERRUPTED:
         # What was half written is gone by now. Not by `sys.exit`, because jax's threads, still at

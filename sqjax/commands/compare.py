@@ -36,12 +36,13 @@ def compare(
     of OTHER from MODEL, and the difference of the losses with its standard error over windows.
     """
     from sqjax.commands import comparing
-    from sqjax.commands.model_argument import open_decoder
+    from sqjax.commands.model_argument import check_names, open_decoder
     from sqjax.commands.outputs import check_recipe
     from sqjax.commands.texts import read_texts, token_windows
 
     texts = read_texts(text, "evaluation")
     check_recipe({"text": texts.digest})
+    check_names(model, other)
     first = open_decoder(model, dtype, talk)
     second = open_decoder(other, dtype, talk)
     length = comparing.shared_length(first, second, tokens)

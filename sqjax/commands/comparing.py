@@ -162,8 +162,8 @@ def text_of(found: Compared, name: str, other: str) -> str:
     spread = "" if error is None else f" +- {error:.4f} (standard error)"
     change = 100 * (found.other_perplexity / found.perplexity - 1)
     lines = [
-        f"perplexity {found.perplexity:.3f}  {first:.0f} MB  {name}",
-        f"perplexity {found.other_perplexity:.3f}  {second:.0f} MB  {other}",
+        f"perplexity {found.perplexity:.3f}  {first:.0f} MB in memory  {name}",
+        f"perplexity {found.other_perplexity:.3f}  {second:.0f} MB in memory  {other}",
         f"loss {found.loss_difference:+.4f}{spread} nats a token; perplexity {change:+.2f}%",
         f"same likeliest token {100 * found.same_token:.2f}%",
         f"KL divergence {found.kl:.5f} nats a token",

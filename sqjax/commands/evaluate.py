@@ -1,7 +1,7 @@
 """`sqjax eval`: how well a model predicts a text, and how it does on tasks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -55,7 +55,8 @@ def evaluate(
     """Measure perplexity on a text, or scores on tasks.
 
     Perplexity is exp of the mean negative log-likelihood of each token of a window after its first;
-    lower is better.
+    lower is better. Sizes are those of the weights in memory: what a .gguf file holds becomes
+    float when it is read.
     """
     if tasks is not None:
         wrong = text or against or tokens or windows
@@ -65,35 +66,25 @@ def evaluate(
                 "about perplexity"
             )
         # An empty name is a comma too many.
-        names = [name for name in tasks.split(",") if name]
-        record = _scores(talk, model, dtype, names, limit, cache)
+        asked = [name for name in tasks.split(",") if name]
+        record = _scores(talk, model, dtype, asked, limit, cache)
         talk.result(record, _table(record["results"]))
         return
-    from sqjax.commands.model_argument import open_decoder
+    if limit is not None:
+        raise ValueError(
+            "--limit: expected it with --tasks, whose questions it limits; for a text there are "
+            "--windows and --tokens"
+        )
+    from sqjax.commands.model_argument import check_names
     from sqjax.commands.outputs import check_recipe
-    from sqjax.commands.texts import read_texts, token_windows
-    from sqjax.models import perplexity
-    from sqjax.weights.sizes import weight_bytes
+    from sqjax.commands.texts import read_texts
 
     texts = read_texts(text, "evaluation")
     check_recipe({"text": texts.digest})
-    rows: list[dict[str, Any]] = []
-    # Both read the same text, each by its own tokenizer.
-    for name in filter(None, (model, against)):
-        opened = open_decoder(name, dtype, talk)
-        read = token_windows(opened.model, texts, tokens, windows)
-        talk.note(f"reading {read}")
-        value = perplexity(
-            opened.model,
-            opened.params,
-            read.ids,
-            cache=cache,
-            progress=talk.progress,
-            description=name,
-        )
-        size = weight_bytes(opened.params)
-        row = {"model": name, "perplexity": value, "weight_bytes": size}
-        rows.append(row | {"tokens": read.ids.size, "text": str(read)})
+    names = [model] if against is None else [model, against]
+    check_names(*names)
+    how = _How(texts, tokens, windows, cache, dtype)
+    rows = [_measured(name, how, talk) for name in names]
     record = dict(rows[0])
     lines = list(map(_line, rows))
     if against is not None:
@@ -103,9 +94,46 @@ def evaluate(
     talk.result(record, "\n".join(lines))
 
 
+class _How(NamedTuple):
+    """What is read, and how."""
+
+    texts: Any
+    tokens: int | None
+    windows: int | None
+    cache: str | None
+    dtype: str
+
+
+def _measured(name: str, how: _How, talk: Talk) -> dict[str, Any]:
+    """The perplexity of one model.
+
+    A function of its own, because so the model leaves memory before the next one is loaded.
+    """
+    from sqjax import models
+    from sqjax.commands import model_argument
+    from sqjax.commands.texts import token_windows
+    from sqjax.weights.sizes import weight_bytes
+
+    opened = model_argument.open_decoder(name, how.dtype, talk)
+    # Both models read the same text, each by its own tokenizer.
+    read = token_windows(opened.model, how.texts, how.tokens, how.windows)
+    talk.note(f"reading {read}")
+    value = models.perplexity(
+        opened.model,
+        opened.params,
+        read.ids,
+        cache=how.cache,
+        progress=talk.progress,
+        description=name,
+    )
+    size = weight_bytes(opened.params)
+    row = {"model": name, "perplexity": value, "weight_bytes": size}
+    return row | {"tokens": read.ids.size, "text": str(read)}
+
+
 def _line(row: dict[str, Any]) -> str:
     size = row["weight_bytes"] / 1e6
-    return f"perplexity {row['perplexity']:.3f}  {size:.0f} MB  {row['model']}"
+    return f"perplexity {row['perplexity']:.3f}  {size:.0f} MB in memory  {row['model']}"
 
 
 def _scores(

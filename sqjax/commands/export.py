@@ -1,5 +1,7 @@
 """`sqjax export`: a model's programs, compiled for a platform, with its weights beside them."""
 
+import importlib.util
+import shlex
 from pathlib import Path
 
 import click
@@ -38,7 +40,7 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
         type=click.IntRange(1),
         default=128,
         show_default=True,
-        help="The tokens of a prompt.",
+        help="The tokens of the longest prompt.",
     ),
     click.option(
         "--length",
@@ -64,10 +66,23 @@ def export(
 ) -> None:
     """Write the programs of MODEL, to run with jax alone.
 
-    One reads a prompt, the other one more token (jax.export). They run where jax is, without sqjax.
+    One reads a prompt, the other one more token (jax.export). They run where jax is, without sqjax:
+
+    \b
+    python DIR/run.py 16 1,2,3
+
+    prints up to 16 new tokens after the token ids 1, 2, 3. The script knows ids, and no text: the
+    tokenizer's files, which lie beside it, are for a program of yours.
+
+    Writing needs the package flatbuffers: pip install 'sqjax[export]'.
     """
     # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model,))
+    # Before the model is read, because the answer should not take a minute.
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "export: needs flatbuffers, with which jax.export writes: pip install 'sqjax[export]'"
+        )
     from sqjax import models
     from sqjax.commands.model_argument import open_decoder
 
@@ -95,4 +110,7 @@ def export(
         "platforms": list(platforms),
         "files": files,
     }
-    talk.result(record, f"{output}: {', '.join(files)}")
+    ids = ["1,2,3"] * batch
+    how = shlex.join(["python", str(output / "run.py"), "16", *ids])
+    summary = f"{output}: {', '.join(files)}\nto run it on token ids, for up to 16 new ones: {how}"
+    talk.result(record, summary)

@@ -29,9 +29,11 @@ def inspect(
 
     It is calibrated for that. Of a quantized model, how its weights are quantized is shown.
     """
-    from sqjax.commands.calibrating import calibrated
+    from sqjax.commands.calibrating import calibrated, check_asked
     from sqjax.commands.model_argument import open_model
 
+    asked = Asked(text, tokens, windows, stats)
+    check_asked(asked)
     opened = open_model(model, dtype, talk)
     head = _what_it_is(opened)
     # Codes tell nothing of outliers, and nothing can be folded into them.
@@ -40,7 +42,6 @@ def inspect(
         return
     from sqjax.report import inspect as inspected
 
-    asked = Asked(text, tokens, windows, stats)
     found = calibrated(opened, asked, talk, "inspect")
     model_fn: Any = opened.model
     # An encoder is quantized as it is used: with its pooling.

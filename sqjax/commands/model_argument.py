@@ -76,6 +76,16 @@ def open_model(name: str, dtype: str, talk: Talk) -> Opened:
     return Opened(name, source, model, params, digest_at(source))
 
 
+def check_names(*names: str) -> None:
+    """Raises ValueError if one of several models is not there, before the first one is loaded."""
+    from sqjax.models.checkpoints.encoders import ENCODER_NAMES
+    from sqjax.models.checkpoints.loading import NAMES
+
+    for name in names:
+        if name not in {*NAMES, *ENCODER_NAMES}:
+            _here(name)
+
+
 def open_decoder(name: str, dtype: str, talk: Talk) -> Opened:
     """`open_model` of what predicts next tokens and has a tokenizer.
 
@@ -114,6 +124,15 @@ def _found(name: str, talk: Talk) -> tuple[Path, bool]:
         return NAMES[name](), False
     if name in ENCODER_NAMES:
         return ENCODER_NAMES[name](), True
+    here = _here(name)
+    if here is not None:
+        return here
+    directory = _fetched(name, talk)
+    return directory, _is_encoder(directory)
+
+
+def _here(name: str) -> tuple[Path, bool] | None:
+    """What `_found` gives, of a path; None for what may be a hub id."""
     if os.path.isdir(name):
         return Path(name), _is_encoder(Path(name))
     if os.path.isfile(name):
@@ -123,8 +142,7 @@ def _found(name: str, talk: Talk) -> tuple[Path, bool]:
     # A folder that is there means a path that is misspelt.
     if not _HUB_ID.fullmatch(name) or os.path.isdir(folder):
         raise ValueError(f"{name}: no such path; expected {_EXPECTED}")
-    directory = _fetched(name, talk)
-    return directory, _is_encoder(directory)
+    return None
 
 
 def _check_file(name: str) -> None:
@@ -139,7 +157,7 @@ def _is_encoder(directory: Path) -> bool:
     """Whether a directory holds an encoder of texts.
 
     Raises:
-        ValueError: it holds a model of images.
+        ValueError: it holds a model of images, or none.
     """
     from sqjax.models import EncoderConfig, VisionConfig
     from sqjax.models.checkpoints.families.known import FAMILIES
@@ -149,7 +167,9 @@ def _is_encoder(directory: Path) -> bool:
         return True
     config = directory / "config.json"
     if not config.is_file():
-        return False  # `load` says what is missing
+        raise ValueError(
+            f"{directory}: expected {_EXPECTED}; got a directory without config.json"
+        )
     family = FAMILIES.get(str(read_object(config).get("model_type")))
     kind = None if family is None else family.config_type
     if kind is VisionConfig:

@@ -117,11 +117,17 @@ def quantize(
         output, force, directory=is_directory, reads=(model, text, stats)
     )
     from sqjax.commands import quantizing
-    from sqjax.commands.calibrating import calibrated, uncalibrated
+    from sqjax.commands.calibrating import (
+        calibrated,
+        check_asked,
+        uncalibrated,
+    )
     from sqjax.commands.model_argument import open_model
 
-    opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
+    if how.needs_statistics:
+        check_asked(asked)
+    opened = open_model(model, dtype, talk)
     if how.needs_statistics:
         found = calibrated(opened, asked, talk, "quantize")
     else:
@@ -131,8 +137,8 @@ def quantize(
     with write(output, found.made_of) as new:
         talk.note(f"writing {output}")
         quantizing.write(new, opened, made, how)
-    record = quantizing.record(opened, made, how)
-    record |= {"output": str(output), "text": found.name}
+    record = quantizing.record(opened, made, how, output)
+    record["text"] = found.name
     talk.result(record, f"{output}: {quantizing.summary(record)}")
 
 

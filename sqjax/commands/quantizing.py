@@ -62,30 +62,33 @@ def write(new: Path, opened: Opened, params: Any, how: How) -> None:
         models.save(new, model, params, like=like)
 
 
-def record(opened: Opened, params: Any, how: How) -> dict[str, Any]:
+def record(
+    opened: Opened, params: Any, how: How, written: Path
+) -> dict[str, Any]:
     """What was made, for machines."""
+    # What GGUF's writer got was float, so only its file says what became of it.
+    is_file = how.layout == "gguf"
+    size = written.stat().st_size if is_file else weight_bytes(params)
     return {
         "model": opened.name,
         "scheme": how.scheme,
         "rules": how.rules,
-        "alpha": how.alpha,
+        "alpha": None if how.alpha == "none" else how.alpha,
         "format": how.layout,
         "float_bytes": weight_bytes(opened.params),
-        "weight_bytes": weight_bytes(params),
+        "weight_bytes": size,
+        "output": str(written),
     }
 
 
 def summary(made: dict[str, Any]) -> str:
     """What was made, for people."""
-    smoothing = (
-        "not smoothed"
-        if made["alpha"] == "none"
-        else f"smoothed with alpha {made['alpha']}"
-    )
+    alpha, text = made["alpha"], made["text"]
     before, after = made["float_bytes"] / 1e6, made["weight_bytes"] / 1e6
-    size = f"{before:.0f} MB to {after:.0f} MB"
-    if made["format"] == "gguf":
-        size = f"from {before:.0f} MB"
-    return (
-        f"{made['scheme']}, {smoothing}, {size}; calibrated on {made['text']}"
-    )
+    said = [
+        made["scheme"],
+        "not smoothed" if alpha is None else f"smoothed with alpha {alpha}",
+        f"{before:.0f} MB to {after:.0f} MB",
+    ]
+    calibrated = "" if text is None else f"; calibrated on {text}"
+    return ", ".join(said) + calibrated

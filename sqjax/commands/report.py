@@ -108,14 +108,15 @@ def report(
             "report: needs matplotlib for its pictures: pip install 'sqjax[plots]'"
         )
     from sqjax import report as reports
-    from sqjax.commands.calibrating import calibrated
+    from sqjax.commands.calibrating import calibrated, check_asked
     from sqjax.commands.model_argument import open_decoder
     from sqjax.commands.texts import read_texts, token_windows
 
-    opened = open_decoder(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
-    found = calibrated(opened, asked, talk, "report")
+    check_asked(asked)
     texts = read_texts(eval_text, "evaluation")
+    opened = open_decoder(model, dtype, talk)
+    found = calibrated(opened, asked, talk, "report")
     # A page depends on a second text, by which perplexity is measured.
     made_of = found.made_of | {"eval_text": texts.digest}
     check_recipe(made_of)

@@ -67,13 +67,14 @@ def smooth(
         raise ValueError("--alpha: expected a number from 0 to 1, got none")
     # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model, text, stats))
-    from sqjax.commands.calibrating import calibrated, smoothed
+    from sqjax.commands.calibrating import calibrated, check_asked, smoothed
     from sqjax.commands.model_argument import open_model
     from sqjax.models import save_huggingface
     from sqjax.weights.sizes import weight_bytes
 
-    opened = open_model(model, dtype, talk)
     asked = Asked(text, tokens, windows, stats)
+    check_asked(asked)
+    opened = open_model(model, dtype, talk)
     found = calibrated(opened, asked, talk, "smooth")
     # Statistics of the smoothed parameters are of no use here: nothing is quantized.
     params, _ = smoothed(opened.params, found.stats, alpha, groups)

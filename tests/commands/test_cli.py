@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import click
@@ -168,8 +169,10 @@ def test_a_recipe_makes_the_same_file_again(run):
     # A GGUF file that is not smoothed needs no calibration, so this is quick.
     made = ["--format", "gguf", "--scheme", "Q4_0", "-o", "one.gguf", "--quiet", "--json"]
     record = json.loads(run("quantize", "tiny", *made))
-    assert (record["scheme"], record["alpha"]) == ("q4_0", "none")
-    run("quantize", "--recipe", "one.gguf.recipe.yaml", "-o", "two.gguf", "--quiet")
+    assert (record["scheme"], record["alpha"], record["text"]) == ("q4_0", None, None)
+    assert record["weight_bytes"] == Path("one.gguf").stat().st_size < record["float_bytes"]
+    said = run("quantize", "--recipe", "one.gguf.recipe.yaml", "-o", "two.gguf", "--quiet")
+    assert said == "two.gguf: q4_0, not smoothed, 0 MB to 0 MB\n"
     for name in ("{}.gguf", "{}.gguf.recipe.yaml"):
         one, two = (Path(name.format(x)).read_bytes() for x in ("one", "two"))
         assert one == two
@@ -196,7 +199,7 @@ def test_options_win_over_a_recipe(quantized, run):
     made = ["-o", "w8a16", "--json", "--quiet"]
     out = run("quantize", "--recipe", recipe, "--scheme", "w8a16", "--alpha", "none", *made)
     record = json.loads(out)
-    assert (record["scheme"], record["alpha"]) == ("w8a16", "none")
+    assert (record["scheme"], record["alpha"]) == ("w8a16", None)
     assert record["rules"] == {"q_proj": "none"}
     kernel = loaded("w8a16")[1]["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     assert kernel.activations is None
@@ -338,6 +341,8 @@ def test_report_is_one_page(run, stats):
 @pytest.mark.slow
 def test_export_writes_programs(run, quantized):
     how = ["--platform", "cpu", "--prompt", "8", "--length", "16"]
+    said = run("export", quantized, *how, "-o", "said", "--quiet")
+    assert said.endswith(" new ones: python said/run.py 16 1,2,3\n")
     found = json.loads(run("export", quantized, *how, "-o", "programs", "--quiet", "--json"))
     assert {"run.py", "recipe.yaml"} <= set(found["files"]) | set(os.listdir("programs"))
 
@@ -355,6 +360,12 @@ def test_other_formats_are_models_again(run, stats):
         expected = same.apply(floats, ids)
         error = jnp.abs(got - expected).max() / jnp.abs(expected).max()
         assert 0 < error < 0.1
+
+
+def test_export_says_first_what_it_needs(refusal, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    # "nowhere" is no model, but this is said before it is looked for.
+    assert "pip install 'sqjax[export]'" in refusal("export", "nowhere", "-o", "x")
 
 
 # Texts --------------------------------------------------------------------------------------------
@@ -407,6 +418,7 @@ def test_texts_of_files_folders_and_lines(tmp_path):
         (["eval", "tiny", "--text", "no.txt"], "Path 'no.txt' does not exist"),
         (["eval", "tiny", "--text", "text.txt", "--tokens", "1024"], "windows of text of 1024"),
         (["eval", "tiny", "--text", "text.txt", "--windows", "999"], "got 999"),
+        (["eval", "tiny", "--limit", "3"], "--limit: expected it with --tasks"),
         (["eval", "tiny", "--tasks", "arc_easy"], "pip install 'sqjax[eval]'"),
         (["generate", "tiny", "Hi", "--max-tokens", "64"], "the model takes 64 in all"),
         (["generate", "tiny", ""], "PROMPT: expected a text, got an empty one"),
@@ -417,6 +429,53 @@ def test_texts_of_files_folders_and_lines(tmp_path):
 def test_bad_input_is_one_line(refusal, arguments, said):
     assert said in refusal(*arguments)
     assert not Path("x").exists()
+
+
+NOTHING = "expected a text, got nothing but spaces"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["calibrate", "tiny", "--text", "empty.txt", "-o", "x"], NOTHING),
+        (["quantize", "tiny", "--text", "lines.jsonl", "-o", "x"], 'expected {"text": ...}'),
+        (["smooth", "tiny", "--text", "empty", "-o", "x"], "expected a folder of texts"),
+        (["inspect", "tiny", "--text", "empty.txt"], NOTHING),
+        (["report", "tiny", "--eval-text", "empty.txt", "-o", "x"], NOTHING),
+        (["eval", "tiny", "--against", "empty"], "a directory without config.json"),
+        (["compare", "tiny", "tinny"], "tinny: no such path"),
+        (["inspect", "tiny", "--stats", "text.txt"], "--stats: text.txt: expected a file that"),
+        (["inspect", "tiny", "--stats", "text.txt", "--text", "text.txt"], "without --text"),
+    ],
+)
+def test_wrong_inputs_are_found_before_a_model_is_loaded(
+    refusal, monkeypatch, place, arguments, said
+):
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "empty.txt").write_text(" ")
+    (place / "lines.jsonl").write_text('{"txt": "a"}')
+
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sqjax.models.load", loads)
+    assert said in refusal(*arguments)
+
+
+def test_eval_holds_one_model_at_a_time(run, monkeypatch):
+    held = []
+
+    def opens(name, *_):
+        assert all(one() is None for one in held)
+        weights = np.zeros(2)
+        held.append(weakref.ref(weights))
+        return types.SimpleNamespace(model=loaded_model, params=weights)
+
+    loaded_model = sq.models.load("tiny")[0]
+    monkeypatch.setattr("sqjax.commands.model_argument.open_decoder", opens)
+    monkeypatch.setattr("sqjax.models.perplexity", lambda *_, **__: 2.0)
+    run("eval", "tiny", "--against", "tiny", "--text", "text.txt", *FEW)
+    assert len(held) == 2
 
 
 @pytest.mark.slow

@@ -123,7 +123,25 @@ def test_the_script_is_short_and_imports_jax_alone():
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         assert not isinstance(node, ast.ImportFrom)
-    assert imported <= {"json", "pathlib", "sys", "jax", "numpy"}
+    assert imported <= {"json", "pathlib", "re", "sys", "jax", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", ["", "4", "4 1,2,3 1", "x 1", "4 1,x", "4 1,2,3,4", "4 1,,2"])
+def test_wrong_arguments_of_the_script_are_a_line(tmp_path, monkeypatch, arguments):
+    from sqjax.models.checkpoints.writing.run_script import RUN
+
+    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "manifest.json").write_text('{"prompt": 3, "batch": 1}')
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments.split()])
+    usage = "usage: run.py NEW_TOKENS ID,ID,...: whole numbers, at most 3 ids in a prompt"
+    with pytest.raises(SystemExit, match=f"^{usage}$"):
+        runpy.run_path(str(tmp_path / "run.py"))
+
+
+def test_without_flatbuffers_nothing_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"flatbuffers.* pip install 'sqjax\[export\]'"):
+        export(tmp_path / "new", MODEL, params_in("float"), **SIZES)
 
 
 def test_files_of_the_tokenizer_and_replacing(tmp_path):

@@ -1,5 +1,6 @@
 """`export`: a decoder's two programs, written by `jax.export`, with the weights beside them."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ def export(
     Raises:
         ValueError: sizes that the model has no room for, an unknown platform, leaves that are
             missing, too many or misshapen, or a directory that may not be written.
+        ImportError: the package flatbuffers, with which `jax.export` writes, is not installed.
         OSError: the files can not be written. What was there stays.
 
     Examples:
@@ -99,6 +101,7 @@ def export(
     check_path(directory, "export(directory, ...)")
     target = Path(directory)
     sizes = _Sizes(batch, prompt, length)
+    _check_package()
     with named("export"):
         sizes.check(model)
         _check_platforms(platforms)
@@ -114,6 +117,15 @@ def export(
         _write(target, model, weights, sizes, exported)
     except OSError as error:
         raise told(error, f"export: {target}") from error
+
+
+def _check_package() -> None:
+    """Raises ImportError unless the package is there with which `jax.export` writes."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "export: jax.export writes with the package flatbuffers, which is not installed: pip "
+            "install 'sqjax[export]'"
+        )
 
 
 class _Sizes(NamedTuple):

@@ -4,19 +4,19 @@
 #: says where each begins, because so it needs no package for safetensors.
 RUN = '''\
 """Up to 16 tokens after the ids 1, 2, 3, the likeliest each time: python run.py 16 1,2,3"""
-import json, pathlib, sys, jax, jax.export, jax.numpy as jnp, numpy as np
+import json, pathlib, re, sys, jax, jax.export, jax.numpy as jnp, numpy as np
 here = pathlib.Path(__file__).parent
 about = json.loads((here / "manifest.json").read_text())
-weights, file = [], here / "weights.safetensors"
-for w in about["weights"]:
+weights, file, n, rows = [], here / "weights.safetensors", about["prompt"], about["batch"]
+how = f"usage: run.py NEW_TOKENS{' ID,ID,...' * rows}: whole numbers, at most {n} ids in a prompt"
+re.fullmatch(rf"\\d+( \\d+(,\\d+){{,{n - 1}}}){{{rows}}}", " ".join(sys.argv[1:])) or sys.exit(how)
+for w in about["weights"]:  # one that is packed has two codes of 4 bits in a byte, low half first
     x = np.memmap(file, jnp.dtype(w["stored"]), "r", w["offset"], tuple(w["stored_shape"]))
-    if w["packed"]:  # two codes of 4 bits in a byte, the first one in its low half
-        x = jax.lax.bitcast_convert_type(x, jnp.int4).reshape(w["shape"])
+    x = jax.lax.bitcast_convert_type(x, jnp.int4).reshape(w["shape"]) if w["packed"] else x
     weights.append(jnp.asarray(x).astype(w["dtype"]))
 load = lambda name: jax.export.deserialize(bytearray((here / name).read_bytes())).call
-ids = [[int(i) for i in text.split(",")] for text in sys.argv[2:]]  # a text for each row
-ids = np.int32([[-1] * (about["prompt"] - len(row)) + row for row in ids])  # -1: no token
-logits, cache = jax.jit(load("prefill.bin"))(weights, ids)
+ids = [([-1] * n + [int(i) for i in row.split(",")])[-n:] for row in sys.argv[2:]]  # -1: no token
+logits, cache = jax.jit(load("prefill.bin"))(weights, np.int32(ids))
 step, new = jax.jit(load("decode.bin"), donate_argnums=2), []
 while len(new) < min(int(sys.argv[1]), about["new_tokens"]):
     new.append(np.argmax(logits, axis=1))
