@@ -81,9 +81,8 @@ def _check_kind(output: Path, directory: bool) -> None:
         output.is_dir() == directory,
         f"{output}: expected {what} to replace, got something else; name another path",
     )
-    # A directory goes with all that it holds, so it must be one of these.
-    signs = FILE, "config.json"
-    is_ours = any((output / sign).is_file() for sign in signs)
+    # A directory goes with all that it holds. Ours have a recipe; a config.json is in others too.
+    is_ours = (output / FILE).is_file()
     _require(
         is_ours or not directory,
         f"{output}: expected to replace what sqjax wrote, got a directory without {FILE}; name "
