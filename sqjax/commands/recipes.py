@@ -16,9 +16,7 @@ thing that was read: another text than that one is refused.
 import difflib
 import hashlib
 import os
-import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ FILE = "recipe.yaml"
 _NOT_IN_RECIPES = {"output", "force", "json", "quiet", "recipe", "help"}
 #: Keys of a recipe that are no parameters.
 _MADE_WITH, _MADE_OF = "made_with", "made_of"
-#: Packages whose versions may change what is made.
-_PACKAGES = ("sqjax", "jax", "jaxlib", "flax", "numpy")
 #: Of a large file only so much is read for its digest, at each end.
 _END = 1 << 16
 #: The argument that may be a path or a name.
@@ -156,6 +152,9 @@ def recipe_text(context: click.Context, made_of: Mapping[str, str]) -> str:
     """
     import yaml
 
+    # Here, because it loads jax.
+    from sqjax.report.machine import versions
+
     name = context.command.name
     recipe = stated(context)
     recipe[_MADE_WITH] = versions()
@@ -198,20 +197,6 @@ def _is_path(name: str) -> bool:
     # A folder may have the name of a model that is fetched.
     is_name = name in NAMES or name in ENCODER_NAMES
     return not is_name and os.path.exists(name)
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes, and on which platform."""
-    import jax
-
-    from sqjax import __version__
-
-    found = {"sqjax": __version__}
-    for package in _PACKAGES[1:]:
-        found[package] = metadata.version(package)
-    found["python"] = platform.python_version()
-    found["platform"] = jax.default_backend()
-    return found
 
 
 def check_same(context: click.Context, made_of: Mapping[str, str]) -> None:
