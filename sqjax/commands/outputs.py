@@ -47,7 +47,6 @@ def check_output(
         here not in (working, *working.parents),
         f"{output}: expected a path that does not hold the working directory; name another path",
     )
-    _check_free(output, force, directory)
     for read in reads:
         if read is None or not os.path.exists(read):
             continue
@@ -56,6 +55,8 @@ def check_output(
             here not in (origin, *origin.parents),
             f"{output}: expected a path that does not hold {read}, which is read; name another",
         )
+    # Last, because to pass --force would not help against what comes before.
+    _check_free(output, force, directory)
 
 
 def _check_free(output: Path, force: bool, directory: bool) -> None:
