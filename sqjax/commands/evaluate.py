@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 import click
 
-from sqjax.commands.options import CACHES, MODEL, TEXT, Talk, command
+from sqjax.commands.options import (
+    CACHES,
+    EVALUATION_TEXT,
+    MODEL,
+    Talk,
+    Whole,
+    command,
+)
 
 _EXAMPLES = """
 sqjax eval smollm2-w8a8
@@ -23,7 +30,7 @@ sqjax eval ./Llama-3.2-1B-w8a8 --tasks arc_easy,hellaswag --limit 100
         metavar="MODEL",
         help="Another model on the same text, usually the float one.",
     ),
-    TEXT,
+    EVALUATION_TEXT,
     click.option(
         "--cache",
         type=click.Choice(CACHES),
@@ -36,7 +43,7 @@ sqjax eval ./Llama-3.2-1B-w8a8 --tasks arc_easy,hellaswag --limit 100
     ),
     click.option(
         "--limit",
-        type=click.IntRange(1),
+        type=Whole(1),
         help="With --tasks: at most so many questions of each.",
     ),
 )
@@ -117,7 +124,7 @@ def _measured(name: str, how: _How, talk: Talk) -> dict[str, Any]:
     opened = model_argument.open_decoder(name, how.dtype, talk)
     # Both models read the same text, each by its own tokenizer.
     read = token_windows(opened.model, how.texts, how.tokens, how.windows)
-    talk.note(f"reading {read}")
+    talk.note(f"reading {read}; compiling comes first")
     value = models.perplexity(
         opened.model,
         opened.params,

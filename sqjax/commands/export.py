@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sqjax.commands.options import MODEL, Talk, command, output
+from sqjax.commands.options import MODEL, Talk, Whole, command, output
 from sqjax.commands.outputs import check_output, check_recipe, new_directory
 from sqjax.commands.recipes import settle
 
@@ -30,21 +30,21 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
     ),
     click.option(
         "--batch",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=1,
         show_default=True,
         help="How many prompts are read at once.",
     ),
     click.option(
         "--prompt",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=128,
         show_default=True,
         help="The tokens of the longest prompt.",
     ),
     click.option(
         "--length",
-        type=click.IntRange(2),
+        type=Whole(2),
         default=256,
         show_default=True,
         help="The tokens that the cache has room for.",
@@ -74,10 +74,14 @@ def export(
     prints up to 16 new tokens after the token ids 1, 2, 3. The script knows ids, and no text: the
     tokenizer's files, which lie beside it, are for a program of yours.
 
-    Writing needs the package flatbuffers: pip install 'sqjax[export]'.
+    Writing and running need the package flatbuffers too: pip install flatbuffers.
     """
     # Before jax is imported, because what is wrong here should be said at once.
     check_output(output, force, directory=True, reads=(model,))
+    if length <= prompt:
+        raise ValueError(
+            f"--length: expected more than --prompt, which is {prompt}, got {length}"
+        )
     # Before the model is read, because the answer should not take a minute.
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError(
@@ -87,6 +91,12 @@ def export(
     from sqjax.commands.model_argument import open_decoder
 
     opened = open_decoder(model, dtype, talk)
+    most = opened.model.config.max_length
+    if length > most:
+        raise ValueError(
+            f"--length: expected at most {most}, which is what the model takes, got {length}; give "
+            "a smaller --length, and --prompt if need be"
+        )
     made_of = {"model": opened.digest}
     check_recipe(made_of)
     # One program serves them all, so there is no need to ask for which.

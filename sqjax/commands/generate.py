@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sqjax.commands.options import CACHES, MODEL, Talk, command
+from sqjax.commands.options import CACHES, MODEL, Number, Talk, Whole, command
 
 _EXAMPLES = """
 sqjax generate smollm2-135m "Why is the sky blue?"
@@ -23,7 +23,7 @@ sqjax generate smollm2-w8a8 - < prompt.txt
     click.argument("prompt", metavar="PROMPT"),
     click.option(
         "--max-tokens",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=128,
         show_default=True,
         help="The largest number of new tokens.",
@@ -36,21 +36,25 @@ sqjax generate smollm2-w8a8 - < prompt.txt
     ),
     click.option(
         "--temperature",
-        type=click.FloatRange(0),
+        type=Number(0),
         default=0.0,
         show_default=True,
         help="0 for the likeliest token every time.",
     ),
     click.option(
-        "--top-k", type=click.IntRange(1), help="Draw among so many likeliest."
+        "--top-k", type=Whole(1), help="Draw among so many likeliest."
     ),
     click.option(
         "--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Number(0, 1, min_open=True),
         help="Draw among the fewest likeliest that have this share.",
     ),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of the draws."
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Of the draws.",
     ),
     click.option(
         "--cache",
@@ -88,7 +92,8 @@ def generate(
     # The library would refuse it too, but knows no option to name.
     _check_room(opened.model, ids, max_tokens)
     writer = _Writer(opened.model.tokenizer, talk)
-    talk.note("a chat" if is_chat else "a text to go on with")
+    kind = "a chat" if is_chat else "a text to go on with"
+    talk.note(f"{kind}; compiling before the first token")
     # Compiling counts, because a person waits for it too.
     start = time.perf_counter()
     made = continued(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from sqjax.commands.defaults import WINDOWS
 from sqjax.commands.recipes import RECIPE
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -20,6 +21,31 @@ EXISTING = click.Path(exists=True, path_type=Path)
 PATH = click.Path(path_type=Path)
 DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("float", "int8", "e4m3", "int4")
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As help shows it."""
+        return "N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: Any
+    ) -> int:
+        """The number."""
+        try:
+            int(value)
+        except ValueError:
+            self.fail(f"expected a whole number, got {value!r}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range."""
+
+    #: click says it in its help and in its errors.
+    name = "number"
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,7 @@ def command(
 
 _TALK = (
     click.option(
-        "--json", is_flag=True, help="Print one JSON object, and nothing else."
+        "--json", is_flag=True, help="Results as one JSON object on stdout."
     ),
     click.option(
         "--quiet", is_flag=True, help="No progress bars and no notes."
@@ -98,40 +124,53 @@ def several(
     return add
 
 
+class _Model(click.Argument):
+    """MODEL, which a recipe may say in place of the command line."""
+
+    def get_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """As the usage line of the help shows it."""
+        return ["[MODEL]"]
+
+
 #: What is loaded, and how; every command that loads a model takes a recipe too.
 MODEL = several(
-    click.argument("model", metavar="MODEL"),
+    click.argument("model", metavar="MODEL", cls=_Model),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
         default="float32",
         show_default=True,
-        help="Of float parameters, and so of what is computed and written.",
+        help="The dtype of everything that is not quantized.",
     ),
     RECIPE,
 )
 
-#: Which text is read, and how much of it.
-TEXT = several(
-    click.option(
-        "--text",
-        type=EXISTING,
-        metavar="FILE|DIR",
-        help='A text, a .jsonl file of {"text": ...}, or a folder of these.  [default: a '
-        "text that comes with sqjax]",
-    ),
-    click.option(
-        "--tokens",
-        type=click.IntRange(2),
-        help="The tokens of one window of text.  [default: 512, or as many as the model takes]",
-    ),
-    click.option(
-        "--windows",
-        type=click.IntRange(1),
-        help="How many windows of the text are read.  [default: the first 16 for calibration, "
-        "24 for evaluation]",
-    ),
-)
+
+def _text(purpose: str) -> Callable[[Function], Function]:
+    """Which text is read, and how much of it."""
+    return several(
+        click.option(
+            "--text",
+            type=EXISTING,
+            metavar="FILE|DIR",
+            help='A text, a .jsonl file of {"text": ...}, or a folder of these.  [default: a '
+            "text that comes with sqjax]",
+        ),
+        click.option(
+            "--tokens",
+            type=Whole(2),
+            help="The tokens of one window of text.  [default: 512, or as many as the model takes]",
+        ),
+        click.option(
+            "--windows",
+            type=Whole(1),
+            help="How many windows of the text are read.  [default: the first "
+            f"{WINDOWS[purpose]}, or as many as there are]",
+        ),
+    )
+
+
+TEXT, EVALUATION_TEXT = _text("calibration"), _text("evaluation")
 
 #: Statistics that are there already.
 STATS = click.option(

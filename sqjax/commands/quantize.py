@@ -60,8 +60,7 @@ class _Rule(click.ParamType):
         "--scheme",
         type=click.Choice((*SCHEMES, *GGUF_SCHEMES), case_sensitive=False),
         metavar="SCHEME",
-        help=f"How every matmul is quantized: {', '.join(SCHEMES)}; with --format gguf "
-        f"{', '.join(GGUF_SCHEMES)}.  [default: w8a8, or q8_0]",
+        help="How every matmul is quantized; see above.  [default: w8a8, or q8_0]",
     ),
     click.option(
         "--rule",
@@ -108,6 +107,23 @@ def quantize(
     It is calibrated first, unless --stats are given. The result is a MODEL again, for `eval`,
     `generate`, `compare`, `inspect` and `export`. Paths of weights, for --rule, are those that
     `inspect` shows: model/layers/0/self_attn/q_proj/kernel.
+
+    SCHEME is one of these. Weights of 8 bits have a scale for each output channel.
+
+    \b
+    w8a8, w8a8_o1     int8 weights, int8 activations with a scale for each token
+    w8a8_o2           the same, with one scale that is measured at run time
+    w8a8_o3           the same, with one scale from calibration (static)
+    w8a8_outliers     as w8a8, but channels above 6 in calibration stay float
+    fp8, fp8_e5m2     float8 weights, float8 activations by token
+    w8a16             int8 weights alone
+    w4a16, w4a16_g64  int4 weights alone, in groups of 128 or of 64
+    w4a8              int4 weights in groups, int8 activations by token
+    embedding_int8, embedding_int4
+                      of an embedding that is no head, for --rule
+    q8_0, q4_0, q4_1  8 and 4 bits of ggml, for --format gguf
+
+    compressed-tensors takes w8a8, w8a8_o1 to w8a8_o3, fp8, w8a16, w4a16 and w4a16_g64.
     """
     how = _how(format, scheme, rule, alpha)
     _check_name(output, format)
@@ -174,7 +190,9 @@ def _how(
 def _check_name(output: Path, layout: str) -> None:
     """Raises ValueError if the name of the result is that of another format."""
     if (output.suffix == ".gguf") != (layout == "gguf"):
-        raise ValueError(
-            f"{output}: expected a name that ends with .gguf for --format gguf, and for no other "
-            f"format, got --format {layout}"
+        problem = (
+            "--format gguf writes one file. Give it a name that ends with .gguf"
+            if layout == "gguf"
+            else "a name that ends with .gguf is for --format gguf. Pass that, or name a directory"
         )
+        raise ValueError(f"{output}: {problem}")

@@ -26,6 +26,8 @@ def quantized_as(opened: Opened, stats: Any, how: How, talk: Talk) -> Any:
     rules = _rules(stats, how, talk)
     # Before the work, because wrong patterns are found at once.
     site_schemes(stats.graph, rules)
+    if how.alpha != "none":
+        talk.note(f"smoothing with alpha {how.alpha}")
     params, their_stats = smoothed(opened.params, stats, how.alpha)
     talk.note("quantizing")
     return quantize(params, their_stats, rules)

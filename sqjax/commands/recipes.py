@@ -46,6 +46,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        # Its own text names "<unicode string>" for the file, because it was given a text.
+        mark = error.problem_mark or error.context_mark
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise ValueError(
+            f"{where}: expected a recipe in YAML: {error.problem}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: expected a recipe in YAML, got {error}"
@@ -90,7 +97,7 @@ RECIPE = click.option(
     is_eager=True,
     expose_value=False,
     callback=_take,
-    help="A recipe.yaml that says what the options say; options on the line win.",
+    help="A recipe.yaml that says what the options say, and MODEL; the command line wins.",
 )
 
 

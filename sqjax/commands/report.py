@@ -1,7 +1,9 @@
 """`sqjax report`: one HTML page on what quantizing a model does."""
 
+import dataclasses
 import importlib.util
 import json as json_text
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sqjax.commands.options import (
     TEXT,
     AlphaType,
     Talk,
+    Whole,
     command,
     output,
 )
@@ -66,7 +69,7 @@ _PROMPTS = ("The capital of France is", "Once upon a time")
     ),
     click.option(
         "--eval-windows",
-        type=click.IntRange(1),
+        type=Whole(1),
         default=8,
         show_default=True,
         help="How many windows of it.",
@@ -97,8 +100,10 @@ def report(
     MODEL is quantized with and without smoothing. The page holds its pictures itself, so it can be
     sent as it is.
     """
+    start = time.perf_counter()
     if "none" in (alpha, *alphas):
-        raise ValueError("--alpha: expected a number from 0 to 1, got none")
+        option = "--alpha" if alpha == "none" else "--alphas"
+        raise ValueError(f"{option}: expected a number from 0 to 1, got none")
     reads = model, text, eval_text, stats
     # A page takes minutes, so what is wrong with its place is said first.
     check_output(output, force, directory=False, reads=reads)
@@ -123,6 +128,7 @@ def report(
     read = token_windows(opened.model, texts, tokens, eval_windows)
     settle(tokens=read.ids.shape[1], prompt=list(prompt or _PROMPTS))
     recipe = stated(click.get_current_context())
+    talk.note(f"smoothing and quantizing; then measuring on {read}")
     measured: Any = reports.measure(
         opened.model,
         opened.params,
@@ -137,7 +143,21 @@ def report(
         stats=found.stats,
         progress=talk.progress,
     )
+    # What a person waited for, so reading and calibrating the model count too.
+    seconds = round(time.perf_counter() - start, 1)
+    measured = dataclasses.replace(measured, seconds=seconds)
     with new_file(output, made_of) as new:
         new.write_text(reports.html(measured), "utf-8")
     record = json_text.loads(json_text.dumps(measured.as_dict()))
-    talk.result(record | {"output": str(output)}, f"{output}: {read}")
+    talk.result(record | {"output": str(output)}, _summary(record, output))
+
+
+def _summary(record: dict[str, Any], output: Path) -> str:
+    """The headline figures."""
+    lines = [f"{output}: {record['scheme']}, on {record['text']}"]
+    for variant in record["variants"]:
+        size = variant["bytes"] / 1e6
+        lines.append(
+            f"perplexity {variant['perplexity']:.3f}  {size:.0f} MB  {variant['name']}"
+        )
+    return "\n".join(lines)

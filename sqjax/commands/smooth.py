@@ -76,6 +76,7 @@ def smooth(
     check_asked(asked)
     opened = open_model(model, dtype, talk)
     found = calibrated(opened, asked, talk, "smooth")
+    talk.note(f"smoothing with alpha {alpha}")
     # Statistics of the smoothed parameters are of no use here: nothing is quantized.
     params, _ = smoothed(opened.params, found.stats, alpha, groups)
     with new_directory(output, found.made_of) as new:

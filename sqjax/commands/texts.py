@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sqjax.commands.defaults import WINDOWS
 from sqjax.commands.options import Talk
 
 #: What is read where nothing is said.
 TOKENS = 512
-WINDOWS = {"calibration": 16, "evaluation": 24}
 #: Files of a folder that are read.
 _ENDINGS = (".txt", ".md", ".jsonl")
 #: An encoder reads lines, so many for one window of a decoder.
@@ -138,11 +138,15 @@ def token_windows(
     Raises:
         ValueError: the model takes fewer tokens, or the texts have too few.
     """
-    from sqjax.commands.shared import check_length
     from sqjax.models.evaluation.perplexity import windows
 
-    length = min(TOKENS, model.config.max_length) if tokens is None else tokens
-    check_length(model, length, "windows of text")
+    most = model.config.max_length
+    length = min(TOKENS, most) if tokens is None else tokens
+    if length > most:
+        raise ValueError(
+            f"--tokens: expected at most {most}, which is what the model takes, got {length}; give "
+            "a smaller --tokens"
+        )
     ids: list[int] = []
     for text in texts.texts:
         ids += model.tokenizer.encode(text)

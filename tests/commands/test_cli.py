@@ -132,6 +132,17 @@ def test_every_help_has_examples_that_parse(name):
     assert {"--json", "--quiet"} <= set(result.output.split())
 
 
+def test_the_help_says_what_each_scheme_is():
+    said = CliRunner().invoke(cli.sqjax, ["quantize", "--help"]).output
+    table = said.partition("SCHEME is one of")[2].partition("Options:")[0]
+    named = {word.rstrip(",") for word in table.split()}
+    assert {*SCHEMES, *GGUF_SCHEMES} <= named
+    assert "Usage: sqjax quantize [OPTIONS] [MODEL]" in said
+    for name, windows in {"quantize": 16, "eval": 24, "compare": 24}.items():
+        said = " ".join(CliRunner().invoke(cli.sqjax, [name, "--help"]).output.split())
+        assert f"[default: the first {windows}, or" in said
+
+
 def test_without_arguments_the_help_is_shown(capsys):
     assert cli.main([]) == 2
     assert "Commands:" in capsys.readouterr().err
@@ -332,8 +343,12 @@ def test_inspect_says_what_is_there(run, quantized, stats):
 @pytest.mark.slow
 def test_report_is_one_page(run, stats):
     how = ["--stats", stats, "--tokens", "32", "--eval-windows", "2", "--prompt", "The dog"]
-    run("report", "tiny", *how, "-o", "report.html", "--quiet")
+    said = run("report", "tiny", *how, "-o", "report.html", "--quiet")
     page = Path("report.html").read_text()
+    lines = said.splitlines()
+    assert lines[0] == "report.html: W8A8, on 2 x 32 tokens"
+    assert [line.split()[0] for line in lines[1:]] == ["perplexity"] * 3
+    assert [line.split()[-1] for line in lines[1:]] == ["float", "unsmoothed", "smoothed"]
     assert page.lstrip().lower().startswith("<!doctype html>")
     assert Path("report.html.recipe.yaml").is_file()
 
@@ -407,20 +422,33 @@ def test_texts_of_files_folders_and_lines(tmp_path):
             "expected PATTERN=SCHEME with one of",
         ),
         (["quantize", "tiny", "-o", "x", "--scheme", "q8_0"], "for --format sqjax, got q8_0"),
-        (["quantize", "tiny", "-o", "x", "--format", "gguf"], "name that ends with .gguf"),
-        (["quantize", "tiny", "-o", "x.gguf"], "name that ends with .gguf for --format gguf"),
+        (
+            ["quantize", "tiny", "-o", "x", "--format", "gguf"],
+            "x: --format gguf writes one file. G",
+        ),
+        (["quantize", "tiny", "-o", "x.gguf"], "a name that ends with .gguf is for --format gguf"),
         (["quantize", "nowhere", "-o", "x"], "nowhere: no such path; expected smollm2-135m"),
         (["quantize", "text.txt", "-o", "x"], "got another kind of file"),
         (["quantize", "tiny", "-o", "no/x"], "expected a path in a folder that exists"),
         (["quantize", "tiny", "-o", "tiny", "--force"], "does not hold tiny, which is read"),
         (["quantize", "tiny", "-o", "text.txt"], "text.txt: it is there already; pass --force"),
-        (["smooth", "tiny", "-o", "tiny"], "tiny: it is there already; pass --force"),
+        (["smooth", "tiny", "-o", "tiny"], "does not hold tiny, which is read"),
         (["eval", "tiny", "--text", "no.txt"], "Path 'no.txt' does not exist"),
-        (["eval", "tiny", "--text", "text.txt", "--tokens", "1024"], "windows of text of 1024"),
+        (
+            ["eval", "tiny", "--text", "text.txt", "--tokens", "1024"],
+            "--tokens: expected at most 64,",
+        ),
         (["eval", "tiny", "--text", "text.txt", "--windows", "999"], "got 999"),
+        (["eval", "tiny", "--windows", "four"], "expected a whole number, got 'four'"),
+        (["eval", "tiny", "--windows", "0"], "0 is not in the range x>=1"),
+        (["export", "tiny", "-o", "x", "--length", "128"], "--length: expected more than --prompt"),
+        (["export", "tiny", "-o", "x"], "--length: expected at most 64, which"),
+        (["report", "tiny", "-o", "x", "--alphas", "none"], "--alphas: expected a number"),
         (["eval", "tiny", "--limit", "3"], "--limit: expected it with --tasks"),
         (["eval", "tiny", "--tasks", "arc_easy"], "pip install 'sqjax[eval]'"),
         (["generate", "tiny", "Hi", "--max-tokens", "64"], "the model takes 64 in all"),
+        (["generate", "tiny", "Hi", "--seed", "a"], "'a' is not a valid integer"),
+        (["generate", "tiny", "Hi", "--temperature", "hot"], "'hot' is not a valid number"),
         (["generate", "tiny", ""], "PROMPT: expected a text, got an empty one"),
         (["demo", "--model", "no/such/model"], "no/such/model"),
         (["bench", "decode", "--only", "size"], "'size' is not one of 'accuracy', 'speed'"),
@@ -515,7 +543,7 @@ def test_recipes_are_checked(refusal, tmp_path):
         "command: smooth\nmodel: tiny\n"
     )
     assert "expected a recipe such as" in refused("- w8a8\n")
-    assert "expected a recipe in YAML" in refused("scheme: [w8a8\n")
+    assert "recipe.yaml:2: expected a recipe in YAML: expected ',' or" in refused("scheme: [a\nb:")
     assert "'w9' is not one of" in refused("scheme: w9\nmodel: tiny\n")
     assert "alpha: expected a text or a number, got True" in refused("alpha: yes\nmodel: tiny\n")
     assert "Missing argument 'MODEL'" in refused("scheme: w8a8\n")
@@ -626,7 +654,9 @@ def test_nothing_is_left_half_written(refusal, tmp_path, monkeypatch, error, sta
     old = tmp_path / "out"
     old.mkdir()
     (old / "recipe.yaml").write_text("old")
-    said = refusal("export", "tiny", "-o", old, "--force", status=status)
+    said = refusal(
+        "export", "tiny", "--length", 64, "--prompt", 8, "-o", old, "--force", status=status
+    )
     assert said == ("sqjax: interrupted" if status == 130 else "sqjax: full")
     assert files_in(old) == {"recipe.yaml": b"old"}
     assert os.listdir(tmp_path) == ["out"]

@@ -349,8 +349,8 @@ def read_config(
         name for name, one in known.items() if one.config_type is config_type
     ]
     fix = (
-        "describe another family by a sqjax.models.Family and pass families=[it], or quantize the "
-        "model in its own JAX code"
+        "in Python, describe another family by a sqjax.models.Family and pass families=[it], or "
+        "quantize the model in its own JAX code"
     )
     if family is not None:
         other = KINDS[family.config_type]

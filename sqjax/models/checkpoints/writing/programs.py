@@ -55,6 +55,8 @@ def export(
 ) -> None:
     """Writes a decoder as two programs that jax alone runs, with the weights beside them.
 
+    jax writes and reads such programs with the package flatbuffers.
+
     ``prefill.bin`` reads the prompts, ``decode.bin`` one more token of each row; both are what
     `jax.export` writes. ``weights.safetensors`` has the arrays, quantized ones as they are, and
     ``manifest.json`` says in which order the programs take them. ``run.py``, 20 lines that import
