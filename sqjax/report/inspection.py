@@ -100,8 +100,12 @@ def inspect(
     """Calibrates a model, and says what is in it.
 
     Args:
-        fn, params, batches, mask, progress: as for `sqjax.calibrate`.
+        fn: as for `sqjax.calibrate`.
+        params: as for `sqjax.calibrate`.
+        batches: as for `sqjax.calibrate`.
+        mask: as for `sqjax.calibrate`.
         stats: what `calibrate` found for these parameters, if it is known: then no batch is read.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: what `sqjax.calibrate` refuses; the statistics are of another tree.
