@@ -11,7 +11,7 @@ from sqjax.commands.defaults import WINDOWS
 from sqjax.commands.model_argument import Opened, float_only
 from sqjax.commands.options import Talk
 from sqjax.commands.outputs import check_recipe
-from sqjax.commands.recipes import digest_of, settle
+from sqjax.commands.recipes import digest_at, settle
 from sqjax.commands.shared import NO_TOKENIZER
 from sqjax.commands.texts import lines, read_texts, token_windows
 from sqjax.folding.apply import fold
@@ -44,7 +44,7 @@ def calibrated(
     float_only(opened, command)
     if asked.stats is not None:
         # The text is in the statistics already, and so not part of the recipe.
-        made_of = {"model": opened.digest, "stats": digest_of([asked.stats])}
+        made_of = {"model": opened.digest, "stats": digest_at(asked.stats)}
         check_recipe(made_of)
         return Calibrated(read_stats(asked.stats), str(asked.stats), made_of)
     if opened.model.tokenizer is None:

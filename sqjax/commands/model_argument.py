@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqjax.commands.options import Talk
-from sqjax.commands.recipes import digest_of
+from sqjax.commands.recipes import digest_at
 
 #: What a hub id looks like.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -73,7 +73,7 @@ def open_model(name: str, dtype: str, talk: Talk) -> Opened:
     talk.note(f"reading {name}")
     load: Any = models.load_encoder if is_encoder else models.load
     model, params = load(source, jnp.dtype(dtype))
-    return Opened(name, source, model, params, _digest(source))
+    return Opened(name, source, model, params, digest_at(source))
 
 
 def check_names(*names: str) -> None:
@@ -203,11 +203,3 @@ def _fetched(name: str, talk: Talk) -> Path:
             f"{nothing} it could not be fetched ({type(error).__name__}: {reason}); expected "
             f"{_EXPECTED}"
         ) from error
-
-
-def _digest(source: Path) -> str:
-    """The digest of the files of a model; hidden ones are none of them."""
-    if source.is_file():
-        return digest_of([source])
-    files = filter(Path.is_file, source.iterdir())
-    return digest_of(path for path in files if not path.name.startswith("."))

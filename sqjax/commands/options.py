@@ -177,7 +177,8 @@ STATS = click.option(
     "--stats",
     type=EXISTING,
     metavar="FILE",
-    help="What `sqjax calibrate` wrote for this model, in place of calibrating now.",
+    help="What `sqjax calibrate` wrote for this model, in place of calibrating now; or Stats that "
+    "`sqjax.save` wrote, in a file or a directory.",
 )
 
 

@@ -12,6 +12,8 @@ from sqjax.commands.recipes import FILE, check_same, recipe_text
 
 def recipe_of(file: Path) -> Path:
     """Where the recipe of a file is: beside it, because a folder may hold several."""
+    # Past links, as for the file itself.
+    file = file.resolve()
     return file.with_name(f"{file.name}.{FILE}")
 
 
@@ -30,7 +32,7 @@ def check_output(
         directory: whether it is a directory, or a file.
         reads: what the command reads; paths among these must not be replaced.
     """
-    parent = output.absolute().parent
+    parent = output.resolve().parent
     _require(
         parent.is_dir(),
         f"{output}: expected a path in a folder that exists; make {parent} first",
@@ -39,8 +41,12 @@ def check_output(
         os.access(parent, os.W_OK),
         f"{output}: expected a folder that may be written to, {parent} may not",
     )
-    _check_free(output, force, directory)
-    here = output.resolve()
+    here, working = output.resolve(), Path.cwd()
+    # Nobody could go on in a directory that was replaced.
+    _require(
+        here not in (working, *working.parents),
+        f"{output}: expected a path that does not hold the working directory; name another path",
+    )
     for read in reads:
         if read is None or not os.path.exists(read):
             continue
@@ -49,6 +55,8 @@ def check_output(
             here not in (origin, *origin.parents),
             f"{output}: expected a path that does not hold {read}, which is read; name another",
         )
+    # Last, because to pass --force would not help against what comes before.
+    _check_free(output, force, directory)
 
 
 def _check_free(output: Path, force: bool, directory: bool) -> None:
@@ -56,7 +64,9 @@ def _check_free(output: Path, force: bool, directory: bool) -> None:
     # Many make an empty directory first.
     if directory and output.is_dir() and not os.listdir(output):
         return
-    for path in (output, recipe_of(output)):
+    # The recipe of a directory is in it.
+    taken = (output,) if directory else (output, recipe_of(output))
+    for path in taken:
         _require(
             force or not os.path.lexists(path),
             f"{path}: it is there already; pass --force to replace it, or name another path",
@@ -72,13 +82,30 @@ def _check_kind(output: Path, directory: bool) -> None:
         output.is_dir() == directory,
         f"{output}: expected {what} to replace, got something else; name another path",
     )
-    # A directory goes with all that it holds, so it must be one of these.
-    signs = FILE, "config.json"
-    is_ours = any((output / sign).is_file() for sign in signs)
+    # A directory goes with all that it holds. Ours have a recipe; a config.json is in others too.
+    is_ours = (output / FILE).is_file()
     _require(
         is_ours or not directory,
         f"{output}: expected to replace what sqjax wrote, got a directory without {FILE}; name "
         "another path",
+    )
+    if directory:
+        _check_folders(output)
+
+
+def _check_folders(output: Path) -> None:
+    """Raises ValueError if a directory holds folders that no command writes.
+
+    A project's own directory has a config.json too.
+    """
+    # Here, because it needs numpy.
+    from sqjax.models.checkpoints.writing.directory import strange_folders
+
+    strange = strange_folders(output)
+    _require(
+        not strange,
+        f"{output}: expected to replace what sqjax wrote, got a directory that holds "
+        f"{strange[:3]}; name another path",
     )
 
 
@@ -109,13 +136,14 @@ def new_file(output: Path, made_of: Mapping[str, str]) -> Iterator[Path]:
 
     context = click.get_current_context()
     with directory_beside(output.resolve().parent) as scratch:
-        new = scratch / output.name
+        target = output.resolve()
+        new = scratch / target.name
         yield new
         recipe = recipe_of(new)
         recipe.write_text(recipe_text(context, made_of), "utf-8")
         # The recipe first, because a file without one could not be made again.
-        os.replace(recipe, recipe_of(output))
-        os.replace(new, output)
+        os.replace(recipe, recipe_of(target))
+        os.replace(new, target)
 
 
 def check_recipe(made_of: Mapping[str, str]) -> None:

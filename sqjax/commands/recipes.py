@@ -16,9 +16,7 @@ thing that was read: another text than that one is refused.
 import difflib
 import hashlib
 import os
-import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ FILE = "recipe.yaml"
 _NOT_IN_RECIPES = {"output", "force", "json", "quiet", "recipe", "help"}
 #: Keys of a recipe that are no parameters.
 _MADE_WITH, _MADE_OF = "made_with", "made_of"
-#: Packages whose versions may change what is made.
-_PACKAGES = ("sqjax", "jax", "jaxlib", "flax", "numpy")
 #: Of a large file only so much is read for its digest, at each end.
 _END = 1 << 16
 #: The argument that may be a path or a name.
@@ -175,6 +171,9 @@ def recipe_text(context: click.Context, made_of: Mapping[str, str]) -> str:
     """
     import yaml
 
+    # Here, because it loads jax.
+    from sqjax.report.machine import versions
+
     name = context.command.name
     recipe = stated(context)
     recipe[_MADE_WITH] = versions()
@@ -219,20 +218,6 @@ def _is_path(name: str) -> bool:
     return not is_name and os.path.exists(name)
 
 
-def versions() -> dict[str, str]:
-    """The versions of what computes, and on which platform."""
-    import jax
-
-    from sqjax import __version__
-
-    found = {"sqjax": __version__}
-    for package in _PACKAGES[1:]:
-        found[package] = metadata.version(package)
-    found["python"] = platform.python_version()
-    found["platform"] = jax.default_backend()
-    return found
-
-
 def check_same(context: click.Context, made_of: Mapping[str, str]) -> None:
     """Raises ValueError, naming it, if something that a recipe was made of is another one now.
 
@@ -242,6 +227,10 @@ def check_same(context: click.Context, made_of: Mapping[str, str]) -> None:
     if path is None:
         return
     digests = read_recipe(path).get(_MADE_OF) or {}
+    if not isinstance(digests, Mapping):
+        raise ValueError(
+            f"{path}: {_MADE_OF}: expected digests by name, got {digests!r}"
+        )
     for key, digest in made_of.items():
         own = context.get_parameter_source(key)
         is_named = own == click.core.ParameterSource.COMMANDLINE
@@ -264,3 +253,11 @@ def digest_of(paths: Iterable[Path]) -> str:
             file.seek(max(_END, size - _END))
             sum_of_all.update(file.read(_END))
     return f"sha256:{sum_of_all.hexdigest()}"
+
+
+def digest_at(path: Path) -> str:
+    """The digest of a file, or of the files of a directory; hidden ones are none of them."""
+    if path.is_file():
+        return digest_of([path])
+    files = filter(Path.is_file, path.iterdir())
+    return digest_of(file for file in files if not file.name.startswith("."))

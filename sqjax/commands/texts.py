@@ -73,9 +73,8 @@ def read_texts(path: Path | None, purpose: str) -> Texts:
 
 def _texts_at(path: Path) -> Iterator[str]:
     if path.is_dir():
-        files = [
-            file for file in sorted(path.iterdir()) if file.suffix in _ENDINGS
-        ]
+        inside = filter(Path.is_file, sorted(path.iterdir()))
+        files = [file for file in inside if file.suffix in _ENDINGS]
         if not files:
             raise ValueError(
                 f"{path}: expected a folder of texts, got no file that ends with one of "
@@ -98,7 +97,8 @@ def _texts_at(path: Path) -> Iterator[str]:
 
 def _texts_in_lines(file: Path, text: str) -> Iterator[str]:
     """The texts of JSON lines, each {"text": ...} or a bare text."""
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`, because JSON's texts may hold the other ends of lines that Unicode has.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

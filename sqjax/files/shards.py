@@ -39,6 +39,8 @@ from sqjax.files.tensors import NewTensor, in_shards, write_tensors
 INDEX = "sqjax.json"
 _SHARD = re.compile(r"sqjax-\d{5,}-of-\d{5,}\.safetensors")
 _REMEDY = "copy the whole directory or save it again"
+#: How often a directory is opened that is saved anew meanwhile.
+_TRIES = 10
 #: How many names an error lists.
 _SHOWN = 3
 
@@ -131,22 +133,49 @@ def opened_directory(directory: Path) -> Iterator[Opened]:
         ValueError: `save` did not write it, or a newer version did; the index or a shard was
             changed, is missing, or is another save's; names the file.
     """
+    with contextlib.ExitStack() as until_the_end:
+        yield _opened_at_once(directory, until_the_end)
+
+
+def _opened_at_once(
+    directory: Path, until_the_end: contextlib.ExitStack
+) -> Opened:
+    """All files of one save, also while others are saved in its place."""
     index = _read_index(directory / INDEX)
+    for _ in range(_TRIES):
+        problem = None
+        try:
+            opened = _open_shards(directory, index, until_the_end)
+        except ValueError as error:
+            problem = error
+        before, index = index, _read_index(directory / INDEX)
+        # Else shards of one save were opened after the index of another.
+        if index == before:
+            break
+    if problem is not None:
+        raise problem
+    return opened
+
+
+def _open_shards(
+    directory: Path,
+    index: Mapping[str, Any],
+    until_the_end: contextlib.ExitStack,
+) -> Opened:
+    """The opened shards of an index, closed at the end."""
     places: dict[str, Place] = {}
     sums: dict[str, str] = {}
-    with contextlib.ExitStack() as until_the_end:
-        for shard in _shards_in(index):
-            file, entries = _open_shard(directory, shard)
-            until_the_end.enter_context(file)
-            _check_names(shard, entries, sums)
-            where = f"{shard.file}: "
-            places |= {
-                name: Place(file, entry, where)
-                for name, entry in entries.items()
-            }
-            sums |= shard.tensors
-        parts = {part: index[part] for part in PARTS if part in index}
-        yield Opened(parts, places, sums)
+    for shard in _shards_in(index):
+        file, entries = _open_shard(directory, shard)
+        until_the_end.enter_context(file)
+        _check_names(shard, entries, sums)
+        where = f"{shard.file}: "
+        places |= {
+            name: Place(file, entry, where) for name, entry in entries.items()
+        }
+        sums |= shard.tensors
+    parts = {part: index[part] for part in PARTS if part in index}
+    return Opened(parts, places, sums)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

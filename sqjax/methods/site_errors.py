@@ -191,6 +191,7 @@ def _outputs(
             f"site_errors: {other[0]} is in one tree only; pass the float tree that was quantized, "
             "and what quantize made of it"
         )
+    _check_shapes(paths, floats, coded)
     # What stayed float is the same in both trees (`_check_same_floats`), and needs no pair.
     pairs = []
     quantized = weight_leaves(paths, coded)
@@ -444,6 +445,18 @@ def _check_quantized(params: PyTree, qparams: PyTree) -> None:
             "site_errors: expected qparams with quantized leaves, as sqjax.quantize gives them, "
             "got none; the order is site_errors(fn, params, qparams, batch)"
         )
+
+
+def _check_shapes(
+    paths: Sequence[str], floats: Sequence[Any], coded: Sequence[Any]
+) -> None:
+    """Raises ValueError unless every leaf has the shape that it has in the other tree."""
+    for path, exact, other in zip(paths, floats, coded, strict=True):
+        if exact.shape != other.shape:
+            raise ValueError(
+                f"site_errors: {path} has the shape {exact.shape} in params, and {other.shape} in "
+                "qparams; pass the float tree that was quantized, and what quantize made of it"
+            )
 
 
 def _check_same_floats(params: PyTree, qparams: PyTree) -> None:

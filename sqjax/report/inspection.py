@@ -5,7 +5,6 @@ scales, what is refused and why, and how many bytes all of that takes.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
 from sqjax.folding.graph import Graph, Site
 from sqjax.report.kinds import Kind, kinds
+from sqjax.weights.sizes import shown_bytes
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Inspection:
     def __str__(self) -> str:
         rest = self.bytes - self.site_bytes - self.table_bytes
         lines = [
-            f"{self.leaves} leaves, {_megabytes(self.bytes)}: {len(self.sites)} sites of "
-            f"{_megabytes(self.site_bytes)}, {len(self.tables)} embeddings that are no head of "
-            f"{_megabytes(self.table_bytes)}, the rest {_megabytes(rest)}",
+            f"{self.leaves} leaves, {shown_bytes(self.bytes)}: {len(self.sites)} sites of "
+            f"{shown_bytes(self.site_bytes)}, {len(self.tables)} embeddings that are no head of "
+            f"{shown_bytes(self.table_bytes)}, the rest {shown_bytes(rest)}",
             "",
             "Outliers: the largest |X| over that of the median channel",
             *_outlier_table(self.sites),
@@ -100,8 +100,12 @@ def inspect(
     """Calibrates a model, and says what is in it.
 
     Args:
-        fn, params, batches, mask, progress: as for `sqjax.calibrate`.
+        fn: as for `sqjax.calibrate`.
+        params: as for `sqjax.calibrate`.
+        batches: as for `sqjax.calibrate`.
+        mask: as for `sqjax.calibrate`.
         stats: what `calibrate` found for these parameters, if it is known: then no batch is read.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: what `sqjax.calibrate` refuses; the statistics are of another tree.
@@ -236,10 +240,3 @@ def _outlier_row(
         f"{max(site.largest for site in own):.3g}",
         f"{kind.label}{where}",
     )
-
-
-def _megabytes(size: int) -> str:
-    """Bytes as a text of three digits: "538 MB", "96 B"."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(int(math.log10(max(size, 1)) // 3), len(units) - 1)
-    return f"{size / 1000**power:.3g} {units[power]}"

@@ -3,11 +3,19 @@
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
+from sqjax import __version__
+
 #: The units of a processor that decide how fast int8 and bfloat16 matmuls are, as Linux names them.
 FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
+
+#: Packages whose versions may change what is computed.
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 CPUINFO = Path("/proc/cpuinfo")
 ROOT = Path(__file__).parents[2]
@@ -89,3 +97,13 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, and the platform that it computes on."""
+    found = {"sqjax": __version__}
+    for package in _PACKAGES:
+        found[package] = metadata.version(package)
+    found["python"] = platform.python_version()
+    found["platform"] = jax.default_backend()
+    return found

@@ -2,11 +2,9 @@
 
 import datetime
 import math
-import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +28,7 @@ from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Model, Params, check_model
 from sqjax.report.activations import pooled, seen_at
 from sqjax.report.inspection import outlier_ratio, site_facts
-from sqjax.report.machine import current_commit, this_machine
+from sqjax.report.machine import current_commit, this_machine, versions
 from sqjax.report.record import (
     Continuation,
     Record,
@@ -47,8 +45,6 @@ from sqjax.weights.sizes import weight_bytes
 FLOAT, UNSMOOTHED, SMOOTHED = "float", "unsmoothed", "smoothed"
 #: Rows and columns of a surface: as many as can be told apart.
 SURFACE = 40, 64
-#: Packages whose versions may change figures.
-_PACKAGES = ("sqjax", "jax", "jaxlib", "flax", "numpy")
 
 
 class _Model(NamedTuple):
@@ -175,7 +171,7 @@ def measure(
         surfaces=_surfaces(model, plain, smooth, rows, windows[:1]),
         continuations=_continuations(model, every, prompts, steps),
         recipe=dict(given if recipe is None else recipe),
-        versions=_versions(),
+        versions=versions(),
         machine=str(this_machine()),
         commit=current_commit(),
         date=datetime.date.today().isoformat(),
@@ -365,13 +361,3 @@ def _shapes(batches: Sequence[Any]) -> str:
     """How much calibration read: "16 batches of (1, 512)"."""
     shapes = dict.fromkeys(str(np.shape(batch)) for batch in batches)
     return f"{len(batches)} batches of {', '.join(list(shapes)[:4])}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
-    return found

@@ -13,6 +13,7 @@ from sqjax.report import pictures
 from sqjax.report.drawing import svg
 from sqjax.report.measuring import FLOAT, SMOOTHED, UNSMOOTHED
 from sqjax.report.record import Continuation, Record, SiteRow, Surface, Variant
+from sqjax.weights.sizes import shown_bytes
 
 #: What a cell of a table holds: what it is sorted by, what is shown, and its class.
 Cell = tuple[Any, str, str]
@@ -95,8 +96,9 @@ def _cards(record: Record) -> list[str]:
     cards = [
         _card(
             "Size",
-            _bytes(smooth.bytes),
-            f"{exact.bytes / max(smooth.bytes, 1):.2f} times smaller than {_bytes(exact.bytes)}",
+            shown_bytes(smooth.bytes),
+            f"{exact.bytes / max(smooth.bytes, 1):.2f} times smaller than "
+            f"{shown_bytes(exact.bytes)}",
         ),
         _card("Perplexity, float", f"{exact.perplexity:.2f}", "as it came"),
         _card(
@@ -154,10 +156,6 @@ def _more(value: float, other: float) -> str:
     """Example: 41.1 beside 37.8 is "8.7% more"; 37.0 is "2.1% less"."""
     change = 100 * (value / other - 1)
     return f"{abs(change):.1f}% {'more' if change >= 0 else 'less'}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
 
 
 # Pictures -----------------------------------------------------------------------------------------

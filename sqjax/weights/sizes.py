@@ -1,5 +1,6 @@
 """How many bytes a tree takes, quantized or not."""
 
+import math
 from typing import Any
 
 import jax
@@ -23,3 +24,10 @@ def weight_bytes(tree: Any) -> int:
         else:
             total += int(leaf.nbytes)
     return total
+
+
+def shown_bytes(size: int) -> str:
+    """Bytes as a text of three digits: "538 MB", "96 B"."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(int(math.log10(max(size, 1)) // 3), len(units) - 1)
+    return f"{size / 1000**power:.3g} {units[power]}"

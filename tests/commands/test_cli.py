@@ -9,6 +9,7 @@ import types
 import weakref
 from pathlib import Path
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,10 @@ from tiny_speaker import END, write_speaker
 
 import sqjax as sq
 from sqjax.commands import cli
+from sqjax.commands.calibrating import read_stats
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
-from sqjax.commands.outputs import check_output
+from sqjax.commands.outputs import check_output, new_file
+from sqjax.commands.recipes import digest_at
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
 
@@ -387,11 +390,15 @@ def test_texts_of_files_folders_and_lines(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n"three"\n')
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "c.bin").write_bytes(b"\xff")
+    (tmp_path / "d.txt").mkdir()
     assert read_texts(tmp_path, "calibration").texts == ["one", "two", "three"]
     assert read_texts(tmp_path / "a.txt", "calibration").texts == ["one"]
     shipped = read_texts(None, "evaluation")
     assert len(shipped.texts[0]) > 10_000
     assert "comes with sqjax" in shipped.name
+    # JSON's texts may hold what ends lines elsewhere.
+    (tmp_path / "b.jsonl").write_text('{"text": "a\u2028b\x85c"}\r\n"d"', "utf-8")
+    assert read_texts(tmp_path / "b.jsonl", "calibration").texts == ["a\u2028b\x85c", "d"]
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"txt": "three"}\n')
     with pytest.raises(ValueError, match=r'b\.jsonl:2: expected \{"text": \.\.\.\}, got \[.txt.\]'):
         read_texts(tmp_path / "b.jsonl", "calibration")
@@ -425,7 +432,7 @@ def test_texts_of_files_folders_and_lines(tmp_path):
         (["quantize", "tiny", "-o", "no/x"], "expected a path in a folder that exists"),
         (["quantize", "tiny", "-o", "tiny", "--force"], "does not hold tiny, which is read"),
         (["quantize", "tiny", "-o", "text.txt"], "text.txt: it is there already; pass --force"),
-        (["smooth", "tiny", "-o", "tiny"], "tiny: it is there already; pass --force"),
+        (["smooth", "tiny", "-o", "tiny"], "does not hold tiny, which is read"),
         (["eval", "tiny", "--text", "no.txt"], "Path 'no.txt' does not exist"),
         (
             ["eval", "tiny", "--text", "text.txt", "--tokens", "1024"],
@@ -541,6 +548,19 @@ def test_recipes_are_checked(refusal, tmp_path):
     assert "recipe.yaml: Invalid value for '--scheme': 'w9' is not one of" in said
     assert "alpha: expected a text or a number, got True" in refused("alpha: yes\nmodel: tiny\n")
     assert "Missing argument 'MODEL'" in refused("scheme: w8a8\n")
+    made_of = "model: tiny\nalpha: none\nscheme: q8_0\nformat: gguf\nmade_of: 3\n"
+    made[-1] = "x.gguf"
+    assert "made_of: expected digests by name, got 3" in refused(made_of)
+
+
+def test_statistics_may_be_a_directory(tmp_path):
+    stats = sq.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, [jnp.ones((1, 2))])
+    sq.save(tmp_path / "stats", stats)
+    assert read_stats(tmp_path / "stats").graph == stats.graph
+    before = digest_at(tmp_path / "stats")
+    assert before == digest_at(tmp_path / "stats")
+    (tmp_path / "stats/sqjax.json").write_text("{}")
+    assert before != digest_at(tmp_path / "stats")
 
 
 def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
@@ -560,7 +580,7 @@ def test_a_recipe_of_another_text_is_refused(refusal, run, tmp_path):
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
+def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path, monkeypatch):
     out, reads = tmp_path / "out", (None, "smollm2-135m")
 
     def check(force):
@@ -576,12 +596,40 @@ def test_what_is_there_is_replaced_by_force_and_if_it_is_ours(tmp_path):
         check(True)
     (out / "thesis.tex").rename(out / "recipe.yaml")
     check(True)
+    (out / "src").mkdir()
+    with pytest.raises(ValueError, match=r"got a directory that holds \['src'\]"):
+        check(True)
+    # The folders that a model of sentence-transformers has are its own.
+    (out / "modules.json").write_text('[{"path": "src"}]')
+    check(True)
+    (out / "src").rmdir()
+    for directory in (True, False):
+        with monkeypatch.context() as there:
+            there.chdir(out)
+            with pytest.raises(ValueError, match="does not hold the working directory"):
+                check_output(Path(), True, directory=directory, reads=())
     with pytest.raises(ValueError, match="expected a file to replace, got something else"):
         check_output(out, True, directory=False, reads=())
     # The recipe of a file is beside it, and not replaced either.
     (tmp_path / "stats.recipe.yaml").write_text("command: calibrate")
     with pytest.raises(ValueError, match=r"stats\.recipe\.yaml: it is there already"):
         check_output(tmp_path / "stats", False, directory=False, reads=())
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """What it leads to is written, and its recipe is beside that."""
+    (tmp_path / "far").mkdir()
+    link, real = tmp_path / "link", tmp_path / "far/real"
+    link.symlink_to(real)
+    with click.Context(cli.sqjax), new_file(link, {}) as new:
+        new.write_text("result")
+    assert link.is_symlink()
+    assert real.read_text() == "result"
+    assert sorted(os.listdir(tmp_path / "far")) == ["real", "real.recipe.yaml"]
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere/real")
+    with pytest.raises(ValueError, match=r"a path in a folder that exists; make .*nowhere"):
+        check_output(link, True, directory=False, reads=())
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from untyped import untyped
 
 import sqjax as sq
+from sqjax.files import shards
 from sqjax.files.checksums import seal_of
 
 posix = pytest.mark.skipif(os.name != "posix", reason="limits, modes and signals are POSIX's")
@@ -148,6 +149,23 @@ def test_a_name_decides_whether_a_file_or_a_directory_is_written(tmp_path):
 
 
 @posix
+def test_a_directory_that_is_saved_anew_while_it_is_opened(tmp_path, monkeypatch):
+    """Its index is the old one's, its second shard the new one's: all of the new one is read."""
+    tree = {"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}
+    newer = {name: x + 1 for name, x in tree.items()}
+    sq.save(tmp_path / "m", tree, max_shard_bytes=1)
+    open_file, left = shards.open_file, [newer]
+
+    def opened(path):
+        if path.name.startswith("sqjax-00002") and left:
+            sq.save(tmp_path / "m", left.pop(), max_shard_bytes=1)
+        return open_file(path)
+
+    monkeypatch.setattr(shards, "open_file", opened)
+    assert sq.load(tmp_path / "m")["a"].tolist() == [1, 1, 1]
+    assert not left
+
+
 def test_a_directory_of_save_is_replaced_as_a_whole(tmp_path):
     sq.save(tmp_path / "w", everything(), max_shard_bytes=1)
     (tmp_path / "w").chmod(0o750)

@@ -174,5 +174,10 @@ def test_trees_that_do_not_belong_together_are_refused():
         ValueError, match="site_errors: params: expected float parameters, but a is"
     ):
         sq.site_errors(mlp, qparams, qparams, SEEN)
+    trees = [x | {"h": jnp.ones(n)} for x, n in ((smoothed, 2), (qparams, 3))]
+    with pytest.raises(
+        ValueError, match=r"h has the shape \(2,\) in params, and \(3,\) in qparams"
+    ):
+        sq.site_errors(mlp, *trees, SEEN)
     with pytest.raises(ValueError, match=r"failed on inputs of shapes \(\(3, 5\),\)"):
         sq.site_errors(mlp, smoothed, qparams, jnp.ones((3, 5)))

@@ -183,3 +183,13 @@ def test_refusals(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "new", MODEL, params_in("float"), **{**SIZES, **change})
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_of_another_model_are_named(tmp_path):
+    params = params_in("float")
+    params["lm_head"] = {"kernel": jnp.ones((3, 3))}
+    with pytest.raises(ValueError, match=r"export: lm_head/kernel: expected .*\(3, 3\)"):
+        export(tmp_path / "new", MODEL, params, **SIZES)
+    del params["lm_head"], params["model"]["norm"]
+    with pytest.raises(ValueError, match="export: model/norm/weight: expected "):
+        export(tmp_path / "new", MODEL, params, **SIZES)

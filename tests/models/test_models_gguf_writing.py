@@ -268,6 +268,9 @@ def test_numbers_that_are_none_leave_the_old_file(tmp_path, monkeypatch):
         save_gguf(path, MODEL, params, overwrite=True)
     assert path.read_bytes() == before
     assert [x.name for x in tmp_path.iterdir()] == ["new.gguf"]
+    (tmp_path / "tmp.gguf").mkdir()
+    with pytest.raises(ValueError, match=r"tmp\.gguf: expected a path that is free, got a dir"):
+        save_gguf(tmp_path / "tmp.gguf", MODEL, params, overwrite=True)
 
 
 def full(self, array):

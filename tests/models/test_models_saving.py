@@ -92,6 +92,8 @@ def test_a_model_comes_back(tmp_path, source):
     assert again == model == load_model(tmp_path / "q")
     assert_same(same, qparams)
     assert_same(sq.load(tmp_path / "q"), qparams)
+    # How this one was made is not how the next one is: commands write that beside it, afterwards.
+    (tmp_path / "q/recipe.yaml").write_text("command: quantize")
     # What was saved can be the source of the next.
     save(tmp_path / "next", again, params, like=tmp_path / "q")
     assert_same(load(tmp_path / "next")[1], params)

@@ -119,6 +119,7 @@ REFUSED = {
     "negative": ({Q: -np.ones(16)}, f"{Q}: expected a vector of finite numbers of at least 0"),
     "NaN": ({Q: np.full(16, np.nan)}, f"{Q}: expected a vector of finite numbers"),
     "matrix": ({Q: np.ones((4, 4))}, rf"{Q}: expected a vector .*shape \(4, 4\)"),
+    "ragged": ({Q: [[1.0], [1.0, 2.0]]}, rf"{Q}: expected a vector: "),
     "text": ({Q: "16"}, f"{Q}: expected a vector .*str"),
 }
 
@@ -139,6 +140,8 @@ def test_a_pickle_is_not_read(tmp_path, llama):
         sq.stats_from_act_scales(file, *llama)
     with untyped(), pytest.raises(ValueError, match="act_scales: expected a safetensors file, or"):
         sq.stats_from_act_scales(None, *llama)
+    with pytest.raises(ValueError, match="act_scales: expected names of modules, got 5"):
+        sq.stats_from_act_scales({5: np.ones(16)}, *llama)
     with untyped(), pytest.raises(ValueError, match=r"expected a model as sqjax.models.load"):
         sq.stats_from_act_scales({}, lambda params, ids: ids, llama[1])
 

@@ -61,10 +61,14 @@ def _read(file: BinaryIO, entry: Entry) -> np.ndarray:
     return Tensor(file, entry).read()
 
 
-def _checked(named: tuple[str, Any]) -> tuple[str, np.ndarray]:
+def _checked(named: tuple[Any, Any]) -> tuple[str, np.ndarray]:
     """(name, vector of ranges as float32) of a module."""
     name, x = named
-    array = np.asarray(x)
+    expect(isinstance(name, str), "act_scales", "names of modules", name)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:  # rows that are not of one length
+        raise ValueError(f"{name}: expected a vector: {error}") from error
     is_vector = jnp.issubdtype(array.dtype, jnp.floating) and array.ndim == 1
     # NaN is not at least 0 either.
     if not is_vector or not np.all((array >= 0) & (array < np.inf)):

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ _WEIGHTS = (
     *(".h5", ".onnx", ".ot", ".pkl", ".npz", ".index.json", INDEX),
 )
 _CONFIG = "config.json"
+#: What says how the files beside it were made. It is no part of a model, and true of no other one.
+_RECIPE = "recipe.yaml"
 
 
 def check_target(
@@ -56,12 +58,10 @@ def check_target(
         "overwrite=True to replace it",
     )
     if inside:
-        _check_replaced(directory, inside, known_by)
+        _check_replaced(directory, known_by)
 
 
-def _check_replaced(
-    directory: Path, inside: Sequence[Path], known_by: str
-) -> None:
+def _check_replaced(directory: Path, known_by: str) -> None:
     """Raises ValueError unless a directory looks like what is written here.
 
     All that it holds will be removed.
@@ -72,9 +72,15 @@ def _check_replaced(
     remedy = "; choose another path"
     is_one = (directory / known_by).is_file()
     _require(is_one, f"{expected}one without it{remedy}")
-    known = _folders(directory)
-    strange = [x.name for x in inside if x.is_dir() and x not in known]
+    strange = strange_folders(directory)
     _require(not strange, f"{expected}one that holds {strange[:3]}{remedy}")
+
+
+def strange_folders(directory: Path) -> list[str]:
+    """The names of folders in a directory that are no part of a model."""
+    known = _folders(directory)
+    inside = filter(Path.is_dir, sorted(directory.iterdir()))
+    return [path.name for path in inside if path not in known]
 
 
 def _require(holds: bool, problem: str) -> None:
@@ -110,8 +116,8 @@ def others_of(source: Path) -> Others:
         for path in sorted(folder.iterdir()):
             # Those weights would be others than what is written, and a reader might take them.
             holds_weights = path.name.endswith(_WEIGHTS)
-            is_hidden = path.name.startswith(".")
-            if path.is_file() and not holds_weights and not is_hidden:
+            is_left = path.name.startswith(".") or path.name == _RECIPE
+            if path.is_file() and not holds_weights and not is_left:
                 files[path.relative_to(source).as_posix()] = path
     del files[_CONFIG]
     return Others((source / _CONFIG).read_text("utf-8"), files)

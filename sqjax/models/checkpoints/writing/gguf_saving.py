@@ -12,6 +12,7 @@ import numpy as np
 from sqjax._arguments import check_mapping, expect
 from sqjax.files.aside import written_aside
 from sqjax.files.opening import check_path
+from sqjax.files.saving import told
 from sqjax.files.tensors import NewTensor
 from sqjax.models.checkpoints.gguf import import_gguf, read_metadata
 from sqjax.models.checkpoints.huggingface import Checkpoint
@@ -113,8 +114,7 @@ def save_gguf(
         with written_aside(target) as new:
             _write(new, described.architecture, keys, tensors, package)
     except OSError as error:
-        text = f"save_gguf: {target}: {error.strerror or error}"
-        raise OSError(error.errno, text) from error
+        raise told(error, f"save_gguf: {target}") from error
 
 
 def _check_target(file: Path, overwrite: bool) -> None:
@@ -125,6 +125,7 @@ def _check_target(file: Path, overwrite: bool) -> None:
         f"a path in a directory that exists; make {file.parent} first": (
             not file.parent.is_dir()
         ),
+        "a path that is free, got a directory; choose another": file.is_dir(),
         "a path that is free, got a file; pass overwrite=True to replace it": (
             file.exists() and not overwrite
         ),

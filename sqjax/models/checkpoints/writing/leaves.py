@@ -9,6 +9,8 @@ import numpy as np
 
 from sqjax._trees import is_float, named_leaves
 from sqjax.files.arrays import check_savable
+from sqjax.models.checkpoints.kinds import Config
+from sqjax.models.checkpoints.mapping import parameter_shapes
 from sqjax.models.checkpoints.names import Shape
 from sqjax.models.stacking import layer_of
 from sqjax.weights.quant_weight import is_quantized
@@ -34,6 +36,15 @@ class Leaf(NamedTuple):
     dtype: np.dtype
     quantized: bool
     read: Callable[[], Any]
+
+
+def check_leaves(config: Config, params: Any) -> None:
+    """Raises ValueError, naming leaves, unless a tree is one that a model can run.
+
+    By names and shapes alone, so the leaves may be quantized, stacked and fused.
+    """
+    shapes = parameter_shapes(config, config.num_layers)
+    leaves_apart(params, shapes, may_be_fused=True)
 
 
 def leaves_apart(

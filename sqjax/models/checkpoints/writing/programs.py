@@ -19,9 +19,11 @@ from sqjax.files.arrays import DeclaredArray, as_stored, check_savable
 from sqjax.files.aside import directory_written_aside
 from sqjax.files.header import read_header
 from sqjax.files.opening import check_path, open_file
+from sqjax.files.saving import told
 from sqjax.files.tensors import NewTensor, write_tensors
 from sqjax.models.cache import KVCache
 from sqjax.models.checkpoints.writing.directory import check_target
+from sqjax.models.checkpoints.writing.leaves import check_leaves
 from sqjax.models.checkpoints.writing.llamas import tokenizer_files
 from sqjax.models.checkpoints.writing.run_script import RUN
 from sqjax.models.decoding.generation import compute_dtype
@@ -80,8 +82,8 @@ def export(
         overwrite: whether an export that is there is replaced, as a whole.
 
     Raises:
-        ValueError: sizes that the model has no room for, an unknown platform, parameters that are
-            no arrays, or a directory that may not be written.
+        ValueError: sizes that the model has no room for, an unknown platform, leaves that are
+            missing, too many or misshapen, or a directory that may not be written.
         ImportError: the package flatbuffers, with which `jax.export` writes, is not installed.
         OSError: the files can not be written. What was there stays.
 
@@ -106,6 +108,7 @@ def export(
         sizes.check(model)
         _check_platforms(platforms)
         check_target(target, None, overwrite, known_by=_MANIFEST)
+        check_leaves(model.config, params)
         weights = _weights(unstack_layers(params))
         programs = _programs(model, weights, sizes, cache_format(cache))
         exported = {
@@ -115,8 +118,7 @@ def export(
     try:
         _write(target, model, weights, sizes, exported)
     except OSError as error:
-        text = f"export: {target}: {error.strerror or error}"
-        raise OSError(error.errno, text) from error
+        raise told(error, f"export: {target}") from error
 
 
 def _check_package() -> None:

@@ -13,7 +13,6 @@ from sqjax.files.opening import check_path
 from sqjax.files.saving import SHARD, check_shard_size, told
 from sqjax.files.shards import write_shards
 from sqjax.models.checkpoints.family import Family
-from sqjax.models.checkpoints.mapping import parameter_shapes
 from sqjax.models.checkpoints.saved import config_of, fitted
 from sqjax.models.checkpoints.writing.directory import (
     Others,
@@ -21,7 +20,7 @@ from sqjax.models.checkpoints.writing.directory import (
     others_of,
     write_files,
 )
-from sqjax.models.checkpoints.writing.leaves import leaves_apart
+from sqjax.models.checkpoints.writing.leaves import check_leaves
 from sqjax.models.checkpoints.writing.llamas import new_files
 from sqjax.models.checkpoints.writing.saving import (
     AnyModel,
@@ -92,7 +91,7 @@ def save(
         check_shard_size(max_shard_bytes)
         check_target(target, source, overwrite)
         others, absent = _files(model, source, families)
-        _check_leaves(model, params)
+        check_leaves(model.config, params)
         config = {"model": _described(model, others, absent)}
         contents = contents_of(params, stats, config)
         try:
@@ -120,13 +119,6 @@ def _files(
     # The parameters say how they are quantized, whatever those of the source were.
     others = others_of(source).with_keys({"quantization_config": None})
     return others, absent
-
-
-def _check_leaves(model: AnyModel, params: Params) -> None:
-    """Raises ValueError, naming leaves, unless a tree is one that the model can run."""
-    # Names and shapes alone: what is saved is the tree as it is.
-    shapes = parameter_shapes(model.config, model.config.num_layers)
-    leaves_apart(params, shapes, may_be_fused=True)
 
 
 def _described(
