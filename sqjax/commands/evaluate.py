@@ -65,23 +65,13 @@ def evaluate(
     lower is better. Sizes are those of the weights in memory: what a .gguf file holds becomes
     float when it is read.
     """
+    _check_kind(tasks, limit, (text, against, tokens, windows))
     if tasks is not None:
-        wrong = text or against or tokens or windows
-        if wrong:
-            raise ValueError(
-                "--tasks: expected it without --text, --tokens, --windows and --against, which are "
-                "about perplexity"
-            )
         # An empty name is a comma too many.
         asked = [name for name in tasks.split(",") if name]
         record = _scores(talk, model, dtype, asked, limit, cache)
         talk.result(record, _table(record["results"]))
         return
-    if limit is not None:
-        raise ValueError(
-            "--limit: expected it with --tasks, whose questions it limits; for a text there are "
-            "--windows and --tokens"
-        )
     from sqjax.commands.model_argument import check_names
     from sqjax.commands.outputs import check_recipe
     from sqjax.commands.texts import read_texts
@@ -91,14 +81,34 @@ def evaluate(
     names = [model] if against is None else [model, against]
     check_names(*names)
     how = _How(texts, tokens, windows, cache, dtype)
-    rows = [_measured(name, how, talk) for name in names]
-    record = dict(rows[0])
+    talk.result(*_beside([_measured(name, how, talk) for name in names]))
+
+
+def _check_kind(
+    tasks: str | None, limit: int | None, of_text: tuple[Any, ...]
+) -> None:
+    """Raises ValueError for options of a text beside those of tasks."""
+    if tasks is not None and any(of_text):
+        raise ValueError(
+            "--tasks: expected it without --text, --tokens, --windows and --against, which are "
+            "about perplexity"
+        )
+    if tasks is None and limit is not None:
+        raise ValueError(
+            "--limit: expected it with --tasks, whose questions it limits; for a text there are "
+            "--windows and --tokens"
+        )
+
+
+def _beside(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """A record and a text of one model, or of two, the second in the first one's record."""
+    record, *others = map(dict, rows)
     lines = list(map(_line, rows))
-    if against is not None:
-        record["against"] = rows[1]
-        record["ratio"] = rows[0]["perplexity"] / rows[1]["perplexity"]
-        lines.append(f"perplexity {100 * (record['ratio'] - 1):+.2f}%")
-    talk.result(record, "\n".join(lines))
+    for other in others:
+        ratio = record["perplexity"] / other["perplexity"]
+        record |= {"against": other, "ratio": ratio}
+        lines.append(f"perplexity {100 * (ratio - 1):+.2f}%")
+    return record, "\n".join(lines)
 
 
 class _How(NamedTuple):
