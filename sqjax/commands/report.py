@@ -101,17 +101,10 @@ def report(
     sent as it is.
     """
     start = time.perf_counter()
-    if "none" in (alpha, *alphas):
-        option = "--alpha" if alpha == "none" else "--alphas"
-        raise ValueError(f"{option}: expected a number from 0 to 1, got none")
-    reads = model, text, eval_text, stats
     # A page takes minutes, so what is wrong with its place is said first.
+    _check(alpha, alphas)
+    reads = model, text, eval_text, stats
     check_output(output, force, directory=False, reads=reads)
-    # Before minutes of work, because the pictures come at the end.
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "report: needs matplotlib for its pictures: pip install 'sqjax[plots]'"
-        )
     from sqjax import report as reports
     from sqjax.commands.calibrating import calibrated, check_asked
     from sqjax.commands.model_argument import open_decoder
@@ -150,6 +143,18 @@ def report(
         new.write_text(reports.html(measured), "utf-8")
     record = json_text.loads(json_text.dumps(measured.as_dict()))
     talk.result(record | {"output": str(output)}, _summary(record, output))
+
+
+def _check(alpha: float | str, alphas: tuple[float | str, ...]) -> None:
+    """Raises ValueError for a page without smoothing, ImportError if nothing can be drawn."""
+    if "none" in (alpha, *alphas):
+        option = "--alpha" if alpha == "none" else "--alphas"
+        raise ValueError(f"{option}: expected a number from 0 to 1, got none")
+    # Now, because the pictures come at the end.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "report: needs matplotlib for its pictures: pip install 'sqjax[plots]'"
+        )
 
 
 def _summary(record: dict[str, Any], output: Path) -> str:
