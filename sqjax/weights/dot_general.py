@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sqjax._shapes import Shape, entries_at, other_axes, sizes_along
+from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.weight_products import (
     Matrix,
@@ -111,9 +111,10 @@ def clipped_values(
 
 def _as_rows(
     x: Array, axes: "_Axes"
-) -> tuple[Float[Array, "batch rows inner"], Shape]:
+) -> tuple[Float[Array, "batch rows inner"], tuple[Any, ...]]:
     """An activation as stacks of rows, and the sizes of its batch axes and free axes.
 
+    These are no integers where `jax.export` leaves them open.
     Example: x of (tokens, experts, in) with a batch axis of experts is (experts, tokens, in).
     """
     moved = x.transpose(*axes.batch, *axes.free, *axes.contracted)

@@ -24,7 +24,7 @@ INT8_DOT = re.compile(
     r"stablehlo\.dot_general .*: \(tensor<[\dx]+xi8>, tensor<[\dx]+xi8>\) -> tensor<[\dx]+xi32>"
 )
 W4 = sq.W4A16.replace(weight=sq.Int4(group_size=8, zero_point=True))
-FORMS = {"float": None, "w8a8": sq.W8A8, "w4a16": W4}
+FORMS = {"float": None, "w4a16": W4, "w8a8": sq.W8A8}
 CACHE = CacheFormat("int8", keys="plain")
 SIZES = {"prompt": 6, "length": 14}
 ROWS = [[7, 3, 40, 1], [5, 60, 2, 9, 33, 21]]
@@ -92,7 +92,6 @@ def test_int8_stays_int8_and_an_end_ends_a_row(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.each_case
 @pytest.mark.parametrize("form", FORMS)
 def test_without_sqjax_and_for_three_platforms(tmp_path, form):
     params = params_in(form)
