@@ -136,8 +136,8 @@ def draw_smoothing() -> None:
 
 def draw_sites() -> None:
     """The outliers and the error of every matmul of SmolLM2 in W8A8_O3, before and after."""
+    from sqjax.calibration.stats import outlier_ratio
     from sqjax.commands.shared import text_windows
-    from sqjax.report.inspection import outlier_ratio
 
     model, params, stats = smollm2()
     window = text_windows(model, "evaluation", 512, 1)

@@ -108,11 +108,8 @@ class Stats:
         absmax, tokens = self.absmax[site.path], self.count[site.path]
         if not is_concrete(absmax) or not is_concrete(tokens):
             return "?", "?", "?", site.path
-        channels = np.asarray(absmax)
-        largest = float(channels.max(initial=0))
-        # Without channels that are always 0, because many of these would make the median 0.
-        alive = channels[channels > 0]
-        ratio = largest / float(np.median(alive)) if alive.size else 0.0
+        largest = float(np.asarray(absmax).max(initial=0))
+        ratio = outlier_ratio(absmax)
         return str(int(tokens)), f"{largest:.3g}", f"{ratio:.3g}", site.path
 
     @property
@@ -269,6 +266,17 @@ class Stats:
             return all(np.all(np.asarray(s) == 1) for s in folded)
         # Under jit nobody knows yet, so the answer is an array, too.
         return jnp.all(jnp.concatenate(folded) == 1)
+
+
+def outlier_ratio(absmax: Any) -> float:
+    """The largest of the channels' absmaxes over their median, without those of dead channels.
+
+    Example: the channels' absmaxes 1, 2, 3, 0 and 40 give 40 / 2.5 = 16.
+    """
+    channels = np.asarray(absmax, np.float64).reshape(-1)
+    # Without dead channels, because many of these would make the median 0.
+    alive = channels[channels > 0]
+    return float(alive.max() / np.median(alive)) if alive.size else 0.0
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -24,9 +24,10 @@ from sqjax.files.contents import (
 from sqjax.files.one_file import opened_file
 from sqjax.files.opening import check_path
 from sqjax.files.shards import opened_directory
-from sqjax.files.structure import check_like, is_quantized_leaf
+from sqjax.files.structure import check_like
 from sqjax.files.tree_json import NO_TREE
 from sqjax.files.weight_checks import check_values
+from sqjax.weights.quant_weight import is_quantized_leaf
 
 #: A tree of shardings, one for all, or what makes a tree of them of the tree of shapes.
 Shardings = Any

@@ -11,8 +11,7 @@ import jax
 
 from sqjax._trees import PyTree, named_leaves
 from sqjax.files.arrays import shown
-from sqjax.weights.qtensor import QTensor
-from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.quant_weight import is_quantized_leaf
 
 #: How many of the paths at which two trees differ an error lists.
 _SHOWN = 5
@@ -55,11 +54,6 @@ def children(x: Any) -> Children:
             f"two children of this {class_name(x)} have one key; rename one"
         )
     return Children(by_key, treedef)
-
-
-def is_quantized_leaf(x: Any) -> bool:
-    """Whether this is one of our leaves, whose arrays belong together."""
-    return isinstance(x, QuantWeight | QTensor)
 
 
 def check_like(found: PyTree, like: PyTree) -> None:

@@ -14,6 +14,9 @@ from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
 from sqjax.program.trace import array_leaves
 
+#: Rows and columns of blocks of a surface, at most: more can not be told apart.
+BLOCKS = 40, 64
+
 
 class Seen(NamedTuple):
     """What meets at one site, float32.

@@ -13,7 +13,7 @@ import numpy as np
 
 from sqjax._trees import PyTree, named_leaves
 from sqjax.calibration.calibrate import calibrate
-from sqjax.calibration.stats import Stats
+from sqjax.calibration.stats import Stats, outlier_ratio
 from sqjax.folding.graph import Graph, Site
 from sqjax.report.kinds import Kind, kinds
 from sqjax.weights.sizes import shown_bytes
@@ -180,17 +180,6 @@ def _facts(
         absorbed_by=absorbers,
         refused="" if absorbers else refusal_of(stats.graph, site.path),
     )
-
-
-def outlier_ratio(absmax: Any) -> float:
-    """The largest of the channels' absmaxes over their median, without those of dead channels.
-
-    Example: the channels' absmaxes 1, 2, 3, 0 and 40 give 40 / 2.5 = 16.
-    """
-    channels = np.asarray(absmax, np.float64).reshape(-1)
-    # Without dead channels, because many of these would make the median 0.
-    alive = channels[channels > 0]
-    return float(alive.max() / np.median(alive)) if alive.size else 0.0
 
 
 def absorbers_of(graph: Graph, path: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from sqjax._arguments import expect
 from sqjax._trees import named_leaves
 from sqjax.calibration.calibrate import calibrate
-from sqjax.calibration.stats import Stats
+from sqjax.calibration.stats import Stats, outlier_ratio
 from sqjax.folding.apply import fold
 from sqjax.methods.quantization import (
     Rules,
@@ -26,8 +26,8 @@ from sqjax.methods.smoothing import check_alpha, fold_stats, scales
 from sqjax.models.decoding.generation import generate
 from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Model, Params, check_model
-from sqjax.report.activations import pooled, seen_at
-from sqjax.report.inspection import outlier_ratio, site_facts
+from sqjax.report.activations import BLOCKS, pooled, seen_at
+from sqjax.report.inspection import site_facts
 from sqjax.report.machine import current_commit, this_machine, versions
 from sqjax.report.record import (
     Continuation,
@@ -43,8 +43,6 @@ from sqjax.weights.schemes import PRESETS, W8A8, Scheme
 from sqjax.weights.sizes import weight_bytes
 
 FLOAT, UNSMOOTHED, SMOOTHED = "float", "unsmoothed", "smoothed"
-#: Rows and columns of a surface: as many as can be told apart.
-SURFACE = 40, 64
 
 
 class _Model(NamedTuple):
@@ -318,8 +316,8 @@ def _surfaces(
         Surface(
             what=what,
             path=worst,
-            before=pooled(getattr(before, what), *SURFACE),
-            after=pooled(getattr(after, what), *SURFACE),
+            before=pooled(getattr(before, what), *BLOCKS),
+            after=pooled(getattr(after, what), *BLOCKS),
             size=getattr(before, what).shape,
         )
         for what in ("activation", "weight")

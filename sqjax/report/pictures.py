@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sqjax._arguments import expect
-from sqjax.report.activations import pooled
+from sqjax.report.activations import BLOCKS, pooled
 from sqjax.report.drawing import (
     COLOURS,
     FIRST,
@@ -29,9 +29,6 @@ from sqjax.report.drawing import (
     style,
 )
 from sqjax.report.kinds import Kind, kinds, merged
-
-#: Blocks of a surface, at most: more can not be told apart.
-_BLOCKS = 40, 64
 
 
 def surface(
@@ -81,7 +78,7 @@ def surface(
         place = (0.5 * number, 0.1, 0.47, 0.95)
         # By hand, because no layout of matplotlib knows how much of a box a surface fills.
         axes = drawn.add_axes(place, projection="3d")
-        _draw_surface(axes, np.asarray(pooled(x, *_BLOCKS)), size)
+        _draw_surface(axes, np.asarray(pooled(x, *BLOCKS)), size)
         middle = 0.5 * number + 0.25
         text = f"{title}: up to {_short(float(x.max()))}"
         drawn.text(middle, 0.94, text, color=INK, fontsize=9, ha="center")

@@ -239,6 +239,11 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QuantWeight)
 
 
+def is_quantized_leaf(x: Any) -> bool:
+    """Whether this is one of our leaves, a weight or a tensor, whose arrays belong together."""
+    return isinstance(x, QuantWeight | QTensor)
+
+
 def check_float(params: Any, what: str) -> None:
     """Raises ValueError, naming the leaf, if some leaf of a tree is quantized already."""
     paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)

@@ -5,16 +5,11 @@ from typing import Any
 
 import jax
 
-from sqjax.weights.qtensor import QTensor
-from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.quant_weight import QuantWeight, is_quantized_leaf
 
 
 def weight_bytes(tree: Any) -> int:
     """Bytes of a tree as a file or a GPU holds them, where int4 takes half a byte."""
-
-    def is_quantized_leaf(leaf: Any) -> bool:
-        return isinstance(leaf, QuantWeight | QTensor)
-
     total = 0
     for leaf in jax.tree.leaves(tree, is_leaf=is_quantized_leaf):
         if isinstance(leaf, QuantWeight):

@@ -30,29 +30,7 @@ from sqjax.models.rope import LongRope, Rope, Yarn, rotary_table
 gguf = pytest.importorskip("gguf")
 converted = pytest.importorskip("gguf_converted")
 
-CASES = (
-    "llama",
-    "llama_biases",
-    "llama_grouped",
-    "llama_linear",
-    "llama_llama3",
-    "llama_tied",
-    "llama_yarn",
-    "mistral",
-    "mistral_nemo",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3_text_plain",
-    "phi3",
-    "phi3_longrope_long",
-    "phi4_mini",
-)
+CASES = converted.CASES
 
 
 def checkpoint(name):

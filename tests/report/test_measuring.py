@@ -11,9 +11,9 @@ from tiny_llama import GROUPED, Letters, random_ids, random_params
 from untyped import untyped
 
 import sqjax as sq
+from sqjax.calibration.stats import outlier_ratio
 from sqjax.report import inspect, measure
 from sqjax.report.activations import seen_at
-from sqjax.report.inspection import outlier_ratio
 
 RNG = np.random.default_rng(0)
 
