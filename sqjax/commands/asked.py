@@ -11,12 +11,14 @@ class Asked(NamedTuple):
         text: what is read; None for the shipped text.
         tokens, windows: how much of it; None for the usual.
         stats: a file with statistics, in place of all of these.
+        search: whether what a search reads is kept: Gram matrices and samples of tokens.
     """
 
     text: Path | None
     tokens: int | None
     windows: int | None
     stats: Path | None = None
+    search: bool = False
 
 
 class How(NamedTuple):
@@ -27,12 +29,14 @@ class How(NamedTuple):
         scheme: of all matmuls that no rule is of.
         rules: {pattern: scheme, or "none"}, the first that is found wins.
         alpha: the smoothing strength, or "none".
+        search: whether scales and roundings are searched for, in place of that.
     """
 
     layout: str
     scheme: str
     rules: dict[str, str]
     alpha: float | str
+    search: bool = False
 
     @property
     def needs_statistics(self) -> bool:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import click
+
 from sqjax.commands.asked import Asked
 from sqjax.commands.options import MODEL, TEXT, Talk, command, output
 from sqjax.commands.outputs import check_output, new_file
@@ -13,7 +15,19 @@ sqjax quantize ./Llama-3.2-1B --stats stats.safetensors -o ./Llama-3.2-1B-w8a8
 """
 
 
-@command("calibrate", _EXAMPLES, MODEL, TEXT, output("FILE", "The statistics"))
+@command(
+    "calibrate",
+    _EXAMPLES,
+    MODEL,
+    TEXT,
+    click.option(
+        "--search",
+        is_flag=True,
+        help="Keep what `quantize --search` reads too: Gram matrices and samples of tokens, about "
+        "as large as the model.",
+    ),
+    output("FILE", "The statistics"),
+)
 def calibrate(
     talk: Talk,
     model: str,
@@ -21,6 +35,7 @@ def calibrate(
     text: Path | None,
     tokens: int | None,
     windows: int | None,
+    search: bool,
     output: Path,
     force: bool,
 ) -> None:
@@ -37,7 +52,7 @@ def calibrate(
     from sqjax.commands.calibrating import calibrated, check_asked, what_folds
     from sqjax.commands.model_argument import open_model
 
-    asked = Asked(text, tokens, windows)
+    asked = Asked(text, tokens, windows, search=search)
     check_asked(asked)
     opened = open_model(model, dtype, talk)
     found = calibrated(opened, asked, talk, "calibrate")

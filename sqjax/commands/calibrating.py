@@ -17,6 +17,9 @@ from sqjax.commands.texts import lines, read_texts, token_windows
 from sqjax.folding.apply import fold
 from sqjax.methods.smoothing import fold_stats, scales
 
+#: Tokens of each matmul that a search for smoothing strengths sees.
+SAMPLE = 512
+
 
 class Calibrated(NamedTuple):
     """A model's statistics.
@@ -46,7 +49,9 @@ def calibrated(
         # The text is in the statistics already, and so not part of the recipe.
         made_of = {"model": opened.digest, "stats": digest_at(asked.stats)}
         check_recipe(made_of)
-        return Calibrated(read_stats(asked.stats), str(asked.stats), made_of)
+        stats = read_stats(asked.stats)
+        _check_kept(stats, asked)
+        return Calibrated(stats, str(asked.stats), made_of)
     if opened.model.tokenizer is None:
         raise ValueError(f"{opened.name}: {NO_TOKENIZER}")
     texts = read_texts(asked.text, "calibration")
@@ -64,6 +69,7 @@ def calibrated(
             opened.model.batches(read),
             mask=lambda _, mask: mask,
             progress=talk.progress,
+            **kept_for_search(asked.search),
         )
         return Calibrated(stats, name, made_of)
     windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
@@ -72,9 +78,27 @@ def calibrated(
     # One window a batch, because memory then holds the activations of one.
     batches = list(windows.ids[:, None])
     stats = calibrate(
-        opened.model.apply, opened.params, batches, progress=talk.progress
+        opened.model.apply,
+        opened.params,
+        batches,
+        progress=talk.progress,
+        **kept_for_search(asked.search),
     )
     return Calibrated(stats, str(windows), made_of)
+
+
+def kept_for_search(search: bool) -> dict[str, Any]:
+    """What `calibrate` keeps beside maxima, for a search."""
+    return {"gram": True, "sample": SAMPLE} if search else {}
+
+
+def _check_kept(stats: Stats, asked: Asked) -> None:
+    """Raises ValueError if a search is asked for, and the statistics hold nothing for one."""
+    if asked.search and not (stats.gram and stats.sample):
+        raise ValueError(
+            f"--stats: {asked.stats}: expected statistics for --search, got some of maxima alone; "
+            "write them with `sqjax calibrate --search`"
+        )
 
 
 def check_asked(asked: Asked) -> None:

@@ -20,6 +20,7 @@ from sqjax.commands.inspection import inspect
 from sqjax.commands.interruption import heed_interruptions
 from sqjax.commands.quantize import quantize
 from sqjax.commands.recipes import recipe_with
+from sqjax.commands.recommend import recommend
 from sqjax.commands.report import report
 from sqjax.commands.smooth import smooth
 
@@ -54,6 +55,7 @@ def sqjax() -> None:
 
 for one in (
     quantize,
+    recommend,
     evaluate,
     generate,
     compare,

@@ -22,6 +22,7 @@ from sqjax.commands.recipes import settle
 _EXAMPLES = """
 sqjax quantize smollm2-135m -o smollm2-w8a8
 sqjax quantize smollm2-135m --scheme w4a16 --rule embed_tokens=none -o smollm2-w4a16
+sqjax quantize smollm2-135m --scheme w4a16_g64 --search -o smollm2-searched
 sqjax quantize ./Llama-3.2-1B --alpha 0.8 --format compressed-tensors -o ./Llama-3.2-1B-w8a8
 sqjax quantize smollm2-135m --format gguf --scheme q8_0 -o smollm2-q8_0.gguf
 sqjax quantize --recipe smollm2-w8a8/recipe.yaml -o again
@@ -77,6 +78,12 @@ class _Rule(click.ParamType):
         "quantized, else none]",
     ),
     click.option(
+        "--search",
+        is_flag=True,
+        help="Search for the scales and roundings on the text, in place of --alpha: a smoothing "
+        "strength for each group, and for int4 weights AWQ and GPTQ. Takes minutes more.",
+    ),
+    click.option(
         "--format",
         type=click.Choice(_FORMATS),
         default="sqjax",
@@ -94,6 +101,7 @@ def quantize(
     scheme: str | None,
     rule: tuple[str, ...],
     alpha: float | str | None,
+    search: bool,
     format: str,
     text: Path | None,
     tokens: int | None,
@@ -125,9 +133,11 @@ def quantize(
 
     compressed-tensors takes w8a8, w8a8_o1 to w8a8_o3, fp8, w8a16, w4a16 and w4a16_g64.
     """
-    how = _how(format, scheme, rule, alpha)
+    how = _how(format, scheme, rule, alpha, search)
     _check_name(output, format)
-    settle(scheme=how.scheme, alpha=how.alpha)
+    settle(scheme=how.scheme)
+    if not search:
+        settle(alpha=how.alpha)
     is_directory = format != "gguf"
     check_output(
         output, force, directory=is_directory, reads=(model, text, stats)
@@ -140,7 +150,7 @@ def quantize(
     )
     from sqjax.commands.model_argument import open_model
 
-    asked = Asked(text, tokens, windows, stats)
+    asked = Asked(text, tokens, windows, stats, search)
     if how.needs_statistics:
         check_asked(asked)
     opened = open_model(model, dtype, talk)
@@ -163,6 +173,7 @@ def _how(
     scheme: str | None,
     rules: tuple[str, ...],
     alpha: float | str | None,
+    search: bool,
 ) -> How:
     """The options together, with the defaults that depend on each other.
 
@@ -180,11 +191,18 @@ def _how(
         raise ValueError(
             "--rule: expected none for --format gguf, whose weights are all of one type"
         )
-    if alpha is None:
+    if search and (is_gguf or alpha is not None):
+        other = (
+            "--format gguf, which rounds by itself" if is_gguf else "--alpha"
+        )
+        raise ValueError(f"--search: expected it without {other}")
+    if search:
+        alpha = "none"
+    elif alpha is None:
         # Where activations stay float, smoothing only makes the weights harder.
         alpha = _ALPHA if SCHEMES.get(scheme) else "none"
     split = (rule.rpartition("=") for rule in rules)
-    return How(layout, scheme, {p: s for p, _, s in split}, alpha)
+    return How(layout, scheme, {p: s for p, _, s in split}, alpha, search)
 
 
 def _check_name(output: Path, layout: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqjax import models
 from sqjax.calibration.stats import Stats
+from sqjax.choosing.by_search import quantize_by_search
 from sqjax.commands.asked import How
 from sqjax.commands.calibrating import smoothed
 from sqjax.commands.model_argument import Opened
@@ -26,6 +27,9 @@ def quantized_as(opened: Opened, stats: Any, how: How, talk: Talk) -> Any:
     rules = _rules(stats, how, talk)
     # Before the work, because wrong patterns are found at once.
     site_schemes(stats.graph, rules)
+    if how.search:
+        talk.note("searching for scales and roundings; compiling comes first")
+        return quantize_by_search(opened.params, stats, rules)
     if how.alpha != "none":
         talk.note(f"smoothing with alpha {how.alpha}")
     params, their_stats = smoothed(opened.params, stats, how.alpha)
@@ -76,6 +80,7 @@ def record(
         "scheme": how.scheme,
         "rules": how.rules,
         "alpha": None if how.alpha == "none" else how.alpha,
+        "search": how.search,
         "format": how.layout,
         "float_bytes": weight_bytes(opened.params),
         "weight_bytes": size,
@@ -87,9 +92,12 @@ def summary(made: dict[str, Any]) -> str:
     """What was made, for people."""
     alpha, text = made["alpha"], made["text"]
     before, after = made["float_bytes"] / 1e6, made["weight_bytes"] / 1e6
+    smoothing = (
+        "not smoothed" if alpha is None else f"smoothed with alpha {alpha}"
+    )
     said = [
         made["scheme"],
-        "not smoothed" if alpha is None else f"smoothed with alpha {alpha}",
+        "searched" if made["search"] else smoothing,
         f"{before:.0f} MB to {after:.0f} MB",
     ]
     calibrated = "" if text is None else f"; calibrated on {text}"

@@ -1,0 +1,356 @@
+"""`recommend`: the few sensible recipes, each tried beside the float model; the smallest that holds.
+
+A recipe is a scheme with the choice of scales and roundings that suits it. All are made from one
+calibration, and all are judged on the same batches, which calibration did not see.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm.auto import tqdm
+
+from sqjax._arguments import check_function, expect
+from sqjax._trees import PyTree
+from sqjax.calibration.calibrate import calibrate, check_batches
+from sqjax.calibration.stats import Stats
+from sqjax.choosing.by_search import quantize_by_search
+from sqjax.choosing.precision import choose_precision
+from sqjax.methods.quantization import Rules, quantize
+from sqjax.runtime.quantized import quantized
+from sqjax.weights.schemes import (
+    W4A8,
+    W4A16_G64,
+    W8A8_O1,
+    W8A8_O3,
+    W8A16,
+    Scheme,
+)
+from sqjax.weights.sizes import shown_bytes, weight_bytes
+
+#: Half the width of a 95% interval, in standard errors.
+_INTERVAL = 1.96
+#: Tokens of a site that the search for alphas sees.
+_SAMPLE = 512
+#: Bits a weight of the recipe that mixes precisions.
+_MIXED_BITS = 6.0
+
+#: loss(outputs, float outputs, *batch) of one batch: a number, less is better.
+Loss = Callable[..., Any]
+
+
+class Tried(NamedTuple):
+    """One recipe beside the float model.
+
+    Attributes:
+        name: of the recipe.
+        nbytes: of all parameters, as a file or a GPU holds them.
+        loss: its mean over the held-out batches.
+        difference: how much more that is than the float model's.
+        interval: half the width of the 95% interval of the difference, from how it varies between
+            batches (paired: a hard batch is hard for both); infinite for one batch.
+        rules: what `quantize` was given.
+    """
+
+    name: str
+    nbytes: int
+    loss: float
+    difference: float
+    interval: float
+    rules: Rules
+
+
+class Recommendation(NamedTuple):
+    """What `recommend` found.
+
+    Attributes:
+        name: the recipe; None if none is within the budget.
+        params: the quantized tree, for `quantized(fn)`; the float one if there is none.
+        rules: what `quantize` was given; None if there is none.
+        tried: every recipe, the smallest first.
+        float_loss: the float model's loss.
+        float_bytes: of its parameters.
+        budget: what was asked for.
+    """
+
+    name: str | None
+    params: PyTree
+    rules: Rules | None
+    tried: tuple[Tried, ...]
+    float_loss: float
+    float_bytes: int
+    budget: float
+
+    def __str__(self) -> str:
+        """A table with a row for every recipe; the one that is recommended has a star."""
+        rows = [("", "size", "loss", "more than float", "")]
+        size = shown_bytes(self.float_bytes)
+        rows.append(("", size, f"{self.float_loss:.4f}", "", "float"))
+        for one in self.tried:
+            star = "*" if one.name == self.name else ""
+            more = f"{one.difference:+.4f} +- {one.interval:.4f}"
+            size = shown_bytes(one.nbytes)
+            rows.append((star, size, f"{one.loss:.4f}", more, one.name))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for *cells, name in rows:
+            padded = [c.rjust(n) for c, n in zip(cells, widths, strict=False)]
+            lines.append("  ".join([*padded, name]).rstrip())
+        found = "none" if self.name is None else self.name
+        lines.append(f"within {self.budget:g}: {found}")
+        return "\n".join(lines)
+
+
+def recommend(
+    fn: Callable[..., Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    budget: float = 0.01,
+    loss: Loss | None = None,
+    mask: Callable[..., Any] | None = None,
+    floats: Sequence[str] = (),
+    recipes: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Recommendation:
+    """Tries the sensible recipes, and returns the smallest that loses less than a budget.
+
+    A recipe is within the budget if the upper end of the 95% interval of its loss, less the float
+    model's on the same batches, is. Of two of one size the one that runs faster is taken.
+
+    The recipes:
+
+    - "w8a8 static": int8 weights and activations, alphas searched (`search_alpha`), scales from
+      calibration: the fastest.
+    - "w8a8": the same with a scale for each token.
+    - "w8a16": int8 weights alone.
+    - "mixed": int8 weights with int4 ones where they matter least, 6 bits a weight together
+      (`choose_precision`).
+    - "w4a16": int4 weights in groups of 64, by AWQ and GPTQ.
+    - "w4a8": int4 weights in groups of 128 by smoothing, AWQ and GPTQ, int8 activations by token.
+
+    Args:
+        fn: as for `calibrate`.
+        params: as for `calibrate`.
+        batches: an iterable, which is kept in a list; for the statistics.
+        held_out: batches to be judged on; None: the last quarter of `batches`, which calibration
+            then does not see.
+        budget: how much more loss is accepted. 0.01 nats are 1% of a perplexity.
+        loss: loss(outputs, float_outputs, *batch) of a batch, a number; None: the mean divergence
+            KL(float || quantized) of the distributions that the outputs' last axis gives as logits.
+        mask: as for `calibrate`.
+        floats: name patterns of sites that stay float: a head, a router.
+        recipes: the names of those to try; None: all.
+        progress: whether to show a progress bar.
+
+    Returns:
+        `Recommendation`; print it for a table.
+
+    Raises:
+        ValueError: what `calibrate` refuses; there is no batch left to judge on; an unknown recipe;
+            a budget that is no number of 0 or more; a loss that is no finite number.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: jnp.tanh((x * p["norm"]) @ p["up"]) @ p["down"]
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> params = {"norm": jnp.ones((1, 64)), "up": jax.random.normal(keys[0], (64, 64)) / 8,
+        ...           "down": jax.random.normal(keys[1], (64, 16)) / 8}
+        >>> batches = list(jax.random.normal(keys[2], (8, 32, 64)))
+        >>> found = sq.recommend(fn, params, batches, budget=0.01, recipes=["w8a8", "w8a16"])
+        >>> found.name, len(found.tried)
+        ('w8a8', 2)
+    """
+    check_function(fn, "recommend", "(fn, params, batches)")
+    names = _checked(budget, recipes)
+    seen, judged = _split(batches, held_out)
+    wanted: dict[str, Any] = {"gram": True, "sample": _SAMPLE}
+    stats = calibrate(fn, params, seen, mask=mask, progress=progress, **wanted)
+    problem = _Problem(fn, params, stats, seen, tuple(floats))
+    judge = _Judge.of(fn, params, judged, loss)
+
+    tried: list[Tried] = []
+    best: tuple[Tried, PyTree] | None = None
+    shown = tqdm(names, desc="recipes", disable=not progress)
+    for name in shown:
+        shown.set_postfix_str(name)
+        rules, tree = RECIPES[name](problem)
+        one = judge.tried(name, rules, tree)
+        tried.append(one)
+        within = one.difference + one.interval <= budget
+        # Only a smaller one, because of one size the faster recipe comes first.
+        if within and (best is None or one.nbytes < best[0].nbytes):
+            best = one, tree
+    tried.sort(key=lambda one: one.nbytes)
+    beside = float(judge.losses.mean()), weight_bytes(params), budget
+    if best is None:
+        return Recommendation(None, params, None, tuple(tried), *beside)
+    chosen, tree = best
+    return Recommendation(
+        chosen.name, tree, chosen.rules, tuple(tried), *beside
+    )
+
+
+def _checked(budget: Any, recipes: Sequence[str] | None) -> list[str]:
+    """The names of the recipes, in the order of `RECIPES`."""
+    is_number = isinstance(budget, int | float) and budget >= 0
+    expect(is_number, "recommend: budget=", "a number of 0 or more", budget)
+    if recipes is None:
+        return list(RECIPES)
+    unknown = sorted({*recipes} - {*RECIPES})
+    if unknown or not recipes:
+        raise ValueError(
+            f"recommend: recipes=: expected some of {list(RECIPES)}, got {unknown or 'none'}"
+        )
+    return [name for name in RECIPES if name in recipes]
+
+
+def _split(
+    batches: Iterable[Any], held_out: Iterable[Any] | None
+) -> tuple[list[Any], list[Any]]:
+    """The batches to calibrate on, and those to judge on."""
+    check_batches(batches)
+    seen = list(batches)
+    if held_out is not None:
+        check_batches(held_out)
+        judged = list(held_out)
+    else:
+        count = max(len(seen) // 4, 1)
+        seen, judged = seen[:-count], seen[-count:]
+    if not seen or not judged:
+        raise ValueError(
+            "recommend: expected batches to calibrate on and others to judge on, got "
+            f"{len(seen)} and {len(judged)}; pass more batches, or held_out="
+        )
+    return seen, judged
+
+
+# The recipes --------------------------------------------------------------------------------------
+
+
+class _Problem(NamedTuple):
+    """What every recipe starts from."""
+
+    fn: Callable[..., Any]
+    params: PyTree
+    stats: Stats
+    batches: list[Any]
+    floats: tuple[str, ...]
+
+    def rules(self, scheme: Scheme) -> dict[str, Scheme | None]:
+        """The scheme for all sites but those that stay float."""
+        floats: dict[str, Scheme | None] = dict.fromkeys(self.floats)
+        return floats | {".*": scheme}
+
+
+def _rounded(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
+    rules = problem.rules(scheme)
+    return rules, quantize(problem.params, problem.stats, rules)
+
+
+def _searched(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
+    rules = problem.rules(scheme)
+    return rules, quantize_by_search(problem.params, problem.stats, rules)
+
+
+def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
+    found = choose_precision(
+        problem.fn,
+        problem.params,
+        problem.stats,
+        problem.batches,
+        [W4A16_G64, W8A16],
+        bits=_MIXED_BITS,
+        fixed=dict.fromkeys(problem.floats),
+    )
+    tree = quantize_by_search(problem.params, problem.stats, found.rules)
+    return found.rules, tree
+
+
+#: The recipes by name: of two of one size the faster one first.
+RECIPES: dict[str, Callable[[_Problem], tuple[Rules, PyTree]]] = {
+    "w8a8 static": partial(_searched, W8A8_O3),
+    "w8a8": partial(_searched, W8A8_O1),
+    "w8a16": partial(_rounded, W8A16),
+    "mixed": _mixed,
+    "w4a8": partial(_searched, W4A8),
+    "w4a16": partial(_searched, W4A16_G64),
+}
+
+
+# The judge ----------------------------------------------------------------------------------------
+
+
+class _Judge(NamedTuple):
+    """The held-out batches, and what the float model gives for each.
+
+    Attributes:
+        measure: measure(tree, params, args) is the loss of one batch.
+        params: the float ones.
+        batches: each the arguments of fn after params.
+        losses: of the float model, (batches,).
+    """
+
+    measure: Callable[..., Any]
+    params: PyTree
+    batches: list[tuple[Any, ...]]
+    losses: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[..., Any],
+        params: PyTree,
+        batches: list[Any],
+        loss: Loss | None,
+    ) -> "_Judge":
+        arguments = [b if isinstance(b, tuple) else (b,) for b in batches]
+        of_outputs = divergence if loss is None else loss
+        run = quantized(fn)
+
+        @jax.jit
+        def measure(tree, params, args):
+            # The float outputs are computed anew, because those of all batches may not fit.
+            return of_outputs(run(tree, *args), fn(params, *args), *args)
+
+        made = cls(measure, params, arguments, np.zeros(0))
+        return made._replace(losses=made.all(params))
+
+    def all(self, tree: PyTree) -> np.ndarray:
+        """The loss of every batch."""
+        found = [
+            float(self.measure(tree, self.params, args))
+            for args in self.batches
+        ]
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"recommend: expected losses that are finite, got {found[:5]}; check loss= and "
+                "the held-out batches"
+            )
+        return np.asarray(found)
+
+    def tried(self, name: str, rules: Rules, tree: PyTree) -> Tried:
+        """A recipe beside the float model."""
+        losses = self.all(tree)
+        differences = losses - self.losses
+        interval = math.inf
+        if len(losses) > 1:
+            error = differences.std(ddof=1) / math.sqrt(len(losses))
+            interval = _INTERVAL * float(error)
+        mean, more = float(losses.mean()), float(differences.mean())
+        return Tried(name, weight_bytes(tree), mean, more, interval, rules)
+
+
+def divergence(outputs: Any, float_outputs: Any, *_: Any) -> Array:
+    """The mean over all rows of KL(float || other), in nats, of softmaxes along the last axis."""
+    wanted = jax.nn.log_softmax(float_outputs.astype(jnp.float32))
+    got = jax.nn.log_softmax(outputs.astype(jnp.float32))
+    terms = jnp.exp(wanted) * (wanted - got)
+    # A logit of -inf has a probability of 0, and no part in the sum.
+    return jnp.mean(jnp.sum(jnp.where(wanted > -jnp.inf, terms, 0), axis=-1))
