@@ -49,9 +49,7 @@ def calibrated(
         # The text is in the statistics already, and so not part of the recipe.
         made_of = {"model": opened.digest, "stats": digest_at(asked.stats)}
         check_recipe(made_of)
-        stats = read_stats(asked.stats)
-        _check_kept(stats, asked)
-        return Calibrated(stats, str(asked.stats), made_of)
+        return Calibrated(_kept(asked), str(asked.stats), made_of)
     if opened.model.tokenizer is None:
         raise ValueError(f"{opened.name}: {NO_TOKENIZER}")
     texts = read_texts(asked.text, "calibration")
@@ -92,13 +90,20 @@ def kept_for_search(search: bool) -> dict[str, Any]:
     return {"gram": True, "sample": SAMPLE} if search else {}
 
 
-def _check_kept(stats: Stats, asked: Asked) -> None:
-    """Raises ValueError if a search is asked for, and the statistics hold nothing for one."""
+def _kept(asked: Asked) -> Stats:
+    """The statistics of the file that was named.
+
+    Raises:
+        ValueError: what `read_stats` refuses; a search is asked for, and they hold nothing for one.
+    """
+    assert asked.stats is not None
+    stats = read_stats(asked.stats)
     if asked.search and not (stats.gram and stats.sample):
         raise ValueError(
             f"--stats: {asked.stats}: expected statistics for --search, got some of maxima alone; "
             "write them with `sqjax calibrate --search`"
         )
+    return stats
 
 
 def check_asked(asked: Asked) -> None:
@@ -114,7 +119,7 @@ def check_asked(asked: Asked) -> None:
         raise ValueError(
             "--stats: expected it without --text, which would not be read"
         )
-    read_stats(asked.stats)
+    _kept(asked)
 
 
 def uncalibrated(opened: Opened, command: str) -> Calibrated:

@@ -26,9 +26,20 @@ from sqjax.commands.outputs import check_output, new_file
 from sqjax.commands.recipes import digest_at
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
+from sqjax.weights.sizes import weight_bytes
 
 TEXT = "A quick brown fox jumps over a lazy dog, and the dog barks at the fox. " * 12
-COMMANDS = ("quantize", "eval", "generate", "compare", "inspect", "report", "calibrate", "smooth")
+COMMANDS = (
+    "quantize",
+    "recommend",
+    "eval",
+    "generate",
+    "compare",
+    "inspect",
+    "report",
+    "calibrate",
+    "smooth",
+)
 COMMANDS += ("export", "demo", "bench")
 #: How much the tests read.
 FEW = ["--tokens", "32", "--windows", "3", "--quiet"]
@@ -215,6 +226,37 @@ def test_options_win_over_a_recipe(quantized, run):
     kernel = loaded("w8a16")[1]["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
     assert kernel.activations is None
     assert record["weight_bytes"] < 0.6 * record["float_bytes"]
+
+
+@pytest.mark.slow
+def test_quantize_searches_as_the_library_does(run, refusal, stats):
+    run("calibrate", "tiny", "--search", "--text", "text.txt", *FEW, "-o", "kept")
+    made = ["--scheme", "w4a16_g64", "--search", "--stats", "kept", "--quiet"]
+    record = json.loads(run("quantize", "tiny", *made, "-o", "searched", "--json"))
+    assert (record["search"], record["alpha"]) == (True, None)
+    _, params = loaded("tiny")
+    expected = sq.quantize_by_search(params, sq.load("kept"), sq.W4A16_G64)
+    jax.tree.map(np.testing.assert_array_equal, loaded("searched")[1], expected)
+    said = run("quantize", "--recipe", "searched/recipe.yaml", "-o", "again", "--quiet")
+    assert said.startswith("again: w4a16_g64, searched, ")
+    assert files_in("again") == files_in("searched")
+    alone = refusal("quantize", "tiny", "--search", "--stats", stats, "-o", "x")
+    assert "expected statistics for --search" in alone
+
+
+@pytest.mark.slow
+def test_recommend_writes_what_it_names(run):
+    read = ["--text", "text.txt", "--tokens", "32", "--windows", "8", "--quiet"]
+    out = run("recommend", "tiny", *read, "--budget", "50", "-o", "small", "--json")
+    record = json.loads(out)
+    sizes = [one["weight_bytes"] for one in record["tried"]]
+    assert len(sizes) == 6
+    assert sizes == sorted(sizes)
+    [named] = [one for one in record["tried"] if one["recipe"] == record["recommended"]]
+    assert weight_bytes(loaded("small")[1]) == named["weight_bytes"] < record["float_bytes"]
+    assert named["loss_difference"] + named["interval"] <= record["budget"] == np.log(1.5)
+    said = run("recommend", "tiny", *read, "--budget", "0")
+    assert "no recipe is within 0%" in said
 
 
 @pytest.mark.slow
@@ -428,6 +470,16 @@ def test_texts_of_files_folders_and_lines(tmp_path):
             "x: --format gguf writes one file. G",
         ),
         (["quantize", "tiny", "-o", "x.gguf"], "a name that ends with .gguf is for --format gguf"),
+        (
+            ["quantize", "tiny", "-o", "x", "--search", "--alpha", "0.5"],
+            "--search: expected it without --alpha",
+        ),
+        (
+            ["quantize", "tiny", "-o", "x.gguf", "--format", "gguf", "--search"],
+            "--search: expected it without --format gguf",
+        ),
+        (["recommend", "tiny", "--force"], "--force: expected it with --output"),
+        (["recommend", "tiny", "--budget", "-1"], "-1.0 is not in the range x>=0"),
         (["quantize", "nowhere", "-o", "x"], "nowhere: no such path; expected smollm2-135m"),
         (["quantize", "text.txt", "-o", "x"], "got another kind of file"),
         (["quantize", "tiny", "-o", "no/x"], "expected a path in a folder that exists"),

@@ -1,0 +1,122 @@
+"""`recommend`: which recipe is named, and what is said of the others, beside numpy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sqjax as sq
+from sqjax.weights.sizes import weight_bytes
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "norm": jnp.ones((1, 64)),
+    "up": jax.random.normal(KEYS[0], (64, 64)) / 8,
+    "down": jax.random.normal(KEYS[1], (64, 16)) / 4,
+}
+#: A few channels are large, as in language models.
+X = (
+    jax.random.normal(KEYS[2], (8, 32, 64))
+    * jnp.where(jnp.arange(64) % 16 == 0, 9.0, 1.0)[None, None]
+)
+BATCHES = list(X)
+
+
+def mlp(params, x):
+    return jnp.tanh((x * params["norm"]) @ params["up"]) @ params["down"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return sq.recommend(mlp, PARAMS, BATCHES, budget=0.003)
+
+
+def logprobs(outputs):
+    outputs = np.asarray(outputs, float)
+    shifted = outputs - outputs.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@pytest.mark.slow
+def test_every_recipe_is_tried_the_smallest_first(found):
+    sizes = [one.nbytes for one in found.tried]
+    assert sizes == sorted(sizes)
+    assert {one.name for one in found.tried} == {
+        "w8a8 static", "w8a8", "w8a16", "mixed", "w4a8", "w4a16"
+    }  # fmt: skip
+    assert found.float_bytes == weight_bytes(PARAMS) > max(sizes)
+
+
+@pytest.mark.slow
+def test_the_smallest_within_the_budget_is_named(found):
+    within = [one for one in found.tried if one.difference + one.interval <= 0.003]
+    assert 0 < len(within) < len(found.tried)
+    assert found.name == min(within, key=lambda one: one.nbytes).name
+    assert weight_bytes(found.params) == min(one.nbytes for one in within)
+    assert f"within 0.003: {found.name}" in str(found)
+    [starred] = [line for line in str(found).splitlines() if line.startswith("*")]
+    assert starred.endswith(found.name)
+
+
+@pytest.mark.slow
+def test_losses_are_divergences_from_the_float_model(found):
+    [one] = [one for one in found.tried if one.name == found.name]
+    losses = []
+    for x in BATCHES[-2:]:  # the last quarter
+        wanted = logprobs(mlp(PARAMS, x))
+        got = logprobs(sq.quantized(mlp)(found.params, x))
+        losses.append((np.exp(wanted) * (wanted - got)).sum(-1).mean())
+    assert found.float_loss == pytest.approx(0, abs=1e-6)
+    assert one.difference == pytest.approx(np.mean(losses), rel=1e-3, abs=1e-6)
+    interval = 1.96 * np.std(losses, ddof=1) / np.sqrt(2)
+    assert one.interval == pytest.approx(interval, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_judge_s_batches_are_not_calibrated_on():
+    larger = [*BATCHES[:6], *(100 * x for x in BATCHES[6:])]
+    found = sq.recommend(mlp, PARAMS, larger, budget=9.0, recipes=["w8a16", "w8a8 static"])
+    assert found.name == "w8a8 static"  # of two of one size the faster one
+    # Of 127 steps of a range that is 9 times a normal's, and not 900 times.
+    assert float(found.params["up"].input_scale) * 127 < 50
+
+
+@pytest.mark.slow
+def test_one_s_own_loss_and_what_stays_float():
+    def squared(outputs, exact, x):
+        return jnp.mean((outputs - exact) ** 2)
+
+    found = sq.recommend(
+        mlp,
+        PARAMS,
+        BATCHES[:4],
+        held_out=BATCHES[4:],
+        loss=squared,
+        floats=["down"],
+        recipes=["w4a16"],
+        budget=1e9,
+    )
+    error = [
+        np.mean((np.asarray(sq.quantized(mlp)(found.params, x)) - mlp(PARAMS, x)) ** 2, dtype=float)
+        for x in BATCHES[4:]
+    ]
+    assert found.tried[0].loss == pytest.approx(np.mean(error), rel=1e-4)
+    np.testing.assert_array_equal(found.params["down"], PARAMS["down"])
+
+
+@pytest.mark.slow
+def test_none_is_named_where_none_is_within():
+    found = sq.recommend(mlp, PARAMS, BATCHES[:4], budget=0.0, recipes=["w8a16"])
+    assert found.name is None
+    assert found.rules is None
+    assert found.params is PARAMS
+    assert "within 0: none" in str(found)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="budget=: expected a number of 0 or more, got -1"):
+        sq.recommend(mlp, PARAMS, BATCHES, budget=-1.0)
+    with pytest.raises(ValueError, match=r"recipes=: expected some of .*w8a8.* got \['w2'\]"):
+        sq.recommend(mlp, PARAMS, BATCHES, recipes=["w2"])
+    with pytest.raises(ValueError, match="others to judge on, got 0 and 1"):
+        sq.recommend(mlp, PARAMS, BATCHES[:1])
