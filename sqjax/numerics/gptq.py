@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from sqjax.numerics.formats import INT8, Format, to_format
 
-#: So many columns are rounded before the columns outside of these learn of their errors.
-BLOCK = 128
+#: So many columns are rounded before the columns outside of these learn of their errors; among
+#: these again so many.
+BLOCKS = 128, 16, 1
 
 
 class Grid(NamedTuple):
@@ -40,7 +41,7 @@ class Grid(NamedTuple):
     high: Float[Array, "*stack outputs groups"]
 
 
-@partial(jax.jit, static_argnames=("act_order", "block", "fmt"))
+@partial(jax.jit, static_argnames=("act_order", "blocks", "fmt"))
 def gptq_rounded(
     weight: Float[Array, "*stack outputs features"],
     gram: Float[Array, "*stack features features"],
@@ -51,7 +52,7 @@ def gptq_rounded(
     *,
     act_order: bool = True,
     sweeps: int | Array = 0,
-    block: int = BLOCK,
+    blocks: tuple[int, ...] = BLOCKS,
     fmt: Format = INT8,
 ) -> Float[Array, "*stack outputs features"]:
     """The numbers n of a grid with which step * n does what the weight does.
@@ -68,8 +69,8 @@ def gptq_rounded(
             to make up for their errors; else they come in their own order.
         sweeps: how often every column, after that, is set to what is best with all others as they
             are.
-        block: how many columns are rounded between two products with all others; it changes the
-            speed alone.
+        blocks: how many columns are rounded between two products with all others, and between two
+            products among these, down to 1; they change the speed alone.
         fmt: the format of n: integers, or floats of 8 bits.
 
     Returns:
@@ -89,7 +90,7 @@ def gptq_rounded(
 
     def one(matrix: tuple[Array, Array, Array, Grid]) -> Array:
         weight, gram, usual, grid = matrix
-        problem = _Problem.of(weight, gram, grid, group, act_order, block, fmt)
+        problem = _Problem.of(weight, gram, grid, group, act_order, blocks, fmt)
         return problem.solved(usual, damping, sweeps)
 
     # One after another, because a single matrix keeps all processors busy.
@@ -120,11 +121,11 @@ class _Problem(NamedTuple):
 
     Attributes:
         order: (F,), the column that each of these was.
-        features: how many columns the matrix has; F is a multiple of the block.
+        features: how many columns the matrix has; F is a multiple of the largest block.
         columns: all of them.
         gram: (F, F).
         grid: of (groups, outputs).
-        block: how many columns are rounded between two products with all others.
+        blocks: how many columns are rounded between two products with others, down to 1.
         fmt: the format of the numbers.
     """
 
@@ -133,7 +134,7 @@ class _Problem(NamedTuple):
     columns: _Columns
     gram: Array
     grid: Grid
-    block: int
+    blocks: tuple[int, ...]
     fmt: Format
 
     @classmethod
@@ -144,13 +145,13 @@ class _Problem(NamedTuple):
         grid: Grid,
         group: Array,
         act_order: bool,
-        block: int,
+        blocks: tuple[int, ...],
         fmt: Format,
     ) -> "_Problem":
         """The problem of a matrix (outputs, features)."""
         features = weight.shape[1]
         # Columns of zeros fill the last block up: they take no error, and give none.
-        more = -features % block
+        more = -features % blocks[0]
         gram = jnp.pad(gram.astype(jnp.float32), [(0, more)] * 2)
         rows = jnp.pad(weight.astype(jnp.float32).T, [(0, more), (0, 0)])
         group = jnp.pad(group, (0, more))
@@ -163,7 +164,7 @@ class _Problem(NamedTuple):
             _Columns(rows[order], group[order]),
             gram[order][:, order],
             Grid(*(x.T for x in grid)),
-            block,
+            blocks,
             fmt,
         )
 
@@ -186,7 +187,13 @@ class _Problem(NamedTuple):
             # The first pass is GPTQ, and starts with weights that have no error yet.
             start = jnp.where(i == 0, 0, best.error)
             feedback = jnp.where(i == 0, to_later, to_others)
-            return self._better(best, self._rounded(start, feedback))
+            fed_back = jnp.matmul(
+                feedback.T, start, precision=lax.Precision.HIGHEST
+            )
+            chosen = self._pass(
+                self.columns, weight + fed_back, start, feedback, self.blocks
+            )
+            return self._better(best, chosen)
 
         best = lax.fori_loop(0, 1 + sweeps, one_pass, usual_choice)
         return best.numbers[jnp.argsort(self.order)][: self.features].T
@@ -197,67 +204,57 @@ class _Problem(NamedTuple):
         is_b = (of_b < of_a)[None]
         return jax.tree.map(partial(jnp.where, is_b), b, a)
 
-    def _rounded(self, error: Array, feedback: Array) -> _Choice:
-        """Column after column set to what is nearest to W_j + sum over i of E_i feedback_ij.
+    def _pass(
+        self,
+        columns: _Columns,
+        target: Array,
+        before: Array,
+        feedback: Array,
+        blocks: tuple[int, ...],
+    ) -> _Choice:
+        """Column after column set to what is nearest to its target and what is fed back to it.
+
+        In blocks of blocks of columns, because many columns learn best of the errors of many by one
+        product of matrices.
 
         Args:
-            error: E at first.
-            feedback: (F, F), with zeros on its diagonal.
+            columns: n of them.
+            target: W + E feedback, with the errors `before` this pass, (n, outputs).
+            before: E of these columns, (n, outputs).
+            feedback: (n, n), from these columns to each other, with zeros on its diagonal.
+            blocks: the sizes of the blocks, from the largest down to 1; () for a single column.
         """
+        if not blocks:
+            return self._nearest(target, columns)
+        size, *smaller = blocks
 
-        def one_block(error: Array, start: Array) -> tuple[Array, Array]:
+        def one_block(change: Array, start: Array) -> tuple[Array, _Choice]:
             def own(x: Array, axis: int = 0) -> Array:
-                return lax.dynamic_slice_in_dim(x, start, self.block, axis)
+                return lax.dynamic_slice_in_dim(x, start, size, axis)
 
-            columns = _Columns(*map(own, self.columns))
             to_block = own(feedback, 1)
             # In full precision, because a GPU or TPU takes fewer bits by default.
             fed_back = jnp.matmul(
-                to_block.T, error, precision=lax.Precision.HIGHEST
+                to_block.T, change, precision=lax.Precision.HIGHEST
             )
-            chosen = self._one_block(
-                columns, columns.weight + fed_back, own(error), own(to_block)
+            chosen = self._pass(
+                _Columns(*map(own, columns)),
+                own(target) + fed_back,
+                own(before),
+                own(to_block),
+                tuple(smaller),
             )
-            error = lax.dynamic_update_slice_in_dim(
-                error, chosen.error, start, 0
-            )
-            return error, chosen.numbers
+            changed = chosen.error - own(before)
+            change = lax.dynamic_update_slice_in_dim(change, changed, start, 0)
+            return change, chosen
 
-        starts = jnp.arange(0, len(error), self.block)
-        error, numbers = lax.scan(one_block, error, starts)
-        return _Choice(numbers.reshape(error.shape), error)
+        starts = jnp.arange(0, len(before), size)
+        _, chosen = lax.scan(one_block, jnp.zeros_like(before), starts)
+        return jax.tree.map(lambda x: x.reshape(before.shape), chosen)
 
-    def _one_block(
-        self, columns: _Columns, target: Array, before: Array, feedback: Array
-    ) -> _Choice:
-        """The columns of one block.
-
-        Args:
-            columns: those of the block.
-            target: W + E feedback, with the errors `before` the block, (block, outputs).
-            before: E of the block.
-            feedback: (block, block), from the block to itself.
-        """
-
-        def one_column(
-            j: Array, state: tuple[Array, _Choice]
-        ) -> tuple[Array, _Choice]:
-            target, chosen = state
-            new = self._nearest(target[j], columns.weight[j], columns.group[j])
-            change = new.error - before[j]
-            target = target + feedback[j][:, None] * change[None]
-            return target, jax.tree.map(
-                lambda all, own: all.at[j].set(own), chosen, new
-            )
-
-        nothing = _Choice(jnp.zeros_like(before), jnp.zeros_like(before))
-        count = len(before)
-        _, chosen = lax.fori_loop(0, count, one_column, (target, nothing))
-        return chosen
-
-    def _nearest(self, target: Array, weight: Array, group: Array) -> _Choice:
-        """What is nearest to a column's target, (outputs,)."""
-        step, low, high = (of_group[group] for of_group in self.grid)
+    def _nearest(self, target: Array, columns: _Columns) -> _Choice:
+        """What is nearest to the targets of some columns, (columns, outputs)."""
+        step, low, high = (of_group[columns.group] for of_group in self.grid)
         numbers = target / step
         if self.fmt.floating:
             narrow = to_format(numbers, jnp.float32(1), self.fmt)
@@ -265,7 +262,7 @@ class _Problem(NamedTuple):
         else:
             numbers = jnp.round(numbers)
         numbers = jnp.clip(numbers, low, high)
-        return _Choice(numbers, weight - step * numbers)
+        return _Choice(numbers, columns.weight - step * numbers)
 
 
 def output_errors(

@@ -66,8 +66,8 @@ def test_it_chooses_what_the_published_loop_chooses(act_order):
 
 def test_blocks_change_nothing():
     weight, gram, step, usual = problem()
-    whole = rounded(weight, gram, step, usual, block=64)
-    parts = rounded(weight, gram, step, usual, block=7)
+    whole = rounded(weight, gram, step, usual, blocks=(1,))
+    parts = rounded(weight, gram, step, usual, blocks=(14, 7, 1))
     assert np.mean(whole != parts) < 0.02
 
 
