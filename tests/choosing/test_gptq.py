@@ -81,7 +81,7 @@ PAIRS = [(kind, "zero points") for kind in KINDS]
 PAIRS += [("two axes", scheme) for scheme in SCHEMES if scheme != "zero points"]
 
 
-@pytest.mark.parametrize("kind, scheme", PAIRS)
+@pytest.mark.parametrize(("kind", "scheme"), PAIRS)
 def test_the_outputs_are_nearer_and_the_rest_is_as_quantize_makes_it(kind, scheme):
     fn, params, x, stats = case(kind)
     usual = sq.quantize(params, stats, SCHEMES[scheme])
@@ -138,7 +138,7 @@ def test_clips_and_folds_come_first():
     again = sq.calibrate(fn, folded, [x], gram=True)
     measured = gptq(folded, again, W4, clips=clips)
     assert np.mean(found["w"].tensor.values != measured["w"].tensor.values) < 0.02
-    with pytest.raises(ValueError, match="w: the statistics are of other parameters.*fold_stats"):
+    with pytest.raises(ValueError, match=r"w: the statistics are of other parameters.*fold_stats"):
         gptq(folded, stats, W4)
 
 
@@ -190,7 +190,7 @@ def test_layers_of_one_shape_are_compiled_once():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"damping": -1.0}, "damping=: expected a share of 0 or more, got -1.0"),
         ({"damping": "1%"}, "damping=: expected a share"),

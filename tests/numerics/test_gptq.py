@@ -18,7 +18,7 @@ def problem(seed=0, tokens=200):
     x = mixed * np.exp(rng.normal(size=FEATURES))
     weight = rng.normal(size=(OUTPUTS, FEATURES)).astype(np.float32)
     step = np.stack(
-        [np.abs(weight[:, GROUP == g]).max(1) / 7 for g in range(GROUP.max() + 1)], 1
+        [np.abs(weight[:, g == GROUP]).max(1) / 7 for g in range(GROUP.max() + 1)], 1
     ).astype(np.float32)
     usual = np.clip(np.round(weight / step[:, GROUP]), -7, 7)
     return weight, (x.T @ x).astype(np.float32), step, usual
