@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
+    from sqjax.choosing.gptq import gptq
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -83,6 +84,7 @@ __all__ = [
     "dequantize",
     "fold",
     "fold_stats",
+    "gptq",
     "gram_bytes",
     "int8_attention",
     "load",
@@ -118,6 +120,7 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
+    "sqjax.choosing.gptq": "gptq",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

@@ -73,7 +73,7 @@ def absmax(
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 #: The codes of int4 with a zero point: 16 of them.
-_LOWEST, _HIGHEST = -8.0, 7.0
+LOWEST, HIGHEST = -8.0, 7.0
 
 
 def scale_from_absmax(
@@ -127,8 +127,8 @@ def zero_point_range(
         jnp.minimum(low.astype(jnp.float32), 0),
         jnp.maximum(high.astype(jnp.float32), 0),
     )
-    scale = _alive((high - low) / (_HIGHEST - _LOWEST))
-    return scale, (jnp.round(-low / scale) + _LOWEST).astype(jnp.int8)
+    scale = _alive((high - low) / (HIGHEST - LOWEST))
+    return scale, (jnp.round(-low / scale) + LOWEST).astype(jnp.int8)
 
 
 def to_codes(
@@ -136,4 +136,4 @@ def to_codes(
 ) -> Shaped[Array, "*s"]:
     """q = clip(round(x / scale) + zero, -8, 7): then (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
-    return jnp.clip(q, _LOWEST, _HIGHEST).astype(container(INT4))
+    return jnp.clip(q, LOWEST, HIGHEST).astype(container(INT4))

@@ -253,6 +253,7 @@ def test_the_public_names_are_these():
             "smoothquant",
             "verify",
             "site_errors",
+            "gptq",
         ),
         *(
             "QTensor",
