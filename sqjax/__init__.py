@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
-    from sqjax.calibration.stats import Stats
+    from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -83,6 +83,7 @@ __all__ = [
     "dequantize",
     "fold",
     "fold_stats",
+    "gram_bytes",
     "int8_attention",
     "load",
     "load_quantized",
@@ -116,7 +117,7 @@ _NAMESPACES = {
 #: {module: the public names that are in it}, as type checkers see them above.
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
-    "sqjax.calibration.stats": "Stats",
+    "sqjax.calibration.stats": "Stats gram_bytes",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

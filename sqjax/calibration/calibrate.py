@@ -19,6 +19,7 @@ from sqjax.calibration.analysis import (
     check_no_numbers,
     described,
 )
+from sqjax.calibration.measure import Wanted
 from sqjax.calibration.proof import prove
 from sqjax.calibration.recorder import Recorder
 from sqjax.calibration.stats import FEW_TOKENS, Stats
@@ -36,6 +37,9 @@ def calibrate(
     groups: Mapping[str, Sequence[str]] | None = None,
     attention: bool = False,
     histogram: bool = False,
+    gram: bool = False,
+    sample: int = 0,
+    seed: int = 0,
     progress: bool = False,
 ) -> Stats:
     """Finds what can be folded in `fn`, proves it, and records what every matmul sees.
@@ -82,6 +86,13 @@ def calibrate(
             `range`. It takes 8 KiB of memory for each matrix, however many batches there are, and
             about as long as the other statistics; exact while one batch has less than 2^32
             activations at a site.
+        gram: whether to keep the Gram matrix X^T X of every site too, for `awq` and `gptq`. A site
+            of n input features takes 4 n^2 bytes, whatever the number of tokens (`gram_bytes` says
+            how much of a graph), and twice that while a batch is added.
+        sample: of how many tokens to keep the activations, for `search_alpha`: 4 x sample x n bytes
+            a site. They are drawn at random from all tokens of all batches
+            (`sqjax.numerics.samples.Sample`).
+        seed: of that drawing.
         progress: whether to show a progress bar.
 
     Returns:
@@ -106,6 +117,7 @@ def calibrate(
     check_finite(params, "parameter")
     check_mask(mask)
     _check_groups(groups)
+    wanted = checked_wanted(histogram, gram, sample, seed)
     first_batches, streams = [], []
     for iterable in iterables:
         first_batch, stream = _open(iterable)
@@ -119,7 +131,7 @@ def calibrate(
         functions, params, first_batches, groups or {}, attention
     )
     totals = [operator.length_hint(batches) for batches in iterables]
-    stats = calibrated(analyses, streams, mask, histogram, progress, totals)
+    stats = calibrated(analyses, streams, mask, wanted, progress, totals)
     warn_of_unreached(stats)
     return stats
 
@@ -128,7 +140,7 @@ def calibrated(
     analyses: Analyses,
     streams: Iterable[Iterable[Any]],
     mask: Callable[..., Any] | None,
-    histogram: bool,
+    wanted: Wanted,
     progress: bool = False,
     totals: Sequence[int] = (),
 ) -> Stats:
@@ -137,7 +149,8 @@ def calibrated(
     Args:
         analyses: of the functions, on their first batches.
         streams: the batches of each function, the first ones among them.
-        mask, histogram, progress: as for `calibrate`.
+        mask, progress: as for `calibrate`.
+        wanted: what to keep beside maxima and sums.
         totals: how many batches each stream has, for the progress bar; 0 where nobody knows.
     """
     first_batches = analyses.first_batches
@@ -154,7 +167,7 @@ def calibrated(
     )
 
     # Record: one function and one batch at a time, so that only one batch is in memory.
-    recorder = Recorder(analyses, first, graph, mask, histogram)
+    recorder = Recorder(analyses, first, graph, mask, wanted)
     counted = itertools.zip_longest(streams, totals)
     for which, (stream, total) in enumerate(counted):
         shown = tqdm(
@@ -196,6 +209,20 @@ def _one_iterable_each(
 
 #: The order of the arguments of `calibrate`; those of `smoothquant` begin so too.
 _ORDER = "(fn, params, batches)"
+
+
+def checked_wanted(
+    histogram: bool, gram: bool, sample: int, seed: int
+) -> Wanted:
+    """What to keep beside maxima and sums.
+
+    Raises:
+        ValueError: sample or seed is no such number; a mask in their place, say.
+    """
+    for name, number in (("sample", sample), ("seed", seed)):
+        is_count = type(number) is int and 0 <= number < 2**31
+        expect(is_count, f"calibrate: {name}=", "an int of 0 or more", number)
+    return Wanted(bool(histogram), bool(gram), sample, seed)
 
 
 def check_mask(mask: Any) -> None:

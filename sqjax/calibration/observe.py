@@ -5,58 +5,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from sqjax.calibration.analysis import Analysis
+from sqjax.calibration.measure import (
+    NOTHING_MORE,
+    Measurement,
+    Probe,
+    Wanted,
+    measure,
+)
 from sqjax.calibration.site_layout import SiteLayout
 from sqjax.calibration.tokens import Follower, Lost, counts, mark_inputs
 from sqjax.folding.graph import Site
 from sqjax.folding.labels import sizes_along
 from sqjax.folding.sites import Place, sides_of
-from sqjax.numerics.ranges import BINS, Histogram, count
+from sqjax.numerics.ranges import BINS, Histogram
+from sqjax.numerics.samples import Sample
 from sqjax.program.equations import Atom, Var
 from sqjax.program.evaluate import Mark, evaluate
 from sqjax.program.facts import Program
 from sqjax.program.replication import MeshAxes, varying
-
-
-class Probe(NamedTuple):
-    """What to measure of an activation.
-
-    Attributes:
-        axes: the axes that hold its channels; all others hold tokens.
-        batch: how many of `axes`, the first ones, hold a matrix each (experts): a histogram is kept
-            for each of these.
-        histogram: whether one is wanted.
-    """
-
-    axes: tuple[int, ...]
-    batch: int = 0
-    histogram: bool = False
-
-
-class Measurement(NamedTuple):
-    """What was measured of an activation.
-
-    Of one in the body of a scan or a shard_map, every array has one more leading axis for each scan
-    and mesh axis around it.
-
-    Attributes:
-        absmax: max |x| over the tokens, float32, the shape of the probe's axes.
-        abs_sum: sum |x| over the tokens, the same shape.
-        tokens: how many tokens there were, int32.
-        reached: how many tokens were not all zeros, for each matrix, int32, (*batch,).
-        counts: how many |x| lie in each bin of a `Histogram`, uint32, (*batch, BINS); None unless
-            asked for.
-    """
-
-    absmax: Array
-    abs_sum: Array
-    tokens: Array
-    reached: Array
-    counts: Array | None = None
 
 
 class Observation(NamedTuple):
@@ -67,6 +39,8 @@ class Observation(NamedTuple):
     tokens: Array
     reached: Array
     histogram: Histogram | None = None
+    gram: Array | None = None
+    sample: Sample | None = None
 
 
 #: What is known of some tokens: of an activation's channels, or of a site's.
@@ -89,7 +63,7 @@ def observe(
     leaves: Iterable[Any],
     inputs: Iterable[Any],
     mask: Array | None = None,
-    histogram: bool = False,
+    wanted: Wanted = NOTHING_MORE,
 ) -> tuple[list[Any], dict[Site, Observation]]:
     """Runs a program on its leaves and inputs.
 
@@ -98,7 +72,7 @@ def observe(
         leaves, inputs: the values of its leaves, and of its other inputs.
         mask: booleans of shape (batch, tokens): False for tokens that do not count. They are
             followed through the program (`sqjax.calibration.tokens`).
-        histogram: whether to make a histogram of |x| at every site too.
+        wanted: what to keep of every site beside maxima and sums.
 
     Returns:
         The outputs of the program (flat), and an observation of every site and of the keys.
@@ -108,10 +82,10 @@ def observe(
     if mask is not None:
         _check_mask(program, places, differing, mask)
 
-    probes = _probes(analysis, histogram)
+    probes = _probes(analysis, wanted)
     measures: dict[Var, Callable[[Array], Any]] = {
-        var: partial(_measure_all, probes=sorted(wanted))
-        for var, wanted in probes.items()
+        var: partial(_measure_all, probes=sorted(of_var))
+        for var, of_var in probes.items()
     }
     for place in places:
         sizes = _sizes_of_experts(program, place)
@@ -132,7 +106,7 @@ def observe(
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
     for place in places:
-        measurement = measured[place.activation][_probe(place, histogram)]
+        measurement = measured[place.activation][_probe(place, wanted)]
         along = differing.get(place.activation, frozenset())
         seen = _as_channels(program, place, measurement, along)
         sizes = _sizes_of_experts(program, place)
@@ -154,19 +128,22 @@ def observe(
     return outputs, observations
 
 
-def _probes(analysis: Analysis, histogram: bool) -> dict[Var, set[Probe]]:
+def _probes(analysis: Analysis, wanted: Wanted) -> dict[Var, set[Probe]]:
     """{activation: what to measure of it}: sites that share one mostly share the probe too."""
     probes: dict[Var, set[Probe]] = {}
     for place in analysis.places:
-        probe = _probe(place, histogram)
+        probe = _probe(place, wanted)
         probes.setdefault(place.activation, set()).add(probe)
     for key in analysis.keys:
         probes.setdefault(key.activation, set()).add(Probe(key.axes))
     return probes
 
 
-def _probe(place: Place, histogram: bool) -> Probe:
-    return Probe(place.axes, place.batch, histogram)
+def _probe(place: Place, wanted: Wanted) -> Probe:
+    # What a convolution multiplies is a window of pixels, and no row of this activation.
+    if place.site.kernel is not None:
+        wanted = Wanted(histogram=wanted.histogram)
+    return Probe(place.axes, place.batch, wanted)
 
 
 def _measure_all(
@@ -206,50 +183,6 @@ def _warn_of_lost(places: Iterable[Place], lost: Mapping[Var, str]) -> None:
             f"{reason}; every token counts there, padding too",
             stacklevel=2,
         )
-
-
-def measure(
-    x: Array, probe: Probe, counted: Array | None = None
-) -> Measurement:
-    """Statistics of the channels of an activation, over all its other axes.
-
-    `counted` says which elements count, where not all do: booleans that broadcast against x.
-
-    Example: x of shape (batch 2, tokens 7, channels 16) with Probe(axes=(2,)) gives an absmax of
-    shape (16,), and tokens = 14. With booleans of shape (2, 7, 1) tokens is the number of True.
-    """
-    axes = probe.axes
-    channels_last = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    magnitude = jnp.abs(channels_last).astype(jnp.float32)
-    token_axes = tuple(range(magnitude.ndim - len(axes)))
-    token_shape = magnitude.shape[: len(token_axes)]
-    tokens = jnp.int32(np.prod(token_shape, dtype=int))
-
-    if counted is not None:
-        fitted = jnp.moveaxis(counted, axes, range(-len(axes), 0))
-        magnitude = jnp.where(fitted, magnitude, 0)
-        of_rows = fitted.any(range(len(token_shape), magnitude.ndim))
-        # One boolean may stand for several rows: the heads of a token, say.
-        rows = np.prod(token_shape, dtype=int) // max(of_rows.size, 1)
-        tokens = jnp.sum(of_rows, dtype=jnp.int32) * jnp.int32(rows)
-
-    # The zeros that the mask has written reach nothing, and are in no bin: they need no care here.
-    matrices = range(len(token_axes), len(token_axes) + probe.batch)
-    features = tuple(range(matrices.stop, magnitude.ndim))
-    is_reached = (magnitude > 0).any(features)
-    reached = is_reached.sum(token_axes, dtype=jnp.int32)
-
-    counts = None
-    if probe.histogram:
-        matrices_first = jnp.moveaxis(magnitude, matrices, range(probe.batch))
-        counts = count(matrices_first, probe.batch)
-    return Measurement(
-        magnitude.max(token_axes, initial=0),
-        magnitude.sum(token_axes),
-        tokens,
-        reached,
-        counts,
-    )
 
 
 def experts_of(program: Program, place: Place) -> tuple[int, ...]:
@@ -318,15 +251,70 @@ def _as_channels(
     if experts := experts_of(program, place):
         spread = reached.reshape((*reached.shape, 1))
         reached = jnp.broadcast_to(spread, reached.shape + experts)
-    if measurement.counts is None:
-        return Observation(absmax, abs_sum, tokens, reached)
+    seen = Observation(absmax, abs_sum, tokens, reached)
+    if measurement.counts is not None:
+        stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
+        counts = stack.arranged(stack.total(measurement.counts))
+        largest = jnp.max(absmax, axis=site.feature_axes)
+        seen = seen._replace(histogram=Histogram.counted(counts, largest))
+    return _with_rows(program, place, measurement, differing, seen)
 
-    stack = SiteLayout.of(program, place, differing, len(site.batch), BINS)
-    counts = stack.arranged(stack.total(measurement.counts))
-    largest = jnp.max(absmax, axis=site.feature_axes)
-    return Observation(
-        absmax, abs_sum, tokens, reached, Histogram.counted(counts, largest)
-    )
+
+def _with_rows(
+    program: Program,
+    place: Place,
+    measurement: Measurement,
+    differing: MeshAxes,
+    seen: Observation,
+) -> Observation:
+    """An observation with the Gram matrix and the sample, where they were measured."""
+    if measurement.gram is None and measurement.sample is None:
+        return seen
+    _check_whole_rows(place)
+    batch = len(place.site.batch)
+    if measurement.gram is not None:
+        *_, features = measurement.gram.shape
+        layout = SiteLayout.of(
+            program, place, differing, batch, features, features
+        )
+        gram = layout.arranged(layout.total(measurement.gram))
+        seen = seen._replace(gram=gram)
+    if measurement.sample is not None:
+        sample = measurement.sample
+        *_, tokens, features = sample.rows.shape
+        layout = SiteLayout.of(program, place, differing, batch, tokens)
+        # Devices that hold the same activation have drawn the same tokens: one of them is enough.
+        for axis in layout.same:
+            sample = jax.tree.map(
+                partial(
+                    jax.lax.slice_in_dim,
+                    start_index=0,
+                    limit_index=1,
+                    axis=axis,
+                ),
+                sample,
+            )
+        sample = sample.merged(layout.reduced)
+        of_rows = SiteLayout.of(
+            program, place, differing, batch, tokens, features
+        )
+        arranged = Sample(
+            of_rows.arranged(sample.rows), layout.arranged(sample.priority)
+        )
+        seen = seen._replace(sample=arranged)
+    return seen
+
+
+def _check_whole_rows(place: Place) -> None:
+    """Raises ValueError where a device, or a step of a scan, holds a part of each row only."""
+    site = place.site
+    whole = sizes_along(site.channels, site.feature_axes)
+    if place.block[len(site.batch) :] != whole:
+        raise ValueError(
+            f"{place.name}: calibrate(..., gram=True) and sample= need whole rows of the "
+            f"activation, {whole} features, got {place.block[len(site.batch) :]} on one device "
+            "or at one step; calibrate a program that is not split along them"
+        )
 
 
 def _by_site(

@@ -20,6 +20,8 @@ _BY_PATH = (
     "histogram",
     "leaf_sizes",
     "reached",
+    "gram",
+    "sample",
 )
 
 

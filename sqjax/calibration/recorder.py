@@ -1,6 +1,7 @@
 """`Recorder`: running totals of what the sites see, batch after batch."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,11 +20,13 @@ from sqjax.calibration.analysis import (
     common_groups,
     shapes_of,
 )
+from sqjax.calibration.measure import Wanted
 from sqjax.calibration.observe import Observation, combine, experts_of, observe
 from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Graph, Site
 from sqjax.numerics.ranges import Histogram
+from sqjax.numerics.samples import Sample
 from sqjax.program.trace import array_leaves
 
 #: So many different shapes of batches are warned of.
@@ -46,10 +49,10 @@ class Recorder:
         first: Analysis,
         graph: Graph,
         mask: Callable[..., Any] | None,
-        histogram: bool,
+        wanted: Wanted,
     ):
         self.graph = graph
-        self._analyses, self._mask, self._histogram = analyses, mask, histogram
+        self._analyses, self._mask, self._wanted = analyses, mask, wanted
         self._recorded = frozenset((*graph.sites, *graph.keys))
         self._expected: dict[int, frozenset[Site]] = {}
         self._steps: dict[tuple[int, str], Callable[..., Totals]] = {}
@@ -62,19 +65,32 @@ class Recorder:
         }
         totals: Totals = {}
         for site in sorted(self._recorded):
-            # From numpy, because jnp.zeros compiles a program for every shape.
-            zeros = jnp.asarray(np.zeros(site.channels, np.float32))
-            # Keys are no sites: they have no weight to quantize, so nobody asks for their range.
-            histogram = None
-            if self._histogram and site in self.graph.sites:
-                histogram = Histogram.empty(site.channels[: len(site.batch)])
             stack = site.channels[: len(site.batch)]
             shape = stack + experts.get(site.path, ())
+            # From numpy, because jnp.zeros compiles a program for every shape.
+            zeros = jnp.asarray(np.zeros(site.channels, np.float32))
             reached = jnp.asarray(np.zeros(shape, np.int32))
-            totals[site.path] = Observation(
-                zeros, zeros, jnp.asarray(np.int32(0)), reached, histogram
-            )
+            none = Observation(zeros, zeros, jnp.asarray(np.int32(0)), reached)
+            # Keys are no sites: they have no weight to quantize, so nobody asks for more of them.
+            if site in self.graph.sites:
+                none = self._nothing_more(site, none)
+            totals[site.path] = none
         return totals
+
+    def _nothing_more(self, site: Site, none: Observation) -> Observation:
+        """An observation of nothing, with what is wanted beside maxima and sums."""
+        wanted = self._wanted
+        stack = site.channels[: len(site.batch)]
+        features = math.prod(site.channels[len(site.batch) :])
+        if wanted.histogram:
+            none = none._replace(histogram=Histogram.empty(stack))
+        if wanted.gram and site.kernel is None:
+            zeros = np.zeros((*stack, features, features), np.float32)
+            none = none._replace(gram=jnp.asarray(zeros))
+        if wanted.sample and site.kernel is None:
+            empty = Sample.empty(stack, wanted.sample, features)
+            none = none._replace(sample=empty)
+        return none
 
     def record(self, which: int, args: Arguments, number: int) -> None:
         """Adds what the sites see in batch `number` of function `which`."""
@@ -118,8 +134,8 @@ class Recorder:
         if number > 0:
             there = self._analyses.together(which, args, number).graph
             self.graph = common_groups(self.graph, there, f"batch {number}")
-        step = partial(_added, analysis, self._recorded, self._histogram)
-        what = f"record {self._histogram}"
+        step = partial(_added, analysis, self._recorded, self._wanted)
+        what = f"record {self._wanted}"
         return self._analyses.known.compiled(what, analysis, step)
 
     def stats(self) -> Stats:
@@ -128,15 +144,12 @@ class Recorder:
         Raises:
             ValueError: an activation was NaN or infinite; it names the site.
         """
-        absmax, abs_sum, count, histograms = {}, {}, {}, {}  # of every path
-        reached = {}
+        absmax, abs_sum, count, reached = {}, {}, {}, {}  # of every path
         for path, seen in self.totals.items():
             reached[path] = seen.reached
             absmax[path] = seen.absmax
             abs_sum[path] = seen.abs_sum
             count[path] = seen.tokens
-            if seen.histogram is not None:
-                histograms[path] = seen.histogram
         # Not batch by batch: a check waits for the device. Maxima keep an infinity. Only the sums
         # keep a NaN, because a CPU's vectorised maximum passes over it.
         absmax = _with_nan_of(absmax, abs_sum)
@@ -155,23 +168,32 @@ class Recorder:
             weights,
             folded,
             self.graph,
-            histograms,
+            self._of_each("histogram"),
             leaf_sizes(leaves),
             reached,
+            self._of_each("gram"),
+            self._of_each("sample"),
         )
+
+    def _of_each(self, field: str) -> dict[str, Any]:
+        """{path: this field of its totals}, of those that have it."""
+        found = {
+            path: getattr(seen, field) for path, seen in self.totals.items()
+        }
+        return {path: x for path, x in found.items() if x is not None}
 
 
 def _added(
     analysis: Analysis,
     recorded: frozenset[Site],
-    histogram: bool,
+    wanted: Wanted,
     totals: Totals,
     leaves: Any,
     inputs: Any,
     mask: Any,
 ) -> Totals:
     """The totals after one more batch. Sites of other functions stay as they are."""
-    _, observations = observe(analysis, leaves, inputs, mask, histogram)
+    _, observations = observe(analysis, leaves, inputs, mask, wanted)
     added = dict(totals)
     for site, observation in observations.items():
         if site in recorded:

@@ -1,5 +1,6 @@
 """`Stats`: what each matmul saw in calibration, and the graph of what can be folded."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
 from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
+from sqjax.numerics.samples import Sample
 
 #: Sites that a printed `Stats` lists.
 MOST_ROWS = 40
@@ -59,6 +61,10 @@ class Stats:
         histogram: {site: `Histogram` of |X|, one for each matrix of a stack} if
             `calibrate(..., histogram=True)` asked for it, else empty. `fold_stats` leaves them as
             they are, because the histogram of X says nothing about that of X / s.
+        gram: {site: the Gram matrix X^T X, one for each matrix of a stack, float32, (*batch,
+            features, features)} if `calibrate(..., gram=True)` asked for it, else empty. Features
+            are all contracted axes of a site as one, in their order. Not of convolutions.
+        sample: {site: a `Sample` of its tokens} if `calibrate(..., sample=512)` asked for it.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -88,6 +94,8 @@ class Stats:
     histogram: dict[str, Histogram] = field(default_factory=dict)
     leaf_sizes: dict[str, Any] = field(default_factory=dict)
     reached: dict[str, Any] = field(default_factory=dict)
+    gram: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, Sample] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """A table with a row for every site; of more than 40 the first ones."""
@@ -180,26 +188,38 @@ class Stats:
                 "merge: the two Stats have different graphs; "
                 "merge calibrations of one fn and one tree"
             )
-        if self.histogram.keys() != other.histogram.keys():
-            raise ValueError(
-                "merge: one of the two Stats has no histograms; "
-                "call calibrate(..., histogram=True) twice"
-            )
+        self._check_kept_alike(other)
         self._check_same_parameters(other)
-        histogram = {}
-        for path, mine in self.histogram.items():
-            histogram[path] = mine + other.histogram[path]
         return Stats(
             jax.tree.map(jnp.maximum, self.absmax, other.absmax),
-            jax.tree.map(jnp.add, self.abs_sum, other.abs_sum),
-            jax.tree.map(jnp.add, self.count, other.count),
+            _sums(self.abs_sum, other.abs_sum),
+            _sums(self.count, other.count),
             self.weight_absmax,
             self.folded,
             self.graph,
-            histogram,
+            _sums(self.histogram, other.histogram),
             self.leaf_sizes,
-            jax.tree.map(jnp.add, self.reached, other.reached),
+            _sums(self.reached, other.reached),
+            _sums(self.gram, other.gram),
+            _sums(self.sample, other.sample),
         )
+
+    def _check_kept_alike(self, other: "Stats") -> None:
+        """Raises ValueError if one of them has histograms, say, and the other one has not."""
+        for option, asked in _ASKED_FOR.items():
+            if getattr(self, option).keys() != getattr(other, option).keys():
+                raise ValueError(
+                    f"merge: one of the two Stats has no {asked}; "
+                    f"call calibrate(..., {option}=...) for both"
+                )
+        for path, mine in self.sample.items():
+            theirs = other.sample[path]
+            if mine.priority.shape != theirs.priority.shape:
+                raise ValueError(
+                    f"merge: {path}: expected samples of one size, got "
+                    f"{mine.priority.shape[-1]} and {theirs.priority.shape[-1]} tokens; call "
+                    "calibrate(..., sample=...) alike"
+                )
 
     def _check_same_parameters(self, other: "Stats") -> None:
         of_parameters = attrgetter("folded", "leaf_sizes", "weight_absmax")
@@ -266,6 +286,37 @@ class Stats:
             return all(np.all(np.asarray(s) == 1) for s in folded)
         # Under jit nobody knows yet, so the answer is an array, too.
         return jnp.all(jnp.concatenate(folded) == 1)
+
+
+#: {field of `Stats` that is filled on request only: what errors call it}.
+_ASKED_FOR = {
+    "histogram": "histograms",
+    "gram": "Gram matrices",
+    "sample": "samples",
+}
+
+
+def _sums(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: x + theirs[path] for path, x in mine.items()}
+
+
+def gram_bytes(graph: Graph) -> int:
+    """How many bytes the Gram matrices of all sites take: `calibrate(..., gram=True)`.
+
+    Examples:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> stats = sq.calibrate(fn, {"w": jnp.ones((8, 3))}, [jnp.ones((2, 8))])
+        >>> sq.gram_bytes(stats.graph)  # 8 x 8 float32
+        256
+    """
+    total = 0
+    for site in graph.sites:
+        if site.kernel is None:
+            stack = math.prod(site.channels[: len(site.batch)])
+            features = math.prod(site.channels[len(site.batch) :])
+            total += 4 * stack * features**2
+    return total
 
 
 def outlier_ratio(absmax: Any) -> float:

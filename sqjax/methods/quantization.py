@@ -12,8 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from sqjax._arguments import check_mapping, expect
 from sqjax._names import first_matches
 from sqjax._trees import PyTree, check_finite, is_concrete, map_named
 from sqjax.calibration.calibrate import calibrate
@@ -31,6 +33,8 @@ from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
 #: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
 #: stay float}. A preset may be given by its name, "W8A8".
 Rules = Scheme | str | Mapping[str, Scheme | str | None]
+#: {site: factors in (0, 1] of the ranges of its weights}.
+Clips = Mapping[str, ArrayLike]
 
 STATIC_ADVICE = (
     "static activation scales, outliers, or smoothing at run time, would be wrong. Pass "
@@ -39,7 +43,13 @@ STATIC_ADVICE = (
 )
 
 
-def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
+def quantize(
+    params: PyTree,
+    stats: Stats,
+    scheme: Rules = W8A8,
+    *,
+    clips: Clips | None = None,
+) -> PyTree:
     """The tree with a `QuantWeight` at every site; run it with `quantized(fn)`.
 
     A site is a leaf that `fn` multiplies with an activation. Everything else (norms, biases) stays
@@ -56,6 +66,9 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
             smooths its sites at run time, with s from these statistics and params. A pattern with
             an embedding scheme (activation=Indices()) is looked for in embedding paths only; with
             any other scheme, in matmul paths only; with None, in both.
+        clips: {site: factors in (0, 1]} of the ranges of weights, as `awq` finds them: what lies
+            beyond a range is clipped, and the rest is rounded more finely. In the shape of what
+            shares a scale: (outputs, groups), or (outputs, 1).
 
     Returns:
         A tree with the same paths.
@@ -76,6 +89,7 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
               params' activations:
               calibrate these params with histogram=True.
             - a group size that does not fit a weight.
+            - clips of a leaf that is not quantized, of another shape, or not in (0, 1].
 
             Values can not be checked under jit.
 
@@ -89,7 +103,8 @@ def quantize(params: PyTree, stats: Stats, scheme: Rules = W8A8) -> PyTree:
         [[17.0, 17.0, 17.0]]
     """
     check_stats(stats, "quantize")
-    return quantize_sites(params, stats, site_schemes(stats.graph, scheme))
+    schemes = site_schemes(stats.graph, scheme)
+    return quantize_sites(params, stats, schemes, clips=clips)
 
 
 def site_schemes(graph: Graph, rules: Any) -> dict[str, Scheme]:
@@ -175,11 +190,13 @@ def quantize_sites(
     stats: Stats,
     schemes: Mapping[str, Scheme],
     folded: Mapping[str, Array] | None = None,
+    clips: Clips | None = None,
 ) -> PyTree:
     """The tree with these leaves quantized, each by its scheme.
 
     `folded` holds the smoothing scales of the params: `stats.folded`, if it is None.
     """
+    clips = clips or {}
     check_float(params, "quantize")
     leaves = leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
@@ -188,6 +205,7 @@ def quantize_sites(
     quantizable = *stats.graph.sites, *stats.graph.tables
     sites = dict(zip(paths_of(quantizable), quantizable, strict=True))
     # Other schemes take nothing from the statistics, so these may be of any parameters.
+    _check_clips(clips, schemes, sites)
     described = [sites[path] for path in schemes if schemes[path].measured]
     check_leaves(params, stats, described, STATIC_ADVICE)
     _check_reached(stats, schemes)
@@ -197,9 +215,33 @@ def quantize_sites(
         if path not in schemes:
             return leaf
         s = s_of_site.get(path)
-        return _quantized_leaf(leaf, sites[path], schemes[path], stats, s)
+        return _quantized_leaf(
+            leaf, sites[path], schemes[path], stats, s, clips.get(path)
+        )
 
     return map_named(changed, params)
+
+
+def _check_clips(
+    clips: Clips, schemes: Mapping[str, Scheme], sites: Mapping[str, Site]
+) -> None:
+    """Raises ValueError for clips of leaves that have none, or that are no factors in (0, 1]."""
+    check_mapping(clips, "clips", "{site: factors in (0, 1]}")
+    for path, clip in clips.items():
+        is_matrix = path in schemes and sites[path].kernel is None
+        if not is_matrix:
+            raise ValueError(
+                f"clips: {path!r} is no matmul's weight that is quantized; leave it out, or give "
+                "it a scheme"
+            )
+        if is_concrete(clip):
+            values = np.asarray(clip)
+            expect(
+                bool(((values > 0) & (values <= 1)).all()),
+                f"clips of {path!r}",
+                "factors in (0, 1]",
+                clip,
+            )
 
 
 def _check_reached(stats: Stats, schemes: Mapping[str, Scheme]) -> None:
@@ -244,11 +286,17 @@ def _lent(absmax: Array, site: Site, stats: Stats, s: Array | None) -> Array:
 
 
 def _quantized_leaf(
-    leaf: Any, site: Site, scheme: Scheme, stats: Stats, folded: Array | None
+    leaf: Any,
+    site: Site,
+    scheme: Scheme,
+    stats: Stats,
+    folded: Array | None,
+    clip: ArrayLike | None,
 ) -> Any:
     """One weight, with what its scheme takes from the statistics.
 
-    `folded` is the smoothing scale of each of its channels, None if it has none.
+    `folded` is the smoothing scale of each of its channels, None if it has none; `clip` are factors
+    of its ranges, or None.
     """
     leaf = jnp.asarray(leaf)
     absmax: Any = stats.absmax[site.path] if scheme.measured else None
@@ -268,6 +316,7 @@ def _quantized_leaf(
             beside.smoothing,
             site.batch,
             beside.outliers,
+            None if clip is None else jnp.asarray(clip),
         )
 
 

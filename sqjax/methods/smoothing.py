@@ -308,7 +308,9 @@ def _check_in_unit_interval(what: str, alpha: Any) -> None:
 
 
 def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
-    """The statistics of the folded model: absmax and abs_sum of every site divided by s.
+    """The statistics of the folded model: absmax, abs_sum and sample of every site divided by s.
+
+    The Gram matrix of X / s is X^T X with its rows and columns divided by s.
 
     Equal to calibrating the folded parameters, up to rounding, without running the model. Static
     quantizer scales must come from these, because a folded model's activations are X / s. A
@@ -334,14 +336,31 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     check_scales(stats.graph, s)
     s_of_site = expand(s, stats.graph)
     absmax, abs_sum = dict(stats.absmax), dict(stats.abs_sum)
+    gram, sample = dict(stats.gram), dict(stats.sample)
     folded = dict(stats.folded)
+    batch = {site.path: len(site.batch) for site in stats.graph.sites}
     for path, divisor in s_of_site.items():
         absmax[path] = absmax[path] / divisor
         abs_sum[path] = abs_sum[path] / divisor
+        # Of all contracted axes as one: (*batch, features).
+        flat = divisor.reshape(*divisor.shape[: batch.get(path, 0)], -1)
+        if path in gram:
+            both = flat[..., :, None] * flat[..., None, :]
+            gram[path] = gram[path] / both
+        if path in sample:
+            rows = sample[path].rows / flat[..., None, :]
+            sample[path] = replace(sample[path], rows=rows)
     # What is folded twice is divided by both.
     for name, scale in s.items():
         folded[name] = folded[name] * scale
-    return replace(stats, absmax=absmax, abs_sum=abs_sum, folded=folded)
+    return replace(
+        stats,
+        absmax=absmax,
+        abs_sum=abs_sum,
+        folded=folded,
+        gram=gram,
+        sample=sample,
+    )
 
 
 def smooth(

@@ -12,6 +12,7 @@ from sqjax._arguments import expect
 from sqjax._trees import check_arrays, check_finite
 from sqjax.calibration.analysis import Analyses
 from sqjax.calibration.calibrate import calibrated
+from sqjax.calibration.measure import NOTHING_MORE
 from sqjax.calibration.stats import Stats
 from sqjax.folding.graph import Site
 from sqjax.models.checkpoints.act_scales import (
@@ -83,7 +84,7 @@ def stats_from_act_scales(
         # Before the proof, which compiles the model.
         sites = analyses.together(0, batch, 0).graph.sites
         absmax = _by_site(sites, found, by_module)
-        seen = calibrated(analyses, [[batch]], None, False)
+        seen = calibrated(analyses, [[batch]], None, NOTHING_MORE)
     # As though one token had the maximum in every channel, because the file counts none.
     ones = {path: jnp.asarray(np.int32(1)) for path in absmax}
     return replace(seen, absmax=absmax, abs_sum=absmax, count=ones, reached={})

@@ -16,8 +16,10 @@ from sqjax.calibration.calibrate import (
     calibrated,
     check_batches,
     check_mask,
+    checked_wanted,
     warn_of_unreached,
 )
+from sqjax.calibration.measure import Wanted
 from sqjax.calibration.parts import joined_stats
 from sqjax.calibration.stats import Stats
 from sqjax.folding.graph import Graph
@@ -39,6 +41,9 @@ def calibrate_layers(
     mask: Callable[..., Any] | None = None,
     attention: bool = False,
     histogram: bool = False,
+    gram: bool = False,
+    sample: int = 0,
+    seed: int = 0,
     dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = (),
     progress: bool = False,
@@ -62,7 +67,7 @@ def calibrate_layers(
         batches: an iterable of token ids, each (batch, tokens).
         mask: as for `calibrate`: mask(ids) is False for padding.
         attention: as for `calibrate`.
-        histogram: as for `calibrate`.
+        histogram, gram, sample, seed: as for `calibrate`.
         dtype: of the parameters that are read from a directory, and so of the computation.
         families: as for `sqjax.models.load`.
         progress: whether to show a progress bar.
@@ -87,7 +92,8 @@ def calibrate_layers(
     keep = _masks(mask, ids)
     with opened_parts(source, dtype, families) as parts:
         graph = _whole_graph(parts, ids, attention)
-        options = _Options(attention, histogram, keep is not None)
+        wanted = checked_wanted(histogram, gram, sample, seed)
+        options = _Options(attention, wanted, keep is not None)
         found = _of_parts(parts, ids, keep, options, progress)
     stats = joined_stats(graph, found)
     warn_of_unreached(stats)
@@ -98,12 +104,13 @@ class _Options(NamedTuple):
     """What is asked of calibration, the same for every part.
 
     Attributes:
-        attention, histogram: as for `calibrate`.
+        attention: as for `calibrate`.
+        wanted: what to keep beside maxima and sums.
         masked: whether each batch's last argument says which tokens count.
     """
 
     attention: bool
-    histogram: bool
+    wanted: Wanted
     masked: bool
 
 
@@ -268,7 +275,7 @@ def _stats(
         [alike.fn], params, batches[:1], {}, options.attention, alike.known
     )
     mask = _last if options.masked else None
-    return calibrated(analyses, [batches], mask, options.histogram)
+    return calibrated(analyses, [batches], mask, options.wanted)
 
 
 def _last(*args: Any) -> Any:

@@ -17,6 +17,7 @@ from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax, to_format
 from sqjax.numerics.smoothing import believable, smoothing_scales
 from sqjax.numerics.weight_products import Activations
+from sqjax.weights.clipping import clip_weight
 from sqjax.weights.layout import lay_out
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
@@ -131,6 +132,7 @@ def quantize_weight(
     smoothing: Array | None = None,
     batch: tuple[int, ...] = (),
     outliers: Array | None = None,
+    clip: Array | None = None,
 ) -> QuantWeight:
     """One weight, quantized along its axes `contracting`.
 
@@ -148,11 +150,12 @@ def quantize_weight(
             own.
         outliers: (batch, n) channels that are multiplied in float: positions along the flattened
             contracted axes.
+        clip: factors of the ranges (`sqjax.weights.clipping.clip_weight`), or None.
     """
     run = partial(
         _quantize_weight, contracting=contracting, scheme=scheme, batch=batch
     )
-    arrays = weight, absmax, smoothing, outliers
+    arrays = weight, absmax, smoothing, outliers, clip
     sharding: Any = jax.typeof(weight).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     if not explicit or not any(sharding.spec):
@@ -174,6 +177,7 @@ def _quantize_weight(
     absmax: Array | None,
     smoothing: Array | None,
     outliers: Array | None,
+    clip: Array | None,
     *,
     contracting: tuple[int, ...],
     scheme: Scheme,
@@ -193,6 +197,8 @@ def _quantize_weight(
         in_float, weight = split.outliers, split.others
         if absmax is not None:
             absmax = absmax * split.is_other.reshape(absmax.shape)
+    if clip is not None:
+        weight = clip_weight(weight, contracting, scheme, batch, clip)
     input_scale = None
     if isinstance(scheme.activation, Static):
         if absmax is None:

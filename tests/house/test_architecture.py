@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "calibration": {"folding", "program", "numerics"},
     "runtime": {"program", "weights", "numerics"},
     "methods": {"calibration", "folding", "weights", "runtime", "program", "numerics"},
+    "choosing": {"methods", "calibration", "folding", "weights", "runtime", "program", "numerics"},
     "layers": {"weights", "runtime", "program", "numerics"},
     "models": {"weights", "runtime", "layers", "numerics", "files"},
     "streaming": {"models", "methods", "calibration", "folding", "weights"},
