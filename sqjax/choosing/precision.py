@@ -25,10 +25,11 @@ from sqjax.methods.quantization import quantize_sites
 from sqjax.numerics.knapsack import choose, trade_off
 from sqjax.weights.quant_weight import is_quantized
 from sqjax.weights.schemes import Indices, Int4, Scheme, scheme_of
-from sqjax.weights.sizes import weight_bytes
+from sqjax.weights.sizes import shown_bytes, weight_bytes
 
 #: A scheme, the name of a preset, or None: stay float.
 Candidate = Scheme | str | None
+Budget = Any  # a number
 
 
 class Curve(NamedTuple):
@@ -91,7 +92,7 @@ class Precision:
     fixed: dict[str, Candidate]
 
     def within(
-        self, *, bits: float | None = None, nbytes: float | None = None
+        self, *, bits: Budget | None = None, nbytes: Budget | None = None
     ) -> "Precision":
         """The best assignment within another budget, from the same sensitivities.
 
@@ -122,9 +123,8 @@ class Precision:
             f"  {schemes.count(candidate):5} sites  {candidate!r}"
             for candidate in self.candidates
         ]
-        head = (
-            f"{self.bits:.3g} bits a weight, {self.nbytes} bytes, predicted loss +{self.loss:.3g}"
-        )
+        head = f"{self.bits:.3g} bits a weight, {shown_bytes(self.nbytes)}"
+        head += f", predicted loss +{self.loss:.3g}"
         return "\n".join([head, *counts])
 
 
@@ -135,8 +135,8 @@ def choose_precision(
     batches: Iterable[Any],
     candidates: Iterable[Candidate],
     *,
-    bits: float | None = None,
-    nbytes: float | None = None,
+    bits: Budget | None = None,
+    nbytes: Budget | None = None,
     loss: Loss | None = None,
     fixed: Mapping[str, Candidate] | None = None,
     seed: int = 0,
@@ -176,7 +176,8 @@ def choose_precision(
             mean is the loss. For a language model -log p of every next token, say.
         fixed: rules of sites that are not chosen for, {"embed|head": None}. They have no part in
             the budget, and come first in the rules.
-        seed: of the labels that are drawn.
+        seed: of the labels that are drawn. They depend on it and on their batch, not on the order
+            of the batches.
         progress: whether to show a progress bar.
 
     Returns:
@@ -203,6 +204,7 @@ def choose_precision(
     check_function(fn, "choose_precision", _ORDER)
     check_stats(stats, "choose_precision")
     check_batches(batches)
+    _check_budget(bits, nbytes)
     schemes = _schemes(candidates)
     fixed = dict(fixed or {})
     sites = _free_sites(stats.graph, fixed)
@@ -213,9 +215,7 @@ def choose_precision(
         for scheme in coded
     ]
     found = sensitivity(fn, params, trees, batches, loss, seed, progress)
-    losses = {
-        path: _with_float(found.loss[path], schemes) for path in sites
-    }
+    losses = {path: _with_float(found.loss[path], schemes) for path in sites}
     tied = _tied(stats.graph, sites, found.joined)
     costs = _costs(losses, leaves, trees, schemes, tied)
     curve = trade_off(costs.nbytes, costs.loss)
@@ -320,20 +320,20 @@ def _costs(
         of_trees.append(dict(zip(paths, coded, strict=True)))
     nbytes, bits = {}, {}
     for path in losses:
-        coded = iter(of_trees)
+        of_path = iter([tree[path] for tree in of_trees])
         stored = [
-            leaves[path] if scheme is None else next(coded)[path]
+            leaves[path] if scheme is None else next(of_path)
             for scheme in schemes
         ]
         nbytes[path] = np.array(list(map(weight_bytes, stored)))
         each = [_bits(scheme, leaves[path]) for scheme in schemes]
         bits[path] = np.array(each) * leaves[path].size
-    added = [
-        np.array([sum(of_site[path] for path in paths) for paths in tied])
-        for of_site in (losses, nbytes, bits)
-    ]
-    weights = [sum(leaves[path].size for path in paths) for paths in tied]
-    return Costs(*added, np.array(weights))
+
+    def added(of_site: Mapping[str, Any]) -> np.ndarray:
+        return np.array([sum(of_site[path] for path in one) for one in tied])
+
+    sizes = {path: leaves[path].size for path in losses}
+    return Costs(added(losses), added(nbytes), added(bits), added(sizes))
 
 
 def _bits(scheme: Scheme | None, leaf: Any) -> int:
@@ -344,22 +344,17 @@ def _bits(scheme: Scheme | None, leaf: Any) -> int:
 
 
 def _chosen(
-    costs: Costs, bits: float | None, nbytes: float | None
+    costs: Costs, bits: Budget | None, nbytes: Budget | None
 ) -> np.ndarray:
     """Which candidate each set of tied sites gets within a budget."""
-    if (bits is None) == (nbytes is None):
-        raise ValueError(
-            "choose_precision: expected one budget, bits=6 (a weight) or nbytes=..., got "
-            f"bits={bits!r}, nbytes={nbytes!r}"
-        )
+    _check_budget(bits, nbytes)
     weights = int(costs.weights.sum())
     if nbytes is not None:
-        least, paid, budget = costs.nbytes, costs.nbytes, float(nbytes)
+        paid, budget = costs.nbytes, float(nbytes)
         shown = f"{nbytes} bytes; the smallest candidates take "
-        shown += f"{least.min(1).sum()}"
+        shown += f"{paid.min(1).sum()}"
     else:
-        assert bits is not None
-        paid, budget = costs.bits, float(bits) * weights
+        paid, budget = costs.bits, float(bits or 0) * weights
         shown = f"{bits} bits a weight; the smallest candidates take "
         shown += f"{paid.min(1).sum() / weights:.3g}"
     # Not "budget < ...": NaN is no budget either.
@@ -368,6 +363,14 @@ def _chosen(
             f"choose_precision: nothing fits into {shown}; give more, or smaller candidates"
         )
     return choose(paid, costs.loss, budget)
+
+
+def _check_budget(bits: Budget | None, nbytes: Budget | None) -> None:
+    if (bits is None) == (nbytes is None):
+        raise ValueError(
+            "choose_precision: expected one budget, bits=6 (a weight) or nbytes=..., got "
+            f"bits={bits!r}, nbytes={nbytes!r}"
+        )
 
 
 def _rules(

@@ -15,6 +15,7 @@ the float model's activations with the quantized weights too (`sqjax.methods.bes
 """
 
 import operator
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +44,8 @@ class Sensitivity:
 
     Attributes:
         loss: {site: the predicted growth of the mean loss by each version, float64 (versions,)}.
-        joined: the sites that one product reads together, because fn concatenates or adds them: each
-            has an equal part of its cost.
+        joined: the sites that one product reads together, because fn concatenates or adds them:
+            each has an equal part of its cost.
     """
 
     loss: Mapping[str, np.ndarray]
@@ -73,15 +74,15 @@ def sensitivity(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there are no batches; fn fails on one; its outputs, or its gradients, hold NaN or
-            infinity; no output is a float array; the loss is no float array.
+        ValueError: there are no batches; fn fails on one; its outputs, or its gradients, hold NaN
+            or infinity; no output is a float array; the loss is no float array.
     """
     paths, _, _ = named_leaves(params)
-    coded = [
-        named_leaves(tree, is_leaf=is_quantized)[1] for tree in versions
-    ]
+    coded = [named_leaves(tree, is_leaf=is_quantized)[1] for tree in versions]
     is_site = map(is_quantized, coded[0])
-    sites = [path for path, is_one in zip(paths, is_site, strict=True) if is_one]
+    sites = [
+        path for path, is_one in zip(paths, is_site, strict=True) if is_one
+    ]
     joined: dict[tuple[str, ...], None] = {}
     totals = {path: np.zeros(len(versions)) for path in sites}
     predictions = 0
@@ -103,7 +104,7 @@ def sensitivity(
             programs[kind] = _program(
                 with_loss, params, key, args, sites, len(versions), joined
             )
-        inputs = array_leaves((jax.random.fold_in(key, number), *args))
+        inputs = array_leaves((_key_of(args, key), *args))
         found, count = jax.device_get(programs[kind](floats, coded, inputs))
         predictions += count
         for path, sums in found.items():
@@ -116,6 +117,14 @@ def sensitivity(
         )
     means = {path: total / predictions / 2 for path, total in totals.items()}
     return Sensitivity(means, tuple(x for x in joined if len(x) > 1))
+
+
+def _key_of(args: tuple[Any, ...], key: Array) -> Array:
+    """A key of a batch's values, because another order of the batches should change nothing."""
+    checksum = 0
+    for x in array_leaves(args):
+        checksum = zlib.crc32(np.ascontiguousarray(x).tobytes(), checksum)
+    return jax.random.fold_in(key, np.uint32(checksum))
 
 
 def _check_finite(found: Mapping[str, np.ndarray], number: int) -> None:
@@ -261,7 +270,7 @@ def _probed_forward(
 
 
 def _probed_back(added: Array, g: Array) -> tuple[Array, Array, Array]:
-    changes = g.astype(jnp.float32) * added
+    changes = g.astype(jnp.float32)[None] * added
     scores = jnp.sum(jnp.square(changes), axis=range(1, changes.ndim))
     return g, jnp.zeros_like(added), scores
 

@@ -8,6 +8,7 @@ losses, at the points that a price for cost reaches (Everett 1963, Operations Re
 minimizes loss + price * cost is the best choice for the cost that it has).
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ def trade_off(costs: np.ndarray, losses: np.ndarray) -> TradeOff:
     choice = np.array([first for first, *_ in corners])
     steps = []
     for item, options in enumerate(corners):
-        for before, after in zip(options[:-1], options[1:], strict=True):
+        for before, after in pairwise(options):
             saved = losses[item, before] - losses[item, after]
             paid = costs[item, after] - costs[item, before]
             steps.append((-saved / paid, item, after))

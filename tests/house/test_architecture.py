@@ -252,6 +252,7 @@ def test_the_public_names_are_these():
             "smoothquant",
             "verify",
             "site_errors",
+            "choose_precision",
         ),
         *(
             "QTensor",

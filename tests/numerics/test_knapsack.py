@@ -58,8 +58,10 @@ def test_the_curve_is_the_lower_hull_of_all_choices(seed):
     costs, losses = instance(seed)
     paid, lost = totals(costs, losses)
     curve = trade_off(costs, losses)
-    assert curve.cost[0] == paid.min() and curve.loss[-1] == pytest.approx(lost.min())
-    assert (np.diff(curve.cost) > 0).all() and (np.diff(curve.loss) < 0).all()
+    assert curve.cost[0] == paid.min()
+    assert curve.loss[-1] == pytest.approx(lost.min())
+    assert (np.diff(curve.cost) > 0).all()
+    assert (np.diff(curve.loss) < 0).all()
     for price in np.geomspace(1e-4, 10, 50):
         wanted = (lost + price * paid).min()
         assert (curve.loss + price * curve.cost).min() == pytest.approx(wanted)
