@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
+    from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
@@ -87,6 +88,7 @@ __all__ = [
     "fold_stats",
     "gram_bytes",
     "int8_attention",
+    "learn",
     "load",
     "load_quantized",
     "load_saved",
@@ -120,6 +122,7 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
+    "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",

@@ -15,7 +15,6 @@ the float model's activations with the quantized weights too (`sqjax.methods.bes
 """
 
 import operator
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,9 @@ from tqdm.auto import tqdm
 
 from sqjax._trees import PyTree, is_float, named_leaves
 from sqjax.calibration.analysis import described
+from sqjax.choosing.batches import arguments, checksum, kind_of
 from sqjax.methods.beside import Beside, Meeting, leaves_beside
-from sqjax.program.trace import array_leaves, is_array, trace
+from sqjax.program.trace import array_leaves, trace
 from sqjax.program.walk import run
 from sqjax.weights.quant_weight import is_quantized
 
@@ -98,13 +98,15 @@ def sensitivity(
         disable=not progress,
     )
     for number, batch in enumerate(shown):
-        args = batch if isinstance(batch, tuple) else (batch,)
-        kind = _kind_of(args)
+        args = arguments(batch)
+        kind = kind_of(args)
         if kind not in programs:
             programs[kind] = _program(
                 with_loss, params, key, args, sites, len(versions), joined
             )
-        inputs = array_leaves((_key_of(args, key), *args))
+        inputs = array_leaves(
+            (jax.random.fold_in(key, np.uint32(checksum(args))), *args)
+        )
         found, count = jax.device_get(programs[kind](floats, coded, inputs))
         predictions += count
         for path, sums in found.items():
@@ -119,14 +121,6 @@ def sensitivity(
     return Sensitivity(means, tuple(x for x in joined if len(x) > 1))
 
 
-def _key_of(args: tuple[Any, ...], key: Array) -> Array:
-    """A key of a batch's values, because another order of the batches should change nothing."""
-    checksum = 0
-    for x in array_leaves(args):
-        checksum = zlib.crc32(np.ascontiguousarray(x).tobytes(), checksum)
-    return jax.random.fold_in(key, np.uint32(checksum))
-
-
 def _check_finite(found: Mapping[str, np.ndarray], number: int) -> None:
     for path, sums in found.items():
         if not np.isfinite(sums).all():
@@ -134,15 +128,6 @@ def _check_finite(found: Mapping[str, np.ndarray], number: int) -> None:
                 f"choose_precision: batch {number}: the gradient at {path} holds NaN or infinity; "
                 "check the batch and the loss"
             )
-
-
-def _kind_of(args: tuple[Any, ...]) -> Any:
-    """What two batches have in common that one program serves: all but the values of arrays."""
-    leaves, treedef = jax.tree.flatten(args)
-    kinds = [
-        (np.shape(x), np.dtype(x.dtype)) if is_array(x) else x for x in leaves
-    ]
-    return treedef, tuple(kinds)
 
 
 # Losses -------------------------------------------------------------------------------------------

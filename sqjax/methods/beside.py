@@ -53,12 +53,14 @@ class Meeting(NamedTuple):
 
     Attributes:
         equation: the product.
+        floats: the operands of the float product.
         operands: the operands of each version's product.
         exact: what the float leaf gives.
-        results: what each version gives.
+        results: what each version gives; nothing where the walk does not multiply them.
     """
 
     equation: JaxprEqn
+    floats: Sequence[Any]
     operands: Sequence[Sequence[Any]]
     exact: Array
     results: Sequence[Array]
@@ -145,7 +147,12 @@ VERSIONS = Kind(
 
 
 class Beside(Registry):
-    """One rule for every primitive: run it on the floats, and what `quantized` does beside it."""
+    """One rule for every primitive: run it on the floats, and what `quantized` does beside it.
+
+    A walk that only wants to know which versions a product meets says `multiplies = False`.
+    """
+
+    multiplies = True
 
     def __init__(self) -> None:
         super().__init__(VERSIONS)
@@ -164,21 +171,29 @@ class Beside(Registry):
         """The float results, beside the versions' where these are quantized weights still."""
         exact = emit(equation, *map(_exact, operands))
         special = specials_among(operands)[0]
-        each, results_of = [], []
-        for version in range(len(special.value.coded)):
-            coded = _of_version(operands, version)
+        versions = range(len(special.value.coded))
+        each = [_of_version(operands, version) for version in versions]
+        floats = list(map(_exact, operands))
+        # A look-up may give a part of the weight, which is a weight still.
+        is_matmul = equation.primitive.name in PRODUCTS[:-1]
+        if is_matmul and not self.multiplies:
+            [x] = exact
+            return self.meeting(Meeting(equation, floats, each, x, ()))
+        results_of = []
+        for coded in each:
             rule = RULES.rule(equation, coded).given(known)
             made = rule(equation, *coded)
             if made is None:
                 return None
-            each.append(coded)
             results_of.append(listed(equation, made))
         results: list[Any] = []
         for x, *others in zip(exact, *results_of, strict=True):
             if all(isinstance(other, Special) for other in others):
                 results.append(_beside(special.path, x, others))
             elif equation.primitive.name in PRODUCTS:
-                results.append(self.meeting(Meeting(equation, each, x, others)))
+                results.append(
+                    self.meeting(Meeting(equation, floats, each, x, others))
+                )
             else:  # the norm of a weight, an array that passes a barrier
                 results.append(x)
         return results if equation.primitive.multiple_results else results[0]
