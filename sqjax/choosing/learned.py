@@ -117,12 +117,12 @@ def learn(
     - with clips, the log of the factor in (0, 1] of every weight range.
 
     Rounding has the gradient of the identity, scales have their own (straight-through and LSQ, see
-    `sqjax.choosing.simulation`). OmniQuant (Shao et al. 2023, arXiv 2308.13137) learns the first and
-    the last so, block by block.
+    `sqjax.choosing.simulation`). OmniQuant (Shao et al. 2023, arXiv 2308.13137) learns the first
+    and the last so, block by block.
 
-    A quarter of the batches is held out. Every so many steps the loss on these is computed; what was
-    best there is returned. The start and the identity (s = 1, nothing clipped) are among what is
-    compared, so the result is never worse than these.
+    A quarter of the batches is held out. Every so many steps the loss on these is computed; what
+    was best there is returned. The start and the identity (s = 1, nothing clipped) are among what
+    is compared, so the result is never worse than these.
 
     Args:
         fn: fn(params, *batch), as for `calibrate`; reverse-mode differentiable.
@@ -149,9 +149,9 @@ def learn(
 
     Raises:
         ValueError: there are no batches; the rules quantize no site, or smooth at run time, or take
-            ranges from histograms; a group of s, or a site of clips, is unknown or of another shape;
-            the state is of other arguments; the loss is NaN at the start; a convolution's or an
-            expert's (`ragged_dot`) activation is to be quantized.
+            ranges from histograms; a group of s, or a site of clips, is unknown or of another
+            shape; the state is of other arguments; the loss is NaN at the start; a convolution's or
+            an expert's (`ragged_dot`) activation is to be quantized.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -230,10 +230,8 @@ def _start(
         groups = stats.graph.select("all")
         s = {group.name: jnp.ones(group.size, jnp.float32) for group in groups}
     check_scales(stats.graph, s)
-    if isinstance(clips, Mapping):
-        at = clips
-    else:
-        at = _ones(sites, leaves, schemes) if clips else {}
+    ones = _ones(sites, leaves, schemes) if clips is True else {}
+    at = clips if isinstance(clips, Mapping) else ones
     statics = [
         site
         for site in sites
@@ -261,15 +259,16 @@ def _ones(
     clips = {}
     for site in sites:
         if site.kernel is None:
-            of = partial(
-                ranges_of,
-                contracting=site.axes,
-                scheme=schemes[site.path],
-                batch=site.batch,
-            )
-            highest = jax.eval_shape(lambda w: of(w)[2], leaves[site.path])  # noqa: B023
-            clips[site.path] = jnp.ones(highest.shape, jnp.float32)
+            shape = _ranges_shape(site, leaves[site.path], schemes[site.path])
+            clips[site.path] = jnp.ones(shape, jnp.float32)
     return clips
+
+
+def _ranges_shape(site: Site, leaf: Any, scheme: Scheme) -> tuple[int, ...]:
+    def highest(leaf):
+        return ranges_of(leaf, site.axes, scheme, site.batch)[2]
+
+    return jax.eval_shape(highest, leaf).shape
 
 
 def _identity(start: Logs) -> Logs:
@@ -341,7 +340,8 @@ class _Problem:
             _, loss = self._compiled(args)
             inputs = array_leaves(args)
             losses.append(float(loss(self._params, self._stats, logs, inputs)))
-        return float(np.mean(losses))
+        # As the state keeps it, so that what goes on from one compares the same numbers.
+        return float(np.float32(np.mean(losses)))
 
     def _compiled(self, args: tuple[Any, ...]) -> tuple[Any, Any]:
         kind = kind_of(args)
@@ -371,7 +371,9 @@ class _Problem:
             loss, slopes = jax.value_and_grad(loss_of)(
                 logs, params, stats, inputs
             )
-            changes, moments = self.optimizer.update(slopes, moments, logs)
+            # Optimizers count steps in integers, which they multiply with floats.
+            with jax.numpy_dtype_promotion("standard"):
+                changes, moments = self.optimizer.update(slopes, moments, logs)
             moved = jax.tree.map(jnp.add, logs, changes)
             return _projected(moved), moments, loss
 
@@ -514,7 +516,7 @@ class _Run:
             jax.tree.structure(self.moments), arrays["moments"]
         )
         losses = {
-            name: tuple(np.asarray(state[name], np.float64).tolist())
+            name: tuple(np.asarray(state[name], np.float32).tolist())
             for name in ("train", "held_out")
         }
         return self._with(
@@ -535,13 +537,15 @@ class _Run:
     def learned(self) -> Learned:
         """The best so far, and the state to go on from."""
         found = _numbers(self.best)
+        train = np.array(self.train, np.float32)
+        held_out = np.array(self.held_out, np.float32)
         state = {
             "arrays": self._arrays(),
-            "best_loss": np.float64(self.best_loss),
-            "train": np.array(self.train, np.float64),
-            "held_out": np.array(self.held_out, np.float64),
+            "best_loss": np.float32(self.best_loss),
+            "train": train,
+            "held_out": held_out,
         }
-        losses = Losses(state["train"], state["held_out"], self.best_loss)
+        losses = Losses(train, held_out, self.best_loss)
         return Learned(
             found["s"], found["clips"], found["ranges"], losses, state
         )
