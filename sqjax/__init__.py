@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.choosing.gptq import gptq
+    from sqjax.choosing.learned import learn
+    from sqjax.choosing.precision import choose_precision
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -81,12 +83,14 @@ __all__ = [
     "Stats",
     "calibrate",
     "calibrate_layers",
+    "choose_precision",
     "dequantize",
     "fold",
     "fold_stats",
     "gptq",
     "gram_bytes",
     "int8_attention",
+    "learn",
     "load",
     "load_quantized",
     "load_saved",
@@ -121,6 +125,8 @@ _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
     "sqjax.choosing.gptq": "gptq",
+    "sqjax.choosing.learned": "learn",
+    "sqjax.choosing.precision": "choose_precision",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

@@ -4,14 +4,14 @@ The function runs once in float. Where it multiplies an activation with a leaf, 
 multiplies the same activation, by the rules by which `quantized` runs. So no site's error has a
 part in another's, and the sum of squares says which sites a scheme is wrong for.
 
-A leaf is a `Pair` on its way: the float array and the quantized one. What the two give at a meeting
-is compared at once, and the float result goes on. The comparisons are named values of the program
+What the float array and the quantized one give at a meeting is compared at once, and the float
+result goes on (`sqjax.methods.beside`). The comparisons are named values of the program
 (`jax.ad_checkpoint.checkpoint_name`), so that a second walk can take them out of loops, branches
 and devices, as it takes statistics for `calibrate`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,25 +22,21 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import JaxprEqn
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from sqjax._arguments import check_function
 from sqjax._trees import PyTree, named_leaves
 from sqjax.calibration.analysis import described
+from sqjax.methods.beside import Beside, Meeting, leaves_beside
 from sqjax.program.equations import Var
 from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
-from sqjax.program.registry import Kind, Registry, Rule, Special, specials_among
-from sqjax.program.subprograms import emit, listed
+from sqjax.program.registry import Special
 from sqjax.program.trace import array_leaves, trace
 from sqjax.program.walk import run
-from sqjax.runtime.kinds import JoinedWeight, SummedWeight
-from sqjax.runtime.quantized import RULES
-from sqjax.runtime.weight_rules import weight_leaves
 from sqjax.weights.convolution import clipped_pixels
 from sqjax.weights.dot_general import clipped_rows, clipped_values
-from sqjax.weights.quant_weight import QuantWeight, check_float, is_quantized
+from sqjax.weights.quant_weight import check_float, is_quantized
 
 
 class SiteError(NamedTuple):
@@ -193,12 +189,8 @@ def _outputs(
         )
     _check_shapes(paths, floats, coded)
     # What stayed float is the same in both trees (`_check_same_floats`), and needs no pair.
-    pairs = []
-    quantized = weight_leaves(paths, coded)
-    for exact, other in zip(floats, quantized, strict=True):
-        is_pair = isinstance(other, Special)
-        pairs.append(_paired(other.path, exact, other) if is_pair else exact)
-    return run(traced.jaxpr, [*pairs, *inputs], _Pairs(names))
+    leaves = leaves_beside(paths, floats, [coded])
+    return run(traced.jaxpr, [*leaves, *inputs], _Comparing(names))
 
 
 def _named(program: Program, names: Mapping[str, Any]) -> dict[Var, str]:
@@ -231,139 +223,35 @@ def _error(
     return SiteError(10 * math.log10(signal / noise), share)
 
 
-# Pairs --------------------------------------------------------------------------------------------
+# Comparisons --------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Pair:
-    """A float array, and the special value that `quantized` would have in its place.
-
-    Attributes:
-        exact: the array.
-        coded: a `Special` that holds a quantized weight, or several that fn has joined.
-    """
-
-    exact: Any
-    coded: Any
-
-
-def _paired(path: str, exact: Any, coded: Special) -> Special:
-    return Special(path, Pair(exact, coded))
-
-
-def _slices(equation: JaxprEqn, pair: Special, length: int) -> Special:
-    coded = pair.value.coded
-    sliced = RULES.kind_of(coded).slices(equation, coded, length)
-    return _paired(pair.path, pair.value.exact, sliced)
-
-
-def _specs(equation: JaxprEqn, pair: Special, spec: PartitionSpec) -> Special:
-    coded = pair.value.coded
-    specs = RULES.kind_of(coded).specs(equation, coded, spec)
-    return _paired(pair.path, spec, specs)
-
-
-def _carry(equation: JaxprEqn, pair: Special) -> Any:
-    coded = pair.value.coded
-    return RULES.kind_of(coded).carry(equation, coded)
-
-
-def _leave(pair: Special) -> Any:
-    coded = pair.value.coded
-    return RULES.kind_of(coded).leave(coded)
-
-
-def _no_rule(equation: JaxprEqn, *operands: Any) -> Any:
-    """Raises what `quantized` raises."""
-    coded = list(map(_coded, operands))
-    return RULES.owner(coded).otherwise(equation, *coded)
-
-
-PAIRS = Kind(
-    Pair,
-    otherwise=_no_rule,
-    slices=_slices,
-    specs=_specs,
-    carry=_carry,
-    leave=_leave,
-)
-
-
-class _Pairs(Registry):
-    """One rule for every primitive: run it on the floats, and what `quantized` does beside it.
+class _Comparing(Beside):
+    """The walk that compares the two products where a pair of leaves meets an activation.
 
     `names` is filled with the comparisons: {name: paths}.
     """
 
     def __init__(self, names: dict[str, tuple[str, ...]]):
-        super().__init__(PAIRS)
+        super().__init__()
         self._names = names
 
-    def rule(self, equation: JaxprEqn, operands: Sequence[Any]) -> Rule:
-        """The rule of both programs."""
-        return Rule(self._both, asks=True)
-
-    def _both(
-        self, equation: JaxprEqn, *operands: Any, known: Sequence[Any]
-    ) -> Any:
-        """The float results, paired with the quantized ones where these are weights still."""
-        exact = emit(equation, *map(_exact, operands))
-        coded = list(map(_coded, operands))
-        rule = RULES.rule(equation, coded).given(known)
-        made = rule(equation, *coded)
-        if made is None:
-            return None
-        path = specials_among(operands)[0].path
-        results: list[Any] = []
-        for x, other in zip(exact, listed(equation, made), strict=True):
-            if isinstance(other, Special):
-                results.append(_paired(path, x, other))
-            else:
-                results.append(self._meeting(equation, coded, x, other))
-        return results if equation.primitive.multiple_results else results[0]
-
-    def _meeting(
-        self, equation: JaxprEqn, coded: Sequence[Any], exact: Any, other: Any
-    ) -> Array:
+    def meeting(self, met: Meeting) -> Array:
         """The float result of a product, which from here on hangs on a comparison."""
-        clip = _CLIPPED.get(equation.primitive.name)
-        # Other arrays are no products: the norm of a weight, an array that passes a barrier.
-        if clip is None:
-            return exact
-        leaves = [
-            leaf for x in specials_among(coded) for leaf in _weights_in(x)
-        ]
-        clipped, values = clip(equation, coded, leaves)
-        sums = _compared(exact, other, clipped, values)
+        clip = _CLIPPED[met.equation.primitive.name]
+        [coded], [other] = met.operands, met.results
+        leaves = list(met.leaves)
+        clipped, values = clip(met.equation, coded, leaves)
+        sums = _compared(met.exact, other, clipped, values)
         name = f"{_PREFIX}{len(self._names)}"
-        self._names[name] = tuple(leaf.path for leaf in leaves)
+        self._names[name] = met.paths
         named = checkpoint_name(sums, name)
         # Both cases are the result. But what nothing reads is dropped from a program.
-        return lax.select(named[0] >= 0, exact, exact)
+        return lax.select(named[0] >= 0, met.exact, met.exact)
 
 
 #: What the names of comparisons begin with.
 _PREFIX = "sqjax.site_errors "
-
-
-def _exact(x: Any) -> Any:
-    return x.value.exact if isinstance(x, Special) else x
-
-
-def _coded(x: Any) -> Any:
-    return x.value.coded if isinstance(x, Special) else x
-
-
-def _weights_in(special: Special) -> Iterator[Special]:
-    """The quantized weights that a special value is made of."""
-    value = special.value
-    if isinstance(value, QuantWeight):
-        yield special
-    elif isinstance(value, JoinedWeight):
-        yield from specials_among(value.pieces)
-    elif isinstance(value, SummedWeight):
-        yield from specials_among(value.terms)
 
 
 def _compared(exact: Any, other: Any, clipped: Array, values: Any) -> Array:

@@ -1,0 +1,184 @@
+"""`learn`: the simulation beside the quantized model, its gradients beside numpy, the laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from slow import slow_but
+
+import sqjax as sq
+from sqjax.choosing.simulation import round_activation, simulated
+from sqjax.methods.quantization import site_schemes
+from sqjax.numerics.formats import INT8
+from sqjax.program.trace import trace
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.float32(RNG.normal(size=shape))
+
+
+#: Channels of x that differ by a factor of 30, as those of language models do.
+BATCHES = [normal(64, 16) * jnp.float32(np.geomspace(0.3, 10, 16))[None] for _ in range(4)]
+PARAMS = {"g": 1 + normal(1, 16) ** 2, "up": normal(16, 24), "down": normal(24, 8)}
+STATIC = {".*": "W8A8_O3"}
+
+
+def net(p, x):
+    return jnp.maximum((x * p["g"]) @ p["up"], 0) @ p["down"]
+
+
+STATS = sq.calibrate(net, PARAMS, BATCHES)
+
+
+def learned(**options):
+    options = {"loss": "mse", "steps": 4, "every": 2, **options}
+    batches = options.pop("batches", BATCHES)
+    return sq.learn(net, PARAMS, STATS, batches, options.pop("rules", STATIC), **options)
+
+
+def lost(found, rules=STATIC):
+    """The real quantized model's mean square error."""
+    qparams = sq.quantize(*found.applied(PARAMS, STATS), rules, clips=found.clips)
+    errors = [sq.quantized(net)(qparams, x) - net(PARAMS, x) for x in BATCHES]
+    return float(np.mean(np.square(errors)))
+
+
+G8 = sq.Int4(group_size=8, zero_point=True)
+SCHEMES = {
+    "static": sq.W8A8_O3,
+    "per tensor": sq.W8A8_O2,
+    "per token": sq.W8A8,
+    "weights": sq.Scheme(weight=G8, activation=None),
+    "two levels": sq.Scheme(
+        weight=sq.Int4(group_size=8, zero_point=True, two_level=True), activation=sq.PerToken()
+    ),
+    "float8": sq.FP8,
+}
+
+
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, "static"))
+def test_the_simulation_has_the_values_of_the_quantized_model(scheme):
+    s = sq.scales(PARAMS, STATS, 0.5)
+    clips = {"up": jnp.full((24, 2 if "Int4" in repr(scheme) else 1), 0.8, jnp.float32)}
+    is_static = scheme == sq.W8A8_O3
+    numbers = {"s": s, "clips": clips, "ranges": {"down": jnp.float32(0.7)} if is_static else {}}
+    x = BATCHES[0]
+    traced, inputs = trace(net, PARAMS, (x,), {})
+    schemes = site_schemes(STATS.graph, scheme)
+    got = jax.jit(lambda n: simulated(traced, PARAMS, STATS, schemes, n, inputs))(numbers)
+
+    measured = sq.fold_stats(STATS, s)
+    if is_static:
+        measured.absmax["down"] *= 0.7
+    qparams = sq.quantize(sq.fold(PARAMS, STATS.graph, s), measured, scheme, clips=clips)
+    wanted = sq.quantized(net)(qparams, x)
+    assert np.abs(wanted - net(PARAMS, x)).max() > 1e-3 * np.abs(wanted).max()
+    # A code that lies between two integers may round to the other one.
+    np.testing.assert_allclose(got, wanted, atol=4e-3 * np.abs(wanted).max())
+    assert np.mean(np.square(got - wanted)) < 1e-3 * np.mean(np.square(wanted - net(PARAMS, x)))
+
+
+def test_rounding_has_the_gradients_of_lsq():
+    """Inside the range dx + (round(q) - q) dscale; beyond it round(q) dscale."""
+    x, scale = jnp.float32([0.26, -0.31, 20.0, -20.0]), jnp.float32(0.1)
+    values, pull = jax.vjp(lambda x, scale: round_activation(x, scale[None], INT8), x, scale)
+    np.testing.assert_allclose(values, [0.3, -0.3, 12.7, -12.7], rtol=1e-6)
+    wanted = [3 - 2.6, -3 + 3.1, 127, -127]
+    for place, of_scale in enumerate(wanted):
+        of_x, got = pull(jnp.eye(4, dtype=jnp.float32)[place])
+        assert float(got) == pytest.approx(of_scale, abs=1e-4)
+        assert of_x.tolist() == [float(i == place < 2) for i in range(4)]
+
+
+def test_it_learns_what_smoothing_is_for():
+    found = learned(steps=60, every=10, optimizer=optax.adam(0.05))
+    start = learned(steps=0)
+    assert lost(found) < 0.6 * lost(start)
+    assert found.losses.best < 0.6 * found.losses.held_out[0]
+    # And the float function is what it was.
+    folded, _ = found.applied(PARAMS, STATS)
+    x = BATCHES[0]
+    np.testing.assert_allclose(net(folded, x), net(PARAMS, x), rtol=1e-4, atol=1e-3)
+    assert not np.allclose(folded["up"], PARAMS["up"], rtol=0.1)
+    assert set(found.ranges) == {"up", "down"}
+    assert found.clips == {}
+
+
+@pytest.mark.slow
+def test_clips_are_learned_too():
+    rules = {".*": sq.Scheme(weight=sq.Int4(), activation=None)}
+    options = {"rules": rules, "steps": 60, "every": 10, "optimizer": optax.adam(0.02)}
+    found = learned(clips=True, **options)
+    assert lost(found, rules) < 0.9 * lost(learned(rules=rules, steps=0), rules)
+    clips = np.concatenate([np.ravel(x) for x in found.clips.values()])
+    assert clips.min() < 0.95
+    assert clips.max() <= 1
+
+
+def test_it_is_never_worse_than_its_start_and_the_identity():
+    wild = learned(optimizer=optax.sgd(1e6))
+    assert wild.losses.best == wild.losses.held_out[0] == learned(steps=0).losses.best
+    assert all((s == 1).all() for s in wild.s.values())
+    # From a bad start the identity is better.
+    bad = {name: jnp.geomspace(1e-3, 1e3, s.size) for name, s in wild.s.items()}
+    found = learned(s=bad, steps=0)
+    assert found.losses.best == wild.losses.best < found.losses.held_out[0]
+    assert all((s == 1).all() for s in found.s.values())
+
+
+def test_a_saved_state_goes_on_with_the_same_bits(tmp_path):
+    whole = learned(clips=True)
+    half = learned(clips=True, steps=2)
+    sq.save(tmp_path / "state.safetensors", half.state)
+    rest = learned(clips=True, state=sq.load(tmp_path / "state.safetensors"))
+    for one, other in ((whole, rest), (whole, learned(clips=True, batches=BATCHES[::-1]))):
+        same = jax.tree.map(np.array_equal, one.state, other.state)
+        assert all(jax.tree.leaves(same))
+        assert one.losses.best == other.losses.best
+    assert not np.array_equal(half.losses.train, whole.losses.train)
+
+
+def test_it_stops_when_nothing_gets_better():
+    found = learned(steps=100, every=1, patience=3, optimizer=optax.sgd(0.0))
+    assert len(found.losses.train) == 3
+    assert len(found.losses.held_out) == 4
+
+
+def test_one_program_for_all_batches():
+    traced = []
+
+    def counted(p, x):
+        traced.append(1)
+        return net(p, x)
+
+    sq.learn(counted, PARAMS, STATS, BATCHES, STATIC, loss="mse", steps=4, every=2)
+    assert len(traced) == 1
+
+
+def loss_with_batch(got, wanted, x):
+    return jnp.mean(jnp.square(got - wanted)) * jnp.mean(x**2)
+
+
+def test_a_loss_of_ones_own():
+    found = learned(loss=loss_with_batch, steps=1)
+    assert found.losses.train[0] > 0
+
+
+WRONG = {
+    "no batches": ({"batches": []}, "batches is empty"),
+    "nothing quantized": ({"rules": {".*": None}}, "quantize a matmul"),
+    "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing at run time"),
+    "loss": ({"loss": "l1"}, "'kl', 'mse' or a function"),
+    "group": ({"s": {"u": jnp.ones(16)}}, "no group is named 'u'"),
+    "state": ({"state": {}}, "state of an earlier call"),
+    "other state": ({"state": {"arrays": {}}}, "state is of other arguments"),
+}
+
+
+@pytest.mark.parametrize(("options", "text"), [*WRONG.values()], ids=[*WRONG])
+def test_wrong_arguments_are_named(options, text):
+    with pytest.raises(ValueError, match=text):
+        learned(**options)
