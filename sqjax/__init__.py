@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
+    from sqjax.choosing.alphas import search_alpha
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -94,6 +95,7 @@ __all__ = [
     "quantized",
     "save",
     "scales",
+    "search_alpha",
     "shardings",
     "site_errors",
     "smooth",
@@ -118,6 +120,7 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
+    "sqjax.choosing.alphas": "search_alpha",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
