@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqjax.choosing.gptq import gptq
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
+    from sqjax.choosing.alphas import search_alpha
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -100,6 +101,7 @@ __all__ = [
     "quantized",
     "save",
     "scales",
+    "search_alpha",
     "shardings",
     "site_errors",
     "smooth",
@@ -127,6 +129,7 @@ _NAMES = {
     "sqjax.choosing.gptq": "gptq",
     "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",
+    "sqjax.choosing.alphas": "search_alpha",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
