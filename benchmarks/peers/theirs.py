@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 SEED = 0
+#: Windows that are evaluated at once, because weights are rounded anew for each forward pass.
+BATCH = 4
 
 
 class Row(NamedTuple):
@@ -53,11 +55,13 @@ def calibration(folder: Path) -> np.ndarray:
 def losses(model: Any, windows: np.ndarray) -> list[float]:
     """The mean negative log-likelihood of each window's tokens after its first."""
     found = []
-    for window in windows:
-        ids = torch.tensor(window[None], dtype=torch.long)
-        logits = model(ids, use_cache=False).logits[0, :-1].double()
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-        found.append(float(loss))
+    for start in range(0, len(windows), BATCH):
+        ids = torch.tensor(windows[start : start + BATCH], dtype=torch.long)
+        logits = model(ids, use_cache=False).logits
+        for of_window, window in zip(logits, ids, strict=True):
+            predicted = of_window[:-1].double()
+            loss = torch.nn.functional.cross_entropy(predicted, window[1:])
+            found.append(float(loss))
     return found
 
 
