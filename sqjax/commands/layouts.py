@@ -13,6 +13,8 @@ from sqjax.commands.records import Row
 
 #: Keys of measured times end so; what stands before is the column's title.
 SECONDS = " seconds"
+#: So many standard errors to each side of a mean hold 95% of a normal distribution.
+NORMAL_95 = 1.96
 #: The row of qwix's int8, and the rows that quantize what it quantizes.
 QWIX = "qwix int8"
 LIKE_QWIX = ("W8A8_O1", "W8A8_O1 fused", "W8A8_O3", "W8A8_O3 fused")
@@ -359,6 +361,46 @@ def convolution_speeds(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+# Peers ----------------------------------------------------------------------------------------
+
+
+def peers(rows: Sequence[Row]) -> Table:
+    """A line for each pair of theirs and ours: perplexities, seconds, and who is ahead.
+
+    The difference of the losses is that of ours to theirs, window by window, with what is added and
+    taken away to make an interval of 95%. Ours is ahead where the whole interval is below 0.
+    """
+    titles = (
+        "",
+        "theirs",
+        "perplexity",
+        "core seconds",
+        "ours",
+        "perplexity",
+        "core seconds",
+        "ours - theirs, nats a token",
+        "",
+    )
+    lines = []
+    for row in _of_table("pairs", rows):
+        difference = row["loss_difference"]
+        half = NORMAL_95 * row["standard_error"]
+        cells = [row["scheme"]]
+        for side, whose in (("theirs", "their"), ("ours", "our")):
+            perplexity = f"{row[f'{whose}_perplexity']:.3f}"
+            cells += [row[side], perplexity, f"{row[f'{whose}_seconds']:.0f}"]
+        interval = f"{difference:+.4f} ± {half:.4f}"
+        lines.append((*cells, interval, _standing(difference, half)))
+    return Table(titles, lines)
+
+
+def _standing(difference: float, half: float) -> str:
+    """Where ours stands by the interval of difference - half to difference + half."""
+    if abs(difference) <= half:
+        return "equal within the interval"
+    return "ahead" if difference < 0 else "behind"
+
+
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -425,4 +467,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "gpu kernels": gpu_kernels,
     "convolutional models": convolutional_models,
     "convolution speeds": convolution_speeds,
+    "peers": peers,
 }

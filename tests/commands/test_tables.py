@@ -21,6 +21,22 @@ def demo_row(name, perplexity, prefill, decode):
     }
 
 
+def pair(scheme, difference, error):
+    """Of a peer, and of ours beside it."""
+    return {
+        "table": "pairs",
+        "scheme": scheme,
+        "theirs": "torchao",
+        "ours": "search",
+        "their_perplexity": 37.3,
+        "our_perplexity": 37.25,
+        "their_seconds": 80.4,
+        "our_seconds": 60.0,
+        "loss_difference": difference,
+        "standard_error": error,
+    }
+
+
 DEMO = [demo_row("float32", 36.478, 1000.0, 50.0), demo_row("W8A8", 37.1, 1840.0, 75.0)]
 SCHEMES = [
     {
@@ -132,6 +148,32 @@ EXPECTED = {
                 "load_quantized to W8A8, prefill of 64 tokens",
                 *("3100", "8000", "2000", "320"),
             )
+        ],
+    ),
+    "peers": (
+        [
+            pair("W8A8", -0.002, 0.001),  # 1.96 standard errors are less than that
+            pair("W8A8", -0.002, 0.0011),
+            pair("W4A16", 0.002, 0.001),
+            {"table": "ours", "losses": [3.0]},
+        ],
+        (
+            *("", "theirs", "perplexity", "core seconds"),
+            *("ours", "perplexity", "core seconds", "ours - theirs, nats a token", ""),
+        ),
+        [
+            (
+                *("W8A8", "torchao", "37.300", "80", "search", "37.250", "60"),
+                *("-0.0020 ± 0.0020", "ahead"),
+            ),
+            (
+                *("W8A8", "torchao", "37.300", "80", "search", "37.250", "60"),
+                *("-0.0020 ± 0.0022", "equal within the interval"),
+            ),
+            (
+                *("W4A16", "torchao", "37.300", "80", "search", "37.250", "60"),
+                *("+0.0020 ± 0.0020", "behind"),
+            ),
         ],
     ),
     "decode caches": (

@@ -1,0 +1,254 @@
+"""The rows of `theirs.py` by sqjax: the same model, the same windows in the same order, one core.
+
+    python ours.py write FOLDER         # the float model and the windows, which theirs.py reads too
+    python ours.py FOLDER ROW ...       # measures rows, each by its name
+    python ours.py list
+
+Of each row FOLDER/ours/ROW.json says the seconds of a core that calibrating, choosing and
+quantizing took, with all compiling, and the mean negative log-likelihood of every window.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import sqjax as sq
+from sqjax.commands.shared import text_windows
+
+MODEL = "smollm2-135m"
+TOKENS, CALIBRATION, EVALUATION, SEED = 512, 16, 60, 0
+#: llm-compressor's examples smooth with this, so that the fixed rows differ in the groups only.
+ALPHA = 0.8
+#: The tied head stays float, here as there.
+HEAD = {"embed_tokens": None}
+W4 = sq.W4A16_G64
+W4_SYMMETRIC = sq.Scheme(weight=sq.Int4(group_size=64), activation=None)
+
+
+class Case(NamedTuple):
+    """What is quantized, and on which batches."""
+
+    model: Any
+    params: Any
+    batches: list[np.ndarray]
+
+    def stats(self, **what: Any) -> sq.Stats:
+        """The statistics of the float model."""
+        return sq.calibrate(self.model.apply, self.params, self.batches, **what)
+
+    def measured(self) -> sq.Stats:
+        """The statistics that the searches read: Gram matrices, and a sample of the tokens."""
+        return self.stats(gram=True, sample=TOKENS, seed=SEED)
+
+
+class Chosen(NamedTuple):
+    """Smoothed parameters, their statistics, and the clips of their weights."""
+
+    params: Any
+    stats: sq.Stats
+    clips: Mapping[str, Any] | None
+
+
+def rules(scheme: sq.Scheme) -> dict[str, sq.Scheme | None]:
+    """Every matmul but the head's."""
+    return {**HEAD, ".*": scheme}
+
+
+def folded(case: Case, stats: sq.Stats, result: Any) -> Chosen:
+    """What a search found, applied."""
+    params = sq.fold(case.params, stats.graph, result.s)
+    clips = getattr(result, "clips", None)
+    return Chosen(params, sq.fold_stats(stats, result.s), clips)
+
+
+# How scales and clips are chosen ------------------------------------------------------------------
+
+Choice = Callable[[Case, sq.Scheme], Chosen]
+
+
+def nothing(case: Case, scheme: sq.Scheme) -> Chosen:
+    """The model as it is."""
+    return Chosen(case.params, case.stats(), None)
+
+
+def nothing_measured(case: Case, scheme: sq.Scheme) -> Chosen:
+    """The model as it is, with what GPTQ reads."""
+    return Chosen(case.params, case.measured(), None)
+
+
+def smooth(case: Case, scheme: sq.Scheme) -> Chosen:
+    """One alpha for all groups, also those without a norm."""
+    stats = case.stats()
+    s = sq.scales(case.params, stats, ALPHA)
+    params = sq.fold(case.params, stats.graph, s)
+    return Chosen(params, sq.fold_stats(stats, s), None)
+
+
+def search(case: Case, scheme: sq.Scheme) -> Chosen:
+    """The best alpha of each group."""
+    stats = case.measured()
+    return folded(
+        case, stats, sq.search_alpha(case.params, stats, rules(scheme))
+    )
+
+
+def awq(case: Case, scheme: sq.Scheme) -> Chosen:
+    """AWQ's scales and clips."""
+    stats = case.measured()
+    return folded(case, stats, sq.awq(case.params, stats, rules(scheme)))
+
+
+def learned(start: Callable[[Any, Any, Any], Any]) -> Choice:
+    """Scales and clips by gradient, from what a search found."""
+
+    def choose(case: Case, scheme: sq.Scheme) -> Chosen:
+        stats = case.measured()
+        first = start(case.params, stats, rules(scheme))
+        result = sq.learn(
+            case.model.apply,
+            case.params,
+            stats,
+            case.batches,
+            rules(scheme),
+            s=first.s,
+            clips=getattr(first, "clips", None),
+        )
+        return folded(case, stats, result)
+
+    return choose
+
+
+# How weights are rounded --------------------------------------------------------------------------
+
+
+def rounding(chosen: Chosen, scheme: sq.Scheme) -> Any:
+    """To nearest."""
+    if chosen.clips is None:
+        return sq.quantize(chosen.params, chosen.stats, rules(scheme))
+    return sq.quantize(
+        chosen.params, chosen.stats, rules(scheme), clips=chosen.clips
+    )
+
+
+def gptq(chosen: Chosen, scheme: sq.Scheme) -> Any:
+    """So that later channels make up for the errors of earlier ones."""
+    return sq.gptq(
+        chosen.params, chosen.stats, rules(scheme), clips=chosen.clips
+    )
+
+
+# The rows -----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A scheme, how scales are chosen for it, and how weights are rounded."""
+
+    scheme: sq.Scheme
+    choose: Choice
+    narrow: Callable[[Chosen, sq.Scheme], Any] = rounding
+
+
+def learned_from_search() -> Choice:
+    """Learned from the best alphas."""
+    return learned(lambda *given: sq.search_alpha(*given))
+
+
+def learned_from_awq() -> Choice:
+    """Learned from AWQ's scales and clips."""
+    return learned(lambda *given: sq.awq(*given))
+
+
+ROWS = {
+    "w8a8-rounding": Row(sq.W8A8, nothing),
+    "w8a8-smooth": Row(sq.W8A8, smooth),
+    "w8a8-search": Row(sq.W8A8, search),
+    "w8a8-search-gptq": Row(sq.W8A8, search, gptq),
+    "w8a8-learned": Row(sq.W8A8, learned_from_search()),
+    "w4a16-rounding": Row(W4, nothing),
+    "w4a16-gptq": Row(W4, nothing_measured, gptq),
+    "w4a16-gptq-symmetric": Row(W4_SYMMETRIC, nothing_measured, gptq),
+    "w4a16-awq": Row(W4, awq),
+    "w4a16-awq-gptq": Row(W4, awq, gptq),
+    "w4a16-learned": Row(W4, learned_from_awq()),
+    "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),
+}
+FLOAT = "float"
+
+
+def quantized(name: str, case: Case) -> Any:
+    """The tree of one row, computed."""
+    if name == FLOAT:
+        return case.params
+    row = ROWS[name]
+    chosen = row.choose(case, row.scheme)
+    return jax.block_until_ready(row.narrow(chosen, row.scheme))
+
+
+def losses(model: Any, tree: Any, windows: np.ndarray) -> list[float]:
+    """The mean negative log-likelihood of each window's tokens after its first."""
+    return [
+        math.log(sq.models.perplexity(model, tree, window[None]))
+        for window in windows
+    ]
+
+
+def measure(folder: Path, name: str) -> None:
+    """Quantizes by one row, and writes what was measured."""
+    model, params = sq.models.load(MODEL)
+    windows = np.load(folder / "calibration.npy")
+    case = Case(model, params, list(windows[:, None]))
+    start = time.process_time()
+    tree = quantized(name, case)
+    seconds = time.process_time() - start
+    evaluated = np.load(folder / "evaluation.npy")
+    result = {
+        "name": name,
+        "versions": {"sqjax": sq.__version__, "jax": jax.__version__},
+        "threads": len(os.sched_getaffinity(0)),
+        "seconds": round(seconds, 1),
+        "losses": losses(model, tree, evaluated),
+    }
+    path = folder / "ours" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    perplexity = np.exp(np.mean(result["losses"]))
+    print(f"{name}: perplexity {perplexity:.4f}, {seconds:.0f} s", flush=True)
+
+
+def write(folder: Path) -> None:
+    """The float model as Hugging Face has it, and the ids of both texts' windows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, params = sq.models.load(MODEL)
+    sq.models.save_huggingface(folder / FLOAT, model, params, overwrite=True)
+    for text, count in (
+        ("calibration", CALIBRATION),
+        ("evaluation", EVALUATION),
+    ):
+        ids = text_windows(model, text, TOKENS, count)
+        np.save(folder / f"{text}.npy", ids)
+
+
+def main(arguments: list[str]) -> None:
+    """What the command line asks for."""
+    match arguments:
+        case ["list"]:
+            print("\n".join([FLOAT, *ROWS]))
+        case ["write", folder]:
+            write(Path(folder))
+        case [folder, *names] if names and {*names} <= {FLOAT, *ROWS}:
+            for name in names:
+                measure(Path(folder), name)
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
