@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
+    from sqjax.choosing.alphas import search_alpha
     from sqjax.choosing.gptq import gptq
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
-    from sqjax.choosing.alphas import search_alpha
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold

@@ -1,6 +1,9 @@
 """`quantize_by_search`: the search that suits each scheme, then the codes, in one call."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from jaxtyping import Array
 
 from sqjax._trees import PyTree
 from sqjax.calibration.stats import Stats
@@ -8,9 +11,11 @@ from sqjax.choosing.alphas import search_alpha
 from sqjax.choosing.awq import awq, smooth_awq
 from sqjax.choosing.gptq import gptq
 from sqjax.folding.apply import fold
+from sqjax.folding.graph import paths_of
+from sqjax.methods.described import check_stats
 from sqjax.methods.quantization import Rules, quantize, site_schemes
 from sqjax.methods.smoothing import fold_stats
-from sqjax.weights.schemes import W8A8, Int4
+from sqjax.weights.schemes import W8A8, Int4, Scheme
 
 
 def quantize_by_search(
@@ -27,14 +32,14 @@ def quantize_by_search(
     Args:
         params: the calibrated tree.
         stats: what ``calibrate(..., gram=True, sample=512)`` returned for it.
-        scheme: as for `quantize`.
+        scheme: as for `quantize`. With several schemes each group is searched for the scheme of its
+            first site.
 
     Returns:
         A tree as that of `quantize`; its float function before rounding is that of `params`.
 
     Raises:
-        ValueError: what `quantize` refuses; the statistics hold no samples or no Gram matrices; the
-            rules mix int4 weights with and without quantized activations.
+        ValueError: what `quantize` refuses; the statistics hold no samples or no Gram matrices.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -48,20 +53,46 @@ def quantize_by_search(
         >>> error(sq.quantize_by_search) < error(sq.quantize)
         True
     """
-    schemes = site_schemes(stats.graph, scheme).values()
-    int4 = [s for s in schemes if isinstance(s.weight, Int4)]
-    both = [s for s in schemes if s.quantizes_activation]
-    clips: Any = None
-    if both and int4:
-        found: Any = smooth_awq(params, stats, scheme)
-        clips = found.clips
-    elif both:
-        found = search_alpha(params, stats, scheme)
-    else:
-        found = awq(params, stats, scheme)
-        clips = found.clips
-    folded = fold(params, stats.graph, found.s)
-    folded_stats = fold_stats(stats, found.s)
-    if not int4:
-        return quantize(folded, folded_stats, scheme, clips=clips)
-    return gptq(folded, folded_stats, scheme, clips=clips)
+    check_stats(stats, "quantize_by_search")
+    schemes = site_schemes(stats.graph, scheme)
+    s, clips = _searched(params, stats, schemes)
+    folded = fold(params, stats.graph, s)
+    folded_stats = fold_stats(stats, s)
+    if any(isinstance(how.weight, Int4) for how in schemes.values()):
+        return gptq(folded, folded_stats, scheme, clips=clips)
+    return quantize(folded, folded_stats, scheme, clips=clips)
+
+
+def _searched(
+    params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(s of every group that is quantized, clips): each by the search for its scheme."""
+    s: dict[str, Array] = {}
+    clips: dict[str, Array] = {}
+    groups = stats.graph.select("all")
+    # A group whose sites have several schemes is searched for the first of these.
+    scheme_of_group = {}
+    for group in groups:
+        own = [schemes[path] for path in group.paths if path in schemes]
+        if own:
+            scheme_of_group[group.name] = own[0]
+    sites = set(paths_of(stats.graph.sites))
+    used = [how for path, how in schemes.items() if path in sites]
+    for scheme in dict.fromkeys(used):
+        found = _search(params, stats, scheme)
+        for name, own in found.s.items():
+            if scheme_of_group.get(name) == scheme:
+                s[name] = own
+        for path, clip in getattr(found, "clips", {}).items():
+            if schemes.get(path) == scheme:
+                clips[path] = clip
+    return s, clips
+
+
+def _search(params: PyTree, stats: Stats, scheme: Scheme) -> Any:
+    """What suits a scheme: something with `s`, and for AWQ with `clips`."""
+    if not scheme.quantizes_activation:
+        return awq(params, stats, scheme)
+    if isinstance(scheme.weight, Int4):
+        return smooth_awq(params, stats, scheme)
+    return search_alpha(params, stats, scheme)

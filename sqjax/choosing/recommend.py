@@ -1,4 +1,4 @@
-"""`recommend`: the few sensible recipes, each tried beside the float model; the smallest that holds.
+"""`recommend`: the few sensible recipes, each beside the float model; the smallest that holds.
 
 A recipe is a scheme with the choice of scales and roundings that suits it. All are made from one
 calibration, and all are judged on the same batches, which calibration did not see.
