@@ -253,6 +253,7 @@ def test_the_public_names_are_these():
             "verify",
             "site_errors",
             "choose_precision",
+            "learn",
         ),
         *(
             "QTensor",
