@@ -8,7 +8,7 @@ and with the range of static activations beside them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ from sqjax.folding.apply import check_scales, leaves_by_path
 from sqjax.folding.graph import Site, paths_of
 from sqjax.methods.described import check_stats
 from sqjax.methods.quantization import Clips, Rules, site_schemes
+from sqjax.methods.smoothing import fold_stats
 from sqjax.program.trace import Traced, array_leaves, trace
 from sqjax.weights.clipping import ranges_of
 from sqjax.weights.quant_weight import check_float
@@ -40,7 +41,7 @@ Loss = Literal["kl", "mse"] | Callable[..., Any]
 #: "s", "clips" and "ranges", each {name: the logs of its numbers}.
 Logs = dict[str, dict[str, Array]]
 
-#: No range becomes smaller than this part of itself.
+#: No clip makes a range smaller than this part of itself.
 _LEAST = 0.05
 
 
@@ -65,8 +66,8 @@ class Learned:
     Attributes:
         s: {group: s}, for `fold` and `fold_stats`.
         clips: {site: factors of its weights' ranges}, for `quantize`; empty if none were asked for.
-        ranges: {site: a factor of its static input range}; empty without static schemes. `applied`
-            puts them into the statistics.
+        ranges: {site: its static input range, that of X / s}; empty without static schemes.
+            `applied` puts them into the statistics.
         losses: how the loss went.
         state: a pytree of arrays from which `learn` goes on; `sqjax.save` writes it.
     """
@@ -113,7 +114,7 @@ def learn(
     and the loss between its outputs and the float model's is minimized over
 
     - log s of every group, which starts from a given s, of `scales` or a search;
-    - the log of the factor in (0, 1] of every static input range, if the scheme is static;
+    - the log of every static input range, which starts from the absmax, if the scheme is static;
     - with clips, the log of the factor in (0, 1] of every weight range.
 
     Rounding has the gradient of the identity, scales have their own (straight-through and LSQ, see
@@ -158,7 +159,7 @@ def learn(
         >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
         >>> keys = jax.random.split(jax.random.key(0), 2)
         >>> params = {"norm": jnp.ones(8), "w": jax.random.normal(keys[0], (8, 4))}
-        >>> batches = list(jax.random.normal(keys[1], (4, 16, 8)) * jnp.arange(1, 9.0))
+        >>> batches = list(jax.random.normal(keys[1], (4, 256, 8)) * jnp.arange(1, 9.0) ** 2)
         >>> stats = sq.calibrate(fn, params, batches)
         >>> found = sq.learn(fn, params, stats, batches, sq.W8A8_O3, loss="mse", steps=20)
         >>> bool(found.losses.best < found.losses.held_out[0])
@@ -173,13 +174,14 @@ def learn(
     check_finite(params, "parameter")
     schemes = _schemes(stats, rules)
     start = _start(params, stats, schemes, s, clips)
+    identity = _identity(stats, schemes, start)
     training, held_out = _split(batches)
     if optimizer is None:
         import optax
 
         optimizer = optax.adam(0.01)
     problem = _Problem(fn, params, stats, schemes, loss, optimizer)
-    run = _Run.begin(problem, start, held_out)
+    run = _Run.begin(problem, start, identity, held_out)
     if state is not None:
         run = run.resumed(state)
     shown = tqdm(
@@ -232,15 +234,7 @@ def _start(
     check_scales(stats.graph, s)
     ones = _ones(sites, leaves, schemes) if clips is True else {}
     at = clips if isinstance(clips, Mapping) else ones
-    statics = [
-        site
-        for site in sites
-        if isinstance(schemes[site.path].activation, Static)
-    ]
-    ranges = {
-        site.path: jnp.ones(site.channels[: len(site.batch)], jnp.float32)
-        for site in statics
-    }
+    ranges = _ranges(stats, sites, schemes, s)
     parts = {"s": s, "clips": at, "ranges": ranges}
     return {
         part: {
@@ -264,6 +258,23 @@ def _ones(
     return clips
 
 
+def _ranges(
+    stats: Stats,
+    sites: Iterable[Site],
+    schemes: Mapping[str, Scheme],
+    s: Mapping[str, Array],
+) -> dict[str, Array]:
+    """max |X / s| of every static site, one for each matrix of a stack."""
+    absmax = fold_stats(stats, s).absmax
+    ranges = {}
+    for site in sites:
+        if isinstance(schemes[site.path].activation, Static):
+            largest = jnp.max(absmax[site.path], axis=site.feature_axes)
+            # What no token has reached has no range; any number will do.
+            ranges[site.path] = jnp.where(largest > 0, largest, 1.0)
+    return ranges
+
+
 def _ranges_shape(site: Site, leaf: Any, scheme: Scheme) -> tuple[int, ...]:
     def highest(leaf):
         return ranges_of(leaf, site.axes, scheme, site.batch)[2]
@@ -271,9 +282,12 @@ def _ranges_shape(site: Site, leaf: Any, scheme: Scheme) -> tuple[int, ...]:
     return jax.eval_shape(highest, leaf).shape
 
 
-def _identity(start: Logs) -> Logs:
+def _identity(stats: Stats, schemes: Mapping[str, Scheme], start: Logs) -> Logs:
     """s = 1, and nothing clipped."""
-    return jax.tree.map(jnp.zeros_like, start)
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    sites = [site for site in stats.graph.sites if site.path in schemes]
+    ranges = _ranges(stats, sites, schemes, {})
+    return {**zeros, "ranges": jax.tree.map(jnp.log, ranges)}
 
 
 def _split(batches: Iterable[Any]) -> tuple[list[Any], list[Any]]:
@@ -297,12 +311,9 @@ def _numbers(logs: Logs) -> dict[str, dict[str, Array]]:
 
 
 def _projected(logs: Logs) -> Logs:
-    """Factors of ranges stay in (0, 1]."""
+    """Clips stay in (0, 1]."""
     inside = partial(jnp.clip, min=float(np.log(_LEAST)), max=0.0)
-    return {
-        part: of if part == "s" else jax.tree.map(inside, of)
-        for part, of in logs.items()
-    }
+    return {**logs, "clips": jax.tree.map(inside, logs["clips"])}
 
 
 class _Problem:
@@ -320,7 +331,9 @@ class _Problem:
         known = loss in ("kl", "mse") or callable(loss)
         expect(known, "learn: loss", "'kl', 'mse' or a function", loss)
         self.optimizer = optimizer
-        self._fn, self._params, self._stats = fn, params, stats
+        self._fn, self._params = fn, params
+        # What is not read here would be folded in every step all the same.
+        self._stats = replace(stats, gram={}, sample={}, histogram={})
         self._schemes, self._loss_of = schemes, loss
         self._programs: dict[Any, tuple[Any, Any]] = {}
 
@@ -445,7 +458,11 @@ class _Run:
 
     @classmethod
     def begin(
-        cls, problem: _Problem, start: Logs, held_out: Sequence[Any]
+        cls,
+        problem: _Problem,
+        start: Logs,
+        identity: Logs,
+        held_out: Sequence[Any],
     ) -> "_Run":
         """Before the first step: the better of the start and the identity is the best so far."""
         first = problem.loss(start, held_out)
@@ -454,7 +471,6 @@ class _Run:
                 f"learn: the loss is {first} at the start; check the batches and s"
             )
         best, best_loss = start, first
-        identity = _identity(start)
         of_identity = problem.loss(identity, held_out)
         if of_identity < first:
             best, best_loss = identity, of_identity

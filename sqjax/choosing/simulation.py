@@ -61,7 +61,7 @@ def simulated(
         stats: its statistics.
         schemes: {leaf: its scheme}.
         learned: what has gradients: "s" {group: s}, "clips" {site: factors of the weights' ranges}
-            and "ranges" {site: the factor of the static input range}.
+            and "ranges" {site: the static input range}.
         inputs: the arrays of the batch.
     """
     folded, measured = applied(params, stats, learned["s"], learned["ranges"])
@@ -93,13 +93,20 @@ def applied(
     s: Mapping[str, Array],
     ranges: Mapping[str, Array],
 ) -> tuple[PyTree, Stats]:
-    """(params with s folded in, their statistics with the input ranges times these factors)."""
+    """(params with s folded in, their statistics with these input ranges).
+
+    A range is put in as the largest absmax of the channels; the other channels keep their ratios to
+    it. s has no gradient through it, because of a maximum it would concern one channel only.
+    """
     measured = fold_stats(stats, s)
     absmax = dict(measured.absmax)
-    for path, factor in ranges.items():
-        ndim = absmax[path].ndim
-        spread = factor.reshape(factor.shape + (1,) * (ndim - factor.ndim))
-        absmax[path] = absmax[path] * spread
+    for path, limit in ranges.items():
+        seen = lax.stop_gradient(absmax[path])
+        channels = tuple(range(limit.ndim, seen.ndim))
+        largest = jnp.max(seen, axis=channels, keepdims=True)
+        # What no token has reached has no range, and is left to `quantize`.
+        ratios = seen / jnp.where(largest > 0, largest, 1.0)
+        absmax[path] = ratios * jnp.expand_dims(limit, channels)
     return fold(params, stats.graph, s), replace(measured, absmax=absmax)
 
 

@@ -64,13 +64,14 @@ def test_the_simulation_has_the_values_of_the_quantized_model(scheme):
     s = sq.scales(PARAMS, STATS, 0.5)
     clips = {"up": jnp.full((24, 2 if "Int4" in repr(scheme) else 1), 0.8, jnp.float32)}
     is_static = scheme == sq.W8A8_O3
-    numbers = {"s": s, "clips": clips, "ranges": {"down": jnp.float32(0.7)} if is_static else {}}
+    measured = sq.fold_stats(STATS, s)
+    limit = 0.7 * jnp.max(measured.absmax["down"])
+    numbers = {"s": s, "clips": clips, "ranges": {"down": limit} if is_static else {}}
     x = BATCHES[0]
     traced, inputs = trace(net, PARAMS, (x,), {})
     schemes = site_schemes(STATS.graph, scheme)
     got = jax.jit(lambda n: simulated(traced, PARAMS, STATS, schemes, n, inputs))(numbers)
 
-    measured = sq.fold_stats(STATS, s)
     if is_static:
         measured.absmax["down"] *= 0.7
     qparams = sq.quantize(sq.fold(PARAMS, STATS.graph, s), measured, scheme, clips=clips)

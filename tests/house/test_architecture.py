@@ -255,6 +255,7 @@ def test_the_public_names_are_these():
             "site_errors",
             "gptq",
             "choose_precision",
+            "learn",
         ),
         *(
             "QTensor",
