@@ -108,6 +108,8 @@ def awq_scales() -> Any:
     """Its AWQ: scales only, no clips; 20 candidates for each group."""
     from llmcompressor.modifiers.transform import AWQModifier
 
+    # It pins what it keeps, for faster copies to an accelerator; torch raises where there is none.
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
     return AWQModifier()
 
 
