@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.choosing.alphas import search_alpha
+    from sqjax.choosing.awq import awq, smooth_awq
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -79,6 +80,7 @@ __all__ = [
     "Scheme",
     "Static",
     "Stats",
+    "awq",
     "calibrate",
     "calibrate_layers",
     "dequantize",
@@ -99,6 +101,7 @@ __all__ = [
     "shardings",
     "site_errors",
     "smooth",
+    "smooth_awq",
     "smoothquant",
     "split",
     "stats_from_act_scales",
@@ -121,6 +124,7 @@ _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
     "sqjax.choosing.alphas": "search_alpha",
+    "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

@@ -13,6 +13,7 @@ u_j.
 """
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 #: Growth below this is none, and the power 1 / g stays finite.
@@ -22,7 +23,7 @@ LEAST_GROWTH = 1e-3
 def growth(
     absmax: Float[Array, "channels"],
     rows: Float[Array, "sampled channels"],
-    tokens: Array,
+    tokens: ArrayLike,
 ) -> Float[Array, ""]:
     """g of T^g: how the channels' maxima grow from a sample of tokens to all of them.
 

@@ -155,7 +155,7 @@ def test_what_is_refused():
         search_alpha(params, stats, sq.W8A8, grid=(0.5, 1.5))
     with pytest.raises(ValueError, match="without outliers"):
         search_alpha(params, stats, sq.W8A8_OUTLIERS)
-    with pytest.raises(ValueError, match="embeddings"):
+    with pytest.raises(ValueError, match="no embeddings"):
         search_alpha(params, stats, sq.EMBEDDING_INT8)
     smoothed = sq.smooth(params, stats, 0.5)
     with pytest.raises(ValueError, match="of other parameters"):
