@@ -29,10 +29,15 @@ from sqjax.choosing.matrices import in_matrix, stacked
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Group, Site, paths_of
 from sqjax.methods.quantization import Rules, site_schemes
-from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
+from sqjax.numerics.formats import Format, absmax, scale_from_absmax, to_format
 from sqjax.numerics.output_error import EXACT, gram_error
 from sqjax.numerics.ranges import Histogram, find_range
-from sqjax.numerics.tails import filled, growth, largest_of_new_tokens
+from sqjax.numerics.tails import (
+    clipped_error,
+    filled,
+    growth,
+    largest_of_new_tokens,
+)
 from sqjax.weights.qtensor import dequantize
 from sqjax.weights.quantize import named, quantize_weight
 from sqjax.weights.schemes import Indices, PerToken, Scheme, Static
@@ -280,7 +285,7 @@ def site_errors(
         weight, own, candidates = operands
         matrix = Matrix(weight, own, axes)
         chunk = max(1, CHUNK_BYTES // _bytes_of(matrix))
-        error = partial(_error, matrix, scheme)
+        error = partial(_error, matrix, _float_output(matrix), scheme)
         return lax.map(error, candidates, batch_size=chunk)
 
     return lax.map(of_matrix, (leaf, seen, s)).T
@@ -316,49 +321,81 @@ def _bytes_of(matrix: Matrix) -> int:
     return 4 * 3 * max(size, 1)
 
 
-def _error(matrix: Matrix, scheme: Scheme, s: Array) -> Array:
+class FloatOutput(NamedTuple):
+    """What candidates are compared with: the weight as (features, outputs), X W of the sampled
+    tokens (None with a Gram matrix), and |X W|^2.
+    """
+
+    weight: Array
+    outputs: Array | None
+    size: Array
+
+
+def _float_output(matrix: Matrix) -> FloatOutput:
+    weight = matrix.flat(matrix.weight.astype(jnp.float32))
+    gram, rows = matrix.seen.gram, matrix.seen.rows
+    if gram is not None:
+        return FloatOutput(weight, None, gram_error(weight, gram).sum())
+    assert rows is not None  # `searched_groups` has seen to it
+    outputs = jnp.matmul(rows, weight, precision=EXACT)
+    return FloatOutput(weight, outputs, jnp.sum(outputs**2))
+
+
+def _error(
+    matrix: Matrix, exact: FloatOutput, scheme: Scheme, s: Array
+) -> Array:
     """The relative error of one candidate, ()."""
-    scaled = matrix.times(s)
     divided = matrix.seen.absmax / s
-    weight = quantize_weight(scaled, matrix.axes, scheme, divided)
+    weight = quantize_weight(matrix.times(s), matrix.axes, scheme, divided)
     got = matrix.flat(dequantize(weight.tensor))
-    exact = matrix.flat(matrix.weight.astype(jnp.float32))
     seen, s = matrix.seen, s.reshape(-1)
     if seen.gram is not None:
-        change = got / s[:, None] - exact
+        change = got / s[:, None] - exact.weight
         noise = gram_error(change, seen.gram).sum()
-        signal = gram_error(exact, seen.gram).sum()
     else:
-        assert seen.rows is not None  # `searched_groups` has seen to it
+        assert seen.rows is not None
+        assert exact.outputs is not None
         x = seen.rows / s[None, :]
-        rounded = _as_quantized(x, divided.reshape(-1), seen, scheme)
-        outputs = jnp.matmul(seen.rows, exact, precision=EXACT)
-        change = jnp.matmul(rounded, got, precision=EXACT) - outputs
-        noise, signal = jnp.sum(change**2), jnp.sum(outputs**2)
-    return jnp.where(signal > 0, noise / jnp.where(signal > 0, signal, 1), 0)
+        largest = divided.reshape(-1)
+        rounded, clipped = _as_quantized(x, largest, seen, scheme)
+        change = jnp.matmul(rounded, got, precision=EXACT) - exact.outputs
+        noise = jnp.sum(change**2) + jnp.sum(clipped[:, None] * got**2)
+    return jnp.where(exact.size > 0, noise / _or_one(exact.size), 0)
+
+
+def _or_one(x: Array) -> Array:
+    return jnp.where(x > 0, x, 1)
 
 
 def _as_quantized(
     x: Array, absmax_of_channels: Array, seen: Seen, scheme: Scheme
-) -> Array:
-    """The tokens as the scheme's quantizer gives them to a product, in float32."""
+) -> tuple[Array, Array]:
+    """The tokens as the scheme's quantizer gives them to a product, in float32; and for each
+    channel the squared error to expect besides, where a static scale clips new tokens.
+    """
     how = scheme.activation
+    none = jnp.zeros(x.shape[1], jnp.float32)
     if how is None or isinstance(how, Indices):
-        return x
+        return x, none
     if isinstance(how, PerToken):
         scale = scale_from_absmax(absmax(x, -1), how.fmt)
-    elif isinstance(how, Static):
+        return _to_and_from(x, scale, how.fmt), none
+    assert seen.rows is not None
+    grown = growth(seen.absmax.reshape(-1), seen.rows, seen.tokens)
+    tokens = jnp.maximum(seen.tokens, 1).astype(jnp.float32)
+    share = filled(seen.rows) / tokens
+    if isinstance(how, Static):
         covered = _static_range(x, jnp.max(absmax_of_channels), how)
+        beyond = share * clipped_error(absmax_of_channels, grown, covered)
         scale = scale_from_absmax(covered, how.fmt)
-    else:
-        assert seen.rows is not None
-        largest = largest_of_new_tokens(
-            absmax_of_channels,
-            growth(seen.absmax.reshape(-1), seen.rows, seen.tokens),
-            filled(seen.rows) / jnp.maximum(seen.tokens, 1).astype(jnp.float32),
-        )
-        scale = scale_from_absmax(largest, how.fmt)
-    return to_format(x, scale, how.fmt).astype(jnp.float32) * scale
+        return _to_and_from(x, scale, how.fmt), beyond
+    largest = largest_of_new_tokens(absmax_of_channels, grown, share)
+    scale = scale_from_absmax(largest, how.fmt)
+    return _to_and_from(x, scale, how.fmt), none
+
+
+def _to_and_from(x: Array, scale: Array, fmt: Format) -> Array:
+    return to_format(x, scale, fmt).astype(jnp.float32) * scale
 
 
 def _static_range(x: Array, largest: Array, how: Static) -> Array:
