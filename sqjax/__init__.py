@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqjax.choosing.gptq import gptq
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
+    from sqjax.choosing.awq import awq, smooth_awq
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -82,6 +83,7 @@ __all__ = [
     "Scheme",
     "Static",
     "Stats",
+    "awq",
     "calibrate",
     "calibrate_layers",
     "choose_precision",
@@ -105,6 +107,7 @@ __all__ = [
     "shardings",
     "site_errors",
     "smooth",
+    "smooth_awq",
     "smoothquant",
     "split",
     "stats_from_act_scales",
@@ -130,6 +133,7 @@ _NAMES = {
     "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",
     "sqjax.choosing.alphas": "search_alpha",
+    "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

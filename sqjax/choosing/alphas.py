@@ -16,15 +16,14 @@ from sqjax._arguments import expect
 from sqjax._trees import PyTree
 from sqjax.calibration.stats import Stats
 from sqjax.choosing.candidates import (
-    Choice,
-    check_searchable,
     choose,
     searched_groups,
+    searched_schemes,
 )
 from sqjax.folding.graph import Group
 from sqjax.methods.described import check_stats
+from sqjax.methods.quantization import Rules
 from sqjax.methods.smoothing import check_alpha, scales_of_groups
-from sqjax.weights.schemes import Scheme, scheme_of
 
 #: 0, 0.05, ... 1.
 GRID = tuple((np.arange(21) / 20).tolist())
@@ -53,7 +52,7 @@ class AlphaSearch(NamedTuple):
 def search_alpha(
     params: PyTree,
     stats: Stats,
-    scheme: Scheme | str,
+    scheme: Rules,
     *,
     grid: Sequence[float] = GRID,
     groups: str | Iterable[str] = "all",
@@ -73,7 +72,8 @@ def search_alpha(
     Args:
         params: the calibrated parameters.
         stats: of `calibrate(..., sample=512)`.
-        scheme: what the sites will be quantized with.
+        scheme: what `quantize` will be given: a scheme, or rules. Sites that stay float count for
+            nothing, and groups without others are not in the result.
         grid: the alphas to try, each in [0, 1].
         groups: as for `scales`: "all", "norm", or name patterns.
 
@@ -83,8 +83,8 @@ def search_alpha(
 
     Raises:
         ValueError: the statistics have no sample, or do not describe these params; the grid is
-            empty, or holds something else than numbers in [0, 1]; a scheme for embeddings, or with
-            smoothing at run time or outliers; a pattern of groups that is found nowhere.
+            empty, or holds something else than numbers in [0, 1]; a scheme with smoothing at run
+            time or outliers; what `quantize` refuses of rules, and `scales` of groups.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -99,22 +99,19 @@ def search_alpha(
         >>> qparams = sq.quantize(smoothed, sq.fold_stats(stats, found.s), sq.W8A8_O3)
     """
     check_stats(stats, "search_alpha")
-    scheme = scheme_of(scheme, "search_alpha")
-    check_searchable(scheme, "search_alpha")
-    tried = _checked(grid)
-    chosen = searched_groups(stats, groups, scheme, "search_alpha")
-    candidates = {
-        name: jnp.concatenate([jnp.ones_like(s[:1]), s])
-        for name, s in alpha_candidates(params, stats, chosen, tried).items()
-    }
-    found = choose(params, stats, scheme, candidates)
-    return AlphaSearch(found.s, _alphas(found, tried), found.errors, tried)
+    schemes = searched_schemes(stats, scheme, "search_alpha")
+    tried = checked_grid(grid, "search_alpha")
+    chosen = searched_groups(stats, groups, schemes, "search_alpha")
+    candidates = alpha_candidates(params, stats, chosen, tried)
+    found = choose(params, stats, schemes, candidates)
+    alphas = found.values(np.append(np.nan, tried))
+    return AlphaSearch(found.s, alphas, found.errors, tried)
 
 
 def alpha_candidates(
     params: PyTree, stats: Stats, groups: Iterable[Group], alphas: np.ndarray
 ) -> dict[str, Array]:
-    """{group: s for each alpha}, (alphas, group.size).
+    """{group: s = 1, and s for each alpha}, (1 + alphas, group.size).
 
     Raises:
         ValueError: the statistics do not describe these params.
@@ -124,27 +121,25 @@ def alpha_candidates(
     def of_alpha(alpha: Array) -> dict[str, Array]:
         return scales_of_groups(params, stats, dict.fromkeys(names, alpha))
 
-    return jax.vmap(of_alpha)(jnp.asarray(alphas, jnp.float32))
+    found = jax.vmap(of_alpha)(jnp.asarray(alphas, jnp.float32))
+    return {
+        name: jnp.concatenate([jnp.ones_like(s[:1]), s])
+        for name, s in found.items()
+    }
 
 
-def _checked(grid: Sequence[float]) -> np.ndarray:
+def checked_grid(grid: Sequence[float], what: str) -> np.ndarray:
+    """The numbers of a grid, float64.
+
+    Raises:
+        ValueError: there are none, or one is not in [0, 1].
+    """
     expect(
         np.ndim(grid) == 1 and len(grid) > 0,
-        "search_alpha: grid",
+        f"{what}: grid",
         "numbers in [0, 1], such as [0.5, 0.7, 0.85]",
         grid,
     )
-    for alpha in grid:
-        check_alpha("search_alpha: grid", alpha)
+    for number in grid:
+        check_alpha(f"{what}: grid", number)
     return np.asarray(grid, np.float64)
-
-
-def _alphas(found: Choice, grid: np.ndarray) -> dict[str, Any]:
-    """{group: the alpha of its candidate, NaN of the first}."""
-    of_candidate = np.append(np.nan, grid)
-    return {
-        name: float(of_candidate[index])
-        if np.ndim(index) == 0
-        else of_candidate[index]
-        for name, index in found.index.items()
-    }

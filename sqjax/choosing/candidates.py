@@ -25,18 +25,27 @@ from jaxtyping import Array
 from sqjax._shapes import other_axes
 from sqjax._trees import PyTree
 from sqjax.calibration.stats import Stats
+from sqjax.choosing.matrices import in_matrix, stacked
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Group, Site, paths_of
-from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
+from sqjax.methods.quantization import Rules, site_schemes
+from sqjax.numerics.formats import Format, absmax, scale_from_absmax, to_format
 from sqjax.numerics.output_error import EXACT, gram_error
 from sqjax.numerics.ranges import Histogram, find_range
-from sqjax.numerics.tails import filled, growth, largest_of_new_tokens
+from sqjax.numerics.tails import (
+    clipped_error,
+    filled,
+    growth,
+    largest_of_new_tokens,
+)
 from sqjax.weights.qtensor import dequantize
 from sqjax.weights.quantize import named, quantize_weight
 from sqjax.weights.schemes import Indices, PerToken, Scheme, Static
 
 #: {fold group: candidates of its s, (candidates, group.size)}.
 Candidates = Mapping[str, Array]
+#: {site: how it is quantized}.
+Schemes = Mapping[str, Scheme]
 #: Candidates are tried so many at once that their arrays stay below this size.
 CHUNK_BYTES = 64 * 2**20
 
@@ -62,73 +71,107 @@ class Choice(NamedTuple):
 
     Attributes:
         s: {group: its s}, ready for `fold`.
-        index: {group: which candidate was taken}; for a stack one for each step, (steps,).
+        chosen: {group: which candidate was taken}; for a stack one for each step, (steps,).
         errors: {group: the error of each candidate, the sum over its sites}: (candidates,), or
             (candidates, steps).
     """
 
     s: dict[str, Array]
-    index: dict[str, np.ndarray]
+    chosen: dict[str, np.ndarray]
     errors: dict[str, np.ndarray]
 
+    def values(self, tried: np.ndarray) -> dict[str, Any]:
+        """{group: what stands in `tried` at its choice}: a number; for a stack an array."""
+        return {
+            name: tried[index] if np.ndim(index) else float(tried[index])
+            for name, index in self.chosen.items()
+        }
 
-def check_searchable(scheme: Scheme, what: str) -> None:
-    """Raises ValueError for a scheme whose error does not hang on what is folded alone."""
-    if isinstance(scheme.activation, Indices):
-        raise ValueError(
-            f"{what}: expected a scheme for matmuls, such as sqjax.W8A8, got {scheme!r}; "
-            "embeddings that are looked up have no activation to smooth"
-        )
-    for field in ("smoothing", "outliers"):
-        if getattr(scheme, field) is not None:
-            raise ValueError(
-                f"{what}: expected a scheme without {field}, because s is chosen for what is "
-                f"folded; search with scheme.replace({field}=None)"
-            )
+
+def searched_schemes(stats: Stats, rules: Rules, what: str) -> Schemes:
+    """{site: its scheme}, of the matmuls' weights that the rules quantize.
+
+    Raises:
+        ValueError: as `quantize` for the rules; a scheme whose error does not hang on what is
+            folded alone.
+    """
+    sites = paths_of(stats.graph.sites)
+    schemes = site_schemes(stats.graph, rules)
+    for path in sites:
+        scheme = schemes.get(path)
+        for field in ("smoothing", "outliers"):
+            if getattr(scheme, field, None) is not None:
+                raise ValueError(
+                    f"{what}: {path}: expected a scheme without {field}, because s is chosen for "
+                    f"what is folded; search with scheme.replace({field}=None)"
+                )
+    return {path: schemes[path] for path in sites if path in schemes}
 
 
 def searched_groups(
-    stats: Stats, groups: str | Iterable[str], scheme: Scheme, what: str
+    stats: Stats,
+    groups: str | Iterable[str],
+    schemes: Schemes,
+    what: str,
+    *,
+    weights_only: bool = False,
 ) -> tuple[Group, ...]:
-    """The groups of which all sites have what a scheme's errors are computed from.
+    """The groups with a quantized site, and for each of these what its error is computed from.
 
-    Convolutions have neither, so a group with one of these is left out: it stays as it is.
+    Convolutions have neither sample nor Gram matrix, so a group with one of these is left out: it
+    stays as it is.
 
     Raises:
-        ValueError: there are none at all; says how to calibrate.
+        ValueError: the statistics have nothing of the kind at all; says how to calibrate.
     """
-    chosen = stats.graph.select(groups)
-    known, option = set(stats.sample), "sample=512"
-    if not scheme.quantizes_activation:
-        known, option = known | set(stats.gram), "gram=True"
-    if chosen and not known:
+    needed: set[str] = set()
+    chosen = []
+    for group in stats.graph.select(groups):
+        quantized = [path for path in group.paths if path in schemes]
+        if not quantized:
+            continue
+        by_gram = weights_only or not any(
+            schemes[path].quantizes_activation for path in quantized
+        )
+        needed.add("gram=True" if by_gram else "sample=512")
+        known = stats.gram.keys() if weights_only else _known(stats, by_gram)
+        if known >= set(quantized):
+            chosen.append(group)
+    if needed and not chosen:
         raise ValueError(
             f"{what}: expected statistics from which errors can be computed, got some without; "
-            f"call calibrate(..., {option})"
+            f"call calibrate(..., {', '.join(sorted(needed))})"
         )
-    return tuple(group for group in chosen if known.issuperset(group.paths))
+    return tuple(chosen)
+
+
+def _known(stats: Stats, by_gram: bool) -> set[str]:
+    """The sites whose errors are known: by the sample, or where it will do by the Gram matrix."""
+    sampled = set(stats.sample)
+    return sampled | stats.gram.keys() if by_gram else sampled
 
 
 def choose(
     params: PyTree,
     stats: Stats,
-    scheme: Scheme,
+    schemes: Schemes,
     candidates: Candidates,
+    *,
+    weights_only: bool = False,
 ) -> Choice:
     """Of every group the candidate of least error; of equal ones the first.
+
+    With `weights_only` the activations are taken to stay float, and the Gram matrix is read.
 
     Each group is judged by itself, all others as they are. Where s is stacked (layers of a scan),
     each step has its own choice. One program is compiled for each shape of site, not for each site.
     """
     leaves = leaves_by_path(params, stats.graph)
-    sites = dict(
-        zip(paths_of(stats.graph.sites), stats.graph.sites, strict=True)
-    )
     groups = [g for g in stats.graph.groups if g.name in candidates]
     found = {}
     for group in groups:
         found[group.name] = _of_group(
-            group, sites, leaves, stats, scheme, candidates[group.name]
+            group, leaves, stats, schemes, candidates[group.name], weights_only
         )
     errors = jax.device_get(found)
     s, index = {}, {}
@@ -148,21 +191,27 @@ def _taken(candidates: Array, best: np.ndarray) -> Array:
 
 def _of_group(
     group: Group,
-    sites: Mapping[str, Site],
     leaves: Mapping[str, Any],
     stats: Stats,
-    scheme: Scheme,
+    schemes: Schemes,
     candidates: Array,
+    weights_only: bool,
 ) -> Array:
     """The error of each candidate, summed over sites: (candidates,) or (candidates, steps)."""
+    sites = dict(
+        zip(paths_of(stats.graph.sites), stats.graph.sites, strict=True)
+    )
     steps = math.prod(group.steps)
-    total: Any = 0
+    total = jnp.zeros((candidates.shape[0], steps), jnp.float32)
     for path, labels in group.sites:
-        site = sites[path]
+        if path not in schemes:
+            continue
+        site, scheme = sites[path], schemes[path]
+        by_gram = weights_only or not scheme.quantizes_activation
         with named(path):
             of_matrices = site_errors(
                 leaves[path],
-                seen(stats, site, scheme),
+                seen(stats, site, by_gram),
                 _of_channels(candidates, labels.array),
                 site=site._replace(path=""),
                 scheme=scheme,
@@ -172,16 +221,15 @@ def _of_group(
     return total if group.steps else total[:, 0]
 
 
-def seen(stats: Stats, site: Site, scheme: Scheme) -> Seen:
-    """What a site's errors are computed from: the Gram matrix where activations stay float, if
-    there is one; else the sample.
+def seen(stats: Stats, site: Site, by_gram: bool) -> Seen:
+    """What a site's errors are computed from: the Gram matrix if it will do and is there, else the
+    sample.
     """
     path = site.path
-    gram = None if scheme.quantizes_activation else stats.gram.get(path)
+    gram = stats.gram.get(path) if by_gram else None
     rows = stats.sample[path].rows if gram is None else None
-    tokens = jnp.broadcast_to(
-        stats.count[path], site.channels[: len(site.batch)]
-    )
+    stack = site.channels[: len(site.batch)]
+    tokens = jnp.broadcast_to(stats.count[path], stack)
     return Seen(stats.absmax[path], rows, gram, tokens)
 
 
@@ -228,32 +276,19 @@ def site_errors(
     """
     batch = len(site.batch)
     stack = math.prod(site.channels[:batch])
-    # Batch axes first and as one, because matrices are taken one after the other.
-    leaf = jnp.moveaxis(leaf, site.batch, range(batch))
-    kept = other_axes(leaf.ndim, range(batch))
-    leaf = leaf.reshape(stack, *[leaf.shape[axis] for axis in kept])
+    leaf = stacked(leaf, site)
     seen = jax.tree.map(lambda x: x.reshape(stack, *x.shape[batch:]), seen)
     s = s.reshape(s.shape[0], stack, *s.shape[1 + batch :]).swapaxes(0, 1)
-    axes = _axes_in_matrix(site)
+    axes = in_matrix(site)
 
     def of_matrix(operands: tuple[Array, Seen, Array]) -> Array:
         weight, own, candidates = operands
         matrix = Matrix(weight, own, axes)
         chunk = max(1, CHUNK_BYTES // _bytes_of(matrix))
-        error = partial(_error, matrix, scheme)
+        error = partial(_error, matrix, _float_output(matrix), scheme)
         return lax.map(error, candidates, batch_size=chunk)
 
     return lax.map(of_matrix, (leaf, seen, s)).T
-
-
-def _axes_in_matrix(site: Site) -> tuple[int, ...]:
-    """The contracted axes once the batch axes are gone.
-
-    Example: those of a leaf (experts, in, heads, out) with batch (0,) and axes (1,) are (0,).
-    """
-    return tuple(
-        axis - sum(taken < axis for taken in site.batch) for axis in site.axes
-    )
 
 
 class Matrix(NamedTuple):
@@ -286,49 +321,81 @@ def _bytes_of(matrix: Matrix) -> int:
     return 4 * 3 * max(size, 1)
 
 
-def _error(matrix: Matrix, scheme: Scheme, s: Array) -> Array:
+class FloatOutput(NamedTuple):
+    """What candidates are compared with: the weight as (features, outputs), X W of the sampled
+    tokens (None with a Gram matrix), and |X W|^2.
+    """
+
+    weight: Array
+    outputs: Array | None
+    size: Array
+
+
+def _float_output(matrix: Matrix) -> FloatOutput:
+    weight = matrix.flat(matrix.weight.astype(jnp.float32))
+    gram, rows = matrix.seen.gram, matrix.seen.rows
+    if gram is not None:
+        return FloatOutput(weight, None, gram_error(weight, gram).sum())
+    assert rows is not None  # `searched_groups` has seen to it
+    outputs = jnp.matmul(rows, weight, precision=EXACT)
+    return FloatOutput(weight, outputs, jnp.sum(outputs**2))
+
+
+def _error(
+    matrix: Matrix, exact: FloatOutput, scheme: Scheme, s: Array
+) -> Array:
     """The relative error of one candidate, ()."""
-    scaled = matrix.times(s)
     divided = matrix.seen.absmax / s
-    weight = quantize_weight(scaled, matrix.axes, scheme, divided)
+    weight = quantize_weight(matrix.times(s), matrix.axes, scheme, divided)
     got = matrix.flat(dequantize(weight.tensor))
-    exact = matrix.flat(matrix.weight.astype(jnp.float32))
     seen, s = matrix.seen, s.reshape(-1)
     if seen.gram is not None:
-        change = got / s[:, None] - exact
+        change = got / s[:, None] - exact.weight
         noise = gram_error(change, seen.gram).sum()
-        signal = gram_error(exact, seen.gram).sum()
     else:
-        assert seen.rows is not None  # `searched_groups` has seen to it
+        assert seen.rows is not None
+        assert exact.outputs is not None
         x = seen.rows / s[None, :]
-        rounded = _as_quantized(x, divided.reshape(-1), seen, scheme)
-        outputs = jnp.matmul(seen.rows, exact, precision=EXACT)
-        change = jnp.matmul(rounded, got, precision=EXACT) - outputs
-        noise, signal = jnp.sum(change**2), jnp.sum(outputs**2)
-    return jnp.where(signal > 0, noise / jnp.where(signal > 0, signal, 1), 0)
+        largest = divided.reshape(-1)
+        rounded, clipped = _as_quantized(x, largest, seen, scheme)
+        change = jnp.matmul(rounded, got, precision=EXACT) - exact.outputs
+        noise = jnp.sum(change**2) + jnp.sum(clipped[:, None] * got**2)
+    return jnp.where(exact.size > 0, noise / _or_one(exact.size), 0)
+
+
+def _or_one(x: Array) -> Array:
+    return jnp.where(x > 0, x, 1)
 
 
 def _as_quantized(
     x: Array, absmax_of_channels: Array, seen: Seen, scheme: Scheme
-) -> Array:
-    """The tokens as the scheme's quantizer gives them to a product, in float32."""
+) -> tuple[Array, Array]:
+    """The tokens as the scheme's quantizer gives them to a product, in float32; and for each
+    channel the squared error to expect besides, where a static scale clips new tokens.
+    """
     how = scheme.activation
+    none = jnp.zeros(x.shape[1], jnp.float32)
     if how is None or isinstance(how, Indices):
-        return x
+        return x, none
     if isinstance(how, PerToken):
         scale = scale_from_absmax(absmax(x, -1), how.fmt)
-    elif isinstance(how, Static):
+        return _to_and_from(x, scale, how.fmt), none
+    assert seen.rows is not None
+    grown = growth(seen.absmax.reshape(-1), seen.rows, seen.tokens)
+    tokens = jnp.maximum(seen.tokens, 1).astype(jnp.float32)
+    share = filled(seen.rows) / tokens
+    if isinstance(how, Static):
         covered = _static_range(x, jnp.max(absmax_of_channels), how)
+        beyond = share * clipped_error(absmax_of_channels, grown, covered)
         scale = scale_from_absmax(covered, how.fmt)
-    else:
-        assert seen.rows is not None
-        largest = largest_of_new_tokens(
-            absmax_of_channels,
-            growth(seen.absmax.reshape(-1), seen.rows, seen.tokens),
-            filled(seen.rows) / jnp.maximum(seen.tokens, 1).astype(jnp.float32),
-        )
-        scale = scale_from_absmax(largest, how.fmt)
-    return to_format(x, scale, how.fmt).astype(jnp.float32) * scale
+        return _to_and_from(x, scale, how.fmt), beyond
+    largest = largest_of_new_tokens(absmax_of_channels, grown, share)
+    scale = scale_from_absmax(largest, how.fmt)
+    return _to_and_from(x, scale, how.fmt), none
+
+
+def _to_and_from(x: Array, scale: Array, fmt: Format) -> Array:
+    return to_format(x, scale, fmt).astype(jnp.float32) * scale
 
 
 def _static_range(x: Array, largest: Array, how: Static) -> Array:

@@ -7,7 +7,7 @@ calibration the squared change over all tokens is known exactly, and without the
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 #: The products of a search are compared with each other, so they are made in full float32.
 EXACT = lax.Precision.HIGHEST
@@ -30,24 +30,53 @@ def gram_error(
     return jnp.maximum(jnp.sum(change * passed, axis=0), 0)
 
 
-def group_errors(
-    change: Float[Array, "features outputs"],
+def best_changes(
+    changes: Float[Array, "options features outputs"],
     gram: Float[Array, "features features"],
     group: int,
-) -> Float[Array, "outputs groups"]:
-    """`gram_error` of every group of channels by itself, as if the others had no error.
+    sweeps: int = 2,
+) -> Int[Array, "outputs groups"]:
+    """For every output and group of channels the option with which |X D|^2 is least.
 
-    So only the blocks along the diagonal of G are read. The last group may be shorter.
+    Coordinate descent from option 0. One group after the other takes its best option, given those
+    that the other groups of the output have:
 
-    Example: 10 features in groups of 4 give 3 groups, the last of 2 features.
+        d^T G_gg d + 2 d^T (G D)_g, with (G D)_g without the group's own part.
+
+    So |X D|^2 never grows, and the whole Gram matrix counts, not only its blocks. The last group
+    may be shorter.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.numerics.output_error import best_changes
+        >>> changes = jnp.array([[[1.0], [1.0]], [[0.9], [-1.0]]])  # 2 options, 2 features
+        >>> best_changes(changes, jnp.ones((2, 2)), group=1).tolist()  # 1 - 1 = 0 is least
+        [[0, 1]]
     """
-    features, outputs = change.shape
+    options, features, outputs = changes.shape
     missing = -features % group
-    change = jnp.pad(change, ((0, missing), (0, 0)))
+    changes = jnp.pad(changes, ((0, 0), (0, missing), (0, 0)))
     gram = jnp.pad(gram, ((0, missing), (0, missing)))
     count = (features + missing) // group
-    blocks = gram.reshape(count, group, count, group)
-    own = blocks[jnp.arange(count), :, jnp.arange(count), :]
-    by_group = change.reshape(count, group, outputs)
-    passed = jnp.matmul(own, by_group, precision=EXACT)
-    return jnp.maximum(jnp.sum(by_group * passed, axis=1), 0).T
+    by_group = changes.reshape(options, count, group, outputs)
+    rows = gram.reshape(count, group, -1)
+
+    def improve(total: Array, at: Array) -> tuple[Array, Array]:
+        """Takes the best option for one group; `total` is D."""
+        tried = lax.dynamic_index_in_dim(by_group, at, 1, keepdims=False)
+        own_rows = lax.dynamic_index_in_dim(rows, at, 0, keepdims=False)
+        first = at * group
+        block = lax.dynamic_slice_in_dim(own_rows, first, group, 1)
+        now = lax.dynamic_slice_in_dim(total, first, group, 0)
+        passed = jnp.matmul(own_rows, total, precision=EXACT)
+        others = passed - jnp.matmul(block, now, precision=EXACT)
+        through = jnp.matmul(block[None], tried, precision=EXACT)
+        costs = jnp.sum(tried * (through + 2 * others[None]), axis=1)
+        best = jnp.argmin(costs, axis=0)
+        taken = jnp.take_along_axis(tried, best[None, None], axis=0)[0]
+        total = lax.dynamic_update_slice_in_dim(total, taken, first, 0)
+        return total, best
+
+    order = jnp.tile(jnp.arange(count), sweeps)
+    _, chosen = lax.scan(improve, changes[0], order)
+    return chosen[-count:].T

@@ -13,16 +13,19 @@ u_j.
 """
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 #: Growth below this is none, and the power 1 / g stays finite.
 LEAST_GROWTH = 1e-3
+#: The smallest power of a tail whose squares are averaged.
+HEAVIEST = 2.5
 
 
 def growth(
     absmax: Float[Array, "channels"],
     rows: Float[Array, "sampled channels"],
-    tokens: Array,
+    tokens: ArrayLike,
 ) -> Float[Array, ""]:
     """g of T^g: how the channels' maxima grow from a sample of tokens to all of them.
 
@@ -79,3 +82,29 @@ def largest_of_new_tokens(
     relative = absmax / jnp.where(largest > 0, largest, 1)
     together = jnp.sum(relative ** (1 / growth)) * share
     return largest * jnp.maximum(together, 1) ** growth
+
+
+def clipped_error(
+    absmax: Float[Array, "channels"], growth: Array, covered: Array
+) -> Float[Array, "channels"]:
+    """The squared error to expect of values beyond a range, in as many new tokens as calibration
+    had.
+
+    Channel j, which reached u_j once, is beyond c about (u_j / c)^p times, p = 1 / g. There it has
+    the tail of a Pareto distribution, whose (|x| - c)^2 is 2 c^2 / ((p - 1)(p - 2)) on average.
+
+    Args:
+        absmax: u_j, of each channel in calibration.
+        growth: g.
+        covered: c, the range of the scale.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.numerics.tails import clipped_error
+        >>> clipped_error(jnp.array([2.0, 1.0]), jnp.float32(0.25), jnp.float32(2.0)).round(3)
+        Array([1.333, 0.083], dtype=float32)
+    """
+    # The square of a heavier tail than that has no mean: it is the largest value that counts.
+    power = jnp.maximum(1 / growth, HEAVIEST)
+    times = (absmax / jnp.where(covered > 0, covered, 1)) ** power
+    return times * 2 * covered**2 / ((power - 1) * (power - 2))

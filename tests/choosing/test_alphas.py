@@ -40,12 +40,20 @@ def rounded(x, absmax):
     return np.clip(np.round(x / scale), -127, 127) * scale
 
 
-def static_error(x, w, absmax, s):
-    """|X W - Q(X / s) Q(s W)|^2 / |X W|^2 in float64, with one static scale, and a scale an output."""
-    xq = rounded(x / s, (absmax / s).max())
+def static_error(x, w, absmax, tokens, s):
+    """|X W - Q(X / s) Q(s W)|^2 / |X W|^2 in float64, with one static scale, and a scale an output; and what
+    new tokens will lose beyond the scale.
+    """
+    u = absmax / s
+    xq = rounded(x / s, u.max())
     sw = s[:, None] * w
     wq = rounded(sw, np.abs(sw).max(0))
-    return np.square(xq @ wq - x @ w).sum() / np.square(x @ w).sum()
+    more = tokens / len(x)
+    power = np.log(more) / np.log(absmax / np.abs(x).max(0)).mean()
+    beyond = (u / u.max()) ** power * 2 * u.max() ** 2 / ((power - 1) * (power - 2)) / more
+    lost = (beyond[:, None] * wq**2).sum()
+    assert power > 2.5
+    return (np.square(xq @ wq - x @ w).sum() + lost) / np.square(x @ w).sum()
 
 
 def test_errors_are_those_of_numpy():
@@ -59,7 +67,7 @@ def test_errors_are_those_of_numpy():
         for site in "ab":
             x = np.asarray(stats.sample[site].rows, np.float64)
             absmax = np.asarray(stats.absmax[site], np.float64)
-            expected += static_error(x, np.asarray(params[site], np.float64), absmax, s)
+            expected += static_error(x, np.asarray(params[site], np.float64), absmax, 200, s)
         # float32 rounds some halves the other way.
         np.testing.assert_allclose(found.errors["a"][i], expected, rtol=2e-2)
 
@@ -78,7 +86,7 @@ def test_never_worse_than_no_smoothing_and_ready_to_fold(scheme):
             s = sq.scales(params, stats, alpha)[name]
         np.testing.assert_array_equal(found.s[name], s)
     if scheme == "W8A8_O3":
-        assert found.errors["a"].min() < 0.2 * found.errors["a"][0]
+        assert found.errors["a"].min() < 0.75 * found.errors["a"][0]
     folded = sq.fold(params, stats.graph, found.s)
     sq.verify(fn, params, folded, model()[1])
     sq.quantize(folded, sq.fold_stats(stats, found.s), scheme)
@@ -155,7 +163,7 @@ def test_what_is_refused():
         search_alpha(params, stats, sq.W8A8, grid=(0.5, 1.5))
     with pytest.raises(ValueError, match="without outliers"):
         search_alpha(params, stats, sq.W8A8_OUTLIERS)
-    with pytest.raises(ValueError, match="embeddings"):
+    with pytest.raises(ValueError, match="no embeddings"):
         search_alpha(params, stats, sq.EMBEDDING_INT8)
     smoothed = sq.smooth(params, stats, 0.5)
     with pytest.raises(ValueError, match="of other parameters"):
