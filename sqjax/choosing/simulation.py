@@ -35,14 +35,17 @@ from sqjax.numerics.formats import (
     FORMATS,
     Format,
     scale_from_absmax,
+    to_codes,
     to_format,
+    zero_point_range,
 )
 from sqjax.program.subprograms import emit
 from sqjax.program.trace import Traced
 from sqjax.program.walk import run
 from sqjax.weights.clipping import ranges_of
+from sqjax.weights.layout import Layout
 from sqjax.weights.quant_weight import QuantWeight, is_quantized
-from sqjax.weights.schemes import Int4, Scheme
+from sqjax.weights.schemes import Float8, Int4, Scheme
 
 
 def simulated(
@@ -126,28 +129,45 @@ def round_weight(
         scheme: says what shares a scale.
         clip: factors of the ranges, or None.
     """
-    values = lax.stop_gradient(weight.dequantize())
     if site.kernel is not None:
-        return leaf + lax.stop_gradient(values - leaf)
+        return leaf + lax.stop_gradient(weight.dequantize() - leaf)
     layout, lowest, highest = ranges_of(leaf, site.axes, scheme, site.batch)
-    tensor = weight.tensor
     if clip is not None:
         lowest, highest = lowest * clip, highest * clip
-    steps = (
-        15 if isinstance(scheme.weight, Int4) else 2 * scheme.weight.fmt.bound
-    )
-    scale = (highest - lowest) / steps
-    spread = layout.sharing.spread
-    # What is all zeros has the scale 0, and nothing is to be learned of it.
-    scale = spread(jnp.where(scale > 0, scale, 1.0))
-    inside = (layout.stored >= spread(lowest)) & (
-        layout.stored <= spread(highest)
-    )
-    stored = _straight_through(
-        layout.stored, scale, tensor.stored(values.astype(jnp.float32)), inside
-    )
+    stored, spread = layout.stored, layout.sharing.spread
+    scale, values = _scale_and_values(layout, lowest, highest, weight, scheme)
+    inside = (stored >= spread(lowest)) & (stored <= spread(highest))
+    rounded = _straight_through(stored, scale, values, inside)
     # The logical axis of stored axis i is axes[i], so the inverse permutation leads back.
-    return stored.transpose(tensor.axes).astype(leaf.dtype)
+    return rounded.transpose(weight.tensor.axes).astype(leaf.dtype)
+
+
+def _scale_and_values(
+    layout: Layout,
+    lowest: Array,
+    highest: Array,
+    weight: QuantWeight,
+    scheme: Scheme,
+) -> tuple[Array, Array]:
+    """The scale of every stored element, with gradients, and what it is rounded to, without."""
+    how, spread = scheme.weight, layout.sharing.spread
+    stored = lax.stop_gradient(layout.stored)
+    if isinstance(how, Int4) and how.zero_point:
+        scale, zero = map(spread, zero_point_range(lowest, highest))
+        codes = to_codes(stored, lax.stop_gradient(scale), zero)
+        codes = codes.astype(jnp.float32) - zero.astype(jnp.float32)
+    else:
+        scale = spread(scale_from_absmax(highest, how.fmt))
+        codes = to_format(stored, lax.stop_gradient(scale), how.fmt)
+        codes = codes.astype(jnp.float32)
+    twice = isinstance(how, Int4) and how.two_level
+    in_blocks = isinstance(how, Float8) and how.block_size is not None
+    if twice or in_blocks:
+        # Their scales are made in other ways, of which only the size of this one is known here.
+        tensor = weight.tensor
+        values = tensor.stored(weight.dequantize().astype(jnp.float32))
+        return scale, lax.stop_gradient(values)
+    return scale, codes * lax.stop_gradient(scale)
 
 
 def round_activation(x: Array, scale: Array, fmt: Format) -> Array:
