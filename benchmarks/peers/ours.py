@@ -119,7 +119,7 @@ def learned(start: Callable[[Any, Any, Any], Any]) -> Choice:
             case.batches,
             rules(scheme),
             s=first.s,
-            clips=getattr(first, "clips", None),
+            clips=getattr(first, "clips", False),
         )
         return folded(case, stats, result)
 
