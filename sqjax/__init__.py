@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.choosing.alphas import search_alpha
+    from sqjax.choosing.awq import awq, smooth_awq
+    from sqjax.choosing.by_search import quantize_by_search
     from sqjax.choosing.gptq import gptq
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
-    from sqjax.choosing.awq import awq, smooth_awq
+    from sqjax.choosing.recommend import recommend
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -99,8 +101,10 @@ __all__ = [
     "load_saved",
     "merge",
     "quantize",
+    "quantize_by_search",
     "quantize_cache",
     "quantized",
+    "recommend",
     "save",
     "scales",
     "search_alpha",
@@ -129,9 +133,11 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
+    "sqjax.choosing.by_search": "quantize_by_search",
     "sqjax.choosing.gptq": "gptq",
     "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",
+    "sqjax.choosing.recommend": "recommend",
     "sqjax.choosing.alphas": "search_alpha",
     "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",

@@ -1,6 +1,7 @@
 """`quantize_by_search`: the search that suits each scheme, then the codes, in one call."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Array
@@ -32,8 +33,8 @@ def quantize_by_search(
     Args:
         params: the calibrated tree.
         stats: what ``calibrate(..., gram=True, sample=512)`` returned for it.
-        scheme: as for `quantize`. With several schemes each group is searched for the scheme of its
-            first site.
+        scheme: as for `quantize`. A group of sites with several schemes is searched for that of
+            its first one.
 
     Returns:
         A tree as that of `quantize`; its float function before rounding is that of `params`.
@@ -67,32 +68,32 @@ def _searched(
     params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(s of every group that is quantized, clips): each by the search for its scheme."""
+    sites = [p for p in paths_of(stats.graph.sites) if p in schemes]
+    search_of = {path: _search_for(schemes[path]) for path in sites}
+    # A group whose sites have several searches goes with the first of these.
+    search_of_group = {}
+    for group in stats.graph.select("all"):
+        own = [search_of[path] for path in group.paths if path in search_of]
+        search_of_group[group.name] = own[0] if own else None
     s: dict[str, Array] = {}
     clips: dict[str, Array] = {}
-    groups = stats.graph.select("all")
-    # A group whose sites have several schemes is searched for the first of these.
-    scheme_of_group = {}
-    for group in groups:
-        own = [schemes[path] for path in group.paths if path in schemes]
-        if own:
-            scheme_of_group[group.name] = own[0]
-    sites = set(paths_of(stats.graph.sites))
-    used = [how for path, how in schemes.items() if path in sites]
-    for scheme in dict.fromkeys(used):
-        found = _search(params, stats, scheme)
+    for search in dict.fromkeys(search_of.values()):
+        rules = {
+            f"^{re.escape(path)}$": schemes[path]
+            for path in sites
+            if search_of[path] is search
+        }
+        found: Any = search(params, stats, rules)
         for name, own in found.s.items():
-            if scheme_of_group.get(name) == scheme:
+            if search_of_group[name] is search:
                 s[name] = own
-        for path, clip in getattr(found, "clips", {}).items():
-            if schemes.get(path) == scheme:
-                clips[path] = clip
+        # A search for alphas clips nothing.
+        clips |= getattr(found, "clips", {})
     return s, clips
 
 
-def _search(params: PyTree, stats: Stats, scheme: Scheme) -> Any:
-    """What suits a scheme: something with `s`, and for AWQ with `clips`."""
+def _search_for(scheme: Scheme) -> Callable[..., Any]:
+    """The search that suits a scheme."""
     if not scheme.quantizes_activation:
-        return awq(params, stats, scheme)
-    if isinstance(scheme.weight, Int4):
-        return smooth_awq(params, stats, scheme)
-    return search_alpha(params, stats, scheme)
+        return awq
+    return smooth_awq if isinstance(scheme.weight, Int4) else search_alpha

@@ -40,6 +40,9 @@ _SAMPLE = 512
 #: Bits a weight of the recipe that mixes precisions.
 _MIXED_BITS = 6.0
 
+#: What is smaller by less than 1% is of the same size: static scales alone make such differences.
+_SMALLER = 0.99
+
 #: loss(outputs, float outputs, *batch) of one batch: a number, less is better.
 Loss = Callable[..., Any]
 
@@ -184,8 +187,9 @@ def recommend(
         one = judge.tried(name, rules, tree)
         tried.append(one)
         within = one.difference + one.interval <= budget
-        # Only a smaller one, because of one size the faster recipe comes first.
-        if within and (best is None or one.nbytes < best[0].nbytes):
+        # Of one size the faster recipe, which comes first, stays.
+        smaller = best is None or one.nbytes < _SMALLER * best[0].nbytes
+        if within and smaller:
             best = one, tree
     tried.sort(key=lambda one: one.nbytes)
     beside = float(judge.losses.mean()), weight_bytes(params), budget

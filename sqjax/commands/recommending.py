@@ -85,7 +85,9 @@ def record(
 
 def text_of(found: Recommendation, percent: float, output: Path | None) -> str:
     """What was found, for people."""
-    rows = [("", "size", "perplexity", "more than float", "")]
+    rows: list[tuple[str, ...]] = [
+        ("", "size", "perplexity", "more than float", "")
+    ]
     size = f"{found.float_bytes / 1e6:.0f} MB"
     rows.append(("", size, f"{math.exp(found.float_loss):.3f}", "", "float"))
     for one in found.tried:

@@ -247,6 +247,8 @@ def test_the_public_names_are_these():
             "fold",
             "fold_stats",
             "gram_bytes",
+            "quantize_by_search",
+            "recommend",
             "smooth",
             "quantize",
             "quantized",
