@@ -57,7 +57,7 @@ def recommend(
     output: Path | None,
     force: bool,
 ) -> None:
-    """Try the sensible recipes on MODEL, and name the smallest within a budget.
+    """Try recipes on MODEL, and name the smallest within a budget.
 
     Each is calibrated on the first three quarters of the windows of text, and judged on the last
     one. A recipe is within the budget if the upper end of its 95% interval is.

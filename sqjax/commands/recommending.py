@@ -98,8 +98,8 @@ def text_of(found: Recommendation, percent: float, output: Path | None) -> str:
         rows.append((star, *cells, f"{more:+.2f}% +- {spread:.2f}%", one.name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for *cells, name in rows:
-        padded = [c.rjust(n) for c, n in zip(cells, widths, strict=False)]
+    for *row, name in rows:
+        padded = [c.rjust(n) for c, n in zip(row, widths, strict=False)]
         lines.append("  ".join([*padded, name]).rstrip())
     if found.name is None:
         lines.append(
