@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.choosing.gptq import gptq
+    from sqjax.choosing.alphas import search_alpha
+    from sqjax.choosing.awq import awq, smooth_awq
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -79,6 +81,7 @@ __all__ = [
     "Scheme",
     "Static",
     "Stats",
+    "awq",
     "calibrate",
     "calibrate_layers",
     "dequantize",
@@ -96,9 +99,11 @@ __all__ = [
     "quantized",
     "save",
     "scales",
+    "search_alpha",
     "shardings",
     "site_errors",
     "smooth",
+    "smooth_awq",
     "smoothquant",
     "split",
     "stats_from_act_scales",
@@ -121,6 +126,8 @@ _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
     "sqjax.choosing.gptq": "gptq",
+    "sqjax.choosing.alphas": "search_alpha",
+    "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",

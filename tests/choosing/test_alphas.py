@@ -1,0 +1,170 @@
+"""`search_alpha`: beside numpy in float64, never worse than no smoothing, and the same of stacked layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sqjax as sq
+from sqjax.choosing import candidates
+from sqjax.choosing.alphas import search_alpha
+
+GRID = (0.0, 0.5, 0.85, 1.0)
+
+
+def fn(p, x):
+    h = jnp.tanh((x * p["norm"][None]) @ p["a"]) * ((x * p["norm"][None]) @ p["b"])
+    return h @ p["c"]
+
+
+def model(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    params = {
+        "norm": 1 + 0.1 * jax.random.normal(keys[0], (16,)),
+        "a": jax.random.normal(keys[1], (16, 24)) / 4,
+        "b": jax.random.normal(keys[2], (16, 24)) / 4,
+        "c": jax.random.normal(keys[3], (24, 8)) / 5,
+    }
+    outliers = jnp.ones(16).at[3].set(60.0)
+    return params, jax.random.normal(keys[4], (200, 16)) * outliers[None]
+
+
+def calibrated(seed=0, **kept):
+    params, x = model(seed)
+    batches = [x[:100], x[100:]]
+    return params, sq.calibrate(fn, params, batches, **({"sample": 64} | kept))
+
+
+def rounded(x, absmax):
+    scale = absmax / 127
+    return np.clip(np.round(x / scale), -127, 127) * scale
+
+
+def static_error(x, w, absmax, tokens, s):
+    """|X W - Q(X / s) Q(s W)|^2 / |X W|^2 in float64, with one static scale, and a scale an output; and what
+    new tokens will lose beyond the scale.
+    """
+    u = absmax / s
+    xq = rounded(x / s, u.max())
+    sw = s[:, None] * w
+    wq = rounded(sw, np.abs(sw).max(0))
+    more = tokens / len(x)
+    power = np.log(more) / np.log(absmax / np.abs(x).max(0)).mean()
+    beyond = (u / u.max()) ** power * 2 * u.max() ** 2 / ((power - 1) * (power - 2)) / more
+    lost = (beyond[:, None] * wq**2).sum()
+    assert power > 2.5
+    return (np.square(xq @ wq - x @ w).sum() + lost) / np.square(x @ w).sum()
+
+
+def test_errors_are_those_of_numpy():
+    params, stats = calibrated()
+    found = search_alpha(params, stats, sq.W8A8_O3, grid=GRID)
+    for i, alpha in enumerate((None, *GRID)):
+        s = np.ones(16)
+        if alpha is not None:
+            s = np.asarray(sq.scales(params, stats, alpha)["a"], np.float64)
+        expected = 0
+        for site in "ab":
+            x = np.asarray(stats.sample[site].rows, np.float64)
+            absmax = np.asarray(stats.absmax[site], np.float64)
+            expected += static_error(x, np.asarray(params[site], np.float64), absmax, 200, s)
+        # float32 rounds some halves the other way.
+        np.testing.assert_allclose(found.errors["a"][i], expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_O2", "W8A8_O3", "W4A16_G64", "W4A8", "FP8"])
+def test_never_worse_than_no_smoothing_and_ready_to_fold(scheme):
+    params, stats = calibrated(gram=True)
+    found = search_alpha(params, stats, scheme, grid=GRID)
+    assert found.s.keys() == {"a", "c"}
+    for name, errors in found.errors.items():
+        best = int(np.argmin(errors))
+        alpha = (np.nan, *GRID)[best]
+        np.testing.assert_equal(found.alphas[name], alpha)
+        s = jnp.ones(found.s[name].shape)
+        if best:
+            s = sq.scales(params, stats, alpha)[name]
+        np.testing.assert_array_equal(found.s[name], s)
+    if scheme == "W8A8_O3":
+        assert found.errors["a"].min() < 0.75 * found.errors["a"][0]
+    folded = sq.fold(params, stats.graph, found.s)
+    sq.verify(fn, params, folded, model()[1])
+    sq.quantize(folded, sq.fold_stats(stats, found.s), scheme)
+
+
+def test_a_weights_error_by_gram_is_that_of_all_tokens():
+    params, x = model()
+    by_gram = sq.calibrate(fn, params, [x], gram=True)
+    by_tokens = sq.calibrate(fn, params, [x], sample=200)
+    first, second = (
+        search_alpha(params, stats, sq.W4A16_G64, grid=GRID) for stats in (by_gram, by_tokens)
+    )
+    for name, errors in first.errors.items():
+        np.testing.assert_allclose(errors, second.errors[name], rtol=1e-3)
+
+
+def stacked(p, x):
+    def layer(x, own):
+        return x + 0.1 * fn(own, x) @ jnp.ones((8, 16)) / 8, None
+
+    return jax.lax.scan(layer, x, p)[0]
+
+
+def unrolled(p, x):
+    for i in range(3):
+        x = x + 0.1 * fn(p[i], x) @ jnp.ones((8, 16)) / 8
+    return x
+
+
+def test_stacked_layers_have_an_alpha_each_as_single_layers_do():
+    layers = [model(seed)[0] for seed in range(3)]
+    x = model()[1]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    together = sq.calibrate(stacked, stack, [x], sample=64)
+    apart = sq.calibrate(unrolled, layers, [x], sample=64)
+    one = search_alpha(stack, together, sq.W8A8_O3, grid=GRID)
+    each = search_alpha(layers, apart, sq.W8A8_O3, grid=GRID)
+    for site in "ac":
+        of_layers = [each.errors[f"{i}/{site}"] for i in range(3)]
+        np.testing.assert_allclose(one.errors[site], np.stack(of_layers, 1), rtol=2e-2)
+        alphas = [each.alphas[f"{i}/{site}"] for i in range(3)]
+        np.testing.assert_equal(one.alphas[site], alphas)
+        s = np.concatenate([each.s[f"{i}/{site}"] for i in range(3)])
+        np.testing.assert_allclose(one.s[site], s, rtol=1e-5)
+
+
+def test_layers_of_one_shape_share_their_programs():
+    layers = [model(seed)[0] for seed in range(3)]
+    x = model()[1]
+    stats = sq.calibrate(unrolled, layers, [x], sample=64)
+    before = candidates.site_errors._cache_size()
+    search_alpha(layers, stats, sq.W8A8, grid=(0.25, 0.5, 0.75))
+    # The sites a and b have one shape, c another.
+    assert candidates.site_errors._cache_size() - before == 2
+
+
+def test_the_same_bits_twice_and_batches_in_any_order():
+    params, x = model()
+    found = []
+    for order in ((0, 1), (0, 1), (1, 0)):
+        halves = [x[:100], x[100:]]
+        stats = sq.calibrate(fn, params, [halves[i] for i in order], sample=64)
+        found.append(search_alpha(params, stats, sq.W8A8, grid=GRID))
+    for name, errors in found[0].errors.items():
+        np.testing.assert_array_equal(errors, found[1].errors[name])
+        np.testing.assert_allclose(errors, found[2].errors[name], rtol=1e-4)
+
+
+def test_what_is_refused():
+    params, stats = calibrated()
+    with pytest.raises(ValueError, match="sample=512"):
+        search_alpha(params, sq.calibrate(fn, params, [model()[1]]), sq.W8A8)
+    with pytest.raises(ValueError, match="grid: expected a number in"):
+        search_alpha(params, stats, sq.W8A8, grid=(0.5, 1.5))
+    with pytest.raises(ValueError, match="without outliers"):
+        search_alpha(params, stats, sq.W8A8_OUTLIERS)
+    with pytest.raises(ValueError, match="no embeddings"):
+        search_alpha(params, stats, sq.EMBEDDING_INT8)
+    smoothed = sq.smooth(params, stats, 0.5)
+    with pytest.raises(ValueError, match="of other parameters"):
+        search_alpha(smoothed, stats, sq.W8A8)
