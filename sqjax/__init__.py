@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqjax.calibration.calibrate import calibrate
     from sqjax.calibration.stats import Stats, gram_bytes
-    from sqjax.choosing.gptq import gptq
     from sqjax.choosing.alphas import search_alpha
     from sqjax.choosing.awq import awq, smooth_awq
+    from sqjax.choosing.gptq import gptq
+    from sqjax.choosing.gptq_blocks import gptq_blocks
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -88,6 +89,7 @@ __all__ = [
     "fold",
     "fold_stats",
     "gptq",
+    "gptq_blocks",
     "gram_bytes",
     "int8_attention",
     "load",
@@ -126,6 +128,7 @@ _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
     "sqjax.choosing.gptq": "gptq",
+    "sqjax.choosing.gptq_blocks": "gptq_blocks",
     "sqjax.choosing.alphas": "search_alpha",
     "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",
