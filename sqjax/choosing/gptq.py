@@ -46,7 +46,7 @@ def gptq(
     clips: Clips | None = None,
     damping: float | Array = 0.01,
     act_order: bool = True,
-    sweeps: int = 3,
+    sweeps: int = 0,
 ) -> PyTree:
     """`quantize`, with each weight rounded so that it makes up for the errors of those before it.
 
