@@ -10,6 +10,7 @@ of a record are of one model.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,18 @@ from sqjax.commands.records import (
     write_record,
 )
 from sqjax.commands.shared import shipped
+from sqjax.models.decoder import embed, run_layer
 from sqjax.models.evaluation.perplexity import perplexity, windows
 
-VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 256, 768, 4, 4
-TOKENS, BATCH, MOST_STEPS = 256, 16, 1500
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 192, 512, 4, 3
+TOKENS, BATCH, MOST_STEPS = 128, 16, 1500
 CALIBRATED, JUDGED = 64, 60
 #: The head and the embeddings stay float, as in all measurements of int4 here.
 RULES = {"embed_tokens": None, "lm_head": None, ".*": sq.W4A16_G64}
 
 
 def small_model() -> sq.models.Model:
-    """A Llama of about 4 million parameters, over bytes."""
+    """A Llama of about 2 million parameters, over bytes."""
     head_dim = HIDDEN // HEADS
     config = sq.models.llama_config(
         VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEADS, head_dim
@@ -90,14 +92,39 @@ def trained(model: sq.models.Model, minutes: float) -> tuple[Any, int]:
 def quantized_versions(model: sq.models.Model, params: Any) -> dict[str, Any]:
     """{recipe: what it makes of the parameters}."""
     rows = windows(text_bytes("calibration"), TOKENS, CALIBRATED)
-    batches = [jnp.asarray(row)[None] for row in rows]
+    batches = list(rows.reshape(-1, BATCH, TOKENS))
     stats = sq.calibrate(model.apply, params, batches, gram=True)
+    clips = sq.awq(params, stats, RULES, grid=[0.0]).clips
+    found = sq.awq(params, stats, RULES)
+    folded = sq.fold(params, stats.graph, found.s)
+    after = sq.fold_stats(stats, found.s)
+    clipped = {"clips": found.clips}
     return {
         "float32": params,
         "rounding": sq.quantize(params, stats, RULES),
-        "GPTQ": sq.gptq(params, stats, RULES, sweeps=0),
-        "GPTQ and sweeps": sq.gptq(params, stats, RULES),
+        "AWQ": sq.quantize(folded, after, RULES, **clipped),
+        "GPTQ": sq.gptq(params, stats, RULES),
+        "clips, GPTQ": sq.gptq(params, stats, RULES, clips=clips),
+        "clips, GPTQ, 3 sweeps": sq.gptq(
+            params, stats, RULES, clips=clips, sweeps=3
+        ),
+        "AWQ, GPTQ": sq.gptq(folded, after, RULES, **clipped),
+        "by layers": by_layers(model, params, batches),
+        "AWQ, by layers": by_layers(model, folded, batches),
     }
+
+
+def by_layers(
+    model: sq.models.Model, params: Any, batches: list[np.ndarray]
+) -> Any:
+    """The parameters after `gptq_blocks`."""
+    names = list(map(str, range(LAYERS)))
+    block = partial(run_layer, model.config, 0)
+    layers = [params["model"]["layers"][name] for name in names]
+    read = [embed(model.config, params, jnp.asarray(ids)) for ids in batches]
+    made = sq.gptq_blocks(block, layers, read, sq.W4A16_G64)
+    inner = params["model"] | {"layers": dict(zip(names, made, strict=True))}
+    return params | {"model": inner}
 
 
 def measured(minutes: float) -> list[Row]:
@@ -118,7 +145,7 @@ def measured(minutes: float) -> list[Row]:
                 "steps": steps,
             }
         )
-        print(f"{name:20} {found:8.4f} {found / exact:8.4f}", flush=True)
+        print(f"{name:22} {found:8.4f} {found / exact:8.4f}", flush=True)
     return rows
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
     from sqjax.choosing.recommend import recommend
+    from sqjax.choosing.gptq import gptq
+    from sqjax.choosing.gptq_blocks import gptq_blocks
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
@@ -93,6 +95,7 @@ __all__ = [
     "fold",
     "fold_stats",
     "gptq",
+    "gptq_blocks",
     "gram_bytes",
     "int8_attention",
     "learn",
@@ -138,6 +141,7 @@ _NAMES = {
     "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",
     "sqjax.choosing.recommend": "recommend",
+    "sqjax.choosing.gptq_blocks": "gptq_blocks",
     "sqjax.choosing.alphas": "search_alpha",
     "sqjax.choosing.awq": "awq smooth_awq",
     "sqjax.files.loading": "load load_saved",

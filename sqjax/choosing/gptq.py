@@ -46,7 +46,7 @@ def gptq(
     clips: Clips | None = None,
     damping: float | Array = 0.01,
     act_order: bool = True,
-    sweeps: int = 3,
+    sweeps: int = 0,
 ) -> PyTree:
     """`quantize`, with each weight rounded so that it makes up for the errors of those before it.
 
@@ -92,48 +92,64 @@ def gptq(
         True
     """
     check_stats(stats, "gptq")
-    _check_options(damping, act_order, sweeps)
+    check_options("gptq", damping, act_order, sweeps)
     schemes = site_schemes(stats.graph, scheme)
     _check_has_gram(stats, schemes)
     qparams = quantize_sites(params, stats, schemes, clips=clips)
-    sites = {
-        site.path: site
+    compensating = [
+        site
         for site in stats.graph.sites
         if site.path in schemes and site.path in stats.gram
-    }
-    check_leaves(params, stats, sites.values(), _ADVICE)
-    leaves = leaves_by_path(params, stats.graph)
+    ]
+    check_leaves(params, stats, compensating, _ADVICE)
+    options = {"act_order": act_order, "sweeps": sweeps}
+    return compensated(params, qparams, stats, damping, **options)
 
-    def compensated(path: str, weight: Any) -> Any:
-        if path not in sites or not isinstance(weight, QuantWeight):
+
+def compensated(
+    params: PyTree,
+    qparams: PyTree,
+    stats: Stats,
+    damping: float | Array,
+    *,
+    act_order: bool,
+    sweeps: int,
+) -> PyTree:
+    """What `quantize` made of params, with the codes of GPTQ at the sites with Gram matrices."""
+    leaves = leaves_by_path(params, stats.graph)
+    batch_of = {site.path: len(site.batch) for site in stats.graph.sites}
+
+    def changed(path: str, weight: Any) -> Any:
+        if path not in stats.gram or not isinstance(weight, QuantWeight):
             return weight
         return _compensated(
             leaves[path],
             weight,
             stats.gram[path],
             damping,
-            batch=len(sites[path].batch),
+            batch=batch_of[path],
             act_order=act_order,
             sweeps=sweeps,
         )
 
     paths, weights, treedef = named_leaves(qparams, is_leaf=is_quantized)
-    return jax.tree.unflatten(treedef, map(compensated, paths, weights))
+    return jax.tree.unflatten(treedef, map(changed, paths, weights))
 
 
-def _check_options(damping: Any, act_order: Any, sweeps: Any) -> None:
+def check_options(what: str, damping: Any, act_order: Any, sweeps: Any) -> None:
+    """Raises ValueError for options that GPTQ does not take."""
     is_share = not is_concrete(damping) or (
         isinstance(damping, Real | Array) and 0 <= damping < math.inf
     )
-    expect(is_share, "gptq: damping=", "a share of 0 or more", damping)
+    expect(is_share, f"{what}: damping=", "a share of 0 or more", damping)
     expect(
         isinstance(act_order, bool),
-        "gptq: act_order=",
+        f"{what}: act_order=",
         "True or False",
         act_order,
     )
     is_count = type(sweeps) is int and sweeps >= 0
-    expect(is_count, "gptq: sweeps=", "a count of 0 or more", sweeps)
+    expect(is_count, f"{what}: sweeps=", "a count of 0 or more", sweeps)
 
 
 def _check_has_gram(stats: Stats, schemes: Any) -> None:

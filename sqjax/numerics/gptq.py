@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sqjax.numerics.formats import INT8, Format, to_format
+from sqjax.numerics.output_error import EXACT, gram_error
 
 #: So many columns are rounded before the columns outside of these learn of their errors; among
 #: these again so many.
@@ -187,9 +188,7 @@ class _Problem(NamedTuple):
             # The first pass is GPTQ, and starts with weights that have no error yet.
             start = jnp.where(i == 0, 0, best.error)
             feedback = jnp.where(i == 0, to_later, to_others)
-            fed_back = jnp.matmul(
-                feedback.T, start, precision=lax.Precision.HIGHEST
-            )
+            fed_back = jnp.matmul(feedback.T, start, precision=EXACT)
             chosen = self._pass(
                 self.columns, weight + fed_back, start, feedback, self.blocks
             )
@@ -200,7 +199,7 @@ class _Problem(NamedTuple):
 
     def _better(self, a: _Choice, b: _Choice) -> _Choice:
         """For every output the choice of the smaller error; a where they are equal."""
-        of_a, of_b = (output_errors(x.error.T, self.gram) for x in (a, b))
+        of_a, of_b = (gram_error(x.error, self.gram) for x in (a, b))
         is_b = (of_b < of_a)[None]
         return jax.tree.map(partial(jnp.where, is_b), b, a)
 
@@ -233,10 +232,7 @@ class _Problem(NamedTuple):
                 return lax.dynamic_slice_in_dim(x, start, size, axis)
 
             to_block = own(feedback, 1)
-            # In full precision, because a GPU or TPU takes fewer bits by default.
-            fed_back = jnp.matmul(
-                to_block.T, change, precision=lax.Precision.HIGHEST
-            )
+            fed_back = jnp.matmul(to_block.T, change, precision=EXACT)
             chosen = self._pass(
                 _Columns(*map(own, columns)),
                 own(target) + fed_back,
@@ -265,13 +261,40 @@ class _Problem(NamedTuple):
         return _Choice(numbers, columns.weight - step * numbers)
 
 
-def output_errors(
-    error: Float[Array, "outputs features"],
+@jax.jit
+def corrected_weight(
+    weight: Float[Array, "outputs features"],
     gram: Float[Array, "features features"],
-) -> Float[Array, " outputs"]:
-    """E_o G E_o^T of every output o: its squared output error over the tokens that G has seen."""
-    across = jnp.matmul(error, gram, precision=lax.Precision.HIGHEST)
-    return jnp.sum(across * error, axis=-1)
+    cross: Float[Array, "features features"],
+    damping: float | Array = 0.01,
+) -> Float[Array, "outputs features"]:
+    """The weight that does to the activations Y of a quantized model what W does to X.
+
+    V of least |X W^T - Y V^T|^2 + damping |V - W|^2, which is W + W (C - G)^T (G + damping)^-1 with
+    G = Y^T Y and C = Y^T X. For every other V the first term is larger by trace(E G E^T), with E =
+    V's difference to the least one: so GPTQ goes on from there (GPTAQ, Li et al. 2025, arXiv
+    2504.02692, which makes up for the same error column by column).
+
+    Args:
+        weight: W.
+        gram: G, of the activations that the quantized layers before give.
+        cross: C, of these and of the activations that the float layers before give.
+        damping: a share of the mean of G's diagonal.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> w, gram = jnp.array([[3.0, 1.0]]), jnp.diag(jnp.array([4.0, 1.0]))
+        >>> corrected_weight(w, gram, gram / 2, 0.0).tolist()  # Y is twice X
+        [[1.5, 0.5]]
+    """
+    diagonal = jnp.diagonal(gram)
+    damped = _or_one(diagonal) + damping * jnp.mean(diagonal)
+    full = jnp.fill_diagonal(gram, damped, inplace=False)
+    missing = jnp.matmul(cross - gram, weight.T, precision=EXACT)
+    factor = jax.scipy.linalg.cho_factor(full)
+    correction = jax.scipy.linalg.cho_solve(factor, missing).T
+    # Where rounding leaves G no positive numbers, nothing is known of the correction.
+    return weight + jnp.where(jnp.isfinite(correction).all(), correction, 0)
 
 
 def _unit_upper(gram: Array, damping: float | Array) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.choosing import gptq as module
@@ -77,11 +78,13 @@ def loss(fn, params, qparams, x):
     return float(np.square(np.asarray(fn(narrow, x) - fn(params, x), float)).sum())
 
 
-PAIRS = [(kind, "zero points") for kind in KINDS]
-PAIRS += [("two axes", scheme) for scheme in SCHEMES if scheme != "zero points"]
+CASES = {f"{kind}, zero points": (kind, "zero points") for kind in KINDS}
+CASES |= {f"two axes, {scheme}": ("two axes", scheme) for scheme in SCHEMES}
 
 
-@pytest.mark.parametrize(("kind", "scheme"), PAIRS)
+@pytest.mark.parametrize(
+    ("kind", "scheme"), slow_but(CASES, "two axes, two levels", "layers, zero points")
+)
 def test_the_outputs_are_nearer_and_the_rest_is_as_quantize_makes_it(kind, scheme):
     fn, params, x, stats = case(kind)
     usual = sq.quantize(params, stats, SCHEMES[scheme])
@@ -109,7 +112,14 @@ def test_two_levels_stay_inside_of_int8():
 
 
 @pytest.mark.parametrize(
-    "scheme", [TWO_LEVELS.replace(smoothing=0.5), sq.W8A8.replace(weight=sq.Int4(), outliers=40.0)]
+    "scheme",
+    slow_but(
+        {
+            "smoothing": TWO_LEVELS.replace(smoothing=0.5),
+            "outliers": sq.W8A8.replace(weight=sq.Int4(), outliers=40.0),
+        },
+        "outliers",
+    ),
 )
 def test_what_the_product_sees_is_compensated(scheme):
     fn, params, x, stats = case("plain")

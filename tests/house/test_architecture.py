@@ -258,6 +258,7 @@ def test_the_public_names_are_these():
             "gptq",
             "choose_precision",
             "learn",
+            "gptq_blocks",
         ),
         *(
             "QTensor",

@@ -1,0 +1,286 @@
+"""`gptq_blocks`: GPTQ from layer to layer, each making up for what the layers before have lost."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm.auto import tqdm
+
+from sqjax._arguments import check_function
+from sqjax._shapes import other_axes
+from sqjax._trees import PyTree, map_named, named_leaves
+from sqjax.calibration.analysis import Analyses, Analysis
+from sqjax.calibration.calibrate import calibrate, check_batches
+from sqjax.calibration.observe import experts_of
+from sqjax.choosing.clips import search_clips
+from sqjax.choosing.gptq import check_options, compensated
+from sqjax.folding.sites import Place
+from sqjax.methods.quantization import Rules, quantize_sites, site_schemes
+from sqjax.numerics.gptq import corrected_weight
+from sqjax.numerics.output_error import EXACT
+from sqjax.program.equations import Var
+from sqjax.program.evaluate import evaluate
+from sqjax.weights.qtensor import dequantize
+from sqjax.weights.quant_weight import QuantWeight, is_quantized
+from sqjax.weights.schemes import W4A16_G64, Scheme
+
+
+def gptq_blocks(
+    block: Callable[..., Any],
+    layers: Sequence[PyTree],
+    batches: Iterable[Any],
+    scheme: Rules = W4A16_G64,
+    *,
+    correct: bool = True,
+    clip: bool = True,
+    damping: float = 0.01,
+    act_order: bool = True,
+    sweeps: int = 0,
+    progress: bool = False,
+) -> list[PyTree]:
+    """`gptq` of one layer after the other, each calibrated on what the quantized ones before give.
+
+    Two streams of activations run through the layers: X of the float layers, and Y of those that
+    are quantized so far. Within a layer too, matmuls that read one activation come after those that
+    it depends on. The Gram matrix is that of Y; and the weight that is rounded is not W, but the
+    one whose Y V^T is nearest to X W^T. So a layer makes up for errors of the layers before it,
+    where `gptq` of the whole model makes each matmul as if there were no others.
+
+    Args:
+        block: block(params of a layer, x) gives the next layer's x; the same for all layers.
+        layers: their parameters, float trees of equal shapes, folded or not. Layers in one stack
+            are to be taken apart first.
+        batches: what the first layer reads. They are kept, in both streams.
+        scheme: as for `quantize`, with the paths of one layer. Activations may stay float or have
+            scales of their own at run time.
+        correct: whether weights are corrected for Y; if not, Y changes the Gram matrix alone.
+        clip: whether the ranges of weights are searched too, as `awq` does.
+        damping, act_order, sweeps: as for `gptq`.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The quantized layers. What is rounded to is no longer a float layer's own weight, so
+        `site_errors` says little of them: compare outputs.
+
+    Raises:
+        ValueError: what `calibrate` and `quantize` refuse; a scheme needs statistics (static
+            scales, smoothing or outliers); a site is within a loop of the block, or has batch axes.
+
+    Li et al. 2025 (GPTAQ, arXiv 2504.02692).
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> block = lambda params, x: x + jnp.tanh(x @ params["w"])
+        >>> layers = [{"w": w} for w in jax.random.normal(jax.random.key(0), (3, 16, 16)) / 4]
+        >>> x = jax.random.normal(jax.random.key(1), (64, 16))
+        >>> qlayers = sq.gptq_blocks(block, layers, [x])
+        >>> [layer["w"].tensor.fmt.name for layer in qlayers]
+        ['int4', 'int4', 'int4']
+    """
+    check_function(block, "gptq_blocks", "(block, layers, batches)")
+    check_options("gptq_blocks", damping, act_order, sweeps)
+    check_batches(batches)
+    exact = list(map(jnp.asarray, batches))
+    stats = calibrate(block, layers[0], exact[:1], gram=True)
+    schemes = site_schemes(stats.graph, scheme)
+    _check_schemes(schemes)
+    options = {"act_order": act_order, "sweeps": sweeps}
+    streams = _Streams.of(block, layers[0], exact, schemes)
+    done = []
+    for layer in tqdm(layers, "quantizing", unit="layer", disable=not progress):
+        coded = narrow = layer
+        for stage in streams.stages:
+            grams = streams.grams(stage, layer, narrow)
+            target = layer
+            if correct:
+                target = _corrected(layer, stage, grams, damping)
+            own = {path: schemes[path] for path in grams}
+            seen = replace(stats, gram={p: g.gram for p, g in grams.items()})
+            clips = search_clips(target, seen, own) if clip else None
+            made = quantize_sites(target, seen, own, clips=clips)
+            made = compensated(target, made, seen, damping, **options)
+            coded = _with_leaves(coded, made, own)
+            narrow = _with_leaves(narrow, made, own, as_float=True)
+        streams = streams.after(layer, narrow)
+        done.append(coded)
+    return done
+
+
+def _check_schemes(schemes: Mapping[str, Scheme]) -> None:
+    for path, scheme in schemes.items():
+        if scheme.measured:
+            raise ValueError(
+                f"gptq_blocks: {path}: expected a scheme without static scales, smoothing or "
+                f"outliers, got {scheme}; take PerToken(), or gptq for the whole model"
+            )
+
+
+class _Pair(NamedTuple):
+    """Y^T Y and Y^T X of one activation, of the quantized model and of both."""
+
+    gram: Array
+    cross: Array
+
+
+class _Streams(NamedTuple):
+    """What the layers have given so far, float and quantized.
+
+    Attributes:
+        stages: the places of each activation, in the order in which the program makes these.
+        forward: the block, compiled.
+        pairs: for each stage a compiled function of both trees' leaves and both inputs.
+        exact: the float layers' outputs for each batch.
+        narrow: those of the quantized layers.
+    """
+
+    stages: tuple[tuple[Place, ...], ...]
+    forward: Callable[..., Any]
+    pairs: Mapping[Var, Callable[..., _Pair]]
+    exact: list[Array]
+    narrow: list[Array]
+
+    @classmethod
+    def of(
+        cls,
+        block: Callable[..., Any],
+        layer: PyTree,
+        batches: list[Array],
+        schemes: Mapping[str, Scheme],
+    ) -> "_Streams":
+        """The streams before the first layer."""
+        first = (batches[0],)
+        analyses = Analyses([block], layer, [first], {}, False)
+        analysis = analyses.together(0, first, 0)
+        by_activation: dict[Var, list[Place]] = {}
+        for place in analysis.places:
+            if place.site.path in schemes and place.site.kernel is None:
+                _check_place(analysis, place)
+                by_activation.setdefault(place.activation, []).append(place)
+        stages = tuple(map(tuple, by_activation.values()))
+        pairs = {
+            stage[0].activation: jax.jit(partial(_pair, analysis, stage[0]))
+            for stage in stages
+        }
+        return cls(stages, jax.jit(block), pairs, batches, batches)
+
+    def grams(
+        self, stage: Sequence[Place], layer: PyTree, narrow: PyTree
+    ) -> dict[str, _Pair]:
+        """{site: the Gram matrices of its activation}."""
+        pair = self.pairs[stage[0].activation]
+        trees = jax.tree.leaves(layer), jax.tree.leaves(narrow)
+        total: Any = None
+        for x, y in zip(self.exact, self.narrow, strict=True):
+            new = pair(*trees, x, y)
+            total = new if total is None else jax.tree.map(jnp.add, total, new)
+        return {place.site.path: total for place in stage}
+
+    def after(self, layer: PyTree, narrow: PyTree) -> "_Streams":
+        """The streams after a layer, of which `narrow` is the quantized one in float."""
+        return self._replace(
+            exact=[self.forward(layer, x) for x in self.exact],
+            narrow=[self.forward(narrow, y) for y in self.narrow],
+        )
+
+
+def _check_place(analysis: Analysis, place: Place) -> None:
+    """Raises ValueError for a matmul of which there is not one Gram matrix."""
+    in_loop = analysis.program.scopes[place.activation] != ()
+    several = place.site.batch or experts_of(analysis.program, place)
+    if in_loop or several:
+        raise ValueError(
+            f"gptq_blocks: {place.site.path}: expected one matrix outside of loops, got "
+            f"{'one in a loop' if in_loop else 'a stack'}; leave it float here, with None, or take "
+            "gptq for the whole model"
+        )
+
+
+def _pair(
+    analysis: Analysis,
+    place: Place,
+    exact_leaves: list[Array],
+    narrow_leaves: list[Array],
+    x: Array,
+    y: Array,
+) -> _Pair:
+    """The Gram matrices of an activation, from the inputs of a layer in both streams."""
+
+    def activation(leaves: list[Array], inputs: Array) -> Array:
+        probes = {place.activation: jnp.asarray}
+        _, seen = evaluate(analysis.program, leaves, [inputs], probes)
+        count = len(place.axes)
+        moved = jnp.moveaxis(
+            seen[place.activation], place.axes, range(-count, 0)
+        )
+        features = math.prod(moved.shape[-count:])
+        return moved.reshape(-1, features).astype(jnp.float32)
+
+    of_exact = activation(exact_leaves, x)
+    of_narrow = activation(narrow_leaves, y)
+    return _Pair(
+        jnp.matmul(of_narrow.T, of_narrow, precision=EXACT),
+        jnp.matmul(of_narrow.T, of_exact, precision=EXACT),
+    )
+
+
+# Layers with some leaves changed ------------------------------------------------------------------
+
+
+def _corrected(
+    layer: PyTree,
+    stage: Sequence[Place],
+    grams: Mapping[str, _Pair],
+    damping: float,
+) -> PyTree:
+    """The layer with the weights of a stage corrected for the activations of the narrow stream."""
+    axes_of = {place.site.path: place.site.axes for place in stage}
+
+    def changed(path: str, leaf: Any) -> Any:
+        if path not in axes_of:
+            return leaf
+        return _corrected_leaf(leaf, grams[path], damping, axes=axes_of[path])
+
+    return map_named(changed, layer)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _corrected_leaf(
+    leaf: Array, pair: _Pair, damping: float, *, axes: tuple[int, ...]
+) -> Array:
+    """A leaf that is contracted along `axes`, corrected.
+
+    Example: a leaf (in, heads, size) with axes (0,) is corrected as a matrix (heads size, in).
+    """
+    outer = other_axes(leaf.ndim, axes)
+    order = (*outer, *axes)
+    moved = leaf.transpose(order)
+    features = pair.gram.shape[0]
+    rows = moved.reshape(-1, features).astype(jnp.float32)
+    corrected = corrected_weight(rows, pair.gram, pair.cross, damping)
+    back = np.argsort(order).tolist()
+    return corrected.reshape(moved.shape).transpose(back).astype(leaf.dtype)
+
+
+def _with_leaves(
+    tree: PyTree,
+    made: PyTree,
+    paths: Mapping[str, Any],
+    as_float: bool = False,
+) -> PyTree:
+    """The tree with the quantized leaves at these paths, or with the float arrays of these."""
+    names, leaves, treedef = named_leaves(tree, is_leaf=is_quantized)
+    _, others, _ = named_leaves(made, is_leaf=is_quantized)
+    taken = []
+    for name, leaf, other in zip(names, leaves, others, strict=True):
+        is_other = name in paths and isinstance(other, QuantWeight)
+        weight = other if is_other else leaf
+        if is_other and as_float:
+            weight = dequantize(other.tensor)
+        taken.append(weight)
+    return jax.tree.unflatten(treedef, taken)
