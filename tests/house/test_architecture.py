@@ -246,6 +246,7 @@ def test_the_public_names_are_these():
             "scales",
             "fold",
             "fold_stats",
+            "gram_bytes",
             "smooth",
             "quantize",
             "quantized",
