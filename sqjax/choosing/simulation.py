@@ -17,7 +17,7 @@ are rounded where they meet a weight, by the same walk by which `site_errors` fi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,6 @@ from sqjax.numerics.formats import (
 from sqjax.program.subprograms import emit
 from sqjax.program.trace import Traced
 from sqjax.program.walk import run
-from sqjax.weights.clipping import ranges_of
-from sqjax.weights.layout import Layout
 from sqjax.weights.quant_weight import QuantWeight, is_quantized
 from sqjax.weights.schemes import Float8, Int4, Scheme
 
@@ -131,43 +129,111 @@ def round_weight(
     """
     if site.kernel is not None:
         return leaf + lax.stop_gradient(weight.dequantize() - leaf)
-    layout, lowest, highest = ranges_of(leaf, site.axes, scheme, site.batch)
+    sharing = _Sharing.of(site, scheme, leaf.shape)
+    x = sharing.view(leaf.astype(jnp.float32))
+    lowest, highest = sharing.ranges(x, scheme)
+    inside = None
     if clip is not None:
-        lowest, highest = lowest * clip, highest * clip
-    stored, spread = layout.stored, layout.sharing.spread
-    scale, values = _scale_and_values(layout, lowest, highest, weight, scheme)
-    inside = (stored >= spread(lowest)) & (stored <= spread(highest))
-    rounded = _straight_through(stored, scale, values, inside)
-    # The logical axis of stored axis i is axes[i], so the inverse permutation leads back.
-    return rounded.transpose(weight.tensor.axes).astype(leaf.dtype)
+        # The logical axis of stored axis i is axes[i], so the inverse permutation leads back.
+        factor = sharing.view_of_ranges(clip.transpose(weight.tensor.axes))
+        lowest, highest = lowest * factor, highest * factor
+        inside = (x >= lowest) & (x <= highest)
+    scale, values = _scale_and_values(x, lowest, highest, scheme)
+    if _has_other_scales(scheme):
+        values = sharing.view(weight.dequantize().astype(jnp.float32))
+    rounded = straight_through(x, scale, lax.stop_gradient(values), inside)
+    return sharing.back(rounded).astype(leaf.dtype)
+
+
+class _Sharing(NamedTuple):
+    """Which elements of a leaf share a scale, without transposing it: that would take most time.
+
+    Example: a kernel (256, 300) in groups of 64 inputs is seen as (4, 64, 300), whose ranges are
+    (4, 1, 300).
+
+    Attributes:
+        shape: of the leaf.
+        axes: of the view, those along which one scale is shared.
+        axis: of the leaf, the one that is in groups; 0 without groups.
+        group: the group size; 0 without groups.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    axis: int = 0
+    group: int = 0
+
+    @classmethod
+    def of(
+        cls, site: Site, scheme: Scheme, shape: tuple[int, ...]
+    ) -> "_Sharing":
+        granularity = scheme.weight.granularity
+        if granularity == "per_channel":
+            return cls(shape, site.axes)
+        if granularity == "per_tensor":
+            axes = range(len(shape))
+            return cls(shape, tuple(a for a in axes if a not in site.batch))
+        axis = max(site.axes)
+        # A shorter axis is one group.
+        group = min(int(granularity), shape[axis])
+        return cls(shape, (axis + 1,), axis, group)
+
+    def view(self, x: Array) -> Array:
+        """The leaf with its groups apart; the last one is filled up with its last element."""
+        if not self.group:
+            return x
+        padding = [(0, 0)] * x.ndim
+        padding[self.axis] = (0, -x.shape[self.axis] % self.group)
+        x = jnp.pad(x, padding, mode="edge")
+        before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
+        return x.reshape(*before, -1, self.group, *after)
+
+    def back(self, view: Array) -> Array:
+        """The leaf that a view is of."""
+        if not self.group:
+            return view
+        before, after = self.shape[: self.axis], self.shape[self.axis + 1 :]
+        x = view.reshape(*before, -1, *after)
+        return lax.slice_in_dim(x, 0, self.shape[self.axis], axis=self.axis)
+
+    def view_of_ranges(self, x: Array) -> Array:
+        """Ranges, whose axes are in the leaf's order, in a shape that broadcasts against a view."""
+        return jnp.expand_dims(x, self.axis + 1) if self.group else x
+
+    def ranges(self, view: Array, scheme: Scheme) -> tuple[Array, Array]:
+        """The lowest and the highest number of what shares a scale, of size 1 along `axes`."""
+        if _has_zero_point(scheme):
+            lowest = jnp.min(view, self.axes, keepdims=True)
+            return lowest, jnp.max(view, self.axes, keepdims=True)
+        highest = jnp.max(jnp.abs(view), self.axes, keepdims=True)
+        return -highest, highest
+
+
+def _has_zero_point(scheme: Scheme) -> bool:
+    return isinstance(scheme.weight, Int4) and scheme.weight.zero_point
+
+
+def _has_other_scales(scheme: Scheme) -> bool:
+    """Whether scales are made in another way, of which `_scale_and_values` knows only the size."""
+    how = scheme.weight
+    if isinstance(how, Int4):
+        return how.two_level
+    return isinstance(how, Float8) and how.block_size is not None
 
 
 def _scale_and_values(
-    layout: Layout,
-    lowest: Array,
-    highest: Array,
-    weight: QuantWeight,
-    scheme: Scheme,
+    x: Array, lowest: Array, highest: Array, scheme: Scheme
 ) -> tuple[Array, Array]:
-    """The scale of every stored element, with gradients, and what it is rounded to, without."""
-    how, spread = scheme.weight, layout.sharing.spread
-    stored = lax.stop_gradient(layout.stored)
-    if isinstance(how, Int4) and how.zero_point:
-        scale, zero = map(spread, zero_point_range(lowest, highest))
-        codes = to_codes(stored, lax.stop_gradient(scale), zero)
+    """Scales, with gradients, and what x is rounded to."""
+    exact = lax.stop_gradient(x)
+    if _has_zero_point(scheme):
+        scale, zero = zero_point_range(lowest, highest)
+        codes = to_codes(exact, lax.stop_gradient(scale), zero)
         codes = codes.astype(jnp.float32) - zero.astype(jnp.float32)
     else:
-        scale = spread(scale_from_absmax(highest, how.fmt))
-        codes = to_format(stored, lax.stop_gradient(scale), how.fmt)
-        codes = codes.astype(jnp.float32)
-    twice = isinstance(how, Int4) and how.two_level
-    in_blocks = isinstance(how, Float8) and how.block_size is not None
-    if twice or in_blocks:
-        # Their scales are made in other ways, of which only the size of this one is known here.
-        tensor = weight.tensor
-        values = tensor.stored(weight.dequantize().astype(jnp.float32))
-        return scale, lax.stop_gradient(values)
-    return scale, codes * lax.stop_gradient(scale)
+        scale = scale_from_absmax(highest, scheme.weight.fmt)
+        codes = to_format(exact, lax.stop_gradient(scale), scheme.weight.fmt)
+    return scale, codes.astype(jnp.float32) * lax.stop_gradient(scale)
 
 
 def round_activation(x: Array, scale: Array, fmt: Format) -> Array:
@@ -177,19 +243,46 @@ def round_activation(x: Array, scale: Array, fmt: Format) -> Array:
     codes = to_format(lax.stop_gradient(exact), lax.stop_gradient(scale), fmt)
     values = codes.astype(jnp.float32) * lax.stop_gradient(scale)
     inside = jnp.abs(q) <= fmt.bound
-    rounded = _straight_through(exact, scale, values, inside)
-    return rounded.astype(x.dtype)
+    return straight_through(exact, scale, values, inside).astype(x.dtype)
 
 
-def _straight_through(
-    x: Array, scale: Array, values: Array, inside: Array
+@jax.custom_vjp
+def straight_through(
+    x: Array, scale: Array, values: Array, inside: Array | None
 ) -> Array:
-    """`values`, with the gradient of x where it is inside the range, and that of its scale."""
-    frozen = lax.stop_gradient(scale)
-    lost = lax.stop_gradient(values - x)
-    rounded = x + scale * (lost / frozen)
-    clipped = scale * (lax.stop_gradient(values) / frozen)
-    return jnp.where(inside, rounded, clipped)
+    """`values`, with the gradient of x where it is inside the range, and that of its scale.
+
+    Args:
+        x: what was rounded.
+        scale: of the rank of x, of size 1 along the axes that share one.
+        values: scale times the codes of x.
+        inside: where x is inside the range; None: everywhere.
+    """
+    return values
+
+
+def _forward(
+    x: Array, scale: Array, values: Array, inside: Array | None
+) -> tuple[Array, Any]:
+    return values, (x, scale, values, inside)
+
+
+def _back(kept: Any, g: Array) -> tuple[Array, Array, Array, None]:
+    x, scale, values, inside = kept
+    of_x, of_values = g, values - x
+    if inside is not None:
+        of_x = jnp.where(inside, g, 0.0)
+        of_values = jnp.where(inside, of_values, values)
+    shared = [
+        axis
+        for axis, size in enumerate(scale.shape)
+        if size == 1 and x.shape[axis] != 1
+    ]
+    of_scale = jnp.sum(g * of_values, tuple(shared), keepdims=True) / scale
+    return of_x, of_scale, jnp.zeros_like(values), None
+
+
+straight_through.defvjp(_forward, _back)
 
 
 class _Rounding(Beside):

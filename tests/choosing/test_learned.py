@@ -82,6 +82,32 @@ def test_the_simulation_has_the_values_of_the_quantized_model(scheme):
     assert np.mean(np.square(got - wanted)) < 1e-3 * np.mean(np.square(wanted - net(PARAMS, x)))
 
 
+def experts(p, x):
+    return jnp.einsum("tec,ecf->tef", x, p["w"])
+
+
+def layers(p, x):
+    step = lambda x, w: (jnp.tanh(jnp.einsum("tec,cd->ted", x, w)), None)
+    return jax.lax.scan(step, x, p["w"])[0]
+
+
+@pytest.mark.parametrize("fn", slow_but([layers, experts], experts))
+def test_matrices_of_a_stack_have_their_own_scales(fn):
+    params = {"w": normal(3, 20, 20)}
+    x = normal(9, 3, 20) * jnp.float32([1, 5, 25]).reshape(1, 3, 1)
+    stats = sq.calibrate(fn, params, [x])
+    traced, inputs = trace(fn, params, (x,), {})
+    ranges = {"w": jnp.max(stats.absmax["w"], axis=1)}
+    learned = {"s": {}, "clips": {}, "ranges": ranges}
+    for scheme in (sq.W8A8_O3, sq.Scheme(weight=sq.Int4(group_size=8), activation=None)):
+        schemes = site_schemes(stats.graph, scheme)
+        numbers = learned if scheme == sq.W8A8_O3 else {**learned, "ranges": {}}
+        got = simulated(traced, params, stats, schemes, numbers, inputs)
+        wanted = sq.quantized(fn)(sq.quantize(params, stats, scheme), x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=5e-3)
+        assert np.abs(wanted - fn(params, x)).max() > 0.02
+
+
 def test_rounding_has_the_gradients_of_lsq():
     """Inside the range dx + (round(q) - q) dscale; beyond it round(q) dscale."""
     x, scale = jnp.float32([0.26, -0.31, 20.0, -20.0]), jnp.float32(0.1)
