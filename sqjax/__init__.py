@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from sqjax.choosing.awq import awq, smooth_awq
     from sqjax.choosing.by_search import quantize_by_search
     from sqjax.choosing.gptq import gptq
+    from sqjax.choosing.gptq_blocks import gptq_blocks
     from sqjax.choosing.learned import learn
     from sqjax.choosing.precision import choose_precision
     from sqjax.choosing.recommend import recommend
-    from sqjax.choosing.gptq import gptq
-    from sqjax.choosing.gptq_blocks import gptq_blocks
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold

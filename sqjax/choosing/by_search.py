@@ -33,8 +33,7 @@ def quantize_by_search(
     Args:
         params: the calibrated tree.
         stats: what ``calibrate(..., gram=True, sample=512)`` returned for it.
-        scheme: as for `quantize`. A group of sites with several schemes is searched for that of
-            its first one.
+        scheme: as for `quantize`. A group whose sites have several is searched for one of them.
 
     Returns:
         A tree as that of `quantize`; its float function before rounding is that of `params`.
@@ -68,25 +67,19 @@ def _searched(
     params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """(s of every group that is quantized, clips): each by the search for its scheme."""
-    sites = [p for p in paths_of(stats.graph.sites) if p in schemes]
-    search_of = {path: _search_for(schemes[path]) for path in sites}
-    # A group whose sites have several searches goes with the first of these.
-    search_of_group = {}
-    for group in stats.graph.select("all"):
-        own = [search_of[path] for path in group.paths if path in search_of]
-        search_of_group[group.name] = own[0] if own else None
+    search_of = {
+        path: _search_for(schemes[path])
+        for path in paths_of(stats.graph.sites)
+        if path in schemes
+    }
     s: dict[str, Array] = {}
     clips: dict[str, Array] = {}
     for search in dict.fromkeys(search_of.values()):
-        rules = {
-            f"^{re.escape(path)}$": schemes[path]
-            for path in sites
-            if search_of[path] is search
-        }
+        own = [path for path in search_of if search_of[path] is search]
+        rules = {f"^{re.escape(path)}$": schemes[path] for path in own}
         found: Any = search(params, stats, rules)
-        for name, own in found.s.items():
-            if search_of_group[name] is search:
-                s[name] = own
+        # What an earlier search has found of a group stays: its sites have several schemes.
+        s = found.s | s
         # A search for alphas clips nothing.
         clips |= getattr(found, "clips", {})
     return s, clips

@@ -191,18 +191,30 @@ def _how(
         raise ValueError(
             "--rule: expected none for --format gguf, whose weights are all of one type"
         )
-    if search and (is_gguf or alpha is not None):
-        other = (
-            "--format gguf, which rounds by itself" if is_gguf else "--alpha"
-        )
-        raise ValueError(f"--search: expected it without {other}")
-    if search:
-        alpha = "none"
-    elif alpha is None:
-        # Where activations stay float, smoothing only makes the weights harder.
-        alpha = _ALPHA if SCHEMES.get(scheme) else "none"
+    alpha = _alpha(layout, scheme, alpha, search)
     split = (rule.rpartition("=") for rule in rules)
     return How(layout, scheme, {p: s for p, _, s in split}, alpha, search)
+
+
+def _alpha(
+    layout: str, scheme: str, alpha: float | str | None, search: bool
+) -> float | str:
+    """The strength of smoothing, or "none".
+
+    Raises:
+        ValueError: it is given beside --search, or GGUF is.
+    """
+    if search:
+        others = {"--alpha": alpha is not None}
+        others["--format gguf, which rounds by itself"] = layout == "gguf"
+        for other, given in others.items():
+            if given:
+                raise ValueError(f"--search: expected it without {other}")
+        return "none"
+    if alpha is not None:
+        return alpha
+    # Where activations stay float, smoothing only makes the weights harder.
+    return _ALPHA if SCHEMES.get(scheme) else "none"
 
 
 def _check_name(output: Path, layout: str) -> None:
