@@ -36,6 +36,7 @@ from sqjax.numerics.tails import (
     clipped_error,
     filled,
     growth,
+    has_tail,
     largest_of_new_tokens,
 )
 from sqjax.weights.qtensor import dequantize
@@ -381,14 +382,16 @@ def _as_quantized(
         scale = scale_from_absmax(absmax(x, -1), how.fmt)
         return _to_and_from(x, scale, how.fmt), none
     assert seen.rows is not None
-    grown = growth(seen.absmax.reshape(-1), seen.rows, seen.tokens)
+    unscaled = seen.absmax.reshape(-1)
+    grown = growth(unscaled, seen.rows, seen.tokens)
     tokens = jnp.maximum(seen.tokens, 1).astype(jnp.float32)
     share = filled(seen.rows) / tokens
     if isinstance(how, Static):
         covered = _static_range(x, jnp.max(absmax_of_channels), how)
-        beyond = share * clipped_error(absmax_of_channels, grown, covered)
+        grows = has_tail(unscaled, seen.rows, seen.tokens, grown)
+        lost = clipped_error(absmax_of_channels, grown, covered, grows)
         scale = scale_from_absmax(covered, how.fmt)
-        return _to_and_from(x, scale, how.fmt), beyond
+        return _to_and_from(x, scale, how.fmt), share * lost
     largest = largest_of_new_tokens(absmax_of_channels, grown, share)
     scale = scale_from_absmax(largest, how.fmt)
     return _to_and_from(x, scale, how.fmt), none

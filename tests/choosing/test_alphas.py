@@ -51,7 +51,8 @@ def static_error(x, w, absmax, tokens, s):
     more = tokens / len(x)
     power = np.log(more) / np.log(absmax / np.abs(x).max(0)).mean()
     beyond = (u / u.max()) ** power * 2 * u.max() ** 2 / ((power - 1) * (power - 2)) / more
-    lost = (beyond[:, None] * wq**2).sum()
+    has_tail = absmax <= 2 * np.abs(x).max(0) * more ** (1 / power)
+    lost = ((has_tail * beyond)[:, None] * wq**2).sum()
     assert power > 2.5
     return (np.square(xq @ wq - x @ w).sum() + lost) / np.square(x @ w).sum()
 

@@ -254,6 +254,7 @@ def test_the_public_names_are_these():
             "verify",
             "site_errors",
         ),
+        *("search_alpha", "awq", "smooth_awq"),
         *(
             "QTensor",
             "QuantWeight",
