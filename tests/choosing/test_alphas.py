@@ -169,3 +169,23 @@ def test_what_is_refused():
     smoothed = sq.smooth(params, stats, 0.5)
     with pytest.raises(ValueError, match="of other parameters"):
         search_alpha(smoothed, stats, sq.W8A8)
+
+
+def test_a_group_with_a_convolution_stays_as_it_is():
+    def convolved(p, x):
+        y = x * p["norm"][None]
+        window = jax.lax.conv_general_dilated(
+            y[None], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return (window[0] * p["gain"][None]) @ p["w"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "norm": jnp.ones(4),
+        "k": jax.random.normal(keys[0], (3, 4, 6)),
+        "gain": jnp.ones(6),
+        "w": jax.random.normal(keys[1], (6, 5)),
+    }
+    stats = sq.calibrate(convolved, params, [jax.random.normal(keys[2], (20, 4))], sample=16)
+    assert {group.name for group in stats.graph.groups} == {"k", "w"}
+    assert search_alpha(params, stats, sq.W8A8, grid=GRID).s.keys() == {"w"}

@@ -199,6 +199,16 @@ def test_the_same_bits_twice_and_programs_for_shapes_not_for_layers():
         np.testing.assert_array_equal(x, y)
 
 
+def test_batches_in_any_order_give_the_same_errors():
+    params, x = model()
+    found = []
+    for halves in ([x[:100], x[100:]], [x[100:], x[:100]]):
+        stats = sq.calibrate(fn, params, halves, gram=True)
+        found.append(sq.awq(params, stats, G8, grid=GRID, clip=False))
+    for name, errors in found[0].errors.items():
+        np.testing.assert_allclose(errors, found[1].errors[name], rtol=1e-3)
+
+
 def test_what_is_refused():
     params, stats = calibrated()
     with pytest.raises(ValueError, match="gram=True"):
