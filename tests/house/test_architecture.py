@@ -260,6 +260,7 @@ def test_the_public_names_are_these():
             "learn",
             "gptq_blocks",
         ),
+        *("search_alpha", "awq", "smooth_awq"),
         *(
             "QTensor",
             "QuantWeight",
