@@ -105,13 +105,14 @@ def gptq(
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> fn = lambda p, x: x @ p["w"]
-        >>> x = jax.random.normal(jax.random.key(0), (64, 4)) @ jnp.full((4, 16), 0.5)
-        >>> params = {"w": jax.random.normal(jax.random.key(1), (16, 8))}
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> x = jax.random.normal(keys[0], (64, 4)) @ jax.random.normal(keys[1], (4, 16))
+        >>> params = {"w": jax.random.normal(keys[2], (16, 8))}
         >>> stats = sq.calibrate(fn, params, [x], gram=True)
         >>> def error(make):
         ...     qparams = make(params, stats, sq.W4A16_G64)
         ...     return float(jnp.linalg.norm(sq.quantized(fn)(qparams, x) - fn(params, x)))
-        >>> error(sq.gptq) < error(sq.quantize) / 4
+        >>> error(sq.gptq) < error(sq.quantize) / 2
         True
     """
     check_stats(stats, "gptq")
