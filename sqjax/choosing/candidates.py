@@ -36,6 +36,7 @@ from sqjax.numerics.tails import (
     clipped_error,
     filled,
     growth,
+    has_tail,
     largest_of_new_tokens,
 )
 from sqjax.weights.qtensor import dequantize
@@ -116,39 +117,42 @@ def searched_groups(
     *,
     weights_only: bool = False,
 ) -> tuple[Group, ...]:
-    """The groups with a quantized site, and for each of these what its error is computed from.
+    """The groups with a quantized site whose errors can be computed.
 
     Convolutions have neither sample nor Gram matrix, so a group with one of these is left out: it
     stays as it is.
 
     Raises:
-        ValueError: the statistics have nothing of the kind at all; says how to calibrate.
+        ValueError: the statistics lack what a site's error is computed from; names the site, and
+            says how to calibrate.
     """
-    needed: set[str] = set()
+    kernels = {site.path for site in stats.graph.sites if site.kernel}
     chosen = []
     for group in stats.graph.select(groups):
         quantized = [path for path in group.paths if path in schemes]
-        if not quantized:
+        if not quantized or not kernels.isdisjoint(quantized):
             continue
-        by_gram = weights_only or not any(
-            schemes[path].quantizes_activation for path in quantized
-        )
-        needed.add("gram=True" if by_gram else "sample=512")
-        known = stats.gram.keys() if weights_only else _known(stats, by_gram)
-        if known >= set(quantized):
-            chosen.append(group)
-    if needed and not chosen:
-        raise ValueError(
-            f"{what}: expected statistics from which errors can be computed, got some without; "
-            f"call calibrate(..., {', '.join(sorted(needed))})"
-        )
+        for path in quantized:
+            option = _lacks(stats, path, schemes[path], weights_only)
+            if option:
+                raise ValueError(
+                    f"{what}: {path}: expected statistics from which its error can be computed, "
+                    f"got some without; call calibrate(..., {option})"
+                )
+        chosen.append(group)
     return tuple(chosen)
 
 
-def _known(stats: Stats, by_gram: bool) -> set[str]:
-    """The sites whose errors are known: by the sample, or where it will do by the Gram matrix."""
-    sampled = set(stats.sample)
-    return sampled | stats.gram.keys() if by_gram else sampled
+def _lacks(
+    stats: Stats, path: str, scheme: Scheme, weights_only: bool
+) -> str | None:
+    """What calibration would have to be asked for, for this site's error to be known; or None."""
+    if weights_only:
+        return None if path in stats.gram else "gram=True"
+    if scheme.quantizes_activation:
+        return None if path in stats.sample else "sample=512"
+    known = path in stats.gram or path in stats.sample
+    return None if known else "gram=True"
 
 
 def choose(
@@ -381,14 +385,16 @@ def _as_quantized(
         scale = scale_from_absmax(absmax(x, -1), how.fmt)
         return _to_and_from(x, scale, how.fmt), none
     assert seen.rows is not None
-    grown = growth(seen.absmax.reshape(-1), seen.rows, seen.tokens)
+    unscaled = seen.absmax.reshape(-1)
+    grown = growth(unscaled, seen.rows, seen.tokens)
     tokens = jnp.maximum(seen.tokens, 1).astype(jnp.float32)
     share = filled(seen.rows) / tokens
     if isinstance(how, Static):
         covered = _static_range(x, jnp.max(absmax_of_channels), how)
-        beyond = share * clipped_error(absmax_of_channels, grown, covered)
+        grows = has_tail(unscaled, seen.rows, seen.tokens, grown)
+        lost = clipped_error(absmax_of_channels, grown, covered, grows)
         scale = scale_from_absmax(covered, how.fmt)
-        return _to_and_from(x, scale, how.fmt), beyond
+        return _to_and_from(x, scale, how.fmt), share * lost
     largest = largest_of_new_tokens(absmax_of_channels, grown, share)
     scale = scale_from_absmax(largest, how.fmt)
     return _to_and_from(x, scale, how.fmt), none

@@ -14,7 +14,7 @@ u_j.
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 #: Growth below this is none, and the power 1 / g stays finite.
 LEAST_GROWTH = 1e-3
@@ -48,8 +48,7 @@ def growth(
     ratio = jnp.where(known, absmax / jnp.where(known, sampled, 1), 1)
     count = jnp.sum(known, dtype=jnp.float32)
     mean = jnp.sum(jnp.log(ratio)) / jnp.maximum(count, 1)
-    all_tokens = jnp.asarray(tokens).astype(jnp.float32)
-    more = all_tokens / jnp.maximum(filled(rows), 1)
+    more = _more(rows, tokens)
     found = jnp.where(more > 1, mean / jnp.log(jnp.maximum(more, 1 + 1e-6)), 0)
     return jnp.clip(found, LEAST_GROWTH, 1)
 
@@ -85,7 +84,10 @@ def largest_of_new_tokens(
 
 
 def clipped_error(
-    absmax: Float[Array, "channels"], growth: Array, covered: Array
+    absmax: Float[Array, "channels"],
+    growth: Array,
+    covered: Array,
+    grows: Bool[Array, "channels"],
 ) -> Float[Array, "channels"]:
     """The squared error to expect of values beyond a range, in as many new tokens as calibration
     had.
@@ -97,14 +99,45 @@ def clipped_error(
         absmax: u_j, of each channel in calibration.
         growth: g.
         covered: c, the range of the scale.
+        grows: the channels with such a tail (`has_tail`); of others nothing is clipped.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.tails import clipped_error
-        >>> clipped_error(jnp.array([2.0, 1.0]), jnp.float32(0.25), jnp.float32(2.0)).round(3)
-        Array([1.333, 0.083], dtype=float32)
+        >>> u, all_of_them = jnp.array([2.0, 1.0]), jnp.array([True, True])
+        >>> clipped_error(u, jnp.float32(0.25), jnp.float32(2.0), all_of_them).round(3).tolist()
+        [1.3329999446868896, 0.08299999684095383]
     """
     # The square of a heavier tail than that has no mean: it is the largest value that counts.
     power = jnp.maximum(1 / growth, HEAVIEST)
     times = (absmax / jnp.where(covered > 0, covered, 1)) ** power
-    return times * 2 * covered**2 / ((power - 1) * (power - 2))
+    lost = times * 2 * covered**2 / ((power - 1) * (power - 2))
+    return jnp.where(grows, lost, 0)
+
+
+def has_tail(
+    absmax: Float[Array, "channels"],
+    rows: Float[Array, "sampled channels"],
+    tokens: ArrayLike,
+    growth: Array,
+) -> Bool[Array, "channels"]:
+    """The channels whose absmax is the end of the tail that the sample shows.
+
+    The others are above twice what that tail tells: some special token has reached it, such as the
+    first of a text, on which attention rests. It comes in every text, and is always alike.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.numerics.tails import has_tail
+        >>> rows = jnp.array([[1.0, 1.0], [1.0, 1.0]])
+        >>> has_tail(jnp.array([2.0, 900.0]), rows, 8, jnp.float32(0.5)).tolist()
+        [True, False]
+    """
+    sampled = jnp.max(jnp.abs(rows), axis=0, initial=0)
+    return absmax <= 2 * sampled * _more(rows, tokens) ** growth
+
+
+def _more(rows: Float[Array, "sampled channels"], tokens: ArrayLike) -> Array:
+    """How many times as many tokens there are as in the sample; 1 or more."""
+    all_of_them = jnp.asarray(tokens).astype(jnp.float32)
+    return jnp.maximum(all_of_them / jnp.maximum(filled(rows), 1), 1)

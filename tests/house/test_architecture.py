@@ -256,6 +256,7 @@ def test_the_public_names_are_these():
             "gptq",
             "gptq_blocks",
         ),
+        *("search_alpha", "awq", "smooth_awq"),
         *(
             "QTensor",
             "QuantWeight",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sqjax.numerics.tails import clipped_error, growth, largest_of_new_tokens
+from sqjax.numerics.tails import clipped_error, growth, has_tail, largest_of_new_tokens
 
 CHANNELS, TOKENS, SAMPLED = 400, 4000, 250
 
@@ -34,7 +34,7 @@ def test_what_new_tokens_are_like(power):
     share = jnp.float32(SAMPLED / TOKENS)
     expected = largest_of_new_tokens(ones, found, share)
     np.testing.assert_allclose(expected, np.median(largest), rtol=0.3)
-    expected = clipped_error(ones, found, jnp.float32(1.0)).mean()
+    expected = clipped_error(ones, found, jnp.float32(1.0), ones > 0).mean()
     # A mean of few and large values, of which the largest is known to have been one draw.
     assert 1 / 3 < expected / np.mean(lost) < 3
 
@@ -42,8 +42,11 @@ def test_what_new_tokens_are_like(power):
 def test_one_channel_far_above_the_others_stays_the_largest():
     absmax = jnp.ones(CHANNELS).at[7].set(50.0)
     assert largest_of_new_tokens(absmax, jnp.float32(0.25), jnp.float32(0.1)) == 50
-    beyond = clipped_error(absmax, jnp.float32(0.25), jnp.float32(50.0))
-    assert beyond.argmax() == 7
+    rows = jnp.ones((10, CHANNELS))
+    grows = has_tail(absmax, rows, 100, jnp.float32(0.25))
+    assert grows.sum() == CHANNELS - 1
+    assert not grows[7]
+    assert clipped_error(absmax, jnp.float32(0.25), jnp.float32(50.0), grows)[7] == 0
 
 
 def test_a_sample_of_all_tokens_tells_of_no_growth():
