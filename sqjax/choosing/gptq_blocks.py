@@ -19,7 +19,7 @@ from sqjax.calibration.analysis import Analyses, Analysis
 from sqjax.calibration.calibrate import calibrate, check_batches
 from sqjax.calibration.observe import experts_of
 from sqjax.choosing.clips import search_clips
-from sqjax.choosing.gptq import check_options, compensated
+from sqjax.choosing.gptq import Options, compensated
 from sqjax.folding.sites import Place
 from sqjax.methods.quantization import Rules, quantize_sites, site_schemes
 from sqjax.numerics.gptq import corrected_weight
@@ -84,13 +84,13 @@ def gptq_blocks(
         ['int4', 'int4', 'int4']
     """
     check_function(block, "gptq_blocks", "(block, layers, batches)")
-    check_options("gptq_blocks", damping, act_order, sweeps)
+    how = Options(damping, act_order, sweeps)
+    how.check("gptq_blocks")
     check_batches(batches)
     exact = list(map(jnp.asarray, batches))
     stats = calibrate(block, layers[0], exact[:1], gram=True)
     schemes = site_schemes(stats.graph, scheme)
     _check_schemes(schemes)
-    options = {"act_order": act_order, "sweeps": sweeps}
     streams = _Streams.of(block, layers[0], exact, schemes)
     done = []
     for layer in tqdm(layers, "quantizing", unit="layer", disable=not progress):
@@ -104,7 +104,7 @@ def gptq_blocks(
             seen = replace(stats, gram={p: g.gram for p, g in grams.items()})
             clips = search_clips(target, seen, own) if clip else None
             made = quantize_sites(target, seen, own, clips=clips)
-            made = compensated(target, made, seen, damping, **options)
+            made = compensated(target, made, seen, how)
             coded = _with_leaves(coded, made, own)
             narrow = _with_leaves(narrow, made, own, as_float=True)
         streams = streams.after(layer, narrow)
