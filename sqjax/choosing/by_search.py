@@ -14,7 +14,7 @@ from sqjax.choosing.gptq import gptq
 from sqjax.folding.apply import fold
 from sqjax.folding.graph import paths_of
 from sqjax.methods.described import check_stats
-from sqjax.methods.quantization import Rules, quantize, site_schemes
+from sqjax.methods.quantization import Rules, site_schemes
 from sqjax.methods.smoothing import fold_stats
 from sqjax.weights.schemes import W8A8, Int4, Scheme
 
@@ -27,8 +27,7 @@ def quantize_by_search(
     1. Scales are folded in: where activations are quantized, with the alpha of each group that
        errs least (`search_alpha`); where only int4 weights are, by `awq`; of W4A8 by `smooth_awq`,
        which weighs both.
-    2. int4 ranges are clipped as AWQ found it, and int4 codes are rounded by `gptq`. int8 codes are
-       rounded to nearest: their errors are small already.
+    2. int4 ranges are clipped as AWQ found it, and all codes are rounded by `gptq`.
 
     Args:
         params: the calibrated tree.
@@ -58,9 +57,7 @@ def quantize_by_search(
     s, clips = _searched(params, stats, schemes)
     folded = fold(params, stats.graph, s)
     folded_stats = fold_stats(stats, s)
-    if any(isinstance(how.weight, Int4) for how in schemes.values()):
-        return gptq(folded, folded_stats, scheme, clips=clips)
-    return quantize(folded, folded_stats, scheme, clips=clips)
+    return gptq(folded, folded_stats, scheme, clips=clips)
 
 
 def _searched(
