@@ -171,12 +171,13 @@ def choose(
     each step has its own choice. One program is compiled for each shape of site, not for each site.
     """
     leaves = leaves_by_path(params, stats.graph)
+    sites = {site.path: site for site in stats.graph.sites}
+    judged = _Judged(leaves, sites, stats, schemes, weights_only)
     groups = [g for g in stats.graph.groups if g.name in candidates]
-    found = {}
-    for group in groups:
-        found[group.name] = _of_group(
-            group, leaves, stats, schemes, candidates[group.name], weights_only
-        )
+    found = {
+        group.name: _of_group(group, judged, candidates[group.name])
+        for group in groups
+    }
     errors = jax.device_get(found)
     s, index = {}, {}
     for group in groups:
@@ -193,29 +194,29 @@ def _taken(candidates: Array, best: np.ndarray) -> Array:
     return candidates[which, np.arange(size)]
 
 
-def _of_group(
-    group: Group,
-    leaves: Mapping[str, Any],
-    stats: Stats,
-    schemes: Schemes,
-    candidates: Array,
-    weights_only: bool,
-) -> Array:
+class _Judged(NamedTuple):
+    """What candidates are judged by, of the whole model."""
+
+    leaves: Mapping[str, Any]
+    sites: Mapping[str, Site]
+    stats: Stats
+    schemes: Schemes
+    weights_only: bool
+
+
+def _of_group(group: Group, judged: _Judged, candidates: Array) -> Array:
     """The error of each candidate, summed over sites: (candidates,) or (candidates, steps)."""
-    sites = dict(
-        zip(paths_of(stats.graph.sites), stats.graph.sites, strict=True)
-    )
     steps = math.prod(group.steps)
     total = jnp.zeros((candidates.shape[0], steps), jnp.float32)
     for path, labels in group.sites:
-        if path not in schemes:
+        if path not in judged.schemes:
             continue
-        site, scheme = sites[path], schemes[path]
-        by_gram = weights_only or not scheme.quantizes_activation
+        site, scheme = judged.sites[path], judged.schemes[path]
+        by_gram = judged.weights_only or not scheme.quantizes_activation
         with named(path):
             of_matrices = site_errors(
-                leaves[path],
-                seen(stats, site, by_gram),
+                judged.leaves[path],
+                seen(judged.stats, site, by_gram),
                 _of_channels(candidates, labels.array),
                 site=site._replace(path=""),
                 scheme=scheme,
