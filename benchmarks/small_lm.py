@@ -110,7 +110,6 @@ def quantized_versions(model: sq.models.Model, params: Any) -> dict[str, Any]:
         ),
         "AWQ, GPTQ": sq.gptq(folded, after, RULES, **clipped),
         "by layers": by_layers(model, params, batches),
-        "AWQ, by layers": by_layers(model, folded, batches),
     }
 
 
