@@ -99,8 +99,8 @@ def gptq(
         ValueError: what `quantize` refuses; there are no Gram matrices; the statistics are of other
             params; damping is negative, or sweeps no count. Values can not be checked under jit.
 
-    Frantar et al. 2022 (arXiv 2210.17323). Where rounding an outlier's channels or smoothing at run
-    time changes what the weight meets, G is changed likewise.
+    Frantar et al. 2022 (arXiv 2210.17323). Where smoothing at run time or outliers change what the
+    weight meets, G is changed likewise.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
