@@ -105,12 +105,8 @@ def quantized_versions(model: sq.models.Model, params: Any) -> dict[str, Any]:
         "AWQ": sq.quantize(folded, after, RULES, **clipped),
         "GPTQ": sq.gptq(params, stats, RULES),
         "clips, GPTQ": sq.gptq(params, stats, RULES, clips=clips),
-        "clips, GPTQ, 3 sweeps": sq.gptq(
-            params, stats, RULES, clips=clips, sweeps=3
-        ),
         "AWQ, GPTQ": sq.gptq(folded, after, RULES, **clipped),
         "by layers": by_layers(model, params, batches),
-        "AWQ, by layers": by_layers(model, folded, batches),
     }
 
 

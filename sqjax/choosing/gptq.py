@@ -42,7 +42,6 @@ class Options(NamedTuple):
 
     damping: float | Array
     act_order: bool
-    sweeps: int
 
     def check(self, what: str) -> None:
         """Raises ValueError for options that GPTQ does not take; `what` is the function."""
@@ -56,9 +55,6 @@ class Options(NamedTuple):
         is_bool = isinstance(self.act_order, bool)
         name = f"{what}: act_order="
         expect(is_bool, name, "True or False", self.act_order)
-        is_count = type(self.sweeps) is int and self.sweeps >= 0
-        name = f"{what}: sweeps="
-        expect(is_count, name, "a count of 0 or more", self.sweeps)
 
 
 def gptq(
@@ -69,7 +65,6 @@ def gptq(
     clips: Clips | None = None,
     damping: float | Array = 0.01,
     act_order: bool = True,
-    sweeps: int = 0,
 ) -> PyTree:
     """`quantize`, with each weight rounded so that it makes up for the errors of those before it.
 
@@ -88,8 +83,6 @@ def gptq(
             directions that calibration hardly saw are not to be relied on.
         act_order: whether the channels of large activations come first, when most others are left
             to make up for their errors. Groups stay those of the weight's own order.
-        sweeps: how often, after that, each weight is set to what is best with all others as they
-            are (coordinate descent); 0 is GPTQ as published.
 
     Returns:
         A tree as that of `quantize`, of the same shapes and types. No output's error over the
@@ -97,10 +90,10 @@ def gptq(
 
     Raises:
         ValueError: what `quantize` refuses; there are no Gram matrices; the statistics are of other
-            params; damping is negative, or sweeps no count. Values can not be checked under jit.
+            params; damping is negative. Values can not be checked under jit.
 
-    Frantar et al. 2022 (arXiv 2210.17323). Where rounding an outlier's channels or smoothing at run
-    time changes what the weight meets, G is changed likewise.
+    Frantar et al. 2022 (arXiv 2210.17323). Where smoothing at run time or outliers change what the
+    weight meets, G is changed likewise.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -116,7 +109,7 @@ def gptq(
         True
     """
     check_stats(stats, "gptq")
-    how = Options(damping, act_order, sweeps)
+    how = Options(damping, act_order)
     how.check("gptq")
     schemes = site_schemes(stats.graph, scheme)
     _check_has_gram(stats, schemes)
@@ -150,7 +143,6 @@ def compensated(
             how.damping,
             batch=batch_of[path],
             act_order=how.act_order,
-            sweeps=how.sweeps,
         )
 
     paths, weights, treedef = named_leaves(qparams, is_leaf=is_quantized)
@@ -177,7 +169,6 @@ def _compensated(
     *,
     batch: int,
     act_order: bool,
-    sweeps: int,
 ) -> QuantWeight:
     """A quantized weight with other codes, compiled once for all leaves of one shape and scheme.
 
@@ -200,7 +191,6 @@ def _compensated(
         matrices.group,
         damping,
         act_order=act_order,
-        sweeps=sweeps,
         fmt=weight.tensor.fmt,
     )
     return replace(weight, tensor=matrices.tensor_of(numbers))

@@ -41,7 +41,6 @@ def gptq_blocks(
     clip: bool = True,
     damping: float = 0.01,
     act_order: bool = True,
-    sweeps: int = 0,
     progress: bool = False,
 ) -> list[PyTree]:
     """`gptq` of one layer after the other, each calibrated on what the quantized ones before give.
@@ -61,7 +60,7 @@ def gptq_blocks(
             scales of their own at run time.
         correct: whether weights are corrected for Y; if not, Y changes the Gram matrix alone.
         clip: whether the ranges of weights are searched too, as `awq` does.
-        damping, act_order, sweeps: as for `gptq`.
+        damping, act_order: as for `gptq`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -84,7 +83,7 @@ def gptq_blocks(
         ['int4', 'int4', 'int4']
     """
     check_function(block, "gptq_blocks", "(block, layers, batches)")
-    how = Options(damping, act_order, sweeps)
+    how = Options(damping, act_order)
     how.check("gptq_blocks")
     check_batches(batches)
     exact = list(map(jnp.asarray, batches))

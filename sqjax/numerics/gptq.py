@@ -52,7 +52,6 @@ def gptq_rounded(
     damping: float | Array = 0.01,
     *,
     act_order: bool = True,
-    sweeps: int | Array = 0,
     blocks: tuple[int, ...] = BLOCKS,
     fmt: Format = INT8,
 ) -> Float[Array, "*stack outputs features"]:
@@ -68,8 +67,6 @@ def gptq_rounded(
             that were hardly seen are not to be relied on.
         act_order: whether the columns of large activations come first, when most columns are left
             to make up for their errors; else they come in their own order.
-        sweeps: how often every column, after that, is set to what is best with all others as they
-            are.
         blocks: how many columns are rounded between two products with all others, and between two
             products among these, down to 1; they change the speed alone.
         fmt: the format of n: integers, or floats of 8 bits.
@@ -92,7 +89,7 @@ def gptq_rounded(
     def one(matrix: tuple[Array, Array, Array, Grid]) -> Array:
         weight, gram, usual, grid = matrix
         problem = _Problem.of(weight, gram, grid, group, act_order, blocks, fmt)
-        return problem.solved(usual, damping, sweeps)
+        return problem.solved(usual, damping)
 
     # One after another, because a single matrix keeps all processors busy.
     return lax.map(one, matrices).reshape(weight.shape)
@@ -169,9 +166,7 @@ class _Problem(NamedTuple):
             fmt,
         )
 
-    def solved(
-        self, usual: Array, damping: float | Array, sweeps: int | Array
-    ) -> Array:
+    def solved(self, usual: Array, damping: float | Array) -> Array:
         """The numbers, (outputs, features): the usual ones where no others are better."""
         more = len(self.order) - self.features
         numbers = jnp.pad(usual.T, [(0, more), (0, 0)])[self.order]
@@ -179,22 +174,13 @@ class _Problem(NamedTuple):
         weight = self.columns.weight
         usual_choice = _Choice(numbers, weight - steps * numbers)
 
-        # With all others as they are, E_j is best as -(sum over i != j of E_i G_ij) / G_jj.
-        to_others = self.gram / _or_one(jnp.diagonal(self.gram))[None]
-        to_others = jnp.fill_diagonal(to_others, 0, inplace=False)
-        to_later = _unit_upper(self.gram, damping)
-
-        def one_pass(i: Array, best: _Choice) -> _Choice:
-            # The first pass is GPTQ, and starts with weights that have no error yet.
-            start = jnp.where(i == 0, 0, best.error)
-            feedback = jnp.where(i == 0, to_later, to_others)
-            fed_back = jnp.matmul(feedback.T, start, precision=EXACT)
-            chosen = self._pass(
-                self.columns, weight + fed_back, start, feedback, self.blocks
-            )
-            return self._better(best, chosen)
-
-        best = lax.fori_loop(0, 1 + sweeps, one_pass, usual_choice)
+        compensated = self._pass(
+            self.columns,
+            weight,
+            _unit_upper(self.gram, damping),
+            self.blocks,
+        )
+        best = self._better(usual_choice, compensated)
         return best.numbers[jnp.argsort(self.order)][: self.features].T
 
     def _better(self, a: _Choice, b: _Choice) -> _Choice:
@@ -207,7 +193,6 @@ class _Problem(NamedTuple):
         self,
         columns: _Columns,
         target: Array,
-        before: Array,
         feedback: Array,
         blocks: tuple[int, ...],
     ) -> _Choice:
@@ -218,35 +203,34 @@ class _Problem(NamedTuple):
 
         Args:
             columns: n of them.
-            target: W + E feedback, with the errors `before` this pass, (n, outputs).
-            before: E of these columns, (n, outputs).
-            feedback: (n, n), from these columns to each other, with zeros on its diagonal.
+            target: W and what the columns before these feed back, (n, outputs).
+            feedback: (n, n), from these columns to those after them: zeros but above its diagonal.
             blocks: the sizes of the blocks, from the largest down to 1; () for a single column.
         """
         if not blocks:
             return self._nearest(target, columns)
         size, *smaller = blocks
 
-        def one_block(change: Array, start: Array) -> tuple[Array, _Choice]:
+        def one_block(error: Array, start: Array) -> tuple[Array, _Choice]:
             def own(x: Array, axis: int = 0) -> Array:
                 return lax.dynamic_slice_in_dim(x, start, size, axis)
 
             to_block = own(feedback, 1)
-            fed_back = jnp.matmul(to_block.T, change, precision=EXACT)
+            fed_back = jnp.matmul(to_block.T, error, precision=EXACT)
             chosen = self._pass(
                 _Columns(*map(own, columns)),
                 own(target) + fed_back,
-                own(before),
                 own(to_block),
                 tuple(smaller),
             )
-            changed = chosen.error - own(before)
-            change = lax.dynamic_update_slice_in_dim(change, changed, start, 0)
-            return change, chosen
+            error = lax.dynamic_update_slice_in_dim(
+                error, chosen.error, start, 0
+            )
+            return error, chosen
 
-        starts = jnp.arange(0, len(before), size)
-        _, chosen = lax.scan(one_block, jnp.zeros_like(before), starts)
-        return jax.tree.map(lambda x: x.reshape(before.shape), chosen)
+        starts = jnp.arange(0, len(target), size)
+        _, chosen = lax.scan(one_block, jnp.zeros_like(target), starts)
+        return jax.tree.map(lambda x: x.reshape(target.shape), chosen)
 
     def _nearest(self, target: Array, columns: _Columns) -> _Choice:
         """What is nearest to the targets of some columns, (columns, outputs)."""

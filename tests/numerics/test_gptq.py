@@ -76,38 +76,21 @@ def test_blocks_change_nothing():
 def test_no_output_is_worse_than_with_the_usual_numbers(tokens, damping):
     weight, gram, step, usual = problem(tokens, tokens)
     before = errors(usual, weight, gram, step)
-    last = before
-    for sweeps in (0, 1, 3):
-        found = errors(
-            rounded(weight, gram, step, usual, damping, sweeps=sweeps), weight, gram, step
-        )
-        # float32 sums of a Gram matrix of a few tokens cancel to about 1e-6 of its largest entries.
-        slack = 1e-5 * np.trace(gram) * np.square(step).max()
-        assert (found <= before + slack).all()
-        assert (found <= last + slack).all()
-        last = found
-    assert last.sum() < 0.8 * before.sum()
-
-
-def test_after_many_sweeps_no_single_step_is_better():
-    weight, gram, step, usual = problem()
-    found = rounded(weight, gram, step, usual, sweeps=60)
-    best = errors(found, weight, gram, step)
-    for j in range(FEATURES):
-        for change in (-1, 1):
-            other = found.copy()
-            other[:, j] = np.clip(other[:, j] + change, -7, 7)
-            assert (errors(other, weight, gram, step) >= best * (1 - 1e-4)).all()
+    found = errors(rounded(weight, gram, step, usual, damping), weight, gram, step)
+    # float32 sums of a Gram matrix of a few tokens cancel to about 1e-6 of its largest entries.
+    slack = 1e-5 * np.trace(gram) * np.square(step).max()
+    assert (found <= before + slack).all()
+    assert found.sum() < before.sum()
 
 
 def test_channels_without_tokens_are_rounded_as_usual():
     weight, gram, step, usual = problem()
     dead = np.arange(0, FEATURES, 5)
     gram[dead] = gram[:, dead] = 0
-    found = rounded(weight, gram, step, usual, sweeps=2)
+    found = rounded(weight, gram, step, usual)
     np.testing.assert_array_equal(found[:, dead], usual[:, dead])
     assert (found != usual).any()
-    nothing = rounded(weight, 0 * gram, step, usual, sweeps=2)
+    nothing = rounded(weight, 0 * gram, step, usual)
     np.testing.assert_array_equal(nothing, usual)
 
 
