@@ -14,7 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ import numpy as np
 
 import sqjax as sq
 from sqjax.commands.shared import text_windows
+from sqjax.models.decoder import embed, run_layer
 
 MODEL = "smollm2-135m"
 TOKENS, CALIBRATION, EVALUATION, SEED = 512, 16, 60, 0
@@ -29,6 +32,8 @@ TOKENS, CALIBRATION, EVALUATION, SEED = 512, 16, 60, 0
 ALPHA = 0.8
 #: The tied head stays float, here as there.
 HEAD = {"embed_tokens": None}
+#: Of learning: one window each.
+STEPS = 40
 W4 = sq.W4A16_G64
 W4_SYMMETRIC = sq.Scheme(weight=sq.Int4(group_size=64), activation=None)
 
@@ -106,6 +111,19 @@ def awq(case: Case, scheme: sq.Scheme) -> Chosen:
     return folded(case, stats, sq.awq(case.params, stats, rules(scheme)))
 
 
+def awq_scales(case: Case, scheme: sq.Scheme) -> Chosen:
+    """AWQ's scales alone."""
+    stats = case.measured()
+    found = sq.awq(case.params, stats, rules(scheme), clip=False)
+    return folded(case, stats, found)
+
+
+def smooth_awq(case: Case, scheme: sq.Scheme) -> Chosen:
+    """Smoothing, then AWQ's scales and clips, for W4A8."""
+    stats = case.measured()
+    return folded(case, stats, sq.smooth_awq(case.params, stats, rules(scheme)))
+
+
 def learned(start: Callable[[Any, Any, Any], Any]) -> Choice:
     """Scales and clips by gradient, from what a search found."""
 
@@ -119,9 +137,11 @@ def learned(start: Callable[[Any, Any, Any], Any]) -> Choice:
             case.batches,
             rules(scheme),
             s=first.s,
-            clips=getattr(first, "clips", False),
+            clips=getattr(first, "clips", {}) or False,
+            steps=STEPS,
         )
-        return folded(case, stats, result)
+        params, after = result.applied(case.params, stats)
+        return Chosen(params, after, result.clips or None)
 
     return choose
 
@@ -145,6 +165,20 @@ def gptq(chosen: Chosen, scheme: sq.Scheme) -> Any:
     )
 
 
+def by_layers(chosen: Chosen, scheme: sq.Scheme) -> Any:
+    """Layer by layer, each making up for what the layers before it have lost."""
+    model, _ = sq.models.load(MODEL)
+    config, inner = model.config, chosen.params["model"]
+    names = [str(number) for number in range(config.num_layers)]
+    windows = text_windows(model, "calibration", TOKENS, CALIBRATION)
+    inputs = [embed(config, chosen.params, ids) for ids in windows[:, None]]
+    block = partial(run_layer, config, 0)
+    layers = [inner["layers"][name] for name in names]
+    made = sq.gptq_blocks(block, layers, inputs, scheme)
+    layers_by_name = dict(zip(names, made, strict=True))
+    return {**chosen.params, "model": {**inner, "layers": layers_by_name}}
+
+
 # The rows -----------------------------------------------------------------------------------------
 
 
@@ -161,6 +195,15 @@ def learned_from_search() -> Choice:
     return learned(lambda *given: sq.search_alpha(*given))
 
 
+def learned_from_smoothing() -> Choice:
+    """Learned from one alpha for all groups."""
+    return learned(
+        lambda params, stats, _: SimpleNamespace(
+            s=sq.scales(params, stats, ALPHA)
+        )
+    )
+
+
 def learned_from_awq() -> Choice:
     """Learned from AWQ's scales and clips."""
     return learned(lambda *given: sq.awq(*given))
@@ -172,11 +215,24 @@ ROWS = {
     "w8a8-search": Row(sq.W8A8, search),
     "w8a8-search-gptq": Row(sq.W8A8, search, gptq),
     "w8a8-learned": Row(sq.W8A8, learned_from_search()),
+    "w8a8-o2-smooth": Row(sq.W8A8_O2, smooth),
+    "w8a8-o2-search": Row(sq.W8A8_O2, search),
+    "w8a8-o2-search-gptq": Row(sq.W8A8_O2, search, gptq),
+    "w8a8-o3-smooth": Row(sq.W8A8_O3, smooth),
+    "w8a8-o3-search": Row(sq.W8A8_O3, search),
+    "w8a8-o3-search-gptq": Row(sq.W8A8_O3, search, gptq),
+    "w8a8-o3-learned": Row(sq.W8A8_O3, learned_from_smoothing()),
+    "w8a8-o3-learned-gptq": Row(sq.W8A8_O3, learned_from_smoothing(), gptq),
     "w4a16-rounding": Row(W4, nothing),
     "w4a16-gptq": Row(W4, nothing_measured, gptq),
     "w4a16-gptq-symmetric": Row(W4_SYMMETRIC, nothing_measured, gptq),
     "w4a16-awq": Row(W4, awq),
     "w4a16-awq-gptq": Row(W4, awq, gptq),
+    "w4a16-by-layers": Row(W4, nothing, by_layers),
+    "w4a16-awq-by-layers": Row(W4, awq_scales, by_layers),
+    "w4a16-g128-awq-gptq": Row(sq.W4A16, awq, gptq),
+    "w4a8-rounding": Row(sq.W4A8, nothing),
+    "w4a8-smooth-awq-gptq": Row(sq.W4A8, smooth_awq, gptq),
     "w4a16-learned": Row(W4, learned_from_awq()),
     "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),
 }
