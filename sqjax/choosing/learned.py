@@ -130,7 +130,8 @@ def learn(
         params: the calibrated tree.
         stats: its statistics.
         batches: a list of batches, each the work of one step: one or two sequences of some hundred
-            tokens. Their order does not matter.
+            tokens. As many as there are steps, because a few are learned by heart. Their order does
+            not matter.
         rules: as for `quantize`; without smoothing at run time and outliers.
         s: where to start; None: from 1. Groups that are left out stay as they are.
         clips: True, or where to start, {site: factors}: learn clips too.
