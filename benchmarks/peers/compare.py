@@ -34,13 +34,17 @@ class Side(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A row of theirs, and the row of ours that answers it."""
+    """A row of theirs, and a row of ours that answers it; one may have several answers."""
 
     scheme: str
     theirs: Side
     ours: Side
 
 
+SMOOTHED = Side("w8a8-compressor-smooth", "llm-compressor, SmoothQuant 0.8")
+SMOOTHED_GPTQ = Side(
+    "w8a8-compressor-smooth-gptq", "llm-compressor, SmoothQuant 0.8 + GPTQ"
+)
 SEARCH = Side("w8a8-search", "best alpha of each group")
 OURS_AWQ = Side("w4a16-awq", "AWQ")
 W8A8, W4A16 = "W8A8", "W4A16, groups of 64"
@@ -57,12 +61,14 @@ PAIRS = (
     ),
     Pair(
         W8A8,
-        Side("w8a8-compressor-smooth", "llm-compressor, SmoothQuant 0.8"),
+        SMOOTHED,
         Side("w8a8-smooth", "SmoothQuant 0.8"),
     ),
+    Pair(W8A8, SMOOTHED, SEARCH),
+    Pair(W8A8, SMOOTHED_GPTQ, SEARCH),
     Pair(
         W8A8,
-        Side("w8a8-compressor-smooth-gptq", "the same + GPTQ"),
+        SMOOTHED_GPTQ,
         Side("w8a8-search-gptq", "best alpha of each group + GPTQ"),
     ),
     Pair(W8A8, Side("w8a8-torchao", "torchao, SmoothQuant 0.5"), SEARCH),
