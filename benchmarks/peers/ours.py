@@ -25,6 +25,7 @@ import numpy as np
 import sqjax as sq
 from sqjax.commands.shared import text_windows
 from sqjax.models.decoder import embed, run_layer
+from sqjax.report.machine import current_commit
 
 MODEL = "smollm2-135m"
 TOKENS, CALIBRATION, EVALUATION, SEED = 512, 16, 60, 0
@@ -268,6 +269,7 @@ def measure(folder: Path, name: str) -> None:
     result = {
         "name": name,
         "versions": {"sqjax": sq.__version__, "jax": jax.__version__},
+        "commit": current_commit(),
         "threads": len(os.sched_getaffinity(0)),
         "seconds": round(seconds, 1),
         "losses": losses(model, tree, evaluated),
