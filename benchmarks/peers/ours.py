@@ -119,12 +119,6 @@ def awq_scales(case: Case, scheme: sq.Scheme) -> Chosen:
     return folded(case, stats, found)
 
 
-def smooth_awq(case: Case, scheme: sq.Scheme) -> Chosen:
-    """Smoothing, then AWQ's scales and clips, for W4A8."""
-    stats = case.measured()
-    return folded(case, stats, sq.smooth_awq(case.params, stats, rules(scheme)))
-
-
 def learned(start: Callable[[Any, Any, Any], Any]) -> Choice:
     """Scales and clips by gradient, from what a search found."""
 
@@ -164,6 +158,11 @@ def gptq(chosen: Chosen, scheme: sq.Scheme) -> Any:
     return sq.gptq(
         chosen.params, chosen.stats, rules(scheme), clips=chosen.clips
     )
+
+
+def by_search(chosen: Chosen, scheme: sq.Scheme) -> Any:
+    """All in one call."""
+    return sq.quantize_by_search(chosen.params, chosen.stats, rules(scheme))
 
 
 def by_layers(chosen: Chosen, scheme: sq.Scheme) -> Any:
@@ -216,14 +215,14 @@ ROWS = {
     "w8a8-search": Row(sq.W8A8, search),
     "w8a8-search-gptq": Row(sq.W8A8, search, gptq),
     "w8a8-learned": Row(sq.W8A8, learned_from_search()),
+    "w8a8-by-search": Row(sq.W8A8, nothing_measured, by_search),
+    "w8a8-o2-rounding": Row(sq.W8A8_O2, nothing),
     "w8a8-o2-smooth": Row(sq.W8A8_O2, smooth),
-    "w8a8-o2-search": Row(sq.W8A8_O2, search),
-    "w8a8-o2-search-gptq": Row(sq.W8A8_O2, search, gptq),
+    "w8a8-o2-by-search": Row(sq.W8A8_O2, nothing_measured, by_search),
+    "w8a8-o3-rounding": Row(sq.W8A8_O3, nothing),
     "w8a8-o3-smooth": Row(sq.W8A8_O3, smooth),
-    "w8a8-o3-search": Row(sq.W8A8_O3, search),
-    "w8a8-o3-search-gptq": Row(sq.W8A8_O3, search, gptq),
+    "w8a8-o3-by-search": Row(sq.W8A8_O3, nothing_measured, by_search),
     "w8a8-o3-learned": Row(sq.W8A8_O3, learned_from_smoothing()),
-    "w8a8-o3-learned-gptq": Row(sq.W8A8_O3, learned_from_smoothing(), gptq),
     "w4a16-rounding": Row(W4, nothing),
     "w4a16-gptq": Row(W4, nothing_measured, gptq),
     "w4a16-gptq-symmetric": Row(W4_SYMMETRIC, nothing_measured, gptq),
@@ -233,7 +232,7 @@ ROWS = {
     "w4a16-awq-by-layers": Row(W4, awq_scales, by_layers),
     "w4a16-g128-awq-gptq": Row(sq.W4A16, awq, gptq),
     "w4a8-rounding": Row(sq.W4A8, nothing),
-    "w4a8-smooth-awq-gptq": Row(sq.W4A8, smooth_awq, gptq),
+    "w4a8-by-search": Row(sq.W4A8, nothing_measured, by_search),
     "w4a16-learned": Row(W4, learned_from_awq()),
     "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),
 }

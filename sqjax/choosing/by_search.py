@@ -11,6 +11,7 @@ from sqjax.calibration.stats import Stats
 from sqjax.choosing.alphas import search_alpha
 from sqjax.choosing.awq import awq, smooth_awq
 from sqjax.choosing.gptq import gptq
+from sqjax.choosing.massive import massive_channels, without
 from sqjax.folding.apply import fold
 from sqjax.folding.graph import paths_of
 from sqjax.methods.described import check_stats
@@ -27,7 +28,9 @@ def quantize_by_search(
     1. Scales are folded in: where activations are quantized, with the alpha of each group that
        errs least (`search_alpha`); where only int4 weights are, by `awq`; of W4A8 by `smooth_awq`,
        which weighs both.
-    2. int4 ranges are clipped as AWQ found it, and all codes are rounded by `gptq`.
+    2. Where all tokens share a scale, channels that are far above all others stay float and
+       unsmoothed: see `sqjax.choosing.massive`.
+    3. int4 ranges are clipped as AWQ found it, and all codes are rounded by `gptq`.
 
     Args:
         params: the calibrated tree.
@@ -54,10 +57,18 @@ def quantize_by_search(
     """
     check_stats(stats, "quantize_by_search")
     schemes = site_schemes(stats.graph, scheme)
-    s, clips = _searched(params, stats, schemes)
+    massive = massive_channels(stats, schemes)
+    s, clips = _searched(params, without(stats, massive), schemes)
+    for path, (_, threshold) in massive.items():
+        schemes[path] = schemes[path].replace(outliers=threshold)
+    rules = _rules_of(schemes)
     folded = fold(params, stats.graph, s)
-    folded_stats = fold_stats(stats, s)
-    return gptq(folded, folded_stats, scheme, clips=clips)
+    return gptq(folded, fold_stats(stats, s), rules, clips=clips)
+
+
+def _rules_of(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The rules that give these leaves, and no others, their schemes."""
+    return {f"^{re.escape(path)}$": how for path, how in schemes.items()}
 
 
 def _searched(
@@ -72,9 +83,8 @@ def _searched(
     s: dict[str, Array] = {}
     clips: dict[str, Array] = {}
     for search in dict.fromkeys(search_of.values()):
-        own = [path for path in search_of if search_of[path] is search]
-        rules = {f"^{re.escape(path)}$": schemes[path] for path in own}
-        found: Any = search(params, stats, rules)
+        own = {p: schemes[p] for p in search_of if search_of[p] is search}
+        found: Any = search(params, stats, _rules_of(own))
         # What an earlier search has found of a group stays: its sites have several schemes.
         s = found.s | s
         # A search for alphas clips nothing.
