@@ -38,8 +38,8 @@ class AlphaSearch(NamedTuple):
         alphas: {group: its alpha}, a number; for stacked layers an array with one for each step.
             NaN where no smoothing was best.
         errors: {group: the error of every candidate}: (1 + len(grid),), the first of no smoothing;
-            for stacked layers (1 + len(grid), steps). It is the sum over the group's sites of
-            |X W - quantized|^2 / |X W|^2, so it can be plotted against the grid.
+            for stacked layers (1 + len(grid), steps). It is the sum over the group's sites of the
+            mean over tokens of |x W - quantized|^2 / |x W|^2, to be plotted against the grid.
         grid: the alphas that were tried.
     """
 
@@ -61,13 +61,13 @@ def search_alpha(
 
     Every alpha of the grid is tried, and no smoothing (s = 1) first. What is compared is
 
-        sum over the group's sites of |X W - Q(X / s) Q(s W)|^2 / |X W|^2
+        sum over the group's sites of the mean over tokens of |x W - Q(x / s) Q(s W)|^2 / |x W|^2
 
-    with the scheme's own quantizers, where X is the sample of tokens in the statistics. So by this
+    with the scheme's own quantizers, for the sample of tokens x in the statistics. So by this
     measure no group is worse than unsmoothed. A static scale is that of all calibration tokens. A
     scale that a whole tensor shares is the one to expect of new tokens, which exceed those of
-    calibration (`sqjax.numerics.tails`). Where activations stay float, the error is computed from
-    the Gram matrix, if there is one, and is exact.
+    calibration (`sqjax.numerics.tails`). Where activations stay float, the error is that of all
+    tokens together, |X W - X Q(s W) / s|^2 / |X W|^2, from the Gram matrix if there is one.
 
     Args:
         params: the calibrated parameters.

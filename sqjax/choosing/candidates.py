@@ -3,10 +3,10 @@
 A candidate is an s for each fold group. A site's error is that of its output under the real
 quantizers, relative to the output itself:
 
-    |X W - Q(X / s) Q(s W)|^2 / |X W|^2
+    the mean over tokens x of |x W - Q(x / s) Q(s W)|^2 / |x W|^2
 
-With quantized activations, X is the sample of tokens in the statistics. Where activations stay
-float the Gram matrix gives the same number of all tokens, exactly: see
+With quantized activations these are the sample of tokens in the statistics. Where activations stay
+float the Gram matrix gives |X W - X Q(s W) / s|^2 / |X W|^2 of all tokens together, exactly: see
 `sqjax.numerics.output_error`.
 """
 
@@ -277,7 +277,9 @@ def site_errors(
         scheme: how it is quantized.
 
     Returns:
-        float32, (candidates, matrices): |X W - Q(X / s) Q(s W)|^2 / |X W|^2; 0 where X W is 0.
+        float32, (candidates, matrices): the mean over tokens of |x W - Q(x / s) Q(s W)|^2 /
+            |x W|^2; with a Gram matrix, which knows no single tokens, the ratio of sums over all
+            tokens; 0 where X W is 0.
     """
     batch = len(site.batch)
     stack = math.prod(site.channels[:batch])
@@ -364,8 +366,22 @@ def _error(
         largest = divided.reshape(-1)
         rounded, clipped = _as_quantized(x, largest, seen, scheme)
         change = jnp.matmul(rounded, got, precision=EXACT) - exact.outputs
-        noise = jnp.sum(change**2) + jnp.sum(clipped[:, None] * got**2)
+        lost = jnp.sum(clipped[:, None] * got**2) / _or_one(exact.size)
+        return _mean_of_tokens(change, exact.outputs) + lost
     return jnp.where(exact.size > 0, noise / _or_one(exact.size), 0)
+
+
+def _mean_of_tokens(change: Array, outputs: Array) -> Array:
+    """The mean over tokens of |change|^2 / |output|^2; tokens without any output are none.
+
+    Each by itself, because a norm comes after most outputs: a token of small outputs matters as
+    much as one of large ones.
+    """
+    of_token = jnp.sum(outputs**2, axis=1)
+    alive = of_token > 0
+    relative = jnp.sum(change**2, axis=1) / _or_one(of_token)
+    count = jnp.sum(alive, dtype=jnp.float32)
+    return jnp.sum(jnp.where(alive, relative, 0)) / _or_one(count)
 
 
 def _or_one(x: Array) -> Array:

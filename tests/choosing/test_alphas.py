@@ -8,6 +8,7 @@ import pytest
 import sqjax as sq
 from sqjax.choosing import candidates
 from sqjax.choosing.alphas import search_alpha
+from sqjax.numerics.formats import INT4
 from tests.helpers.slow import slow_but
 
 GRID = (0.0, 0.5, 0.85, 1.0)
@@ -55,7 +56,8 @@ def static_error(x, w, absmax, tokens, s):
     has_tail = absmax <= 2 * np.abs(x).max(0) * more ** (1 / power)
     lost = ((has_tail * beyond)[:, None] * wq**2).sum()
     assert power > 2.5
-    return (np.square(xq @ wq - x @ w).sum() + lost) / np.square(x @ w).sum()
+    of_tokens = np.square(xq @ wq - x @ w).sum(1) / np.square(x @ w).sum(1)
+    return of_tokens.mean() + lost / np.square(x @ w).sum()
 
 
 def test_errors_are_those_of_numpy():
@@ -100,13 +102,24 @@ def test_never_worse_than_no_smoothing_and_ready_to_fold(scheme):
 @pytest.mark.slow
 def test_a_weights_error_by_gram_is_that_of_all_tokens():
     params, x = model()
-    by_gram = sq.calibrate(fn, params, [x], gram=True)
-    by_tokens = sq.calibrate(fn, params, [x], sample=200)
-    first, second = (
-        search_alpha(params, stats, sq.W4A16_G64, grid=GRID) for stats in (by_gram, by_tokens)
-    )
-    for name, errors in first.errors.items():
-        np.testing.assert_allclose(errors, second.errors[name], rtol=1e-3)
+    stats = sq.calibrate(fn, params, [x], gram=True)
+    found = search_alpha(params, stats, sq.W4A16_G64, grid=GRID)
+    w = np.asarray(params["c"], float)
+    normed = x * params["norm"][None]
+    h = np.asarray(jnp.tanh(normed @ params["a"]) * (normed @ params["b"]), float)
+    for s, error in zip(alphas_of("c", params, stats), found.errors["c"], strict=True):
+        scaled = jnp.asarray(params["c"]) * s[:, None]
+        narrow = np.asarray(
+            sq.dequantize(sq.QTensor.quantize(scaled, (0,), 64, INT4, (), True)), float
+        )
+        change = h @ (narrow / np.asarray(s, float)[:, None] - w)
+        expected = np.square(change).sum() / np.square(h @ w).sum()
+        np.testing.assert_allclose(error, expected, rtol=1e-3)
+
+
+def alphas_of(name, params, stats):
+    """s for each candidate: none, then those of the grid."""
+    return [jnp.ones(24), *(sq.scales(params, stats, alpha)[name] for alpha in GRID)]
 
 
 def stacked(p, x):
