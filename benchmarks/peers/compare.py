@@ -46,6 +46,7 @@ SMOOTHED_GPTQ = Side(
     "w8a8-compressor-smooth-gptq", "llm-compressor, SmoothQuant 0.8 + GPTQ"
 )
 SEARCH = Side("w8a8-search", "best alpha of each group")
+BY_SEARCH = Side("w8a8-by-search", "best alpha of each group + GPTQ")
 OURS_AWQ = Side("w4a16-awq", "AWQ")
 W8A8, W4A16 = "W8A8", "W4A16, groups of 64"
 PAIRS = (
@@ -69,13 +70,13 @@ PAIRS = (
     Pair(
         W8A8,
         SMOOTHED_GPTQ,
-        Side("w8a8-search-gptq", "best alpha of each group + GPTQ"),
+        BY_SEARCH,
     ),
     Pair(W8A8, Side("w8a8-torchao", "torchao, SmoothQuant 0.5"), SEARCH),
     Pair(
         W8A8,
         Side("w8a8-torchao", "torchao, SmoothQuant 0.5"),
-        Side("w8a8-learned", "learned scales"),
+        BY_SEARCH,
     ),
     Pair(
         W4A16,
@@ -102,11 +103,6 @@ PAIRS = (
         W4A16,
         Side("w4a16-compressor-awq-gptq", "llm-compressor, AWQ + GPTQ"),
         Side("w4a16-awq-gptq", "AWQ + GPTQ"),
-    ),
-    Pair(
-        W4A16,
-        Side("w4a16-compressor-awq-gptq", "llm-compressor, AWQ + GPTQ"),
-        Side("w4a16-learned-gptq", "learned scales and clips + GPTQ"),
     ),
 )
 

@@ -5,9 +5,12 @@ ones into Markdown. Each function here takes rows as a record holds them (`sqjax
 and returns a `Table`, which has two forms, `text` and `markdown`.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from sqjax.commands.records import Row
 
@@ -394,6 +397,57 @@ def peers(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+#: {row of `benchmarks/peers/ours.py`: what it is called}, in the order of the table.
+_CHOICES = {
+    "float": "float32",
+    "w8a8-rounding": "W8A8, rounding",
+    "w8a8-smooth": "W8A8, alpha 0.8",
+    "w8a8-search": "W8A8, `search_alpha`",
+    "w8a8-by-search": "W8A8, `quantize_by_search`",
+    "w8a8-o2-rounding": "W8A8_O2, rounding",
+    "w8a8-o2-smooth": "W8A8_O2, alpha 0.8",
+    "w8a8-o2-by-search": "W8A8_O2, `quantize_by_search`",
+    "w8a8-o3-rounding": "W8A8_O3, rounding",
+    "w8a8-o3-smooth": "W8A8_O3, alpha 0.8",
+    "w8a8-o3-by-search": "W8A8_O3, `quantize_by_search`",
+    "w8a8-o3-learned": "W8A8_O3, `learn`",
+    "w4a16-rounding": "W4A16_G64, rounding",
+    "w4a16-awq": "W4A16_G64, `awq`",
+    "w4a16-gptq": "W4A16_G64, `gptq`",
+    "w4a16-awq-gptq": "W4A16_G64, `awq` and `gptq`",
+    "w4a16-by-layers": "W4A16_G64, `gptq_blocks`",
+    "w4a16-awq-by-layers": "W4A16_G64, `awq` and `gptq_blocks`",
+    "w4a16-g128-awq-gptq": "W4A16 (groups of 128), `awq` and `gptq`",
+    "w4a8-rounding": "W4A8, rounding",
+    "w4a8-by-search": "W4A8, `quantize_by_search`",
+}
+
+
+def choices(rows: Sequence[Row]) -> Table:
+    """A line for each of our own rows: what choosing from data gives, and what it costs."""
+    of_name = {row["name"]: row for row in _of_table("ours", rows)}
+    exact = np.asarray(of_name["float"]["losses"])
+    titles = ("", "perplexity", "more than float", "core seconds")
+    lines = []
+    for name, label in _CHOICES.items():
+        if name not in of_name:
+            continue
+        row = of_name[name]
+        perplexity, seconds = (
+            f"{row['perplexity']:.3f}",
+            f"{row['seconds']:.0f}",
+        )
+        if name == "float":
+            lines.append((label, perplexity, "", ""))
+            continue
+        changes = np.asarray(row["losses"]) - exact
+        error = changes.std(ddof=1) / math.sqrt(len(changes))
+        more = 100 * math.expm1(changes.mean())
+        spread = f"{more:.2f}% ± {100 * NORMAL_95 * error:.2f}%"
+        lines.append((label, perplexity, spread, seconds))
+    return Table(titles, lines)
+
+
 def _standing(difference: float, half: float) -> str:
     """Where ours stands by the interval of difference - half to difference + half."""
     if abs(difference) <= half:
@@ -468,4 +522,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "convolutional models": convolutional_models,
     "convolution speeds": convolution_speeds,
     "peers": peers,
+    "choices": choices,
 }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sqjax.commands import layouts, tables
@@ -34,6 +35,18 @@ def pair(scheme, difference, error):
         "our_seconds": 60.0,
         "loss_difference": difference,
         "standard_error": error,
+    }
+
+
+def own(name, losses, seconds):
+    """Of ours alone."""
+    perplexity = float(np.exp(np.mean(losses)))
+    return {
+        "table": "ours",
+        "name": name,
+        "losses": losses,
+        "perplexity": perplexity,
+        "seconds": seconds,
     }
 
 
@@ -174,6 +187,20 @@ EXPECTED = {
                 *("W4A16", "torchao", "37.300", "80", "search", "37.250", "60"),
                 *("+0.0020 ± 0.0020", "behind"),
             ),
+        ],
+    ),
+    "choices": (
+        [
+            {"table": "pairs"},
+            own("w4a16-awq", [3.0, 3.25], 60.4),
+            own("float", [3.0, 3.0], 1.0),
+            own("unknown", [3.0, 3.0], 1.0),
+        ],
+        ("", "perplexity", "more than float", "core seconds"),
+        [
+            ("float32", "20.086", "", ""),
+            # expm1(0.125), and 1.96 standard errors of 0.125.
+            ("W4A16_G64, `awq`", "22.760", "13.31% ± 24.50%", "60"),
         ],
     ),
     "decode caches": (
