@@ -57,6 +57,7 @@ def quantize_by_search(
     """
     check_stats(stats, "quantize_by_search")
     schemes = site_schemes(stats.graph, scheme)
+    # First, because a search that sees them takes a scale for their sake.
     massive = massive_channels(stats, schemes)
     s, clips = _searched(params, without(stats, massive), schemes)
     for path, (_, threshold) in massive.items():

@@ -178,9 +178,11 @@ def choose(
         group.name: _of_group(group, judged, candidates[group.name])
         for group in groups
     }
+    # All at once, because each transfer waits for the device.
     errors = jax.device_get(found)
     s, index = {}, {}
     for group in groups:
+        # The first of equal ones: no smoothing, where nothing is better.
         best = np.argmin(errors[group.name], axis=0)
         index[group.name] = best
         s[group.name] = _taken(candidates[group.name], best)

@@ -123,6 +123,7 @@ def _of_matrix(
     one = jnp.ones(lowest.shape, jnp.float32)
     if is_single:
         tried = lax.map(lambda ratio: error(one * ratio), ratios)
+        # All outputs have the same error here, because they share the range.
         chosen = jnp.argmin(tried[:, :1], axis=0)
     else:
         changes = lax.map(lambda ratio: changed(one * ratio), ratios)

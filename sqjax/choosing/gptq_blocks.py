@@ -106,6 +106,7 @@ def gptq_blocks(
             made = compensated(target, made, seen, how)
             coded = _with_leaves(coded, made, own)
             narrow = _with_leaves(narrow, made, own, as_float=True)
+        # Only now, because both streams must have the whole layer behind them.
         streams = streams.after(layer, narrow)
         done.append(coded)
     return done
@@ -156,6 +157,7 @@ class _Streams(NamedTuple):
         first = (batches[0],)
         analyses = Analyses([block], layer, [first], {}, False)
         analysis = analyses.together(0, first, 0)
+        # q, k and v are one stage, because they read one activation.
         by_activation: dict[Var, list[Place]] = {}
         for place in analysis.places:
             if place.site.path in schemes and place.site.kernel is None:
@@ -174,6 +176,7 @@ class _Streams(NamedTuple):
         """{site: the Gram matrices of its activation}."""
         pair = self.pairs[stage[0].activation]
         trees = jax.tree.leaves(layer), jax.tree.leaves(narrow)
+        # Batch by batch, because the activations of all batches may not fit.
         total: Any = None
         for x, y in zip(self.exact, self.narrow, strict=True):
             new = pair(*trees, x, y)
@@ -262,6 +265,7 @@ def _corrected_leaf(
     features = pair.gram.shape[0]
     rows = moved.reshape(-1, features).astype(jnp.float32)
     corrected = corrected_weight(rows, pair.gram, pair.cross, damping)
+    # The inverse permutation leads back to the order of the leaf's axes.
     back = np.argsort(order).tolist()
     return corrected.reshape(moved.shape).transpose(back).astype(leaf.dtype)
 

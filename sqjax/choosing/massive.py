@@ -50,10 +50,12 @@ def massive_channels(
             continue
         absmax = np.asarray(stats.absmax[site.path])
         ordered = np.sort(absmax.reshape(-1))
+        # Of so few channels none can be told from the rest.
         if ordered.size <= MOST:
             continue
         threshold = FACTOR * float(ordered[-1 - MOST])
         channels = absmax > threshold
+        # A threshold of 0 says that nearly all channels are dead, and not that one is massive.
         if threshold > 0 and channels.any():
             found[site.path] = Massive(channels, threshold)
     return found

@@ -219,6 +219,7 @@ def choose_precision(
     tied = _tied(stats.graph, sites, found.joined)
     costs = _costs(losses, leaves, trees, schemes, tied)
     curve = trade_off(costs.nbytes, costs.loss)
+    # Without an assignment yet, because `within` makes one for any budget from the same costs.
     nothing = Precision(
         {},
         0,
@@ -255,6 +256,7 @@ def _schemes(candidates: Any) -> tuple[Scheme | None, ...]:
                     "it in fixed={pattern: scheme}"
                 )
         schemes[scheme] = None
+    # None alone is no choice, because nothing would be quantized.
     if not any(schemes):
         raise ValueError(
             f"choose_precision: candidates: expected {expected}, got no scheme"
@@ -293,6 +295,7 @@ def _tied(
 
     Example: groups of q, k, v and of v, o make one set of all four.
     """
+    # Sets grow together: where two share a site, every member gets the union.
     set_of = {path: {path} for path in sites}
     groups = [group.paths for group in graph.groups if not group.keys]
     for paths in [*groups, *joined]:
@@ -314,6 +317,7 @@ def _costs(
     tied: Sequence[Sequence[str]],
 ) -> Costs:
     """What is weighed: the losses, bytes and bits of tied sites added up."""
+    # Sizes come from the quantized leaves, because scales and zero points count too.
     of_trees = []
     for tree in trees:
         paths, coded, _ = named_leaves(tree, is_leaf=is_quantized)

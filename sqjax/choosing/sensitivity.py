@@ -77,12 +77,8 @@ def sensitivity(
         ValueError: there are no batches; fn fails on one; its outputs, or its gradients, hold NaN
             or infinity; no output is a float array; the loss is no float array.
     """
-    paths, _, _ = named_leaves(params)
     coded = [named_leaves(tree, is_leaf=is_quantized)[1] for tree in versions]
-    is_site = map(is_quantized, coded[0])
-    sites = [
-        path for path, is_one in zip(paths, is_site, strict=True) if is_one
-    ]
+    sites = _quantized_paths(versions[0])
     joined: dict[tuple[str, ...], None] = {}
     totals = {path: np.zeros(len(versions)) for path in sites}
     predictions = 0
@@ -104,9 +100,9 @@ def sensitivity(
             programs[kind] = _program(
                 with_loss, params, key, args, sites, len(versions), joined
             )
-        inputs = array_leaves(
-            (jax.random.fold_in(key, np.uint32(checksum(args))), *args)
-        )
+        # By its numbers and not by its place, because the order of batches shall not matter.
+        own_key = jax.random.fold_in(key, np.uint32(checksum(args)))
+        inputs = array_leaves((own_key, *args))
         found, count = jax.device_get(programs[kind](floats, coded, inputs))
         predictions += count
         for path, sums in found.items():
@@ -119,6 +115,13 @@ def sensitivity(
         )
     means = {path: total / predictions / 2 for path, total in totals.items()}
     return Sensitivity(means, tuple(x for x in joined if len(x) > 1))
+
+
+def _quantized_paths(tree: PyTree) -> list[str]:
+    """The paths of a tree's quantized leaves."""
+    paths, leaves, _ = named_leaves(tree, is_leaf=is_quantized)
+    pairs = zip(paths, leaves, strict=True)
+    return [path for path, leaf in pairs if is_quantized(leaf)]
 
 
 def _check_finite(found: Mapping[str, np.ndarray], number: int) -> None:

@@ -72,6 +72,7 @@ def simulated(
     )
     paths, floats, _ = named_leaves(folded)
     coded = named_leaves(qparams, is_leaf=is_quantized)[1]
+    # Rounded by `quantize` itself, because what is learned shall be true of its codes.
     sites = dict(
         zip(paths_of(stats.graph.sites), stats.graph.sites, strict=True)
     )
@@ -139,6 +140,7 @@ def round_weight(
         lowest, highest = lowest * factor, highest * factor
         inside = (x >= lowest) & (x <= highest)
     scale, values = _scale_and_values(x, lowest, highest, scheme)
+    # The gradient is that of plain scales, because the others differ little from these.
     if _has_other_scales(scheme):
         values = sharing.view(weight.dequantize().astype(jnp.float32))
     rounded = straight_through(x, scale, lax.stop_gradient(values), inside)
@@ -269,6 +271,8 @@ def _forward(
 
 def _back(kept: Any, g: Array) -> tuple[Array, Array, Array, None]:
     x, scale, values, inside = kept
+    # d (scale q) / d scale = q - x / scale where x is inside, because q moves with x there (LSQ,
+    # Esser et al. 2020, arXiv 1902.08153); and q alone where x is clipped.
     of_x, of_values = g, values - x
     if inside is not None:
         of_x = jnp.where(inside, g, 0.0)
@@ -307,6 +311,7 @@ class _Rounding(Beside):
                 "with quantized activations are simulated. Give it a scheme for the weight alone, "
                 "or None"
             )
+        # The weight is rounded already, because the float leaves hold the quantized values.
         left = 0 if met.floats[0] is met.operands[0][0] else 1
         operands = list(met.floats)
         operands[left] = _rounded_input(met, left, weight)
@@ -325,6 +330,7 @@ def _rounded_input(met: Meeting, place: int, weight: QuantWeight) -> Array:
         for axis, size in zip(batch[place], scale.shape, strict=False):
             shape[axis] = size
         return round_activation(x, scale.reshape(shape), fmt)
+    # A token's scale is that of the axes that the product sums over.
     per_token = weight.activations == "per_token"
     axes = contracted[place] if per_token else range(x.ndim)
     largest = jnp.max(

@@ -61,6 +61,7 @@ def record(
     found: Recommendation, text: str, output: Path | None
 ) -> dict[str, Any]:
     """What was found, for machines."""
+    # JSON has no infinity, so an interval of one batch is null.
     tried = [
         {
             "recipe": one.name,

@@ -179,24 +179,29 @@ class Beside(Registry):
         if is_matmul and not self.multiplies:
             [x] = exact
             return self.meeting(Meeting(equation, floats, each, x, ()))
-        results_of = []
-        for coded in each:
-            rule = RULES.rule(equation, coded).given(known)
-            made = rule(equation, *coded)
-            if made is None:
-                return None
-            results_of.append(listed(equation, made))
+        results_of = [_made(equation, coded, known) for coded in each]
+        # By identity, because == of two arrays is an array.
+        if any(made is None for made in results_of):
+            return None
         results: list[Any] = []
         for x, *others in zip(exact, *results_of, strict=True):
             if all(isinstance(other, Special) for other in others):
                 results.append(_beside(special.path, x, others))
             elif equation.primitive.name in PRODUCTS:
-                results.append(
-                    self.meeting(Meeting(equation, floats, each, x, others))
-                )
+                met = Meeting(equation, floats, each, x, others)
+                results.append(self.meeting(met))
             else:  # the norm of a weight, an array that passes a barrier
                 results.append(x)
         return results if equation.primitive.multiple_results else results[0]
+
+
+def _made(
+    equation: JaxprEqn, coded: Sequence[Any], known: Sequence[Any]
+) -> Any:
+    """What `quantized` makes of the operands of one version; None where it has no rule."""
+    rule = RULES.rule(equation, coded).given(known)
+    made = rule(equation, *coded)
+    return None if made is None else listed(equation, made)
 
 
 def _exact(x: Any) -> Any:

@@ -128,6 +128,7 @@ def _priorities(
     )
     of_seed = _mixed(jnp.uint32(seed) + jnp.uint32(1))
     priority = _mixed(_mixed(of_array ^ of_seed) + place)
+    # Not 0, because that stands for no token.
     priority = jnp.maximum(priority, jnp.uint32(1))
     return jnp.where((x != 0).any(-1), priority, jnp.uint32(0))
 

@@ -27,6 +27,7 @@ def ranges_of(
         scheme.weight.granularity,
     )
     stored, sharing = layout.stored, layout.sharing
+    # With a zero point both ends move, because the codes cover [min, max].
     if isinstance(scheme.weight, Int4) and scheme.weight.zero_point:
         lowest = sharing.reduced(stored, jnp.min)
         return layout, lowest, sharing.reduced(stored, jnp.max)
