@@ -114,7 +114,14 @@ def sensitivity(
             "prediction; at least one is needed"
         )
     means = {path: total / predictions / 2 for path, total in totals.items()}
-    return Sensitivity(means, tuple(x for x in joined if len(x) > 1))
+    return Sensitivity(means, _of_several(joined))
+
+
+def _of_several(
+    products: Iterable[tuple[str, ...]],
+) -> tuple[tuple[str, ...], ...]:
+    """The products that read more than one leaf."""
+    return tuple(paths for paths in products if len(paths) > 1)
 
 
 def _quantized_paths(tree: PyTree) -> list[str]:

@@ -183,16 +183,20 @@ class Beside(Registry):
         # By identity, because == of two arrays is an array.
         if any(made is None for made in results_of):
             return None
-        results: list[Any] = []
-        for x, *others in zip(exact, *results_of, strict=True):
-            if all(isinstance(other, Special) for other in others):
-                results.append(_beside(special.path, x, others))
-            elif equation.primitive.name in PRODUCTS:
-                met = Meeting(equation, floats, each, x, others)
-                results.append(self.meeting(met))
-            else:  # the norm of a weight, an array that passes a barrier
-                results.append(x)
+        results = [
+            self._result(Meeting(equation, floats, each, x, others), special)
+            for x, *others in zip(exact, *results_of, strict=True)
+        ]
         return results if equation.primitive.multiple_results else results[0]
+
+    def _result(self, met: Meeting, special: Special) -> Any:
+        """One result: weights still, a product, or an array of another kind."""
+        if all(isinstance(other, Special) for other in met.results):
+            return _beside(special.path, met.exact, met.results)
+        if met.equation.primitive.name in PRODUCTS:
+            return self.meeting(met)
+        # The norm of a weight, an array that passes a barrier.
+        return met.exact
 
 
 def _made(
