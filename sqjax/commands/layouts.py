@@ -448,6 +448,24 @@ def choices(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+def int4_encoder(rows: Sequence[Row]) -> Table:
+    """A line for each recipe: how far an encoder's vectors turn."""
+    titles = (
+        "W4A16_G64",
+        "mean cosine",
+        "least cosine",
+        "same nearest sentence",
+        "core seconds",
+    )
+    lines = []
+    for row in rows:
+        cosines = f"{row['mean_cosine']:.4f}", f"{row['least_cosine']:.4f}"
+        same = f"{100 * row['same_nearest']:.1f}%"
+        seconds = f"{row['core_seconds']:.0f}"
+        lines.append((row["recipe"], *cosines, same, seconds))
+    return Table(titles, lines)
+
+
 def _standing(difference: float, half: float) -> str:
     """Where ours stands by the interval of difference - half to difference + half."""
     if abs(difference) <= half:
@@ -523,4 +541,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "convolution speeds": convolution_speeds,
     "peers": peers,
     "choices": choices,
+    "int4 encoder": int4_encoder,
 }

@@ -203,6 +203,19 @@ EXPECTED = {
             ("W4A16_G64, `awq`", "22.760", "13.31% ± 24.50%", "60"),
         ],
     ),
+    "int4 encoder": (
+        [
+            {
+                "recipe": "GPTQ",
+                "mean_cosine": 0.98844,
+                "least_cosine": 0.96066,
+                "same_nearest": 0.8325,
+                "core_seconds": 14.7,
+            }
+        ],
+        ("W4A16_G64", "mean cosine", "least cosine", "same nearest sentence", "core seconds"),
+        [("GPTQ", "0.9884", "0.9607", "83.2%", "15")],
+    ),
     "decode caches": (
         DECODE,
         ("cache", "bytes a token", "float32 weights", "W8A8 weights"),
