@@ -63,6 +63,16 @@ class Analysis:
         return frozenset([*of_places, *of_keys])
 
     @cached_property
+    def looked_up(self) -> frozenset[str]:
+        """The paths of leaves of which rows are looked up: a head that is the embedding, say."""
+        paths = [
+            self.program.path_of(equation.inputs[0])
+            for equation in self.program.equations
+            if equation.name == "gather"
+        ]
+        return frozenset(path for path in paths if path is not None)
+
+    @cached_property
     def graph(self) -> Graph:
         """What can be folded: searched for when first asked for, because recording needs none."""
         return find_graph(self.survey, self.keys, self.stated)

@@ -219,10 +219,12 @@ def checked_wanted(
     Raises:
         ValueError: sample or seed is no such number; a mask in their place, say.
     """
+    is_bool = isinstance(gram, bool)
+    expect(is_bool, "calibrate: gram=", "True or False", gram)
     for name, number in (("sample", sample), ("seed", seed)):
         is_count = type(number) is int and 0 <= number < 2**31
         expect(is_count, f"calibrate: {name}=", "an int of 0 or more", number)
-    return Wanted(bool(histogram), bool(gram), sample, seed)
+    return Wanted(bool(histogram), gram, sample, seed)
 
 
 def check_mask(mask: Any) -> None:

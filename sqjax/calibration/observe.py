@@ -1,7 +1,13 @@
 """`observe`: runs a program, and records what each of its sites sees."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -106,7 +112,9 @@ def observe(
     # Several matmuls may read one site: these are merged only once each is in the site's shape.
     seen_at: list[tuple[Place, Observation]] = []
     for place in places:
-        measurement = measured[place.activation][_probe(place, wanted)]
+        measurement = measured[place.activation][
+            _probe(analysis, place, wanted)
+        ]
         along = differing.get(place.activation, frozenset())
         seen = _as_channels(program, place, measurement, along)
         sizes = _sizes_of_experts(program, place)
@@ -132,18 +140,27 @@ def _probes(analysis: Analysis, wanted: Wanted) -> dict[Var, set[Probe]]:
     """{activation: what to measure of it}: sites that share one mostly share the probe too."""
     probes: dict[Var, set[Probe]] = {}
     for place in analysis.places:
-        probe = _probe(place, wanted)
+        probe = _probe(analysis, place, wanted)
         probes.setdefault(place.activation, set()).add(probe)
     for key in analysis.keys:
         probes.setdefault(key.activation, set()).add(Probe(key.axes))
     return probes
 
 
-def _probe(place: Place, wanted: Wanted) -> Probe:
+def _probe(analysis: Analysis, place: Place, wanted: Wanted) -> Probe:
+    own = wanted_of(place.site, wanted, analysis.looked_up)
+    return Probe(place.axes, place.batch, own)
+
+
+def wanted_of(site: Site, wanted: Wanted, looked_up: Collection[str]) -> Wanted:
+    """What is kept of one site."""
     # What a convolution multiplies is a window of pixels, and no row of this activation.
-    if place.site.kernel is not None:
-        wanted = Wanted(histogram=wanted.histogram)
-    return Probe(place.axes, place.batch, wanted)
+    if site.kernel is not None:
+        return Wanted(histogram=wanted.histogram)
+    # A Gram matrix says what errors cost the product. What they cost a look-up it does not know.
+    if site.path in looked_up:
+        return wanted._replace(gram=False)
+    return wanted
 
 
 def _measure_all(

@@ -21,7 +21,13 @@ from sqjax.calibration.analysis import (
     shapes_of,
 )
 from sqjax.calibration.measure import Wanted
-from sqjax.calibration.observe import Observation, combine, experts_of, observe
+from sqjax.calibration.observe import (
+    Observation,
+    combine,
+    experts_of,
+    observe,
+    wanted_of,
+)
 from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Graph, Site
@@ -73,24 +79,10 @@ class Recorder:
             none = Observation(zeros, zeros, jnp.asarray(np.int32(0)), reached)
             # Keys are no sites: they have no weight to quantize, so nobody asks for more of them.
             if site in self.graph.sites:
-                none = self._nothing_more(site, none)
+                own = wanted_of(site, self._wanted, first.looked_up)
+                none = _with_nothing(site, none, own)
             totals[site.path] = none
         return totals
-
-    def _nothing_more(self, site: Site, none: Observation) -> Observation:
-        """An observation of nothing, with what is wanted beside maxima and sums."""
-        wanted = self._wanted
-        stack = site.channels[: len(site.batch)]
-        features = math.prod(site.channels[len(site.batch) :])
-        if wanted.histogram:
-            none = none._replace(histogram=Histogram.empty(stack))
-        if wanted.gram and site.kernel is None:
-            zeros = np.zeros((*stack, features, features), np.float32)
-            none = none._replace(gram=jnp.asarray(zeros))
-        if wanted.sample and site.kernel is None:
-            empty = Sample.empty(stack, wanted.sample, features)
-            none = none._replace(sample=empty)
-        return none
 
     def record(self, which: int, args: Arguments, number: int) -> None:
         """Adds what the sites see in batch `number` of function `which`."""
@@ -154,6 +146,10 @@ class Recorder:
         # keep a NaN, because a CPU's vectorised maximum passes over it.
         absmax = _with_nan_of(absmax, abs_sum)
         check_finite(absmax, "activation at")
+        grams = self._of_each("gram")
+        check_finite(
+            grams, "Gram matrix (of activations that are too large) at"
+        )
 
         leaves = leaves_by_path(self._analyses.params, self.graph)
         weights = weight_absmaxes(self.graph.sites, leaves)
@@ -171,7 +167,7 @@ class Recorder:
             self._of_each("histogram"),
             leaf_sizes(leaves),
             reached,
-            self._of_each("gram"),
+            grams,
             self._of_each("sample"),
         )
 
@@ -181,6 +177,21 @@ class Recorder:
             path: getattr(seen, field) for path, seen in self.totals.items()
         }
         return {path: x for path, x in found.items() if x is not None}
+
+
+def _with_nothing(site: Site, none: Observation, wanted: Wanted) -> Observation:
+    """An observation of nothing, with what is wanted beside maxima and sums."""
+    stack = site.channels[: len(site.batch)]
+    features = math.prod(site.channels[len(site.batch) :])
+    if wanted.histogram:
+        none = none._replace(histogram=Histogram.empty(stack))
+    if wanted.gram:
+        zeros = np.zeros((*stack, features, features), np.float32)
+        none = none._replace(gram=jnp.asarray(zeros))
+    if wanted.sample:
+        empty = Sample.empty(stack, wanted.sample, features)
+        none = none._replace(sample=empty)
+    return none
 
 
 def _added(

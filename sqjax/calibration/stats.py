@@ -63,7 +63,8 @@ class Stats:
             they are, because the histogram of X says nothing about that of X / s.
         gram: {site: the Gram matrix X^T X, one for each matrix of a stack, float32, (*batch,
             features, features)} if `calibrate(..., gram=True)` asked for it, else empty. Features
-            are all contracted axes of a site as one, in their order. Not of convolutions.
+            are all contracted axes of a site as one, in their order. Not of convolutions, nor of a
+            head whose rows are looked up too.
         sample: {site: a `Sample` of its tokens} if `calibrate(..., sample=512)` asked for it.
 
     Examples:
@@ -301,7 +302,7 @@ def _sums(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gram_bytes(graph: Graph) -> int:
-    """How many bytes the Gram matrices of all sites take: `calibrate(..., gram=True)`.
+    """How many bytes the Gram matrices of all sites take at most: `calibrate(..., gram=True)`.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq

@@ -34,7 +34,7 @@ from sqjax.choosing.candidates import (
 from sqjax.choosing.clips import search_clips
 from sqjax.folding.apply import fold
 from sqjax.folding.graph import Group
-from sqjax.methods.described import check_stats, check_weights
+from sqjax.methods.described import check_leaves, check_stats
 from sqjax.methods.quantization import Rules
 from sqjax.methods.smoothing import fold_stats
 from sqjax.numerics.smoothing import believable
@@ -117,7 +117,7 @@ def awq(
     schemes = searched_schemes(stats, scheme, "awq")
     tried = _with_zero(checked_grid(grid, "awq"))
     chosen = searched_groups(stats, groups, schemes, "awq", weights_only=True)
-    _check_described(params, stats, chosen)
+    _check_described(params, stats, schemes)
     candidates = {
         group.name: awq_scales(group, stats, tried) for group in chosen
     }
@@ -177,6 +177,7 @@ def smooth_awq(
     of_smoothing = checked_grid(alphas, "smooth_awq")
     tried = _with_zero(checked_grid(grid, "smooth_awq"))
     chosen = searched_groups(stats, groups, schemes, "smooth_awq")
+    _check_described(params, stats, schemes)
 
     smoothing = alpha_candidates(params, stats, chosen, of_smoothing)
     first = choose(params, stats, schemes, smoothing)
@@ -233,14 +234,12 @@ def _normalised(sums: Array, exponents: Array) -> Array:
     return jnp.exp(powers * centred)
 
 
-def _check_described(
-    params: PyTree, stats: Stats, groups: Iterable[Group]
-) -> None:
+def _check_described(params: PyTree, stats: Stats, schemes: Schemes) -> None:
     """Raises ValueError if the statistics are of other parameters."""
-    paths = {path for group in groups for path in group.paths}
-    sites = [site for site in stats.graph.sites if site.path in paths]
+    # All sites and not those of groups alone, because the others are clipped too.
+    sites = [site for site in stats.graph.sites if site.path in schemes]
     advice = "pass fold_stats(stats, s), with the s that was folded in, or calibrate these"
-    check_weights(params, stats, sites, advice)
+    check_leaves(params, stats, sites, advice)
 
 
 def _clips_after(

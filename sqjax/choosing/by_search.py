@@ -10,6 +10,7 @@ from sqjax._trees import PyTree
 from sqjax.calibration.stats import Stats
 from sqjax.choosing.alphas import search_alpha
 from sqjax.choosing.awq import awq, smooth_awq
+from sqjax.choosing.clips import search_clips
 from sqjax.choosing.gptq import gptq
 from sqjax.choosing.massive import massive_channels, without
 from sqjax.folding.apply import fold
@@ -41,7 +42,8 @@ def quantize_by_search(
         A tree as that of `quantize`; its float function before rounding is that of `params`.
 
     Raises:
-        ValueError: what `quantize` refuses; the statistics hold no samples or no Gram matrices.
+        ValueError: what `quantize` refuses; the statistics hold no samples or no Gram matrices; a
+            static range is another than "absmax".
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -57,14 +59,35 @@ def quantize_by_search(
     """
     check_stats(stats, "quantize_by_search")
     schemes = site_schemes(stats.graph, scheme)
+    _check_ranges(schemes)
     # First, because a search that sees them takes a scale for their sake.
     massive = massive_channels(stats, schemes)
-    s, clips = _searched(params, without(stats, massive), schemes)
+    s = _searched(params, without(stats, massive), schemes)
     for path, (_, threshold) in massive.items():
         schemes[path] = schemes[path].replace(outliers=threshold)
     rules = _rules_of(schemes)
-    folded = fold(params, stats.graph, s)
-    return gptq(folded, fold_stats(stats, s), rules, clips=clips)
+    folded, after = fold(params, stats.graph, s), fold_stats(stats, s)
+    # Of the weights as they are now: another s would have had other ranges.
+    clips = search_clips(folded, after, _clipped(schemes))
+    return gptq(folded, after, rules, clips=clips)
+
+
+def _clipped(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The leaves whose ranges are searched: those that AWQ is for."""
+    return {
+        path: how
+        for path, how in schemes.items()
+        if _search_for(how) is not search_alpha
+    }
+
+
+def _check_ranges(schemes: Mapping[str, Scheme]) -> None:
+    for path, how in schemes.items():
+        if how.needs_histogram:
+            raise ValueError(
+                f"quantize_by_search: {path}: expected a static range of 'absmax', got {how!r}; "
+                "histograms are of activations before they are smoothed, which is done here"
+            )
 
 
 def _rules_of(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
@@ -74,23 +97,21 @@ def _rules_of(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
 
 def _searched(
     params: PyTree, stats: Stats, schemes: Mapping[str, Scheme]
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(s of every group that is quantized, clips): each by the search for its scheme."""
+) -> dict[str, Array]:
+    """s of every group that is quantized, by the search for its scheme."""
     search_of = {
         path: _search_for(schemes[path])
         for path in paths_of(stats.graph.sites)
         if path in schemes
     }
     s: dict[str, Array] = {}
-    clips: dict[str, Array] = {}
     for search in dict.fromkeys(search_of.values()):
         own = {p: schemes[p] for p in search_of if search_of[p] is search}
-        found: Any = search(params, stats, _rules_of(own))
+        options = {} if search is search_alpha else {"clip": False}
+        found: Any = search(params, stats, _rules_of(own), **options)
         # What an earlier search has found of a group stays: its sites have several schemes.
         s = found.s | s
-        # A search for alphas clips nothing.
-        clips |= getattr(found, "clips", {})
-    return s, clips
+    return s
 
 
 def _search_for(scheme: Scheme) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def gptq(
     What is made small is the error of every site's outputs over the calibrated tokens, trace(E G
     E^T) with E the weights' error and G = X^T X, and not E itself. Scales, zero points and static
     ranges are those of `quantize`, and so are the sites that have no Gram matrix: convolutions and
-    embeddings that are looked up.
+    embeddings that are looked up, heads among them.
 
     Args:
         params: the calibrated or the smoothed tree.
@@ -150,10 +150,11 @@ def compensated(
 
 
 def _check_has_gram(stats: Stats, schemes: Any) -> None:
-    """Raises ValueError if matmuls are to be quantized, and their Gram matrices are missing."""
+    """Raises ValueError if matmuls are to be quantized, and there are no Gram matrices."""
+    if stats.gram:
+        return
     for site in stats.graph.sites:
-        is_matmul = site.kernel is None and site.path in schemes
-        if is_matmul and site.path not in stats.gram:
+        if site.kernel is None and site.path in schemes:
             raise ValueError(
                 f"gptq: {site.path}: expected statistics with Gram matrices, got some without; "
                 "call calibrate(..., gram=True)"

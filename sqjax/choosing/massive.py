@@ -19,8 +19,9 @@ from sqjax.calibration.stats import Stats
 from sqjax.folding.graph import Site
 from sqjax.weights.schemes import PerTensor, Scheme, Static
 
-#: Channels above so many times the ninth largest are massive: at most eight of a matrix.
-FACTOR, MOST = 8.0, 8
+#: Channels above so many times the ninth largest are massive: at most eight of a matrix. In
+#: matrices of less than 128 channels at most one of 16, above the largest of the others.
+FACTOR, MOST, LEAST_OTHERS = 8.0, 8, 16
 
 
 class Massive(NamedTuple):
@@ -40,8 +41,8 @@ def massive_channels(
 ) -> dict[str, Massive]:
     """{site: its massive channels} of the sites that have some, and one scale for all tokens.
 
-    Example: of channels with the absmaxes 3000, 40, and a hundred up to 20, whose ninth largest is
-    12, the first is massive: 3000 > 8 x 12 = 96.
+    Example: of 576 channels with the absmaxes 3000, 40, and others up to 20, the ninth largest of
+    all being 12, the first is massive: 3000 > 8 x 12 = 96.
     """
     found = {}
     for site in stats.graph.sites:
@@ -50,10 +51,11 @@ def massive_channels(
             continue
         absmax = np.asarray(stats.absmax[site.path])
         ordered = np.sort(absmax.reshape(-1))
-        # Of so few channels none can be told from the rest.
-        if ordered.size <= MOST:
+        # A few of all channels: where many are large, they are no exception.
+        most = min(MOST, ordered.size // LEAST_OTHERS)
+        if not most:
             continue
-        threshold = FACTOR * float(ordered[-1 - MOST])
+        threshold = FACTOR * float(ordered[-1 - most])
         channels = absmax > threshold
         # A threshold of 0 says that nearly all channels are dead, and not that one is massive.
         if threshold > 0 and channels.any():

@@ -200,3 +200,26 @@ def test_clips_that_are_none_are_refused():
         sq.quantize(PARAMS, stats, sq.W8A8, clips={"up": jnp.zeros((HIDDEN, 1))})
     with pytest.raises(ValueError, match=r"up: clips: expected .* shape \(6, 1\), got \(7, 1\)"):
         sq.quantize(PARAMS, stats, sq.W8A8, clips={"up": jnp.ones((7, 1))})
+
+
+# Leaves that are looked up ------------------------------------------------------------------------
+
+
+def test_a_head_that_is_the_embedding_is_rounded_as_usual():
+    def tied(params, ids):
+        return jnp.tanh(params["embed"][ids] @ params["w"]) @ params["embed"].T
+
+    params = {"embed": jnp.asarray(draw(14, 40, 32)), "w": jnp.asarray(draw(15, 32, 32))}
+    stats = sq.calibrate(tied, params, [jnp.arange(40).reshape(2, 20)], gram=True, sample=4)
+    assert stats.gram.keys() == {"w"}
+    assert stats.sample.keys() == {"w", "embed"}
+    rounded = sq.quantize(params, stats, sq.W4A16_G64)
+    for make in (sq.gptq, sq.quantize_by_search):
+        found = make(params, stats, sq.W4A16_G64)
+        jax.tree.map(np.testing.assert_array_equal, found["embed"], rounded["embed"])
+        assert (found["w"].tensor.values != rounded["w"].tensor.values).any()
+
+
+def test_activations_whose_squares_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"Gram matrix .* at up"):
+        sq.calibrate(mlp, PARAMS, [BATCHES[0] * 1e20], gram=True)

@@ -234,3 +234,15 @@ def test_what_is_refused():
         sq.awq(params, stats, grid=(2.0,))
     with pytest.raises(ValueError, match="of other parameters"):
         sq.awq(sq.smooth(params, stats, 0.5), stats)
+
+
+def test_statistics_of_other_parameters_are_refused_without_groups_too():
+    def plain(p, x):
+        return jnp.tanh(jnp.tanh(x) @ p["a"]) @ p["b"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"a": jax.random.normal(keys[0], (16, 16)), "b": jax.random.normal(keys[1], (16, 4))}
+    stats = sq.calibrate(plain, params, [jax.random.normal(keys[2], (32, 16))], gram=True)
+    assert sq.awq(params, stats, sq.W4A16_G64).clips.keys() == {"a", "b"}
+    with pytest.raises(ValueError, match="a:"):
+        sq.awq({**params, "a": 3 * params["a"]}, stats, sq.W4A16_G64)

@@ -50,3 +50,36 @@ def test_statistics_of_maxima_alone_are_refused():
     for scheme in (sq.W8A8, sq.W4A16_G64):
         with pytest.raises(ValueError, match=r"gram=True|sample="):
             sq.quantize_by_search(PARAMS, stats, scheme)
+
+
+def test_ranges_are_those_of_the_scales_that_are_folded():
+    def both(params, x):
+        normed = x * params["norm"]
+        return normed @ params["q"], normed @ params["k"]
+
+    keys = jax.random.split(jax.random.key(3), 4)
+    x = jax.random.normal(keys[0], (256, 16)) * jnp.exp(2 * jax.random.normal(keys[1], (1, 16)))
+    rows = jnp.exp(2 * jax.random.normal(keys[2], (16, 1)))
+    params = {
+        "norm": jnp.ones((1, 16)),
+        "q": rows * jax.random.normal(keys[3], (16, 8)),
+        "k": rows.T.repeat(8, 0).T,
+    }
+    stats = sq.calibrate(both, params, [x], gram=True, sample=64)
+    found = sq.quantize_by_search(params, stats, {"q": sq.W8A8_O3, "k": sq.W4A16_G64})
+    alone = sq.search_alpha(params, stats, {"q": sq.W8A8_O3})
+    folded, after = sq.fold(params, stats.graph, alone.s), sq.fold_stats(stats, alone.s)
+    unclipped = sq.quantize(folded, after, {"k": sq.W4A16_G64})
+    exact = np.asarray(x @ params["k"], float)
+
+    def error(k):
+        narrow = np.asarray(sq.dequantize(k.tensor), float) / np.asarray(alone.s["q"])[:, None]
+        return np.linalg.norm(np.asarray(x, float) @ narrow - exact)
+
+    assert error(found["k"]) <= error(unclipped["k"]) * (1 + 1e-5)
+
+
+def test_static_ranges_of_histograms_are_refused(stats):
+    scheme = sq.W8A8_O3.replace(activation=sq.Static(range="mse"))
+    with pytest.raises(ValueError, match="up: expected a static range of 'absmax'"):
+        sq.quantize_by_search(PARAMS, stats, scheme)
