@@ -1,6 +1,7 @@
 """`gptq_blocks`: GPTQ from layer to layer, each making up for what the layers before have lost."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from sqjax._arguments import check_function
+from sqjax._arguments import check_function, expect
 from sqjax._shapes import other_axes
 from sqjax._trees import PyTree, map_named, named_leaves
 from sqjax.calibration.analysis import Analyses, Analysis
@@ -55,7 +56,7 @@ def gptq_blocks(
         block: block(params of a layer, x) gives the next layer's x; the same for all layers.
         layers: their parameters, float trees of equal shapes, folded or not. Layers in one stack
             are to be taken apart first.
-        batches: what the first layer reads. They are kept, in both streams.
+        batches: arrays, what the first layer reads. They are kept, in both streams.
         scheme: as for `quantize`, with the paths of one layer. Activations may stay float or have
             scales of their own at run time.
         correct: whether weights are corrected for Y; if not, Y changes the Gram matrix alone.
@@ -69,7 +70,10 @@ def gptq_blocks(
 
     Raises:
         ValueError: what `calibrate` and `quantize` refuse; a scheme needs statistics (static
-            scales, smoothing or outliers); a site is within a loop of the block, or has batch axes.
+            scales, smoothing or outliers); a site is within a loop of the block, or has batch axes,
+            or is multiplied with several activations; a rule is for a convolution's kernel or an
+            embedding table; layers is no list of trees of equal shapes, or is empty; a batch is no
+            array; an activation of any layer holds NaN or infinity.
 
     Li et al. 2025 (GPTAQ, arXiv 2504.02692).
 
@@ -85,17 +89,19 @@ def gptq_blocks(
     check_function(block, "gptq_blocks", "(block, layers, batches)")
     how = Options(damping, act_order)
     how.check("gptq_blocks")
-    check_batches(batches)
-    exact = list(map(jnp.asarray, batches))
+    _check_layers(layers)
+    exact = _arrays(batches)
     stats = calibrate(block, layers[0], exact[:1], gram=True)
     schemes = site_schemes(stats.graph, scheme)
     _check_schemes(schemes)
     streams = _Streams.of(block, layers[0], exact, schemes)
     done = []
-    for layer in tqdm(layers, "quantizing", unit="layer", disable=not progress):
+    shown = tqdm(layers, "quantizing", unit="layer", disable=not progress)
+    for number, layer in enumerate(shown):
         coded = narrow = layer
         for stage in streams.stages:
             grams = streams.grams(stage, layer, narrow)
+            _check_finite(grams, number)
             target = layer
             if correct:
                 target = _corrected(layer, stage, grams, damping)
@@ -110,6 +116,50 @@ def gptq_blocks(
         streams = streams.after(layer, narrow)
         done.append(coded)
     return done
+
+
+def _check_layers(layers: Any) -> None:
+    """Raises ValueError for what is no list of trees of equal shapes."""
+    expected = "a list of parameter trees, one for each layer"
+    fits = isinstance(layers, Sequence) and not isinstance(layers, str)
+    expect(fits, "gptq_blocks: layers", expected, layers)
+    if not layers:
+        raise ValueError(f"gptq_blocks: layers: expected {expected}, got none")
+    kind = _kind(layers[0])
+    for number, layer in enumerate(layers):
+        if _kind(layer) != kind:
+            raise ValueError(
+                f"gptq_blocks: layers[{number}]: expected leaves of the paths, shapes and dtypes "
+                "of layers[0], got others; layers of another kind are to be quantized in a call of "
+                "their own"
+            )
+
+
+def _kind(layer: PyTree) -> Any:
+    paths, leaves, treedef = named_leaves(layer)
+    kinds = [(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves]
+    return treedef, paths, kinds
+
+
+def _arrays(batches: Iterable[Any]) -> list[Array]:
+    """The batches, each of which is the one array that a layer reads."""
+    check_batches(batches)
+    exact = []
+    for number, x in enumerate(batches):
+        expected = "one array, what the first layer reads"
+        expect(hasattr(x, "shape"), f"gptq_blocks: batch {number}", expected, x)
+        exact.append(jnp.asarray(x))
+    return exact
+
+
+def _check_finite(grams: Mapping[str, "_Pair"], number: int) -> None:
+    """Raises ValueError where a batch was not finite, or what the layers have made of it."""
+    for path, pair in grams.items():
+        if not all(bool(jnp.isfinite(x).all()) for x in pair):
+            raise ValueError(
+                f"gptq_blocks: layers[{number}], {path}: expected finite activations, got NaN or "
+                "infinity; a batch holds these, or its numbers overflow: mend or drop it"
+            )
 
 
 def _check_schemes(schemes: Mapping[str, Scheme]) -> None:
@@ -164,6 +214,7 @@ class _Streams(NamedTuple):
                 _check_place(analysis, place)
                 by_activation.setdefault(place.activation, []).append(place)
         stages = tuple(map(tuple, by_activation.values()))
+        _check_stages(stages, schemes)
         pairs = {
             stage[0].activation: jax.jit(partial(_pair, analysis, stage[0]))
             for stage in stages
@@ -189,6 +240,27 @@ class _Streams(NamedTuple):
             exact=[self.forward(layer, x) for x in self.exact],
             narrow=[self.forward(narrow, y) for y in self.narrow],
         )
+
+
+def _check_stages(
+    stages: Sequence[Sequence[Place]], schemes: Mapping[str, Scheme]
+) -> None:
+    """Raises ValueError for a leaf that is to be quantized and is not in one stage alone."""
+    stages_of = Counter(
+        path for stage in stages for path in {p.site.path for p in stage}
+    )
+    for path in schemes:
+        if stages_of[path] != 1:
+            came = (
+                "one that is multiplied with several activations"
+                if stages_of[path]
+                else "a convolution's kernel, or an embedding table"
+            )
+            raise ValueError(
+                f"gptq_blocks: {path}: expected a weight that a block multiplies with one "
+                f"activation, got {came}; leave it float here, with None, or take gptq for the "
+                "whole model"
+            )
 
 
 def _check_place(analysis: Analysis, place: Place) -> None:

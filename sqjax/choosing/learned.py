@@ -7,6 +7,7 @@ OmniQuant (Shao et al. 2023, arXiv 2308.13137), for the whole model at once and 
 and with the range of static activations beside them.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,19 +20,26 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, expect
-from sqjax._trees import PyTree, check_finite, is_float
+from sqjax._trees import PyTree, check_finite, is_float, named_leaves
 from sqjax.calibration.calibrate import check_batches
 from sqjax.calibration.stats import Stats
 from sqjax.choosing.batches import arguments, checksum, kind_of
+from sqjax.choosing.divergence import divergence
 from sqjax.choosing.simulation import applied, simulated
 from sqjax.folding.apply import check_scales, leaves_by_path
 from sqjax.folding.graph import Site, paths_of
 from sqjax.methods.described import check_stats
-from sqjax.methods.quantization import Clips, Rules, site_schemes
+from sqjax.methods.quantization import (
+    Clips,
+    Rules,
+    check_clips,
+    site_schemes,
+)
 from sqjax.methods.smoothing import fold_stats
 from sqjax.program.trace import Traced, array_leaves, trace
-from sqjax.weights.clipping import ranges_of
+from sqjax.weights.clipping import clip_of_ranges, ranges_of
 from sqjax.weights.quant_weight import check_float
+from sqjax.weights.quantize import named
 from sqjax.weights.schemes import Scheme, Static
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ Logs = dict[str, dict[str, Array]]
 
 #: No clip makes a range smaller than this part of itself.
 _LEAST = 0.05
+#: By what part the loss of a state's best may differ when it is computed again.
+_SAME_LOSS = 1e-3
 
 
 class Losses(NamedTuple):
@@ -152,8 +162,9 @@ def learn(
     Raises:
         ValueError: there are no batches; the rules quantize no site, or smooth at run time, or take
             ranges from histograms; a group of s, or a site of clips, is unknown or of another
-            shape; the state is of other arguments; the loss is NaN at the start; a convolution's or
-            an expert's (`ragged_dot`) activation is to be quantized.
+            shape; clips are not in (0, 1]; steps, every or patience are too small; the state is of
+            other arguments, or its best has another loss here than it had; the loss is NaN at the
+            start; a convolution's or an expert's (`ragged_dot`) activation is to be quantized.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -171,6 +182,7 @@ def learn(
     check_function(fn, "learn", "(fn, params, stats, batches, rules)")
     check_stats(stats, "learn")
     check_batches(batches)
+    _check_counts(steps, every, patience)
     check_float(params, "learn")
     check_finite(params, "parameter")
     schemes = _schemes(stats, rules)
@@ -184,7 +196,7 @@ def learn(
     problem = _Problem(fn, params, stats, schemes, loss, optimizer)
     run = _Run.begin(problem, start, identity, held_out)
     if state is not None:
-        run = run.resumed(state)
+        run = run.resumed(state, held_out)
     shown = tqdm(
         total=steps, initial=run.done, desc="learning", disable=not progress
     )
@@ -196,6 +208,13 @@ def learn(
                 shown.set_postfix(best=f"{run.best_loss:.4g}")
             shown.update()
     return run.learned()
+
+
+def _check_counts(steps: int, every: int, patience: int | None) -> None:
+    expect(steps >= 0, "learn: steps", "a number of 0 or more", steps)
+    expect(every >= 1, "learn: every", "a number of 1 or more", every)
+    fits = patience is None or patience >= 1
+    expect(fits, "learn: patience", "a number of 1 or more, or None", patience)
 
 
 # What is learned ----------------------------------------------------------------------------------
@@ -234,7 +253,9 @@ def _start(
         s = {group.name: jnp.ones(group.size, jnp.float32) for group in groups}
     check_scales(stats.graph, s)
     ones = _ones(sites, leaves, schemes) if clips is True else {}
-    at = clips if isinstance(clips, Mapping) else ones
+    at = ones
+    if not isinstance(clips, bool):
+        at = _given(clips, sites, leaves, schemes)
     ranges = _ranges(stats, sites, schemes, s)
     parts = {"s": s, "clips": at, "ranges": ranges}
     return {
@@ -257,6 +278,23 @@ def _ones(
             shape = _ranges_shape(site, leaves[site.path], schemes[site.path])
             clips[site.path] = jnp.ones(shape, jnp.float32)
     return clips
+
+
+def _given(
+    clips: Clips,
+    sites: Iterable[Site],
+    leaves: Mapping[str, Any],
+    schemes: Mapping[str, Scheme],
+) -> dict[str, Array]:
+    """Clips to start from, checked, in the shape of the ranges."""
+    by_path = {site.path: site for site in sites}
+    check_clips(clips, {path: schemes[path] for path in by_path}, by_path)
+    given = {}
+    for path, clip in clips.items():
+        shape = _ranges_shape(by_path[path], leaves[path], schemes[path])
+        with named(path):
+            given[path] = clip_of_ranges(jnp.asarray(clip), shape)
+    return given
 
 
 def _ranges(
@@ -406,7 +444,7 @@ class _Problem:
         """The loss between the outputs of both models."""
         if callable(self._loss_of):
             return self._loss_of(got, wanted, *_filled(args, inputs))
-        difference = _divergence if self._loss_of == "kl" else _mean_square
+        difference = divergence if self._loss_of == "kl" else _mean_square
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
         losses = [difference(x, y) for x, y in pairs if is_float(y)]
         if not losses:
@@ -422,17 +460,15 @@ def _filled(args: tuple[Any, ...], inputs: Sequence[Any]) -> tuple[Any, ...]:
     return jax.tree.unflatten(treedef, filled)
 
 
-def _divergence(got: Array, wanted: Array) -> Array:
-    """The mean over rows of KL(softmax(wanted), softmax(got))."""
-    ours = jax.nn.log_softmax(got.astype(jnp.float32))
-    theirs = jax.nn.log_softmax(wanted.astype(jnp.float32))
-    rows = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-    return jnp.mean(rows)
-
-
 def _mean_square(got: Array, wanted: Array) -> Array:
     change = got.astype(jnp.float32) - wanted.astype(jnp.float32)
     return jnp.mean(jnp.square(change))
+
+
+def _shapes_by_path(arrays: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    # By path, because a list may come back from a file as a tuple.
+    paths, leaves, _ = named_leaves(arrays)
+    return dict(zip(paths, map(np.shape, leaves), strict=True))
 
 
 @dataclass(frozen=True)
@@ -509,7 +545,9 @@ class _Run:
     def _with(self, **changes: Any) -> "_Run":
         return _Run(**{**self.__dict__, **changes})
 
-    def resumed(self, state: Mapping[str, Any]) -> "_Run":
+    def resumed(
+        self, state: Mapping[str, Any], held_out: Sequence[Any]
+    ) -> "_Run":
         """Where a state was left.
 
         Raises:
@@ -517,12 +555,12 @@ class _Run:
         """
         mine = self._arrays()
         try:
-            flat = [np.shape(x) for x in jax.tree.leaves(dict(state["arrays"]))]
-        except (KeyError, TypeError) as error:
+            shapes = _shapes_by_path(dict(state["arrays"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 "learn: expected the state of an earlier call, got something else"
             ) from error
-        if flat != [np.shape(x) for x in jax.tree.leaves(mine)]:
+        if shapes != _shapes_by_path(mine):
             raise ValueError(
                 "learn: the state is of other arguments (other groups, clips, or another "
                 "optimizer); pass those, or no state"
@@ -536,13 +574,28 @@ class _Run:
             name: tuple(np.asarray(state[name], np.float32).tolist())
             for name in ("train", "held_out")
         }
+        best_loss = float(state["best_loss"])
+        self._check_same_loss(arrays["best"], best_loss, held_out)
         return self._with(
             logs=arrays["logs"],
             moments=moments,
             best=arrays["best"],
-            best_loss=float(state["best_loss"]),
+            best_loss=best_loss,
             **losses,
         )
+
+    def _check_same_loss(
+        self, best: Logs, best_loss: float, held_out: Sequence[Any]
+    ) -> None:
+        """Raises ValueError where the best of a state has another loss here than it had there."""
+        loss = self.problem.loss(best, held_out)
+        # Another machine or another jax may round a little otherwise.
+        if not math.isclose(loss, best_loss, rel_tol=_SAME_LOSS):
+            raise ValueError(
+                f"learn: the best of the state has a loss of {loss:.6g} here, and had "
+                f"{best_loss:.6g}: it is of other arguments (another loss, other rules, parameters "
+                "or batches); pass those, or no state"
+            )
 
     def _arrays(self) -> dict[str, Any]:
         return {

@@ -205,7 +205,7 @@ def quantize_sites(
     quantizable = *stats.graph.sites, *stats.graph.tables
     sites = dict(zip(paths_of(quantizable), quantizable, strict=True))
     # Other schemes take nothing from the statistics, so these may be of any parameters.
-    _check_clips(clips, schemes, sites)
+    check_clips(clips, schemes, sites)
     described = [sites[path] for path in schemes if schemes[path].measured]
     check_leaves(params, stats, described, STATIC_ADVICE)
     _check_reached(stats, schemes)
@@ -222,7 +222,7 @@ def quantize_sites(
     return map_named(changed, params)
 
 
-def _check_clips(
+def check_clips(
     clips: Clips, schemes: Mapping[str, Scheme], sites: Mapping[str, Site]
 ) -> None:
     """Raises ValueError for clips of leaves that have none, or that are no factors in (0, 1]."""

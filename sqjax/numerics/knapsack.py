@@ -160,7 +160,8 @@ def _by_table(
 ) -> np.ndarray:
     """Dynamic programming: best[u] is the least loss of the items so far within u units."""
     above = costs - costs.min(axis=1, keepdims=True)
-    spare = min(int(budget - costs.min(axis=1).sum()), int(above.max(1).sum()))
+    # The minimum first, because a budget may be infinite.
+    spare = int(min(budget - costs.min(axis=1).sum(), above.max(1).sum()))
     divisor = max(int(np.gcd.reduce(above, axis=None)), 1)
     unit = max(divisor, -(-spare // MOST_UNITS))
     units = spare // unit

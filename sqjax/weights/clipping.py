@@ -35,6 +35,26 @@ def ranges_of(
     return layout, -largest, largest
 
 
+def clip_of_ranges(clip: Array, shape: tuple[int, ...]) -> Array:
+    """The factors of ranges of this shape.
+
+    Args:
+        clip: of that shape, but an axis may be 1.
+        shape: of the ranges.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    fits = [
+        own in (1, size) for own, size in zip(clip.shape, shape, strict=False)
+    ]
+    if clip.ndim != len(shape) or not all(fits):
+        raise ValueError(
+            f"clips: expected factors of the ranges, of shape {shape}, got {clip.shape}"
+        )
+    return jnp.broadcast_to(clip.astype(jnp.float32), shape)
+
+
 def clip_weight(
     weight: Array,
     contracting: tuple[int, ...],
@@ -57,16 +77,8 @@ def clip_weight(
         ValueError: it is of another shape.
     """
     layout, lowest, highest = ranges_of(weight, contracting, scheme, batch)
-    fits = [
-        own in (1, size)
-        for own, size in zip(clip.shape, lowest.shape, strict=False)
-    ]
-    if clip.ndim != lowest.ndim or not all(fits):
-        raise ValueError(
-            f"clips: expected factors of the ranges, of shape {lowest.shape}, got {clip.shape}"
-        )
     spread = layout.sharing.spread
-    factor = jnp.broadcast_to(clip.astype(jnp.float32), lowest.shape)
+    factor = clip_of_ranges(clip, lowest.shape)
     lowest, highest = spread(lowest * factor), spread(highest * factor)
     inside = jnp.clip(layout.stored, lowest, highest)
     # The logical axis of stored axis i is axes[i], so the inverse permutation leads back.

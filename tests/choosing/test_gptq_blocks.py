@@ -82,3 +82,67 @@ def test_what_is_refused():
     params = [{"w": draw(5, 3, WIDTH, WIDTH)}]
     with pytest.raises(ValueError, match="w: expected one matrix outside of loops, got one in a"):
         sq.gptq_blocks(stacked, params, [inputs(1)], W4)
+
+
+def convolved(params, x):
+    kernel = params["kernel"]
+    return (
+        jnp.tanh(
+            jax.lax.conv_general_dilated(
+                x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )[0]
+        )
+        @ params["w"]
+    )
+
+
+def looked_up(params, x):
+    return x @ params["w"] + params["table"][jnp.argmax(x, axis=-1)]
+
+
+def twice(params, x):
+    return x + jnp.tanh(x @ params["w"]) @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "rules", "text"),
+    [
+        (twice, W4, "w: expected a weight .* got one that is multiplied with several"),
+        (convolved, W4, "kernel: expected a weight .* got a convolution's kernel"),
+        (looked_up, {"w": W4, "table": sq.EMBEDDING_INT8}, "table: expected .* embedding table"),
+    ],
+)
+def test_a_leaf_that_would_be_worse_or_stay_float_is_refused(fn, rules, text):
+    square = draw(5, WIDTH, WIDTH)
+    leaves = {"w": square, "kernel": draw(6, 3, WIDTH, WIDTH), "table": square + 1}
+    names = {twice: ["w"], convolved: ["kernel", "w"], looked_up: ["w", "table"]}[fn]
+    with pytest.raises(ValueError, match=text):
+        sq.gptq_blocks(fn, [{name: leaves[name] for name in names}], [inputs(1)], rules)
+
+
+@pytest.mark.parametrize("number", [jnp.nan, 1e30])
+def test_a_later_batch_of_nan_or_overflow_is_named(number):
+    batches = [inputs(1), inputs(2).at[3, 4].set(number)]
+    with pytest.raises(ValueError, match=r"layers\[0\], up: expected finite activations"):
+        sq.gptq_blocks(block, layers(), batches, W4, clip=False)
+
+
+def of_layers(made):
+    return {"layers": made, "batches": [inputs(1)]}
+
+
+MADE = layers()
+WRONG = {
+    "no layers": (of_layers([]), "layers: expected a list .* got none"),
+    "a stack": (of_layers(jax.tree.map(lambda *x: jnp.stack(x), *MADE)), "layers: .* got dict"),
+    "an iterator": (of_layers(iter(MADE)), "layers: expected a list of parameter trees"),
+    "paths": (of_layers([MADE[0], {"up": MADE[1]["up"]}]), r"layers\[1\]: expected leaves of"),
+    "shapes": (of_layers([MADE[0], {**MADE[1], "up": MADE[1]["down"]}]), r"layers\[1\]: expected"),
+    "tuples": ({"layers": MADE, "batches": [(inputs(1), 3)]}, "batch 0: expected one array"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "text"), [*WRONG.values()], ids=[*WRONG])
+def test_wrong_arguments_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        sq.gptq_blocks(block, scheme=W4, **arguments)

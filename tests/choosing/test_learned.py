@@ -8,6 +8,7 @@ import pytest
 from slow import slow_but
 
 import sqjax as sq
+from sqjax.choosing.divergence import divergence
 from sqjax.choosing.simulation import round_activation, simulated
 from sqjax.methods.quantization import site_schemes
 from sqjax.numerics.formats import INT8
@@ -168,6 +169,30 @@ def test_a_saved_state_goes_on_with_the_same_bits(tmp_path):
     assert not np.array_equal(half.losses.train, whole.losses.train)
 
 
+def test_a_state_of_another_loss_or_other_rules_is_refused():
+    state = learned(steps=2).state
+    for others in ({"loss": "kl"}, {"rules": sq.W8A8_O3.replace(weight=G8)}):
+        with pytest.raises(ValueError, match="the best of the state has a loss of"):
+            learned(state=state, **others)
+    moved = state["arrays"] | {"best": {"t": state["arrays"]["best"]}}
+    with pytest.raises(ValueError, match="state is of other arguments"):
+        learned(state=state | {"arrays": moved})
+
+
+def test_a_logit_that_is_masked_has_no_part_in_the_divergence():
+    wanted, got = normal(5, 4), normal(5, 4)
+    masked = [x.at[:, 2].set(-jnp.inf) for x in (wanted, got)]
+    kept = jnp.array([0, 1, 3])
+
+    def of_kept(got):
+        return divergence(got[:, kept], wanted[:, kept])
+
+    loss, slopes = jax.value_and_grad(divergence)(masked[1], masked[0])
+    expected, expected_slopes = jax.value_and_grad(of_kept)(got)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(slopes, expected_slopes, atol=1e-6)
+
+
 def test_it_stops_when_nothing_gets_better():
     found = learned(steps=100, every=1, patience=3, optimizer=optax.sgd(0.0))
     assert len(found.losses.train) == 3
@@ -200,6 +225,12 @@ WRONG = {
     "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing at run time"),
     "loss": ({"loss": "l1"}, "'kl', 'mse' or a function"),
     "group": ({"s": {"u": jnp.ones(16)}}, "no group is named 'u'"),
+    "clips of 0": ({"clips": {"up": jnp.zeros((24, 1))}}, "clips of 'up': expected factors in"),
+    "shape of clips": ({"clips": {"up": jnp.ones((3, 1))}}, "up: clips: expected factors of the"),
+    "site of clips": ({"clips": {"g": jnp.ones((16, 1))}}, "'g' is no matmul's weight"),
+    "steps": ({"steps": -1}, "learn: steps: expected a number of 0 or more, got -1"),
+    "every": ({"every": 0}, "learn: every: expected a number of 1 or more, got 0"),
+    "patience": ({"patience": 0}, "learn: patience: expected a number of 1 or more, or None"),
     "state": ({"state": {}}, "state of an earlier call"),
     "other state": ({"state": {"arrays": {}}}, "state is of other arguments"),
 }

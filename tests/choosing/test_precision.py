@@ -190,6 +190,11 @@ def test_wrong_arguments_are_named(options, text):
         chosen(**options)
 
 
+def test_a_budget_may_be_infinite():
+    without_end = best().within(bits=float("inf"))
+    assert without_end.rules == best().within(bits=8).rules
+
+
 def test_batches_that_are_used_up_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
         sq.choose_precision(net, NET, STATS, iter([]), [W4], bits=6)
