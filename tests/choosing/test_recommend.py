@@ -151,6 +151,7 @@ def test_mixed_is_tried_where_outputs_are_logits():
         sq.recommend(mlp, PARAMS, BATCHES, loss=lambda *_: 0.0, recipes=["mixed"])
 
 
+@pytest.mark.slow
 def test_floats_are_found_and_leave_something():
     for floats, said in ((".*", "leave a matmul to quantize"), (["hea"], "'hea' matches nothing")):
         with pytest.raises(ValueError, match=f"recommend: floats=.*{said}"):
