@@ -4,9 +4,11 @@ A recipe is a scheme with the choice of scales and roundings that suits it. All 
 calibration, and all are judged on the same batches, which calibration did not see.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +18,14 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, expect
-from sqjax._trees import PyTree
+from sqjax._names import first_matches
+from sqjax._trees import PyTree, is_float
+from sqjax.calibration.analysis import described
 from sqjax.calibration.calibrate import calibrate, check_batches
 from sqjax.calibration.stats import Stats
 from sqjax.choosing.by_search import quantize_by_search
 from sqjax.choosing.precision import choose_precision
+from sqjax.folding.graph import Graph, paths_of
 from sqjax.methods.quantization import Rules, quantize
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import (
@@ -33,8 +38,6 @@ from sqjax.weights.schemes import (
 )
 from sqjax.weights.sizes import shown_bytes, weight_bytes
 
-#: Half the width of a 95% interval, in standard errors.
-_INTERVAL = 1.96
 #: Tokens of a site that the search for alphas sees.
 _SAMPLE = 512
 #: Bits a weight of the recipe that mixes precisions.
@@ -56,7 +59,8 @@ class Tried(NamedTuple):
         loss: its mean over the held-out batches.
         difference: how much more that is than the float model's.
         interval: half the width of the 95% interval of the difference, from how it varies between
-            batches (paired: a hard batch is hard for both); infinite for one batch.
+            batches (paired: a hard batch is hard for both), by Student's t: few batches make it
+            wide.
         rules: what `quantize` was given.
     """
 
@@ -118,8 +122,9 @@ def recommend(
     budget: float = 0.01,
     loss: Loss | None = None,
     mask: Callable[..., Any] | None = None,
-    floats: Sequence[str] = (),
-    recipes: Sequence[str] | None = None,
+    logits: bool | None = None,
+    floats: Sequence[str] | str = (),
+    recipes: Sequence[str] | str | None = None,
     progress: bool = False,
 ) -> Recommendation:
     """Tries the sensible recipes, and returns the smallest that loses less than a budget.
@@ -134,7 +139,8 @@ def recommend(
     - "w8a8": the same with a scale for each token.
     - "w8a16": int8 weights alone.
     - "mixed": int8 weights with int4 ones where they matter least, 6 bits a weight together
-      (`choose_precision`).
+      (`choose_precision`). It takes the outputs as logits, so with a `loss` it is left out, unless
+      `logits=True` says that they are.
     - "w4a16": int4 weights in groups of 64, by AWQ and GPTQ.
     - "w4a8": int4 weights in groups of 128 by smoothing, AWQ and GPTQ, int8 activations by token.
 
@@ -142,22 +148,30 @@ def recommend(
         fn: as for `calibrate`.
         params: as for `calibrate`.
         batches: an iterable, which is kept in a list; for the statistics.
-        held_out: batches to be judged on; None: the last quarter of `batches`, which calibration
-            then does not see.
+        held_out: two batches or more to be judged on; None: the last quarter of `batches`, at
+            least two, which calibration then does not see. The interval is narrow where many are
+            judged: with two it is 12.7 standard errors to each side, with ten 2.3.
         budget: how much more loss is accepted. 0.01 nats are 1% of a perplexity.
-        loss: loss(outputs, float_outputs, *batch) of a batch, a number; None: the mean divergence
-            KL(float || quantized) of the distributions that the outputs' last axis gives as logits.
-        mask: as for `calibrate`.
-        floats: name patterns of sites that stay float: a head, a router.
-        recipes: the names of those to try; None: all.
+        loss: loss(outputs, float_outputs, *batch) of a batch, a scalar; it is traced, as by
+            `jax.jit`. None: the mean divergence KL(float || quantized) of the distributions that
+            the last axis gives as logits; of outputs that are a tree the sum over its float
+            arrays.
+        mask: as for `calibrate`, and for calibration alone: the losses include padding, unless a
+            `loss` of your own leaves it out.
+        logits: whether the outputs are logits, for "mixed"; None: where there is no `loss`.
+        floats: name patterns of sites that stay float: a head, a router. Or one pattern.
+        recipes: the names of those to try, or one name; None: all.
         progress: whether to show a progress bar.
 
     Returns:
         `Recommendation`; print it for a table.
 
     Raises:
-        ValueError: what `calibrate` refuses; there is no batch left to judge on; an unknown recipe;
-            a budget that is no number of 0 or more; a loss that is no finite number.
+        ValueError: what `calibrate` refuses; no batch is left to calibrate on, or fewer than two to
+            judge on; an unknown recipe, or "mixed" where the outputs are no logits; a budget that
+            is no number of 0 or more; a pattern of `floats` that is found in no site, or `floats`
+            that leave nothing to quantize; a `loss` that does not take these arguments, or gives no
+            finite scalar; no `loss`, and outputs without a float array or with one without axes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -171,11 +185,15 @@ def recommend(
         ('w8a8', 2)
     """
     check_function(fn, "recommend", "(fn, params, batches)")
-    names = _checked(budget, recipes)
+    if logits is None:
+        logits = loss is None
+    names = _checked(budget, recipes, logits)
+    floats = _listed(floats)
     seen, judged = _split(batches, held_out)
     wanted: dict[str, Any] = {"gram": True, "sample": _SAMPLE}
     stats = calibrate(fn, params, seen, mask=mask, progress=progress, **wanted)
-    problem = _Problem(fn, params, stats, seen, tuple(floats))
+    _check_floats(stats.graph, floats)
+    problem = _Problem(fn, params, stats, seen, floats)
     judge = _Judge.of(fn, params, judged, loss)
 
     tried: list[Tried] = []
@@ -192,7 +210,7 @@ def recommend(
         if within and smaller:
             best = one, tree
     tried.sort(key=lambda one: one.nbytes)
-    beside = float(judge.losses.mean()), weight_bytes(params), budget
+    beside = float(judge.losses.mean()), weight_bytes(params), float(budget)
     if best is None:
         return Recommendation(None, params, None, tuple(tried), *beside)
     chosen, tree = best
@@ -201,18 +219,31 @@ def recommend(
     )
 
 
-def _checked(budget: Any, recipes: Sequence[str] | None) -> list[str]:
+def _listed(names: Sequence[str] | str) -> tuple[str, ...]:
+    """Several names or one: a str is one, and no sequence of letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _checked(
+    budget: Any, recipes: Sequence[str] | str | None, logits: bool
+) -> list[str]:
     """The names of the recipes, in the order of `RECIPES`."""
-    is_number = isinstance(budget, int | float) and budget >= 0
+    is_number = isinstance(budget, Real) and float(budget) >= 0
     expect(is_number, "recommend: budget=", "a number of 0 or more", budget)
     if recipes is None:
-        return list(RECIPES)
-    unknown = sorted({*recipes} - {*RECIPES})
-    if unknown or not recipes:
+        return [name for name in RECIPES if logits or name != _MIXED]
+    asked = _listed(recipes)
+    unknown = sorted({*asked} - {*RECIPES})
+    if unknown or not asked:
         raise ValueError(
             f"recommend: recipes=: expected some of {list(RECIPES)}, got {unknown or 'none'}"
         )
-    return [name for name in RECIPES if name in recipes]
+    if _MIXED in asked and not logits:
+        raise ValueError(
+            f"recommend: recipes=: {_MIXED!r} takes the outputs as logits, whatever loss= is; pass "
+            "logits=True if they are, or leave it out"
+        )
+    return [name for name in RECIPES if name in asked]
 
 
 def _split(
@@ -225,14 +256,26 @@ def _split(
         check_batches(held_out)
         judged = list(held_out)
     else:
-        count = max(len(seen) // 4, 1)
+        # Two at least, because one says nothing of how the loss varies.
+        count = max(len(seen) // 4, 2)
         seen, judged = seen[:-count], seen[-count:]
-    if not seen or not judged:
+    if not seen or len(judged) < 2:
         raise ValueError(
-            "recommend: expected batches to calibrate on and others to judge on, got "
-            f"{len(seen)} and {len(judged)}; pass more batches, or held_out="
+            "recommend: expected batches to calibrate on and two others or more to judge on, got "
+            f"{len(seen)} and {len(judged)}; pass at least 3 batches, or held_out= with two or more"
         )
     return seen, judged
+
+
+def _check_floats(graph: Graph, floats: Sequence[str]) -> None:
+    """Raises ValueError unless every pattern is found, and a site is left to quantize."""
+    sites, tables = paths_of(graph.sites), paths_of(graph.tables)
+    matched = first_matches(floats, [*sites, *tables], "recommend: floats=")
+    if floats and None not in map(matched.get, sites):
+        raise ValueError(
+            "recommend: floats=: expected patterns that leave a matmul to quantize, got "
+            f"{[*floats]}, found in all of {sites[:5]}; leave some out"
+        )
 
 
 # The recipes --------------------------------------------------------------------------------------
@@ -277,12 +320,15 @@ def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
     return found.rules, tree
 
 
+#: The recipe whose choice is made by gradients of logits, not by the judge's loss.
+_MIXED = "mixed"
+
 #: The recipes by name: of two of one size the faster one first.
 RECIPES: dict[str, Callable[[_Problem], tuple[Rules, PyTree]]] = {
     "w8a8 static": partial(_searched, W8A8_O3),
     "w8a8": partial(_searched, W8A8_O1),
     "w8a16": partial(_rounded, W8A16),
-    "mixed": _mixed,
+    _MIXED: _mixed,
     "w4a8": partial(_searched, W4A8),
     "w4a16": partial(_searched, W4A16_G64),
 }
@@ -315,7 +361,7 @@ class _Judge(NamedTuple):
         loss: Loss | None,
     ) -> "_Judge":
         arguments = [b if isinstance(b, tuple) else (b,) for b in batches]
-        of_outputs = divergence if loss is None else loss
+        of_outputs = divergence if loss is None else _checked_loss(loss)
         run = quantized(fn)
 
         @jax.jit
@@ -343,16 +389,81 @@ class _Judge(NamedTuple):
         """A recipe beside the float model."""
         losses = self.all(tree)
         differences = losses - self.losses
-        interval = math.inf
-        if len(losses) > 1:
-            error = differences.std(ddof=1) / math.sqrt(len(losses))
-            interval = _INTERVAL * float(error)
+        error = float(differences.std(ddof=1)) / math.sqrt(len(losses))
+        interval = _quantile(len(losses) - 1) * error
         mean, more = float(losses.mean()), float(differences.mean())
         return Tried(name, weight_bytes(tree), mean, more, interval, rules)
 
 
+def _quantile(freedom: int) -> float:
+    """Half the width of a 95% interval in standard errors: the 97.5% quantile of Student's t.
+
+    For three degrees of freedom or more an expansion around the normal's 1.96, right to 1%
+    (Abramowitz and Stegun 1964, 26.7.5).
+    """
+    few = {1: 12.706, 2: 4.303}
+    if freedom in few:
+        return few[freedom]
+    return 1.96 + 2.372 / freedom + 2.823 / freedom**2 + 2.556 / freedom**3
+
+
+def _checked_loss(loss: Any) -> Loss:
+    """The loss, which says what is expected of it where its arguments or its value do not fit."""
+    order = "a function loss(outputs, float_outputs, *batch)"
+    expect(callable(loss), "recommend: loss=", order, loss)
+
+    def checked(*args: Any) -> Any:
+        try:
+            inspect.signature(loss).bind(*args)
+        except TypeError as error:
+            raise ValueError(
+                f"recommend: loss=: expected {order}, got one that does not take these "
+                f"{len(args)} arguments: {error}"
+            ) from error
+        except ValueError:
+            # What is not written in Python may have no signature.
+            pass
+        found = loss(*args)
+        if not _is_scalar(found):
+            raise ValueError(
+                "recommend: loss=: expected a scalar, the loss of a batch, got "
+                f"{described(found)}; take the mean, say"
+            )
+        return found
+
+    return checked
+
+
+def _is_scalar(x: Any) -> bool:
+    """Whether it is a real number, or an array of one without axes."""
+    if not hasattr(x, "dtype"):
+        return isinstance(x, Real)
+    is_real = is_float(x) or jnp.issubdtype(x.dtype, jnp.integer)
+    return is_real and not x.shape
+
+
 def divergence(outputs: Any, float_outputs: Any, *_: Any) -> Array:
-    """The mean over all rows of KL(float || other), in nats, of softmaxes along the last axis."""
+    """The mean over all rows of KL(float || other), in nats, of softmaxes along the last axis.
+
+    Of outputs that are a tree it is the sum over the float arrays in it.
+
+    Raises:
+        ValueError: there is no float array, or one has no axis.
+    """
+    leaves = map(jax.tree.leaves, (float_outputs, outputs))
+    pairs = zip(*leaves, strict=True)
+    floats = [(wanted, got) for wanted, got in pairs if is_float(wanted)]
+    if not floats or not all(wanted.ndim for wanted, _ in floats):
+        raise ValueError(
+            "recommend: expected outputs whose float arrays have a last axis of logits, got "
+            f"{described(float_outputs)}; pass loss=, a function loss(outputs, float_outputs, "
+            "*batch)"
+        )
+    return jnp.sum(jnp.stack([_of_rows(*pair) for pair in floats]))
+
+
+def _of_rows(float_outputs: Array, outputs: Array) -> Array:
+    """The divergence of one array from another."""
     wanted = jax.nn.log_softmax(float_outputs.astype(jnp.float32))
     got = jax.nn.log_softmax(outputs.astype(jnp.float32))
     terms = jnp.exp(wanted) * (wanted - got)

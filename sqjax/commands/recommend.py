@@ -60,7 +60,8 @@ def recommend(
     """Try recipes on MODEL, and name the smallest within a budget.
 
     Each is calibrated on the first three quarters of the windows of text, and judged on the last
-    one. A recipe is within the budget if the upper end of its 95% interval is.
+    one, two windows at least. A recipe is within the budget if the upper end of its 95% interval
+    is, which few windows make wide.
 
     \b
     w8a8 static  int8, scales of activations from calibration: the fastest

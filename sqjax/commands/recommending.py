@@ -24,7 +24,12 @@ def recommended(
     percent: float,
     talk: Talk,
 ) -> Recommendation:
-    """The recipes tried on these windows, the last quarter of which judges."""
+    """The recipes tried on these windows, the last quarter of which judges: two at least."""
+    if len(ids) < 3:
+        raise ValueError(
+            f"recommend: expected 3 windows of text or more, 2 of which judge, got {len(ids)}; "
+            "give more text, or more --windows"
+        )
     # One window a batch: the interval is that of windows.
     batches = [jnp.asarray(window)[None] for window in ids]
     return recommend(
@@ -33,6 +38,7 @@ def recommended(
         batches,
         budget=math.log1p(percent / 100),
         loss=next_token_loss,
+        logits=True,
         floats=_floats(opened),
         progress=talk.progress,
     )
@@ -61,14 +67,13 @@ def record(
     found: Recommendation, text: str, output: Path | None
 ) -> dict[str, Any]:
     """What was found, for machines."""
-    # JSON has no infinity, so an interval of one batch is null.
     tried = [
         {
             "recipe": one.name,
             "weight_bytes": one.nbytes,
             "perplexity": math.exp(one.loss),
             "loss_difference": one.difference,
-            "interval": one.interval if math.isfinite(one.interval) else None,
+            "interval": one.interval,
         }
         for one in found.tried
     ]

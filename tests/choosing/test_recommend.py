@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sqjax as sq
+from sqjax.choosing.recommend import RECIPES, _checked, _quantile, _split, divergence
 from sqjax.weights.sizes import weight_bytes
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -28,7 +29,7 @@ def mlp(params, x):
 
 @pytest.fixture(scope="module")
 def found():
-    return sq.recommend(mlp, PARAMS, BATCHES, budget=0.003)
+    return sq.recommend(mlp, PARAMS, BATCHES, budget=np.float32(0.003))
 
 
 def logprobs(outputs):
@@ -68,15 +69,15 @@ def test_losses_are_divergences_from_the_float_model(found):
         losses.append((np.exp(wanted) * (wanted - got)).sum(-1).mean())
     assert found.float_loss == pytest.approx(0, abs=1e-6)
     assert one.difference == pytest.approx(np.mean(losses), rel=1e-3, abs=1e-6)
-    interval = 1.96 * np.std(losses, ddof=1) / np.sqrt(2)
+    interval = 12.706 * np.std(losses, ddof=1) / np.sqrt(2)  # Student's t, 1 degree of freedom
     assert one.interval == pytest.approx(interval, rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.slow
 def test_the_judge_s_batches_are_not_calibrated_on():
     larger = [*BATCHES[:6], *(100 * x for x in BATCHES[6:])]
-    found = sq.recommend(mlp, PARAMS, larger, budget=9.0, recipes=["w8a16", "w8a8 static"])
-    assert found.name == "w8a8 static"  # of two of one size the faster one
+    found = sq.recommend(mlp, PARAMS, larger, budget=1e9, recipes="w8a8 static")
+    assert found.name == "w8a8 static"
     # Of 127 steps of a range that is 9 times a normal's, and not 900 times.
     assert float(found.params["up"].input_scale) * 127 < 50
 
@@ -92,8 +93,8 @@ def test_one_s_own_loss_and_what_stays_float():
         BATCHES[:4],
         held_out=BATCHES[4:],
         loss=squared,
-        floats=["down"],
-        recipes=["w4a16"],
+        floats="down",  # one pattern, and no letters
+        recipes="w4a16",
         budget=1e9,
     )
     error = [
@@ -118,5 +119,65 @@ def test_wrong_arguments_are_refused():
         sq.recommend(mlp, PARAMS, BATCHES, budget=-1.0)
     with pytest.raises(ValueError, match=r"recipes=: expected some of .*w8a8.* got \['w2'\]"):
         sq.recommend(mlp, PARAMS, BATCHES, recipes=["w2"])
-    with pytest.raises(ValueError, match="others to judge on, got 0 and 1"):
+    with pytest.raises(ValueError, match="others or more to judge on, got 0 and 1; pass at least 3"):
         sq.recommend(mlp, PARAMS, BATCHES[:1])
+    with pytest.raises(ValueError, match=r"got 8 and 1; .* or held_out= with two or more"):
+        sq.recommend(mlp, PARAMS, BATCHES, held_out=X[:1].tolist())
+
+
+def test_two_batches_or_more_are_held_out():
+    for count, judged in ((3, 2), (7, 2), (8, 2), (12, 3), (40, 10)):
+        seen, held = _split(range(count), None)
+        assert [*seen, *held] == list(range(count))
+        assert len(held) == judged
+
+
+def test_the_interval_is_student_s():
+    # t = tan(angle) sqrt(freedom) has the density cos(angle) ** (freedom - 1), but for a factor.
+    for freedom in range(1, 41):
+        angles = np.linspace(-np.pi / 2, np.pi / 2, 100_001)
+        weights = np.cumsum(np.cos(angles) ** (freedom - 1))
+        angle = np.interp(0.975, weights / weights[-1], angles)
+        assert _quantile(freedom) == pytest.approx(np.tan(angle) * freedom**0.5, rel=0.01)
+    assert _quantile(10**6) == pytest.approx(1.96, rel=1e-4)
+
+
+def test_mixed_is_tried_where_outputs_are_logits():
+    every = list(RECIPES)
+    assert _checked(0.1, None, logits=True) == every
+    assert _checked(0.1, None, logits=False) == [name for name in every if name != "mixed"]
+    assert _checked(np.float32(0.1), "w8a16", logits=False) == ["w8a16"]
+    with pytest.raises(ValueError, match="'mixed' takes the outputs as logits"):
+        sq.recommend(mlp, PARAMS, BATCHES, loss=lambda *_: 0.0, recipes=["mixed"])
+
+
+@pytest.mark.slow
+def test_floats_are_found_and_leave_something():
+    for floats, said in ((".*", "leave a matmul to quantize"), (["hea"], "'hea' matches nothing")):
+        with pytest.raises(ValueError, match=f"recommend: floats=.*{said}"):
+            sq.recommend(mlp, PARAMS, BATCHES[:3], floats=floats)
+
+
+@pytest.mark.slow
+def test_a_loss_that_does_not_fit_is_refused():
+    cases = (
+        (lambda outputs, x: 0.0, "does not take these 3 arguments"),
+        (lambda outputs, exact, x: (outputs - exact)[0], r"expected a scalar.* got \(16,\)"),
+        ("mse", r"expected a function loss\(outputs, float_outputs, \*batch\), got 'mse'"),
+    )
+    for loss, said in cases:
+        with pytest.raises(ValueError, match=f"recommend: loss=: .*{said}"):
+            sq.recommend(mlp, PARAMS, BATCHES[:3], loss=loss, recipes="w8a16")
+
+
+def test_the_divergences_of_a_tree_are_added():
+    outputs = {"a": X[0], "ids": jnp.arange(3), "b": (X[1, :4],)}
+    others = {"a": X[2], "ids": jnp.arange(3), "b": (X[3, :4],)}
+    expected = 0.0
+    for exact, other in ((X[0], X[2]), (X[1, :4], X[3, :4])):
+        wanted, got = logprobs(exact), logprobs(other)
+        expected += (np.exp(wanted) * (wanted - got)).sum(-1).mean()
+    assert float(divergence(others, outputs)) == pytest.approx(expected, rel=1e-5)
+    for without in ({"ids": jnp.arange(3)}, (X[0], X[0, 0, 0])):
+        with pytest.raises(ValueError, match=r"last axis of logits.*; pass loss="):
+            divergence(without, without)

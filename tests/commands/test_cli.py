@@ -245,7 +245,7 @@ def test_quantize_searches_as_the_library_does(run, refusal, stats):
 
 
 @pytest.mark.slow
-def test_recommend_writes_what_it_names(run):
+def test_recommend_writes_what_it_names(run, refusal):
     read = ["--text", "text.txt", "--tokens", "32", "--windows", "8", "--quiet"]
     out = run("recommend", "tiny", *read, "--budget", "50", "-o", "small", "--json")
     record = json.loads(out)
@@ -257,6 +257,8 @@ def test_recommend_writes_what_it_names(run):
     assert named["loss_difference"] + named["interval"] <= record["budget"] == np.log(1.5)
     said = run("recommend", "tiny", *read, "--budget", "0")
     assert "no recipe is within 0%" in said
+    said = refusal("recommend", "tiny", *read, "--windows", "2")
+    assert "expected 3 windows of text or more, 2 of which judge, got 2" in said
 
 
 @pytest.mark.slow
