@@ -24,6 +24,7 @@ from sqjax.calibration.analysis import described
 from sqjax.calibration.calibrate import calibrate, check_batches
 from sqjax.calibration.stats import Stats
 from sqjax.choosing.by_search import quantize_by_search
+from sqjax.choosing.divergence import divergence
 from sqjax.choosing.precision import choose_precision
 from sqjax.folding.graph import Graph, paths_of
 from sqjax.methods.quantization import Rules, quantize
@@ -361,7 +362,9 @@ class _Judge(NamedTuple):
         loss: Loss | None,
     ) -> "_Judge":
         arguments = [b if isinstance(b, tuple) else (b,) for b in batches]
-        of_outputs = divergence if loss is None else _checked_loss(loss)
+        of_outputs = (
+            divergence_of_trees if loss is None else _checked_loss(loss)
+        )
         run = quantized(fn)
 
         @jax.jit
@@ -442,10 +445,8 @@ def _is_scalar(x: Any) -> bool:
     return is_real and not x.shape
 
 
-def divergence(outputs: Any, float_outputs: Any, *_: Any) -> Array:
-    """The mean over all rows of KL(float || other), in nats, of softmaxes along the last axis.
-
-    Of outputs that are a tree it is the sum over the float arrays in it.
+def divergence_of_trees(outputs: Any, float_outputs: Any, *_: Any) -> Array:
+    """The sum over all float arrays of both outputs of `divergence`.
 
     Raises:
         ValueError: there is no float array, or one has no axis.
@@ -459,13 +460,5 @@ def divergence(outputs: Any, float_outputs: Any, *_: Any) -> Array:
             f"{described(float_outputs)}; pass loss=, a function loss(outputs, float_outputs, "
             "*batch)"
         )
-    return jnp.sum(jnp.stack([_of_rows(*pair) for pair in floats]))
-
-
-def _of_rows(float_outputs: Array, outputs: Array) -> Array:
-    """The divergence of one array from another."""
-    wanted = jax.nn.log_softmax(float_outputs.astype(jnp.float32))
-    got = jax.nn.log_softmax(outputs.astype(jnp.float32))
-    terms = jnp.exp(wanted) * (wanted - got)
-    # A logit of -inf has a probability of 0, and no part in the sum.
-    return jnp.mean(jnp.sum(jnp.where(wanted > -jnp.inf, terms, 0), axis=-1))
+    found = [divergence(got, wanted) for wanted, got in floats]
+    return jnp.sum(jnp.stack(found))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sqjax as sq
-from sqjax.choosing.recommend import RECIPES, _checked, _quantile, _split, divergence
+from sqjax.choosing.recommend import RECIPES, _checked, _quantile, _split, divergence_of_trees
 from sqjax.weights.sizes import weight_bytes
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -119,7 +119,9 @@ def test_wrong_arguments_are_refused():
         sq.recommend(mlp, PARAMS, BATCHES, budget=-1.0)
     with pytest.raises(ValueError, match=r"recipes=: expected some of .*w8a8.* got \['w2'\]"):
         sq.recommend(mlp, PARAMS, BATCHES, recipes=["w2"])
-    with pytest.raises(ValueError, match="others or more to judge on, got 0 and 1; pass at least 3"):
+    with pytest.raises(
+        ValueError, match="others or more to judge on, got 0 and 1; pass at least 3"
+    ):
         sq.recommend(mlp, PARAMS, BATCHES[:1])
     with pytest.raises(ValueError, match=r"got 8 and 1; .* or held_out= with two or more"):
         sq.recommend(mlp, PARAMS, BATCHES, held_out=X[:1].tolist())
@@ -177,7 +179,7 @@ def test_the_divergences_of_a_tree_are_added():
     for exact, other in ((X[0], X[2]), (X[1, :4], X[3, :4])):
         wanted, got = logprobs(exact), logprobs(other)
         expected += (np.exp(wanted) * (wanted - got)).sum(-1).mean()
-    assert float(divergence(others, outputs)) == pytest.approx(expected, rel=1e-5)
+    assert float(divergence_of_trees(others, outputs)) == pytest.approx(expected, rel=1e-5)
     for without in ({"ids": jnp.arange(3)}, (X[0], X[0, 0, 0])):
         with pytest.raises(ValueError, match=r"last axis of logits.*; pass loss="):
-            divergence(without, without)
+            divergence_of_trees(without, without)
