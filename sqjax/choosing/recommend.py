@@ -234,17 +234,22 @@ def _checked(
     if recipes is None:
         return [name for name in RECIPES if logits or name != _MIXED]
     asked = _listed(recipes)
-    unknown = sorted({*asked} - {*RECIPES})
-    if unknown or not asked:
-        raise ValueError(
-            f"recommend: recipes=: expected some of {list(RECIPES)}, got {unknown or 'none'}"
-        )
+    _check_known(asked)
     if _MIXED in asked and not logits:
         raise ValueError(
             f"recommend: recipes=: {_MIXED!r} takes the outputs as logits, whatever loss= is; pass "
             "logits=True if they are, or leave it out"
         )
     return [name for name in RECIPES if name in asked]
+
+
+def _check_known(asked: Sequence[str]) -> None:
+    """Raises ValueError for names of no recipe, or none at all."""
+    unknown = sorted({*asked} - {*RECIPES})
+    if unknown or not asked:
+        raise ValueError(
+            f"recommend: recipes=: expected some of {list(RECIPES)}, got {unknown or 'none'}"
+        )
 
 
 def _split(
