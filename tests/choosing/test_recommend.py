@@ -52,8 +52,11 @@ def test_every_recipe_is_tried_the_smallest_first(found):
 def test_the_smallest_within_the_budget_is_named(found):
     within = [one for one in found.tried if one.difference + one.interval <= 0.003]
     assert 0 < len(within) < len(found.tried)
-    assert found.name == min(within, key=lambda one: one.nbytes).name
-    assert weight_bytes(found.params) == min(one.nbytes for one in within)
+    smallest = min(one.nbytes for one in within)
+    # What is larger by less than 1% is of the same size, and then the faster one is taken.
+    alike = [one.name for one in within if 0.99 * one.nbytes <= smallest]
+    assert found.name == min(alike, key=list(RECIPES).index)
+    assert smallest <= weight_bytes(found.params) <= smallest / 0.99
     assert f"within 0.003: {found.name}" in str(found)
     [starred] = [line for line in str(found).splitlines() if line.startswith("*")]
     assert starred.endswith(found.name)

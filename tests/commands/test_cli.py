@@ -237,9 +237,9 @@ def test_quantize_searches_as_the_library_does(run, refusal, stats):
     _, params = loaded("tiny")
     expected = sq.quantize_by_search(params, sq.load("kept"), sq.W4A16_G64)
     jax.tree.map(np.testing.assert_array_equal, loaded("searched")[1], expected)
-    said = run("quantize", "--recipe", "searched/recipe.yaml", "-o", "again", "--quiet")
-    assert said.startswith("again: w4a16_g64, searched, ")
-    assert files_in("again") == files_in("searched")
+    said = run("quantize", "--recipe", "searched/recipe.yaml", "-o", "sought", "--quiet")
+    assert said.startswith("sought: w4a16_g64, searched, ")
+    assert files_in("sought") == files_in("searched")
     alone = refusal("quantize", "tiny", "--search", "--stats", stats, "-o", "x")
     assert "expected statistics for --search" in alone
 
