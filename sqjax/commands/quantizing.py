@@ -16,7 +16,7 @@ from sqjax.weights.schemes import PRESETS
 from sqjax.weights.sizes import weight_bytes
 
 #: What a tied head is called in the trees of models here.
-_TIED = "embed_tokens"
+TIED = "embed_tokens"
 
 
 def quantized_as(opened: Opened, stats: Any, how: How, talk: Talk) -> Any:
@@ -43,10 +43,10 @@ def _rules(stats: Stats, how: How, talk: Talk) -> dict[str, Any]:
     chosen = map(PRESETS.get, map(str.upper, how.rules.values()))
     rules = dict(zip(how.rules, chosen, strict=True))
     sites = paths_of(stats.graph.sites)
-    is_tied = any(_TIED in path for path in sites)
-    if how.layout == "compressed-tensors" and is_tied and _TIED not in rules:
+    is_tied = any(TIED in path for path in sites)
+    if how.layout == "compressed-tensors" and is_tied and TIED not in rules:
         # The format has no name for a quantized embedding, and this one is the head too.
-        rules[_TIED] = None
+        rules[TIED] = None
         talk.note(
             "the head stays float, because it is the embedding, which compressed-tensors does not "
             "quantize"

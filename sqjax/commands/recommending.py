@@ -13,9 +13,7 @@ from sqjax import models
 from sqjax.choosing.recommend import Recommendation, recommend
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import Talk
-
-#: What a tied head is called in the trees of models here.
-_TIED = "embed_tokens"
+from sqjax.commands.quantizing import TIED
 
 
 def recommended(
@@ -46,7 +44,7 @@ def recommended(
 
 def _floats(opened: Opened) -> tuple[str, ...]:
     """The head, where it is the embedding too: int4 rows of it would be looked up as well."""
-    return (_TIED,) if opened.model.config.tie_embeddings else ()
+    return (TIED,) if opened.model.config.tie_embeddings else ()
 
 
 def next_token_loss(
