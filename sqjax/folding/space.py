@@ -1,0 +1,46 @@
+"""`Space`: variables that may all be rotated together, as plain hashable data."""
+
+from typing import NamedTuple
+
+
+class Along(NamedTuple):
+    """Where a space lies in an array: along one axis, or along one factor of it.
+
+    The axis is seen as (before, size, after) in row-major order, and the matrix acts on `size`.
+
+    Example: heads of 64 channels, 9 of them, written side by side along the axis 1 of (in, 576):
+    a matrix of 64 x 64 that acts on every head is Along(axis=1, before=9, after=1).
+
+    Attributes:
+        axis: of the array, counted from 0.
+        before, after: the factors of the axis's length beside the size of the space.
+    """
+
+    axis: int
+    before: int = 1
+    after: int = 1
+
+
+class Space(NamedTuple):
+    """An axis of a set of variables that may all become x Q, for any orthogonal Q of its size.
+
+    The function stays what it is if every leaf is multiplied by Q along its `Along`. It is one rule
+    for all leaves, because Q is orthogonal: a kernel that makes x becomes W Q; one that reads x
+    becomes Q^T W, which is W multiplied by Q along its first axis.
+
+    Attributes:
+        name: the first site that reads it.
+        size: the rows of Q.
+        leaves: (path, where the space lies in it); of stacked layers all have one Q.
+        gains: leaves that multiply it element by element. They must be ones there (of 1 + w: w must
+            be zeros), which an ordinary fold of s = gain achieves.
+        keeps_ones: whether Q must fix the vector of ones, 1 Q = 1: a LayerNorm takes the mean.
+        sites: the sites whose activation is rotated.
+    """
+
+    name: str
+    size: int
+    leaves: tuple[tuple[str, Along], ...]
+    gains: tuple[str, ...] = ()
+    keeps_ones: bool = False
+    sites: tuple[str, ...] = ()
