@@ -1,6 +1,8 @@
 """The spaces of a program: what may be rotated, and why the rest may not."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 from sqjax.folding.groups import Survey
@@ -53,13 +55,19 @@ def find_spaces(survey: Survey) -> Spaces:
             else:
                 reasons.append(reason)
         if not found:
-            refused.setdefault(place.name, "; and ".join(dict.fromkeys(reasons)))
+            refused.setdefault(
+                place.name, "; and ".join(dict.fromkeys(reasons))
+            )
     for place in survey.places:
         for start in _output_axes(survey, place):
             space, _ = finder.space(start)
             if space is not None:
                 spaces[space] = None
-    return Spaces(tuple(spaces), tuple(refused.items()))
+    turning = set(chain(*map(attrgetter("sites"), spaces)))
+    refusals = [
+        (site, why) for site, why in refused.items() if site not in turning
+    ]
+    return Spaces(tuple(spaces), tuple(refusals))
 
 
 def _activation_axes(place: Place) -> Iterator[Start]:

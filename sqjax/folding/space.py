@@ -1,7 +1,12 @@
 """`Space`: variables that may all be rotated together, as plain hashable data."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+#: Kinds of spaces (a size, and a number of leaves) that a summary lists.
+_KINDS_SHOWN = 3
 
 
 class Along(NamedTuple):
@@ -63,3 +68,44 @@ class Space(NamedTuple):
     gains: tuple[str, ...] = ()
     keeps_ones: bool = False
     sites: tuple[str, ...] = ()
+
+    @property
+    def effect(self) -> "Space":
+        """The space without its name and sites: what a rotation does, and asks for."""
+        return self._replace(name="", sites=())
+
+    def account(self, path: str) -> list[str]:
+        """Lines that tell which part a leaf has in the space; none if it has none."""
+        lines = []
+        axes = [along.axis for other, along in self.leaves if other == path]
+        others = len({other for other, _ in self.leaves} - {path})
+        if axes:
+            along = " and ".join(map(str, axes))
+            lines.append(
+                f"{path} turns along its axis {along} in the space {self.name}: "
+                f"{self.size} channels, with {others} other leaves"
+            )
+            if self.keeps_ones:
+                lines.append("  by rotations that keep the vector of ones only")
+        if path in self.gains:
+            lines.append(
+                f"{path} must be folded into what reads it before the space {self.name} turns"
+            )
+        return lines
+
+
+def summary(spaces: Sequence[Space]) -> str:
+    """How many spaces there are, and what the largest of them are like, in a line.
+
+    Example: "31 spaces that may turn: 1 of 576 channels in 211 leaves, 30 of 64 in 2 leaves".
+    """
+    # By the leaves only, because a leaf may turn along two axes.
+    kinds = Counter((space.size, len(dict(space.leaves))) for space in spaces)
+    largest = sorted(kinds, key=math.prod, reverse=True)
+    texts = [
+        f"{kinds[kind]} of {kind[0]} channels in {kind[1]} leaves"
+        for kind in largest[:_KINDS_SHOWN]
+    ]
+    more = ", ..." if len(largest) > _KINDS_SHOWN else ""
+    what = "space that may turn" if len(spaces) == 1 else "spaces that may turn"
+    return f"{len(spaces)} {what}: {', '.join(texts)}{more}"

@@ -130,9 +130,7 @@ def _fixed(program: Program, var: Var) -> str | None:
     return None
 
 
-def _misfit(
-    turning: Turning, var: Var, places: frozenset[Along]
-) -> str | None:
+def _misfit(turning: Turning, var: Var, places: frozenset[Along]) -> str | None:
     """What is wrong with where a space lies in a variable."""
     shape = turning.program.shape(var)
     axes = [along.axis for along in places]
@@ -397,7 +395,8 @@ def _scanned(turning: Turning, equation: Equation) -> bool:
     return True
 
 
-# The names stand here once more, so that a primitive that gets among the rules by mistake has no law.
+# The names stand here once more, so that a primitive that gets among the rules by mistake has no
+# law.
 _MOVING = """
 transpose reshape squeeze broadcast_in_dim slice rev cumsum dynamic_slice gather neg
 convert_element_type reduce_precision

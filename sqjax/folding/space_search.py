@@ -149,7 +149,7 @@ class SpaceSearch:
         if not program.is_float(var):
             dtype = program.avals[var].dtype
             raise Refused(f"it would turn a value of dtype {dtype}")
-        path = program.leaves.get(var)
+        path = program.leaves.get(var, "")
         if var in program.offsets:
             raise Refused(f"it would turn {path} plus a number")
         if path in self._shared:

@@ -10,14 +10,17 @@ from sqjax.program.primitives import (
     POWERS,
 )
 
+_FUNCTIONS = """
+and or not neg exp log log1p expm1 rsqrt sqrt logistic erf pow sign sin cos convert_element_type
+reduce_precision clamp is_finite
+"""
 #: Where the operands are the same along an axis, so is what these make of them.
 _BY_ELEMENT = {
     *ELEMENTWISE,
     *COMPARISONS,
     *POWERS,
     *IDENTITIES,
-    *"and or not neg exp log log1p expm1 rsqrt sqrt logistic erf pow sign sin cos".split(),
-    *"convert_element_type reduce_precision clamp is_finite".split(),
+    *_FUNCTIONS.split(),
 }
 
 
