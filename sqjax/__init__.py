@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
     from sqjax.methods.quantization import quantize, smoothquant
+    from sqjax.methods.rotation import rotate, rotations
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
@@ -107,6 +108,8 @@ __all__ = [
     "quantize_cache",
     "quantized",
     "recommend",
+    "rotate",
+    "rotations",
     "save",
     "scales",
     "search_alpha",
@@ -147,6 +150,7 @@ _NAMES = {
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
     "sqjax.methods.quantization": "quantize smoothquant",
+    "sqjax.methods.rotation": "rotate rotations",
     "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",
     "sqjax.methods.verification": "verify",

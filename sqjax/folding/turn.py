@@ -122,9 +122,7 @@ def _check_others(
         return
     if is_concrete(value) and (np.asarray(value)[~covered] == 1).all():
         return
-    known = "; ".join(
-        reason for path, reason in graph.refused if path == gain
-    )
+    known = "; ".join(reason for path, reason in graph.refused if path == gain)
     because = f" ({known})" if known else ""
     raise ValueError(
         f"rotate: {gain} multiplies channels of a space, and no fold group can move it into the "
@@ -157,9 +155,7 @@ def turned(
 
 
 @partial(jax.jit, static_argnames="along")
-def turned_along(
-    x: Array, q: Float[Array, "size size"], along: Along
-) -> Array:
+def turned_along(x: Array, q: Float[Array, "size size"], along: Along) -> Array:
     """x multiplied by q where `along` says.
 
     Example: x of shape (in, 576) and Along(1, before=9) with q of 64 x 64 is seen as (in, 9, 64,

@@ -57,6 +57,7 @@ from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers
 from sqjax.models.text_tower import TextTowerConfig as TextTowerConfig
+from sqjax.models.untying import untie as untie
 from sqjax.models.vision_config import VisionConfig as VisionConfig
 from sqjax.models.vision_model import Preprocessing as Preprocessing
 from sqjax.models.vision_model import VisionModel as VisionModel

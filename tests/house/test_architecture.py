@@ -244,6 +244,8 @@ def test_the_public_names_are_these():
         *(
             "calibrate",
             "scales",
+            "rotate",
+            "rotations",
             "fold",
             "fold_stats",
             "gram_bytes",
