@@ -271,7 +271,7 @@ def test_recommend_says_what_none_is_within():
         "no recipe is within 1%: accept more with --budget, or judge on more windows with --windows",
     ]
     starred = text_of(found._replace(name="w8a8"), 5, Path("new")).splitlines()
-    assert starred[2] == "*  25 MB       2.718  +2.02% +- 1.00%  w8a8"
+    assert starred[2] == "*   25 MB       2.718  +2.02% +- 1.00%  w8a8"
     assert starred[3:] == ["the smallest within 5%: w8a8", "written to new"]
 
 
