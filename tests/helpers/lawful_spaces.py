@@ -317,9 +317,7 @@ def cached(p, ids, keys, values):
     return x @ p["head"], keys, values
 
 
-CACHED = named(
-    embed=(5, 6), g1=(6,), wk=(6, 4), wv=(6, 4), wq=(6, 4), wo=(4, 6), head=(6, 5)
-)
+CACHED = named(embed=(5, 6), g1=(6,), wk=(6, 4), wv=(6, 4), wq=(6, 4), wo=(4, 6), head=(6, 5))
 
 
 def normed_queries(p, ids):
@@ -348,62 +346,86 @@ X = normal(3, 5)
 CASES = {
     "llama": Case(llama, LLAMA, (IDS,), (space(RESIDUAL + " head:0", "g1 g2 g3"), VALUES)),
     "tied": Case(
-        tied, {n: x for n, x in LLAMA.items() if n != "head"}, (IDS,),
+        tied,
+        {n: x for n, x in LLAMA.items() if n != "head"},
+        (IDS,),
         (space(RESIDUAL, "g1 g2 g3"), VALUES),
     ),
     "gemma": Case(
-        gemma, named(embed=(5, 6), z1=(6,), **ATTENTION, z2=(6,), **SWIGLU, z3=(6,)), (IDS,),
+        gemma,
+        named(embed=(5, 6), z1=(6,), **ATTENTION, z2=(6,), **SWIGLU, z3=(6,)),
+        (IDS,),
         (space(RESIDUAL, "z1 z2 z3"), VALUES),
     ),
     "sandwich": Case(
-        sandwich, {**LLAMA, **named(g4=(6,))}, (IDS,),
+        sandwich,
+        {**LLAMA, **named(g4=(6,))},
+        (IDS,),
         (space(RESIDUAL + " head:0", "g1 g2 g3 g4"), VALUES),
     ),
     "opt": Case(
-        opt, OPT, (IDS,),
+        opt,
+        OPT,
+        (IDS,),
         (space(f"6 embed:1 places:1 {OPT_BLOCK} b3:0", "g1 g2 g3", True), HEADS, QUERIES),
     ),
     "parallel": Case(
-        parallel, named(embed=(5, 6), **NORMS, **ATTENTION, up=(6, 7), down=(7, 6), head=(6, 5)),
+        parallel,
+        named(embed=(5, 6), **NORMS, **ATTENTION, up=(6, 7), down=(7, 6), head=(6, 5)),
         (IDS,),
-        (space("6 embed:1 b1:0 wq:0 wk:0 wv:0 wo:1 up:0 down:1 b2:0 head:0", "g1 g2", True),
-         VALUES),
+        (
+            space("6 embed:1 b1:0 wq:0 wk:0 wv:0 wo:1 up:0 down:1 b2:0 head:0", "g1 g2", True),
+            VALUES,
+        ),
     ),
     "experts": Case(experts, EXPERTS, (IDS,), (EXPERT_SPACE,)),
     "ragged experts": Case(ragged_experts, EXPERTS, (IDS,), (EXPERT_SPACE,)),
     "scan": Case(
-        scanned, SCANNED, (IDS,),
+        scanned,
+        SCANNED,
+        (IDS,),
         (
             space(
                 "6 embed:1 layers/wq:1 layers/wk:1 layers/wv:1 layers/wo:2 layers/gate:1 "
-                "layers/up:1 layers/down:2 head:0", "g3 layers/g1 layers/g2",
+                "layers/up:1 layers/down:2 head:0",
+                "g3 layers/g1 layers/g2",
             ),
             space("2 layers/wv:2/2x1 layers/wo:1/4x1"),
         ),
     ),
     "vit": Case(
-        vit, VIT, (normal(4, 4, 3),),
+        vit,
+        VIT,
+        (normal(4, 4, 3),),
         (
             space(f"6 patch:1 bpatch:0 cls:1 places:1 {OPT_BLOCK} b3:0 head:0", "g1 g2 g3", True),
-            HEADS, QUERIES,
+            HEADS,
+            QUERIES,
         ),
     ),
     "bert": Case(
-        bert, BERT, (IDS, np.array([0, 1, 1])),
+        bert,
+        BERT,
+        (IDS, np.array([0, 1, 1])),
         (
             space(f"6 embed:1 kinds:1 places:1 b0:0 {OPT_BLOCK} pool:0", "g0 g1 g2", True),
-            HEADS, QUERIES,
+            HEADS,
+            QUERIES,
         ),
     ),
     "fused": Case(
-        fused, FUSED, (IDS,),
+        fused,
+        FUSED,
+        (IDS,),
         (
             space("6 embed:1 qkv:0 wo:1 both:0 down:1 head:0", "g1 g2 g3"),
             space("2 qkv:1/2x1@12 wo:0/4x1"),
         ),
     ),
     "latent": Case(
-        latent, LATENT, (IDS,),
+        latent,
+        LATENT,
+        (IDS,),
         (
             space("6 embed:1 shrink:0 wq:0 wo:1 head:0", "g1"),
             space("3 shrink:1 wk:0 wv:0", "g2"),
@@ -411,24 +433,34 @@ CASES = {
         ),
     ),
     "lora": Case(
-        lora, named(first=(5, 7), w=(7, 6), a=(7, 2), b=(2, 6), last=(6, 3)), (X,),
+        lora,
+        named(first=(5, 7), w=(7, 6), a=(7, 2), b=(2, 6), last=(6, 3)),
+        (X,),
         (space("6 w:1 b:1 last:0"),),
     ),
     "linear": Case(
-        linear, named(a=(5, 6), b=(6, 7), c=(7, 3)), (X,),
+        linear,
+        named(a=(5, 6), b=(6, 7), c=(7, 3)),
+        (X,),
         (space("6 a:1 b:0"), space("7 b:1 c:0")),
     ),
     "relu": Case(relu, named(a=(5, 6), bias=(6,), b=(6, 3)), (X,), ()),
     "siamese": Case(
-        siamese, named(embed=(5, 6), up=(6, 7), down=(7, 6)), (IDS,),
+        siamese,
+        named(embed=(5, 6), up=(6, 7), down=(7, 6)),
+        (IDS,),
         (space("6 embed:1 up:0 down:1"),),
     ),
     "masked": Case(
-        masked, {**LLAMA, **named(mask=(6,))}, (IDS, np.array([True, False, False])),
+        masked,
+        {**LLAMA, **named(mask=(6,))},
+        (IDS, np.array([True, False, False])),
         (space(RESIDUAL + " mask:0 head:0", "g1 g2 g3"), VALUES),
     ),
     "crossed": Case(
-        crossed, CROSSED, (IDS, normal(2, 3)),
+        crossed,
+        CROSSED,
+        (IDS, normal(2, 3)),
         (
             space("6 embed:1 wq:0 wo:1 head:0", "g1"),
             space("7 patch:1 in:0 out:1 wk:0 wv:0"),
@@ -437,11 +469,15 @@ CASES = {
         ),
     ),
     "cached": Case(
-        cached, CACHED, (IDS[:1], normal(3, 4), normal(3, 4)),
+        cached,
+        CACHED,
+        (IDS[:1], normal(3, 4), normal(3, 4)),
         (space("6 embed:1 wk:0 wv:0 wq:0 wo:1 head:0", "g1"),),
     ),
     "normed queries": Case(
-        normed_queries, NORMED, (IDS,),
+        normed_queries,
+        NORMED,
+        (IDS,),
         (
             space("6 embed:1 wq:0 wk:0 wv:0"),
             space("2 wq:1/2x1 wk:1/2x1", "gq gk"),
@@ -451,7 +487,5 @@ CASES = {
     "recurrent": Case(
         recurrent, named(a=(4, 4), b=(5, 4), c=(4, 3)), (X,), (space("4 a:0 a:1 b:1 c:0"),)
     ),
-    "quadratic": Case(
-        quadratic, named(w=(5, 4), a=(4, 4)), (X,), (space("4 w:1 a:0 a:1"),)
-    ),
+    "quadratic": Case(quadratic, named(w=(5, 4), a=(4, 4)), (X,), (space("4 w:1 a:0 a:1"),)),
 }
