@@ -4,7 +4,9 @@ certificate passes no other one.
 Leaves are turned here in NumPy, in float64, from the spaces' data alone.
 """
 
+from collections import Counter
 from functools import cache
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from sqjax._trees import named_leaves
 from sqjax.folding.find_spaces import find_spaces
 from sqjax.folding.groups import Survey
 from sqjax.folding.space import Along, Space
+from sqjax.folding.space_rules import SPACE_RULES
+from sqjax.models import LlamaConfig, Model
 
 EVERY = {**CASES, **UNLAWFUL}
 
@@ -187,19 +191,63 @@ def mutations(space: Space):
     yield space._replace(size=space.size + 1)
 
 
-def test_the_certificate_passes_no_mutation():
-    count = 0
+def test_the_certificate_passes_no_unlawful_mutation():
+    """A few mutations are lawful: five of the six channels of a residual turn alone as well."""
+    refused, passed = 0, []
     for name, case in CASES.items():
         for space in case.spaces:
             assert accepted(program(name), space)
             for mutant in {*mutations(space)} - {space}:
-                count += 1
-                assert not accepted(program(name), mutant), (name, mutant)
-    assert count > 1000
+                if accepted(program(name), mutant):
+                    passed.append((name, mutant))
+                else:
+                    refused += 1
+    assert refused > 1000
+    assert len(passed) < refused / 20
+    for name, mutant in passed:
+        [far] = distances({name: turned(CASES[name].params, [mutant])}).values()
+        assert far < 1e-10, (name, mutant)
+
+
+# Work ---------------------------------------------------------------------------------------------
+
+
+def llama(layers):
+    """A decoder of 8B's shapes, without a number."""
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+    heads = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    config = LlamaConfig(**sizes, **heads, num_layers=layers, tie_embeddings=False, max_length=64)
+    return Model(config)
+
+
+def visited(layers):
+    """How many equations the searches visit, and the spaces that they find."""
+    model = llama(layers)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, 16), np.int32)
+    survey = Survey.of(program_of(model.apply, params, ids), {})
+    visits = Counter()
+
+    def counted(name, rule):
+        def counting(search, equation):
+            visits[name] += 1
+            rule(search, equation)
+
+        return counting
+
+    rules = {name: counted(name, rule) for name, rule in SPACE_RULES.items()}
+    with mock.patch("sqjax.folding.find_spaces.SPACE_RULES", rules):
+        spaces = find_spaces(survey).spaces
+    return visits.total(), spaces
 
 
 def test_the_work_is_linear_in_the_layers():
-    def visits(layers):
-        raise NotImplementedError
+    (two, _), (four, spaces), (eight, _) = map(visited, (2, 4, 8))
+    assert [space.size for space in spaces] == [4096, *[128] * 4]
+    assert eight - four == 2 * (four - two)
 
-    del visits
+
+@pytest.mark.slow
+def test_a_model_of_32_layers_has_33_spaces():
+    _, spaces = visited(32)
+    assert [len(space.leaves) for space in spaces] == [226, *[2] * 32]

@@ -24,6 +24,10 @@ def accepted(program, space):
         if var is None:
             return False
         members[var] = members.get(var, NONE) | {place}
+    # The laws take for granted that it fits where it is said to be.
+    problem = certify_space(program, space.size, members, space)
+    if problem is None or "fit" in problem or "expected" in problem:
+        return problem is None
     steps = list(_steps(program.main))
     for found in _extended(program, space, steps, members, {}):
         turning = {var: places for var, places in found.items() if places}

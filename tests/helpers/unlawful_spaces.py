@@ -162,7 +162,7 @@ WEIGHTS = np.arange(1.0, 7.0)
 SMALL = named(embed=(5, 6), g1=(6,), head=(6, 5))
 UNLAWFUL = {
     # Something stands in the way.
-    "relu": between(jax.nn.relu),
+    "through relu": between(jax.nn.relu),
     "gelu": between(jax.nn.gelu),
     "softmax": between(lambda y: jax.nn.softmax(y, -1)),
     "sort": between(lambda y: jnp.sort(y, -1)),
@@ -173,10 +173,10 @@ UNLAWFUL = {
     "permuted": Case(picked, named(u=(5, 6), v=(6, 3)), (X,), (space("6 u:1 v:0"),)),
     "some of them": Case(
         lambda p, x: (x @ p["u"])[:, :4] @ p["v"], named(u=(5, 6), v=(4, 3)), (X,),
-        (space("4 u:1 v:0"),),
+        (space("3 u:1@2 v:0@1"),),
     ),
     "weighed": between(lambda y: y * WEIGHTS.astype(y.dtype)),
-    "masked": between(lambda y: jnp.where(np.arange(6) > 2, y, 0.0)),
+    "some masked": between(lambda y: jnp.where(np.arange(6) > 2, y, 0.0)),
     "shifted by a constant": between(lambda y: y + WEIGHTS.astype(y.dtype)),
     "shifted by a number": between(lambda y: y + 1.0),
     "chosen": between(lambda y: jnp.where(y > 0, y, 2.0 * y)),
