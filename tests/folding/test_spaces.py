@@ -1,7 +1,5 @@
 """Spaces: those found are those that a reader finds, turning them changes no output, and the
 certificate passes no other one.
-
-Leaves are turned here in NumPy, in float64, from the spaces' data alone.
 """
 
 from collections import Counter
@@ -14,12 +12,11 @@ import pytest
 from lawful_spaces import CASES
 from space_members import accepted
 from traced import program_of, shared_arrays
+from turning import mutations, turned, written
 from unlawful_spaces import UNLAWFUL
 
-from sqjax._trees import named_leaves
 from sqjax.folding.find_spaces import find_spaces
 from sqjax.folding.groups import Survey
-from sqjax.folding.space import Along, Space
 from sqjax.folding.space_rules import SPACE_RULES
 from sqjax.models import LlamaConfig, Model
 
@@ -38,49 +35,12 @@ def found(name):
     return find_spaces(Survey.of(program(name), shared_arrays(EVERY[name].params)))
 
 
-def written(space):
-    """A space as it is written by hand: without names, its leaves in order."""
-    return space.effect._replace(leaves=tuple(sorted(space.leaves)))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_those_found_are_those_that_a_reader_finds(name):
     assert sorted(map(written, found(name).spaces)) == sorted(CASES[name].spaces)
 
 
 # Turned -------------------------------------------------------------------------------------------
-
-
-def rotation(rng, space):
-    """A random orthogonal matrix; where ones are kept it acts on what is orthogonal to these."""
-    size = space.size
-    if not space.keeps_ones:
-        return np.linalg.qr(rng.normal(size=(size, size)))[0]
-    basis = np.linalg.qr(np.column_stack([np.ones(size), rng.normal(size=(size, size - 1))]))[0]
-    inner = np.eye(size)
-    inner[1:, 1:] = np.linalg.qr(rng.normal(size=(size - 1, size - 1)))[0]
-    return basis @ inner @ basis.T
-
-
-def turned_leaf(leaf, along, q):
-    """x Q along an axis, or along a factor or a part of it."""
-    out = np.moveaxis(np.array(leaf), along.axis, -1)
-    part = slice(along.start, along.start + along.length(len(q)))
-    vectors = out[..., part].reshape(*out.shape[:-1], along.before, len(q), along.after)
-    turned = np.einsum("...bia,ij->...bja", vectors, q)
-    out[..., part] = turned.reshape(out[..., part].shape)
-    return np.moveaxis(out, -1, along.axis)
-
-
-def turned(params, spaces, seed=0):
-    rng = np.random.default_rng(seed)
-    paths, leaves, treedef = named_leaves(params)
-    by_path = dict(zip(paths, leaves, strict=True))
-    for space in spaces:
-        q = rotation(rng, space)
-        for path, along in space.leaves:
-            by_path[path] = turned_leaf(by_path[path], along, q)
-    return jax.tree.unflatten(treedef, by_path.values())
 
 
 @cache
@@ -161,34 +121,6 @@ def test_unlawful_spaces_would_change_the_outputs():
 
 
 # Mutations ----------------------------------------------------------------------------------------
-
-
-def mutations(space: Space):
-    """Spaces with one thing wrong, or changed at least."""
-    leaves = space.leaves
-    for i, (path, along) in enumerate(leaves):
-        others = leaves[:i] + leaves[i + 1 :]
-        yield space._replace(leaves=others)
-        yield space._replace(leaves=(*leaves, leaves[i]))
-        changes = [
-            along._replace(axis=1 - along.axis),
-            along._replace(axis=along.axis + 1),
-            along._replace(before=along.after, after=along.before),
-            along._replace(before=along.before + 1),
-            along._replace(before=max(1, along.before - 1)),
-            along._replace(start=along.start + 1),
-            along._replace(start=max(0, along.start - 1)),
-            along._replace(start=along.start + space.size),
-        ]
-        for change in changes:
-            yield space._replace(leaves=(*others[:i], (path, change), *others[i:]))
-    for gain in space.gains:
-        yield space._replace(gains=tuple(g for g in space.gains if g != gain))
-        yield space._replace(leaves=(*leaves, (gain, Along(0))))
-    if space.keeps_ones:
-        yield space._replace(keeps_ones=False)
-    yield space._replace(size=space.size - 1)
-    yield space._replace(size=space.size + 1)
 
 
 def test_the_certificate_passes_no_unlawful_mutation():
