@@ -10,9 +10,8 @@ from sqjax.folding.search import Refused
 from sqjax.folding.sites import Place
 from sqjax.folding.space import Along, Space
 from sqjax.folding.space_certificate import certify_space
-from sqjax.folding.space_moves import Split
 from sqjax.folding.space_rules import SPACE_RULES
-from sqjax.folding.space_search import SpaceSearch
+from sqjax.folding.space_search import Failure, SpaceSearch, World
 from sqjax.program.equations import Var
 
 
@@ -41,7 +40,8 @@ def find_spaces(survey: Survey) -> Spaces:
 
     The outputs matter where two activations are multiplied: queries and keys turn together.
     """
-    finder = _Finder(survey, {}, {})
+    world = World.of(survey.program, SPACE_RULES, survey.shared)
+    finder = _Finder(survey, world, {})
     spaces: dict[Space, None] = {}
     refused: dict[str, str] = {}
     for place in survey.places:
@@ -97,13 +97,13 @@ class _Finder(NamedTuple):
 
     Attributes:
         survey: the program and its sites.
+        world: what the searches know of the program, and where one has failed.
         known: {(variable, axis): the space found for it}.
-        failed: {(variable, axis): why there is none}.
     """
 
     survey: Survey
+    world: World
     known: dict[tuple[Var, int], Space]
-    failed: dict[tuple[Var, int], str]
 
     def space(self, start: Start) -> tuple[Space | None, str]:
         """The space of a variable along an axis, or why there is none."""
@@ -113,26 +113,21 @@ class _Finder(NamedTuple):
             return None, f"it has {size} channels"
         if key in self.known:
             return self.known[key], ""
-        if key in self.failed:
-            return None, self.failed[key]
         reasons: list[str] = []
         waiting = [(1, size, 1)]
         while waiting:
             before, part, after = waiting.pop(0)
-            search = SpaceSearch(
-                self.survey.program, SPACE_RULES, self.survey.shared, part
-            )
+            search = SpaceSearch(self.world, part)
             along = Along(start.axis, before, after)
             try:
                 return self._closed(search, start, along), ""
             except Refused as refused:
-                reasons += refused.args
-                parts = getattr(refused, "parts", ())
-                waiting += [
-                    (before * b, n, a * after) for b, n, a in parts if n > 1
-                ]
-                if not isinstance(refused, Split) and not parts:
-                    self._note_failure(search, str(refused))
+                failure = Failure.of(refused)
+            self._note(search, failure)
+            reasons += failure.reasons
+            for b, n, a in failure.parts:
+                if n > 1:
+                    waiting.append((before * b, n, a * after))
         return None, "; and ".join(dict.fromkeys(reasons))
 
     def _closed(self, search: SpaceSearch, start: Start, along: Along) -> Space:
@@ -178,11 +173,8 @@ class _Finder(NamedTuple):
             tuple(dict.fromkeys(sites)),
         )
 
-    def _note_failure(self, search: SpaceSearch, reason: str) -> None:
+    def _note(self, search: SpaceSearch, failure: Failure) -> None:
         """Whoever is tied to what can not turn can not turn either."""
         for var, places in search.members.items():
             for along in places:
-                if along.is_whole(search.size, self.survey.program.shape(var)):
-                    whole = along.before == along.after == 1
-                    if whole:
-                        self.failed.setdefault((var, along.axis), reason)
+                self.world.failed[var, along, search.size] = failure

@@ -10,12 +10,14 @@ multiplied by Q where they are members, and fn stays what it is, in exact number
 the equations, as in `sqjax.folding.certificate`.
 
 Data movement is checked by the positions: each element of a member is at one of the n places of its
-vector. A movement that takes the places of the operand to those of the result takes vectors to
-vectors, because primitives move whole axes. The laws of scales say just that of their labels
-(`sqjax.folding.laws`), so the positions are given to these.
+vector. The laws of scales (`sqjax.folding.laws`) say what a movement makes of labels, so the
+positions are given to these. Where all elements move, in order, positions tell vectors apart: in
+row-major order place k + 1 stands as far behind place k as place k is repeated. Where only some are
+taken, or zeros are put in between, they do not: of places 1 1 2 2 the middle ones are 1 2, of two
+vectors. So there a step from place to place must be as long before as after, too.
 
 Products of two members are found on the way. Of these nothing may be read but a sum over the
-channels: (x Q) . (y Q) = x . y.
+channels: (x Q) . (y Q) = x . y. They may leave neither the function nor the body of a scan.
 
 What it takes for granted: `gains` are ones. Whoever rotates has to check their values.
 """
@@ -90,6 +92,9 @@ def certify_space(
     """
     gains = frozenset(space.gains)
     turning = Turning(program, size, members, {}, gains, space.keeps_ones)
+    # A leaf named twice would be multiplied by Q twice.
+    if size < 2 or len(set(space.leaves)) < len(space.leaves):
+        return "expected two channels or more, and each leaf and axis once"
     for var, places in members.items():
         problem = _fixed(program, var) or _misfit(turning, var, places)
         if problem is not None:
@@ -107,6 +112,8 @@ def certify_space(
         law = SPACE_LAWS.get(equation.name)
         if law is None or not law(turning, equation):
             return f"{equation} does not pass the rotation on"
+    if any(map(turning.is_product, program.results)):
+        return "a product that turns, not summed up, is an output of fn"
     return None
 
 
@@ -137,6 +144,7 @@ def _misfit(turning: Turning, var: Var, places: frozenset[Along]) -> str | None:
     inside = all(
         0 <= along.axis < len(shape)
         and along.start >= 0
+        and min(along.before, along.after) > 0
         and along.start + along.length(turning.size) <= shape[along.axis]
         for along in places
     )
@@ -169,10 +177,22 @@ def _is_moved(
     turning: Turning, equation: Equation, along: Along, to: Along | None
 ) -> bool:
     x, [y] = equation.inputs[0], equation.outputs
+    if to is not None and not _keeps_steps(equation, along, to):
+        return False
     xs = [turning.positions(x, along)]
     xs += [turning.positions(other, None) for other in equation.inputs[1:]]
     ys = [turning.positions(y, to)]
     return LAWS[equation.name](Claim(turning.program, equation, xs, ys))
+
+
+def _keeps_steps(equation: Equation, along: Along, to: Along) -> bool:
+    """Whether the places of a vector are as far apart after a slice as they were before."""
+    if equation.name != "slice":
+        return True  # all elements move
+    strides = equation.params["strides"]
+    return along.after == to.after and (
+        strides is None or strides[along.axis] == 1
+    )
 
 
 def _product_moved(turning: Turning, equation: Equation) -> bool:
@@ -195,6 +215,14 @@ def _at_their_places(turning: Turning, equation: Equation) -> bool:
     atoms = [*equation.inputs, *equation.outputs]
     if any(turning.is_product(a) or len(turning.of(a)) > 1 for a in atoms):
         return False
+    # All have one axis and one step from place to place, and nothing is put in between.
+    steps = {(a.axis, a.after) for atom in atoms for a in turning.of(atom)}
+    padding = equation.params.get("padding_config", ())
+    if len(steps) > 1 or any(between for _, _, between in padding):
+        return False
+    # Infinity is the same at any scale, but no vector of it is turned.
+    if any(_is_infinite(turning, atom) for atom in equation.inputs):
+        return False
 
     def positions(atom: Atom) -> np.ndarray:
         return turning.positions(atom, next(iter(turning.of(atom)), None))
@@ -204,6 +232,12 @@ def _at_their_places(turning: Turning, equation: Equation) -> bool:
     )
     claim = Claim(turning.program, equation, xs, ys)
     return LAWS[equation.name](claim)
+
+
+def _is_infinite(turning: Turning, atom: Atom) -> bool:
+    """Whether an operand is known to be the same at any scale, but is not zero."""
+    program = turning.program
+    return program.is_scale_free(atom) and not program.is_zero(atom)
 
 
 def _pairwise(turning: Turning, equation: Equation) -> bool:
@@ -328,22 +362,31 @@ def _summed(turning: Turning, equation: Equation) -> bool:
 
 def _contracted(turning: Turning, equation: Equation) -> bool:
     numbers = equation.params["dimension_numbers"]
-    return _matmul(turning, equation, numbers, ())
+    return _matmul(turning, equation, numbers, ((), ()))
 
 
 def _contracted_in_groups(turning: Turning, equation: Equation) -> bool:
     numbers = equation.params["ragged_dot_dimension_numbers"]
     groups = tuple(numbers.rhs_group_dimensions)
-    return _matmul(turning, equation, numbers.dot_dimension_numbers, groups)
+    rows = tuple(numbers.lhs_ragged_dimensions)
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    if not groups or set(rows).intersection(contracted):
+        return False
+    pairs = numbers.dot_dimension_numbers
+    return _matmul(turning, equation, pairs, (rows, groups))
 
 
 def _matmul(
     turning: Turning,
     equation: Equation,
     numbers: Sequence[Sequence[Sequence[int]]],
-    groups: tuple[int, ...],
+    grouped: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> bool:
-    """Contracted axes turn in both operands, or in none; free ones in the result; no others do."""
+    """Contracted axes turn in both operands, or in none; free ones in the result; no others do.
+
+    `grouped` are the axes along which a row of the left operand meets another matrix of the right
+    one.
+    """
     (contracted, batch), [y] = numbers, equation.outputs
     operands = equation.inputs[:2]
     inside: list[set] = [set(), set()]
@@ -352,8 +395,9 @@ def _matmul(
     for side, x in enumerate(operands):
         if turning.is_product(x):
             return False
-        one_matrix_each = {*batch[side], *(groups if side else ())}
-        fixed = {*contracted[side], *one_matrix_each}
+        one_matrix_each = {*batch[side], *grouped[side]}
+        # The matrices are no axis of the result, the rows are one.
+        fixed = {*contracted[side], *batch[side], *(grouped[1] if side else ())}
         rank = len(turning.program.shape(x))
         free = [axis for axis in range(rank) if axis not in fixed]
         for along in turning.of(x):
@@ -381,6 +425,8 @@ def _scanned(turning: Turning, equation: Equation) -> bool:
         if places != turning.of(result):
             return False
         for atom in (value.first, value.following):
+            if turning.is_product(atom):
+                return False
             is_zero = turning.program.is_zero(atom)
             if turning.of(atom) != places and not is_zero:
                 return False

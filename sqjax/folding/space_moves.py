@@ -19,16 +19,20 @@ from sqjax.folding.space import Along
 from sqjax.program.primitives import IDENTITIES
 
 Move = Callable[[Along, int, dict, Shape, Shape], Along | None]
+#: (before, size, after) of smaller spaces within one.
+Parts = tuple[tuple[int, int, int], ...]
 
 
 class Split(Refused):
     """A reshape cuts the channels of a space: what is left are matrices that act on a part.
 
     Attributes:
-        parts: (before, size, after) of the smaller spaces to try, within the one that was split.
+        parts: the smaller spaces to try, within the one that was split.
     """
 
-    parts: tuple[tuple[int, int, int], ...] = ()
+    def __init__(self, parts: Parts, *reasons: str):
+        super().__init__(*reasons)
+        self.parts = parts
 
 
 def _same(
@@ -104,17 +108,15 @@ def _split(size: int, outer: int, passed: int, rest: Shape) -> Split:
     Example: 576 channels that become the axes (9, 64) are 9 x 64: a matrix may act on the 64, or on
     the 9.
     """
-    split = Split(
-        f"a reshape cuts its {size} channels into axes of {list(rest)}"
-    )
-    parts = []
+    parts: Parts = ()
     first = outer // passed if outer % passed == 0 else 0
     if first and rest[0] % first == 0:
         major = rest[0] // first
         if 1 < major < size and size % major == 0:
-            parts = [(major, size // major, 1), (1, major, size // major)]
-    split.parts = tuple(parts)
-    return split
+            parts = ((major, size // major, 1), (1, major, size // major))
+    return Split(
+        parts, f"a reshape cuts its {size} channels into axes of {list(rest)}"
+    )
 
 
 def _squeezed(

@@ -13,11 +13,12 @@ Example: h = x * rsqrt(mean(x * x)), y = h @ w, all along the last axis.
     w         `dot_general`: the sum over the channels does not change if w turns too
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from sqjax.folding.search import BUDGET, Refused
+from sqjax.folding.search import Refused
 from sqjax.folding.space import Along
+from sqjax.folding.space_moves import Parts, Split
 from sqjax.program.constant_axes import is_constant_along, leaf_of
 from sqjax.program.equations import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
@@ -25,8 +26,55 @@ from sqjax.program.facts import Program
 Rule = Callable[["SpaceSearch", Equation], None]
 
 
+class Failure(NamedTuple):
+    """Why variables can not turn, and what smaller spaces may be left of them (see `Split`)."""
+
+    reasons: tuple[str, ...]
+    parts: Parts = ()
+
+    @classmethod
+    def of(cls, refused: Refused) -> "Failure":
+        """What a refusal says."""
+        return cls(refused.args, getattr(refused, "parts", ()))
+
+    def refused(self) -> Refused:
+        """The refusal again."""
+        return Split(self.parts, *self.reasons)
+
+
+class World(NamedTuple):
+    """What all searches of one program share.
+
+    Attributes:
+        program: the program.
+        rules: by a primitive's name, what else of an equation turns if some of it does.
+        shared: {path: another path} of leaves that are the same array; these must not turn.
+        around: {variable that enters or leaves a body: the equations that run the body}.
+        failed: {(variable, where, size): why it can not turn}. Whoever is tied to it can not
+            either, so that no search walks through a program in vain twice.
+    """
+
+    program: Program
+    rules: Mapping[str, "Rule"]
+    shared: Mapping[str, str]
+    around: Mapping[Var, Sequence[Equation]]
+    failed: dict[tuple[Var, Along, int], Failure]
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        rules: Mapping[str, "Rule"],
+        shared: Mapping[str, str],
+    ) -> "World":
+        """Of a program that nothing was searched in yet."""
+        return cls(program, rules, shared, _equations_around(program), {})
+
+
 class SpaceSearch:
     """Members on the way to a fixed point.
+
+    It ends, because a variable can turn along each of its axes in one way only.
 
     Attributes:
         members: {variable: where the space lies in it}; two places if two of its axes turn.
@@ -35,23 +83,16 @@ class SpaceSearch:
         keeps_ones: whether a mean is taken, or one number added to all channels.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        rules: Mapping[str, Rule],
-        shared: Mapping[str, str],
-        size: int,
-    ):
-        self.program = program
+    def __init__(self, world: World, size: int):
+        self.program = world.program
         self.size = size
         self.members: dict[Var, set[Along]] = {}
         self.products: dict[Var, Along] = {}
         self.gains: set[str] = set()
         self.keeps_ones = False
-        self._rules = rules
-        self._shared = shared
-        self._queue: deque[Equation] = deque()
-        self._around = _equations_around(program)
+        self._world = world
+        # The equations by identity, so that each waits once.
+        self._queue: dict[int, Equation] = {}
 
     def of(self, atom: Atom) -> list[Along]:
         """Where the space lies in a variable; nothing of what is no member."""
@@ -74,6 +115,9 @@ class SpaceSearch:
         known = self.members.setdefault(atom, set())
         if along in known:
             return
+        failure = self._world.failed.get((atom, along, self.size))
+        if failure is not None:
+            raise failure.refused()
         self._check(atom)
         if along.axis in {other.axis for other in known}:
             raise Refused("an axis would have to turn in two ways")
@@ -118,24 +162,24 @@ class SpaceSearch:
         Raises:
             Refused: there is none.
         """
-        for _ in range(BUDGET):
-            if not self._queue:
-                return
-            equation = self._queue.popleft()
+        while self._queue:
+            equation = self._queue.pop(next(iter(self._queue)))
             try:
-                self._rules[equation.name](self, equation)
+                self._world.rules[equation.name](self, equation)
             except Refused as refused:
-                parts = getattr(refused, "parts", ())
-                refused = refused.at(equation)
-                raise _with_parts(refused, parts) from None
-        raise Refused(f"the search gave up after {BUDGET} equations")
+                reasons = refused.at(equation).args
+                failure = Failure.of(refused)._replace(reasons=reasons)
+                raise failure.refused() from None
 
     def _wake(self, var: Var) -> None:
-        equations = [*self.program.touching(var), *self._around.get(var, ())]
+        equations = [
+            *self.program.touching(var),
+            *self._world.around.get(var, ()),
+        ]
         for equation in equations:
-            if equation.name not in self._rules:
+            if equation.name not in self._world.rules:
                 raise Refused(f"{equation} stands in the way")
-        self._queue.extend(equations)
+            self._queue.setdefault(id(equation), equation)
 
     def _check(self, var: Var) -> None:
         """Raises `Refused` for what can not turn."""
@@ -152,16 +196,10 @@ class SpaceSearch:
         path = program.leaves.get(var, "")
         if var in program.offsets:
             raise Refused(f"it would turn {path} plus a number")
-        if path in self._shared:
-            other = self._shared[path]
+        shared = self._world.shared
+        if path in shared:
+            other = shared[path]
             raise Refused(f"the array at {path} also stands at {other}")
-
-
-def _with_parts(refused: Refused, parts: tuple) -> Refused:
-    """A copy of a refusal names an equation, but has lost what a reshape has split it into."""
-    if parts:
-        refused.parts = parts  # type: ignore[attr-defined]
-    return refused
 
 
 def _equations_around(program: Program) -> dict[Var, list[Equation]]:

@@ -32,7 +32,7 @@ def is_constant_along(program: Program, atom: Atom, axis: int) -> bool:
     """
     shape = program.shape(atom)
     # A scalar stands beside any rank.
-    if not shape or shape[axis] == 1:
+    if not shape or shape[axis] == 1 or 0 in shape:
         return True
     if not isinstance(atom, Var):
         return bool((atom.value == atom.value.flat[0]).all())
