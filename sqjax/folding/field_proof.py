@@ -1,0 +1,270 @@
+"""`prove`: that a change of leaves leaves a function what it is, by running it in a prime field."""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sqjax._arguments import check_function, expect
+from sqjax._trees import PyTree, named_leaves
+from sqjax.folding.field_changes import (
+    Change,
+    Leaves,
+    Unprovable,
+    permutation,
+    rotation,
+    scaling,
+)
+from sqjax.folding.field_program import run
+from sqjax.folding.field_values import Field, Value
+from sqjax.folding.graph import Graph
+from sqjax.folding.space import Space
+from sqjax.numerics.prime_field import draw, embed, mul, salt, sub
+from sqjax.program.trace import Traced, trace
+
+
+class FieldProof(NamedTuple):
+    """What held in a finite field, and what did not.
+
+    Attributes:
+        held: the names of the changes that leave the function what it is, as "scales of q_proj",
+            "rotation of q_proj".
+        refused: (name, reason) of the others.
+    """
+
+    held: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all of them held, each alone and all together."""
+        return not self.refused
+
+    def __str__(self) -> str:
+        """How many held, and a line for each that did not."""
+        every = len(self.held) + len(self.refused)
+        lines = [f"{len(self.held)} of {every} changes proved"]
+        lines += [f"  refused {name}: {reason}" for name, reason in self.refused]
+        return "\n".join(lines)
+
+
+def prove(
+    fn: Callable[..., Any],
+    params: PyTree,
+    graph: Any,
+    *inputs: Any,
+    spaces: Sequence[Space] = (),
+    permutations: Sequence[Space] = (),
+    leaves: str = "random",
+    trials: int = 2,
+    seed: int = 0,
+) -> FieldProof:
+    """Proves that scales, rotations and permutations of leaves change nothing, in exact arithmetic.
+
+    `fn` is traced, and its program is run with every float replaced by a number modulo the prime p
+    = 2^31 - 1: sums and products are exact then, whatever the order of their terms, so two runs
+    can be compared without a tolerance. A comparison asks whether a difference is a square modulo
+    p (a *positive* number is a square: signs multiply alike), and every other function (exp, tanh
+    ...) is a random one, of which nothing is known but that equal arguments give equal results.
+
+    The program runs with the leaves as they are, and with leaves to which random scales of all
+    groups, random rotations of all spaces and random permutations have been applied. All outputs
+    must be the same numbers. If they are not, halves of the changes are tried, until those that
+    change the function are found.
+
+    **What it shows.** If all outputs agree, the change is lawful for any scales > 0 and any
+    orthogonal Q, but for a chance of about d / p, where d is the degree of the program between two
+    of its random functions (thousands: d / p is about 10^-6). A comparison that a wrong change
+    reaches may hide it with a probability of a half; programs have many, and `trials` are
+    independent.
+
+    **What it does not show.** How the result is rounded in floats. What branches would do that are
+    not taken. And it refuses what holds only because of what a random function is in truth, such as
+    exp(a + b) = exp(a) exp(b): a refusal is no proof that a change is wrong.
+
+    Args:
+        fn: fn(params, *inputs).
+        params: its parameter tree; shapes and dtypes are enough (`jax.ShapeDtypeStruct`) if
+            `leaves` are random.
+        graph: whose groups are to be proved: a `Graph`, or `Stats`.
+        inputs: one batch. Integers and booleans are taken as given; of floats the shapes only:
+            they are random, because a zero or a one could hide what is wrong.
+        spaces: what is to be rotated. The gains of a space are first folded into what is behind
+            them by a group of the graph; a space with a gain that no group folds is refused.
+        permutations: spaces whose elements are to change places.
+        leaves: "random": float leaves are random numbers, which proves it for all parameters of
+            these shapes; "given": they are those of `params`, exactly.
+        trials: how often everything is drawn anew.
+        seed: of all drawing.
+
+    Returns:
+        `FieldProof`: what held, and what did not.
+
+    Raises:
+        ValueError: the program has a primitive without a rule (it is named, with its line); the
+            graph is of another tree; `leaves` is another word.
+
+    Source: Schwartz (1980), Zippel (1979), of polynomials; random functions in place of all others
+    are ours.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: jax.nn.relu((x * p["norm"]) @ p["up"]) @ p["down"]
+        >>> params = {"norm": jnp.ones(4), "up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+        >>> x = jnp.ones((3, 4))
+        >>> graph = sq.calibrate(fn, params, [x]).graph
+        >>> proof = sq.prove(fn, params, graph, x)
+        >>> proof.holds, proof.held
+        (True, ('scales of up', 'scales of down'))
+    """
+    check_function(fn, "prove", "(fn, params, graph, *inputs)")
+    graph = getattr(graph, "graph", graph)
+    expect(isinstance(graph, Graph), "prove", "a graph or statistics", graph)
+    words = ("random", "given")
+    expect(leaves in words, "prove: leaves=", " or ".join(words), leaves)
+    traced, arrays = trace(fn, params, inputs, {})
+    held: dict[str, None] = {}
+    refused: dict[str, str] = {}
+    for number in range(trials):
+        rng = np.random.default_rng([seed, number])
+        values = leaf_values(traced, params, graph, spaces, leaves, rng)
+        trial = FieldTrial(
+            traced, values, input_values(arrays, rng), salt(seed, number)
+        )
+        changes = [
+            *(rotation(space, graph, rng) for space in spaces),
+            *(permutation(space, rng) for space in permutations),
+            *(scaling(graph, group, rng) for group in graph.groups),
+        ]
+        held.update(dict.fromkeys(map(attrgetter("name"), changes)))
+        refused = trial.refused(changes) | refused
+    return FieldProof(
+        tuple(name for name in held if name not in refused),
+        tuple(refused.items()),
+    )
+
+
+def leaf_values(
+    traced: Traced,
+    params: PyTree,
+    graph: Graph,
+    spaces: Sequence[Space],
+    how: str,
+    rng: np.random.Generator,
+) -> dict[str, Value]:
+    """{path: value} of all leaves: as given, or random; gains of spaces are random squares then.
+
+    (Squares, because a gain is folded as a scale, and these are positive.)
+    """
+    paths, leaves, _ = named_leaves(params)
+    expected = {path: tuple(shape) for path, shape in graph.leaves}
+    offsets = dict(graph.offsets)
+    gains = {gain for space in spaces for gain in space.gains}
+    values: dict[str, Value] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        shape = tuple(jnp.shape(leaf))
+        if expected.get(path) != shape:
+            raise ValueError(
+                f"prove: {path}: expected shape {expected.get(path)} of the graph's tree, got "
+                f"{shape}; pass the parameters that were calibrated"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            values[path] = leaf
+        elif how == "given":
+            values[path] = Field(embed(np.asarray(leaf)))
+        elif path in gains:
+            drawn = draw(rng, shape)
+            offset = embed(np.asarray(offsets.get(path, 0.0)))
+            values[path] = Field(sub(mul(drawn, drawn), offset))
+        else:
+            values[path] = Field(draw(rng, shape))
+    missing = [path for path in expected if path not in values]
+    if missing:
+        raise ValueError(
+            f"prove: {missing[0]}: expected the leaf of the graph's tree, got none; pass the "
+            "parameters that were calibrated"
+        )
+    return values
+
+
+def input_values(
+    arrays: Sequence[Any], rng: np.random.Generator
+) -> list[Value]:
+    """A program's inputs: floats are random, all others as given."""
+    return [
+        Field(draw(rng, jnp.shape(x)))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for x in arrays
+    ]
+
+
+class FieldTrial:
+    """A program in the field, with leaves, inputs and random functions that are drawn."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        leaves: Leaves,
+        inputs: Sequence[Value],
+        seed: int,
+    ):
+        self._traced, self._inputs, self._seed = traced, inputs, seed
+        self.leaves = leaves
+        self._expected = self._outputs(leaves)
+
+    def unchanged_by(self, changes: Sequence[Change]) -> bool:
+        """Whether the outputs are the same numbers after these changes, one after the other."""
+        after = self.leaves
+        for change in changes:
+            after = change.make(after)
+        return self.unchanged(after)
+
+    def unchanged(self, after: Leaves) -> bool:
+        """Whether the outputs are the same numbers with other leaves."""
+        got = self._outputs(after)
+        return all(map(_equal, self._expected, got))
+
+    def refused(self, changes: Sequence[Change]) -> dict[str, str]:
+        """{name: reason} of the changes that can not be made, or change what is returned."""
+        refused: dict[str, str] = {}
+        possible, after = [], self.leaves
+        for change in changes:
+            try:
+                after = change.make(after)
+            except Unprovable as reason:
+                refused[change.name] = str(reason)
+            else:
+                possible.append(change)
+        if not self.unchanged(after):
+            for change in self._wrong(possible):
+                refused[change.name] = "it changes what the function returns"
+        return refused
+
+    def _wrong(self, changes: Sequence[Change]) -> list[Change]:
+        """Those that change the function, found by halving; all of them, if the halves do not."""
+        if not changes or self.unchanged_by(changes):
+            return []
+        if len(changes) == 1:
+            return list(changes)
+        middle = len(changes) // 2
+        first, second = changes[:middle], changes[middle:]
+        found = self._wrong(first) + self._wrong(second)
+        return found or list(changes)
+
+    def _outputs(self, leaves: Leaves) -> list[np.ndarray]:
+        operands = [leaves[path] for path in self._traced.paths]
+        results = run(
+            self._traced.jaxpr, [*operands, *self._inputs], self._seed
+        )
+        return [
+            x.residues if isinstance(x, Field) else np.asarray(x)
+            for x in results
+        ]
+
+
+def _equal(x: np.ndarray, y: np.ndarray) -> bool:
+    floats = x.dtype.kind == "f" and y.dtype.kind == "f"
+    return np.array_equal(x, y, equal_nan=floats)
