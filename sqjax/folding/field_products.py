@@ -43,7 +43,7 @@ def _contracted(numbers: Any, x: Residues, y: Residues) -> Residues:
         left.reshape(*count, _size(rows), terms),
         right.reshape(*count, terms, _size(columns)),
     )
-    return product.reshape(*batch, *rows, *columns)
+    return product.reshape((*batch, *rows, *columns))
 
 
 def _size(shape: Sequence[int]) -> int:
