@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
+    from sqjax.folding.field_proof import prove
     from sqjax.methods.quantization import quantize, smoothquant
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
@@ -102,6 +103,7 @@ __all__ = [
     "load_quantized",
     "load_saved",
     "merge",
+    "prove",
     "quantize",
     "quantize_by_search",
     "quantize_cache",
@@ -146,6 +148,7 @@ _NAMES = {
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
+    "sqjax.folding.field_proof": "prove",
     "sqjax.methods.quantization": "quantize smoothquant",
     "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",

@@ -39,7 +39,7 @@ class Change(NamedTuple):
     make: Callable[[Leaves], Leaves]
 
 
-class Unprovable(Exception):  # noqa: N818
+class Unprovable(Exception):
     """A change that can not be made; the text says why."""
 
 

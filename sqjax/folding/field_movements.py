@@ -27,9 +27,7 @@ def _view(make: Callable[[dict[str, Any], Residues], Residues]) -> Rule:
 def _broadcast(params: dict[str, Any], x: Residues) -> Residues:
     shape = params["shape"]
     full = [1] * len(shape)
-    for axis, size in zip(
-        params["broadcast_dimensions"], x.shape, strict=True
-    ):
+    for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
         full[axis] = size
     return np.broadcast_to(x.reshape(full), shape)
 
@@ -93,9 +91,7 @@ def _dynamic_update_slice(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
     x, update, *starts = operands
-    made = lax.dynamic_update_slice(
-        residues_of(x), residues_of(update), starts
-    )
+    made = lax.dynamic_update_slice(residues_of(x), residues_of(update), starts)
     return [Field(np.asarray(made))]
 
 
@@ -133,9 +129,7 @@ def _scatter(
 ) -> list[Value]:
     x, indices, updates = operands
     options = {name: equation.params[name] for name in _SCATTERED}
-    made = lax.scatter(
-        residues_of(x), indices, residues_of(updates), **options
-    )
+    made = lax.scatter(residues_of(x), indices, residues_of(updates), **options)
     return [Field(np.asarray(made))]
 
 

@@ -1,9 +1,9 @@
 """Runs a traced program in a prime field: every float becomes a residue modulo 2^31 - 1.
 
-What depends on a leaf, or on an input of floats, is computed by the rules of `field_rules`, exactly.
-All else is computed as always, by jax: positions, masks, constants; where such a float meets a
-residue it is embedded. Calls are written out, scans and loops are run step by step, and of a cond
-the branch that is taken.
+What depends on a leaf, or on an input of floats, is computed by the rules of `field_rules`. All
+else is computed as always, by jax: positions, masks, constants; where such a float meets a residue
+it is embedded. Calls are written out, scans and loops are run step by step, and of a cond the
+branch that is taken.
 """
 
 from collections.abc import Iterator, Sequence
@@ -142,9 +142,7 @@ def _while(
         if not bool(goes_on):
             return carry
         made = iter(run(loop.body, [*of_body, *carry], seed))
-        carry = [
-            x if k in handed else next(made) for k, x in enumerate(carry)
-        ]
+        carry = [x if k in handed else next(made) for k, x in enumerate(carry)]
     raise unknown(equation, f"a loop of more than {MOST_STEPS} steps")
 
 

@@ -46,7 +46,9 @@ class FieldProof(NamedTuple):
         """How many held, and a line for each that did not."""
         every = len(self.held) + len(self.refused)
         lines = [f"{len(self.held)} of {every} changes proved"]
-        lines += [f"  refused {name}: {reason}" for name, reason in self.refused]
+        lines += [
+            f"  refused {name}: {reason}" for name, reason in self.refused
+        ]
         return "\n".join(lines)
 
 

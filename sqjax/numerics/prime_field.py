@@ -29,19 +29,22 @@ PRIME = 2**31 - 1
 #: A uint32 array of numbers below PRIME.
 Residues = np.ndarray
 
+#: The same, or one such number, into which numpy makes what it computes of arrays of rank 0.
+Numbers = np.ndarray | np.generic
+
 _P64 = np.uint64(PRIME)
 _P32 = np.uint32(PRIME)
 _BITS = np.uint64(31)
 
 
-def _reduced(x: np.ndarray) -> Residues:
+def _reduced(x: Numbers) -> Residues:
     """uint64 numbers below 2^63, modulo p."""
     x = (x & _P64) + (x >> _BITS)  # below 2^33
     x = (x & _P64) + (x >> _BITS)  # at most p + 4
-    return _once(np.asarray(x).astype(np.uint32))
+    return np.asarray(x - _P64 * (x >= _P64)).astype(np.uint32)
 
 
-def _once(x: np.ndarray) -> Residues:
+def _once(x: Numbers) -> Residues:
     """uint32 numbers below 2 p, modulo p."""
     return np.asarray(x - _P32 * (x >= _P32))
 
@@ -77,72 +80,81 @@ def draw(rng: np.random.Generator, shape: Sequence[int]) -> Residues:
     return np.asarray(rng.integers(0, PRIME, tuple(shape), np.uint32))
 
 
-def add(x: Residues, y: Residues) -> Residues:
+def add(x: Numbers, y: Numbers) -> Residues:
     """x + y."""
     return _once(np.asarray(x + y))  # below 2^32
 
 
-def neg(x: Residues) -> Residues:
+def neg(x: Numbers) -> Residues:
     """-x."""
     return _once(np.asarray(_P32 - x))
 
 
-def sub(x: Residues, y: Residues) -> Residues:
+def sub(x: Numbers, y: Numbers) -> Residues:
     """x - y."""
     return add(x, neg(y))
 
 
-def mul(x: Residues, y: Residues) -> Residues:
+def mul(x: Numbers, y: Numbers) -> Residues:
     """x y."""
     return _reduced(np.multiply(x, y, dtype=np.uint64))
 
 
-def power(x: Residues, exponent: int) -> Residues:
+def power(x: Numbers, exponent: int) -> Residues:
     """x^exponent; of a negative exponent that of 1 / x."""
     if exponent < 0:
         return power(inverse(x), -exponent)
-    result = np.ones_like(x)
+    result: Numbers = np.ones_like(x)
     for bit in f"{exponent:b}":
         result = mul(result, result)
         if bit == "1":
             result = mul(result, x)
-    return result
+    return np.asarray(result)
 
 
-def _all_ones(x: Residues, bits: int) -> Residues:
+def _all_ones(x: Numbers, bits: int) -> Numbers:
     """x^(2^bits - 1), whose exponent is so many ones in binary: half of them, shifted, and the
-    other half.
+    other half. As `_squared` of numbers, and in numbers, that may be p + 4.
     """
     if bits == 1:
         return x
     half = _all_ones(x, bits // 2)
-    joined = mul(_squared(half, bits // 2), half)
-    return mul(_squared(joined, 1), x) if bits % 2 else joined
+    joined = _squared(half, bits // 2, half)
+    return _squared(joined, 1, x) if bits % 2 else joined
 
 
-def _squared(x: Residues, times: int) -> Residues:
-    for _ in range(times):
-        x = mul(x, x)
+def _squared(x: Numbers, times: int, factor: Numbers | None = None) -> Numbers:
+    """x^(2^times), times a factor if there is one, of uint64 numbers of at most p + 4.
+
+    In one piece, and with results of at most p + 4 too, because most of the time goes here.
+    """
+    squares: list[Numbers | None] = [None] * times
+    for other in [*squares, *([] if factor is None else [factor])]:
+        x = x * (x if other is None else other)  # below 2^63
+        x = (x & _P64) + (x >> _BITS)
+        x = (x & _P64) + (x >> _BITS)
     return x
 
 
-def inverse(x: Residues) -> Residues:
+def inverse(x: Numbers) -> Residues:
     """1 / x, which is x^(p - 2); 0 for 0, as of infinity, which 0 stands for too."""
-    return mul(_squared(_all_ones(x, 29), 2), x)  # 4 (2^29 - 1) + 1 = p - 2
+    wide = np.asarray(x).astype(np.uint64)
+    # p - 2 = 4 (2^29 - 1) + 1
+    return _reduced(_squared(_all_ones(wide, 29), 2, wide))
 
 
-def root(x: Residues) -> Residues:
+def root(x: Numbers) -> Residues:
     """The square root of a square that is a square itself: x^((p + 1) / 4).
 
     Of what is no square it is the root of -x. In each case the root of a product is the product of
     the roots.
     """
-    return _squared(x, 29)
+    return _reduced(_squared(np.asarray(x).astype(np.uint64), 29))
 
 
-def character(x: Residues) -> np.ndarray:
+def character(x: Numbers) -> np.ndarray:
     """+1 for a square, -1 for what is none, 0 for 0 (int8): x^((p - 1) / 2), by Euler."""
-    symbol = _all_ones(x, 30)
+    symbol = _reduced(_all_ones(np.asarray(x).astype(np.uint64), 30))
     return np.asarray((symbol == 1).astype(np.int8) - (symbol > 1))
 
 
@@ -184,9 +196,7 @@ def matmul(x: Residues, y: Residues) -> Residues:
     for first in range(0, max(1, columns), width):
         block = y[..., first : first + width]
         parts = [
-            _short_matmul(
-                x[..., k : k + _TERMS], block[..., k : k + _TERMS, :]
-            )
+            _short_matmul(x[..., k : k + _TERMS], block[..., k : k + _TERMS, :])
             for k in range(0, terms, _TERMS)
         ]
         blocks.append(total(np.stack(parts), (0,)))
@@ -219,7 +229,7 @@ def salt(*names: object) -> int:
     )
 
 
-def hashed(salt: int, *arguments: Residues) -> np.ndarray:
+def hashed(salt: int, *arguments: Numbers) -> np.ndarray:
     """64 random bits for each element, the same ones for equal arguments and salt."""
     state = np.asarray(np.uint64(salt))
     with np.errstate(over="ignore"):  # modulo 2^64
@@ -228,7 +238,7 @@ def hashed(salt: int, *arguments: Residues) -> np.ndarray:
     return np.asarray(state)
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
+def _mixed(z: Numbers) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea, Flood, 2014)."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -236,7 +246,7 @@ def _mixed(z: np.ndarray) -> np.ndarray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def oracle(salt: int, *arguments: Residues) -> Residues:
+def oracle(salt: int, *arguments: Numbers) -> Residues:
     """A random residue for each element, the same one for equal arguments and salt."""
     return _reduced(hashed(salt, *arguments) >> np.uint64(2))
 

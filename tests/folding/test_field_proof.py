@@ -1,0 +1,383 @@
+"""The proof in a finite field judges rightly: what is lawful passes, and hundreds of wrong changes do not."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dags import Dag, evaluate, function
+from random_programs import random_dag, random_image_dag
+from traced import graph_of, normal
+from two_layers import (
+    IDS,
+    feed_forward,
+    language_model,
+    layer_norm,
+    parameters,
+    residual,
+    rms,
+    values,
+)
+
+import sqjax as sq
+from sqjax.folding.field_changes import mirrors, moved, scaled, without_gains
+from sqjax.folding.field_proof import FieldTrial, input_values, leaf_values
+from sqjax.folding.field_values import Field
+from sqjax.folding.graph import Graph, Group, LabelMap
+from sqjax.folding.space import Along, Space
+from sqjax.numerics.prime_field import (
+    draw,
+    inverse,
+    mul,
+    reflected,
+    sub,
+    total,
+)
+from sqjax.program.trace import trace
+
+# Two layers ---------------------------------------------------------------------------------------
+
+
+def proved(fn, params, spaces, permutations=(), seed=0):
+    graph = graph_of(fn, params, IDS)
+    return sq.prove(
+        fn, params, graph, IDS, spaces=spaces, permutations=permutations, trials=1, seed=seed
+    )
+
+
+@pytest.mark.parametrize(("norm", "biased"), [(rms, False), (layer_norm, True)])
+def test_what_is_lawful_is_proved(norm, biased):
+    fn, params = language_model(norm), parameters(biased)
+    spaces = [residual(params, keeps_ones=biased), values("0"), values("1")]
+    proof = proved(fn, params, spaces, [feed_forward("0"), feed_forward("1")])
+    assert proof.holds, proof
+    assert len(proof.held) == 9 + 3 + 2
+    assert str(proof) == "14 of 14 changes proved"
+
+
+def trial_of(fn, params, *inputs, spaces=(), seed=0):
+    graph = graph_of(fn, params, *inputs)
+    traced, arrays = trace(fn, params, inputs, {})
+    rng = np.random.default_rng(seed)
+    leaves = leaf_values(traced, params, graph, spaces, "random", rng)
+    return FieldTrial(traced, leaves, input_values(arrays, rng), seed), graph, rng
+
+
+def without(space, path):
+    return space._replace(leaves=tuple(x for x in space.leaves if x[0] != path))
+
+
+def along(space, path, place):
+    leaves = {**dict(space.leaves), path: place}
+    return space._replace(leaves=tuple(leaves.items()))
+
+
+#: What is wrong with it -> the space of the residual stream, changed so.
+WRONG_SPACES = {
+    "gains are not folded": lambda space: space._replace(gains=()),
+    "one gain is not folded": lambda space: space._replace(gains=space.gains[1:]),
+    "a router is forgotten": lambda space: without(space, "1/router"),
+    "an embedding is forgotten": lambda space: without(space, "embed"),
+    "an axis is another": lambda space: along(space, "0/q", Along(1)),
+    "an axis is cut": lambda space: along(space, "0/q", Along(0, 4)),
+    "a leaf is none of it": lambda space: along(space, "0/gain_1", Along(0)),
+}
+
+
+@pytest.mark.parametrize("how", WRONG_SPACES)
+def test_a_wrong_space_is_refused(how):
+    fn, params = language_model(rms), parameters()
+    proof = proved(fn, params, [WRONG_SPACES[how](residual(params)), values()])
+    assert [name for name, _ in proof.refused] == ["rotation of residual"]
+    assert "rotation of 0/o" in proof.held
+
+
+def test_layer_norm_refuses_a_rotation_that_moves_the_vector_of_ones():
+    fn, params = language_model(layer_norm), parameters(biased=True)
+    refused = ("rotation of residual", "it changes what the function returns")
+    assert proved(fn, params, [residual(params)]).refused == (refused,)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_gain_between_a_block_and_the_residual_is_refused(listed):
+    fn, params = language_model(rms), parameters(sandwich=True)
+    space = residual(params)
+    if listed:
+        space = space._replace(gains=(*space.gains, "0/after", "1/after"))
+    [(name, reason)] = proved(fn, params, [space]).refused
+    assert name == "rotation of residual"
+    assert ("no group folds the gain 0/after" in reason) == listed
+
+
+def test_queries_and_keys_do_not_rotate_behind_positions():
+    fn, params = language_model(rms), parameters()
+    space = Space("queries", 4, (("0/q", Along(1, 4)), ("0/k", Along(1, 2))))
+    assert not proved(fn, params, [space]).holds
+
+
+@pytest.mark.parametrize(("norm", "lawful"), [(rms, False), (layer_norm, True)])
+def test_rows_of_the_embedding_may_be_centred_before_layer_norm_alone(norm, lawful):
+    """As two published methods do it before RMSNorm too."""
+    params = {"embed": normal(7, 6), "gain": normal(6), "head": normal(6, 5)}
+    fn = lambda p, ids: (norm(p["embed"][ids]) * p["gain"][None]) @ p["head"]
+    trial, _, _ = trial_of(fn, params, IDS)
+    rows = trial.leaves["embed"].residues
+    mean = mul(total(rows, (1,), keepdims=True), inverse(np.uint32(6)))
+    centred = {**trial.leaves, "embed": Field(sub(rows, mean))}
+    assert trial.unchanged(centred) == lawful
+
+
+# Mutations ----------------------------------------------------------------------------------------
+
+
+class Small(NamedTuple):
+    fn: Callable[..., Any]
+    params: dict[str, Any]
+    inputs: tuple[Any, ...]
+    spaces: tuple[Space, ...] = ()
+
+
+def attended(p, x):
+    q, k, v = (x @ p[name] for name in "qkv")
+    return jax.nn.softmax(q @ k.T) @ v @ p["o"]
+
+
+def square(*names, size=6):
+    return {name: normal(size, size, seed=seed) for seed, name in enumerate(names)}
+
+
+SMALL = {
+    "gated": Small(
+        lambda p, x: (jax.nn.silu(x @ p["a"]) * (x @ p["b"])) @ p["c"], square(*"abc"), (normal(4, 6),)
+    ),
+    "relu": Small(
+        lambda p, x: jax.nn.relu(x @ p["a"] + p["bias"][None]) @ p["b"],
+        square(*"ab") | {"bias": normal(6)},
+        (normal(9, 6),),
+    ),
+    "attention": Small(
+        attended,
+        square(*"qkvo"),
+        (normal(4, 6),),
+        (
+            Space("o", 6, (("v", Along(1)), ("o", Along(0)))),
+            Space("k", 6, (("q", Along(1)), ("k", Along(1)))),
+        ),
+    ),
+    "residual": Small(
+        lambda p, x: rms((y := x @ p["e"]) + jnp.tanh(rms(y) * p["g"][None] @ p["a"]) @ p["b"]) @ p["c"],
+        square(*"eabc") | {"g": normal(6)},
+        (normal(4, 6),),
+        (Space("e", 6, (("e", Along(1)), *((w, Along(0)) for w in "ac"), ("b", Along(1))), ("g",)),),
+    ),
+    "means": Small(
+        lambda p, x: layer_norm(x @ p["e"] + p["bias"][None]) @ p["w"],
+        square(*"ew") | {"bias": normal(6)},
+        (normal(4, 6),),
+        (Space("w", 6, (("e", Along(1)), ("bias", Along(0)), ("w", Along(0))), (), True),),
+    ),
+    "1 + w": Small(
+        lambda p, x: rms(x) * (1 + p["g"])[None] @ p["a"],
+        square("a") | {"g": normal(6)},
+        (normal(4, 6),),
+    ),
+}  # fmt: skip
+
+
+def wrong_labels(group: Group, rng: np.random.Generator) -> Iterator[Group]:
+    """The group with one leaf forgotten, inverted, shifted by a channel, or wrong in one element."""
+    for number, (path, labels) in enumerate(group.leaves):
+        array = labels.array
+        one = array.copy()
+        one[tuple(rng.integers(n) for n in one.shape)] = 0
+        exchanged = np.roll(array, 1)
+        for wrong in (0 * array, -array, exchanged, one):
+            if not np.array_equal(wrong, array):
+                leaves = [*group.leaves]
+                leaves[number] = path, LabelMap.of(wrong)
+                yield group._replace(leaves=tuple(leaves))
+
+
+def wrong_spaces(space: Space, shapes: dict[str, tuple[int, ...]]) -> Iterator[Space]:
+    """The space with one leaf forgotten, or taken along another axis, or without its gains."""
+    for path, _ in space.leaves:
+        yield without(space, path)
+        if len(shapes[path]) == 2:
+            yield along(space, path, Along(1 - dict(space.leaves)[path].axis))
+    if space.gains:
+        yield space._replace(gains=())
+    if space.keeps_ones:
+        yield space._replace(keeps_ones=False)
+
+
+def rotated(leaves, graph, space, rng, transposed=""):
+    """The leaves after a rotation, whose transpose one leaf gets instead."""
+    vectors = mirrors(space, rng)
+
+    def act(x, order=vectors):
+        for v in order:
+            x = reflected(x, v)
+        return x
+
+    after = without_gains(leaves, graph, space)
+    for place in space.leaves:
+        turned = vectors[::-1] if place[0] == transposed else vectors
+        after = moved(after, [place], lambda x, turned=turned: act(x, turned))
+    return after
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SMALL)
+def test_mutations_are_refused(name, rounds):
+    fn, params, inputs, spaces = SMALL[name]
+    trial, graph, rng = trial_of(fn, params, *inputs, spaces=spaces)
+    shapes = {path: x.shape for path, x in params.items()}
+    rights, wrongs = [], []
+
+    def fold(group):
+        drawn = draw(rng, (group.size,))
+        return scaled(trial.leaves, graph, group, mul(drawn, drawn))
+
+    for _ in range(rounds):
+        for group in graph.groups:
+            rights.append(fold(group))
+            wrongs += map(fold, wrong_labels(group, rng))
+        for space in spaces:
+            rights.append(rotated(trial.leaves, graph, space, rng))
+            wrongs += [rotated(trial.leaves, graph, s, rng) for s in wrong_spaces(space, shapes)]
+            for path, _ in space.leaves:
+                wrongs.append(rotated(trial.leaves, graph, space, rng, path))
+    assert all(map(trial.unchanged, rights))
+    assert not any(map(trial.unchanged, wrongs))
+    assert len(wrongs) >= 7 * rounds
+
+
+# Random programs ----------------------------------------------------------------------------------
+
+
+def drawn(seed: int, number: int, draw: Callable[..., Dag]) -> Dag:
+    return draw(np.random.default_rng([seed, number]).integers(0, 2**16, 200))
+
+
+def folded_in_numpy(dag: Dag, graph: Graph, group: Group, s: np.ndarray) -> dict[str, np.ndarray]:
+    """The leaves in float64 with one group folded in, in which no leaf carries a root."""
+    leaves, offsets = dict(dag.leaves), dict(graph.offsets)
+    for path, labels in group.leaves:
+        factors = np.append(1.0, s)[abs(labels.array)] ** np.sign(labels.array)
+        leaves[path] = (leaves[path] + offsets.get(path, 0.0)) * factors - offsets.get(path, 0.0)
+    return leaves
+
+
+def changes_in_numpy(dag: Dag, leaves: dict[str, np.ndarray]) -> bool:
+    """Whether powers of two, which no sum rounds otherwise, change what is returned."""
+    with np.errstate(all="ignore"):
+        before, after = (evaluate(dag, x, dag.inputs)[-1].operands for x in (dag.leaves, leaves))
+    return not all(map(same, before, after))
+
+
+def same(a, b):
+    pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
+    return all(np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind == "f") for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    ("seed", "count", "draw"),
+    [
+        (0, 4, random_dag),
+        pytest.param(3, 40, random_dag, marks=pytest.mark.slow),
+        pytest.param(7, 20, random_image_dag, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, count, draw):
+    rights = wrongs = 0
+    for number in range(count):
+        dag = drawn(seed, number, draw)
+        fn = function(dag)
+        graph = graph_of(fn, dag.leaves, *dag.inputs)
+        proof = sq.prove(fn, dag.leaves, graph, *dag.inputs, trials=1)
+        assert proof.holds, f"{proof}\n{graph}\n{dag}"
+        rights += len(proof.held)
+        rng = np.random.default_rng(number)
+        trials = [trial_of(fn, dag.leaves, *dag.inputs, seed=k)[0] for k in range(3)]
+        for group in filter(lambda group: group.degree == 1, graph.groups):
+            s = 2.0 ** (rng.integers(1, 4, group.size) * rng.choice([-1, 1], group.size))
+            drawn_roots = rng.integers(2, 2**31 - 1, group.size, np.uint32)
+            roots = mul(drawn_roots, drawn_roots)
+            for wrong in wrong_labels(group, rng):
+                if changes_in_numpy(dag, folded_in_numpy(dag, graph, wrong, s)):
+                    after = [scaled(t.leaves, graph, wrong, roots) for t in trials]
+                    passed = [t.unchanged(x) for t, x in zip(trials, after, strict=True)]
+                    assert not all(passed), f"{wrong}\n{graph}\n{dag}"
+                    wrongs += 1
+    assert rights >= count
+    assert wrongs >= 4 * count
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+FN = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+AB = {"a": normal(3, 4), "b": normal(4, 2)}
+X = normal(5, 3)
+
+
+def test_given_leaves_are_taken_as_they_are():
+    """A bias of zeros may be scaled in any way: lawful for these leaves, not for all of them."""
+    fn = lambda p, x: jax.nn.relu(x @ p["a"] + p["bias"][None]) @ p["b"]
+    params = AB | {"bias": jnp.zeros(4)}
+    graph = graph_of(fn, params, X)
+    [group] = graph.groups
+    forgotten = tuple((path, x) for path, x in group.leaves if path != "bias")
+    wrong = graph._replace(groups=(group._replace(leaves=forgotten),))
+    assert sq.prove(fn, params, wrong, X, leaves="given").holds
+    assert not sq.prove(fn, params, wrong, X).holds
+    assert sq.prove(fn, params, graph, X).holds
+
+
+def test_shapes_are_enough_and_statistics_are_a_graph():
+    stats = sq.calibrate(FN, AB, [X])
+    shapes, x = jax.eval_shape(lambda *args: args, AB, X)
+    assert sq.prove(FN, shapes, stats, x).held == ("scales of b",)
+
+
+def test_roots_of_scales_are_folded():
+    fn = lambda p, x: jnp.square(x @ p["a"]) @ p["b"]
+    graph = graph_of(fn, AB, X)
+    assert graph.groups[0].degree == 2
+    assert sq.prove(fn, AB, graph, X).holds
+
+
+def test_half_precision_needs_no_exception():
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), AB)
+    graph = graph_of(FN, half, X.astype(jnp.float16))
+    assert sq.prove(FN, half, graph, X.astype(jnp.float16), leaves="given").holds
+
+
+def test_one_seed_gives_one_proof_and_each_wrong_group_is_found():
+    fn = lambda p, x: jnp.tanh(FN(p, x) @ p["c"]) @ p["d"] @ p["e"]
+    params = AB | {"c": normal(2, 3), "d": normal(3, 4), "e": normal(4, 2)}
+    graph = graph_of(fn, params, X)
+    first, *others = graph.groups
+    wrong = first._replace(leaves=first.leaves[:1])
+    graph = graph._replace(groups=(*others, wrong))
+    one, again = (sq.prove(fn, params, graph, X, seed=3) for _ in range(2))
+    assert one == again
+    assert [name for name, _ in one.refused] == ["scales of b"]
+    assert "1 changes" not in str(one)
+    assert "refused scales of b: it changes what the function returns" in str(one)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    graph = graph_of(FN, AB, X)
+    with pytest.raises(ValueError, match="expected a graph or statistics, got dict"):
+        sq.prove(FN, AB, AB, X)
+    with pytest.raises(ValueError, match="leaves=: expected random or given, got 'zeros'"):
+        sq.prove(FN, AB, graph, X, leaves="zeros")
+    with pytest.raises(ValueError, match=r"prove: b: expected shape \(4, 2\)"):
+        sq.prove(FN, AB | {"b": normal(4, 1)}, graph, X)
+    with pytest.raises(ValueError, match="prove: b: expected the leaf"):
+        sq.prove(lambda p, x: x @ p["a"], {"a": AB["a"]}, graph, X)
+    misfit = Space("b", 5, (("a", Along(1)),))
+    [(_, reason)] = sq.prove(FN, AB, graph, X, spaces=[misfit]).refused
+    assert "a of shape (3, 4) does not fit Along(axis=1, before=1, after=1)" in reason
