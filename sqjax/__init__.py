@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from sqjax.files.loading import load, load_saved
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
-    from sqjax.folding.field_proof import prove
     from sqjax.methods.quantization import quantize, smoothquant
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
+    from sqjax.proving.proof import prove
     from sqjax.runtime.caches import quantize_cache
     from sqjax.runtime.int8_attention import int8_attention
     from sqjax.runtime.quantized import quantized
@@ -148,7 +148,7 @@ _NAMES = {
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
-    "sqjax.folding.field_proof": "prove",
+    "sqjax.proving.proof": "prove",
     "sqjax.methods.quantization": "quantize smoothquant",
     "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",

@@ -20,6 +20,7 @@ d are equal at a random point with a probability of d / p at most.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ PRIME = 2**31 - 1
 Residues = np.ndarray
 
 #: The same, or one such number, into which numpy makes what it computes of arrays of rank 0.
-Numbers = np.ndarray | np.generic
+Numbers = Any
 
 _P64 = np.uint64(PRIME)
 _P32 = np.uint32(PRIME)

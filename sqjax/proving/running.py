@@ -1,6 +1,6 @@
 """Runs a traced program in a prime field: every float becomes a residue modulo 2^31 - 1.
 
-What depends on a leaf, or on an input of floats, is computed by the rules of `field_rules`. All
+What depends on a leaf, or on an input of floats, is computed by the rules of `rules`. All
 else is computed as always, by jax: positions, masks, constants; where such a float meets a residue
 it is embedded. Calls are written out, scans and loops are run step by step, and of a cond the
 branch that is taken.
@@ -13,8 +13,6 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
-from sqjax.folding.field_rules import RULES
-from sqjax.folding.field_values import Field, Value, residues_of, unknown
 from sqjax.program.subprograms import (
     cond_in,
     emit,
@@ -23,6 +21,8 @@ from sqjax.program.subprograms import (
     source_of,
     while_in,
 )
+from sqjax.proving.rules import RULES
+from sqjax.proving.values import Field, Value, residues_of, unknown
 
 #: A loop that runs longer is taken for one that never ends.
 MOST_STEPS = 10_000
@@ -43,8 +43,8 @@ def run(
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpy as np
-        >>> from sqjax.folding.field_program import run
-        >>> from sqjax.folding.field_values import Field
+        >>> from sqjax.proving.running import run
+        >>> from sqjax.proving.values import Field
         >>> program = jax.make_jaxpr(lambda x: x @ x / 2)(jnp.ones(2))
         >>> [squares] = run(program, [Field(np.array([3, 5], np.uint32))], seed=0)
         >>> squares.residues.tolist()
@@ -62,7 +62,8 @@ def run(
 def _read(env: dict[Any, Value], atoms: Sequence[Any]) -> Iterator[Value]:
     for atom in atoms:
         if isinstance(atom, Literal):
-            yield np.asarray(atom.val, atom.aval.dtype)
+            aval: Any = atom.aval
+            yield np.asarray(atom.val, aval.dtype)
         else:
             yield env[atom]
 

@@ -1,4 +1,4 @@
-"""What a variable of a program holds while it runs in a prime field (see `field_program`)."""
+"""What a variable of a program holds while it runs in a prime field (see `running`)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

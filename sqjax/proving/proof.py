@@ -9,7 +9,11 @@ import numpy as np
 
 from sqjax._arguments import check_function, expect
 from sqjax._trees import PyTree, named_leaves
-from sqjax.folding.field_changes import (
+from sqjax.folding.graph import Graph
+from sqjax.folding.space import Space
+from sqjax.numerics.prime_field import draw, embed, mul, salt, sub
+from sqjax.program.trace import Traced, trace
+from sqjax.proving.changes import (
     Change,
     Leaves,
     Unprovable,
@@ -17,12 +21,8 @@ from sqjax.folding.field_changes import (
     rotation,
     scaling,
 )
-from sqjax.folding.field_program import run
-from sqjax.folding.field_values import Field, Value
-from sqjax.folding.graph import Graph
-from sqjax.folding.space import Space
-from sqjax.numerics.prime_field import draw, embed, mul, salt, sub
-from sqjax.program.trace import Traced, trace
+from sqjax.proving.running import run
+from sqjax.proving.values import Field, Value
 
 
 class FieldProof(NamedTuple):

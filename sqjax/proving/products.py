@@ -10,7 +10,6 @@ from jax.extend.core import JaxprEqn
 from numpy.lib.stride_tricks import sliding_window_view
 
 from sqjax._shapes import other_axes, sizes_along
-from sqjax.folding.field_values import Field, Rule, Value, residues_of, unknown
 from sqjax.numerics.prime_field import (
     Residues,
     character,
@@ -19,6 +18,7 @@ from sqjax.numerics.prime_field import (
     sub,
     total,
 )
+from sqjax.proving.values import Field, Rule, Value, residues_of, unknown
 
 
 def _dot(
@@ -81,10 +81,12 @@ def _ragged_dot(
 # Windows ------------------------------------------------------------------------------------------
 
 
-def _spread(x: np.ndarray, padding: Sequence[tuple[int, int, int]]) -> Any:
+def _spread(
+    x: np.ndarray, padding: Sequence[tuple[int, int, int]]
+) -> np.ndarray:
     """Zeros before, after and between the elements of every axis; jax also takes some away."""
     zero = np.zeros((), x.dtype)
-    return np.asarray(lax.pad(x, zero, [tuple(p) for p in padding]))
+    return np.asarray(lax.pad(x, zero, padding))
 
 
 def _windows(

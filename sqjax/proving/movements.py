@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from sqjax.folding.field_values import Field, Rule, Value, residues_of, unknown
 from sqjax.numerics.prime_field import PRIME, Residues, add, embed, mul, neg
+from sqjax.proving.values import Field, Rule, Value, residues_of, unknown
 
 #: What jax writes where an index is out of range: no residue.
 _OUTSIDE = 2**32 - 1

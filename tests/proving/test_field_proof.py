@@ -22,9 +22,6 @@ from two_layers import (
 )
 
 import sqjax as sq
-from sqjax.folding.field_changes import mirrors, moved, scaled, without_gains
-from sqjax.folding.field_proof import FieldTrial, input_values, leaf_values
-from sqjax.folding.field_values import Field
 from sqjax.folding.graph import Graph, Group, LabelMap
 from sqjax.folding.space import Along, Space
 from sqjax.numerics.prime_field import (
@@ -36,6 +33,9 @@ from sqjax.numerics.prime_field import (
     total,
 )
 from sqjax.program.trace import trace
+from sqjax.proving.changes import mirrors, moved, scaled, without_gains
+from sqjax.proving.proof import FieldTrial, input_values, leaf_values
+from sqjax.proving.values import Field
 
 # Two layers ---------------------------------------------------------------------------------------
 
@@ -286,8 +286,8 @@ def same(a, b):
     ("seed", "count", "draw"),
     [
         (0, 4, random_dag),
-        pytest.param(3, 40, random_dag, marks=pytest.mark.slow),
-        pytest.param(7, 20, random_image_dag, marks=pytest.mark.slow),
+        pytest.param(3, 12, random_dag, marks=pytest.mark.slow),
+        pytest.param(7, 8, random_image_dag, marks=pytest.mark.slow),
     ],
 )
 def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, count, draw):

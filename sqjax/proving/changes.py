@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sqjax.folding.field_values import Field, Value
 from sqjax.folding.graph import Graph, Group
 from sqjax.folding.labels import DEGREE
 from sqjax.folding.space import Along, Space
@@ -22,6 +21,7 @@ from sqjax.numerics.prime_field import (
     sub,
     total,
 )
+from sqjax.proving.values import Field, Value
 
 #: {path: what the leaf holds}.
 Leaves = Mapping[str, Value]

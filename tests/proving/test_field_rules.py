@@ -7,10 +7,10 @@ import pytest
 from jax import lax
 from slow import slow_but
 
-from sqjax.folding import field_program
-from sqjax.folding.field_program import run
-from sqjax.folding.field_values import Field
 from sqjax.numerics.prime_field import draw, embed
+from sqjax.proving import running
+from sqjax.proving.running import run
+from sqjax.proving.values import Field
 
 DIMENSIONS = lax.ScatterDimensionNumbers((1,), (0,), (0,))
 ROWS = jnp.array([[2], [0], [2]])
@@ -166,7 +166,7 @@ def test_negative_factors_and_sums_do_not_pass():
     ],
 )
 def test_what_has_no_rule_is_named_with_its_line(fn, message, monkeypatch):
-    monkeypatch.setattr(field_program, "MOST_STEPS", 20)
+    monkeypatch.setattr(running, "MOST_STEPS", 20)
     with pytest.raises(ValueError, match=message):
         in_the_field(fn, 2 + jnp.eye(3))
 

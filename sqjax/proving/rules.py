@@ -17,15 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from sqjax.folding.field_movements import MOVEMENTS
-from sqjax.folding.field_products import PRODUCTS
-from sqjax.folding.field_values import (
-    Field,
-    Rule,
-    Value,
-    residues_of,
-    unknown,
-)
 from sqjax.numerics.prime_field import (
     PRIME,
     Residues,
@@ -43,6 +34,15 @@ from sqjax.numerics.prime_field import (
     salt,
     sub,
     total,
+)
+from sqjax.proving.movements import MOVEMENTS
+from sqjax.proving.products import PRODUCTS
+from sqjax.proving.values import (
+    Field,
+    Rule,
+    Value,
+    residues_of,
+    unknown,
 )
 
 
