@@ -60,7 +60,7 @@ def prove(
     spaces: Sequence[Space] = (),
     permutations: Sequence[Space] = (),
     leaves: str = "random",
-    trials: int = 2,
+    trials: int = 3,
     seed: int = 0,
 ) -> FieldProof:
     """Proves that scales, rotations and permutations of leaves change nothing, in exact arithmetic.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dags import Dag, evaluate, function
 from random_programs import random_dag, random_image_dag
+from real_models import first_layers
 from traced import graph_of, normal
 from two_layers import (
     IDS,
@@ -313,6 +314,34 @@ def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, 
                     wrongs += 1
     assert rights >= count
     assert wrongs >= 4 * count
+
+
+# A real model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [pytest.param(30, marks=pytest.mark.every_case), 2])
+def test_smollm2_is_proved_and_a_forgotten_leaf_is_found(layers):
+    model, params = first_layers(*sq.models.load("smollm2-135m"), layers)
+    ids = IDS[None, :3]
+    graph = graph_of(model.apply, params, ids)
+    attention = "model/layers/{}/self_attn/{}_proj/kernel".format
+    spaces = [
+        Space(
+            attention(k, "o"),
+            64,
+            ((attention(k, "v"), Along(1, 3)), (attention(k, "o"), Along(0, 9))),
+        )
+        for k in range(layers)
+    ]
+    proof = sq.prove(model.apply, params, graph, ids, spaces=spaces, trials=1, leaves="given")
+    assert proof.holds, proof
+    assert len(proof.held) == 5 * layers
+    group = graph.groups[2]
+    wrong = group._replace(leaves=group.leaves[1:])
+    graph = graph._replace(groups=(wrong, *graph.groups[3:]))
+    proof = sq.prove(model.apply, params, graph, ids, trials=1)
+    assert [name for name, _ in proof.refused] == [f"scales of {group.name}"]
 
 
 # Arguments ----------------------------------------------------------------------------------------
