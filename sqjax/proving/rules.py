@@ -238,7 +238,7 @@ def _sort_key(value: Value, axis: int, seed: int) -> np.ndarray:
 
 
 def _sum(params: dict[str, Any], x: Residues) -> Residues:
-    return total(x, params["axes"])
+    return total(x, map(int, params["axes"]))  # vmap leaves numpy's there
 
 
 def _product(params: dict[str, Any], x: Residues) -> Residues:

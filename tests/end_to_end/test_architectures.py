@@ -981,6 +981,21 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("build", [build for build in CASES if build is not fourier])
+@pytest.mark.slow
+def test_all_groups_are_proved_in_a_finite_field(build):
+    made, graph = found(build)
+    args = made.args if isinstance(made.args, tuple) else (made.args,)
+    proof = sq.prove(made.fn, made.params, graph, *args, trials=1)
+    assert proof.holds, proof
+
+
+def test_a_fourier_transform_has_no_rule_in_a_finite_field():
+    made, graph = found(fourier)
+    with pytest.raises(ValueError, match=r"expected a primitive that has a rule.*to complex64"):
+        sq.prove(made.fn, made.params, graph, *made.args)
+
+
 def rounded(params, offsets):
     """Leaves w that are read as c + w, rounded so that c + w is divided by 8 without rounding."""
     return map_named(lambda path, x: jnp.round(x * 256) / 256 if path in offsets else x, params)

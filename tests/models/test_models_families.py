@@ -232,6 +232,8 @@ def test_the_groups_that_fold_and_int8(name):
     ids = jnp.asarray(case["vectors"]["ids"])
     stats = sq.calibrate(model.apply, params, [ids])
     assert len(stats.graph.groups) == GROUPS[name]
+    proof = sq.prove(model.apply, params, stats, ids, trials=1)
+    assert proof.holds, proof
     expected = logits_of(name)
     scales = sq.scales(params, stats, 0.5)
     smoothed = sq.fold(params, stats.graph, scales)
