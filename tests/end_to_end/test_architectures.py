@@ -985,8 +985,7 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
 @pytest.mark.slow
 def test_all_groups_are_proved_in_a_finite_field(build):
     made, graph = found(build)
-    args = made.args if isinstance(made.args, tuple) else (made.args,)
-    proof = sq.prove(made.fn, made.params, graph, *args, trials=1)
+    proof = sq.prove(made.fn, made.params, graph, *made.args, trials=1)
     assert proof.holds, proof
 
 
