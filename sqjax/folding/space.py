@@ -1,24 +1,42 @@
 """`Space`: variables that may all be rotated together, as plain hashable data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Along(NamedTuple):
-    """Where a space lies in an array: along one axis, or along one factor of it.
+    """Where a space lies in an array: along one axis, or along a part or a factor of it.
 
-    The axis is seen as (before, size, after) in row-major order, and the matrix acts on `size`.
+    `before * size * after` indices of the axis, from `start` on, are seen as (before, size, after)
+    in row-major order, and the matrix acts on `size`.
 
     Example: heads of 64 channels, 9 of them, written side by side along the axis 1 of (in, 576):
-    a matrix of 64 x 64 that acts on every head is Along(axis=1, before=9, after=1).
+    a matrix of 64 x 64 that acts on every head is Along(axis=1, before=9, after=1). Where the axis
+    holds queries, keys and values side by side, those of the values start at 2 x 576.
 
     Attributes:
         axis: of the array, counted from 0.
-        before, after: the factors of the axis's length beside the size of the space.
+        before, after: the factors beside the size of the space.
+        start: the first index.
     """
 
     axis: int
     before: int = 1
     after: int = 1
+    start: int = 0
+
+    def length(self, size: int) -> int:
+        """How many indices of the axis it takes, in a space of this size."""
+        return self.before * size * self.after
+
+    def is_whole(self, size: int, shape: Sequence[int]) -> bool:
+        """Whether it takes the whole axis of an array of this shape."""
+        return self.length(size) == shape[self.axis]
+
+    def at(self, axis: int, start: int | None = None) -> "Along":
+        """The same along another axis, or from another index on."""
+        begin = self.start if start is None else start
+        return self._replace(axis=axis, start=begin)
 
 
 class Space(NamedTuple):
@@ -31,7 +49,8 @@ class Space(NamedTuple):
     Attributes:
         name: the first site that reads it.
         size: the rows of Q.
-        leaves: (path, where the space lies in it); of stacked layers all have one Q.
+        leaves: (path, where the space lies in it); of stacked layers all have one Q. A leaf stands
+            here twice if two of its axes are rotated.
         gains: leaves that multiply it element by element. They must be ones there (of 1 + w: w must
             be zeros), which an ordinary fold of s = gain achieves.
         keeps_ones: whether Q must fix the vector of ones, 1 Q = 1: a LayerNorm takes the mean.
