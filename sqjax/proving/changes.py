@@ -58,14 +58,34 @@ def scaled(
         roots: (group.size,), the `group.degree`-th roots of the scales. (Of a scale itself a leaf
             may carry a root, and not every residue has one.)
     """
-    offsets, degree = dict(graph.offsets), group.degree
+    offsets = dict(graph.offsets)
     after = dict(leaves)
     for path, labels in group.leaves:
-        factors = _factors(labels.array, roots, degree)
+        x = _residues(after, path)
+        _check_labels(group, path, labels.array, x)
+        factors = _factors(labels.array, roots, group.degree)
         offset = embed(np.asarray(offsets.get(path, 0.0)))
-        value = mul(add(_residues(after, path), offset), factors)
-        after[path] = Field(sub(value, offset))
+        after[path] = Field(sub(mul(add(x, offset), factors), offset))
     return after
+
+
+def _check_labels(
+    group: Group, path: str, labels: np.ndarray, x: Residues
+) -> None:
+    """Raises `Unprovable` for labels that are not of this leaf and this group."""
+    fits = labels.ndim == x.ndim and all(
+        n in (1, m) for n, m in zip(labels.shape, x.shape, strict=True)
+    )
+    size = np.abs(labels[labels != 0].astype(np.int64)) - 1
+    if not fits or (size % DEGREE >= group.size).any():
+        raise Unprovable(
+            f"the labels of {path}, of shape {labels.shape}, do not fit its shape {x.shape} or the "
+            f"{group.size} scales of {group.name}"
+        )
+    if (group.degree % (size // DEGREE + 1)).any():
+        raise Unprovable(
+            f"{path} carries another root of the scales than {group.name} has"
+        )
 
 
 def _factors(labels: np.ndarray, roots: Residues, degree: int) -> Residues:
@@ -101,37 +121,47 @@ def scaling(graph: Graph, group: Group, rng: np.random.Generator) -> Change:
 
 def moved(
     leaves: Leaves,
+    size: int,
     places: Sequence[tuple[str, Along]],
     act: Callable[[Residues], Residues],
 ) -> dict[str, Value]:
-    """The leaves, each of them changed by `act` along the axis where a space lies.
+    """The leaves, each of them changed by `act` where a space of this size lies.
 
-    `act` takes arrays with that axis, of the size of the space, last.
+    `act` takes arrays whose last axis is the space.
     """
     after = dict(leaves)
     for path, along in places:
         x = _residues(after, path)
-        if not 0 <= along.axis < x.ndim:
-            raise Unprovable(f"{path} of shape {x.shape} has no axis {along}")
-        length, parts = x.shape[along.axis], along.before * along.after
-        if length % parts:
-            raise Unprovable(f"{path} of shape {x.shape} does not fit {along}")
+        _check_place(path, x, along, size)
+        last = along.start + along.length(size)
+        here = (*[slice(None)] * along.axis, slice(along.start, last))
         head, tail = x.shape[: along.axis], x.shape[along.axis + 1 :]
-        split = (*head, along.before, length // parts, along.after, *tail)
+        split = (*head, along.before, size, along.after, *tail)
         axis = along.axis + 1
-        try:
-            made = act(np.moveaxis(x.reshape(split), axis, -1))
-        except (ValueError, IndexError) as misfit:
-            raise Unprovable(
-                f"{path} of shape {x.shape} does not fit {along}: {misfit}"
-            ) from misfit
-        after[path] = Field(np.moveaxis(made, -1, axis).reshape(x.shape))
+        made = act(np.moveaxis(x[here].reshape(split), axis, -1))
+        whole = x.copy()
+        whole[here] = np.moveaxis(made, -1, axis).reshape(x[here].shape)
+        after[path] = Field(whole)
     return after
 
 
-#: A rotation is a product of so many reflections: one alone is its own transpose, so a Q in the
-#: place of its transpose would not be seen.
-REFLECTIONS = 4
+def _check_place(path: str, x: Residues, along: Along, size: int) -> None:
+    """Raises `Unprovable` if a space of this size does not lie in an array of this shape."""
+    if not 0 <= along.axis < x.ndim:
+        raise Unprovable(f"{path} of shape {x.shape} has no axis {along}")
+    last = along.start + along.length(size)
+    if min(size, along.before, along.after) < 1 or not (
+        along.start >= 0 and last <= x.shape[along.axis]
+    ):
+        raise Unprovable(
+            f"a space of size {size} does not fit {path} of shape {x.shape} {along}"
+        )
+
+
+#: A rotation is a product of so many reflections. One alone is its own transpose, so a Q in the
+#: place of its transpose would not be seen; and an even number of them never turns the space
+#: inside out, so what holds only for determinants of 1, as x1 y2 - x2 y1, would pass.
+REFLECTIONS = 5
 
 
 def mirrors(
@@ -162,26 +192,30 @@ def rotation(space: Space, graph: Graph, rng: np.random.Generator) -> Change:
     return Change(
         f"rotation of {space.name}",
         lambda leaves: moved(
-            without_gains(leaves, graph, space), space.leaves, act
+            without_gains(leaves, graph, space), space.size, space.leaves, act
         ),
     )
 
 
-def permutation(space: Space, rng: np.random.Generator) -> Change:
-    """A random order of the elements of one space, in all its leaves."""
-    order = rng.permutation(space.size)
+def permutation(space: Space, graph: Graph, seed: int, number: int) -> Change:
+    """Another order of the elements of one space, after its gains have been folded away.
+
+    The elements stand in a random circle. In trials of an even number each takes the place of the
+    next one, in the others two neighbours change places: of these two orders all are composed.
+    """
+    circle = np.random.default_rng([seed, space.size]).permutation(space.size)
+    order = np.arange(space.size)
+    moving = circle[:2] if number % 2 else circle
+    order[moving] = np.roll(moving, 1)
     return Change(
         f"permutation of {space.name}",
         lambda leaves: moved(
-            leaves, space.leaves, lambda x: _in_order(x, order)
+            without_gains(leaves, graph, space),
+            space.size,
+            space.leaves,
+            lambda x: x[..., order],
         ),
     )
-
-
-def _in_order(x: Residues, order: np.ndarray) -> Residues:
-    if x.shape[-1] != len(order):
-        raise ValueError(f"{x.shape[-1]} elements, not {len(order)}")
-    return x[..., order]
 
 
 def without_gains(leaves: Leaves, graph: Graph, space: Space) -> Leaves:
@@ -191,19 +225,22 @@ def without_gains(leaves: Leaves, graph: Graph, space: Space) -> Leaves:
     Raises:
         Unprovable: no group folds a gain, or not to ones.
     """
-    offsets = dict(graph.offsets)
     for gain in space.gains:
-        leaves = _without_gain(leaves, graph, gain)
+        if (_gain(leaves, graph, gain) != 1).any():
+            leaves = _without_gain(leaves, graph, gain)
     for gain in space.gains:
-        value = add(
-            _residues(leaves, gain), embed(np.asarray(offsets.get(gain, 0.0)))
-        )
-        if (value != 1).any():
+        if (_gain(leaves, graph, gain) != 1).any():
             raise Unprovable(
                 f"the gain {gain} does not become ones: its group has one scale for several of "
                 "its elements, or another gain has the same"
             )
     return leaves
+
+
+def _gain(leaves: Leaves, graph: Graph, path: str) -> Residues:
+    """A leaf as the program reads it: c + leaf, where it does so."""
+    offset = embed(np.asarray(dict(graph.offsets).get(path, 0.0)))
+    return add(_residues(leaves, path), offset)
 
 
 def _without_gain(leaves: Leaves, graph: Graph, gain: str) -> Leaves:
@@ -212,10 +249,9 @@ def _without_gain(leaves: Leaves, graph: Graph, gain: str) -> Leaves:
         raise Unprovable(
             f"no group folds the gain {gain}, and Q does not pass a gain that is not ones"
         )
-    offset = embed(np.asarray(dict(graph.offsets).get(gain, 0.0)))
     for group in groups:
         labels = dict(group.leaves)[gain].array
-        value = add(_residues(leaves, gain), offset)
+        value = _gain(leaves, graph, gain)
         roots = _roots_that_fold(labels, value, group)
         leaves = scaled(leaves, graph, group, roots)
     return leaves

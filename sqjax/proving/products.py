@@ -18,13 +18,20 @@ from sqjax.numerics.prime_field import (
     sub,
     total,
 )
-from sqjax.proving.values import Field, Rule, Value, residues_of, unknown
+from sqjax.proving.values import (
+    Field,
+    Rule,
+    Value,
+    factor_of,
+    residues_of,
+    unknown,
+)
 
 
 def _dot(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
-    x, y = map(residues_of, operands)
+    x, y = (factor_of(equation, operand) for operand in operands)
     return [Field(_contracted(equation.params["dimension_numbers"], x, y))]
 
 
@@ -58,7 +65,7 @@ def _ragged_dot(
     (of_x, of_y), (batch_x, _) = numbers.dot_dimension_numbers
     [ragged] = numbers.lhs_ragged_dimensions
     x, y, sizes = operands
-    rows, stack = residues_of(x), residues_of(y)
+    rows, stack = factor_of(equation, x), factor_of(equation, y)
     groups = tuple(numbers.rhs_group_dimensions)
     if batch_x or ragged in of_x or len(groups) != 1:
         raise unknown(equation, "one along other axes than rows")
@@ -111,7 +118,7 @@ def _convolve(
     if params["batch_group_count"] != 1:
         raise unknown(equation, "one with groups along the batch")
     of_x, of_kernel, of_y = params["dimension_numbers"]
-    x, kernel = map(residues_of, operands)
+    x, kernel = (factor_of(equation, operand) for operand in operands)
     x, kernel = x.transpose(of_x), kernel.transpose(of_kernel)
     groups = params["feature_group_count"]
     between = [(0, 0, 0), (0, 0, 0)]

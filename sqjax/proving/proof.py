@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -126,6 +127,8 @@ def prove(
     expect(isinstance(graph, Graph), "prove", "a graph or statistics", graph)
     words = ("random", "given")
     expect(leaves in words, "prove: leaves=", " or ".join(words), leaves)
+    whole = isinstance(trials, int) and not isinstance(trials, bool)
+    expect(whole and trials > 0, "prove: trials=", "1 or more", trials)
     traced, arrays = trace(fn, params, inputs, {})
     held: dict[str, None] = {}
     refused: dict[str, str] = {}
@@ -137,7 +140,7 @@ def prove(
         )
         changes = [
             *(rotation(space, graph, rng) for space in spaces),
-            *(permutation(space, rng) for space in permutations),
+            *(permutation(x, graph, seed, number) for x in permutations),
             *(scaling(graph, group, rng) for group in graph.groups),
         ]
         held.update(dict.fromkeys(map(attrgetter("name"), changes)))
@@ -173,9 +176,9 @@ def leaf_values(
                 f"{shape}; pass the parameters that were calibrated"
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            values[path] = leaf
+            values[path] = _given(path, leaf)
         elif how == "given":
-            values[path] = Field(embed(np.asarray(leaf)))
+            values[path] = Field(embed(_finite(path, _given(path, leaf))))
         elif path in gains:
             drawn = draw(rng, shape)
             offset = embed(np.asarray(offsets.get(path, 0.0)))
@@ -191,6 +194,26 @@ def leaf_values(
     return values
 
 
+def _given(name: str, x: Any) -> Any:
+    """An array as it is; a shape alone says nothing of it."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"prove: {name}: expected an array, got the shape {x.shape} of {x.dtype}; a shape is "
+            "enough for what is drawn, which integers and given leaves are not"
+        )
+    return x
+
+
+def _finite(path: str, x: Any) -> np.ndarray:
+    wide = np.asarray(x).astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError(
+            f"prove: {path}: expected finite numbers, got infinity or NaN, which no residue stands "
+            'for; pass leaves="random"'
+        )
+    return wide
+
+
 def input_values(
     arrays: Sequence[Any], rng: np.random.Generator
 ) -> list[Value]:
@@ -198,8 +221,8 @@ def input_values(
     return [
         Field(draw(rng, jnp.shape(x)))
         if jnp.issubdtype(x.dtype, jnp.floating)
-        else x
-        for x in arrays
+        else _given(f"input {number}", x)
+        for number, x in enumerate(arrays)
     ]
 
 
@@ -216,12 +239,20 @@ class FieldTrial:
         self._traced, self._inputs, self._seed = traced, inputs, seed
         self.leaves = leaves
         self._expected = self._outputs(leaves)
+        if not any(x.size for x in self._expected):
+            raise ValueError(
+                "prove: expected a function that returns numbers, got none; of an empty batch "
+                "nothing is shown"
+            )
 
     def unchanged_by(self, changes: Sequence[Change]) -> bool:
         """Whether the outputs are the same numbers after these changes, one after the other."""
         after = self.leaves
-        for change in changes:
-            after = change.make(after)
+        try:
+            for change in changes:
+                after = change.make(after)
+        except Unprovable:  # a gain that another change has folded away
+            return False
         return self.unchanged(after)
 
     def unchanged(self, after: Leaves) -> bool:
@@ -268,5 +299,6 @@ class FieldTrial:
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:
-    floats = x.dtype.kind == "f" and y.dtype.kind == "f"
-    return np.array_equal(x, y, equal_nan=floats)
+    """Whether all bits are the same, and so every NaN."""
+    same = (x.shape, x.dtype) == (y.shape, y.dtype)
+    return same and x.tobytes() == y.tobytes()

@@ -41,6 +41,7 @@ from sqjax.proving.values import (
     Field,
     Rule,
     Value,
+    factor_of,
     residues_of,
     unknown,
 )
@@ -53,6 +54,23 @@ def _of_residues(make: Callable[..., Residues]) -> Rule:
         return [Field(make(*map(residues_of, operands)))]
 
     return rule
+
+
+def _of_factors(make: Callable[..., Residues]) -> Rule:
+    """The rule of a product, which infinity is no factor of."""
+
+    def rule(equation: JaxprEqn, operands: Sequence[Value], seed: int) -> Any:
+        return [Field(make(*(factor_of(equation, x) for x in operands)))]
+
+    return rule
+
+
+def _divide(
+    equation: JaxprEqn, operands: Sequence[Value], seed: int
+) -> list[Value]:
+    """x / y, which is 0 where y is infinity."""
+    x, y = operands
+    return [Field(mul(factor_of(equation, x), inverse(residues_of(y))))]
 
 
 def _of_params(make: Callable[..., Residues]) -> Rule:
@@ -129,11 +147,13 @@ def _select(
 def _convert(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
-    """Of floats to floats nothing changes; an integer or boolean is an oracle."""
+    """Of floats to floats nothing changes, but to float8; an integer or boolean is an oracle."""
     [x] = map(residues_of, operands)
     dtype = equation.params["new_dtype"]
     if jnp.issubdtype(dtype, jnp.floating):
-        return [Field(x)]
+        old: Any = equation.invars[0].aval
+        kept = int(jnp.finfo(dtype).nmant)
+        return [_rounded(x, kept, int(jnp.finfo(old.dtype).nmant), seed)]
     if dtype == np.bool_:
         return [x != 0]
     if not jnp.issubdtype(dtype, jnp.integer):
@@ -143,6 +163,38 @@ def _convert(
     return [bits.astype(dtype)]
 
 
+#: What keeps fewer bits of a mantissa (bfloat16 has 7) is no way to compute a float but a
+#: quantizer, which no scale and no rotation passes.
+_FEWEST_BITS = 7
+
+
+def _rounded(x: Residues, bits: int, before: int, seed: int) -> Value:
+    """Floats that keep so many bits of their mantissa, of those before."""
+    if bits >= min(before, _FEWEST_BITS):
+        return Field(x)
+    return Field(oracle(seed ^ salt("rounded", bits), x))
+
+
+def _reduce_precision(
+    equation: JaxprEqn, operands: Sequence[Value], seed: int
+) -> list[Value]:
+    bits = equation.params["mantissa_bits"]
+    return [_rounded(residues_of(operands[0]), bits, bits + 1, seed)]
+
+
+#: A power is a polynomial of this degree, which must be far below p: x^(p - 1) is 1 for all x.
+_HIGHEST_POWER = 2**10
+
+
+def _whole_power(
+    equation: JaxprEqn, operands: Sequence[Value], seed: int
+) -> list[Value]:
+    exponent = equation.params["y"]
+    if abs(exponent) > _HIGHEST_POWER:
+        return _oracle(equation, operands, seed)
+    return [Field(power(residues_of(operands[0]), exponent))]
+
+
 def _power(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
@@ -150,7 +202,7 @@ def _power(
     _, exponent = equation.invars
     if isinstance(exponent, Literal):
         twice = 2 * float(exponent.val)
-        if twice == int(twice) and abs(twice) < PRIME:
+        if twice.is_integer() and abs(twice) <= _HIGHEST_POWER:
             x = residues_of(operands[0])
             whole = twice % 2 == 0
             halves = int(twice) // 2 if whole else int(twice)
@@ -282,9 +334,8 @@ def _kept(
 # The table ----------------------------------------------------------------------------------------
 
 _KEPT = """
-copy copy_p stop_gradient name optimization_barrier reduce_precision sharding_constraint
-layout_constraint reshard mesh_cast pvary reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast
-vary_unreduced_cast_p
+copy copy_p stop_gradient name optimization_barrier sharding_constraint layout_constraint reshard
+mesh_cast pvary reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p
 """
 _ORACLES = """
 exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv sin cos tan asin acos atan sinh cosh asinh
@@ -298,11 +349,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ORACLES.split(), _oracle),
     **dict.fromkeys(("add", "add_any"), _of_residues(add)),
     "sub": _of_residues(sub),
-    "mul": _of_residues(mul),
+    "mul": _of_factors(mul),
     "neg": _of_residues(neg),
-    "div": _of_residues(lambda x, y: mul(x, inverse(y))),
+    "div": _divide,
     "square": _of_residues(lambda x: mul(x, x)),
-    "integer_pow": _of_params(lambda params, x: power(x, params["y"])),
+    "integer_pow": _whole_power,
     "pow": _power,
     "sqrt": _of_residues(root),
     "rsqrt": _of_residues(lambda x: inverse(root(x))),
@@ -318,8 +369,10 @@ RULES: dict[str, Rule] = {
     "le": _booleans(lambda x, y: ~_less(y, x)),
     "eq": _booleans(np.equal),
     "ne": _booleans(np.not_equal),
-    "is_finite": _booleans(lambda x: np.ones(x.shape, bool)),
+    # 0 stands for infinity too: so what a program has in its place is looked at.
+    "is_finite": _booleans(lambda x: x != 0),
     "convert_element_type": _convert,
+    "reduce_precision": _reduce_precision,
     "reduce_sum": _of_params(_sum),
     "reduce_prod": _of_params(_product),
     "reduce_max": partial(_largest, 1),

@@ -74,6 +74,8 @@ def _results(
     """The results of one equation."""
     if not any(isinstance(x, Field) for x in operands):
         return emit(equation, *operands)
+    if not equation.outvars:  # printing, for one
+        return []
     if (inner := inner_program(equation)) is not None:
         return run(inner, operands, seed)
     name = equation.primitive.name

@@ -35,6 +35,17 @@ def residues_of(value: Value) -> Residues:
     return embed(np.asarray(value))
 
 
+def factor_of(equation: JaxprEqn, value: Value) -> Residues:
+    """The residues of an operand that others are multiplied by.
+
+    Raises:
+        ValueError: it is infinity, which stands as 0 elsewhere, and would hide the other factor.
+    """
+    if not isinstance(value, Field) and np.isinf(np.asarray(value)).any():
+        raise unknown(equation, "one with infinity as a factor")
+    return residues_of(value)
+
+
 def unknown(equation: JaxprEqn, why: str = "") -> ValueError:
     """The error about a primitive, or a way to use it, that has no rule."""
     name, line = equation.primitive.name, source_of(equation)

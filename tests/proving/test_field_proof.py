@@ -225,7 +225,7 @@ def rotated(leaves, graph, space, rng, transposed=""):
     after = without_gains(leaves, graph, space)
     for place in space.leaves:
         turned = vectors[::-1] if place[0] == transposed else vectors
-        after = moved(after, [place], lambda x, turned=turned: act(x, turned))
+        after = moved(after, space.size, [place], lambda x, turned=turned: act(x, turned))
     return after
 
 
@@ -409,4 +409,4 @@ def test_arguments_that_do_not_fit_are_named():
         sq.prove(lambda p, x: x @ p["a"], {"a": AB["a"]}, graph, X)
     misfit = Space("b", 5, (("a", Along(1)),))
     [(_, reason)] = sq.prove(FN, AB, graph, X, spaces=[misfit]).refused
-    assert "a of shape (3, 4) does not fit Along(axis=1, before=1, after=1)" in reason
+    assert "a space of size 5 does not fit a of shape (3, 4) Along(axis=1" in reason
