@@ -53,9 +53,7 @@ def find_spaces(survey: Survey) -> Spaces:
             else:
                 reasons.append(reason)
         if not found:
-            refused.setdefault(
-                place.name, "; and ".join(dict.fromkeys(reasons))
-            )
+            refused.setdefault(place.name, "; and ".join(dict.fromkeys(reasons)))
     for place in survey.places:
         for start in _output_axes(survey, place):
             space, _ = finder.space(start)

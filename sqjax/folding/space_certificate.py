@@ -130,7 +130,9 @@ def _fixed(program: Program, var: Var) -> str | None:
     return None
 
 
-def _misfit(turning: Turning, var: Var, places: frozenset[Along]) -> str | None:
+def _misfit(
+    turning: Turning, var: Var, places: frozenset[Along]
+) -> str | None:
     """What is wrong with where a space lies in a variable."""
     shape = turning.program.shape(var)
     axes = [along.axis for along in places]

@@ -266,7 +266,7 @@ def _pad(s: SpaceSearch, e: Equation) -> None:
         low, high, between = padding[along.axis]
         inside = s.program.shape(x)[along.axis]
         begin = along.start - low
-        fits = begin >= 0 and begin + along.length(s.size) <= inside
+        fits = 0 <= begin and begin + along.length(s.size) <= inside
         if min(low, high) < 0 or between or not fits:
             raise Refused("its channels are cut, or drawn apart")
         s.put(x, along.at(along.axis, begin))

@@ -16,25 +16,8 @@ _BY_ELEMENT = {
     *COMPARISONS,
     *POWERS,
     *IDENTITIES,
-    *[
-        "and",
-        "or",
-        "not",
-        "neg",
-        "exp",
-        "log",
-        "log1p",
-        "expm1",
-        "rsqrt",
-        "sqrt",
-        "logistic",
-        "erf",
-        "pow",
-        "sign",
-        "sin",
-        "cos",
-    ],
-    *["convert_element_type", "reduce_precision", "clamp", "is_finite"],
+    *"and or not neg exp log log1p expm1 rsqrt sqrt logistic erf pow sign sin cos".split(),
+    *"convert_element_type reduce_precision clamp is_finite".split(),
 }
 
 
