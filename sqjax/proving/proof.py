@@ -61,6 +61,7 @@ def prove(
     spaces: Sequence[Space] = (),
     permutations: Sequence[Space] = (),
     leaves: str = "random",
+    gains: str = "folded",
     trials: int = 3,
     seed: int = 0,
 ) -> FieldProof:
@@ -94,12 +95,16 @@ def prove(
         graph: whose groups are to be proved: a `Graph`, or `Stats`.
         inputs: one batch. Integers and booleans are taken as given; of floats the shapes only:
             they are random, because a zero or a one could hide what is wrong.
-        spaces: what is to be rotated. The gains of a space are first folded into what is behind
-            them by a group of the graph; a space with a gain that no group folds is refused.
-        permutations: spaces whose elements are to change places.
+        spaces: what is to be rotated.
+        permutations: spaces whose elements are to change places. Two trials show it for all orders,
+            a single one for one order only.
         leaves: "random": float leaves are random numbers, which proves it for all parameters of
-            these shapes; "given": they are those of `params`, exactly.
-        trials: how often everything is drawn anew.
+            these shapes; "given": they are those of `params`, exactly, and it is proved for these.
+        gains: "folded": the gains of a space are first folded, by a group of the graph, into what
+            is behind them, and a space with a gain that no group folds is refused, unless given
+            leaves are ones there; "ones": random leaves are ones there (zeros where the program
+            reads 1 + leaf), so that spaces are proved for such parameters only.
+        trials: how often everything is drawn anew, 1 or more.
         seed: of all drawing.
 
     Returns:
@@ -107,7 +112,8 @@ def prove(
 
     Raises:
         ValueError: the program has a primitive without a rule (it is named, with its line); the
-            graph is of another tree; `leaves` is another word.
+            graph is of another tree; `leaves` or `gains` is another word; an integer, or a given
+            leaf, is a shape only, or not finite; fn returns nothing.
 
     Source: Schwartz (1980), Zippel (1979), of polynomials; random functions in place of all others
     are ours.
@@ -127,6 +133,9 @@ def prove(
     expect(isinstance(graph, Graph), "prove", "a graph or statistics", graph)
     words = ("random", "given")
     expect(leaves in words, "prove: leaves=", " or ".join(words), leaves)
+    expect(
+        gains in ("folded", "ones"), "prove: gains=", "folded or ones", gains
+    )
     whole = isinstance(trials, int) and not isinstance(trials, bool)
     expect(whole and trials > 0, "prove: trials=", "1 or more", trials)
     traced, arrays = trace(fn, params, inputs, {})
@@ -134,7 +143,9 @@ def prove(
     refused: dict[str, str] = {}
     for number in range(trials):
         rng = np.random.default_rng([seed, number])
-        values = leaf_values(traced, params, graph, spaces, leaves, rng)
+        values = leaf_values(
+            params, graph, (*spaces, *permutations), (leaves, gains), rng
+        )
         trial = FieldTrial(
             traced, values, input_values(arrays, rng), salt(seed, number)
         )
@@ -152,16 +163,16 @@ def prove(
 
 
 def leaf_values(
-    traced: Traced,
     params: PyTree,
     graph: Graph,
     spaces: Sequence[Space],
-    how: str,
+    how: tuple[str, str],
     rng: np.random.Generator,
 ) -> dict[str, Value]:
-    """{path: value} of all leaves: as given, or random; gains of spaces are random squares then.
+    """{path: value} of all leaves.
 
-    (Squares, because a gain is folded as a scale, and these are positive.)
+    `how` is `leaves` and `gains` of `prove`. Random gains that are to be folded are squares,
+    because a gain is folded as a scale, and these are positive.
     """
     paths, leaves, _ = named_leaves(params)
     expected = {path: tuple(shape) for path, shape in graph.leaves}
@@ -177,10 +188,11 @@ def leaf_values(
             )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             values[path] = _given(path, leaf)
-        elif how == "given":
+        elif how[0] == "given":
             values[path] = Field(embed(_finite(path, _given(path, leaf))))
         elif path in gains:
-            drawn = draw(rng, shape)
+            ones = np.ones(shape, np.uint32)
+            drawn = ones if how[1] == "ones" else draw(rng, shape)
             offset = embed(np.asarray(offsets.get(path, 0.0)))
             values[path] = Field(sub(mul(drawn, drawn), offset))
         else:

@@ -62,7 +62,7 @@ def trial_of(fn, params, *inputs, spaces=(), seed=0):
     graph = graph_of(fn, params, *inputs)
     traced, arrays = trace(fn, params, inputs, {})
     rng = np.random.default_rng(seed)
-    leaves = leaf_values(traced, params, graph, spaces, "random", rng)
+    leaves = leaf_values(params, graph, spaces, ("random", "folded"), rng)
     return FieldTrial(traced, leaves, input_values(arrays, rng), seed), graph, rng
 
 
