@@ -304,10 +304,16 @@ class FieldTrial:
         results = run(
             self._traced.jaxpr, [*operands, *self._inputs], self._seed
         )
-        return [
-            x.residues if isinstance(x, Field) else np.asarray(x)
-            for x in results
-        ]
+        return list(map(_numbers, results))
+
+
+def _numbers(x: Value) -> np.ndarray:
+    """An output as an array of numpy; a random key as its bits."""
+    if isinstance(x, Field):
+        return x.residues
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(x))
+    return np.asarray(x)
 
 
 def _equal(x: np.ndarray, y: np.ndarray) -> bool:

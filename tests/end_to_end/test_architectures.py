@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from slow import slow_but
+from traced import spaces_of
 
 import sqjax as sq
 from sqjax._trees import map_named, named_leaves
@@ -983,9 +984,12 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
 
 @pytest.mark.parametrize("build", [build for build in CASES if build is not fourier])
 @pytest.mark.slow
-def test_all_groups_are_proved_in_a_finite_field(build):
+def test_all_groups_and_spaces_are_proved_in_a_finite_field(build):
+    """Of gains that no group folds it is proved that they need to be ones only."""
     made, graph = found(build)
-    proof = sq.prove(made.fn, made.params, graph, *made.args, trials=1)
+    spaces = spaces_of(made.fn, made.params, *made.args)
+    prove = functools.partial(sq.prove, spaces=spaces, trials=1, gains="ones")
+    proof = prove(made.fn, made.params, graph, *made.args)
     assert proof.holds, proof
 
 
