@@ -129,6 +129,8 @@ def moved(
 
     `act` takes arrays whose last axis is the space.
     """
+    if not places:
+        raise Unprovable("the space has no leaves")
     after = dict(leaves)
     for path, along in places:
         x = _residues(after, path)

@@ -100,6 +100,20 @@ def _sign(x: Residues) -> Residues:
     )
 
 
+#: A square, as any: it shall stand in no program.
+_NEGATIVE = mul(np.uint32(1_234_577_321), np.uint32(1_234_577_321))
+
+
+def _root(x: Residues) -> Residues:
+    """The square root of a square; of -x it is another number, or a sign would be lost in it.
+
+    A factor that is a square passes either as its root.
+    """
+    positive = root(x)
+    is_square = mul(positive, positive) == x
+    return np.where(is_square, positive, mul(positive, _NEGATIVE))
+
+
 def _less(x: Residues, y: Residues) -> np.ndarray:
     """Whether y - x counts as positive."""
     return np.asarray(character(sub(y, x)) > 0)
@@ -206,7 +220,7 @@ def _power(
             x = residues_of(operands[0])
             whole = twice % 2 == 0
             halves = int(twice) // 2 if whole else int(twice)
-            return [Field(power(x if whole else root(x), halves))]
+            return [Field(power(x if whole else _root(x), halves))]
     return _oracle(equation, operands, seed)
 
 
@@ -355,8 +369,8 @@ RULES: dict[str, Rule] = {
     "square": _of_residues(lambda x: mul(x, x)),
     "integer_pow": _whole_power,
     "pow": _power,
-    "sqrt": _of_residues(root),
-    "rsqrt": _of_residues(lambda x: inverse(root(x))),
+    "sqrt": _of_residues(_root),
+    "rsqrt": _of_residues(lambda x: inverse(_root(x))),
     "sign": _of_residues(_sign),
     "abs": _of_residues(lambda x: mul(x, _sign(x))),
     "max": _extremum(_larger),

@@ -92,6 +92,9 @@ def determinants(p, x):
     return a @ d.T - b @ c.T
 
 
+PLANE = {"u": normal(SIZE, 2), "v": normal(SIZE, 2, seed=1)}
+
+
 def steps(p, x):
     """A residual stream in a scan, and a gain inside."""
 
@@ -212,11 +215,9 @@ UNLAWFUL: dict[str, Unlawful] = {
         each_head_attends, square(*"qkvo"), (X,), Space("o", SIZE, of_residual(v=1, o=0))
     ),
     "channels attend to channels": between(lambda h, p, x: h @ jax.nn.softmax(h.T @ h)),
-    "determinants": Unlawful(
-        determinants,
-        {"u": normal(SIZE, 2), "v": normal(SIZE, 2, seed=1)},
-        (X,),
-        Space("u", 2, of_residual(u=1, v=1)),
+    "determinants": Unlawful(determinants, PLANE, (X,), Space("u", 2, of_residual(u=1, v=1))),
+    "roots of determinants": Unlawful(
+        lambda p, x: jnp.sqrt(determinants(p, x)), PLANE, (X,), Space("u", 2, of_residual(u=1, v=1))
     ),
     "a branch that adds a constant": between(
         lambda h, p, x: lax.cond(x.shape[0] > 4, lambda h: h + VECTOR, lambda h: h, h)

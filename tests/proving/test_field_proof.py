@@ -28,6 +28,7 @@ from sqjax.folding.graph import Graph, Group, LabelMap
 from sqjax.folding.space import Along, Space
 from sqjax.numerics.prime_field import (
     draw,
+    embed,
     inverse,
     mul,
     sub,
@@ -298,6 +299,27 @@ def test_shapes_are_enough_and_statistics_are_a_graph():
     stats = sq.calibrate(FN, AB, [X])
     shapes, x = jax.eval_shape(lambda *args: args, AB, X)
     assert sq.prove(FN, shapes, stats, x).held == ("scales of b",)
+
+
+def test_scales_in_the_field_are_those_that_fold_writes():
+    """What is proved of labels, roots and 1 + w among them, is what `sq.fold` does with them."""
+    fn = lambda p, x: jnp.square(rms(x) * (1 + p["g"])[None] @ p["a"]) @ p["b"]
+    eighths = {"a": (3, 4), "b": (4, 2), "g": (3,)}
+    params = {k: jnp.round(8 * normal(*shape)) / 8 for k, shape in eighths.items()}
+    graph = graph_of(fn, params, X)
+    rng = np.random.default_rng(0)
+    degrees = set()
+    for group in graph.groups:
+        roots = 2.0 ** rng.integers(-3, 4, group.size)
+        scale = jnp.asarray(roots**group.degree, jnp.float32)
+        one = {other.name: jnp.ones(other.size) for other in graph.groups}
+        after = sq.fold(params, graph, one | {group.name: scale})
+        leaves = {path: Field(embed(np.asarray(x))) for path, x in params.items()}
+        in_the_field = scaled(leaves, graph, group, embed(roots))
+        for path, x in after.items():
+            assert np.array_equal(in_the_field[path].residues, embed(np.asarray(x)))
+        degrees.add(group.degree)
+    assert degrees == {1, 2}
 
 
 def test_roots_of_scales_are_folded():

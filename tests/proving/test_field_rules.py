@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from slow import slow_but
 
-from sqjax.numerics.prime_field import draw, embed
+from sqjax.numerics.prime_field import draw, embed, mul, sub
 from sqjax.proving import running
 from sqjax.proving.running import run
 from sqjax.proving.values import Field
@@ -159,6 +159,9 @@ def test_negative_factors_and_sums_do_not_pass():
     [
         (lambda x: jnp.linalg.cholesky(x), r"`cholesky` at .*test_field_rules.py:\d+"),
         (lambda x: lax.complex(x, x).real, "`complex` at "),
+        (lambda x: x * jnp.inf, "`mul`.*infinity as a factor"),
+        (lambda x: jnp.inf / x, "`div`.*infinity as a factor"),
+        (lambda x: x @ jnp.full((3, 2), -jnp.inf), "`dot_general`.*infinity as a factor"),
         (
             lambda x: lax.while_loop(lambda x: x[0, 0] != 0, lambda x: x * x, x),
             "`while`.*20 steps",
@@ -169,6 +172,27 @@ def test_what_has_no_rule_is_named_with_its_line(fn, message, monkeypatch):
     monkeypatch.setattr(running, "MOST_STEPS", 20)
     with pytest.raises(ValueError, match=message):
         in_the_field(fn, 2 + jnp.eye(3))
+
+
+def test_what_returns_nothing_and_keys_are_as_always():
+    def fn(x):
+        jax.debug.print("{}", x)
+        return x / jnp.inf, jax.random.key(3)
+
+    zeros, key = in_the_field(fn, integers(4))
+    assert not residues(zeros).any()
+    assert key == jax.random.key(3)
+
+
+def test_half_powers_of_positive_and_negative_numbers_differ():
+    """A sign is not lost in a root; a factor passes it either way."""
+    x, s = draw(np.random.default_rng(0), (2, 9))
+    fn = lambda x, s: (jnp.sqrt(s * s * x), s * s * x, jnp.sqrt(x), jnp.sqrt(-x))
+    program = jax.make_jaxpr(fn)(integers(9), integers(9))
+    of_product, _, of_x, of_minus = map(residues, run(program, [Field(x), Field(s)], 0))
+    s_or_minus_s = mul(of_x, s)
+    assert ((of_product == s_or_minus_s) | (of_product == sub(np.uint32(0), s_or_minus_s))).all()
+    assert (of_x != of_minus).all()
 
 
 def test_integers_of_floats_are_small_and_the_same_for_the_same_number():
