@@ -1,7 +1,9 @@
 """The proof in a finite field judges rightly: what is lawful passes, and hundreds of wrong changes do not."""
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -71,20 +73,13 @@ def without(space, path):
     return space._replace(leaves=tuple(x for x in space.leaves if x[0] != path))
 
 
-def along(space, path, place):
-    leaves = {**dict(space.leaves), path: place}
-    return space._replace(leaves=tuple(leaves.items()))
-
-
 #: What is wrong with it -> the space of the residual stream, changed so.
 WRONG_SPACES = {
     "gains are not folded": lambda space: space._replace(gains=()),
-    "one gain is not folded": lambda space: space._replace(gains=space.gains[1:]),
     "a router is forgotten": lambda space: without(space, "1/router"),
-    "an embedding is forgotten": lambda space: without(space, "embed"),
-    "an axis is another": lambda space: along(space, "0/q", Along(1)),
-    "an axis is cut": lambda space: along(space, "0/q", Along(0, 4)),
-    "a leaf is none of it": lambda space: along(space, "0/gain_1", Along(0)),
+    "it does not fit": lambda space: space._replace(
+        leaves=(*without(space, "0/q").leaves, ("0/q", Along(0, 4)))
+    ),
 }
 
 
@@ -218,8 +213,8 @@ def same(a, b):
     ("seed", "count", "draw"),
     [
         (0, 4, random_dag),
-        pytest.param(3, 12, random_dag, marks=pytest.mark.slow),
-        pytest.param(7, 8, random_image_dag, marks=pytest.mark.slow),
+        pytest.param(3, 5, random_dag, marks=pytest.mark.slow),
+        pytest.param(7, 4, random_image_dag, marks=pytest.mark.slow),
     ],
 )
 def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, count, draw):
@@ -251,27 +246,25 @@ def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [pytest.param(30, marks=pytest.mark.every_case), 2])
+@pytest.mark.parametrize("layers", [pytest.param(30, marks=pytest.mark.every_case), 1])
 def test_smollm2_is_proved_and_a_forgotten_leaf_is_found(layers):
+    """With the spaces that the search finds; given gains are not ones, and the tied head takes none."""
     model, params = first_layers(*sq.models.load("smollm2-135m"), layers)
+    few = {"embedding": params["model"]["embed_tokens"]["embedding"][:64]}
+    params = {**params, "model": {**params["model"], "embed_tokens": few}}
+    model = replace(model, config=replace(model.config, vocab_size=64))
     ids = IDS[None, :3]
     graph = graph_of(model.apply, params, ids)
-    attention = "model/layers/{}/self_attn/{}_proj/kernel".format
-    spaces = [
-        Space(
-            attention(k, "o"),
-            64,
-            ((attention(k, "v"), Along(1, 3)), (attention(k, "o"), Along(0, 9))),
-        )
-        for k in range(layers)
-    ]
-    proof = sq.prove(model.apply, params, graph, ids, spaces=spaces, trials=1, leaves="given")
+    stream, *heads = spaces_of(model.apply, params, ids)
+    assert [space.size for space in heads] == [64] * layers
+    prove = functools.partial(sq.prove, model.apply, params)
+    proof = prove(graph, ids, spaces=heads, trials=1, leaves="given")
     assert proof.holds, proof
     assert len(proof.held) == 5 * layers
     group = graph.groups[2]
-    wrong = group._replace(leaves=group.leaves[1:])
-    graph = graph._replace(groups=(wrong, *graph.groups[3:]))
-    proof = sq.prove(model.apply, params, graph, ids, trials=1)
+    wrong = graph._replace(groups=(group._replace(leaves=group.leaves[1:]),))
+    proof = prove(wrong, ids, spaces=[stream], trials=1, gains="ones")
+    assert proof.held == (f"rotation of {stream.name}",)
     assert [name for name, _ in proof.refused] == [f"scales of {group.name}"]
 
 
