@@ -84,9 +84,11 @@ def prove(
     reaches may hide it with a probability of a half; programs have many, and `trials` are
     independent.
 
-    **What it does not show.** How the result is rounded in floats. What branches would do that are
-    not taken. And it refuses what holds only because of what a random function is in truth, such as
-    exp(a + b) = exp(a) exp(b): a refusal is no proof that a change is wrong.
+    **What it does not show.** How the result is rounded in floats (a cast that keeps fewer than 7
+    bits of a mantissa is no rounding, but a function that nothing passes). What the inputs do not
+    reach: rows of a table, experts, branches; and of a single token queries and keys, because its
+    softmax is 1 whatever they are. And it refuses what holds only because of what a random function
+    is in truth, such as exp(a + b) = exp(a) exp(b): a refusal is no proof that a change is wrong.
 
     Args:
         fn: fn(params, *inputs).
