@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sqjax.models.slots import Slots, changed_queries, integers
+from sqjax.models.slots import (
+    Slots,
+    changed_queries,
+    integers,
+    omitted_scores,
+)
 from sqjax.numerics.digits import BASE, two_digits
 
 #: How many queries are read at once. See `attend` for why queries are read in blocks.
@@ -157,8 +162,12 @@ def _attend_block(
     rows = by_key_head.reshape(batch, kv_heads, row_count, head_dim)
 
     by_token = (batch, kv_heads, sharing, tokens)
-    scores = _scores(rows, keys).reshape(*by_token, slots)
-    scores = _changed(scores, scoring)
+    scores = _scores(rows, keys)
+    omitted = omitted_scores(keys, rows)
+    if scoring.softcap is not None and omitted is not None:
+        # Because tanh of a row's scores depends on what all of them have more.
+        scores = scores + omitted
+    scores = _changed(scores.reshape(*by_token, slots), scoring)
     if bias is not None:
         added = bias.reshape(bias.shape[0], *by_token[1:], slots)
         scores = scores + added.astype(scores.dtype)
