@@ -59,7 +59,8 @@ def test_no_mutation_is_accepted(name):
     counted[name] = len(wrongs)
 
 
-def test_these_were_a_thousand():
+def test_these_were_a_thousand_and_fifty_programs():
+    assert len(UNLAWFUL) > 50
     if counted.keys() == PROGRAMS.keys():
         assert sum(counted.values()) >= AT_LEAST, counted
 
