@@ -213,7 +213,7 @@ def same(a, b):
     ("seed", "count", "draw"),
     [
         (0, 4, random_dag),
-        pytest.param(3, 5, random_dag, marks=pytest.mark.slow),
+        pytest.param(3, 12, random_dag, marks=[pytest.mark.slow, pytest.mark.every_case]),
         pytest.param(7, 4, random_image_dag, marks=pytest.mark.slow),
     ],
 )
