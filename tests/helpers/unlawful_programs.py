@@ -193,7 +193,7 @@ UNLAWFUL: dict[str, Unlawful] = {
         tied,
         {"embed": normal(7, SIZE), "gain": normal(SIZE)},
         (jnp.arange(7),),
-        Space("embed", SIZE, of_residual(embed=1), ("gain",)),
+        Space("embed", SIZE, of_residual(embed=1)),
     ),
     "a gain in every step of a scan": Unlawful(
         steps,
