@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
+    from sqjax.proving.proof import prove
     from sqjax.runtime.caches import quantize_cache
     from sqjax.runtime.int8_attention import int8_attention
     from sqjax.runtime.quantized import quantized
@@ -103,6 +104,7 @@ __all__ = [
     "load_quantized",
     "load_saved",
     "merge",
+    "prove",
     "quantize",
     "quantize_by_search",
     "quantize_cache",
@@ -149,6 +151,7 @@ _NAMES = {
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
+    "sqjax.proving.proof": "prove",
     "sqjax.methods.quantization": "quantize smoothquant",
     "sqjax.methods.rotation": "rotate rotations",
     "sqjax.methods.site_errors": "site_errors",
