@@ -35,16 +35,31 @@ def with_gains_of_one(
         ValueError: no fold group can take a gain that is not ones.
     """
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
-    for gain in gains:
-        params = _with_gain_of_one(params, graph, gain, set(gains))
-    return params
-
-
-def _with_gain_of_one(
-    params: PyTree, graph: Graph, gain: str, gains: set[str]
-) -> PyTree:
     paths, leaves, _ = named_leaves(params)
-    leaf = dict(zip(paths, leaves, strict=True))[gain]
+    by_path = dict(zip(paths, leaves, strict=True))
+    s: dict[str, Array] = {}
+    ones: dict[str, np.ndarray] = {}
+    for gain in gains:
+        own, ones[gain] = _scales_and_channels(
+            graph, gain, by_path[gain], set(gains)
+        )
+        s |= own
+    folded = fold_any_sign(params, graph, s)
+    offsets = dict(graph.offsets)
+
+    def exactly_one(path: str, leaf: Any) -> Any:
+        if path not in ones or not ones[path].any():
+            return leaf
+        one = jnp.asarray(1 - offsets.get(path, 0.0), leaf.dtype)
+        return jnp.where(ones[path], one, leaf)
+
+    return map_named(exactly_one, folded)
+
+
+def _scales_and_channels(
+    graph: Graph, gain: str, leaf: Array, gains: set[str]
+) -> tuple[dict[str, Array], np.ndarray]:
+    """({group: s} that makes a gain ones, where in the gain that is)."""
     offset = dict(graph.offsets).get(gain, 0.0)
     value = leaf + offset if offset else leaf
     covered = np.zeros(leaf.shape, bool)
@@ -53,21 +68,13 @@ def _with_gain_of_one(
         labels = dict(group.leaves).get(gain)
         if labels is None or not (labels.array < 0).any():
             continue
-        absorbing = np.broadcast_to(labels.array, leaf.shape)
         _check_group(group, gain, gains)
+        absorbing = np.broadcast_to(labels.array, leaf.shape)
         s[group.name] = _scales_of(group, gain, absorbing, value)
         covered |= absorbing < 0
     _check_others(graph, gain, value, covered)
-    if not s:
-        return params
     _check_divided(graph, gain, s)
-    folded = fold_any_sign(params, graph, s)
-    one = jnp.asarray(1 - offset, leaf.dtype)
-
-    def exactly_one(path: str, leaf: Any) -> Any:
-        return jnp.where(covered, one, leaf) if path == gain else leaf
-
-    return map_named(exactly_one, folded)
+    return s, covered
 
 
 def _scales_of(
@@ -91,7 +98,7 @@ def _scales_of(
 
 def _check_group(group: Group, gain: str, gains: set[str]) -> None:
     """What a gain may be folded by: a group that rescales no other gain, and takes no root."""
-    others = gains.intersection(group.absorbers) - {gain}
+    others = gains.intersection(dict(group.leaves)) - {gain}
     if others or group.degree != 1:
         why = f"{sorted(others)} with it" if others else "a root of it"
         raise ValueError(
