@@ -125,7 +125,7 @@ def test_drawn_matrices_are_given_ones_and_seeds_differ(llama):
 
 def test_some_spaces_alone(llama):
     model, params, ids, stats = llama
-    assert set(sq.rotations(stats, spaces=["o_proj"])) == set(VALUES) | {RESIDUAL} - {RESIDUAL}
+    assert set(sq.rotations(stats, spaces=["o_proj"])) == set(VALUES)
     rotated = sq.rotate(params, stats, spaces="o_proj")
     assert sq.verify(model.apply, params, rotated, ids) < 1e-5
     np.testing.assert_array_equal(rotated["lm_head"]["kernel"], params["lm_head"]["kernel"])
@@ -133,7 +133,7 @@ def test_some_spaces_alone(llama):
 
 @pytest.mark.slow
 def test_under_jit_and_its_gradient_by_the_matrix(llama):
-    model, params, ids, stats = llama
+    _, params, _, stats = llama
     size = stats.graph.spaces[0].size
     free = jnp.asarray(rng().normal(size=(size, size)) / 5, jnp.float32)
 
@@ -155,6 +155,8 @@ def test_under_jit_and_its_gradient_by_the_matrix(llama):
 # The same function --------------------------------------------------------------------------------
 
 
+#: Of a head that is the embedding the gain before it must be ones.
+KEPT = {"opt": "g3"}
 ROTATED = ("llama", "opt", "parallel", "experts", "scan", "fused", "siamese", "linear")
 
 
@@ -168,6 +170,7 @@ def test_programs_compute_the_same_whatever_their_gains(name):
 
     def other(path, leaf):
         is_gain = str(path[-1].key).startswith("g") and leaf.ndim <= 2 and (leaf == 1).all()
+        is_gain &= path[-1].key != KEPT.get(name)
         return jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype) if is_gain else leaf
 
     params = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, case.params)
@@ -224,7 +227,8 @@ def outlier_params():
     draw = rng()
     e = draw.normal(size=(8, 32))
     e[:, 5] *= 100
-    leaves = {"e": e, "gain": draw.normal(size=32), "w": draw.normal(size=(32, 16))}
+    gain = draw.uniform(0.5, 1.5, 32) * np.where(np.arange(32) % 3, 1, -1)
+    leaves = {"e": e, "gain": gain, "w": draw.normal(size=(32, 16))}
     return {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
 
 
@@ -234,8 +238,8 @@ def test_an_outlier_is_spread_and_int8_loses_less():
     rotated = sq.rotate(params, stats)
     np.testing.assert_array_equal(rotated["gain"], 1)
     after = sq.calibrate(block, rotated, [x])
-    ratio = [float(s.absmax["w"].max() / jnp.median(s.absmax["w"])) for s in (stats, after)]
-    assert ratio[1] < 3 < 50 < ratio[0] * max(1, 50 / ratio[0])
+    largest = [float(seen.absmax["w"].max()) for seen in (stats, after)]
+    assert largest[1] < 0.6 * largest[0]
     expected = block(params, x)
     errors = []
     for tree, seen in ((params, stats), (rotated, after)):
@@ -257,7 +261,7 @@ def test_gains_of_zero_and_of_one_plus_w():
     stats = sq.calibrate(offset, params, [x])
     rotated = sq.rotate(params, stats)
     np.testing.assert_array_equal(rotated["gain"], 0)
-    assert sq.verify(offset, params, rotated, x) < 1e-5
+    assert sq.verify(offset, params, rotated, x) < 1e-4  # 1 + w rounds w
 
 
 # Refused ------------------------------------------------------------------------------------------
@@ -278,7 +282,6 @@ def toy():
         ({"w": np.eye(32, dtype=int)}, "w: expected floats of shape"),
         ({"w": 2 * np.eye(32)}, "w: expected an orthogonal matrix, .* off by 3"),
         ({"w": np.full((32, 32), np.nan)}, "w: expected an orthogonal matrix"),
-        (5, "how: expected"),
     ],
 )
 def test_wrong_matrices(toy, how, message):
@@ -296,7 +299,7 @@ def test_wrong_arguments(toy):
         sq.rotate(params, stats, seed=-1)
     with pytest.raises(ValueError, match="not the tree that was calibrated"):
         sq.rotate({**params, "gain": jnp.ones(31)}, stats)
-    with pytest.raises(ValueError, match="NaN|finite"):
+    with pytest.raises(ValueError, match=r"NaN|finite"):
         sq.rotate({**params, "w": params["w"].at[0, 0].set(jnp.nan)}, stats)
 
 
