@@ -1,6 +1,6 @@
 """Rotations into parameters: gains moved out of the way, and leaves multiplied by Q."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,11 @@ def with_gains_of_one(
     pass.
 
     Raises:
-        ValueError: no fold group can take a gain that is not ones.
+        ValueError: no fold group can take a gain that is not ones; or it is to turn in another
+            space, after which it would not be ones.
     """
+    spaces = list(spaces)
+    _check_turning_gains(spaces)
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
     paths, leaves, _ = named_leaves(params)
     by_path = dict(zip(paths, leaves, strict=True))
@@ -54,6 +57,17 @@ def with_gains_of_one(
         return jnp.where(ones[path], one, leaf)
 
     return map_named(exactly_one, folded)
+
+
+def _check_turning_gains(spaces: Sequence[Space]) -> None:
+    turning = {path: space.name for space in spaces for path, _ in space.leaves}
+    for space in spaces:
+        for gain in space.gains:
+            if gain in turning:
+                raise ValueError(
+                    f"rotate: {gain} is a gain of the space {space.name}, and turns in the space "
+                    f"{turning[gain]}; rotate one of the two, by spaces="
+                )
 
 
 def _scales_and_channels(
