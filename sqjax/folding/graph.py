@@ -270,6 +270,14 @@ class Graph(NamedTuple):
                 lines += _steps("its activation", ways.get(leaf, ()))
         if path in dict(self.ways):
             lines.append(_AT_RUN_TIME)
+        lines += self._spaces_of(path)
+        if not lines:
+            return f"{path}: no matmul of an activation meets it, and no group needs it"
+        return "\n".join(lines)
+
+    def _spaces_of(self, path: str) -> list[str]:
+        """Lines that tell in which spaces a leaf turns, and why its activation is in none."""
+        lines: list[str] = []
         for space in self.spaces:
             lines += space.account(path)
         for leaf, reason in self.space_refusals:
@@ -277,9 +285,7 @@ class Graph(NamedTuple):
                 lines.append(
                     f"the activation of {leaf} is in no space: {reason}"
                 )
-        if not lines:
-            return f"{path}: no matmul of an activation meets it, and no group needs it"
-        return "\n".join(lines)
+        return lines
 
     def __str__(self) -> str:
         """A table with a row for every group, and the refused leaves with their reasons."""

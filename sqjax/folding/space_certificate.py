@@ -31,13 +31,15 @@ from sqjax.folding.claims import Claim
 from sqjax.folding.laws import LAWS
 from sqjax.folding.space import Along, Space
 from sqjax.program.constant_axes import is_constant_along, leaf_of
-from sqjax.program.entries import carried, entries
+from sqjax.program.entries import Carried, carried, entries
 from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.subprograms import Scan
 
 Members = Mapping[Var, frozenset[Along]]
 NONE: frozenset[Along] = frozenset()
+#: A number that is rounded to fewer bits than bfloat16 has is quantized, not computed.
+FEWEST_BITS = 7
 
 
 class Turning(NamedTuple):
@@ -92,27 +94,50 @@ def certify_space(
     """
     gains = frozenset(space.gains)
     turning = Turning(program, size, members, {}, gains, space.keeps_ones)
-    # A leaf named twice would be multiplied by Q twice.
-    if size < 2 or len(set(space.leaves)) < len(space.leaves):
-        return "expected two channels or more, and each leaf and axis once"
-    for var, places in members.items():
-        problem = _fixed(program, var) or _misfit(turning, var, places)
+    return (
+        _wrong_members(turning)
+        or _wrong_leaves(turning, space)
+        or _unlawful(turning)
+    )
+
+
+def _wrong_members(turning: Turning) -> str | None:
+    """What is wrong with the members, whatever equations read them."""
+    if turning.size < 2:
+        return "expected two channels or more"
+    for var, places in turning.members.items():
+        problem = _fixed(turning.program, var) or _misfit(turning, var, places)
         if problem is not None:
             return problem
+    return None
+
+
+def _wrong_leaves(turning: Turning, space: Space) -> str | None:
+    """What is wrong with the leaves that are named: they must be the members among the leaves."""
+    # Because a leaf named twice would be multiplied by Q twice.
+    if len(set(space.leaves)) < len(space.leaves):
+        return "expected each leaf and axis once"
     listed = {
         path: frozenset(along for other, along in space.leaves if other == path)
         for path, _ in space.leaves
     }
-    whole = {path: turning.of(var) for path, var in program.whole.items()}
+    whole = {
+        path: turning.of(var) for path, var in turning.program.whole.items()
+    }
     if listed != {path: places for path, places in whole.items() if places}:
         return "the leaves of the space are not those of its members"
-    for equation in program.equations:
+    return None
+
+
+def _unlawful(turning: Turning) -> str | None:
+    """The first equation that breaks its law. What they make of products is noted on the way."""
+    for equation in turning.program.equations:
         if not _concerns(turning, equation):
             continue
         law = SPACE_LAWS.get(equation.name)
         if law is None or not law(turning, equation):
             return f"{equation} does not pass the rotation on"
-    if any(map(turning.is_product, program.results)):
+    if any(map(turning.is_product, turning.program.results)):
         return "a product that turns, not summed up, is an output of fn"
     return None
 
@@ -158,6 +183,9 @@ def _misfit(turning: Turning, var: Var, places: frozenset[Along]) -> str | None:
 
 def _moved(turning: Turning, equation: Equation) -> bool:
     """Each vector of the operand is one of the result."""
+    # A sum over channels is rounded elsewhere after a rotation, and then to another number.
+    if equation.params.get("mantissa_bits", FEWEST_BITS) < FEWEST_BITS:
+        return False
     x, [y] = equation.inputs[0], equation.outputs
     if any(turning.of(other) for other in equation.inputs[1:]):
         return False
@@ -418,27 +446,34 @@ def _scanned(turning: Turning, equation: Equation) -> bool:
     if body is None or not isinstance(body.call, Scan):
         return False
     count = body.call.carry
-    for value, result in zip(
-        carried(equation), equation.outputs[:count], strict=True
-    ):
-        places = turning.of(value.inner)
-        if places != turning.of(result):
-            return False
-        for atom in (value.first, value.following):
-            if turning.is_product(atom):
-                return False
-            is_zero = turning.program.is_zero(atom)
-            if turning.of(atom) != places and not is_zero:
-                return False
+    results = zip(carried(equation), equation.outputs[:count], strict=True)
+    if not all(_carried_alike(turning, *pair) for pair in results):
+        return False
     slices = [(entry.outer, entry.inner) for entry in entries(equation)]
     made = zip(equation.outputs[count:], body.outputs[count:], strict=True)
-    for outer, inner in [*slices, *made]:
-        if turning.is_product(outer) or turning.is_product(inner):
+    return all(_sliced_alike(turning, *pair) for pair in [*slices, *made])
+
+
+def _carried_alike(turning: Turning, value: Carried, result: Var) -> bool:
+    """What is carried turns before the first step, after every step, and at the end."""
+    places = turning.of(value.inner)
+    if places != turning.of(result):
+        return False
+    for atom in (value.first, value.following):
+        if turning.is_product(atom):
             return False
-        inner_places = {a.at(a.axis + 1) for a in turning.of(inner)}
-        if turning.of(outer) != inner_places:
+        # Zeros are zeros times Q, too.
+        is_zero = turning.program.is_zero(atom)
+        if turning.of(atom) != places and not is_zero:
             return False
     return True
+
+
+def _sliced_alike(turning: Turning, outer: Atom, inner: Atom) -> bool:
+    """A step sees one slice, so its axes are one less: axis 1 of the whole is axis 0 of a slice."""
+    if turning.is_product(outer) or turning.is_product(inner):
+        return False
+    return turning.of(outer) == {a.at(a.axis + 1) for a in turning.of(inner)}
 
 
 # The names stand here once more, so that a primitive that gets among the rules by mistake has no

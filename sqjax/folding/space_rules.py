@@ -237,18 +237,24 @@ def _put_together(
             s.put(whole, along)
     begin = 0
     for piece in pieces:
-        end = begin + s.program.shape(piece)[axis]
         for along in s.of(piece):
             if along.axis == axis:
                 s.put(whole, along.at(axis, along.start + begin))
         for along in s.of(whole):
-            last = along.start + along.length(s.size)
-            meets = along.axis == axis and begin < last and along.start < end
-            if meets and (along.start < begin or last > end):
-                raise Refused("its channels come from several pieces")
-            if meets:
-                s.put(piece, along.at(axis, along.start - begin))
-        begin = end
+            if along.axis == axis:
+                _put_piece(s, piece, along, begin)
+        begin += s.program.shape(piece)[axis]
+
+
+def _put_piece(s: SpaceSearch, piece: Atom, along: Along, begin: int) -> None:
+    """A piece that begins at an index of the whole, where the whole turns along the same axis."""
+    end = begin + s.program.shape(piece)[along.axis]
+    last = along.start + along.length(s.size)
+    if last <= begin or end <= along.start:
+        return  # they do not meet
+    if along.start < begin or last > end:
+        raise Refused("its channels come from several pieces")
+    s.put(piece, along.at(along.axis, along.start - begin))
 
 
 def _pad(s: SpaceSearch, e: Equation) -> None:

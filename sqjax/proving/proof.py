@@ -1,6 +1,6 @@
 """`prove`: that a change of leaves leaves a function what it is, by running it in a prime field."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -178,16 +178,12 @@ def leaf_values(
     """
     paths, leaves, _ = named_leaves(params)
     expected = {path: tuple(shape) for path, shape in graph.leaves}
+    _check_tree(dict(zip(paths, leaves, strict=True)), expected)
     offsets = dict(graph.offsets)
     gains = {gain for space in spaces for gain in space.gains}
     values: dict[str, Value] = {}
     for path, leaf in zip(paths, leaves, strict=True):
-        shape = tuple(jnp.shape(leaf))
-        if expected.get(path) != shape:
-            raise ValueError(
-                f"prove: {path}: expected shape {expected.get(path)} of the graph's tree, got "
-                f"{shape}; pass the parameters that were calibrated"
-            )
+        shape = expected[path]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             values[path] = _given(path, leaf)
         elif how[0] == "given":
@@ -199,13 +195,26 @@ def leaf_values(
             values[path] = Field(sub(mul(drawn, drawn), offset))
         else:
             values[path] = Field(draw(rng, shape))
-    missing = [path for path in expected if path not in values]
+    return values
+
+
+def _check_tree(
+    leaves: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ValueError for a leaf of another shape than the graph's, or that one of them lacks."""
+    for path, leaf in leaves.items():
+        shape = tuple(jnp.shape(leaf))
+        if expected.get(path) != shape:
+            raise ValueError(
+                f"prove: {path}: expected shape {expected.get(path)} of the graph's tree, got "
+                f"{shape}; pass the parameters that were calibrated"
+            )
+    missing = [path for path in expected if path not in leaves]
     if missing:
         raise ValueError(
             f"prove: {missing[0]}: expected the leaf of the graph's tree, got none; pass the "
             "parameters that were calibrated"
         )
-    return values
 
 
 def _given(name: str, x: Any) -> Any:

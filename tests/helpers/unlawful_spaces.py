@@ -162,6 +162,7 @@ WEIGHTS = np.arange(1.0, 7.0)
 SMALL = named(embed=(5, 6), g1=(6,), head=(6, 5))
 UNLAWFUL = {
     # Something stands in the way.
+    "rounded to few bits": between(lambda h: jax.lax.reduce_precision(h, 8, 3)),
     "through relu": between(jax.nn.relu),
     "gelu": between(jax.nn.gelu),
     "softmax": between(lambda y: jax.nn.softmax(y, -1)),
