@@ -27,9 +27,9 @@ def with_gains_of_one(
 
     A gain that multiplies channels stands in the way of a rotation of them, because diag(g) and Q
     do not commute. As an ordinary fold with s = g it goes into the kernels behind: (x g) W = x (g
-    W). Here s may be negative, and zero where nothing else is divided by it, because between a gain
-    and the sites of a space there are only equations that a rotation, and so a change of sign, may
-    pass.
+    W). Here s may be negative, and zero where nothing else is divided by it, if all leaves of the
+    group turn in the gain's space: then there are only equations between them that a rotation, and
+    so a change of sign, may pass. A group that reaches other leaves may have a ReLU on the way.
 
     Raises:
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
@@ -46,6 +46,13 @@ def with_gains_of_one(
         own, ones[gain] = _scales_and_channels(
             graph, gain, by_path[gain], set(gains)
         )
+        turning = {
+            path
+            for space in spaces
+            if gain in space.gains
+            for path, _ in space.leaves
+        }
+        _check_signs(graph, gain, own, turning)
         s |= own
     folded = fold_any_sign(params, graph, s)
     offsets = dict(graph.offsets)
@@ -118,6 +125,27 @@ def _check_group(group: Group, gain: str, gains: set[str]) -> None:
         raise ValueError(
             f"rotate: {gain} can not be made ones, because the group {group.name} scales {why}. "
             f"{_ADVICE}"
+        )
+
+
+def _check_signs(
+    graph: Graph, gain: str, s: Mapping[str, Array], turning: set[str]
+) -> None:
+    """A scale that is not positive may go into leaves of the same space only."""
+    for group in graph.groups:
+        others = set(dict(group.leaves)) - turning - {gain}
+        if group.name not in s or not others:
+            continue
+        if not is_concrete(s[group.name]):
+            why = "whether it is positive can not be seen under jit"
+        elif (np.asarray(s[group.name]) > 0).all():
+            continue
+        else:
+            why = "it is not positive everywhere"
+        raise ValueError(
+            f"rotate: {gain} can not be made ones: its group {group.name} scales "
+            f"{sorted(others)} too, which do not turn with it, and {why}; leave this space out "
+            "with spaces="
         )
 
 

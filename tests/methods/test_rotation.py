@@ -317,6 +317,24 @@ def test_a_layer_norm_takes_matrices_that_keep_its_mean():
         sq.rotate(params, stats, {"w": random_orthogonal(32, rng())})
 
 
+def test_a_negative_gain_goes_through_no_relu():
+    """The gain is read twice: by the norm, and before a ReLU that a positive scale passes."""
+
+    def fn(p, x, z):
+        h = x @ p["e"]
+        normed = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6) * p["gain"][None]
+        return normed @ p["w"] + jax.nn.relu(z * p["gain"][None]) @ p["v"]
+
+    params = {**outlier_params(), "v": jnp.asarray(rng(2).normal(size=(32, 16)), jnp.float32)}
+    x, z = (jnp.asarray(rng(i).normal(size=(4, n)), jnp.float32) for i, n in ((1, 8), (3, 32)))
+    stats = sq.calibrate(fn, params, [(x, z)])
+    assert "gain" in stats.graph.spaces[0].gains
+    with pytest.raises(ValueError, match=r"gain can not be made ones.*\['v'\] too.*not positive"):
+        sq.rotate(params, stats)
+    positive = {**params, "gain": jnp.abs(params["gain"])}
+    assert sq.verify(fn, positive, sq.rotate(positive, stats), x, z) < 1e-5
+
+
 def test_a_gain_that_another_space_turns_is_refused():
     own = Space("a", 4, (("u", Along(1)), ("g", Along(0))))
     other = Space("b", 3, (("v", Along(1)),), ("g",))
