@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sqjax._shapes import entries_at
-from sqjax.models.decoding.generation import compute_dtype
+from sqjax.models.cache import PrefixCache
 from sqjax.models.decoding.prompts import (
     check_tokens,
     encode_alone,
     encode_open,
 )
 from sqjax.models.fields import SIZE, is_whole
-from sqjax.models.model import Model, Params, check_model
+from sqjax.models.model import Model, Params, check_model, compute_dtype
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.models.tokenizer import check_text
@@ -81,6 +81,7 @@ def next_logprobs(
     cache: CacheFormat | None = None,
     chunk: int | None = None,
     padding: Int[Array | np.ndarray, " batch"] | None = None,
+    prefix: PrefixCache | None = None,
 ) -> tuple[Float[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
     """The log-probability of each target, and whether no other token is likelier.
 
@@ -98,6 +99,7 @@ def next_logprobs(
             scales of channels. None for all.
         padding: with a cache, how many of each row's first inputs are padding, to which no token
             attends. None for none.
+        prefix: the keys and values of tokens that stand before every row; None for none.
 
     Raises:
         ValueError: the chunk does not divide the number of tokens, these are more than
@@ -109,7 +111,7 @@ def next_logprobs(
                 "next_logprobs: a chunk and padding need a cache; "
                 'give one ("float"), or leave them out'
             )
-        logits = quantized(model.apply)(params, inputs)
+        logits = quantized(model.apply)(params, inputs, prefix)
         return _score_targets(logits, targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
@@ -125,7 +127,7 @@ def next_logprobs(
 
     def read_piece(slots, piece):
         piece_inputs, piece_targets = piece
-        logits, slots = read(params, piece_inputs, slots)
+        logits, slots = read(params, piece_inputs, slots, prefix)
         return slots, _score_targets(logits, piece_targets)
 
     def split(x):
