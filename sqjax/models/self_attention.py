@@ -216,14 +216,15 @@ def _attended(
 
 def _before(context: Context) -> Before | None:
     """What stands before the slots in this layer."""
-    if context.prefix is None:
+    mask = context.view.before
+    if context.prefix is None or mask is None:
         return None
     keys, values = context.prefix
     count = keys.shape[1]
     # A row has its first token in the slot after its padding.
     first = (context.start - context.in_row[:, 0]).astype(jnp.float32)
     places = first[:, None] + np.arange(-count, 0, dtype=np.float32)[None]
-    return Before(keys, values, context.view.before, places)
+    return Before(keys, values, mask, places)
 
 
 def _scoring(config: DecoderConfig) -> Scoring:
