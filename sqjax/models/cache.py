@@ -88,6 +88,9 @@ class PrefixCache(NamedTuple):
 export.register_namedtuple_serialization(
     KVCache, serialized_name="sqjax.KVCache"
 )
+export.register_namedtuple_serialization(
+    PrefixCache, serialized_name="sqjax.PrefixCache"
+)
 
 
 def empty_cache(

@@ -162,7 +162,7 @@ def test_calibration_sees_the_text_alone():
 
 
 def test_a_folded_tree_has_a_prefix_of_its_own():
-    model, params, prefix, expected = made("plain")
+    _, params, prefix, expected = made("plain")
     stats = calibrated()
     folded = sq.fold(params, stats.graph, sq.scales(params, stats, 0.5))
     close(prefix.of(folded).apply(folded, TEXT), expected)
@@ -266,7 +266,7 @@ def test_what_makes_no_prefix_is_refused():
     qparams = sq.quantize(params, calibrated(), sq.W8A8)
     with pytest.raises(ValueError, match=r"prefix: .*kernel: expected a float array"):
         make_prefix(model, qparams, ids=[1])
-    with pytest.raises(ValueError, match="parameters that .*quantize was given"):
+    with pytest.raises(ValueError, match=r"parameters that .*quantize was given"):
         token_peaks(model, qparams, TEXT)
     long = LongRope((1.0,) * 4, (2.0,) * 4, 16, 1.0)
     changing = Model(replace(GROUPED, kinds=(LayerKind(None, Rope(scaling=long)),)))
