@@ -18,7 +18,12 @@ from sqjax.models.decoding.prompts import (
     prompt_rows,
     stop_ids,
 )
-from sqjax.models.decoding.sampling import Sampling, likeliest, sample
+from sqjax.models.decoding.sampling import (
+    Sampling,
+    likeliest,
+    row_keys,
+    sample,
+)
 from sqjax.models.decoding.sizes import program_sizes, share_a_scale
 from sqjax.models.model import (
     Model,
@@ -144,7 +149,7 @@ def generate(
     _check_length(model, rows, steps, before)
     _check_stream(stream)
     kind = cache_format(cache)
-    keys = _row_keys(seed, len(rows))
+    keys = row_keys(seed, len(rows))
     params = unstack_layers(params)
     sizes = program_sizes(
         max(map(len, rows)),
@@ -311,27 +316,6 @@ def _check_stream(stream: Any) -> None:
         raise ValueError(
             f"generate: expected stream to be a function, got {stream!r}"
         )
-
-
-def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
-    """A random key for each row: from one seed and the row's number, or from the row's own seed."""
-    several = list(seed) if np.ndim(seed) else [seed]
-    for one in several:
-        # Numbers of 32 bits are what jax makes keys of.
-        if not hasattr(one, "__index__") or not -(2**31) <= one < 2**32:
-            raise ValueError(
-                f"generate: expected seeds to be whole numbers of 32 bits, got {one!r}; take "
-                "seed % 2**32"
-            )
-    if np.ndim(seed) == 0:
-        key = jax.random.key(operator.index(seed))
-        numbers = jnp.arange(rows, dtype=jnp.uint32)
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    if len(several) != rows:
-        raise ValueError(
-            f"generate: expected one seed, or one for each of {rows} prompts, got {len(several)}"
-        )
-    return jnp.stack([jax.random.key(operator.index(s)) for s in several])
 
 
 @partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))
