@@ -264,7 +264,7 @@ def test_what_makes_no_prefix_is_refused():
     with untyped(), pytest.raises(ValueError, match=r"expected a sqjax\.models\.Model"):
         make_prefix(encoder, params, ids=[1])
     qparams = sq.quantize(params, calibrated(), sq.W8A8)
-    with pytest.raises(ValueError, match=r"prefix: .*kernel: expected a float array"):
+    with pytest.raises(ValueError, match=r"prefix: model/.*: expected a float array"):
         make_prefix(model, qparams, ids=[1])
     with pytest.raises(ValueError, match=r"parameters that .*quantize was given"):
         token_peaks(model, qparams, TEXT)
@@ -277,11 +277,11 @@ def test_what_makes_no_prefix_is_refused():
 def test_a_prefix_where_it_does_not_fit_is_refused():
     model, params, prefix, _ = made("plain")
     other = Model(replace(GROUPED, max_length=32))
-    for call in (generate, perplexity):
+    for call, inputs in ((generate, ([[1, 2]], 2)), (perplexity, (TEXT,))):
         with pytest.raises(ValueError, match="expected a prefix of this model"):
-            call(other, params, [[1, 2, 3]], *([2] if call is generate else []), prefix=prefix)
+            call(other, params, *inputs, prefix=prefix)
         with untyped(), pytest.raises(ValueError, match=r"what sqjax\.models\.prefix returns"):
-            call(model, params, [[1, 2]], *([2] if call is generate else []), prefix=prefix.cache)
+            call(model, params, *inputs, prefix=prefix.cache)
     with pytest.raises(ValueError, match=r"at most 64 .* got 65"):
         prefix.apply(params, random_ids(1, 62))
     prefix.apply(params, random_ids(1, 61))
