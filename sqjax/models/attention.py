@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.models.slots import (
     Slots,
-    changed_keys,
     changed_queries,
     integers,
+    omitted_scores,
 )
 from sqjax.numerics.digits import BASE, two_digits
 
@@ -186,17 +186,23 @@ def _attend_block(
     rows = by_key_head.reshape(batch, kv_heads, row_count, head_dim)
 
     by_token = (batch, kv_heads, sharing, tokens)
-    scores = _scores(rows, keys).reshape(*by_token, slots)
+    scores = _scores(rows, keys)
+    omitted = omitted_scores(keys, rows)
+    counts = scoring.softcap is not None or before is not None
+    if omitted is not None and counts:
+        # Because tanh of a row's scores depends on what all of them have more, and because those of
+        # what stands before the slots have it.
+        scores = scores + omitted
     # Nearness to the query may be counted from any slot on: here from slot 0.
     places = np.arange(slots, dtype=np.float32)[None]
-    scores = _changed(scores, scoring, places)
+    scores = _changed(scores.reshape(*by_token, slots), scoring, places)
     if bias is not None:
         added = bias.reshape(bias.shape[0], *by_token[1:], slots)
         scores = scores + added.astype(scores.dtype)
     allowed = mask.reshape(mask.shape[0], 1, 1, tokens, slots)
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     if before is not None:
-        first = _scores_before(rows, keys, before).reshape(*by_token, -1)
+        first = _scores_before(rows, before).reshape(*by_token, -1)
         first = _changed(first, scoring, before.places)
         seen = before.mask[:, None, None]
         first = jnp.where(seen, first, jnp.finfo(jnp.float32).min)
@@ -286,17 +292,13 @@ def _mix(
 
 
 def _scores_before(
-    rows: Float[Array, "batch kv_heads rows head_dim"],
-    keys: Slots,
-    before: Before,
+    rows: Float[Array, "batch kv_heads rows head_dim"], before: Before
 ) -> Float[Array, "batch kv_heads rows prefix"]:
-    """As `_scores`, of the keys before the slots, up to the same constant of each row."""
-    own = before.keys.astype(jnp.float32)[None]
-    if keys.channel is not None:
-        # The slots lack q . m of their scores, where m is a mean: these must lack it too.
-        own = changed_keys(keys, own)
-    rows = changed_queries(keys, rows).astype(jnp.float32)
-    return jnp.matmul(rows, own.swapaxes(2, 3), precision="highest")
+    """As `_scores`, of the keys before the slots, which are floats as they are."""
+    keys = before.keys.astype(jnp.float32)[None]
+    return jnp.matmul(
+        rows.astype(jnp.float32), keys.swapaxes(2, 3), precision="highest"
+    )
 
 
 def _mix_before(

@@ -205,7 +205,7 @@ GROUPS = {
     "olmoe": 2 * 4 + 1,
     "deepseek_v2": 6 + 2 * 7 + 1,  # of latents two norms more; a shared expert's down
     "gemma": 2 * 4,
-    "gemma2": 2 * 4,
+    "gemma2": 4 * 4,
     "gemma3_text": 4 * 4,
     "gpt2": 2 * 3,
     "gptj": 2 * 2 + 1,
