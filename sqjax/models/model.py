@@ -192,8 +192,9 @@ class Model:
             return
         check_prefix(self.config, prefix)
         # Inside jit nobody knows how many tokens the cache holds.
-        if not isinstance(cache.length, jax.core.Tracer):
-            held = int(cache.length) - int(jnp.min(cache.padding))
+        traced = jax.core.Tracer
+        if not isinstance(cache.length + cache.padding, traced):
+            held = int(jnp.max(cache.length - cache.padding))
             self._check_length(held + ids.shape[1], prefix)
 
     def _check_length(

@@ -65,7 +65,9 @@ def next_positions(
     written_at = start + jnp.arange(tokens, dtype=jnp.int32)
     in_row = written_at[None, :] - padding[:, None]
     # Padding has no position. It takes that of the first token; the mask hides it from all others.
-    places = jnp.maximum(in_row, 0) + before
+    places = jnp.maximum(in_row, 0)
+    if before:
+        places = places + before
     longest = jnp.max(places) + 1
     channels = turning_channels(config)
     views = []

@@ -446,6 +446,7 @@ def greedy(
     prompt_ids: TokenIds,
     steps: int,
     cache: str | CacheFormat = "float",
+    prefix: Prefix | None = None,
 ) -> Int[Array, "batch steps"]:
     """The ``steps`` tokens that follow each prompt when the likeliest token is taken every time.
 
@@ -460,12 +461,14 @@ def greedy(
         prompt_ids: prompts of one length, without padding.
         steps: how many tokens to generate.
         cache: how keys and values are stored, as in `generate`.
+        prefix: as in `generate`.
 
     Raises:
         ValueError: if the prompt is empty, ``steps`` is less than 1, or both together are more than
-            ``config.max_length``.
+            ``config.max_length``, with a prefix together with its tokens.
     """
     check_model(model, "greedy")
+    before = cache_of(model, prefix, "greedy")
     batch, tokens = prompt_ids.shape
     if tokens < 1 or steps < 1:
         raise ValueError(
@@ -477,11 +480,11 @@ def greedy(
     slots = model.init_cache(
         batch, tokens + steps, compute_dtype(params), cache, chunk=tokens
     )
-    logits, slots = decode(params, prompt_ids, slots)
+    logits, slots = decode(params, prompt_ids, slots, before)
 
     def step(carry, _):
         token, slots = carry
-        logits, slots = decode(params, token[:, None], slots)
+        logits, slots = decode(params, token[:, None], slots, before)
         return (likeliest(logits), slots), token
 
     first = likeliest(logits)

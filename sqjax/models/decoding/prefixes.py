@@ -142,6 +142,9 @@ def prefix(
 
     The choice is that of PrefixQuant (Chen et al. 2024, arXiv 2410.05265, section 4.1), which looks
     at the inputs of down_proj, where this one looks at what each block gives.
+
+    Of a model whose theta grows with the text ("dynamic NTK") the prefix keeps the keys that it has
+    alone, as a cache does that read it first.
     """
     check_model(model, "prefix")
     check("most", most, SIZE)
@@ -153,7 +156,7 @@ def prefix(
     if ids is None:
         _check_floats(params)
         ids = _chosen(model, params, batches, most, ratio)
-    return _made(model, params, _checked(model, ids))
+    return _made(model, params, check_prefix_ids(model, ids))
 
 
 def token_peaks(
@@ -204,7 +207,8 @@ def cache_of(model: Model, prefix: Any, what: str) -> PrefixCache | None:
         "what sqjax.models.prefix returns",
         prefix,
     )
-    if prefix.model != model:
+    # Whether the model keeps activations for a gradient says nothing of its keys and values.
+    if prefix.model.config != model.config:
         raise ValueError(
             f"{what}: expected a prefix of this model, got another one's; make it with "
             "sqjax.models.prefix(model, params, ...)"
@@ -274,7 +278,7 @@ def _found(
     return found
 
 
-def _checked(model: Model, ids: Any) -> tuple[int, ...]:
+def check_prefix_ids(model: Model, ids: Any) -> tuple[int, ...]:
     """The tokens of a prefix, which the model knows and has room for."""
     check_tokens(model, ids, "prefix: ids")
     flat = np.asarray(ids)
