@@ -22,7 +22,7 @@ from sqjax._trees import named_leaves
 from sqjax.models.cache import PrefixCache
 from sqjax.models.decoder import Block, CausalLM
 from sqjax.models.decoding.prompts import check_tokens
-from sqjax.models.fields import SIZE, check
+from sqjax.models.fields import POSITIVE, SIZE, check
 from sqjax.models.model import (
     Model,
     Params,
@@ -148,6 +148,7 @@ def prefix(
     """
     check_model(model, "prefix")
     check("most", most, SIZE)
+    check("ratio", ratio, POSITIVE)
     if model.config.keys_change_after is not None:
         raise ValueError(
             "prefix: expected a model whose keys stay as they are, got one with LongRope, whose "
@@ -265,7 +266,12 @@ def _found(
     for batch in batches:
         # `calibrate` takes its inputs one by one, as tuples.
         ids = batch[0] if isinstance(batch, tuple) else batch
-        stands_out = np.asarray(token_peaks(model, params, ids)) > ratio
+        peaks = np.asarray(token_peaks(model, params, ids))
+        if not np.all(np.isfinite(peaks)):
+            raise ValueError(
+                "prefix: the activations are NaN or infinite; check the parameters"
+            )
+        stands_out = peaks > ratio
         tokens = np.asarray(ids)
         found.first.update(tokens[:, :1][stands_out[:, :1]].tolist())
         found.later.update(tokens[:, 1:][stands_out[:, 1:]].tolist())
