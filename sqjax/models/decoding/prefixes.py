@@ -1,6 +1,6 @@
 """`prefix`: a few tokens before every text, whose keys and values are computed once, in float.
 
-In many language models the first tokens of a text have activations that are thousands of times
+In many language models the first tokens of a text have activations that are hundreds of times
 larger than all others. A scale that covers them leaves nothing for the rest. As a fixed prefix they
 are never quantized, and no later token is like them.
 """
