@@ -476,6 +476,50 @@ def _standing(difference: float, half: float) -> str:
     return "ahead" if difference < 0 else "behind"
 
 
+# Exactness ------------------------------------------------------------------------------------
+
+
+def exactness(rows: Sequence[Row]) -> Table:
+    """A line for each family: how far logits move that should stay, and what is proved.
+
+    `rotate` is of the spaces that are proved; the last column says what stands in the others' way.
+    """
+    titles = (
+        "logits off by",
+        "their SmoothQuant",
+        "`smooth`",
+        "groups proved",
+        "their SpinQuant",
+        "`rotate`",
+        "spaces proved",
+        "refused",
+    )
+    return Table(titles, list(map(_exactness_of, rows)))
+
+
+def _exactness_of(row: Row) -> tuple[str, ...]:
+    """The cells of one family; one that is not read has theirs alone."""
+    their_smooth, their_spin = (
+        "" if row[key] is None else f"{row[key]:.2f}"
+        for key in ("their_smoothquant", "their_spinquant")
+    )
+    if "smooth_error" not in row:
+        unread = "not read here"
+        return row["family"], their_smooth, unread, "", their_spin, "", "", ""
+    rotated = f"{row['rotate_error']:.1e}" if row["spaces"] else "refused"
+    untied = ", untied" if row["untied"] and row["spaces"] else ""
+    return (
+        row["family"],
+        their_smooth,
+        f"{row['smooth_error']:.1e}",
+        f"{row['groups']} of {row['all_groups']}",
+        their_spin,
+        rotated + untied,
+        f"{row['spaces']} of {row['all_spaces']}",
+        row["refused"].split(",")[0],
+    )
+
+
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -545,4 +589,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "peers": peers,
     "choices": choices,
     "int4 encoder": int4_encoder,
+    "exactness": exactness,
 }
