@@ -499,10 +499,9 @@ def exactness(rows: Sequence[Row]) -> Table:
 
 def _exactness_of(row: Row) -> tuple[str, ...]:
     """The cells of one family; one that is not read has theirs alone."""
-    their_smooth, their_spin = (
-        "" if row[key] is None else f"{row[key]:.2f}"
-        for key in ("their_smoothquant", "their_spinquant")
-    )
+    smooth, spin = row["their_smoothquant"], row["their_spinquant"]
+    their_smooth = "" if smooth is None else f"{smooth:.2f}"
+    their_spin = "" if spin is None else f"{spin:.3f}"
     if "smooth_error" not in row:
         unread = "not read here"
         return row["family"], their_smooth, unread, "", their_spin, "", "", ""
