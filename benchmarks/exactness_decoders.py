@@ -1,7 +1,8 @@
 """GLM4-MoE and AFMoE as functions of their parameters, tiny, for `exactness.py`.
 
-`sqjax.models` does not read these two families, but any function can be smoothed. Written after
-their definitions in transformers; without windows, because the texts here are shorter.
+`sqjax.models` does not read these two families, but any function can be smoothed. They do what
+transformers 5.14.1 does: with its random weights their logits were its own to 1e-6 of the largest,
+for 12 tokens, one group of experts and a window that is longer than the text.
 """
 
 from functools import partial
