@@ -476,6 +476,49 @@ def _standing(difference: float, half: float) -> str:
     return "ahead" if difference < 0 else "behind"
 
 
+# Exactness ------------------------------------------------------------------------------------
+
+
+def exactness(rows: Sequence[Row]) -> Table:
+    """A line for each family: how far logits move that should stay, and what is proved.
+
+    `rotate` is of the spaces that are proved; the last column says what stands in the others' way.
+    """
+    titles = (
+        "logits off by",
+        "their SmoothQuant",
+        "`smooth`",
+        "groups proved",
+        "their SpinQuant",
+        "`rotate`",
+        "spaces proved",
+        "refused",
+    )
+    return Table(titles, list(map(_exactness_of, rows)))
+
+
+def _exactness_of(row: Row) -> tuple[str, ...]:
+    """The cells of one family; one that is not read has theirs alone."""
+    smooth, spin = row["their_smoothquant"], row["their_spinquant"]
+    their_smooth = "" if smooth is None else f"{smooth:.2f}"
+    their_spin = "" if spin is None else f"{spin:.3f}"
+    if "smooth_error" not in row:
+        unread = "not read here"
+        return row["family"], their_smooth, unread, "", their_spin, "", "", ""
+    rotated = f"{row['rotate_error']:.1e}" if row["spaces"] else "refused"
+    untied = ", untied" if row["untied"] and row["spaces"] else ""
+    return (
+        row["family"],
+        their_smooth,
+        f"{row['smooth_error']:.1e}",
+        f"{row['groups']} of {row['all_groups']}",
+        their_spin,
+        rotated + untied,
+        f"{row['spaces']} of {row['all_spaces']}",
+        row["refused"].split(",")[0],
+    )
+
+
 # Cells ----------------------------------------------------------------------------------------
 
 
@@ -545,4 +588,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "peers": peers,
     "choices": choices,
     "int4 encoder": int4_encoder,
+    "exactness": exactness,
 }
