@@ -283,9 +283,9 @@ def _asked(
     if len(context) < 1 or not 1 <= len(continuation) <= most:
         raise ValueError(
             f"{where}: expected a context of at least one token and a continuation of at "
-            f"least one and at most {most} (config.max_length, less a prefix), got "
-            f"{len(context)} and {len(continuation)}; a text that merges into the token before it "
-            "leaves none"
+            f"least one and at most {most} (config.max_length), got {len(context)} and "
+            f"{len(continuation)}; a prefix takes room, and a text that merges into the token "
+            "before it leaves none"
         )
     sequence = [*context, *continuation][-(most + 1) :]
     return sequence, len(continuation)
