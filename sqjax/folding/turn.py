@@ -27,9 +27,9 @@ def with_gains_of_one(
 
     A gain that multiplies channels stands in the way of a rotation of them, because diag(g) and Q
     do not commute. As an ordinary fold with s = g it goes into the kernels behind: (x g) W = x (g
-    W). Here s may be negative, and zero where nothing else is divided by it, because between a gain
-    and the sites of a space there are only equations that a rotation, and so a change of sign, may
-    pass.
+    W). Here s may be negative, and zero where nothing else is divided by it, if the group has no
+    leaves but those that turn with the space: between them there are only equations that a
+    rotation, and so a change of sign, may pass.
 
     Raises:
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
@@ -40,12 +40,16 @@ def with_gains_of_one(
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
     paths, leaves, _ = named_leaves(params)
     by_path = dict(zip(paths, leaves, strict=True))
+    turning = {gain: _turning_axes(spaces, gain) for gain in gains}
     s: dict[str, Array] = {}
     ones: dict[str, np.ndarray] = {}
     for gain in gains:
         own, ones[gain] = _scales_and_channels(
             graph, gain, by_path[gain], set(gains)
         )
+        for group in graph.groups:
+            if group.name in own:
+                _check_sign(group, gain, own[group.name], turning[gain])
         s |= own
     folded = fold_any_sign(params, graph, s)
     offsets = dict(graph.offsets)
@@ -89,6 +93,54 @@ def _scales_and_channels(
     _check_others(graph, gain, value, covered)
     _check_divided(graph, gain, s)
     return s, covered
+
+
+def _turning_axes(
+    spaces: Iterable[Space], gain: str
+) -> dict[str, set[int]]:
+    """{leaf: the axes that turn} of the spaces that a gain multiplies."""
+    axes: dict[str, set[int]] = {}
+    for space in spaces:
+        if gain in space.gains:
+            for path, along in space.leaves:
+                axes.setdefault(path, set()).add(along.axis)
+    return axes
+
+
+def _check_sign(
+    group: Group, gain: str, s: Array, turning: Mapping[str, set[int]]
+) -> None:
+    """A group that also reaches leaves outside the space takes positive gains only, because there a
+    relu or an abs may stand between.
+    """
+    if is_concrete(s) and (np.asarray(s) > 0).all():
+        return
+    outside = [
+        path
+        for path, labels in group.leaves
+        if path != gain
+        and not turning.get(path, set()) & _varying_axes(labels.array)
+    ]
+    if outside:
+        raise ValueError(
+            f"rotate: {gain} is not known to be positive everywhere, and its group {group.name} "
+            f"also scales {outside} outside the space, where a change of sign may not pass. "
+            "Leave this space out with spaces="
+        )
+
+
+def _varying_axes(labels: np.ndarray) -> set[int]:
+    """The axes along which a leaf has several channels of a group."""
+    channels, known = np.abs(labels), labels != 0
+    largest = np.iinfo(channels.dtype).max
+    return {
+        axis
+        for axis in range(labels.ndim)
+        if (
+            channels.max(axis)
+            > np.where(known, channels, largest).min(axis)
+        ).any()
+    }
 
 
 def _scales_of(

@@ -337,3 +337,18 @@ def test_a_bias_behind_a_gain_of_zero_can_not_be_divided():
     params["gain"] = params["gain"].at[3].set(0.0)
     with pytest.raises(ValueError, match=r"gain is 0 at channel 3, and \['bias'\]"):
         sq.rotate(params, stats)
+
+
+def test_a_negative_gain_that_is_also_used_outside_the_space_is_refused():
+    def fn(p, x):
+        outside = jax.nn.relu((x @ p["v"]) * p["gain"][None]) @ p["u"]
+        return block(p, x) + outside
+
+    params = outlier_params()
+    params |= {"v": params["e"], "u": params["w"]}
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(fn, params, [x])
+    with pytest.raises(ValueError, match=r"gain is not known to be positive .*'u'\] outside"):
+        sq.rotate(params, stats)
+    params["gain"] = jnp.abs(params["gain"])
+    assert sq.verify(fn, params, sq.rotate(params, stats), x) < 1e-4
