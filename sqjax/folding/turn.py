@@ -95,9 +95,7 @@ def _scales_and_channels(
     return s, covered
 
 
-def _turning_axes(
-    spaces: Iterable[Space], gain: str
-) -> dict[str, set[int]]:
+def _turning_axes(spaces: Iterable[Space], gain: str) -> dict[str, set[int]]:
     """{leaf: the axes that turn} of the spaces that a gain multiplies."""
     axes: dict[str, set[int]] = {}
     for space in spaces:
@@ -137,8 +135,7 @@ def _varying_axes(labels: np.ndarray) -> set[int]:
         axis
         for axis in range(labels.ndim)
         if (
-            channels.max(axis)
-            > np.where(known, channels, largest).min(axis)
+            channels.max(axis) > np.where(known, channels, largest).min(axis)
         ).any()
     }
 

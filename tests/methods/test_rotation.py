@@ -345,7 +345,7 @@ def test_a_negative_gain_that_is_also_used_outside_the_space_is_refused():
         return block(p, x) + outside
 
     params = outlier_params()
-    params |= {"v": params["e"], "u": params["w"]}
+    params |= {"v": params["e"] + 1, "u": params["w"] + 1}
     x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
     stats = sq.calibrate(fn, params, [x])
     with pytest.raises(ValueError, match=r"gain is not known to be positive .*'u'\] outside"):
