@@ -27,9 +27,9 @@ def with_gains_of_one(
 
     A gain that multiplies channels stands in the way of a rotation of them, because diag(g) and Q
     do not commute. As an ordinary fold with s = g it goes into the kernels behind: (x g) W = x (g
-    W). Here s may be negative, and zero where nothing else is divided by it, if all leaves of the
-    group turn in the gain's space: then there are only equations between them that a rotation, and
-    so a change of sign, may pass. A group that reaches other leaves may have a ReLU on the way.
+    W). Here s may be negative, and zero where nothing else is divided by it, if the group has no
+    leaves but those that turn with the space: between them there are only equations that a
+    rotation, and so a change of sign, may pass.
 
     Raises:
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
@@ -40,19 +40,16 @@ def with_gains_of_one(
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
     paths, leaves, _ = named_leaves(params)
     by_path = dict(zip(paths, leaves, strict=True))
+    turning = {gain: _turning_axes(spaces, gain) for gain in gains}
     s: dict[str, Array] = {}
     ones: dict[str, np.ndarray] = {}
     for gain in gains:
         own, ones[gain] = _scales_and_channels(
             graph, gain, by_path[gain], set(gains)
         )
-        turning = {
-            path
-            for space in spaces
-            if gain in space.gains
-            for path, _ in space.leaves
-        }
-        _check_signs(graph, gain, own, turning)
+        for group in graph.groups:
+            if group.name in own:
+                _check_sign(group, gain, own[group.name], turning[gain])
         s |= own
     folded = fold_any_sign(params, graph, s)
     offsets = dict(graph.offsets)
@@ -98,6 +95,51 @@ def _scales_and_channels(
     return s, covered
 
 
+def _turning_axes(spaces: Iterable[Space], gain: str) -> dict[str, set[int]]:
+    """{leaf: the axes that turn} of the spaces that a gain multiplies."""
+    axes: dict[str, set[int]] = {}
+    for space in spaces:
+        if gain in space.gains:
+            for path, along in space.leaves:
+                axes.setdefault(path, set()).add(along.axis)
+    return axes
+
+
+def _check_sign(
+    group: Group, gain: str, s: Array, turning: Mapping[str, set[int]]
+) -> None:
+    """A group that also reaches leaves outside the space takes positive gains only, because there a
+    relu or an abs may stand between.
+    """
+    if is_concrete(s) and (np.asarray(s) > 0).all():
+        return
+    outside = [
+        path
+        for path, labels in group.leaves
+        if path != gain
+        and not turning.get(path, set()) & _varying_axes(labels.array)
+    ]
+    if outside:
+        raise ValueError(
+            f"rotate: {gain} is not known to be positive everywhere, and its group {group.name} "
+            f"also scales {outside} outside the space, where a change of sign may not pass. "
+            "Leave this space out with spaces="
+        )
+
+
+def _varying_axes(labels: np.ndarray) -> set[int]:
+    """The axes along which a leaf has several channels of a group."""
+    channels, known = np.abs(labels), labels != 0
+    largest = np.iinfo(channels.dtype).max
+    return {
+        axis
+        for axis in range(labels.ndim)
+        if (
+            channels.max(axis) > np.where(known, channels, largest).min(axis)
+        ).any()
+    }
+
+
 def _scales_of(
     group: Group, gain: str, labels: np.ndarray, value: Array
 ) -> Array:
@@ -123,29 +165,8 @@ def _check_group(group: Group, gain: str, gains: set[str]) -> None:
     if others or group.degree != 1:
         why = f"{sorted(others)} with it" if others else "a root of it"
         raise ValueError(
-            f"rotate: {gain} can not be made ones, because the group {group.name} scales {why}. "
-            f"{_ADVICE}"
-        )
-
-
-def _check_signs(
-    graph: Graph, gain: str, s: Mapping[str, Array], turning: set[str]
-) -> None:
-    """A scale that is not positive may go into leaves of the same space only."""
-    for group in graph.groups:
-        others = set(dict(group.leaves)) - turning - {gain}
-        if group.name not in s or not others:
-            continue
-        if not is_concrete(s[group.name]):
-            why = "whether it is positive can not be seen under jit"
-        elif (np.asarray(s[group.name]) > 0).all():
-            continue
-        else:
-            why = "it is not positive everywhere"
-        raise ValueError(
-            f"rotate: {gain} can not be made ones: its group {group.name} scales "
-            f"{sorted(others)} too, which do not turn with it, and {why}; leave this space out "
-            "with spaces="
+            f"rotate: {gain} can not be made ones, because the group {group.name} scales {why}; "
+            "leave this space out with spaces="
         )
 
 

@@ -60,7 +60,8 @@ def rotations(
         channels, Q fixes the vector of ones.
 
     Raises:
-        ValueError: stats, `how`, `seed` or a pattern is not one of those.
+        ValueError: stats, `how`, `seed` or a pattern is not one of those; or the program has no
+            space, with the reason of each site.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -77,6 +78,12 @@ def rotations(
             f"rotate: how: expected 'hadamard', 'random' or {{space: matrix}}, got {how!r}"
         )
     expect(isinstance(seed, int) and seed >= 0, "seed", "a whole number", seed)
+    if not stats.graph.spaces:
+        reasons = [f"{site}: {why}" for site, why in stats.graph.space_refusals]
+        raise ValueError(
+            "rotate: this program has no space that may turn"
+            + "".join(f"\n  {reason}" for reason in reasons[:10])
+        )
     chosen = {space.name for space in _chosen(stats.graph, spaces)}
     return {
         space.name: _drawn(space, how, np.random.default_rng([seed, index]))

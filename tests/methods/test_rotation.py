@@ -318,21 +318,28 @@ def test_a_layer_norm_takes_matrices_that_keep_its_mean():
 
 
 def test_a_negative_gain_goes_through_no_relu():
-    """The gain is read twice: by the norm, and before a ReLU that a positive scale passes."""
+    """Its group scales v before a ReLU, along the axis of v that does not turn."""
 
     def fn(p, x, z):
-        h = x @ p["e"]
+        h = x @ p["e"] + jax.nn.relu(z * p["gain"][None]) @ p["v"]
         normed = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6) * p["gain"][None]
-        return normed @ p["w"] + jax.nn.relu(z * p["gain"][None]) @ p["v"]
+        return jnp.tanh(normed @ p["w"])
 
-    params = {**outlier_params(), "v": jnp.asarray(rng(2).normal(size=(32, 16)), jnp.float32)}
+    params = {**outlier_params(), "v": jnp.asarray(rng(2).normal(size=(32, 32)), jnp.float32)}
     x, z = (jnp.asarray(rng(i).normal(size=(4, n)), jnp.float32) for i, n in ((1, 8), (3, 32)))
     stats = sq.calibrate(fn, params, [(x, z)])
-    assert "gain" in stats.graph.spaces[0].gains
-    with pytest.raises(ValueError, match=r"gain can not be made ones.*\['v'\] too.*not positive"):
+    assert ("v", Along(1)) in stats.graph.spaces[0].leaves
+    with pytest.raises(ValueError, match=r"gain is not known to be positive.*\['v'\] outside"):
         sq.rotate(params, stats)
     positive = {**params, "gain": jnp.abs(params["gain"])}
     assert sq.verify(fn, positive, sq.rotate(positive, stats), x, z) < 1e-5
+
+
+def test_a_program_without_a_space_is_refused():
+    params = {"w": jnp.ones((3, 2))}
+    stats = sq.calibrate(lambda p, x: x @ p["w"], params, [jnp.ones((2, 3))])
+    with pytest.raises(ValueError, match=r"no space that may turn\n  w: it would turn input 0"):
+        sq.rotate(params, stats)
 
 
 def test_a_gain_that_another_space_turns_is_refused():
@@ -355,3 +362,18 @@ def test_a_bias_behind_a_gain_of_zero_can_not_be_divided():
     params["gain"] = params["gain"].at[3].set(0.0)
     with pytest.raises(ValueError, match=r"gain is 0 at channel 3, and \['bias'\]"):
         sq.rotate(params, stats)
+
+
+def test_a_negative_gain_that_is_also_used_outside_the_space_is_refused():
+    def fn(p, x):
+        outside = jax.nn.relu((x @ p["v"]) * p["gain"][None]) @ p["u"]
+        return block(p, x) + outside
+
+    params = outlier_params()
+    params |= {"v": params["e"] + 1, "u": params["w"] + 1}
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(fn, params, [x])
+    with pytest.raises(ValueError, match=r"gain is not known to be positive .*'u'\] outside"):
+        sq.rotate(params, stats)
+    params["gain"] = jnp.abs(params["gain"])
+    assert sq.verify(fn, params, sq.rotate(params, stats), x) < 1e-4
