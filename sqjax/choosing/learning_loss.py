@@ -79,7 +79,7 @@ class Problem:
 
         def loss_of(logs, params, stats, inputs):
             leaves = jax.tree.leaves(params)
-            # Made anew in each step, because the float outputs of all batches may not fit in memory.
+            # Made anew in each step, because the float outputs of all batches may not fit.
             exact = jax.core.eval_jaxpr(
                 traced.jaxpr.jaxpr, traced.jaxpr.consts, *leaves, *inputs
             )
