@@ -23,11 +23,9 @@ from flax import nnx
 from jax import lax
 
 import sqjax as sq
-from sqjax.commands.layouts import (
-    convolution_speeds,
-    convolutional_models,
-    text,
-)
+from sqjax.commands.cells import text
+from sqjax.commands.layouts_of_quality import convolutional_models
+from sqjax.commands.layouts_of_speed import convolution_speeds
 from sqjax.commands.records import Row, make_record, write_record
 from sqjax.weights.quant_weight import QuantWeight
 

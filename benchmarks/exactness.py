@@ -22,7 +22,8 @@ import numpy as np
 
 import sqjax as sq
 from sqjax import models
-from sqjax.commands.layouts import exactness, text
+from sqjax.commands.cells import text
+from sqjax.commands.layouts_of_quality import exactness
 from sqjax.commands.records import Row, make_record, write_record
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sqjax as sq
-from sqjax.commands.layouts import memory, text
+from sqjax.commands.cells import text
+from sqjax.commands.layouts_of_speed import memory
 from sqjax.commands.records import (
     Row,
     check_writable,

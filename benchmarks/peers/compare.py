@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sqjax.commands.layouts import LAYOUTS, text
+from sqjax.commands.cells import text
+from sqjax.commands.layouts import LAYOUTS
 from sqjax.commands.records import (
     Row,
     check_writable,

@@ -18,9 +18,9 @@ from jax import lax
 from jaxtyping import Array
 
 from sqjax.calibration.calibrate import calibrate
-from sqjax.commands import layouts
+from sqjax.commands.cells import text
 from sqjax.commands.defaults import MODEL
-from sqjax.commands.layouts import LIKE_QWIX, QWIX, SECONDS
+from sqjax.commands.layouts_of_speed import LIKE_QWIX, QWIX, SECONDS, speeds
 from sqjax.commands.records import Row
 from sqjax.commands.shared import check_length
 from sqjax.methods.quantization import quantize
@@ -137,7 +137,7 @@ def benchmark(
 
 
 def _print_table(title: str, rows: Sequence[Row]) -> None:
-    table = layouts.text(layouts.speeds(rows))
+    table = text(speeds(rows))
     print(f"\n{title} (times as fast, milliseconds)\n{table}", flush=True)
 
 

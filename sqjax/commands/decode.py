@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sqjax.commands import layouts
+from sqjax.commands.cells import text
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
+from sqjax.commands.layouts_of_quality import caches
+from sqjax.commands.layouts_of_speed import steps
 from sqjax.commands.records import Row, as_dicts
 from sqjax.commands.shared import (
     check_length,
@@ -120,15 +122,13 @@ def run(
     rows: list[Row] = []
     if only != "speed":
         accuracies = as_dicts(accuracy(model, variants, size))
-        print(
-            f"\nperplexity through the cache\n{layouts.text(layouts.caches(accuracies))}"
-        )
+        print(f"\nperplexity through the cache\n{text(caches(accuracies))}")
         rows += accuracies
     if only != "accuracy":
         speeds = as_dicts(speed(model, variants, size))
         bandwidth = speeds[0]["copy_bytes_per_second"]
         print(f"\none step; a copy moves {bandwidth / 1e9:.1f} GB/s")
-        print(layouts.text(layouts.steps(speeds)))
+        print(text(steps(speeds)))
         rows += speeds
     return rows
 

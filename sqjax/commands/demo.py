@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
-from sqjax.commands import layouts
+from sqjax.commands import layouts_of_quality as layouts
+from sqjax.commands.cells import text
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
 from sqjax.commands.records import as_dicts
 from sqjax.commands.shared import (
@@ -225,4 +226,4 @@ def _table(rows: list[Row], size: Size, alpha: float, float_head: bool) -> str:
     )
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
     table = layouts.demo(as_dicts(rows))
-    return f"\n{tokens}; smoothing with alpha {alpha}; {what}\n{layouts.text(table)}"
+    return f"\n{tokens}; smoothing with alpha {alpha}; {what}\n{text(table)}"

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
-from sqjax.commands import layouts
+from sqjax.commands import layouts_of_quality as layouts
+from sqjax.commands.cells import text
 from sqjax.commands.defaults import ALPHA, ENCODER
 from sqjax.commands.records import as_dicts
 from sqjax.commands.shared import check_alpha, shipped, where
@@ -200,4 +201,4 @@ def _table(rows: list[Row], size: Size, alpha: float) -> str:
     """The table and a line that says what was done to get it."""
     done = f"{size.evaluation} sentences; smoothing with alpha {alpha}"
     table = layouts.embeddings(as_dicts(rows))
-    return f"\n{done}\n{layouts.text(table)}"
+    return f"\n{done}\n{text(table)}"

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats
-from sqjax.commands import layouts
+from sqjax.commands import layouts_of_quality as layouts
+from sqjax.commands.cells import text
 from sqjax.commands.defaults import ALPHA, LENGTH, MODEL
 from sqjax.commands.demo import Size
 from sqjax.commands.records import as_dicts
@@ -134,7 +135,5 @@ def compare(
 
     tokens = f"perplexity on {size.evaluation} x {LENGTH} tokens"
     table = layouts.schemes(as_dicts(rows))
-    print(
-        f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{layouts.text(table)}"
-    )
+    print(f"\n{tokens}; smoothed: all groups, alpha {alpha}\n{text(table)}")
     return rows

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sqjax.commands.layouts import LAYOUTS, markdown
+from sqjax.commands.cells import markdown
+from sqjax.commands.layouts import LAYOUTS
 from sqjax.commands.records import read_record
 
 #: The folder, relative to the repository's root, in which the marks' `records/...` lie.

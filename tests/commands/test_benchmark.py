@@ -9,7 +9,7 @@ from tiny_llama import random_params
 
 import sqjax as sq
 from sqjax.commands import benchmark
-from sqjax.commands.layouts import QWIX, SECONDS
+from sqjax.commands.layouts_of_speed import QWIX, SECONDS
 from sqjax.models import LlamaConfig, Model
 
 # qwix asks flax for a name that flax has removed.

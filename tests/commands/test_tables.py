@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sqjax.commands import layouts, tables
-from sqjax.commands.layouts import LAYOUTS, QWIX, Table
+from sqjax.commands import cells, tables
+from sqjax.commands.cells import Table
+from sqjax.commands.layouts import LAYOUTS
+from sqjax.commands.layouts_of_speed import QWIX, speeds
 from sqjax.commands.records import Machine, Record, write_record
 
 ROOT = Path(__file__).parents[2]
@@ -279,14 +281,14 @@ def test_the_layout(name):
 
 def test_a_row_that_was_not_measured_says_why():
     note = {"table": "model", "name": QWIX, "note": "not installed"}
-    table = layouts.speeds([timed("model", "float32", a=1.0, b=1.0), note])
+    table = speeds([timed("model", "float32", a=1.0, b=1.0), note])
     assert table.lines[1:] == [(QWIX, "not installed", "")]
 
 
 def test_text_and_markdown():
     table = Table(("", "MB"), [("float32", "538"), ("W8A8", "1")])
-    assert layouts.text(table) == "          MB\nfloat32  538\nW8A8       1"
-    assert layouts.markdown(table) == "|  | MB |\n| --- | --- |\n| float32 | 538 |\n| W8A8 | 1 |"
+    assert cells.text(table) == "          MB\nfloat32  538\nW8A8       1"
+    assert cells.markdown(table) == "|  | MB |\n| --- | --- |\n| float32 | 538 |\n| W8A8 | 1 |"
 
 
 # Markdown files -------------------------------------------------------------------------------
