@@ -17,12 +17,8 @@ from sqjax.commands.records import Row
 
 #: Keys of measured times end so; what stands before is the column's title.
 SECONDS = " seconds"
-
-
 #: The row of qwix's int8, and the rows that quantize what it quantizes.
 QWIX = "qwix int8"
-
-
 LIKE_QWIX = ("W8A8_O1", "W8A8_O1 fused", "W8A8_O3", "W8A8_O3 fused")
 
 

@@ -1,6 +1,6 @@
 """The spaces of a program: what may be rotated, and why the rest may not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
@@ -42,27 +42,20 @@ def find_spaces(survey: Survey) -> Spaces:
     """
     world = World.of(survey.program, SPACE_RULES, survey.shared)
     finder = _Finder(survey, world, {})
-    spaces: dict[Space, None] = {}
+    spaces: list[Space] = []
     refused: dict[str, str] = {}
     for place in survey.places:
-        reasons = []
-        found = False
-        for start in _activation_axes(place):
-            space, reason = finder.space(start)
-            found = found or space is not None
-            if space is not None:
-                spaces[space] = None
-            else:
-                reasons.append(reason)
+        found, reason = finder.spaces(_activation_axes(place))
+        spaces += found
         if not found:
-            refused.setdefault(
-                place.name, "; and ".join(dict.fromkeys(reasons))
-            )
+            # A site that is called twice is refused once, with the first reason.
+            refused.setdefault(place.name, reason)
     for place in survey.places:
-        for start in _output_axes(survey, place):
-            space, _ = finder.space(start)
-            if space is not None:
-                spaces[space] = None
+        found, _ = finder.spaces(_output_axes(survey, place))
+        spaces += found
+    # Sites that read one activation find one space, which is listed once.
+    spaces = list(dict.fromkeys(spaces))
+    # A site may be called twice, too, and turn in one of its calls.
     turning = set(chain(*map(attrgetter("sites"), spaces)))
     refusals = [
         (site, why) for site, why in refused.items() if site not in turning
@@ -84,6 +77,7 @@ def _output_axes(survey: Survey, place: Place) -> Iterator[Start]:
     [y] = place.equation.outputs
     (contracted, _), (batch, _) = place.equation.params["dimension_numbers"]
     lhs, _ = place.equation.inputs
+    # The axes of y are the batch axes, then the left operand's own, then the right operand's own.
     rank = len(survey.program.shape(y))
     of_lhs = len(survey.program.shape(lhs)) - len(contracted)
     is_left = lhs == place.activation
@@ -105,6 +99,17 @@ class _Finder(NamedTuple):
     world: World
     known: dict[tuple[Var, int], Space]
 
+    def spaces(self, starts: Iterable[Start]) -> tuple[list[Space], str]:
+        """The spaces that are found from these starts, and why the other starts have none."""
+        found, reasons = [], []
+        for start in starts:
+            space, reason = self.space(start)
+            if space is not None:
+                found.append(space)
+            else:
+                reasons.append(reason)
+        return found, "; and ".join(dict.fromkeys(reasons))
+
     def space(self, start: Start) -> tuple[Space | None, str]:
         """The space of a variable along an axis, or why there is none."""
         key = start.var, start.axis
@@ -114,6 +119,7 @@ class _Finder(NamedTuple):
         if key in self.known:
             return self.known[key], ""
         reasons: list[str] = []
+        # First all channels at once; then, where a reshape cuts them, the parts that it leaves.
         waiting = [(1, size, 1)]
         while waiting:
             before, part, after = waiting.pop(0)
@@ -131,6 +137,11 @@ class _Finder(NamedTuple):
         return None, "; and ".join(dict.fromkeys(reasons))
 
     def _closed(self, search: SpaceSearch, start: Start, along: Along) -> Space:
+        """The space that a search ends with, certified.
+
+        Raises:
+            Refused: something in it can not turn.
+        """
         search.put(start.var, along)
         search.close()
         members = {v: frozenset(a) for v, a in search.members.items() if a}
@@ -141,6 +152,7 @@ class _Finder(NamedTuple):
         if problem is not None:
             raise Refused(problem)
         for var, places in members.items():
+            # Whatever turns in this space would lead to it again.
             for place in places:
                 self.known[var, place.axis] = space
         return space
@@ -151,6 +163,7 @@ class _Finder(NamedTuple):
         name: str,
         members: Mapping[Var, frozenset[Along]],
     ) -> Space:
+        """What a search found, in terms of leaves and sites."""
         leaves = [
             (path, along)
             for path, var in self.survey.program.whole.items()

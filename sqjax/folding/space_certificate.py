@@ -189,21 +189,36 @@ def _moved(turning: Turning, equation: Equation) -> bool:
     x, [y] = equation.inputs[0], equation.outputs
     if any(turning.of(other) for other in equation.inputs[1:]):
         return False
-    left = set(turning.of(y))
-    for along in turning.of(x):
+    if not _all_moved(turning, equation, turning.of(x), turning.of(y)):
+        return False
+    return not turning.is_product(x) or _product_moved(turning, equation)
+
+
+def _all_moved(
+    turning: Turning,
+    equation: Equation,
+    places: frozenset[Along],
+    claimed: frozenset[Along],
+) -> bool:
+    """Whether the spaces at these places of the operand are those claimed of the result."""
+    left = set(claimed)
+    for along in places:
         found = [to for to in left if _is_moved(turning, equation, along, to)]
         if found:
             left.discard(found[0])
+        # Or nothing is left of it: a slice has taken other channels.
         elif not _is_moved(turning, equation, along, None):
             return False
-    if left:
-        return False
-    return not turning.is_product(x) or _product_moved(turning, equation)
+    return not left
 
 
 def _is_moved(
     turning: Turning, equation: Equation, along: Along, to: Along | None
 ) -> bool:
+    """Whether the operand's vectors `along` are the result's vectors `to`; None: are not in it.
+
+    The law of scales is asked: of labels 1 ... n at the places of each vector.
+    """
     x, [y] = equation.inputs[0], equation.outputs
     if to is not None and not _keeps_steps(equation, along, to):
         return False
@@ -243,10 +258,7 @@ def _at_their_places(turning: Turning, equation: Equation) -> bool:
     atoms = [*equation.inputs, *equation.outputs]
     if any(turning.is_product(a) or len(turning.of(a)) > 1 for a in atoms):
         return False
-    # All have one axis and one step from place to place, and nothing is put in between.
-    steps = {(a.axis, a.after) for atom in atoms for a in turning.of(atom)}
-    padding = equation.params.get("padding_config", ())
-    if len(steps) > 1 or any(between for _, _, between in padding):
+    if not _keep_one_step(turning, equation):
         return False
     # Infinity is the same at any scale, but no vector of it is turned.
     if any(_is_infinite(turning, atom) for atom in equation.inputs):
@@ -255,11 +267,18 @@ def _at_their_places(turning: Turning, equation: Equation) -> bool:
     def positions(atom: Atom) -> np.ndarray:
         return turning.positions(atom, next(iter(turning.of(atom)), None))
 
-    xs, ys = (
-        list(map(positions, of)) for of in (equation.inputs, equation.outputs)
-    )
+    xs = list(map(positions, equation.inputs))
+    ys = list(map(positions, equation.outputs))
     claim = Claim(turning.program, equation, xs, ys)
     return LAWS[equation.name](claim)
+
+
+def _keep_one_step(turning: Turning, equation: Equation) -> bool:
+    """Whether all have one axis and one step from place to place, and nothing is put in between."""
+    atoms = [*equation.inputs, *equation.outputs]
+    steps = {(a.axis, a.after) for atom in atoms for a in turning.of(atom)}
+    padding = equation.params.get("padding_config", ())
+    return len(steps) <= 1 and not any(between for _, _, between in padding)
 
 
 def _is_infinite(turning: Turning, atom: Atom) -> bool:
@@ -269,6 +288,7 @@ def _is_infinite(turning: Turning, atom: Atom) -> bool:
 
 
 def _pairwise(turning: Turning, equation: Equation) -> bool:
+    """Every result is the operand at its place, so it turns as that one does."""
     for x, y in zip(equation.inputs, equation.outputs, strict=True):
         if turning.of(x) != turning.of(y):
             return False
@@ -282,25 +302,36 @@ def _pairwise(turning: Turning, equation: Equation) -> bool:
 
 
 def _linear(turning: Turning, equation: Equation, first: int = 0) -> bool:
-    """(x + y) Q = x Q + y Q; and c 1 Q = c 1 if Q keeps ones."""
+    """(x + y) Q = x Q + y Q; and c 1 Q = c 1 if Q keeps ones.
+
+    The operands before the first choose between the others, and must choose alike for all channels.
+    """
     [y] = equation.outputs
     places = turning.of(y)
-    for x in equation.inputs[first:]:
-        if turning.is_product(x):
-            return False
-        if turning.of(x) == places or turning.program.is_zero(x):
-            continue
-        same = all(turning.is_constant(x, along) for along in places)
-        if turning.of(x) or not same or not turning.keeps_ones:
-            return False
-    return all(
-        turning.is_constant(x, along) and not turning.of(x)
-        for x in equation.inputs[:first]
-        for along in places
-    )
+    choosing, terms = equation.inputs[:first], equation.inputs[first:]
+    if not all(_is_term(turning, x, places) for x in terms):
+        return False
+    return all(_is_same_along(turning, x, places) for x in choosing)
+
+
+def _is_term(turning: Turning, x: Atom, places: frozenset[Along]) -> bool:
+    """Whether x may be a summand of a sum that turns at these places."""
+    if turning.is_product(x):
+        return False
+    if turning.of(x) == places or turning.program.is_zero(x):
+        return True
+    return turning.keeps_ones and _is_same_along(turning, x, places)
+
+
+def _is_same_along(turning: Turning, x: Atom, places: frozenset[Along]) -> bool:
+    """Whether x is no member, and the same for all channels of the space at these places."""
+    if turning.of(x):
+        return False
+    return all(turning.is_constant(x, along) for along in places)
 
 
 def _selected(turning: Turning, equation: Equation) -> bool:
+    """The first operand chooses between the others."""
     return _linear(turning, equation, first=1)
 
 
@@ -314,6 +345,7 @@ def _scaled(turning: Turning, x: Atom, factor: Atom) -> bool:
 
 
 def _multiplied(turning: Turning, equation: Equation) -> bool:
+    """c (x Q) = (c x) Q; a member times a member is a product."""
     [a, b], [y] = equation.inputs, equation.outputs
     for x, factor in ((a, b), (b, a)):
         if turning.is_product(x):
@@ -341,6 +373,7 @@ def _weighed(
 
 def _made_product(turning: Turning, x: Atom, y: Var) -> bool:
     """Notes the product of two members that turn alike."""
+    # Where two axes turn, the sum over one of them would still turn along the other.
     if len(turning.of(x)) != 1:
         return False
     [turning.products[y]] = turning.of(x)
@@ -348,19 +381,18 @@ def _made_product(turning: Turning, x: Atom, y: Var) -> bool:
 
 
 def _divided(turning: Turning, equation: Equation) -> bool:
+    """(x Q) / c = (x / c) Q."""
     [x, divisor], [y] = equation.inputs, equation.outputs
     if turning.is_product(x):
         return _weighed(turning, equation, x, divisor)
+    if turning.is_product(divisor) or turning.of(x) != turning.of(y):
+        return False
     # Not by a gain: x / 1 is x, but no fold makes it so.
-    same = turning.of(x) == turning.of(y) and not turning.of(divisor)
-    return (
-        same
-        and not turning.is_product(divisor)
-        and all(turning.is_constant(divisor, a) for a in turning.of(x))
-    )
+    return _is_same_along(turning, divisor, turning.of(x))
 
 
 def _squared(turning: Turning, equation: Equation) -> bool:
+    """x^2 is a product of x with itself; other powers are lawful nowhere."""
     [x], [y] = equation.inputs, equation.outputs
     is_square = equation.name == "square" or equation.params["y"] == 2
     if not is_square or turning.of(y) or turning.is_product(x):
@@ -374,6 +406,7 @@ def _summed(turning: Turning, equation: Equation) -> bool:
     axes = sorted(equation.params["axes"])
 
     def after(along: Along) -> Along:
+        # Each summed axis before it is gone from the result.
         return along.at(along.axis - sum(axis < along.axis for axis in axes))
 
     places = turning.of(x)
@@ -389,15 +422,18 @@ def _summed(turning: Turning, equation: Equation) -> bool:
 
 
 def _contracted(turning: Turning, equation: Equation) -> bool:
+    """A matmul."""
     numbers = equation.params["dimension_numbers"]
     return _matmul(turning, equation, numbers, ((), ()))
 
 
 def _contracted_in_groups(turning: Turning, equation: Equation) -> bool:
+    """A matmul of experts: each row meets the matrix of its group."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     groups = tuple(numbers.rhs_group_dimensions)
     rows = tuple(numbers.lhs_ragged_dimensions)
     (contracted, _), _ = numbers.dot_dimension_numbers
+    # Rows that are grouped and summed over as well are another operation: a sum for each group.
     if not groups or set(rows).intersection(contracted):
         return False
     pairs = numbers.dot_dimension_numbers
@@ -412,17 +448,23 @@ def _matmul(
 ) -> bool:
     """Contracted axes turn in both operands, or in none; free ones in the result; no others do.
 
+    (x Q) (Q^T W) = x W, and x (W Q) = (x W) Q.
+
     `grouped` are the axes along which a row of the left operand meets another matrix of the right
     one.
     """
     (contracted, batch), [y] = numbers, equation.outputs
     operands = equation.inputs[:2]
-    inside: list[set] = [set(), set()]
-    expected = set()
+    inside: list[set] = [
+        set(),
+        set(),
+    ]  # of each operand, what turns and is summed over
+    expected = set()  # what must turn in the result
     begin = len(batch[0])
     for side, x in enumerate(operands):
         if turning.is_product(x):
             return False
+        # Another row would meet another matrix, so Q must not mix them.
         one_matrix_each = {*batch[side], *grouped[side]}
         # The matrices are no axis of the result, the rows are one.
         fixed = {*contracted[side], *batch[side], *(grouped[1] if side else ())}
@@ -432,6 +474,7 @@ def _matmul(
             if along.axis in one_matrix_each:
                 return False
             if along.axis in contracted[side]:
+                # Axes have other numbers in the other operand, so they are compared by their turn.
                 position = list(contracted[side]).index(along.axis)
                 inside[side].add((position, along.at(0)))
             else:
@@ -462,7 +505,7 @@ def _carried_alike(turning: Turning, value: Carried, result: Var) -> bool:
     for atom in (value.first, value.following):
         if turning.is_product(atom):
             return False
-        # Zeros are zeros times Q, too.
+        # An accumulator may begin with zeros, because 0 Q = 0.
         is_zero = turning.program.is_zero(atom)
         if turning.of(atom) != places and not is_zero:
             return False

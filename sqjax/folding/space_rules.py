@@ -65,16 +65,21 @@ def _alike(s: SpaceSearch, e: Equation, first: int = 0) -> None:
 
 
 def _all_of(s: SpaceSearch, atoms: Sequence[Atom]) -> list[Along]:
+    """Where the space lies in any of these, each place once."""
     return list(dict.fromkeys(along for atom in atoms for along in s.of(atom)))
 
 
 def _no_products(s: SpaceSearch, atoms: Sequence[Atom]) -> None:
+    """Raises `Refused` for a product of members, which only a sum over the channels may read."""
     if any(s.product(atom) is not None for atom in atoms):
         raise Refused("it would need more than the sum of a product of members")
 
 
 def _multiply(s: SpaceSearch, e: Equation) -> None:
-    """A factor for each token leaves a member one; two members make a product."""
+    """A factor for each token leaves a member one; two members make a product.
+
+    Example: x (tokens, 8) times the norm's factor (tokens, 1) is a member; q times k is a product.
+    """
     [a, b], [y] = e.inputs, e.outputs
     for x, other in ((a, b), (b, a)):
         for along in s.of(x):
@@ -89,7 +94,7 @@ def _multiply(s: SpaceSearch, e: Equation) -> None:
 
 def _times(s: SpaceSearch, other: Atom, along: Along, y: Var) -> None:
     """What a member times another operand is."""
-    if s.is_constant(other, along) or s.is_gain(other):
+    if s.is_constant(other, along) or s.note_gain(other):
         s.put(y, along)
         return
     # The sum over the channels of two members that turn alike does not change.
@@ -107,7 +112,7 @@ def _factor_that_turns(s: SpaceSearch, e: Equation, along: Along) -> Atom:
     varying = [x for x in e.inputs if not s.is_constant(x, along)]
     if len(varying) == 2:
         # Of a leaf and an activation the leaf is the gain.
-        varying = [x for x in varying if not s.is_gain(x)][:2]
+        varying = [x for x in varying if not s.note_gain(x)]
     if len(varying) != 1:
         raise Refused("it is multiplied channel by channel")
     return varying[0]
@@ -131,6 +136,7 @@ def _divide(s: SpaceSearch, e: Equation) -> None:
 
 
 def _square(s: SpaceSearch, e: Equation) -> None:
+    """x * x is a product of members, as RMSNorm sums it up."""
     [x], [y] = e.inputs, e.outputs
     if e.params.get("y", 2) != 2 or s.of(y) or s.product(x) is not None:
         raise Refused("only the sum of squares is free of a rotation")
@@ -163,6 +169,7 @@ def _dot(s: SpaceSearch, e: Equation) -> None:
 
 
 def _ragged_dot(s: SpaceSearch, e: Equation) -> None:
+    """The same for experts: `rhs_group_dimensions` count the matrices of the right operand."""
     numbers = e.params["ragged_dot_dimension_numbers"]
     contracted, batch = numbers.dot_dimension_numbers
     _product(s, e, contracted, batch, tuple(numbers.rhs_group_dimensions))
@@ -175,13 +182,18 @@ def _product(
     batch: Sequence[Sequence[int]],
     groups: tuple[int, ...],
 ) -> None:
-    """The rule of a matmul; `groups` are axes of the right operand that hold one matrix each."""
+    """The rule of a matmul; `groups` are axes of the right operand that hold one matrix each.
+
+    Example: (5, 8) times (8, 3), contracted along 1 and 0. A space along axis 1 of the left operand
+    is one along axis 0 of the right one; along axis 1 of the right one, it is along axis 1 of y.
+    """
     operands, [y] = e.inputs[:2], e.outputs
     _no_products(s, operands)
     places = free_axes(s, operands, contracted, batch, groups)
     for side, x in enumerate(operands):
         for along in s.of(x):
             if along.axis in contracted[side]:
+                # Both operands list their contracted axes in the same order.
                 position = list(contracted[side]).index(along.axis)
                 other = contracted[1 - side][position]
                 s.put(operands[1 - side], along.at(other))
@@ -205,6 +217,7 @@ def free_axes(
     groups: tuple[int, ...],
 ) -> list[tuple[int, int] | None]:
     """For each axis of a matmul's result the (operand, axis) that it is; None of a batch axis."""
+    # In the result the batch axes come first, then what is left of the left and the right operand.
     places: list[tuple[int, int] | None] = [None] * len(batch[0])
     for side, x in enumerate(operands):
         taken = {*contracted[side], *batch[side]}
@@ -258,24 +271,30 @@ def _put_piece(s: SpaceSearch, piece: Atom, along: Along, begin: int) -> None:
 
 
 def _pad(s: SpaceSearch, e: Equation) -> None:
+    """Zeros around an array: its channels lie `low` later; no zero may come in between them."""
     [x, value], [y] = e.inputs, e.outputs
     _no_products(s, [x])
     padding = e.params["padding_config"]
     if _all_of(s, [x, y]) and not s.program.is_zero(value):
         raise Refused("it is padded with a number that is not zero")
     for along in s.of(x):
-        low, high, between = padding[along.axis]
-        if min(low, high) < 0 or between:
-            raise Refused("its channels are cut, or drawn apart")
+        low = _zeros_before(padding[along.axis])
         s.put(y, along.at(along.axis, along.start + low))
     for along in s.of(y):
-        low, high, between = padding[along.axis]
+        begin = along.start - _zeros_before(padding[along.axis])
         inside = s.program.shape(x)[along.axis]
-        begin = along.start - low
-        fits = begin >= 0 and begin + along.length(s.size) <= inside
-        if min(low, high) < 0 or between or not fits:
+        if begin < 0 or begin + along.length(s.size) > inside:
             raise Refused("its channels are cut, or drawn apart")
         s.put(x, along.at(along.axis, begin))
+
+
+def _zeros_before(padding: tuple[int, int, int]) -> int:
+    """How many zeros stand before an axis that is padded by (low, high, between)."""
+    low, high, between = padding
+    # A negative number of zeros cuts elements off.
+    if min(low, high) < 0 or between:
+        raise Refused("its channels are cut, or drawn apart")
+    return low
 
 
 def _update(s: SpaceSearch, e: Equation) -> None:
@@ -299,6 +318,7 @@ def _scan(s: SpaceSearch, e: Equation) -> None:
         raise Refused(f"{e} stands in the way")
     count = body.call.carry
     for value, result in zip(carried(e), e.outputs[:count], strict=True):
+        # Before the first step, at its beginning, at its end, and after the last step.
         chain = [value.first, value.inner, value.following, result]
         for along in _all_of(s, chain):
             for atom in chain:
@@ -306,14 +326,20 @@ def _scan(s: SpaceSearch, e: Equation) -> None:
     slices = [(entry.outer, entry.inner) for entry in entries(e)]
     made = zip(e.outputs[count:], body.outputs[count:], strict=True)
     for outer, inner in [*slices, *made]:
-        for along in s.of(outer):
-            if along.axis == 0:
-                raise Refused(f"{e} runs over its channels")
-            s.put(inner, along.at(along.axis - 1))
-        for along in s.of(inner):
-            s.put(outer, along.at(along.axis + 1))
-        for border in (outer, inner):
-            _no_products(s, [border])
+        _slice_of_a_step(s, e, outer, inner)
+
+
+def _slice_of_a_step(
+    s: SpaceSearch, e: Equation, outer: Atom, inner: Atom
+) -> None:
+    """What a scan runs over, `outer`, and what a step sees of it, `inner`: one axis less."""
+    for along in s.of(outer):
+        if along.axis == 0:
+            raise Refused(f"{e} runs over its channels")
+        s.put(inner, along.at(along.axis - 1))
+    for along in s.of(inner):
+        s.put(outer, along.at(along.axis + 1))
+    _no_products(s, [outer, inner])
 
 
 SPACE_RULES: dict[str, Rule] = {

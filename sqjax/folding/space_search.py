@@ -109,7 +109,7 @@ class SpaceSearch:
             Refused: it can not turn.
         """
         if self.program.is_zero(atom):
-            return
+            return  # 0 Q = 0
         if not isinstance(atom, Var):
             raise Refused(f"the constant {atom} would have to turn with it")
         known = self.members.setdefault(atom, set())
@@ -139,6 +139,7 @@ class SpaceSearch:
         """Makes a summand a member; or, if it is one number for all channels, keeps ones."""
         if self.program.is_zero(atom):
             return
+        # Of one number c for all channels, c 1 Q = c 1 is asked instead.
         if self.is_constant(atom, along):
             self.keeps_ones = True
         else:
@@ -148,8 +149,8 @@ class SpaceSearch:
         """Whether an operand is the same for all channels."""
         return is_constant_along(self.program, atom, along.axis)
 
-    def is_gain(self, atom: Atom) -> bool:
-        """Whether a factor is a leaf, which is noted as one that must be ones."""
+    def note_gain(self, atom: Atom) -> bool:
+        """Whether a factor is a leaf; if it is, it is noted as one that must be ones."""
         path = leaf_of(self.program, atom)
         if path is None or self.of(atom):
             return False
@@ -167,11 +168,17 @@ class SpaceSearch:
             try:
                 self._world.rules[equation.name](self, equation)
             except Refused as refused:
+                # The reasons with the equation that gave them; the parts as they are.
                 reasons = refused.at(equation).args
                 failure = Failure.of(refused)._replace(reasons=reasons)
                 raise failure.refused() from None
 
     def _wake(self, var: Var) -> None:
+        """Lets the equations that a variable stands in wait for their rules.
+
+        Raises:
+            Refused: there is no rule for one of them.
+        """
         equations = [
             *self.program.touching(var),
             *self._world.around.get(var, ()),
@@ -194,6 +201,7 @@ class SpaceSearch:
             dtype = program.avals[var].dtype
             raise Refused(f"it would turn a value of dtype {dtype}")
         path = program.leaves.get(var, "")
+        # (w + 1) Q is not w Q + 1.
         if var in program.offsets:
             raise Refused(f"it would turn {path} plus a number")
         shared = self._world.shared

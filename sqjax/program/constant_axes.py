@@ -1,6 +1,6 @@
 """Facts that rotations ask for: which arrays are the same all along an axis, which are one leaf."""
 
-from sqjax.program.equations import Atom, Var
+from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
 from sqjax.program.primitives import (
     COMPARISONS,
@@ -38,19 +38,24 @@ def is_constant_along(program: Program, atom: Atom, axis: int) -> bool:
         return bool((atom.value == atom.value.flat[0]).all())
     equation = program.maker.get(atom)
     if equation is None:
-        return False
+        return False  # an input, whose values are not known
     if equation.name == "broadcast_in_dim":
-        axes = equation.params["broadcast_dimensions"]
-        if axis not in axes:
-            return True
-        [x, *_] = equation.inputs
-        return is_constant_along(program, x, axes.index(axis))
+        return _repeats_along(program, equation, axis)
     if equation.name not in _BY_ELEMENT:
         return False
     sources = equation.inputs
     if equation.name in IDENTITIES:
+        # Each result is the one operand at its place, whatever the others are.
         sources = (equation.inputs[equation.outputs.index(atom)],)
     return all(is_constant_along(program, x, axis) for x in sources)
+
+
+def _repeats_along(program: Program, equation: Equation, axis: int) -> bool:
+    """Whether a `broadcast_in_dim` repeats its operand along an axis, or what is repeated in it."""
+    axes = equation.params["broadcast_dimensions"]
+    if axis not in axes:
+        return True
+    return is_constant_along(program, equation.inputs[0], axes.index(axis))
 
 
 def leaf_of(program: Program, atom: Atom) -> str | None:

@@ -177,12 +177,15 @@ def generate(
     )
     tokens = _new_tokens(state, np.zeros(len(rows), int))
     _check_finite(state)
-    texts = (
-        None
-        if model.tokenizer is None
-        else [model.tokenizer.decode(row) for row in tokens]
-    )
-    return Generated(tokens, np.asarray(state.stopped).tolist(), texts)
+    stopped = np.asarray(state.stopped).tolist()
+    return Generated(tokens, stopped, _texts(model, tokens))
+
+
+def _texts(model: Model, tokens: Sequence[Sequence[int]]) -> list[str] | None:
+    """The tokens as texts; None for a model without a tokenizer."""
+    if model.tokenizer is None:
+        return None
+    return [model.tokenizer.decode(row) for row in tokens]
 
 
 def _continue(
