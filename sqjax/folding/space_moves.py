@@ -87,11 +87,12 @@ def _beside_a_kept_axis(along: Along, old: Shape, new: Shape) -> Along:
 
 def _with_outer(along: Along, size: int, outer: int, new: Shape) -> Along:
     """The channels as an axis of the new shape, or a factor of one, given their outer size."""
-    passed = 1
+    passed = 1  # elements of the axes so far
     for axis, length in enumerate(new):
         # The axis in which the flat index of the outer ones ends and that of the channels begins.
         begins = passed <= outer < passed * length
         if begins and outer % passed == 0:
+            # Of this axis `before` belong to the outer ones, then come the channels, then the rest.
             before = outer // passed
             after, rest = divmod(length, before * size)
             if not rest and after:
@@ -109,6 +110,7 @@ def _split(size: int, outer: int, passed: int, rest: Shape) -> Split:
     the 9.
     """
     parts: Parts = ()
+    # So many of the first axis lie outside of the space; 0 where the axes do not fit together.
     first = outer // passed if outer % passed == 0 else 0
     if first and rest[0] % first == 0:
         major = rest[0] // first
@@ -123,6 +125,7 @@ def _squeezed(
     along: Along, size: int, params: dict, old: Shape, new: Shape
 ) -> Along:
     dropped = [axis % len(old) for axis in params["dimensions"]]
+    # Each dropped axis before it is one less to count.
     return along.at(along.axis - sum(d < along.axis for d in dropped))
 
 
@@ -144,6 +147,7 @@ def _unbroadcast(
     along: Along, size: int, params: dict, old: Shape, new: Shape
 ) -> Along:
     axes = tuple(params["broadcast_dimensions"])
+    # Channels that are all equal would not be equal any more after a rotation.
     if along.axis not in axes or old[axes.index(along.axis)] == 1:
         raise Refused("it is one number, repeated")
     return along.at(axes.index(along.axis))
@@ -157,7 +161,7 @@ def _sliced(
     begin, end = params["start_indices"][axis], params["limit_indices"][axis]
     last = along.start + along.length(size)
     if end <= along.start or last <= begin:
-        return None
+        return None  # they do not meet
     stride = (params["strides"] or (1,) * len(old))[axis]
     if stride != 1 or along.start < begin or last > end:
         raise Refused("a slice takes some of its channels only")
@@ -193,6 +197,7 @@ def _resized(
     along: Along, size: int, params: dict, old: Shape, new: Shape
 ) -> Along:
     """A slice that starts who knows where: of other axes."""
+    # A slice as long as the axis can start nowhere but at 0.
     if old[along.axis] != new[along.axis]:
         raise Refused("it takes some of its channels only")
     return along
@@ -220,7 +225,7 @@ def _unpicked(
 def _fills_with_zeros(params: dict) -> bool:
     """Whether what stands in place of a row out of range is zeros, or NaN, which stay that."""
     fill = params["fill_value"]
-    return fill in (None, 0) or fill != fill
+    return fill in (None, 0) or fill != fill  # NaN is not equal to itself
 
 
 def _taken_whole(params: dict, shape: Shape) -> dict[int, int]:

@@ -35,7 +35,7 @@ def with_gains_of_one(
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
             space, after which it would not be ones.
     """
-    spaces = list(spaces)
+    spaces = list(spaces)  # an iterator could be read only once
     _check_turning_gains(spaces)
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
     paths, leaves, _ = named_leaves(params)
@@ -54,6 +54,7 @@ def with_gains_of_one(
     folded = fold_any_sign(params, graph, s)
     offsets = dict(graph.offsets)
 
+    # g / g is 1 but for rounding, and not even that where g is 0: so ones are written.
     def exactly_one(path: str, leaf: Any) -> Any:
         if path not in ones or not ones[path].any():
             return leaf
@@ -64,6 +65,7 @@ def with_gains_of_one(
 
 
 def _check_turning_gains(spaces: Sequence[Space]) -> None:
+    """Raises ValueError where a gain of one space turns in another: it would not stay ones."""
     turning = {path: space.name for space in spaces for path, _ in space.leaves}
     for space in spaces:
         for gain in space.gains:
@@ -84,6 +86,7 @@ def _scales_and_channels(
     s: dict[str, Array] = {}
     for group in graph.groups:
         labels = dict(group.leaves).get(gain)
+        # Negative labels mark what is divided by s, as a gain is by itself.
         if labels is None or not (labels.array < 0).any():
             continue
         _check_group(group, gain, gains)
@@ -113,6 +116,7 @@ def _check_sign(
     """
     if is_concrete(s) and (np.asarray(s) > 0).all():
         return
+    # A leaf turns with the space if an axis that turns is the one along which s differs.
     outside = [
         path
         for path, labels in group.leaves
@@ -129,6 +133,7 @@ def _check_sign(
 
 def _varying_axes(labels: np.ndarray) -> set[int]:
     """The axes along which a leaf has several channels of a group."""
+    # A label of 0 is no channel, so it must not count as the least one.
     channels, known = np.abs(labels), labels != 0
     largest = np.iinfo(channels.dtype).max
     return {
@@ -148,9 +153,10 @@ def _scales_of(
     Example: of labels [-1, -2, -2] and a gain [3, 5, 5] it is [3, 5].
     """
     here = labels < 0
-    channels = -labels[here] - 1
+    channels = -labels[here] - 1  # labels count channels from 1
     own = value.astype(jnp.float32)[here]
     s = jnp.ones(group.size, jnp.float32).at[channels].set(own)
+    # Of channels that share one scale the last was taken; all must agree with it.
     if is_concrete(s) and not np.array_equal(s[channels], own):
         raise ValueError(
             f"rotate: {gain} has channels that must be scaled together, in the group "
@@ -232,12 +238,14 @@ def turned_along(x: Array, q: Float[Array, "size size"], along: Along) -> Array:
     1), and each of the 9 vectors of 64 is multiplied by q.
     """
     size = len(q)
+    # Only a part of the axis may turn, such as the values beside queries and keys.
     last = along.start + along.length(size)
     here = (*[slice(None)] * along.axis, slice(along.start, last))
     part = x[here]
     head, tail = part.shape[: along.axis], part.shape[along.axis + 1 :]
     split = part.reshape(*head, along.before, size, along.after, *tail)
     axis = along.axis + 1
+    # `tensordot` puts the turned axis last.
     product = jnp.tensordot(split, q, axes=([axis], [0]), precision="highest")
     result = jnp.moveaxis(product, -1, axis).reshape(part.shape)
     return result if result.shape == x.shape else x.at[here].set(result)

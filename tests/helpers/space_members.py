@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import product
 
 from sqjax.folding.space import Along
-from sqjax.folding.space_certificate import SPACE_LAWS, Turning, certify_space
+from sqjax.folding.space_certificate import certify_space
+from sqjax.folding.space_laws import SPACE_LAWS, Turning
 from sqjax.program.entries import carried, entries
 from sqjax.program.equations import Var
 
