@@ -183,7 +183,7 @@ def smooth_awq(
     first = choose(params, stats, schemes, smoothing)
     candidates = {}
     for group in chosen:
-        before = first.s[group.name]
+        before = first.s[group.name]  # of step 1
         left = awq_scales(group, stats, tried, before)
         candidates[group.name] = before[None] * left
     found = choose(params, stats, schemes, candidates)
@@ -212,6 +212,7 @@ def awq_scales(
     s = 1. Layers of a stack are each normalised by themselves. `before` is an s that X is divided
     by first.
     """
+    # Label 0, no scale, has a place of its own, which is left out below.
     largest = jnp.zeros(group.size + 1, jnp.float32)
     for path, labels in group.sites:
         scale_of = labels.array.reshape(-1)
@@ -224,11 +225,13 @@ def awq_scales(
 
 @jax.jit
 def _normalised(sums: Array, exponents: Array) -> Array:
+    """(sums / sqrt(max sums * min sums))^r of each row, for each r; 1 for channels never alive."""
     seen = believable(sums, 1)
     alive = seen > 0
     logs = jnp.log(jnp.where(alive, seen, 1))
     highest = jnp.max(jnp.where(alive, logs, -jnp.inf), axis=1, keepdims=True)
     lowest = jnp.min(jnp.where(alive, logs, jnp.inf), axis=1, keepdims=True)
+    # In logs the root of max * min is the middle between the highest and the lowest.
     centred = jnp.where(alive, logs - (highest + lowest) / 2, 0).reshape(1, -1)
     powers = exponents.astype(jnp.float32).reshape(-1, 1)
     return jnp.exp(powers * centred)

@@ -191,6 +191,7 @@ def choose(
 
 def _taken(candidates: Array, best: np.ndarray) -> Array:
     """The chosen s, (size,): of a stack, the s of step i come from the candidate best[i]."""
+    # A group lists its scales step by step, so each choice holds for as many in a row.
     size = candidates.shape[1]
     which = np.repeat(best.reshape(-1), size // best.size)
     return candidates[which, np.arange(size)]
@@ -243,6 +244,7 @@ def seen(stats: Stats, site: Site, by_gram: bool) -> Seen:
 @jax.jit
 def _of_channels(candidates: Array, labels: Array) -> Array:
     """s of each channel of a site: (candidates, *channels); 1 where a channel has none."""
+    # Labels count scales from 1, so a column of ones in front stands for no scale.
     ones = jnp.ones((candidates.shape[0], 1), jnp.float32)
     return jnp.concatenate([ones, candidates], axis=1)[:, labels]
 
@@ -253,6 +255,7 @@ def _step_of(labels: np.ndarray, batch: int, size: int) -> np.ndarray:
     Example: at 2 steps of 4 scales, the labels [[1, 2, 3, 4], [5, 6, 7, 8]] of two matrices say
     (0, 1).
     """
+    # Step i has the labels i size + 1 to (i + 1) size; the largest of a matrix tells.
     flat = labels.reshape(math.prod(labels.shape[:batch]), -1)
     return (flat.max(axis=1) + size - 1) // size - 1
 
@@ -260,6 +263,7 @@ def _step_of(labels: np.ndarray, batch: int, size: int) -> np.ndarray:
 @partial(jax.jit, static_argnames="steps")
 def _summed_by_step(errors: Array, step_of: Array, steps: int) -> Array:
     """(candidates, matrices) as (candidates, steps). Matrices of no step (-1) are dropped."""
+    # Into a column more, which is cut off.
     into = jnp.where(step_of < 0, steps, step_of)
     summed = jnp.zeros((errors.shape[0], steps + 1), jnp.float32)
     return summed.at[:, into].add(errors)[:, :steps]
@@ -287,6 +291,7 @@ def site_errors(
     stack = math.prod(site.channels[:batch])
     leaf = stacked(leaf, site)
     seen = jax.tree.map(lambda x: x.reshape(stack, *x.shape[batch:]), seen)
+    # Matrix by matrix, and for each candidate by candidate: all at once would not fit.
     s = s.reshape(s.shape[0], stack, *s.shape[1 + batch :]).swapaxes(0, 1)
     axes = in_matrix(site)
 
@@ -315,6 +320,7 @@ class Matrix(NamedTuple):
 
     def times(self, s: Array) -> Array:
         """s W, in float32, for an s of the contracted axes."""
+        # s has the contracted axes; they are moved to where the weight has them.
         spread = s.reshape(s.shape + (1,) * (self.weight.ndim - s.ndim))
         spread = jnp.moveaxis(spread, range(s.ndim), self.axes)
         return self.weight.astype(jnp.float32) * spread
@@ -341,6 +347,7 @@ class FloatOutput(NamedTuple):
 
 
 def _float_output(matrix: Matrix) -> FloatOutput:
+    """Computed once for a matrix, because it is the same for all candidates."""
     weight = matrix.flat(matrix.weight.astype(jnp.float32))
     gram, rows = matrix.seen.gram, matrix.seen.rows
     if gram is not None:
@@ -359,18 +366,17 @@ def _error(
     got = matrix.flat(dequantize(weight.tensor))
     seen, s = matrix.seen, s.reshape(-1)
     if seen.gram is not None:
+        # Activations stay float, so dividing X by s is as good as dividing the weight's rows.
         change = got / s[:, None] - exact.weight
         noise = gram_error(change, seen.gram).sum()
-    else:
-        assert seen.rows is not None
-        assert exact.outputs is not None
-        x = seen.rows / s[None, :]
-        largest = divided.reshape(-1)
-        rounded, clipped = _as_quantized(x, largest, seen, scheme)
-        change = jnp.matmul(rounded, got, precision=EXACT) - exact.outputs
-        lost = jnp.sum(clipped[:, None] * got**2) / _or_one(exact.size)
-        return _mean_of_tokens(change, exact.outputs) + lost
-    return jnp.where(exact.size > 0, noise / _or_one(exact.size), 0)
+        return jnp.where(exact.size > 0, noise / _or_one(exact.size), 0)
+    assert seen.rows is not None
+    assert exact.outputs is not None
+    x = seen.rows / s[None, :]
+    rounded, clipped = _as_quantized(x, divided.reshape(-1), seen, scheme)
+    change = jnp.matmul(rounded, got, precision=EXACT) - exact.outputs
+    lost = jnp.sum(clipped[:, None] * got**2) / _or_one(exact.size)
+    return _mean_of_tokens(change, exact.outputs) + lost
 
 
 def _mean_of_tokens(change: Array, outputs: Array) -> Array:
@@ -387,6 +393,7 @@ def _mean_of_tokens(change: Array, outputs: Array) -> Array:
 
 
 def _or_one(x: Array) -> Array:
+    """A divisor: 1 where it would be 0, and the quotient is not looked at."""
     return jnp.where(x > 0, x, 1)
 
 
@@ -420,6 +427,7 @@ def _as_quantized(
 
 
 def _to_and_from(x: Array, scale: Array, fmt: Format) -> Array:
+    """x rounded to a format's codes, and back in float."""
     return to_format(x, scale, fmt).astype(jnp.float32) * scale
 
 

@@ -83,11 +83,15 @@ def _clips(
 ) -> Array:
     """`search_clips` of one site, which has no path here: it is a key of compiled programs."""
     of_one = partial(_of_matrix, in_matrix(site), scheme, ratios)
-    matrices = stacked(leaf, site), gram, absmax
-    batch = len(site.batch)
     stack = sizes_along(leaf.shape, site.batch)
-    flat = [x.reshape(math.prod(stack), *x.shape[batch:]) for x in matrices[1:]]
-    found = lax.map(lambda one: of_one(*one), (matrices[0], *flat))
+
+    def flat(x: Array) -> Array:
+        """Statistics, whose batch axes come first, with these as one."""
+        return x.reshape(math.prod(stack), *x.shape[len(stack) :])
+
+    # One matrix after the other, because a copy of each for every ratio is large enough.
+    matrices = stacked(leaf, site), flat(gram), flat(absmax)
+    found = lax.map(lambda one: of_one(*one), matrices)
     return found.reshape(*stack, *found.shape[1:])
 
 
@@ -131,6 +135,7 @@ def _of_matrix(
         chosen = best_changes(changes, gram, group)
     clip = ratios[chosen].reshape(lowest.shape)
     # Where groups share a scale below their own (two levels), ratios together are not each alone.
+    # So what was found is compared once more with no clipping, output by output.
     better = error(clip) <= error(one)
     by_output = (*lowest.shape[: len(outer)], *[1] * len(axes))
     better = better[:1] if is_single else better

@@ -50,7 +50,7 @@ def massive_channels(
         if scheme is None or not _is_served(site, scheme):
             continue
         absmax = np.asarray(stats.absmax[site.path])
-        ordered = np.sort(absmax.reshape(-1))
+        ordered = np.sort(absmax.reshape(-1))  # ascending
         # A few of all channels: where many are large, they are no exception.
         most = min(MOST, ordered.size // LEAST_OTHERS)
         if not most:
@@ -79,6 +79,7 @@ def without(stats: Stats, massive: Mapping[str, Massive]) -> Stats:
     absmax, abs_sum = dict(stats.absmax), dict(stats.abs_sum)
     gram, sample = dict(stats.gram), dict(stats.sample)
     for path, (channels, _) in massive.items():
+        # Zeros are what a dead channel leaves, and a dead channel gets s = 1.
         kept = jnp.asarray(~channels, jnp.float32)
         absmax[path] = absmax[path] * kept
         abs_sum[path] = abs_sum[path] * kept

@@ -118,6 +118,7 @@ class Precision:
 
     def __repr__(self) -> str:
         """How many sites have each candidate, the size and the predicted loss."""
+        # The rules of `fixed` come first, and no site was chosen for there.
         schemes = list(self.rules.values())[len(self.fixed) :]
         counts = [
             f"  {schemes.count(candidate):5} sites  {candidate!r}"
@@ -210,6 +211,7 @@ def choose_precision(
     sites = _free_sites(stats.graph, fixed)
     leaves = leaves_by_path(params, stats.graph)
     coded = [scheme for scheme in schemes if scheme is not None]
+    # Every site in every scheme once: the sensitivities and the sizes are both read from these.
     trees = [
         quantize_sites(params, stats, dict.fromkeys(sites, scheme))
         for scheme in coded
@@ -297,6 +299,7 @@ def _tied(
     """
     # Sets grow together: where two share a site, every member gets the union.
     set_of = {path: {path} for path in sites}
+    # A group of keys ties q and k by their outputs, for which they need not be one matmul.
     groups = [group.paths for group in graph.groups if not group.keys]
     for paths in [*groups, *joined]:
         members = [path for path in paths if path in set_of]
@@ -370,6 +373,7 @@ def _chosen(
 
 
 def _check_budget(bits: Budget | None, nbytes: Budget | None) -> None:
+    """Raises ValueError unless there is exactly one budget."""
     if (bits is None) == (nbytes is None):
         raise ValueError(
             "choose_precision: expected one budget, bits=6 (a weight) or nbytes=..., got "
@@ -383,6 +387,7 @@ def _rules(
     candidates: Sequence[Scheme | None],
     choice: np.ndarray,
 ) -> Iterator[tuple[str, Any]]:
+    """(pattern, scheme): what was fixed comes first, because the first match is taken."""
     yield from fixed.items()
     for paths, place in zip(tied, choice.tolist(), strict=True):
         for path in paths:
@@ -390,4 +395,5 @@ def _rules(
 
 
 def _total(of_candidates: np.ndarray, choice: np.ndarray) -> Any:
+    """The sum over sets of tied sites, each at its choice."""
     return of_candidates[np.arange(len(choice)), choice].sum()

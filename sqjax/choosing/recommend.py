@@ -23,6 +23,7 @@ from sqjax._trees import PyTree, is_float
 from sqjax.calibration.analysis import described
 from sqjax.calibration.calibrate import calibrate, check_batches
 from sqjax.calibration.stats import Stats
+from sqjax.choosing.batches import arguments
 from sqjax.choosing.by_search import quantize_by_search
 from sqjax.choosing.divergence import divergence
 from sqjax.choosing.precision import choose_precision
@@ -303,16 +304,19 @@ class _Problem(NamedTuple):
 
 
 def _rounded(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
+    """No search, because int8 weights alone lose nearly nothing."""
     rules = problem.rules(scheme)
     return rules, quantize(problem.params, problem.stats, rules)
 
 
 def _searched(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
+    """The scheme, with the search that suits it."""
     rules = problem.rules(scheme)
     return rules, quantize_by_search(problem.params, problem.stats, rules)
 
 
 def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
+    """int8 weights, and int4 ones where they matter least."""
     found = choose_precision(
         problem.fn,
         problem.params,
@@ -366,7 +370,8 @@ class _Judge(NamedTuple):
         batches: list[Any],
         loss: Loss | None,
     ) -> "_Judge":
-        arguments = [b if isinstance(b, tuple) else (b,) for b in batches]
+        """The judge of these batches, for which the float model's losses are computed."""
+        args_of = list(map(arguments, batches))
         of_outputs = (
             divergence_of_trees if loss is None else _checked_loss(loss)
         )
@@ -377,7 +382,8 @@ class _Judge(NamedTuple):
             # The float outputs are computed anew, because those of all batches may not fit.
             return of_outputs(run(tree, *args), fn(params, *args), *args)
 
-        made = cls(measure, params, arguments, np.zeros(0))
+        # Complete but for its losses, which it can measure by now.
+        made = cls(measure, params, args_of, np.zeros(0))
         return made._replace(losses=made.all(params))
 
     def all(self, tree: PyTree) -> np.ndarray:
@@ -397,6 +403,7 @@ class _Judge(NamedTuple):
         """A recipe beside the float model."""
         losses = self.all(tree)
         differences = losses - self.losses
+        # The standard error of the mean difference; ddof=1, because the mean is estimated too.
         error = float(differences.std(ddof=1)) / math.sqrt(len(losses))
         interval = _quantile(len(losses) - 1) * error
         mean, more = float(losses.mean()), float(differences.mean())

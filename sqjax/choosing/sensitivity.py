@@ -132,6 +132,7 @@ def _quantized_paths(tree: PyTree) -> list[str]:
 
 
 def _check_finite(found: Mapping[str, np.ndarray], number: int) -> None:
+    """Raises ValueError where a batch's scores are not finite."""
     for path, sums in found.items():
         if not np.isfinite(sums).all():
             raise ValueError(
@@ -168,6 +169,7 @@ def _sampled_losses(outputs: Any, key: Array) -> Array:
     losses = []
     for number, logits in enumerate(filter(is_float, jax.tree.leaves(outputs))):
         logits = logits.astype(jnp.float32)
+        # Another key for each output, or two heads would draw labels alike.
         own = jax.random.fold_in(key, number)
         labels = jax.random.categorical(own, lax.stop_gradient(logits))
         logprobs = jax.nn.log_softmax(logits)
@@ -197,7 +199,7 @@ def _program(
     try:
         traced, _ = trace(with_loss, params, (key, *args), {})
     except ValueError:
-        raise
+        raise  # it says what is wrong
     # Whatever fn raises: a TypeError of two arguments for one, a shape that does not fit, ...
     except Exception as error:
         raise ValueError(
@@ -241,6 +243,7 @@ class _Scoring(Beside):
         exact = met.exact.astype(jnp.float32)
         changes = [x.astype(jnp.float32) - exact for x in met.results]
         added = lax.stop_gradient(jnp.stack(changes))
+        # Leaves that are joined before the product share its cost equally.
         part = 1 / len(met.paths)
         probe = sum(part * self._probes[path] for path in met.paths)
         return _probed(met.exact, added, probe)
@@ -261,10 +264,12 @@ def _probed(y: Array, added: Array, probe: Array) -> Array:
 def _probed_forward(
     y: Array, added: Array, probe: Array
 ) -> tuple[Array, Array]:
+    """y, and what the way back needs."""
     return y, added
 
 
 def _probed_back(added: Array, g: Array) -> tuple[Array, Array, Array]:
+    """The gradient of y goes on as it is; the probe's "gradient" is the score of each version."""
     changes = g.astype(jnp.float32)[None] * added
     scores = jnp.sum(jnp.square(changes), axis=range(1, changes.ndim))
     return g, jnp.zeros_like(added), scores

@@ -106,6 +106,7 @@ def power(x: Numbers, exponent: int) -> Residues:
     if exponent < 0:
         return power(inverse(x), -exponent)
     result: Numbers = np.ones_like(x)
+    # From the highest bit on: to append a bit doubles the exponent, and adds 1 if it is one.
     for bit in f"{exponent:b}":
         result = mul(result, result)
         if bit == "1":
@@ -207,6 +208,7 @@ def matmul(x: Residues, y: Residues) -> Residues:
 def _short_matmul(x: Residues, y: Residues) -> Residues:
     """x @ y of at most _TERMS terms."""
     mask = np.uint32(2**_LIMB - 1)
+    # x = low + 2^11 middle + 2^22 high, so x y is the sum of three products of small numbers.
     limbs = [x & mask, (x >> _LIMB) & mask, x >> (2 * _LIMB)]
     stacked = np.concatenate(limbs, -2).astype(np.float64)
     exact = np.matmul(stacked, y.astype(np.float64)).astype(np.uint64)
@@ -263,9 +265,11 @@ def places(lines: Residues, salt: int) -> np.ndarray:
     """
     count = np.uint32(lines.shape[-1])
     last = (lines.ndim - 1,)
+    # n x - sum x: to add a number to all elements changes nothing of it.
     apart = sub(mul(lines, count), total(lines, last, keepdims=True))
     squares = mul(apart, apart)
     spread = total(squares, last, keepdims=True)
+    # A square's share of all squares is free of any common factor, and of its sign.
     share = hashed(salt, mul(squares, inverse(spread)))
     sizes = (share >> np.uint64(2)).astype(np.int64) + 1
     return np.asarray(character(apart) * sizes)

@@ -64,6 +64,7 @@ def scaled(
         x = _residues(after, path)
         _check_labels(group, path, labels.array, x)
         factors = _factors(labels.array, roots, group.degree)
+        # What the program reads is offset + leaf, so this is scaled.
         offset = embed(np.asarray(offsets.get(path, 0.0)))
         after[path] = Field(sub(mul(add(x, offset), factors), offset))
     return after
@@ -92,11 +93,13 @@ def _factors(labels: np.ndarray, roots: Residues, degree: int) -> Residues:
     """What each element is multiplied by: s[c] where the label is c + 1, 1 / s[c] where it is -(c +
     1), its d-th root where (d - 1) * DEGREE has been added to the label.
     """
+    # No scale (0) is looked up as channel 0, and left out by `here`.
     size = np.maximum(np.abs(labels.astype(np.int64)) - 1, 0)
     own_degrees, channels = size // DEGREE + 1, size % DEGREE
     factors = np.ones(labels.shape, np.uint32)
     for own in np.unique(own_degrees[labels != 0]).tolist():
         here = (own_degrees == own) & (labels != 0)
+        # Of a degree 4 the roots r stand for scales r^4, of which r^2 is the square root.
         factor = power(roots, degree // own)
         inverted = inverse(factor)
         chosen = channels[here]
@@ -136,6 +139,7 @@ def moved(
         x = _residues(after, path)
         _check_place(path, x, along, size)
         last = along.start + along.length(size)
+        # Seen as (..., before, size, after, ...), the space is an axis of its own.
         here = (*[slice(None)] * along.axis, slice(along.start, last))
         head, tail = x.shape[: along.axis], x.shape[along.axis + 1 :]
         split = (*head, along.before, size, along.after, *tail)
@@ -174,6 +178,7 @@ def mirrors(
     while len(found) < count:
         v = draw(rng, (space.size,))
         if space.keeps_ones:
+            # A mirror keeps all that is orthogonal to its v, so ones . v must be 0.
             mean = mul(total(v, (0,)), inverse(np.uint32(space.size)))
             v = sub(v, mean)
         # Of size 1 none keeps ones but the identity, which 0 . v = 0 is taken for.
@@ -246,11 +251,13 @@ def _gain(leaves: Leaves, graph: Graph, path: str) -> Residues:
 
 
 def _without_gain(leaves: Leaves, graph: Graph, gain: str) -> Leaves:
+    """The leaves with one gain folded, by every group that divides it."""
     groups = [group for group in graph.groups if gain in group.absorbers]
     if not groups:
         raise Unprovable(
             f"no group folds the gain {gain}, and Q does not pass a gain that is not ones"
         )
+    # Several groups may share a gain, such as that of queries and keys side by side.
     for group in groups:
         labels = dict(group.leaves)[gain].array
         value = _gain(leaves, graph, gain)
@@ -274,6 +281,7 @@ def _roots_that_fold(
 
 
 def _residues(leaves: Leaves, path: str) -> Residues:
+    """The numbers of a leaf of floats."""
     leaf: Any = leaves.get(path)
     if not isinstance(leaf, Field):
         raise Unprovable(f"{path} is no leaf of floats")

@@ -25,6 +25,7 @@ def _view(make: Callable[[dict[str, Any], Residues], Residues]) -> Rule:
 
 
 def _broadcast(params: dict[str, Any], x: Residues) -> Residues:
+    """Example: (3,) with the axis 1 of (2, 3, 4) is seen as (1, 3, 1), and repeated."""
     shape = params["shape"]
     full = [1] * len(shape)
     for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
@@ -33,7 +34,9 @@ def _broadcast(params: dict[str, Any], x: Residues) -> Residues:
 
 
 def _reshape(params: dict[str, Any], x: Residues) -> Residues:
-    order = params.get("dimensions")
+    order = params.get(
+        "dimensions"
+    )  # an order of the axes before, of old programs
     return (x if order is None else x.transpose(order)).reshape(
         params["new_sizes"]
     )
@@ -109,6 +112,7 @@ def _gather(
             "mode",
         )
     }
+    # First filled with what is no residue, because the true fill may be a float.
     options["fill_value"] = _OUTSIDE
     found = np.asarray(lax.gather(residues_of(x), indices, **options))
     fill = equation.params["fill_value"]
@@ -148,6 +152,7 @@ def _scatter_sum(
         if added.size > 2**16:
             raise unknown(equation, f"{added.size} updates, more than 65536")
         options = {name: equation.params[name] for name in _SCATTERED}
+        # Sums of residues themselves would overflow, and jax knows no sum modulo p.
         low, high = (
             np.asarray(
                 lax.scatter_add(np.zeros_like(given), indices, part, **options)

@@ -31,6 +31,7 @@ from sqjax.proving.values import (
 def _dot(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """A matmul of any axes."""
     x, y = (factor_of(equation, operand) for operand in operands)
     return [Field(_contracted(equation.params["dimension_numbers"], x, y))]
 
@@ -43,6 +44,7 @@ def _contracted(numbers: Any, x: Residues, y: Residues) -> Residues:
     batch = sizes_along(x.shape, batch_x)
     rows, columns = sizes_along(x.shape, free_x), sizes_along(y.shape, free_y)
     terms = _size(sizes_along(x.shape, of_x))
+    # All batch axes as one, all rows as one, all columns as one: a stack of plain matmuls.
     count = (_size(batch),) if batch else ()
     left = x.transpose(*batch_x, *free_x, *of_x)
     right = y.transpose(*batch_y, *of_y, *free_y)
@@ -54,6 +56,7 @@ def _contracted(numbers: Any, x: Residues, y: Residues) -> Residues:
 
 
 def _size(shape: Sequence[int]) -> int:
+    """How many elements an array of this shape has."""
     return int(np.prod(shape, dtype=int))
 
 
@@ -69,6 +72,7 @@ def _ragged_dot(
     groups = tuple(numbers.rhs_group_dimensions)
     if batch_x or ragged in of_x or len(groups) != 1:
         raise unknown(equation, "one along other axes than rows")
+    # One matrix has lost the axis of the groups, so its axes are counted anew.
     kept = other_axes(stack.ndim, groups)
     inner = (tuple(of_x), tuple(map(kept.index, of_y))), ((), ())
     place = other_axes(rows.ndim, of_x).index(ragged)
@@ -103,6 +107,7 @@ def _windows(
     dilation: Sequence[int],
 ) -> np.ndarray:
     """All windows over all axes: (*where the window is, *within the window)."""
+    # With gaps of `dilation` a window of n elements reaches so far.
     wide = [(n - 1) * d + 1 for n, d in zip(sizes, dilation, strict=True)]
     views = sliding_window_view(x, wide)
     where = tuple(slice(None, None, step) for step in strides)
@@ -119,9 +124,10 @@ def _convolve(
         raise unknown(equation, "one with groups along the batch")
     of_x, of_kernel, of_y = params["dimension_numbers"]
     x, kernel = (factor_of(equation, operand) for operand in operands)
+    # As (batch, channels, *space) and (made, channels, *space) from here on.
     x, kernel = x.transpose(of_x), kernel.transpose(of_kernel)
     groups = params["feature_group_count"]
-    between = [(0, 0, 0), (0, 0, 0)]
+    between = [(0, 0, 0), (0, 0, 0)]  # batch and channels are not padded
     for (before, after), step in zip(
         params["padding"], params["lhs_dilation"], strict=True
     ):
@@ -136,6 +142,7 @@ def _convolve(
     batch, channels, *where = views.shape[: 2 + len(window)]
     views = views.reshape(batch, channels, _size(where), _size(window))
     parts = []
+    # Each group of channels has kernels of its own: `per` channels in, `made` out.
     per, made = channels // groups, kernel.shape[0] // groups
     for g in range(groups):
         own = views[:, g * per : (g + 1) * per].swapaxes(1, 2)

@@ -143,6 +143,7 @@ def prove(
     traced, arrays = trace(fn, params, inputs, {})
     held: dict[str, None] = {}
     refused: dict[str, str] = {}
+    # A change holds if it did so in every trial, because a single one may hide it by chance.
     for number in range(trials):
         rng = np.random.default_rng([seed, number])
         values = leaf_values(
@@ -185,12 +186,14 @@ def leaf_values(
     for path, leaf in zip(paths, leaves, strict=True):
         shape = expected[path]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            # Integers choose rows and branches, so a random one would be another program.
             values[path] = _given(path, leaf)
         elif how[0] == "given":
             values[path] = Field(embed(_finite(path, _given(path, leaf))))
         elif path in gains:
             ones = np.ones(shape, np.uint32)
             drawn = ones if how[1] == "ones" else draw(rng, shape)
+            # The program reads offset + leaf, and this is to be 1 or a square.
             offset = embed(np.asarray(offsets.get(path, 0.0)))
             values[path] = Field(sub(mul(drawn, drawn), offset))
         else:
@@ -228,6 +231,7 @@ def _given(name: str, x: Any) -> Any:
 
 
 def _finite(path: str, x: Any) -> np.ndarray:
+    """A leaf in float64, which holds every number of the narrower types."""
     wide = np.asarray(x).astype(np.float64)
     if not np.isfinite(wide).all():
         raise ValueError(
@@ -294,6 +298,7 @@ class FieldTrial:
                 refused[change.name] = str(reason)
             else:
                 possible.append(change)
+        # All at once first, because almost always all of them are lawful: one run then.
         if not self.unchanged(after):
             for change in self._wrong(possible):
                 refused[change.name] = "it changes what the function returns"
@@ -308,9 +313,11 @@ class FieldTrial:
         middle = len(changes) // 2
         first, second = changes[:middle], changes[middle:]
         found = self._wrong(first) + self._wrong(second)
+        # Each half may be lawful and both together not: then none of them is believed.
         return found or list(changes)
 
     def _outputs(self, leaves: Leaves) -> list[np.ndarray]:
+        """What the program returns for these leaves, and always the same inputs."""
         operands = [leaves[path] for path in self._traced.paths]
         results = run(
             self._traced.jaxpr, [*operands, *self._inputs], self._seed
