@@ -2,8 +2,7 @@
 
 import itertools
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, check_mapping, expect
 from sqjax._trees import PyTree, check_arrays, check_finite, is_concrete
+from sqjax._warnings import warn
 from sqjax.calibration.analysis import (
     Analyses,
     Analysis,
@@ -311,6 +311,7 @@ def _check_has_something_to_do(analysis: Analysis) -> None:
 def _captured(program: Program) -> str:
     """What to do about matrices that fn has closed over; nothing to say if there are none."""
     shapes = [program.shape(v) for v in program.constants]
+    # Vectors may be positions, or a mask; weights are matrices.
     matrices = [shape for shape in shapes if len(shape) > 1]
     if not matrices:
         return ""
@@ -322,9 +323,17 @@ def _captured(program: Program) -> str:
 
 def warn_of_unreached(stats: Stats) -> None:
     """Warns of sites, layers and experts that no token reached, or only few."""
+    texts = [*_of_unreached(stats), *_of_few(stats), *_of_blank(stats)]
+    for text in texts:
+        warn(f"calibrate: {text}")
+
+
+def _of_unreached(stats: Stats) -> Iterator[str]:
+    """What to say of sites that only zeros, or nothing at all, have reached."""
     unseen: list[str] = []
     zeros: list[str] = []
     for path, entries in stats.unreached.items():
+        # A site without batch axes has one entry, whose index is ().
         of_a_stack = entries != ((),)
         text = f"{path}{list(entries)}" if of_a_stack else path
         if of_a_stack or not stats.count[path]:
@@ -332,18 +341,16 @@ def warn_of_unreached(stats: Stats) -> None:
         else:
             zeros.append(text)
     if unseen:
-        _warn(
+        yield (
             f"no token reached {', '.join(unseen)}; smoothing scales stay 1 there, unless another "
             "site shares them. A static scheme lends an expert the largest range of the others, "
             "and refuses a whole site"
         )
     if zeros:
-        _warn(
+        yield (
             f"every activation was zero at {', '.join(zeros)} (a norm's gain of 0, or an input "
             "that is always zeros?); nothing is known of these, and a static scheme refuses them"
         )
-    _warn_of_few(stats)
-    _warn_of_blank(stats)
 
 
 def _not_taken(
@@ -361,27 +368,29 @@ def _indices(entry: tuple[int, ...]) -> str:
     return "".join(f"[{index}]" for index in entry)
 
 
-def _warn_of_few(stats: Stats) -> None:
+def _of_few(stats: Stats) -> Iterator[str]:
+    """What to say of sites and experts that some tokens reached, but not enough to rely on."""
     few = [
         f"{path}{list(entry)} ({tokens})"
         for path, entry, tokens in stats.scarce(FEW_TOKENS)
     ]
     if few:
-        _warn(
+        yield (
             f"less than {FEW_TOKENS} tokens reached {', '.join(few)}; smoothing scales are drawn "
             "towards 1 there, unless another site or expert shares them, because so few tokens say "
             "little of the largest: calibrate on more"
         )
 
 
-def _warn_of_blank(stats: Stats) -> None:
+def _of_blank(stats: Stats) -> Iterator[str]:
+    """What to say of groups whose fold could not be proved, because everything is 0 there."""
     blank = [
         group.name
         for group in stats.graph.groups
         if not group.keys and _is_blank(group, stats)
     ]
     if blank:
-        _warn(
+        yield (
             f"all weights are zero behind {', '.join(blank)}: the proof had nothing to compare "
             "there. Calibrate trained parameters, or verify the fold once there are some"
         )
@@ -391,7 +400,3 @@ def _is_blank(group: Group, stats: Stats) -> bool:
     """Whether all weights of a group's sites are zero: whatever is folded, 0 comes out."""
     absmax = [stats.weight_absmax[path] for path, _ in group.sites]
     return all(is_concrete(x) and not np.asarray(x).any() for x in absmax)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"calibrate: {text}", stacklevel=5)

@@ -85,6 +85,7 @@ def measure(
     channels_last = jnp.moveaxis(x, axes, range(-len(axes), 0))
     token_axes = tuple(range(channels_last.ndim - len(axes)))
     token_shape = channels_last.shape[: len(token_axes)]
+    # Not a Python int, because that would be another type than the sum of a mask.
     tokens = jnp.int32(np.prod(token_shape, dtype=int))
 
     if counted is not None:

@@ -1,6 +1,5 @@
 """`observe`: runs a program, and records what each of its sites sees."""
 
-import warnings
 from collections.abc import (
     Callable,
     Collection,
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sqjax._warnings import warn
 from sqjax.calibration.analysis import Analysis
 from sqjax.calibration.measure import (
     NOTHING_MORE,
@@ -195,10 +195,9 @@ def _warn_of_lost(places: Iterable[Place], lost: Mapping[Var, str]) -> None:
         if place.activation in lost:
             names.setdefault(lost[place.activation], []).append(place.name)
     for reason, sites in names.items():
-        warnings.warn(
+        warn(
             f"calibrate: the mask could not be followed to {', '.join(dict.fromkeys(sites))}: "
-            f"{reason}; every token counts there, padding too",
-            stacklevel=2,
+            f"{reason}; every token counts there, padding too"
         )
 
 

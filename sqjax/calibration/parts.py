@@ -92,6 +92,7 @@ def joined_stats(graph: Graph, parts: Iterable[tuple[str, Stats]]) -> Stats:
     graph = common._replace(
         spaces=graph.spaces, space_refusals=graph.space_refusals
     )
+    # Nothing is folded yet: every s is 1.
     folded = {}
     for group in graph.groups:
         folded[group.name] = jnp.asarray(np.ones(group.size, np.float32))

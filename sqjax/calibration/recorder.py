@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sqjax._trees import check_finite
+from sqjax._warnings import warn
 from sqjax.calibration.analysis import (
     Analyses,
     Analysis,
@@ -91,11 +91,10 @@ class Recorder:
         if key not in self._steps:
             self._steps[key] = self._compile(which, args, number)
             if len(self._steps) == MANY_SHAPES:
-                warnings.warn(
+                warn(
                     f"calibrate: batches of {MANY_SHAPES} different shapes so far, each of which "
                     "is compiled anew: pad them to one length and pass mask=, or sort them into "
-                    "a few lengths",
-                    stacklevel=3,
+                    "a few lengths"
                 )
         mask = None
         if self._mask is not None:

@@ -299,6 +299,7 @@ _ASKED_FOR = {
 
 
 def _sums(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: the sum of both}."""
     return {path: x + theirs[path] for path, x in mine.items()}
 
 
@@ -338,6 +339,7 @@ def _trust(tokens: Array, batch: int, channels: tuple[int, ...]) -> Array:
     # The experts of a ragged dot share one activation, and all of its tokens count.
     summed = tokens.sum(range(batch, tokens.ndim))
     of_matrix = summed.astype(jnp.float32)
+    # Where even the best matrix saw few tokens, an eighth of its own is enough for the others.
     most = jnp.max(of_matrix, initial=0)
     enough = jnp.where(most >= FEW_TOKENS, FEW_TOKENS, most / 8)
     # Where no token reached any matrix of the stack this is 0 / 1e-3, and not the NaN of 0 / 0.
@@ -385,6 +387,7 @@ def leaf_sizes(leaves: Mapping[str, Any]) -> dict[str, Array]:
 
 @jax.jit
 def _sizes(leaves: dict[str, Array]) -> dict[str, Array]:
+    """All leaves in one compiled program, because a call for each would take longer."""
     sizes = {}
     for path, leaf in leaves.items():
         magnitude = jnp.abs(leaf.astype(jnp.float32))

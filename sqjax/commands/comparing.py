@@ -55,6 +55,7 @@ class _OfWindow(NamedTuple):
 
 def shared_length(first: Opened, second: Opened, tokens: int | None) -> int:
     """The tokens of a window, as many as both models take."""
+    # Windows of another length for each would be other texts, of another perplexity.
     lengths = [opened.model.config.max_length for opened in (first, second)]
     return min(TOKENS, *lengths) if tokens is None else tokens
 
@@ -93,6 +94,7 @@ def compared(
         row = jnp.asarray(window, jnp.int32)[None]
         of_window = _of_window(*models, first.params, second.params, row)
         found.append(jax.device_get(of_window))
+    # (windows, means) -> a row of all windows for each mean.
     means = _OfWindow(*np.asarray(found, np.float64).T)
     _check_finite(means)
     differences = means.other_loss - means.loss
@@ -115,6 +117,7 @@ def compared(
 
 
 def _check_finite(means: Any) -> None:
+    """Raises ValueError where a mean is NaN or infinite."""
     if not np.isfinite(means).all():
         raise ValueError(
             "compare: a model returned NaN or infinite logits; check its parameters"
@@ -129,6 +132,7 @@ def _of_window(
     other_params: Params,
     ids: Int[Array, "1 tokens"],
 ) -> _OfWindow:
+    """Both models on one window; of the float32 logits only means leave the device."""
     logprobs = _logprobs(model, params, ids)
     others = _logprobs(other, other_params, ids)
     following = ids[0, 1:, None]

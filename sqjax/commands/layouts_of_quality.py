@@ -87,7 +87,9 @@ def caches(rows: Sequence[Row]) -> Table:
         of_cache = perplexities.setdefault(row["cache"], {})
         of_cache[row["weights"]] = row["perplexity"]
         bytes_per_token[row["cache"]] = row["bytes_per_token"]
-    plain = perplexities.pop("none")
+    plain = perplexities.pop(
+        "none"
+    )  # no cache: what the others are compared with
     lines: list[tuple[str, ...]] = []
     lines.append(
         ("none", "", f"{plain['float32']:.2f}", f"{plain['W8A8']:.2f}")
@@ -229,6 +231,7 @@ def choices(rows: Sequence[Row]) -> Table:
         if name == "float":
             lines.append((label, perplexity, "", ""))
             continue
+        # Window by window, because what makes a window hard is the same for both.
         changes = np.asarray(row["losses"]) - exact
         error = changes.std(ddof=1) / math.sqrt(len(changes))
         more = 100 * math.expm1(changes.mean())

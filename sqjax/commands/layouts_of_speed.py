@@ -60,6 +60,7 @@ def speeds(rows: Sequence[Row]) -> Table:
 def _speeds_of(row: Row, first: Row, keys: Sequence[str]) -> list[str]:
     """The cells of one row: ratios to the first row, and milliseconds."""
     if "note" in row:
+        # As many cells as any other row has, all but the first empty.
         return [row["note"], *[""] * (len(keys) - 1)]
     cells = []
     for key in keys:
@@ -137,8 +138,10 @@ GPU_KERNELS = {
 def gpu_matmuls(rows: Sequence[Row]) -> Table:
     """The kernels' time of one product, 4,096 to 14,336 channels, for some numbers of rows."""
     times_of: dict[str, dict[int, float]] = {}
+    # Only rows that were measured beside bfloat16 have a ratio to it.
     compared = [row for row in rows if "to_bf16" in row]
     for row in compared:
+        # "2048x4096x14336 bare int8": rows x channels in x channels out, then the kernel.
         shape, _, name = row["name"].partition(" ")
         count, _, channels = shape.partition("x")
         if channels == "4096x14336":

@@ -142,6 +142,7 @@ def quantize(
     check_output(
         output, force, directory=is_directory, reads=(model, text, stats)
     )
+    # Only now, because these load jax, and a wrong option should be told of at once.
     from sqjax.commands import quantizing
     from sqjax.commands.calibrating import (
         calibrated,
@@ -192,6 +193,7 @@ def _how(
             "--rule: expected none for --format gguf, whose weights are all of one type"
         )
     alpha = _alpha(layout, scheme, alpha, search)
+    # At the last "=", because a pattern may hold one, and a scheme's name does not.
     split = (rule.rpartition("=") for rule in rules)
     return How(layout, scheme, {p: s for p, _, s in split}, alpha, search)
 

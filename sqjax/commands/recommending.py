@@ -34,6 +34,7 @@ def recommended(
         opened.model.apply,
         opened.params,
         batches,
+        # A perplexity p% higher is a loss that is log(1 + p / 100) higher.
         budget=math.log1p(percent / 100),
         loss=next_token_loss,
         logits=True,
@@ -52,6 +53,7 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """The mean loss of each token after the first, in nats."""
     logprobs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    # What follows each token but the last, which nothing here follows.
     following = ids[:, 1:, None]
     return -jnp.mean(jnp.take_along_axis(logprobs, following, axis=-1))
 

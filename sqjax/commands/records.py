@@ -68,9 +68,8 @@ class Record(NamedTuple):
         commit = f"commit {_short(self.commit)}" if self.commit else "no commit"
         versions = f"jax {self.jax}, Python {self.python}"
         run = _without_record(self.command)
-        if (
-            self.command[0] != "python"
-        ):  # a script beside the records, not a command of ours
+        # A script beside the records is no command of ours: its line is complete.
+        if self.command[0] != "python":
             run = f"sqjax {run}"
         return f"`{run}` on {self.machine}, {versions}, {commit}, {self.date}"
 
@@ -84,6 +83,7 @@ def _short(commit: str) -> str:
 def _without_record(command: Sequence[str]) -> str:
     """The arguments as a command line; where the record went says nothing about the figures."""
     shown = []
+    # Both spellings: "--record FILE", of which two arguments go, and "--record=FILE".
     skip_next = False
     for argument in command:
         if skip_next:

@@ -143,9 +143,8 @@ def _scaled(
     for group in graph.groups:
         if group.name in s:
             for path, labels in group.leaves:
-                signed = np.asarray(
-                    sign * labels.array
-                )  # numpy makes a scalar of ()
+                # An array again, because of one without axes numpy makes a number here.
+                signed = np.asarray(sign * labels.array)
                 parts = _by_degree(s[group.name], signed)
                 factors.setdefault(path, []).extend(parts)
     offsets = dict(graph.offsets)
@@ -182,6 +181,7 @@ def _scale_leaf(
     With an offset c it is c + leaf that is scaled: the function reads that sum, so (c + leaf) / s -
     c is stored.
     """
+    # In float32 at least: two roundings to bfloat16 would be one too many.
     value = leaf.astype(
         leaf.dtype if leaf.dtype == jnp.float64 else jnp.float32
     )
@@ -223,6 +223,7 @@ def _check_positive(name: str, scale: Any) -> None:
     """Raises ValueError if a scale is not above 0 and finite; values are not known under jit."""
     if not is_concrete(scale):
         return
+    # A known array under jit: to read it must not become a part of the compiled program.
     with jax.ensure_compile_time_eval():
         values = np.asarray(scale, np.float64)
     wrong = ~((values > 0) & np.isfinite(values))

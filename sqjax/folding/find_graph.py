@@ -32,6 +32,7 @@ def find_graph(
     Raises:
         ValueError: a stated group is not lawful, or is not as stated.
     """
+    # The stated ones first: what they cover is not searched for again.
     groups = [stated_group(survey, *item) for item in (stated or {}).items()]
     refused, ways = _group_the_rest(survey, groups)
     spaces, space_refusals = find_spaces(survey)
@@ -119,6 +120,7 @@ def _group_the_rest(
             ways[place.name] = reason.way
             continue
         groups.append(group)
+        # One group may cover several sites, such as q, k and v, which are not searched again.
         grouped |= _covered(survey, group)
     # A site that was refused may be in the group of another one after all.
     for name in grouped.intersection(refused):

@@ -297,22 +297,11 @@ class Graph(NamedTuple):
                 f": {len(self.sites)} of {every} leaves that matmuls read; the others stay float"
             )
         if self.groups:
-            rows = [
-                ("scales", "absorbed by", "sites"),
-                *(group.row() for group in self.groups),
-            ]
-            widths = [
-                max(map(len, column)) for column in zip(*rows, strict=True)
-            ]
-            for scales, absorbers, sites in rows:
-                scales, absorbers = (
-                    scales.rjust(widths[0]),
-                    absorbers.ljust(widths[1]),
-                )
-                lines.append(f"  {scales}  {absorbers}  {sites}")
+            lines += _table(map(Group.row, self.groups))
         if self.spaces:
             lines.append(f"  {summary(self.spaces)}")
         lines += self._refusals()
+        # Only sites can be smoothed at run time, and a leaf that is refused need not be one.
         named = {path.partition("[")[0] for path, _ in self.refused}
         if any(site.path in named for site in self.sites):
             lines.append(f"  {_AT_RUN_TIME}")
@@ -333,11 +322,13 @@ class Graph(NamedTuple):
                 continue
             if path in absorbers:
                 reason += "; it absorbs another site's scale all the same"
+            # layers/3/up and layers/4/up are of one kind: layers/#/up.
             kind = _NUMBER.sub("#", path), _NUMBER.sub("#", reason)
             alike.setdefault(kind, []).append((path, reason))
         return list(chain(*map(_lines_of, alike.values())))
 
     def _absorbers(self) -> set[str]:
+        """The leaves that absorb the scale of some group."""
         return set(chain(*map(attrgetter("absorbers"), self.groups)))
 
     def _not_sites(self) -> set[str]:
@@ -346,12 +337,24 @@ class Graph(NamedTuple):
         return leaves.difference(paths_of(self.sites), self._absorbers())
 
 
+def _table(groups: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines with a row for every group: numbers to the right, names to the left."""
+    rows = [("scales", "absorbed by", "sites"), *groups]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for scales, absorbers, sites in rows:
+        first, second = scales.rjust(widths[0]), absorbers.ljust(widths[1])
+        lines.append(f"  {first}  {second}  {sites}")
+    return lines
+
+
 def _lines_of(refusals: list[tuple[str, str]]) -> list[str]:
     """A line for each of (path, reason); one for three or more that are alike."""
     if len(refusals) < 3:
         return [f"  refused {path}: {reason}" for path, reason in refusals]
     named = braced([path for path, _ in refusals[:4]])
     if len(refusals) > 4:
+        # The dots go into the first braces, as in layers/{0, 1, 2, 3, ...}/up.
         shortened = named.replace("}", ", ...}", 1)
         named = shortened if "}" in named else f"{named}, ..."
     _, reason = refusals[0]
@@ -390,4 +393,5 @@ def _steps(start: str, way: tuple[str, ...]) -> list[str]:
 
 
 def _indented(way: tuple[str, ...]) -> list[str]:
+    """A line for each equation of a way."""
     return [f"    {step}" for step in way]

@@ -86,6 +86,8 @@ def renamed_graph(graph: Graph, rename: Renaming) -> Graph:
 
 
 def _renamed_group(rename: Renaming, group: Group) -> Group:
+    """The group with other paths; its labels are those of channels, and stay."""
+
     def labels(
         named: Iterable[tuple[str, LabelMap]],
     ) -> tuple[tuple[str, LabelMap], ...]:
@@ -100,6 +102,7 @@ def _renamed_group(rename: Renaming, group: Group) -> Group:
 
 
 def _renamed_space(rename: Renaming, space: Space) -> Space:
+    """The space with other paths."""
     return space._replace(
         name=rename(space.name),
         leaves=_renamed_pairs(rename, space.leaves),
@@ -111,10 +114,12 @@ def _renamed_space(rename: Renaming, space: Space) -> Space:
 def _renamed_pairs(
     rename: Renaming, named: Iterable[tuple[str, Any]]
 ) -> tuple[Any, ...]:
+    """(path, anything) of each, with other paths."""
     return tuple((rename(path), of_path) for path, of_path in named)
 
 
 def _renamed_sites(rename: Renaming, sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The sites with other paths."""
     return tuple(site._replace(path=rename(site.path)) for site in sites)
 
 
@@ -165,6 +170,7 @@ def held_together(graph: Graph) -> list[tuple[str, ...]]:
     Example: with a group of the leaves norm and q, one of q and o, and a leaf embed, the sets are
     (norm, q, o) and (embed,).
     """
+    # Each leaf begins alone; every group joins the sets of its leaves.
     together: dict[str, tuple[str, ...]] = {
         path: (path,) for path, _ in graph.leaves
     }

@@ -67,6 +67,7 @@ class Stack(NamedTuple):
                 axes = place.site.channel_axes
                 dividing = place.view.dividing.items()
                 scopes &= {scope for scope, axis in dividing if axis in axes}
+        # The scales of a vector are numbered from 1, so the largest label is how many there are.
         largest = []
         for labels in found.values():
             channels, _ = channels_and_degrees(labels)
@@ -134,9 +135,8 @@ class Stack(NamedTuple):
             axis, stride = where[scope]
             of_this_scope = np.arange(shape[axis]) // stride % length
             step = step * length + put_axes(of_this_scope, [axis], labels.ndim)
-        before = (
-            np.sign(labels) * self.size * step
-        )  # the scales of the steps before this one
+        # The scales of the steps before this one; a label that divides counts downwards.
+        before = np.sign(labels) * self.size * step
         return np.where(labels == 0, 0, labels + before)
 
 

@@ -130,6 +130,7 @@ def _positions(
     A token looks at all tokens but padding, on either side; with a window of 5, at the 2 before
     it, at itself and at the 2 after it. Where the configuration is causal, not at those after it.
     """
+    # By slots and not by `places`, because padding takes a slot but no position.
     slots = jnp.arange(tokens, dtype=jnp.int32)
     distance = jnp.abs(slots[:, None] - slots[None, :])[None]
     channels = turning_channels(config.layers)
@@ -280,6 +281,7 @@ class Encoder:
         vectors = np.zeros((count, channels), np.float32)
         for part in parts:
             found = _embed(self, params, part.ids, part.mask)
+            # A batch may be filled up with rows of padding, which come last.
             vectors[part.numbers] = np.asarray(found)[: len(part.numbers)]
         return vectors
 
@@ -305,6 +307,7 @@ class Encoder:
     def _text_batches(
         self, texts: Sequence[str], batch: int, prompt: str | None
     ) -> list[TextBatch]:
+        """Texts as token ids, in batches of like lengths."""
         if self.tokenizer is None:
             raise ValueError(
                 "encode: expected an encoder with a tokenizer, got one without; give "

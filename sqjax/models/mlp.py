@@ -135,10 +135,12 @@ class Mixture(nn.Module):
         weights, chosen = _choose(router(tokens), experts)
 
         flat = chosen.reshape(-1)
+        # order[i] is which of all (token, choice) pairs comes i-th once they are sorted by expert.
         order = jnp.argsort(flat)
         sizes = jnp.bincount(flat, length=experts.count)
         rows = tokens[order // experts.per_token]
         outputs = ExpertMLP(self.config, experts, name="experts")(rows, sizes)
+        # The order of a permutation is its inverse: back to the order of tokens.
         by_token = outputs[jnp.argsort(order)].reshape(
             *chosen.shape, x.shape[-1]
         )

@@ -281,6 +281,7 @@ def _yarn(
     """Frequencies by the pair's number: a ramp from the last fast pair to the first slow one."""
 
     def pair_that_turns(times: float) -> float:
+        """The number of the pair that turns so many times in the original length."""
         radians = times * 2 * math.pi
         exponent = math.log(scaling.original_length / radians)
         return channels * exponent / (2 * math.log(theta))
@@ -300,5 +301,6 @@ def _dynamic(scaling: Dynamic, channels: int, longest: Array) -> Array:
     """By what theta grows for a text of so many tokens; 1 up to the original length."""
     length = jnp.maximum(longest, scaling.original_length).astype(jnp.float32)
     beyond = scaling.factor * length / scaling.original_length
+    # At the original length this is 1.
     growth = beyond - (scaling.factor - 1)
     return growth ** jnp.float32(channels / max(channels - 2, 1))

@@ -102,6 +102,7 @@ class _Builder:
         )
 
     def _new(self, aval: Any) -> Var:
+        """A new variable of this shape and dtype, in the scope that is being written out."""
         self.avals.append(aval)
         self.scopes.append(self.scope)
         return Var(len(self.avals) - 1)
@@ -114,6 +115,7 @@ class _Builder:
         return captured
 
     def _note_outputs(self, atoms: Sequence[Atom], what: str) -> None:
+        """Notes that something outside of the equations reads these: the first reader counts."""
         for v in variables_in(atoms):
             self.outputs.setdefault(v, what)
 
@@ -192,7 +194,9 @@ class _Builder:
             return equation
         outside = self.scope
         jaxpr = call.program.jaxpr
-        constants: list[Atom] = []
+        constants: list[
+            Atom
+        ] = []  # a shard_map has none: all its operands are blocks
         if isinstance(call, Scan):
             scopes = self._enter_scan(call)
             captured = self._capture(jaxpr, call.program.consts)
@@ -227,6 +231,7 @@ class _Builder:
         of_test, of_body, _ = loop.sort(equation.inputs)
         bodies = []
         for program, outer in ((loop.test, of_test), (loop.body, of_body)):
+            # The test runs before the body, and once more: so both have a carry of their own.
             shapes = [v.aval for v in loop.sort(equation.origin.invars)[2]]
             inputs = tuple(map(self._new, shapes))
             self.roots.update(dict.fromkeys(inputs, f"the carry of {equation}"))
@@ -257,6 +262,7 @@ class _Builder:
         `inputs` are those of them that are the program's own: the carry.
         """
         captured = self._capture(program.jaxpr, program.consts)
+        # Copies, because a branch that is not taken must not count as a reader (see `Body`).
         copies: dict[Atom, Equation] = {}
         for x in operands:
             if x not in inputs and not self._is_seen_inside(x):
@@ -289,9 +295,8 @@ class _Builder:
 
     def _enter_shard_map(self, shards: ShardMap) -> Scopes:
         """Goes into a shard_map's body; its mesh axes have numbers of their own."""
-        own = len(
-            self._numbers
-        )  # part of the key, because no other shard_map has this number
+        # Part of the key, because no other shard_map has this number.
+        own = len(self._numbers)
         numbers = []
         for name, size in shards.sizes.items():
             number = self._enter((own, name), size)
@@ -300,6 +305,7 @@ class _Builder:
         return tuple(numbers)
 
     def _enter(self, key: Any, length: int) -> int:
+        """Goes into a scope, and returns its number: the one that this key has here already."""
         number = self._numbers.setdefault((self.scope, key), len(self._numbers))
         self.lengths[number] = length
         self.scope = (*self.scope, number)
@@ -321,9 +327,8 @@ class _Builder:
     def _slice(self, outer: Atom, aval: Any) -> Var:
         """The variable of one step's slice, which all scans of a family share."""
         known = self.slices.setdefault((outer, self.scope), [])
-        known.append(
-            known[0] if known else self._new(aval)
-        )  # one entry for each body
+        # One entry for each body, and always the same variable.
+        known.append(known[0] if known else self._new(aval))
         return known[0]
 
     def _inputs_of_block(

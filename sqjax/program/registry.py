@@ -92,6 +92,7 @@ class Rule(NamedTuple):
 
 
 def _never(equation: JaxprEqn) -> bool:
+    """No equation without a special value concerns anyone."""
     return False
 
 
@@ -141,6 +142,7 @@ class Registry:
 
     def owner(self, operands: Sequence[Any]) -> Kind:
         """The kind whose rules are asked: the first one among the operands."""
+        # Without a special value it is an equation that `concerns` the first kind.
         met = map(self.kind_of, specials_among(operands))
         return min(met, key=self.kinds.index, default=self.kinds[0])
 

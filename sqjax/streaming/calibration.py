@@ -115,6 +115,11 @@ class _Options(NamedTuple):
 
 
 def _token_ids(batches: Iterable[Any]) -> Arrays:
+    """The token ids of each batch, all kept, because embedding and head both need them.
+
+    Raises:
+        ValueError: there are no batches, or one holds something else.
+    """
     check_batches(batches)
     ids = []
     for number, batch in enumerate(batches):
@@ -163,8 +168,9 @@ def _of_parts(
     # A tied head reads the same leaf: then they are one program, and come together at the end.
     if not config.tie_embeddings:
         found.append(("", _stats(embedding, params, batches, options)))
+    # On the host, because the activations of all batches may not fit on the device.
     x = [jax.device_get(embedding.forward(params, batch)) for batch in ids]
-    del params
+    del params  # before the first layer is read
 
     found += _of_layers(parts, x, keep, options, progress)
 
@@ -205,6 +211,7 @@ def _of_layers(
             batches = _with_masks([(batch,) for batch in x], keep)
             seen = _stats(alike[key], params, batches, options)
         found.append((prefix, seen))
+        # In place, one batch after the other: two sets of activations are never held.
         for i, batch in enumerate(x):
             x[i] = jax.device_get(alike[key].forward(params, batch))
         # The next layer is read before the loop's name for this one is used again.
@@ -245,6 +252,7 @@ class _Alike(NamedTuple):
 def _run_layer(
     config: DecoderConfig, number: int, params: Any, x: Any, *_: Any
 ) -> Any:
+    """One layer; `_` is the mask, which calibration alone reads."""
     return run_layer(config, number, params, x)
 
 
@@ -279,4 +287,5 @@ def _stats(
 
 
 def _last(*args: Any) -> Any:
+    """The mask function of batches that carry their mask."""
     return args[-1]

@@ -143,6 +143,7 @@ def _plan(
     alpha: Alpha | None,
     groups: str | Iterable[str],
 ) -> _Plan:
+    """The plan, checked as far as it can be before a leaf is read."""
     if stats is None:
         graph = _sites_graph(model, shapes)
         schemes = site_schemes(graph, scheme)
@@ -159,6 +160,7 @@ def _plan(
 
 def _sites_graph(model: Model, shapes: Any) -> Graph:
     """The sites of a model, from its shapes: no leaf is read."""
+    # Any batch will do: which leaves a matmul reads does not hang on its shape.
     tokens = min(8, model.config.max_length)
     ids = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
     analyses = Analyses([model.apply], shapes, [(ids,)], {}, False)
@@ -190,6 +192,7 @@ def _quantized_as_read(
     plan: _Plan, leaves: Iterable[tuple[str, Any]]
 ) -> Leaves:
     """The leaves, each set of those that are folded together quantized once it is complete."""
+    # {leaf: the leaves that it is folded together with, itself among them}.
     together: dict[str, tuple[str, ...]] = {}
     for paths in held_together(plan.stats.graph):
         together.update(dict.fromkeys(paths, paths))

@@ -59,11 +59,13 @@ def layer_of_path(path: str) -> int | None:
 
 
 def _is_of_embedding(path: str) -> bool:
+    """Whether the embedding needs a parameter: all that neither a layer nor the head has."""
     return layer_of_path(path) is None and not path.startswith(HEAD)
 
 
 def _is_of_head(config: DecoderConfig, path: str) -> bool:
     """Whether the head needs a parameter; a tied one needs the embedding too."""
+    # A tied head reads what the embedding does: all that is in no layer.
     tied = config.tie_embeddings and layer_of_path(path) is None
     return tied or path.startswith(HEAD)
 
@@ -147,12 +149,14 @@ def opened_parts(
 
 
 def _layer_tree(number: int, leaves: Iterable[tuple[str, Any]]) -> Any:
+    """The tree of one layer, with the paths that its leaves have within it."""
     prefix = layer_prefix(number)
     flat = {path.removeprefix(prefix): x for path, x in leaves}
     return unflatten_dict(flat, sep="/")
 
 
 def _number(leaf: tuple[str, Any]) -> int:
+    """The layer that a (path, leaf) is of."""
     number = layer_of_path(leaf[0])
     assert number is not None  # only leaves of layers are asked for
     return number

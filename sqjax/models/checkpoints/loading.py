@@ -1,7 +1,6 @@
 """`load`: a model and its parameters from a file, a directory or a name."""
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sqjax._warnings import warn
 from sqjax.models import tokenizer
 from sqjax.models.checkpoints.family import Family
 from sqjax.models.checkpoints.gguf import read_gguf
@@ -182,8 +182,5 @@ def _gguf_tokenizer(
     try:
         return tokenizer.from_gguf_metadata(metadata, str(path))
     except ValueError as error:
-        warnings.warn(
-            f"{path}: the model was loaded without a tokenizer: {error}",
-            stacklevel=3,
-        )
+        warn(f"{path}: the model was loaded without a tokenizer: {error}")
         return None

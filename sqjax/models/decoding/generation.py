@@ -207,6 +207,7 @@ def _continue(
     if stream is None:
         until = jnp.int32(steps)
         return _advance(model, params, state, how, ends, until, before)
+    # How many tokens of each row the callback knows; the first was found by the prefill.
     told = np.zeros(len(state.out), int)
     while True:
         new_tokens = _new_tokens(state, told)
@@ -401,6 +402,7 @@ def _choose(
             state.keys, state.step
         )
         token = sample(logits, how, step_keys)
+    # Rows that are over go on as zeros, which are not counted: all rows keep one shape.
     over = state.stopped | ~finite
     token = jnp.where(over, 0, token)
     is_end = jnp.any(token[:, None] == ends[None, :], axis=1)
@@ -490,6 +492,7 @@ def greedy(
         logits, slots = decode(params, token[:, None], slots, before)
         return (likeliest(logits), slots), token
 
+    # Each step reads a token and finds the next one, so the last one found is read by no step.
     first = likeliest(logits)
     (last, _), earlier = jax.lax.scan(step, (first, slots), length=steps - 1)
     return jnp.concatenate([earlier.T, last[:, None]], axis=1)

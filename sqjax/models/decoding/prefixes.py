@@ -245,6 +245,7 @@ def _chosen(
             f"prefix: expected tokens whose activations are above ratio = {ratio} times the median "
             "token's, got none: this model needs no prefix; give ids= to have one"
         )
+    # As many tokens as stand out in a text, on average: so many places the model rests on.
     count = min(most, math.ceil(everywhere.total() / found.texts))
     opening = None
     if model.tokenizer is not None:
@@ -255,6 +256,7 @@ def _chosen(
         [(opening, _)] = everywhere.most_common(1)
     others = [token for token, _ in found.later.most_common()]
     frequent = [token for token in others if token != opening]
+    # The opening token comes last, because what follows it is read as a text of its own.
     return [*frequent[: count - 1], opening]
 
 

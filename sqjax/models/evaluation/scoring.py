@@ -302,9 +302,8 @@ def _batch(
     [8, 0, 0, 0]] without a cache and [[0, 5, 6, 7], [0, 0, 0, 8]] with one.
     """
     longest = max(map(len, rows))
-    inputs = max(
-        1, longest - 1
-    )  # the last token of a sequence is a target only
+    inputs = max(1, longest - 1)  # the last token is a target only
+    # Rounded up, so that sequences of a few lengths share a compiled program.
     width = min(-(-inputs // MULTIPLE) * MULTIPLE, most)
     ids = np.zeros((size, width + 1), np.int32)
     padding = np.zeros(size, np.int32)
@@ -350,6 +349,7 @@ def encode_pair(
                 "put in its place; give a context"
             )
         return begin, encode_alone(model.tokenizer, continuation)
+    # Tokenizers put a space before a word, not after the one before it.
     kept = context.rstrip()
     # A text that goes on has no token of its end.
     together = encode_open(model.tokenizer, context + continuation)
@@ -388,6 +388,7 @@ def multiple_choice(
             pair = encode_pair(model, question.context, choice)
             _check_scored(number, choice, pair)
             pairs.append(pair)
+    # One list for the choices of all questions, because they are read in batches of like lengths.
     likelihoods = iter(
         loglikelihoods(
             model, params, pairs, cache=cache, batch=batch, prefix=prefix
@@ -398,6 +399,7 @@ def multiple_choice(
         for question in questions
     ]
     return Accuracy(
+        # The same likelihoods three times: as they are, by character, and by byte.
         acc=_share_right(questions, logprobs, lambda choice: 1),
         acc_norm=_share_right(questions, logprobs, len),
         acc_bytes=_share_right(

@@ -1,11 +1,11 @@
 """How compressed-tensors says that modules are quantized: the groups of its configuration."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sqjax._warnings import warn
 from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.keys import (
     PATTERNS,
@@ -142,10 +142,9 @@ def _read_blocks(weights: Settings) -> Blocks:
 
 def warn_of_groups() -> None:
     """Warns that activations in groups of channels are read as activations by token."""
-    warnings.warn(
+    warn(
         "quantization_config: activations have one scale for each token here, and not one for "
-        "each group of its channels: results are a little coarser",
-        stacklevel=2,
+        "each group of its channels: results are a little coarser"
     )
 
 

@@ -16,13 +16,13 @@ and w = scale * (q - zero). Which modules are quantized, and how, the configurat
 of modules. The tensors say which modules are.
 """
 
-import warnings
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from sqjax._warnings import warn
 from sqjax.models.checkpoints.names import Shape
 from sqjax.models.checkpoints.quantized.compressed_schemes import (
     FORMATS,
@@ -104,11 +104,10 @@ def read_compressed_tensors(settings: Settings) -> Quantization:
     unused: tuple[str, ...] = ()
     if settings("kv_cache_scheme", MAPPING, None) is not None:
         unused = _OF_CACHES
-        warnings.warn(
+        warn(
             "quantization_config: kv_cache_scheme is not used: choose the cache's format by "
             "model.init_cache(..., kind='int8') or generate(..., cache='int8'); its scales are "
-            "then those of what it holds, and not the file's",
-            stacklevel=2,
+            "then those of what it holds, and not the file's"
         )
     return Quantization(
         frozenset(_ENDINGS),
