@@ -18,7 +18,7 @@ def calibrate(**options):
 
 @pytest.mark.parametrize("text", ["every activation was zero at v", "less than 32 tokens reached"])
 def test_a_warning_shows_the_line_that_called_the_package(text):
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match=text) as warned:
         calibrate()
     [one] = [w for w in warned if text in str(w.message)]
     # Here beartype stands between this file and the package, and is the caller.
