@@ -163,6 +163,7 @@ class Analyses:
 
     def _analysis(self, fn: Fn, args: Arguments, number: int) -> Analysis:
         repeated = traced_program(fn, self.params, args, number)
+        # `check_repeatable` will ask these, and only these, whether they are the same again.
         if number == 0:
             self._first.append(repeated)
         survey = Survey.of(Program(repeated.traced), self._shared)
@@ -220,6 +221,7 @@ def described(args: Any) -> str:
 
 
 def _described_sequence(args: Sequence[Any]) -> str:
+    """`described` of a tuple or list, in Python's own brackets."""
     is_list = isinstance(args, list)
     if is_list and _numbers_in(args):
         return f"[{_numbers_in(args)} numbers]"

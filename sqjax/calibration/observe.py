@@ -90,6 +90,7 @@ def observe(
 
     probes = _probes(analysis, wanted)
     measures: dict[Var, Callable[[Array], Any]] = {
+        # Sorted, because a set's order is another one in every run, and so the program would be.
         var: partial(_measure_all, probes=sorted(of_var))
         for var, of_var in probes.items()
     }
@@ -122,9 +123,14 @@ def observe(
             reached = _of_experts(program, place, measured[sizes], along)
             seen = seen._replace(reached=reached)
         seen_at.append((place, seen))
-    observations = _by_site(seen_at)
+    return outputs, _by_site(seen_at) | _of_keys(analysis, measured)
 
-    # Keys are found with the channels of their site, so nothing is to be rearranged.
+
+def _of_keys(
+    analysis: Analysis, measured: Mapping[Var, Any]
+) -> dict[Site, Observation]:
+    """What the keys saw: found with the channels of their site, so nothing is rearranged."""
+    observations = {}
     for key in analysis.keys:
         measurement = measured[key.activation][Probe(key.axes)]
         observations[key.site] = Observation(
@@ -133,7 +139,7 @@ def observe(
             jnp.max(measurement.tokens),
             jnp.max(measurement.reached),
         )
-    return outputs, observations
+    return observations
 
 
 def _probes(analysis: Analysis, wanted: Wanted) -> dict[Var, set[Probe]]:
@@ -148,6 +154,7 @@ def _probes(analysis: Analysis, wanted: Wanted) -> dict[Var, set[Probe]]:
 
 
 def _probe(analysis: Analysis, place: Place, wanted: Wanted) -> Probe:
+    """What to measure of the activation of one matmul."""
     own = wanted_of(place.site, wanted, analysis.looked_up)
     return Probe(place.axes, place.batch, own)
 
@@ -166,6 +173,7 @@ def wanted_of(site: Site, wanted: Wanted, looked_up: Collection[str]) -> Wanted:
 def _measure_all(
     x: Array, counted: Array | None = None, *, probes: Sequence[Probe]
 ) -> dict[Probe, Measurement]:
+    """All measurements of one activation."""
     return {probe: measure(x, probe, counted) for probe in probes}
 
 
@@ -177,6 +185,7 @@ def _together(a: Any, b: Any) -> Any:
 
 
 def _whole(x: Array, counted: Array | None = None) -> Array:
+    """The array itself: of the sizes of experts every number is wanted."""
     return jnp.asarray(x)
 
 
@@ -190,6 +199,7 @@ def _look(
 
 
 def _warn_of_lost(places: Iterable[Place], lost: Mapping[Var, str]) -> None:
+    """Warns of sites to which the mask could not be followed, once for each reason."""
     names: dict[str, list[str]] = {}
     for place in places:
         if place.activation in lost:

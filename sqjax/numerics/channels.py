@@ -36,6 +36,7 @@ def channel_absmax(
     kept, groups = channels.axes, channels.groups
     if groups > 1:
         kept = (*kept, channels.outputs)
+    # The axes that are kept come first, so that the maximum goes over all after them.
     first = jnp.moveaxis(magnitude, kept, range(len(kept)))
     others = tuple(range(len(kept), first.ndim))
     largest = jnp.max(first, axis=others, initial=0)

@@ -95,7 +95,10 @@ def int8_dot(
         lhs, rhs: float arrays. Their contraction must be no longer than `LONGEST_CONTRACTION`.
     """
     (l_axes, r_axes), batch = dimensions
-    mirrored = (r_axes, l_axes), batch[::-1]
+    mirrored = (
+        (r_axes, l_axes),
+        batch[::-1],
+    )  # of the product with its sides exchanged
     l_codes, l_scale = _quantized(
         _only_read(lhs, rhs, dimensions), l_axes, granularity
     )
@@ -182,6 +185,7 @@ def aligned(
     of_lhs = _batch_first(lhs_scale, l_batch, l_contracted)
     of_rhs = _batch_first(rhs_scale, r_batch, r_contracted)
     batch = len(l_batch)
+    # The result has the batch axes, then the free ones of lhs, then those of rhs.
     l_ones = (1,) * (of_lhs.ndim - batch)
     r_ones = (1,) * (of_rhs.ndim - batch)
     return [

@@ -155,6 +155,7 @@ class _Problem(NamedTuple):
         group = jnp.pad(group, (0, more))
         order = jnp.arange(features + more)
         if act_order:
+            # The diagonal holds |x_j|^2; the columns that were padded, with 0, come last.
             order = jnp.argsort(-jnp.diagonal(gram))
         return cls(
             order,
@@ -168,12 +169,15 @@ class _Problem(NamedTuple):
 
     def solved(self, usual: Array, damping: float | Array) -> Array:
         """The numbers, (outputs, features): the usual ones where no others are better."""
-        more = len(self.order) - self.features
+        more = (
+            len(self.order) - self.features
+        )  # the columns that fill the last block up
         numbers = jnp.pad(usual.T, [(0, more), (0, 0)])[self.order]
         steps = self.grid.step[self.columns.group]
         weight = self.columns.weight
         usual_choice = _Choice(numbers, weight - steps * numbers)
 
+        # To round each alone is kept where damping, or a greedy order, has made things worse.
         compensated = self._pass(
             self.columns,
             weight,
@@ -215,6 +219,7 @@ class _Problem(NamedTuple):
             def own(x: Array, axis: int = 0) -> Array:
                 return lax.dynamic_slice_in_dim(x, start, size, axis)
 
+            # Errors of blocks to come are still 0, so all rows may be multiplied.
             to_block = own(feedback, 1)
             fed_back = jnp.matmul(to_block.T, error, precision=EXACT)
             chosen = self._pass(
@@ -274,6 +279,7 @@ def corrected_weight(
     diagonal = jnp.diagonal(gram)
     damped = _or_one(diagonal) + damping * jnp.mean(diagonal)
     full = jnp.fill_diagonal(gram, damped, inplace=False)
+    # What (C - G) W^T says is missing; solved by Cholesky, because G is symmetric and above 0.
     missing = jnp.matmul(cross - gram, weight.T, precision=EXACT)
     factor = jax.scipy.linalg.cho_factor(full)
     correction = jax.scipy.linalg.cho_solve(factor, missing).T
@@ -312,4 +318,5 @@ def _unit_upper(gram: Array, damping: float | Array) -> Array:
 
 
 def _or_one(diagonal: Array) -> Array:
+    """A diagonal above 0: 1 for channels that were never seen."""
     return jnp.where(diagonal > 0, diagonal, jnp.float32(1))

@@ -36,11 +36,12 @@ def _times_root(size: int) -> np.ndarray:
     matrix = np.ones((1, 1))
     while len(matrix) < power:
         matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
+    # cos t + sin t of Hartley's transform, for the odd factor.
     angles = 2 * math.pi * np.outer(range(odd), range(odd)) / odd
     return np.kron(matrix, np.cos(angles) + np.sin(angles))
 
 
 def _factors(size: int) -> tuple[int, int]:
     """(2^k, m) of 2^k m with m odd: 576 is 64 times 9."""
-    power = size & -size
+    power = size & -size  # the lowest bit that is set
     return power, size // power

@@ -109,6 +109,7 @@ def trade_off(costs: np.ndarray, losses: np.ndarray) -> TradeOff:
 
 
 def _sum(of_options: np.ndarray, choice: np.ndarray) -> Any:
+    """The sum over all items, each at its choice."""
     return of_options[np.arange(len(choice)), choice].sum()
 
 
@@ -120,6 +121,7 @@ def _hull(costs: np.ndarray, losses: np.ndarray) -> list[int]:
     """
     corners: list[int] = []
     for option in np.lexsort((losses, costs)).tolist():
+        # It costs no less than the last corner, and must be better to be worth it.
         if corners and losses[option] >= losses[corners[-1]]:
             continue
         while len(corners) > 1 and _is_above(costs, losses, corners, option):
@@ -159,6 +161,7 @@ def _by_table(
     costs: np.ndarray, losses: np.ndarray, budget: float
 ) -> np.ndarray:
     """Dynamic programming: best[u] is the least loss of the items so far within u units."""
+    # Only what is paid beyond the cheapest option of each item, because that much is paid anyway.
     above = costs - costs.min(axis=1, keepdims=True)
     # The minimum first, because a budget may be infinite.
     spare = int(min(budget - costs.min(axis=1).sum(), above.max(1).sum()))
@@ -176,6 +179,7 @@ def _by_table(
         chosen[item] = np.argmin(each, axis=0)
         best = each.min(axis=0)
 
+    # Back through the table: what the last item took tells how much the others had.
     choice = np.zeros(len(costs), np.int64)
     left = units
     for item in reversed(range(len(costs))):

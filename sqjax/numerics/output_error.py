@@ -69,6 +69,7 @@ def best_changes(
         block = lax.dynamic_slice_in_dim(own_rows, first, group, 1)
         now = lax.dynamic_slice_in_dim(total, first, group, 0)
         passed = jnp.matmul(own_rows, total, precision=EXACT)
+        # (G D)_g without the group's own part; then d^T (G_gg d + 2 of that) for every option d.
         others = passed - jnp.matmul(block, now, precision=EXACT)
         through = jnp.matmul(block[None], tried, precision=EXACT)
         costs = jnp.sum(tried * (through + 2 * others[None]), axis=1)
@@ -79,4 +80,4 @@ def best_changes(
 
     order = jnp.tile(jnp.arange(count), sweeps)
     _, chosen = lax.scan(improve, changes[0], order)
-    return chosen[-count:].T
+    return chosen[-count:].T  # of the last sweep

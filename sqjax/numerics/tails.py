@@ -44,6 +44,7 @@ def growth(
         0.5
     """
     sampled = jnp.max(jnp.abs(rows), axis=0, initial=0)
+    # Dead channels, and those that no sampled token reached, tell nothing of growth.
     known = (sampled > 0) & (absmax > 0)
     ratio = jnp.where(known, absmax / jnp.where(known, sampled, 1), 1)
     count = jnp.sum(known, dtype=jnp.float32)
@@ -78,6 +79,7 @@ def largest_of_new_tokens(
         100.0
     """
     largest = jnp.max(absmax, initial=0)
+    # Relative to the largest, because u^(1/g) alone would overflow.
     relative = absmax / jnp.where(largest > 0, largest, 1)
     together = jnp.sum(relative ** (1 / growth)) * share
     return largest * jnp.maximum(together, 1) ** growth

@@ -108,7 +108,7 @@ def matmul(
             f"{blocks.rows, blocks.outputs}"
         )
     rows, outputs = form.shape
-    if not rows * outputs:
+    if not rows * outputs:  # a grid of no programs can not be launched
         return jnp.zeros(form.shape, dtype)
     # Channels are an axis of tiles, because a kernel may index a whole axis, but not slice one.
     for name in ("x", "values"):
@@ -167,6 +167,7 @@ def _form(operands: dict[str, Array]) -> _Form:
                 f"{expected[name]}, got {array.shape}"
             )
     length = channels // max(groups, 1)
+    # A tile must not reach into the next group, so it divides the group's length.
     tile = math.gcd(length, _LONGEST)
     if length * groups != channels or tile < _SHORTEST:
         raise ValueError(

@@ -185,6 +185,7 @@ def transposed_product(
     if recipe.activations is None or not one_scale:
         weight = matrix.dequantized(recipe.group).astype(x.dtype)
         return _times_rows(x, weight)
+    # The scales belong to the axis that is summed over, so they must be there before rounding.
     scaled = x.astype(jnp.float32) * matrix.scale.T
     fmt = FORMATS[recipe.fmt]
     x_scale = activation_scale(scaled, "per_token", None, fmt)
@@ -418,6 +419,7 @@ def ragged_product(
     if stack.scale.shape[2] > 1:
         weight = _dequantized(recipe, stack).astype(x.dtype)
         return _ragged(x, weight, group_sizes, jnp.float32)
+    # The scale of each row is that of its own matrix.
     row = _group_of_row(group_sizes, x.shape[0])
     scale = stack.scale[row, :, 0]
     codes = jax.vmap(partial(Matrix.integers, group=recipe.group))(stack)
