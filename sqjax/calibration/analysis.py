@@ -119,11 +119,8 @@ class Analyses:
         attention: bool,
         known: Known | None = None,
     ):
-        self.functions, self.params, self.first_batches = (
-            functions,
-            params,
-            first_batches,
-        )
+        self.functions, self.params = functions, params
+        self.first_batches = first_batches
         self.stated, self.attention = stated, attention
         self._shared = shared_arrays(params)
         self.known = Known() if known is None else known

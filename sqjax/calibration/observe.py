@@ -90,7 +90,7 @@ def observe(
 
     probes = _probes(analysis, wanted)
     measures: dict[Var, Callable[[Array], Any]] = {
-        # Sorted, because a set's order is another one in every run, and so the program would be.
+        # Sorted, so that the compiled program does not hang on the order of a set.
         var: partial(_measure_all, probes=sorted(of_var))
         for var, of_var in probes.items()
     }

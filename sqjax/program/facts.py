@@ -73,21 +73,12 @@ class Program:
 
     def __init__(self, traced: Traced):
         flat = build(traced)
-        self.main, self.inputs, self.results = (
-            flat.main,
-            flat.inputs,
-            flat.results,
-        )
-        self.avals, self.scopes, self.lengths = (
-            flat.avals,
-            flat.scopes,
-            flat.lengths,
-        )
-        self.mesh_axes, self.outputs, self.constants = (
-            flat.mesh_axes,
-            flat.outputs,
-            flat.constants,
-        )
+        self.main = flat.main
+        self.inputs, self.results = flat.inputs, flat.results
+        self.avals, self.scopes = flat.avals, flat.scopes
+        self.lengths, self.mesh_axes = flat.lengths, flat.mesh_axes
+        self.outputs, self.constants = flat.outputs, flat.constants
+        # The leaves come first among the inputs; the others are fn's own.
         self.whole = dict(zip(traced.paths, self.inputs, strict=False))
         self.leaves = dict(flat.leaves)
         self.roots = dict(flat.roots)
