@@ -32,8 +32,9 @@ from sqjax.folding.sites import Place, sides_of
 from sqjax.numerics.ranges import BINS, Histogram
 from sqjax.numerics.samples import Sample
 from sqjax.program.equations import Atom, Var
-from sqjax.program.evaluate import Mark, evaluate
+from sqjax.program.evaluate import evaluate
 from sqjax.program.facts import Program
+from sqjax.program.marks import Mark
 from sqjax.program.replication import MeshAxes, varying
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Array
 
 from sqjax._shapes import other_axes, runs, sizes_along
 from sqjax.program.equations import Equation, Var
-from sqjax.program.evaluate import Mark
 from sqjax.program.facts import Program
+from sqjax.program.marks import Mark
 from sqjax.program.primitives import (
     COMPARISONS,
     ELEMENTWISE,

@@ -37,8 +37,8 @@ from sqjax.calibration.token_rules import (
     is_boolean,
 )
 from sqjax.program.equations import Equation, Var
-from sqjax.program.evaluate import Mark
 from sqjax.program.facts import Program
+from sqjax.program.marks import Mark
 from sqjax.program.primitives import IDENTITIES, REDUCTIONS
 
 

@@ -202,9 +202,7 @@ def measure_speed(
 
 def _prompt_ids(model: Model) -> Array:
     """The ids of the demo's prompt, (1, tokens)."""
-    assert (
-        model.tokenizer is not None
-    )  # `text_windows` has refused a model without one
+    assert model.tokenizer is not None  # `_check_model` has seen to it
     return jnp.asarray([model.tokenizer.encode(PROMPT)], jnp.int32)
 
 

@@ -134,9 +134,9 @@ def sentences(name: str, count: int) -> list[str]:
         ValueError: the text has fewer of them.
     """
     # A sentence may run over several lines.
-    text = " ".join(shipped(name).split())
+    prose = " ".join(shipped(name).split())
     found = []
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
+    for sentence in re.split(r"(?<=[.!?])\s+", prose):
         if 6 <= len(sentence.split()) <= 60:
             found.append(sentence)
     if len(found) < count:

@@ -149,6 +149,7 @@ def _measured(name: str, how: _How, talk: Talk) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    """One model's perplexity and size, for people."""
     size = row["weight_bytes"] / 1e6
     return f"perplexity {row['perplexity']:.3f}  {size:.0f} MB in memory  {row['model']}"
 
@@ -196,6 +197,7 @@ def _numbers(results: Any) -> dict[str, dict[str, float]]:
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
+    """A line for each metric of each task."""
     lines = []
     for task, metrics in results.items():
         for metric, value in metrics.items():

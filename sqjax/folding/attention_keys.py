@@ -43,9 +43,8 @@ def find_keys(survey: Survey) -> list[Keys]:
     """
     program = survey.program
     found: dict[str, Keys] = {}
-    met: set[Var] = (
-        set()
-    )  # what the groups found so far have labelled: the keys themselves, too
+    # What the groups found so far have labelled: the keys themselves, too.
+    met: set[Var] = set()
     for equation in program.equations:
         of_activations = program.from_leaves.isdisjoint(equation.inputs)
         if equation.name != "dot_general" or not of_activations:

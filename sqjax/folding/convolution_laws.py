@@ -42,6 +42,7 @@ def convolve(claim: Claim) -> bool:
     x = np.expand_dims(_apart(x, 1, groups), 2)
     w = np.expand_dims(_apart(w, 0, groups), 0)
     y = _apart(y, 1, groups)
+    # (images, groups, 1, channels) and (1, groups, outputs, channels).
     product = product_of(x, w)
     return product is not None and has_one_label(product, (3,), y)
 
@@ -55,6 +56,7 @@ def _first_two(labels: Labels, spec: Sequence[int]) -> Labels:
 def _apart(labels: Labels, axis: int, groups: int) -> Labels:
     """The labels with an axis split into (groups, what is in a group)."""
     size = labels.shape[axis]
+    # A label that holds all along the axis holds in every group.
     sizes = (1, 1) if size == 1 else (groups, size // groups)
     return labels.reshape(
         *labels.shape[:axis], *sizes, *labels.shape[axis + 1 :]

@@ -132,6 +132,8 @@ def _must_meet(
 def _meet_kernel(
     c: Closure, e: Equation, image: _Operand, kernel: _Operand, x: Labels
 ) -> None:
+    """The channels' labels of an image end in their opposites in the kernel."""
+    # Images of one batch meet the same kernel, so they must be scaled alike.
     if varies(x, [0]):
         raise Refused(f"{e} adds up its channels")
     c.check_may_meet(e, image.var, kernel.var)
@@ -141,6 +143,8 @@ def _meet_kernel(
 def _meet_image(
     c: Closure, e: Equation, image: _Operand, kernel: _Operand, w: Labels
 ) -> None:
+    """The channels' labels of a kernel end in their opposites in the image."""
+    # All outputs read the same image.
     if varies(w, [1]):
         raise Refused(f"{e} adds up its channels")
     c.check_may_meet(e, image.var, kernel.var)

@@ -6,19 +6,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from sqjax.program.equations import Atom, Body, Equation, Scopes, Var
 from sqjax.program.facts import Program
+from sqjax.program.marks import (
+    Mark,
+    array_or_none,
+    grown,
+    has_shape,
+    is_whole,
+    joined,
+    kept_shape,
+    of_any,
+    same_kind,
+)
 from sqjax.program.subprograms import Scan, ShardMap, emit, kept
 
 #: {variable: what to make of its value; with marks, of its value and its mark}.
 Probes = Mapping[Var, Callable[..., Any]]
-#: What is known of a value's elements beside the value: an array that broadcasts against it, None
-#: for nothing, or a pytree without arrays.
-Mark = Any
 #: The marks of an equation's results, from (equation, operands, results, marks of the operands).
 Follow = Callable[
     [Equation, Sequence[Any], Sequence[Any], Sequence[Mark]], Sequence[Mark]
@@ -32,6 +39,7 @@ Env = dict[Var, Any]
 
 
 def _summed(a: Any, b: Any) -> Any:
+    """The sum of two trees of arrays."""
     return jax.tree.map(jnp.add, a, b)
 
 
@@ -70,12 +78,14 @@ def evaluate(
 
 
 def _read(env: Env, atoms: Iterable[Atom]) -> list[Any]:
+    """The values of operands or results."""
     return [
         env[atom] if isinstance(atom, Var) else atom.value for atom in atoms
     ]
 
 
 def _marks_of(marks: Mapping[Var, Mark], atoms: Iterable[Atom]) -> list[Mark]:
+    """The marks of operands or results."""
     return [
         marks.get(atom) if isinstance(atom, Var) else None for atom in atoms
     ]
@@ -189,6 +199,7 @@ class _Run(NamedTuple):
         env: Env,
         scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
+        """A scan without marks: what probes see is stacked, as its ys are."""
         _, first, xs = scan.sort(operands)
 
         def step(carry, slices):
@@ -210,6 +221,7 @@ class _Run(NamedTuple):
         marks: dict[Var, Mark],
         scopes: Scopes,
     ) -> tuple[list[Any], Seen]:
+        """A shard_map: what probes see gets an axis for each mesh axis, with its devices."""
         # Only the program's constants come from outside, because all else is an operand of the
         # shard_map. Marks are the same on all devices, or they are left outside.
         assert equation.body is not None
@@ -218,7 +230,7 @@ class _Run(NamedTuple):
         given = _marks_of(marks, equation.inputs)
         whole = [
             m
-            if _is_array(m) and _is_whole(m, shards.sharded_axes(spec))
+            if has_shape(m) and is_whole(m, shards.sharded_axes(spec))
             else None
             for m, spec in zip(given, shards.in_specs, strict=True)
         ]
@@ -286,16 +298,16 @@ class _Run(NamedTuple):
         for _, _, seen in types:
             blank |= self._of_device(jax.tree.map(_zeros, seen), scopes)
         of_results = zip(*(made for _, made, _ in types), strict=True)
-        common = list(map(_of_any, of_results))
+        common = list(map(of_any, of_results))
 
         def run(branch):
             outputs, made, seen = branch()
-            known = self._of_device(list(map(_kept, common, made)), scopes)
+            known = self._of_device(list(map(kept_shape, common, made)), scopes)
             return outputs, known, {**blank, **seen}
 
         runs = [partial(run, branch) for branch in branches]
         outputs, made, seen = lax.switch(operands[0], runs)
-        known = map(_joined, made, common)
+        known = map(joined, made, common)
         marks.update(zip(equation.outputs, known, strict=True))
         return outputs, seen
 
@@ -341,6 +353,7 @@ class _Run(NamedTuple):
 
 
 def _zeros(like: Any) -> jax.Array:
+    """What a probe has seen that has seen nothing."""
     return jnp.zeros(like.shape, like.dtype)
 
 
@@ -383,7 +396,7 @@ class _MarkedScan(NamedTuple):
         assert equation.body is not None
         scan: Any = equation.body.call
         _, of_first, of_xs = scan.sort(_marks_of(marks, equation.inputs))
-        over_marks = any(_is_array(m) and m.shape[0] > 1 for m in of_xs)
+        over_marks = any(has_shape(m) and m.shape[0] > 1 for m in of_xs)
         carried = [None] * len(of_first) if over_marks else of_first
         return cls(
             run, equation, scan, env, marks, scopes, carried, of_xs, over_marks
@@ -397,19 +410,19 @@ class _MarkedScan(NamedTuple):
 
         def step(carry, slices):
             (values, made), ys = loop._step(carry, slices)
-            kept = list(map(_kept, loop.carried, made))
+            kept = list(map(kept_shape, loop.carried, made))
             return [values, kept], ys
 
-        start = [list(first), list(map(_array, loop.carried))]
+        start = [list(first), list(map(array_or_none, loop.carried))]
         (carry, kept), (ys, seen, of_ys) = self.scan.run(step, start, slices)
-        of_carry = list(map(_joined, kept, loop.carried))
+        of_carry = list(map(joined, kept, loop.carried))
         made = zip(self.equation.outputs, [*of_carry, *of_ys], strict=True)
         self.marks.update(made)
         return [*carry, *ys], seen
 
     def _sliced(self, mark: Mark) -> Mark:
         """A mark of what is sliced, one for each step."""
-        if not _is_array(mark):
+        if not has_shape(mark):
             return None
         return jnp.broadcast_to(mark, (self.scan.length, *mark.shape[1:]))
 
@@ -423,7 +436,7 @@ class _MarkedScan(NamedTuple):
             **dict(zip(body.inputs, [*values, *parts], strict=True)),
         }
         static = [*self.carried, *self.of_xs]
-        known = map(_joined, [*of_values, *of_parts], static)
+        known = map(joined, [*of_values, *of_parts], static)
         within = {**self.marks, **dict(zip(body.inputs, known, strict=True))}
         seen = self.run.equations(body.equations, inner, within, self.scopes)
         outputs = _read(inner, body.outputs)
@@ -435,66 +448,10 @@ class _MarkedScan(NamedTuple):
         """The same once the shapes of the carried marks grow no further from step to step."""
         if self.over_marks or not self.scan.length:
             return self
-        start = [list(first), list(map(_array, self.carried))]
+        start = [list(first), list(map(array_or_none, self.carried))]
         one = jax.tree.map(lambda x: x[0], slices)
         (_, after), _ = jax.eval_shape(self._step, start, one)
-        grown = list(map(_grown, self.carried, after))
-        if all(map(_same_kind, grown, self.carried)):
+        carried = list(map(grown, self.carried, after))
+        if all(map(same_kind, carried, self.carried)):
             return self
-        return self._replace(carried=grown)._settled(first, slices)
-
-
-def _of_any(marks: Sequence[Mark]) -> Mark:
-    """The mark of what one of several branches makes: `Lost` if one of theirs is, else an array's
-    shape and dtype, to which all of them broadcast.
-    """
-    arrays = [mark for mark in marks if _is_array(mark)]
-    for mark in marks:
-        if mark is not None and not _is_array(mark):
-            return mark
-    if not arrays:
-        return None
-    shape = np.broadcast_shapes(*(mark.shape for mark in arrays))
-    return jax.ShapeDtypeStruct(shape, arrays[0].dtype)
-
-
-def _array(mark: Mark) -> Mark:
-    return mark if _is_array(mark) else None
-
-
-def _kept(before: Mark, made: Mark) -> Mark:
-    """A carried mark after a step, in the shape that it had before; None if it is no array."""
-    if not _is_array(before):
-        return None
-    made = made if _is_array(made) else jnp.zeros_like(before)
-    return jnp.broadcast_to(made, before.shape)
-
-
-def _is_array(mark: Mark) -> bool:
-    return hasattr(mark, "shape")
-
-
-def _is_whole(mark: Mark, sharded: Mapping[int, Any]) -> bool:
-    """Whether all devices hold one mark: it does not differ along the axes that are sharded."""
-    return all(mark.shape[axis] == 1 for axis in sharded)
-
-
-def _joined(kept: Mark, static: Mark) -> Mark:
-    """A mark inside a loop: the array that goes round, or what is no array and stays as it was."""
-    return static if kept is None and not _is_array(static) else kept
-
-
-def _grown(before: Mark, after: Mark) -> Mark:
-    """A mark that holds for both: in a shape that both broadcast to."""
-    if not _is_array(after):
-        return after if before is None else before
-    if not _is_array(before):
-        return jnp.zeros(after.shape, after.dtype)
-    shape = np.broadcast_shapes(before.shape, after.shape)
-    return jnp.broadcast_to(before, shape)
-
-
-def _same_kind(a: Mark, b: Mark) -> bool:
-    if _is_array(a) and _is_array(b):
-        return a.shape == b.shape
-    return type(a) is type(b)
+        return self._replace(carried=carried)._settled(first, slices)
