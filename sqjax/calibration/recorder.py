@@ -65,6 +65,7 @@ class Recorder:
         self.totals = self._nothing_seen(first)
 
     def _nothing_seen(self, first: Analysis) -> Totals:
+        """Zeros in the place of every statistic, to which the batches are added."""
         experts = {
             place.site.path: experts_of(first.program, place)
             for place in first.places

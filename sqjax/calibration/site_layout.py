@@ -165,9 +165,8 @@ def _parts(
     for i, axis in enumerate(place.site.channel_axes[:kept]):
         for scope in view.strides(axis):  # the outermost first
             yield Part(i, program.lengths[scope], scope)
-        if (
-            axis not in scanned
-        ):  # a scan takes one index at a time: within a step nothing remains
+        # A scan takes one index at a time: within a step nothing remains.
+        if axis not in scanned:
             yield Part(i, place.block[i], own=axis not in picked)
     for i, size in enumerate(tail, start=kept):
         yield Part(i, size, own=True)

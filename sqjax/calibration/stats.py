@@ -115,6 +115,7 @@ class Stats:
         return "\n".join(lines)
 
     def _row(self, site: Site) -> tuple[str, str, str, str]:
+        """(tokens, absmax, outlier ratio, path) of a site, as texts; "?" under jit."""
         absmax, tokens = self.absmax[site.path], self.count[site.path]
         if not is_concrete(absmax) or not is_concrete(tokens):
             return "?", "?", "?", site.path
@@ -224,6 +225,7 @@ class Stats:
                 )
 
     def _check_same_parameters(self, other: "Stats") -> None:
+        """Raises ValueError where weights, or what was folded into them, differ."""
         of_parameters = attrgetter("folded", "leaf_sizes", "weight_absmax")
         mine, theirs = of_parameters(self), of_parameters(other)
         # Under jit there are no values to compare.

@@ -82,6 +82,7 @@ def _clipped(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
 
 
 def _check_ranges(schemes: Mapping[str, Scheme]) -> None:
+    """Raises ValueError for a scheme whose static range is made of a histogram."""
     for path, how in schemes.items():
         if how.needs_histogram:
             raise ValueError(

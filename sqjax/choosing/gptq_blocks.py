@@ -98,6 +98,7 @@ def gptq_blocks(
     done = []
     shown = tqdm(layers, "quantizing", unit="layer", disable=not progress)
     for number, layer in enumerate(shown):
+        # `coded` is handed to the user, `narrow` is the same in float, to be run here.
         coded = narrow = layer
         for stage in streams.stages:
             grams = streams.grams(stage, layer, narrow)
@@ -136,6 +137,7 @@ def _check_layers(layers: Any) -> None:
 
 
 def _kind(layer: PyTree) -> Any:
+    """What all layers must have in common."""
     paths, leaves, treedef = named_leaves(layer)
     kinds = [(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves]
     return treedef, paths, kinds
@@ -163,6 +165,7 @@ def _check_finite(grams: Mapping[str, "_Pair"], number: int) -> None:
 
 
 def _check_schemes(schemes: Mapping[str, Scheme]) -> None:
+    """Raises ValueError for what needs statistics, which are made layer by layer here."""
     for path, scheme in schemes.items():
         if scheme.measured:
             raise ValueError(

@@ -194,6 +194,7 @@ def learn(
 
 
 def _check_counts(steps: int, every: int, patience: int | None) -> None:
+    """Raises ValueError for numbers of steps that make no sense."""
     expect(steps >= 0, "learn: steps", "a number of 0 or more", steps)
     expect(every >= 1, "learn: every", "a number of 1 or more", every)
     fits = patience is None or patience >= 1

@@ -169,6 +169,7 @@ class _Sharing(NamedTuple):
     def of(
         cls, site: Site, scheme: Scheme, shape: tuple[int, ...]
     ) -> "_Sharing":
+        """What a scheme's granularity means for the leaf of a site."""
         granularity = scheme.weight.granularity
         if granularity == "per_channel":
             return cls(shape, site.axes)
@@ -266,10 +267,12 @@ def straight_through(
 def _forward(
     x: Array, scale: Array, values: Array, inside: Array | None
 ) -> tuple[Array, Any]:
+    """The values, and what the way back needs."""
     return values, (x, scale, values, inside)
 
 
 def _back(kept: Any, g: Array) -> tuple[Array, Array, Array, None]:
+    """The gradients of x and of its scale; `values` and `inside` have none."""
     x, scale, values, inside = kept
     # d (scale q) / d scale = q - x / scale where x is inside, because q moves with x there (LSQ,
     # Esser et al. 2020, arXiv 1902.08153); and q alone where x is clipped.
@@ -277,6 +280,7 @@ def _back(kept: Any, g: Array) -> tuple[Array, Array, Array, None]:
     if inside is not None:
         of_x = jnp.where(inside, g, 0.0)
         of_values = jnp.where(inside, of_values, values)
+    # A scale that many elements share gets the sum of their gradients.
     shared = [
         axis
         for axis, size in enumerate(scale.shape)

@@ -87,9 +87,8 @@ def caches(rows: Sequence[Row]) -> Table:
         of_cache = perplexities.setdefault(row["cache"], {})
         of_cache[row["weights"]] = row["perplexity"]
         bytes_per_token[row["cache"]] = row["bytes_per_token"]
-    plain = perplexities.pop(
-        "none"
-    )  # no cache: what the others are compared with
+    # What a model has without a cache: the others are compared with it.
+    plain = perplexities.pop("none")
     lines: list[tuple[str, ...]] = []
     lines.append(
         ("none", "", f"{plain['float32']:.2f}", f"{plain['W8A8']:.2f}")

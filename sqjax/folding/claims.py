@@ -87,9 +87,8 @@ def first_along(labels: Labels, axes: Iterable[int]) -> Labels:
     index: list[Any] = [slice(None)] * labels.ndim
     for a in axes:
         index[a] = slice(0, 1)
-    index.append(
-        ...
-    )  # so that the result is an array even where there is no axis
+    # So that the result is an array even where there is no axis.
+    index.append(...)
     return labels[tuple(index)]
 
 

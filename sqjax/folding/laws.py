@@ -202,9 +202,8 @@ def _pad(claim: Claim) -> bool:
     """
     padding = claim.params["padding_config"]
     _, value = claim.equation.inputs
-    narrowest = np.min(
-        padding, initial=0
-    )  # a negative width takes elements off
+    # A negative width takes elements off.
+    narrowest = np.min(padding, initial=0)
     if narrowest < 0 or not claim.program.is_scale_free(value):
         return False
     [x, _], [y] = claim.whole_xs(), claim.whole_ys()

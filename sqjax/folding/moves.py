@@ -48,6 +48,7 @@ def _transpose(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
 
 
 def _reshape(labels: Labels, params: dict, old: Shape, new: Shape) -> Labels:
+    # Old programs may say in which order the axes are read.
     order = params.get("dimensions")
     if order is None:
         return reshape(labels, old, new)

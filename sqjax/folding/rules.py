@@ -114,9 +114,8 @@ def _pad(c: Closure, e: Equation) -> None:
     """Zeros all round carry any label, because 0 times any scale is 0."""
     x, value = e.inputs
     y, padding = e.outputs[0], e.params["padding_config"]
-    narrowest = np.min(
-        padding, initial=0
-    )  # a negative width takes elements off
+    # A negative width takes elements off.
+    narrowest = np.min(padding, initial=0)
     if narrowest < 0 or not c.program.is_scale_free(value):
         raise Refused(f"{e} pads it with something else than zeros")
     shape = c.program.shape(x)
@@ -278,12 +277,10 @@ def _power(c: Closure, e: Equation) -> None:
 
 
 def _raise(c: Closure, e: Equation, exponent: int) -> None:
+    """Labels through a power: s on x is s^n on x^n, and s on x^n is the n-th root of s on x."""
     x, y = e.inputs[0], e.outputs[0]
-    if exponent not in (
-        2,
-        4,
-        8,
-    ):  # other roots are not exact, so nothing would prove them
+    # Other roots are not exact, so nothing would prove them.
+    if exponent not in (2, 4, 8):
         raise Refused(f"{e} stands in the way")
 
     def forwards(labels: Labels) -> Labels:

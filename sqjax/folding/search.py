@@ -335,9 +335,8 @@ class Closure:
     def _distinct(self, var: Var, labels: Labels) -> int:
         """How many scales would be left if a variable took these labels."""
         shape = self.program.shape(var) or (1,) * labels.ndim
-        kept = np.minimum(
-            labels.shape, shape
-        )  # less than the labels' where the variable broadcasts
+        # Less than the labels' where the variable broadcasts.
+        kept = np.minimum(labels.shape, shape)
         return np.unique(labels[tuple(map(slice, kept))]).size
 
     # The search -----------------------------------------------------------------------------------

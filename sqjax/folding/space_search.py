@@ -220,6 +220,7 @@ def _equations_around(program: Program) -> dict[Var, list[Equation]]:
 
 
 def _at_the_border(bodies: tuple[Body, ...]) -> Iterator[Var]:
+    """The variables that enter or leave bodies."""
     for body in bodies:
         yield from body.inputs
         for atom in body.outputs:

@@ -93,6 +93,7 @@ def rotations(
 
 
 def _drawn(space: Space, how: str, rng: np.random.Generator) -> Array:
+    """A matrix for a space; of one that must keep ones all but that direction is drawn."""
     draw = DRAWN[how]
     if space.keeps_ones:
         return jnp.asarray(keeping_ones(draw(space.size - 1, rng)), jnp.float32)
@@ -204,6 +205,7 @@ def _checked(
 
 
 def _check_matrix(space: Space, q: Array) -> None:
+    """Raises ValueError for a matrix that the space must not be multiplied by."""
     expected = (space.size, space.size)
     if q.shape != expected or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(

@@ -214,6 +214,7 @@ def _all_steps(x: Array) -> Array:
 def _error(
     signal: float, noise: float, clipped: float, values: float
 ) -> SiteError:
+    """The ratio of signal to noise in decibels, and the share of values that are clipped."""
     # Rows that are looked up meet no activation: nothing is clipped of nothing.
     share = clipped / values if values else 0.0
     if not signal:
@@ -274,6 +275,7 @@ def _compared(exact: Any, other: Any, clipped: Array, values: Any) -> Array:
 def _of_dot(
     equation: JaxprEqn, operands: Sequence[Any], leaves: Sequence[Special]
 ) -> tuple[Array, int]:
+    """(how many values of a matmul's activation are clipped, how many there are)."""
     lhs, rhs = operands
     (l_axes, r_axes), (l_batch, r_batch) = equation.params["dimension_numbers"]
     dimensions = (l_axes, r_axes), (l_batch, r_batch)

@@ -181,6 +181,7 @@ class Maxima(NamedTuple):
 def _maxima_of_sites(
     group: Group, leaves: Mapping[str, Any], stats: Stats
 ) -> list[Maxima]:
+    """Of every site of a group what its scales are made of."""
     sites = stats.graph.sites
     site_of = dict(zip(paths_of(sites), sites, strict=True))
     found = []

@@ -327,9 +327,8 @@ def first_channels(slots: Slots, new: Array, positions: Array) -> Array:
     else:
         total = jnp.sum(new, axis=2, where=real)
         count = jnp.sum(real, axis=2, dtype=jnp.float32)
-        seen = total / jnp.maximum(
-            count, 1
-        )  # a row of padding alone has the mean 0
+        # A row of padding alone has the mean 0.
+        seen = total / jnp.maximum(count, 1)
     # Position 0 is a row's first token; a row with padding before that begins at -1.
     row_begins = positions[:, 0] <= 0
     return jnp.where(row_begins[:, None, None], seen, slots.channel)

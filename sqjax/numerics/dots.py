@@ -95,10 +95,8 @@ def int8_dot(
         lhs, rhs: float arrays. Their contraction must be no longer than `LONGEST_CONTRACTION`.
     """
     (l_axes, r_axes), batch = dimensions
-    mirrored = (
-        (r_axes, l_axes),
-        batch[::-1],
-    )  # of the product with its sides exchanged
+    # The dimensions of the same product with its sides exchanged.
+    mirrored = (r_axes, l_axes), batch[::-1]
     l_codes, l_scale = _quantized(
         _only_read(lhs, rhs, dimensions), l_axes, granularity
     )

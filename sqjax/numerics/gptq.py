@@ -169,9 +169,8 @@ class _Problem(NamedTuple):
 
     def solved(self, usual: Array, damping: float | Array) -> Array:
         """The numbers, (outputs, features): the usual ones where no others are better."""
-        more = (
-            len(self.order) - self.features
-        )  # the columns that fill the last block up
+        # So many columns fill the last block up.
+        more = len(self.order) - self.features
         numbers = jnp.pad(usual.T, [(0, more), (0, 0)])[self.order]
         steps = self.grid.step[self.columns.group]
         weight = self.columns.weight

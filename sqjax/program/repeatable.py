@@ -132,6 +132,7 @@ def _has_many_digits(value: Any) -> bool:
 
 
 def _everything(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations of a program, those of the programs within it after each one's own."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in _within(equation):

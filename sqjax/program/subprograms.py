@@ -167,9 +167,8 @@ def plain(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     items = list(map(plain, value))
-    if hasattr(
-        value, "_fields"
-    ):  # a NamedTuple, as a gather's dimension numbers
+    # A NamedTuple, as a gather's dimension numbers.
+    if hasattr(value, "_fields"):
         return type(value)(*items)
     return tuple(items)
 

@@ -122,9 +122,8 @@ class View:
             (scan, 1) for scan, taken in self.stacked.items() if taken == axis
         ]
         stride = self.shape[axis]
-        for block in reversed(
-            self.blocks
-        ):  # neighbouring blocks are on neighbours of the minor axis
+        # Neighbouring blocks are on neighbours of the minor axis.
+        for block in reversed(self.blocks):
             if block.axis == axis:
                 found.append((block.mesh_axis, stride))
                 stride *= block.devices
@@ -305,9 +304,8 @@ def _squeeze(view: View, params: dict, old: Shape, new: Shape) -> View:
         if piece.axis in view.sliced and piece.stride == 1:
             taken.append(Taken(piece.axis, None, piece.start))
             sliced.discard(piece.axis)
-    for a in sorted(
-        gone, reverse=True
-    ):  # the last first, so that the others stay where they are
+    # The last first, so that the others stay where they are.
+    for a in sorted(gone, reverse=True):
         del axes[a]
     left = frozenset(sliced)
     return replace(view, axes=tuple(axes), taken=tuple(taken), sliced=left)
@@ -346,9 +344,8 @@ def _slice(view: View, params: dict, old: Shape, new: Shape) -> View | None:
             return None
         # A slice of a slice counts in the first's strides: w[2:8:2][1:3] begins at 2 + 2 * 1.
         start = piece.start + piece.stride * params["start_indices"][a]
-        stride = (
-            piece.stride * strides[a] if after > 1 else 1
-        )  # one entry alone has no stride
+        # One entry alone has no stride: 1 will do.
+        stride = piece.stride * strides[a] if after > 1 else 1
         axes[a] = (Piece(piece.axis, stride, after, start),)
         sliced.add(piece.axis)
     return replace(view, axes=tuple(axes), sliced=frozenset(sliced))
@@ -401,9 +398,8 @@ def _regroup(
             if missing % piece.size == 0:  # all of it
                 own.append(piece)
                 missing //= piece.size
-            elif (
-                piece.size % missing == 0
-            ):  # its major part; the rest is for the next axis
+            elif piece.size % missing == 0:
+                # Its major part; the rest is for the next axis.
                 # [512] for (8, 64): the axis of 8 gets the stride 64, and a piece of 64 with the
                 # stride 1 waits.
                 rest = piece.size // missing

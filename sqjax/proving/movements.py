@@ -34,9 +34,8 @@ def _broadcast(params: dict[str, Any], x: Residues) -> Residues:
 
 
 def _reshape(params: dict[str, Any], x: Residues) -> Residues:
-    order = params.get(
-        "dimensions"
-    )  # an order of the axes before, of old programs
+    # Old programs may say in which order the axes are read.
+    order = params.get("dimensions")
     return (x if order is None else x.transpose(order)).reshape(
         params["new_sizes"]
     )
@@ -101,6 +100,7 @@ def _dynamic_update_slice(
 def _gather(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """Elements at indices, which are numbers as always: jax looks the residues up."""
     x, indices = operands
     options = {
         name: equation.params[name]
@@ -131,6 +131,7 @@ _SCATTERED = (
 def _scatter(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """Residues in the place of others."""
     x, indices, updates = operands
     options = {name: equation.params[name] for name in _SCATTERED}
     made = lax.scatter(residues_of(x), indices, residues_of(updates), **options)

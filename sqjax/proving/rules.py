@@ -128,6 +128,7 @@ def _smaller(x: Residues, y: Residues) -> Residues:
 
 
 def _clamp(low: Residues, x: Residues, high: Residues) -> Residues:
+    """min(max(x, low), high)."""
     return _smaller(_larger(x, low), high)
 
 
@@ -149,6 +150,7 @@ def _extremum(make: Callable[..., Residues]) -> Rule:
 def _select(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """Of several cases the one whose number, or boolean, stands in the first operand."""
     which, *cases = operands
     values = list(map(residues_of, cases))
     chosen = np.asarray(which).astype(np.int32)
@@ -192,6 +194,7 @@ def _rounded(x: Residues, bits: int, before: int, seed: int) -> Value:
 def _reduce_precision(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """Nothing changes unless so few bits are kept that it is a quantizer."""
     bits = equation.params["mantissa_bits"]
     return [_rounded(residues_of(operands[0]), bits, bits + 1, seed)]
 
@@ -203,6 +206,7 @@ _HIGHEST_POWER = 2**10
 def _whole_power(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """x^n, exactly; of a high power an oracle."""
     exponent = equation.params["y"]
     if abs(exponent) > _HIGHEST_POWER:
         return _oracle(equation, operands, seed)
@@ -267,6 +271,7 @@ def _lines(x: Residues, axes: Sequence[int]) -> Residues:
 def _top(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """The largest elements of each line and where they stand, in the order of `places`."""
     x = residues_of(operands[0])
     axis = equation.params.get("axis", x.ndim - 1)
     lines = np.moveaxis(x, axis, -1)
@@ -283,6 +288,7 @@ def _top(
 def _sort(
     equation: JaxprEqn, operands: Sequence[Value], seed: int
 ) -> list[Value]:
+    """All operands in the order of the first ones, the keys."""
     axis, count = equation.params["dimension"], equation.params["num_keys"]
     keys = [_sort_key(x, axis, seed) for x in operands[:count]]
     # The last key of lexsort counts first.
@@ -298,6 +304,7 @@ def _sort(
 
 
 def _sort_key(value: Value, axis: int, seed: int) -> np.ndarray:
+    """Numbers to sort by, with the lines along the last axis."""
     if isinstance(value, Field):
         return places(np.moveaxis(value.residues, axis, -1), seed)
     return np.moveaxis(np.asarray(value), axis, -1)
@@ -308,6 +315,7 @@ def _sum(params: dict[str, Any], x: Residues) -> Residues:
 
 
 def _product(params: dict[str, Any], x: Residues) -> Residues:
+    """The product of all elements along some axes."""
     lines = _lines(x, params["axes"])
     result = np.ones(lines.shape[:-1], np.uint32)
     for k in range(lines.shape[-1]):
@@ -316,6 +324,7 @@ def _product(params: dict[str, Any], x: Residues) -> Residues:
 
 
 def _running_sum(params: dict[str, Any], x: Residues) -> Residues:
+    """The sums of the first, or last, 1, 2, ... elements."""
     axis = params["axis"]
     if params["reverse"]:
         return np.flip(running_total(np.flip(x, axis), axis), axis)

@@ -61,6 +61,7 @@ def run(
 
 def _read(env: dict[Any, Value], atoms: Sequence[Any]) -> Iterator[Value]:
     for atom in atoms:
+        # A number in the program stands there as Python's, and means one of its dtype.
         if isinstance(atom, Literal):
             aval: Any = atom.aval
             yield np.asarray(atom.val, aval.dtype)
@@ -103,6 +104,7 @@ def _check_shapes(equation: JaxprEqn, results: Sequence[Value]) -> None:
 def _scan(
     equation: JaxprEqn, operands: list[Value], seed: int
 ) -> Sequence[Value]:
+    """Step by step, because every step may meet other numbers."""
     scan: Any = scan_in(equation)
     consts, carry, xs = scan.sort(scan.given(operands))
     steps = range(scan.length)
@@ -121,6 +123,7 @@ def _scan(
 
 
 def _at(x: Value, step: int) -> Value:
+    """One step's slice."""
     return Field(x.residues[step]) if isinstance(x, Field) else x[step]
 
 
@@ -136,6 +139,7 @@ def _stacked(values: list[Value], aval: Any) -> Value:
 def _while(
     equation: JaxprEqn, operands: list[Value], seed: int
 ) -> Sequence[Value]:
+    """Until its test says no, or for `MOST_STEPS` steps."""
     loop = while_in(equation)
     of_test, of_body, _ = loop.sort(operands)
     carry = list(operands[loop.of_test + loop.of_body :])
@@ -152,6 +156,7 @@ def _while(
 def _cond(
     equation: JaxprEqn, operands: list[Value], seed: int
 ) -> Sequence[Value]:
+    """The branch that is taken; as jax does it, an index out of range is moved into it."""
     cond = cond_in(equation)
     which, *given = operands
     last = len(cond.branches) - 1

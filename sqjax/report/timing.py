@@ -27,9 +27,8 @@ def interleaved(
     for number in shown:
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(
-                run()
-            )  # because jax returns before the result is there
+            # Because jax returns before the result is there.
+            jax.block_until_ready(run())
             elapsed = time.perf_counter() - start
             if number > 0:
                 seconds[name].append(elapsed)

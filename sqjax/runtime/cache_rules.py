@@ -318,9 +318,8 @@ def _dot_of_cache(
         if _varies(scale, free):
             return None
         x = x * beside_lhs(scale, x.ndim, dimensions)
-        scale = jnp.ones(
-            (1,) * cache.ndim, jnp.float32
-        )  # none is left for the sums
+        # The scale is in x by now, so none is left for the sums.
+        scale = jnp.ones((1,) * cache.ndim, jnp.float32)
     products = math.prod(sizes_along(x.shape, x_axes))
     if products > LONGEST_CONTRACTION:
         return None
