@@ -1,11 +1,13 @@
 """Warnings that name the user's line, however deep in this package they arise."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
 from types import FrameType
 
-_HERE = str(Path(__file__).parent)
+#: What the names of this package's files begin with, and no other package's.
+_HERE = f"{Path(__file__).parent}{os.sep}"
 
 
 def warn(text: str) -> None:
