@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, expect
 from sqjax._names import first_matches
+from sqjax._tables import aligned
 from sqjax._trees import PyTree, is_float
 from sqjax.calibration.analysis import described
 from sqjax.calibration.calibrate import calibrate, check_batches
@@ -106,11 +107,7 @@ class Recommendation(NamedTuple):
             more = f"{one.difference:+.4f} +- {one.interval:.4f}"
             size = shown_bytes(one.nbytes)
             rows.append((star, size, f"{one.loss:.4f}", more, one.name))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for *cells, name in rows:
-            padded = [c.rjust(n) for c, n in zip(cells, widths, strict=False)]
-            lines.append("  ".join([*padded, name]).rstrip())
+        lines = aligned(rows, left={4})
         found = "none" if self.name is None else self.name
         lines.append(f"within {self.budget:g}: {found}")
         return "\n".join(lines)
