@@ -125,7 +125,8 @@ def smooth(case: Case, scheme: sq.Scheme) -> Chosen:
 def by_search(case: Case, scheme: sq.Scheme) -> Chosen:
     """What `quantize_by_search` rounds by GPTQ."""
     stats = case.measured()
-    return Chosen(*sq.prepare_by_search(case.params, stats, rules(scheme)))
+    found = sq.prepare_by_search(case.params, stats, rules(scheme))
+    return Chosen(found.params, found.stats, found.clips, found.rules)
 
 
 def search(case: Case, scheme: sq.Scheme) -> Chosen:
