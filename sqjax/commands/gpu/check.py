@@ -44,9 +44,9 @@ def check(notes: Notes) -> None:
     _attempt(notes, "save, load", saved_and_loaded)
     _attempt(notes, f"no float copy {_by(LAYER)}", no_float_copy)
     # A tiny run leaves out what is the same again, because compiling takes a processor minutes.
-    shapes, names, caches = MODEL_SHAPES, list(MODELS), list(CACHE_FORMATS)
-    if notes.tiny:
-        shapes, names, caches = shapes[:1], names[:1], caches[:1]
+    most = 1 if notes.tiny else None
+    shapes = MODEL_SHAPES[:most]
+    names, caches = list(MODELS)[:most], list(CACHE_FORMATS)[:most]
     for name in names:
         _attempt(notes, name, partial(of_model, name, shapes))
     _attempt(notes, "generation", partial(generation, caches))

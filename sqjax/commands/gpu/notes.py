@@ -141,6 +141,9 @@ class Notes:
         rows = [*self._other, run, *self._rows]
         total = sum(row["seconds"] for row in rows if row["name"] == RUN)
         record = make_record(self._plan.command, rows, total)
+        if on_gpu():
+            cpu = f"{record.machine.cpu} with one {card()}"
+            record = record._replace(machine=record.machine._replace(cpu=cpu))
         unfinished = self._plan.path.with_suffix(".new")
         write_record(unfinished, record)
         unfinished.replace(self._plan.path)

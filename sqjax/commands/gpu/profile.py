@@ -94,7 +94,7 @@ def queued(call: Call, repeats: int) -> float:
 
 def kernels(calls: Mapping[str, Call], repeats: int) -> dict[str, list[Kernel]]:
     """{name: its kernels, the longest first} of calls that have run before, in one trace."""
-    runs = _runs(_trace(calls, repeats))
+    runs = runs_of(_trace(calls, repeats))
     if len(runs) == len(calls):
         return {
             name: _summed(events, repeats)
@@ -148,7 +148,7 @@ def _events(folder: Path) -> Iterator[Event]:
                         )
 
 
-def _runs(events: Sequence[Event]) -> list[list[Event]]:
+def runs_of(events: Sequence[Event]) -> list[list[Event]]:
     """Events in runs, between which nothing ran for half a gap."""
     runs: list[list[Event]] = []
     end = -float("inf")

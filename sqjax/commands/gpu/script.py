@@ -79,8 +79,11 @@ def _in_a_process(part: str, options: argparse.Namespace) -> bool:
     """Runs one part; whether all of it holds."""
     command = [sys.executable, "-m", "sqjax.commands.gpu", "--part", part]
     command += _shared(options)
+    # Rows go to stderr where this process sends its own there, as `sqjax bench gpu --json` does.
+    target = sys.stderr if sys.stdout is sys.stderr else None
+    longest = _limit(part, options) + GRACE
     try:
-        done = subprocess.run(command, timeout=_limit(part, options) + GRACE)
+        done = subprocess.run(command, stdout=target, timeout=longest)
     except subprocess.TimeoutExpired:
         print(f"{part}: ended after its time", file=sys.stderr, flush=True)
         return False
@@ -113,7 +116,8 @@ def _run(part: str, options: argparse.Namespace) -> int:
         _keep_programs()
     # Here, because XLA reads its flags when jax is first used.
     notes = import_module("sqjax.commands.gpu.notes")
-    command = ["python", "-m", "sqjax.commands.gpu", *_without_part(options)]
+    # How the record is made, not which part was made last.
+    command = ["python", "-m", "sqjax.commands.gpu", *_shared(options)]
     plan = notes.Plan(
         command, options.record, options.tiny, _limit(part, options)
     )
@@ -138,8 +142,3 @@ def _add_flag(flag: str) -> None:
 def _keep_programs() -> None:
     """For this process, unless the user keeps them elsewhere."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(KEPT))
-
-
-def _without_part(options: argparse.Namespace) -> list[str]:
-    """What a record names as its command: how it is made, not which part was made last."""
-    return _shared(options)

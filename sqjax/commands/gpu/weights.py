@@ -158,7 +158,8 @@ def some_outputs(tensor: QTensor, count: int) -> np.ndarray:
         held = host[: count if host.shape[0] > 1 else 1].astype(np.float64)
         if held.shape[1] == 1:
             return held
-        return np.repeat(held, tensor.group, axis=1)[:, :inputs]
+        shared = tensor.group or 1
+        return np.repeat(held, shared, axis=1)[:, :inputs]
 
     inputs = tensor.values.shape[1]
     values = np.asarray(tensor.values)[:count].astype(np.float64)
