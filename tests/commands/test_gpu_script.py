@@ -50,9 +50,9 @@ def test_a_part_goes_on_where_it_stopped_and_other_parts_stay(plan):
     assert read_record(plan.path).rows[1] == {"part": "matmul", "name": "c", "us": 1.2346}
 
 
-def test_rows_of_another_commit_are_measured_again(plan, monkeypatch):
+def test_rows_of_other_code_are_measured_again(plan, monkeypatch):
     Notes(plan, "check").add("a", {"holds": True})
-    monkeypatch.setattr(record_of_visit, "current_commit", lambda: "another")
+    monkeypatch.setattr(record_of_visit, "code", lambda: "another")
     assert not Notes(plan, "check").has("a")
 
 

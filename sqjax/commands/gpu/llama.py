@@ -154,10 +154,9 @@ def _in_scheme(
         donated = (2,) if case.grows else ()
         jobs[f"{case.name} {scheme}"] = (
             jax.jit(run, donate_argnums=donated),
-            (params, case.ids, case.cache()),
+            (params, case.ids, jax.eval_shape(case.cache)),
         )
     programs = profile.compiled(jobs, notes)
-    del jobs  # and the caches in it, which would be in the peak of memory
     for case in cases:
         row = f"{case.name} {scheme}"
         if row not in programs:
@@ -193,6 +192,7 @@ def _timed(
     call = _Calls(program, params, case)
     finite = bool(jnp.isfinite(call(0)).all())
     single = profile.alone(call, size.repeats)
+    after = _peak()  # before calls queue up, each with results of its own
     wall = profile.queued(call, size.repeats)
     kernels = profile.kernels({"": call}, size.repeats)[""]
     us = profile.microseconds(kernels) or 1e6 * wall
@@ -212,7 +212,6 @@ def _timed(
         "kinds": _kinds(kernels),
         "finite": finite,
     }
-    after = _peak()
     if after > before:  # else a program before this one held more
         figures["peak_bytes"] = after
     if named:

@@ -9,8 +9,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -66,24 +66,22 @@ def matmul(notes: Notes) -> None:
     size = TINY if notes.tiny else FULL
     _card(notes, size)
     _beside_torch(notes, size)
+    others = [name for name in VARIANTS if name not in FIRST]
     last = 0.0
-    for shape in size.shapes:
-        missing = [
-            rows
-            for rows in size.rows
-            if not all(notes.has(_name(shape, rows, name)) for name in VARIANTS)
-        ]
-        if not missing:
-            continue
-        weights = _weights(shape, size.rotated) if notes.left() > last else {}
-        for rows in missing:
-            if notes.left() < last:
-                notes.leave_out([_name(shape, rows, "all")])
-                continue
-            start = time.monotonic()
-            _measured(notes, size, shape, rows, weights)
-            last = time.monotonic() - start
-    notes.write()
+    for names in (FIRST, others):
+        for shape in size.shapes:
+            for rows in size.rows:
+                asked = [
+                    name
+                    for name in names
+                    if not notes.has(_name(shape, rows, name))
+                ]
+                if asked and notes.left() < last:
+                    notes.leave_out([_name(shape, rows, n) for n in asked])
+                elif asked:
+                    start = time.monotonic()
+                    _measured(notes, size, shape, rows, asked)
+                    last = time.monotonic() - start
 
 
 def _name(shape: tuple[int, int], rows: int, variant: str) -> str:
@@ -146,6 +144,8 @@ VARIANTS = {
     "W8A8_O1, Triton": Variant(_triton_w8a8, "W8A8_O1"),
     "W4A16, Triton": Variant(_triton_w4a16, "W4A16"),
 }
+#: What says most is measured at all shapes first, because tuning takes seconds a program.
+FIRST = (BF16, "bare int8", "W8A8_O1", "W8A8_O3", "FP8", "W4A16")
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -186,14 +186,21 @@ def _ignoring(program: Callable[..., Any], *arguments: Any) -> Any:
     return program(*operands)
 
 
-def _weights(shape: tuple[int, int], rotated: int) -> dict[str, list[Any]]:
-    """{scheme: weights that take turns}."""
-    made = {}
-    for name, scheme in {BF16: None, **SCHEMES}.items():
-        made[name] = in_turn(
-            partial(random_weight, shape=shape, scheme=scheme), rotated
-        )
-    return made
+@lru_cache(1)
+def _weights(
+    shape: tuple[int, int], rotated: int
+) -> Callable[[str], list[Any]]:
+    """A function of a scheme's name that gives weights which take turns.
+
+    Those of the last shape are kept.
+    """
+
+    @cache
+    def of_scheme(name: str) -> list[Any]:
+        make = partial(random_weight, shape=shape, scheme=SCHEMES.get(name))
+        return in_turn(make, rotated)
+
+    return of_scheme
 
 
 def _measured(
@@ -201,61 +208,62 @@ def _measured(
     size: Size,
     shape: tuple[int, int],
     rows: int,
-    weights: dict[str, list[Any]],
+    names: Sequence[str],
 ) -> None:
-    """All variants at one shape and number of rows: compiled together, timed in one trace."""
-    inputs, _ = shape
-    key = jax.random.key(rows)
-    wide = random_floats(key, (rows, inputs), jnp.bfloat16)
-    narrow = random_integers(key, (rows, inputs), jnp.int8, 127)
-    activations = {
-        name: narrow if variant.narrow else wide
-        for name, variant in VARIANTS.items()
+    """Variants at one shape and number of rows: compiled together, timed in one trace."""
+    calls = _calls(notes, size, shape, rows, names)
+    walls = {
+        name: profile.queued(call, size.repeats) for name, call in calls.items()
     }
-    jobs = {}
-    for name, variant in VARIANTS.items():
-        first = weights[variant.scheme][0]
-        jobs[_name(shape, rows, name)] = (
-            jax.jit(variant.run),
-            (first, activations[name]),
-        )
+    kernels = profile.kernels(calls, size.repeats)
+    for name, call in calls.items():
+        us = profile.microseconds(kernels[name]) or 1e6 * walls[name]
+        figures: dict[str, Any] = {"us": us, "wall_us": 1e6 * walls[name]}
+        base = _name(shape, rows, BF16)
+        if name == BF16:
+            figures["to_bf16"] = 1.0
+        elif notes.has(base):
+            figures["to_bf16"] = notes.row(base)["us"] / us
+        figures |= _rates(notes, shape, rows, call.weights[0], us)
+        figures["off"] = _error(call(0), call.weights[0], call.x)
+        plan = call.program.memory_analysis()
+        figures["temporary_bytes"] = plan.temp_size_in_bytes
+        figures["kernels"] = list(kernels[name][:6])
+        notes.add(_name(shape, rows, name), figures)
+
+
+def _calls(
+    notes: Notes,
+    size: Size,
+    shape: tuple[int, int],
+    rows: int,
+    names: Sequence[str],
+) -> dict[str, "_Turns"]:
+    """{variant: its calls}, each of which ran once; what fails is noted."""
+    key = jax.random.key(rows)
+    across = rows, shape[0]
+    wide = random_floats(key, across, jnp.bfloat16)
+    narrow = random_integers(key, across, jnp.int8, 127)
+    jobs, turns = {}, {}
+    for name in names:
+        variant = VARIANTS[name]
+        x = narrow if variant.narrow else wide
+        weights = _weights(shape, size.rotated)(variant.scheme)
+        jobs[_name(shape, rows, name)] = jax.jit(variant.run), (weights[0], x)
+        turns[name] = weights, x
     programs = profile.compiled(jobs, notes)
-    calls, errors = {}, {}
-    for name, variant in VARIANTS.items():
+    calls = {}
+    for name, (weights, x) in turns.items():
         row = _name(shape, rows, name)
         if row not in programs:
             continue
+        call = _Turns(programs[row], weights, x)
         try:
-            of_turn = weights[variant.scheme]
-            call = _Turns(programs[row], of_turn, activations[name])
-            errors[row] = _error(call(0), of_turn[0], activations[name])
-            calls[row] = call
+            jax.block_until_ready(call(0))
+            calls[name] = call
         except Exception as error:
             notes.failed(row, error)
-    walls = {
-        row: profile.queued(call, size.repeats) for row, call in calls.items()
-    }
-    found = profile.kernels(calls, size.repeats)
-    us = {
-        row: profile.microseconds(found[row]) or 1e6 * walls[row]
-        for row in calls
-    }
-    base = us.get(_name(shape, rows, BF16))
-    for row, call in calls.items():
-        figures = {"us": us[row], "wall_us": 1e6 * walls[row]}
-        if base is not None:
-            figures["to_bf16"] = base / us[row]
-        figures |= _rates(notes, shape, rows, call.weights[0], us[row])
-        temporary = programs[row].memory_analysis().temp_size_in_bytes
-        figures["off"] = errors[row]
-        notes.add(
-            row,
-            {
-                **figures,
-                "temporary_bytes": temporary,
-                "kernels": list(found[row][:6]),
-            },
-        )
+    return calls
 
 
 class _Turns:

@@ -1,7 +1,9 @@
 """The record of a visit, which grows row by row: what is measured stands, whatever comes next."""
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from sqjax.commands.records import (
     read_record,
     write_record,
 )
-from sqjax.report.machine import current_commit
+from sqjax.report.machine import ROOT
 
 #: The row that says where and when a part ran; the others hold figures.
 RUN = "run"
@@ -28,19 +30,21 @@ class Plan(NamedTuple):
         path: the record's file, or None: figures are printed only.
         tiny: whether everything is small.
         seconds: how long a part may take, its imports included.
+        commit: of the code, where there is no git to ask.
     """
 
     command: Sequence[str]
     path: Path | None
     tiny: bool
     seconds: float
+    commit: str | None = None
 
 
 class Notes:
     """The rows of one part, added to the record's other rows.
 
-    A part that ran on this card and commit before goes on where it stopped: `has` says what it need
-    not measure again. Rows of another commit are dropped as the part begins.
+    A part that ran on this card with the same code goes on where it stopped: `has` says what it
+    need not measure again. Rows of other code are dropped as the part begins.
 
     Attributes:
         part: its name.
@@ -73,7 +77,7 @@ class Notes:
         same = [
             run
             for run in runs
-            if run["part"] == self.part and run["commit"] == current_commit()
+            if run["part"] == self.part and run["code"] == code()
         ]
         if same:
             self._before = same[0]["seconds"]
@@ -133,7 +137,7 @@ class Notes:
             "part": self.part,
             "name": RUN,
             "card": card(),
-            "commit": current_commit(),
+            "code": code(),
             "jax": jax.__version__,
             "seconds": round(self._before + time.monotonic() - self._start, 1),
             "left_out": self._left_out,
@@ -141,6 +145,8 @@ class Notes:
         rows = [*self._other, run, *self._rows]
         total = sum(row["seconds"] for row in rows if row["name"] == RUN)
         record = make_record(self._plan.command, rows, total)
+        if self._plan.commit is not None:
+            record = record._replace(commit=self._plan.commit)
         if on_gpu():
             cpu = f"{record.machine.cpu} with one {card()}"
             record = record._replace(machine=record.machine._replace(cpu=cpu))
@@ -156,6 +162,15 @@ class Notes:
             for row in self._rows
             if "error" in row or row.get("holds") is False
         ]
+
+
+@cache
+def code() -> str:
+    """A number that changes with the code of the package: git may not be there, or not know it."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "sqjax").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def card() -> str:

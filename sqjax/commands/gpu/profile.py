@@ -59,7 +59,7 @@ def compiled(
     programs = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         pending = {
-            name: pool.submit(_compiled, run, arguments)
+            name: pool.submit(run.lower(*arguments).compile)
             for name, (run, arguments) in jobs.items()
         }
         for name, future in pending.items():
@@ -68,10 +68,6 @@ def compiled(
             except Exception as error:
                 notes.failed(name, error)
     return programs
-
-
-def _compiled(run: Any, arguments: tuple[Any, ...]) -> Any:
-    return run.lower(*arguments).compile()
 
 
 def alone(call: Call, repeats: int) -> float:
