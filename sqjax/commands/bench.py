@@ -226,7 +226,7 @@ def decode(
 def gpu(
     talk: Talk, parts: tuple[str, ...], tiny: bool, record: Path | None
 ) -> None:
-    """Check and time everything on a GPU, in less than six minutes.
+    """Check and time everything on a GPU, each part within its time.
 
     A record that exists is completed: rows of other parts stay.
     """

@@ -239,6 +239,7 @@ def steps(rows: Sequence[Row]) -> Table:
 
 # A GPU ----------------------------------------------------------------------------------------
 
+NOT_MEASURED = "not measured"
 #: Kernels of a product that starts from int8 activations: patterns of their rows' part and name, in
 #: which SHAPE stands for the shape. Where one was tried with several block sizes, the fastest is
 #: shown.
@@ -272,8 +273,11 @@ def gpu_matmuls(rows: Sequence[Row]) -> Table:
     for name, by_count in times_of.items():
         cells = []
         for count in counts:
-            ratio = times(times_of["bf16"][count] / by_count[count])
-            cells.append(f"{ratio} ({by_count[count]:.0f} us)")
+            if count in by_count:
+                ratio = times(times_of["bf16"][count] / by_count[count])
+                cells.append(f"{ratio} ({by_count[count]:.0f} us)")
+            else:
+                cells.append(NOT_MEASURED)
         lines.append((name, *cells))
     return Table(titles, lines)
 
@@ -294,9 +298,39 @@ def gpu_model(rows: Sequence[Row]) -> Table:
                 ratio = times(measured["bf16"][case] / by_case[case])
                 cells.append(f"{ratio} ({by_case[case]:.2f} ms)")
             else:
-                cells.append("not measured")
+                cells.append(NOT_MEASURED)
         lines.append((name, *cells))
     return Table(("", "prefill of 2,048 tokens", "one decode step"), lines)
+
+
+def gpu_visit(rows: Sequence[Row]) -> Table:
+    """A line for each scheme: the kernels' time of each case of a model, as ratios to bfloat16.
+
+    Then the memory of its prefill: all that the program holds, weights and cache included. For rows
+    that `sqjax bench gpu` wrote.
+    """
+    measured: dict[str, dict[str, float]] = {}
+    memory: dict[str, float] = {}
+    for row in rows:
+        if "ms" in row:
+            case, _, name = row["name"].rpartition(" ")
+            title = f"one layer, {case}" if row["part"] == "layer" else case
+            measured.setdefault(title, {})[name] = row["ms"]
+            if row["part"] == "model":
+                memory[name] = row["program_bytes"]
+    names = dict.fromkeys(name for case in measured.values() for name in case)
+    lines = []
+    for name in names:
+        cells = []
+        for by_name in measured.values():
+            if name in by_name and "bf16" in by_name:
+                ratio = times(by_name["bf16"] / by_name[name])
+                cells.append(f"{ratio} ({by_name[name]:.2f} ms)")
+            else:
+                cells.append(NOT_MEASURED)
+        held = megabytes(memory[name]) if name in memory else NOT_MEASURED
+        lines.append((name, *cells, held))
+    return Table(("", *measured, "MB of a prefill"), lines)
 
 
 def gpu_kernels(rows: Sequence[Row]) -> Table:
@@ -559,7 +593,7 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}x"
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """A number of bytes, in millions."""
     return f"{count / 1e6:.0f}"
 
@@ -583,6 +617,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "gpu matmuls": gpu_matmuls,
     "gpu model": gpu_model,
     "gpu kernels": gpu_kernels,
+    "gpu visit": gpu_visit,
     "convolutional models": convolutional_models,
     "convolution speeds": convolution_speeds,
     "peers": peers,

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sqjax.commands.gpu",
-        description="Check and measure sqjax on a GPU, in less than six minutes.",
+        description="Check and measure sqjax on a GPU, each part within its time.",
     )
     parser.add_argument(
         "--record",
