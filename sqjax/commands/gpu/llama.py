@@ -8,8 +8,9 @@ time; "model" is eight of them; "decode" is steps of these eight with a full cac
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,17 +26,11 @@ from sqjax.models import Model
 from sqjax.models.cache import KVCache
 from sqjax.runtime.quantized import quantized
 
-#: The first three in the order of their memory, so that each one's peak is seen; then the others,
-#: which a tiny run leaves out.
-ORDER = (
-    "W4A16",
-    "W8A8_O1",
-    BF16,
-    "W8A8_O3",
-    "FP8",
-    "W8A16",
-    "W8A8_O2",
-    "W4A8",
+#: Schemes that are compiled together, because that takes longest. The first three stand
+#: in the order of their memory, so that each peak is seen; a tiny run has these alone.
+BATCHES = (
+    ("W4A16", "W8A8_O1", BF16),
+    ("W8A8_O3", "FP8", "W8A16", "W8A8_O2", "W4A8"),
 )
 #: Slots of a cache beyond its context, for the steps that are timed.
 STEPS = 64
@@ -120,52 +115,62 @@ def _all(
 ) -> None:
     """Measures all cases in all schemes, then says how many times as fast as bfloat16 each is."""
     last = 0.0
-    for scheme in ORDER[:3] if notes.tiny else ORDER:
-        missing = [
-            case
+    for schemes in BATCHES[:1] if notes.tiny else BATCHES:
+        missing = {
+            f"{case.name} {scheme}": (scheme, case)
+            for scheme in schemes
             for case in cases(size, model)
             if not notes.has(f"{case.name} {scheme}")
-        ]
-        if not missing:
-            continue
-        if notes.left() < last:
-            notes.leave_out([f"{case.name} {scheme}" for case in missing])
-            continue
-        start = time.monotonic()
-        _in_scheme(notes, size, model, missing, scheme, named)
-        last = time.monotonic() - start
+        }
+        if missing and notes.left() < last:
+            notes.leave_out(list(missing))
+        elif missing:
+            start = time.monotonic()
+            _measured(notes, size, model, missing, named)
+            last = time.monotonic() - start
     for case in cases(size, model):
         _sum_up(notes, case.name)
 
 
-def _in_scheme(
+def _measured(
     notes: Notes,
     size: Size,
     model: Model,
-    cases: Sequence[Case],
-    scheme: str,
+    rows: Mapping[str, tuple[str, Case]],
     named: int,
 ) -> None:
-    """All cases of one scheme: compiled together, then timed one after another."""
-    params = random_model(model, SCHEMES.get(scheme), jax.random.key(0))
-    run = quantized(model.decode)
+    """Rows {name: (scheme, case)}: all compiled together, then timed one after another.
+
+    Nothing is on the device while it compiles, because kernels that are tried out need memory too.
+    """
+    shapes = {
+        scheme: jax.eval_shape(partial(_params, model, scheme))
+        for scheme, _ in rows.values()
+    }
     jobs = {}
-    for case in cases:
-        donated = (2,) if case.grows else ()
-        jobs[f"{case.name} {scheme}"] = (
-            jax.jit(run, donate_argnums=donated),
-            (params, case.ids, jax.eval_shape(case.cache)),
+    for row, (scheme, case) in rows.items():
+        run = jax.jit(
+            quantized(model.decode),
+            donate_argnums=(2,) if case.grows else (),
         )
+        cache = jax.eval_shape(case.cache)
+        jobs[row] = run, (shapes[scheme], case.ids, cache)
     programs = profile.compiled(jobs, notes)
-    for case in cases:
-        row = f"{case.name} {scheme}"
+    held, params = None, None
+    for row, (scheme, case) in rows.items():
         if row not in programs:
             continue
         try:
-            figures = _timed(programs[row], params, case, size, named)
-            notes.add(row, figures)
+            if scheme != held:
+                params = None  # before the next ones are made
+                held, params = scheme, _params(model, scheme)
+            notes.add(row, _timed(programs[row], params, case, size, named))
         except Exception as error:
             notes.failed(row, error)
+
+
+def _params(model: Model, scheme: str) -> Any:
+    return random_model(model, SCHEMES.get(scheme), jax.random.key(0))
 
 
 class _Calls:

@@ -24,7 +24,7 @@ Call = Callable[[int], Any]
 #: Runs are told apart in one trace by idle gaps of so many seconds.
 GAP = 0.03
 #: Programs that are compiled at once.
-AT_ONCE = 8
+AT_ONCE = 12
 
 
 class Kernel(NamedTuple):
