@@ -27,9 +27,9 @@ from sqjax.weights.schemes import FP8, W8A8_O1, W8A8_O2, W8A8_O3, Scheme
 
 #: (rows, inputs, outputs) of the products.
 SHAPES = (32, 256, 192), (5, 384, 72)
-#: Of the layer that may hold no copy of its weight: with few rows, because an activation must not
-#: be as large.
-LAYER = 48, 1024, 2048
+#: Of the layer that may hold no copy of its weight: larger than an activation, and than the 32 MB
+#: that XLA may give cuBLAS to work with.
+LAYER = 48, 4096, 14336
 Figures = Mapping[str, Any]
 
 

@@ -25,6 +25,7 @@ from sqjax.commands.gpu.weights import BF16, SCHEMES, random_model
 from sqjax.models import Model
 from sqjax.models.cache import KVCache
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.sizes import weight_bytes
 
 #: Schemes that are compiled together, because that takes longest. The first three stand
 #: in the order of their memory, so that each peak is seen; a tiny run has these alone.
@@ -201,8 +202,7 @@ def _timed(
     wall = profile.queued(call, size.repeats)
     kernels = profile.kernels({"": call}, size.repeats)[""]
     us = profile.microseconds(kernels) or 1e6 * wall
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(call.cache))
+    weights, held = weight_bytes(params), weight_bytes(call.cache)
     operations = 2.0 * _multiplied(params) * case.ids.size
     figures: dict[str, Any] = {
         "ms": us / 1e3,
@@ -215,7 +215,7 @@ def _timed(
         "program_bytes": _planned(program),
         "launches": sum(kernel.launches for kernel in kernels),
         "kinds": _kinds(kernels),
-        "finite": finite,
+        "holds": finite,
     }
     if after > before:  # else a program before this one held more
         figures["peak_bytes"] = after

@@ -38,11 +38,14 @@ from sqjax.numerics.formats import INT8, to_format
 from sqjax.numerics.weight_products import activation_scale
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.quant_weight import QuantWeight
+from sqjax.weights.sizes import weight_bytes
 
 #: The rows that say what the card can do, and what they measure.
 PRODUCT, COPY = "card: bf16 product", "card: copy"
 #: Results are compared at so many rows and outputs.
 COMPARED = 4, 64
+#: How far they may be from numpy's: float8 activations are off by 0.03.
+ALLOWED = 0.1
 #: Longest time that PyTorch may take, in seconds.
 TORCH = 60
 
@@ -225,7 +228,8 @@ def _measured(
         elif notes.has(base):
             figures["to_bf16"] = notes.row(base)["us"] / us
         figures |= _rates(notes, shape, rows, call.weights[0], us)
-        figures["off"] = _error(call(0), call.weights[0], call.x)
+        off = _error(call(0), call.weights[0], call.x)
+        figures |= {"off": off, "holds": off < ALLOWED}
         plan = call.program.memory_analysis()
         figures["temporary_bytes"] = plan.temp_size_in_bytes
         figures["kernels"] = list(kernels[name][:6])
@@ -288,8 +292,7 @@ def _rates(
     """Operations and bytes of weights a second, and the shares of what the card can do."""
     inputs, outputs = shape
     operations = 2.0 * rows * inputs * outputs / us / 1e6
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-    read = nbytes / us / 1e6
+    read = weight_bytes(weight) / us / 1e6
     return {
         "tera_ops": operations,
         "of_product": operations / notes.row(PRODUCT)["tera_per_s"],

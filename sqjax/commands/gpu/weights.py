@@ -23,6 +23,7 @@ from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
 from sqjax.weights.quantize import quantize_weight
 from sqjax.weights.schemes import Scheme
+from sqjax.weights.sizes import weight_bytes
 
 #: What every part measures beside bfloat16.
 SCHEMES = {
@@ -144,8 +145,7 @@ def random_model(
 def in_turn(make: Callable[[Array], Any], rotated: int) -> list[Any]:
     """Several trees, of `rotated` bytes together, so that calls in turn find none in a cache."""
     first = make(jax.random.key(0))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    copies = min(12, rotated // size)
+    copies = min(12, rotated // weight_bytes(first))
     return [first, *(make(jax.random.key(1 + i)) for i in range(copies))]
 
 
