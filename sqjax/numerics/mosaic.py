@@ -20,6 +20,7 @@ which may be converted on its way to the matrix units, as only their first opera
 registers.
 """
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def matmul(
     x_scale: Shaped[Array, "..."] | None = None,
     zero: Shaped[Array, "..."] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
+    interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
     """A quantized matmul in one kernel; see the module, and `sqjax.triton.matmul` for the formula.
 
@@ -84,6 +86,7 @@ def matmul(
         x_scale: float32 (rows,), for an int8 x. None: 1.
         zero: int8 (outputs, groups), zero points of int4 values, or None: 0.
         dtype: of the result, bfloat16 or float32.
+        interpret: run in Pallas's interpreter, on any machine.
 
     Raises:
         ValueError: other dtypes or shapes; channels or outputs that are no multiples of 128; groups
@@ -111,10 +114,11 @@ def matmul(
     x = jnp.pad(x, ((0, beyond), (0, 0)))
     x_scale = jnp.pad(x_scale, (0, beyond))
     in_groups, output_scale = _of_groups(values, scale, zero)
+    call = partial(_call, tiles, dtype, interpret)
     if is_swapped:
-        out = _call(tiles, dtype, values, x, output_scale, x_scale, *in_groups)
+        out = call(values, x, output_scale, x_scale, *in_groups)
         return out.T[:rows]
-    return _call(tiles, dtype, x, values, x_scale, output_scale)[:rows]
+    return call(x, values, x_scale, output_scale)[:rows]
 
 
 def _tiles(rows: int, is_swapped: bool) -> Tiles:
@@ -221,6 +225,7 @@ class _Plan(NamedTuple):
         dtypes: of the first operand, of the second, and of the result.
         piece: rows and columns of the result that are written at once.
         slots: pieces that may be on their way to memory at once.
+        interpret: whether the interpreter runs it, which multiplies nothing that is in registers.
     """
 
     tiles: Tiles
@@ -228,6 +233,7 @@ class _Plan(NamedTuple):
     dtypes: tuple[Any, Any, Any]
     piece: tuple[int, int]
     slots: int
+    interpret: bool
 
     @property
     def block_rows(self) -> int:
@@ -238,6 +244,7 @@ class _Plan(NamedTuple):
 def _call(
     tiles: Tiles,
     dtype: DTypeLike,
+    interpret: bool,
     a: Array,
     b: Array,
     row_scale: Array,
@@ -255,12 +262,16 @@ def _call(
     piece = min(_PIECE_ROWS, tiles.rows), min(of_bytes, tiles.cols)
     pieces = tiles.rows * tiles.cols // (piece[0] * piece[1])
     dtypes = a.dtype, b.dtype, jnp.dtype(dtype)
-    plan = _Plan(tiles, grid, dtypes, piece, min(2, pieces))
+    plan = _Plan(tiles, grid, dtypes, piece, min(2, pieces), interpret)
     leaving = plgpu.SMEM(
         (_MULTIPLYING, plan.slots, *piece),
         dtype,
         transforms=_transforms(piece[1], dtypes[2]),
     )
+    scratch = [leaving]
+    if interpret:
+        converted = _MULTIPLYING, tiles.rows, _CHANNELS
+        scratch.append(plgpu.SMEM(converted, dtypes[1]))
     call = plgpu.kernel(
         partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((rows, cols), dtype),
@@ -271,7 +282,8 @@ def _call(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        scratch_types=[leaving],
+        scratch_types=scratch,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return call(a, b, row_scale, col_scale, *in_groups)
 
@@ -285,9 +297,41 @@ def _transforms(length: int, dtype: Any) -> tuple[Any, Any]:
     return tiling, plgpu.SwizzleTransform(swizzle)
 
 
-def _kernel(plan: _Plan, a: Any, b: Any, *refs: Any) -> None:
+class _Refs(NamedTuple):
+    """Where a kernel's arrays are, but the two operands.
+
+    Attributes:
+        row_scale, col_scale: in memory.
+        in_groups: what weights are multiplied with, and what is subtracted before.
+        out: the result, in memory.
+        leaving: pieces of it on their way, in shared memory.
+        spare: of the interpreter: converted weights.
+    """
+
+    row_scale: Any
+    col_scale: Any
+    in_groups: list[Any]
+    out: Any
+    leaving: Any
+    spare: Any
+
+
+class _Place(NamedTuple):
+    """A warpgroup, and the first row and column of its part of the result."""
+
+    warpgroup: Any
+    row: Any
+    col: Any
+
+
+def _kernel(plan: _Plan, a: Any, b: Any, *arrays: Any) -> None:
     """Every multiprocessor's share of the blocks, one after another."""
-    row_scale, col_scale, *in_groups, out, leaving = refs
+    *inputs, out, leaving, spare = [
+        *arrays,
+        *([] if plan.interpret else [None]),
+    ]
+    row_scale, col_scale, *in_groups = inputs
+    refs = _Refs(row_scale, col_scale, in_groups, out, leaving, spare)
 
     def nothing(*_: Any, **__: Any) -> None:
         """Stands for steps where only the memory of the pipeline is asked for."""
@@ -304,38 +348,27 @@ def _kernel(plan: _Plan, a: Any, b: Any, *refs: Any) -> None:
         @plgpu.nd_loop((blocks,), collective_axes="multiprocessor")
         def _(info: Any) -> None:
             i, j = plgpu.planar_snake(info.index[0], plan.grid[:2], 1, _SNAKE)
-            first_row, col = i * plan.block_rows, j * plan.tiles.cols
-            row = first_row + warpgroup * plan.tiles.rows
-
-            def multiply(step: Any, a_tile: Any, b_tile: Any, sums: Any) -> Any:
-                return _multiply(
-                    plan,
-                    in_groups,
-                    warpgroup,
-                    row,
-                    step[0],
-                    a_tile,
-                    b_tile,
-                    sums,
-                )
-
-            def around(run: Any) -> None:
-                dtype = _sum_dtype(plan)
-                shape = plan.tiles.rows, plan.tiles.cols
-
-                @partial(pl.run_scoped, sums=plgpu.ACC(shape, dtype))
-                def _(sums: Any) -> None:
-                    run(sums)
-                    scaled = _scaled(plan, sums, row_scale, col_scale, row, col)
-                    _write(plan, scaled, out, leaving, warpgroup, row, col)
-
-            _pipeline(plan, multiply, around)(
-                a.at[pl.ds(first_row, plan.block_rows), :],
+            first, col = i * plan.block_rows, j * plan.tiles.cols
+            row = first + warpgroup * plan.tiles.rows
+            place = _Place(warpgroup, row, col)
+            multiply = partial(_multiply, plan, refs, place)
+            _pipeline(plan, multiply, partial(_block, plan, refs, place))(
+                a.at[pl.ds(first, plan.block_rows), :],
                 b.at[pl.ds(col, plan.tiles.cols), :],
                 allocations=allocations,
             )
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _block(plan: _Plan, refs: _Refs, place: _Place, run: Any) -> None:
+    """A warpgroup's part of a block: `run` sums the products, which are then scaled and written."""
+    shape = plan.tiles.rows, plan.tiles.cols
+
+    @partial(pl.run_scoped, sums=plgpu.ACC(shape, _sum_dtype(plan)))
+    def _(sums: Any) -> None:
+        run(sums)
+        _write(plan, refs, place, _scaled(plan, refs, place, sums))
 
 
 def _sum_dtype(plan: _Plan) -> Any:
@@ -369,38 +402,45 @@ def _pipeline(plan: _Plan, body: Any, around: Any) -> Any:
 
 def _multiply(
     plan: _Plan,
-    in_groups: Any,
-    warpgroup: Any,
-    row: Any,
+    refs: _Refs,
+    place: _Place,
     step: Any,
     a_tile: Any,
     b_tile: Any,
     sums: Any,
 ) -> Any:
     """Adds the product of one run of channels."""
-    mine = pl.ds(warpgroup * plan.tiles.rows, plan.tiles.rows)
-    a_dtype, b_dtype, _ = plan.dtypes
+    mine = pl.ds(place.warpgroup * plan.tiles.rows, plan.tiles.rows)
     second = b_tile.transpose((1, 0))
-    if a_dtype == b_dtype:
-        plgpu.wgmma(sums, a_tile.at[mine], second)
+    if plan.dtypes[0] == plan.dtypes[1]:
+        first = a_tile.at[mine]
     else:
-        first = a_tile[mine].astype(b_dtype)
-        of_rows = [
-            lax.broadcast_in_dim(
-                _vector(ref.at[step, pl.ds(row, plan.tiles.rows)], 1).astype(
-                    b_dtype
-                ),
-                first.shape,
-                [0],
-            )
-            for ref in in_groups
-        ]
-        if of_rows:
-            scale, *zero = of_rows
-            first = (first - zero[0] if zero else first) * scale
-        plgpu.wgmma(sums, first, second)
+        first = _converted(plan, refs, place, step[0], a_tile[mine])
+    if plan.interpret and plan.dtypes[0] != plan.dtypes[1]:
+        refs.spare[place.warpgroup] = first
+        first = refs.spare.at[place.warpgroup]
+    plgpu.wgmma(sums, first, second)
     plgpu.wgmma_wait(1)
     return sums
+
+
+def _converted(
+    plan: _Plan, refs: _Refs, place: _Place, run: Any, weight: Array
+) -> Array:
+    """Integers of the weight as floats, in registers; those of groups less their zero, scaled."""
+    dtype = plan.dtypes[1]
+    floats = weight.astype(dtype)
+    of_rows = []
+    for ref in refs.in_groups:
+        here = ref.at[run, pl.ds(place.row, plan.tiles.rows)]
+        vector = _vector(here, 1).astype(dtype)
+        of_rows.append(lax.broadcast_in_dim(vector, floats.shape, [0]))
+    if not of_rows:
+        return floats
+    scale, *zero = of_rows
+    if zero:
+        floats = floats - zero[0]
+    return floats * scale
 
 
 def _vector(ref: Any, axis: int) -> Array:
@@ -410,39 +450,34 @@ def _vector(ref: Any, axis: int) -> Array:
     return load(ref, layout=layout, optimized=False)
 
 
-def _scaled(
-    plan: _Plan, sums: Any, row_scale: Any, col_scale: Any, row: Any, col: Any
-) -> Array:
+def _scaled(plan: _Plan, refs: _Refs, place: _Place, sums: Any) -> Array:
     """The sums times their scales, in registers."""
     found = sums[...].astype(jnp.float32)
-    of_rows = _vector(row_scale.at[pl.ds(row, plan.tiles.rows)], 1)
-    of_cols = _vector(col_scale.at[pl.ds(col, plan.tiles.cols)], 0)
+    rows, cols = (
+        pl.ds(place.row, plan.tiles.rows),
+        pl.ds(place.col, plan.tiles.cols),
+    )
+    of_rows = _vector(refs.row_scale.at[rows], 1)
+    of_cols = _vector(refs.col_scale.at[cols], 0)
     found = found * lax.broadcast_in_dim(of_rows, found.shape, [0])
     found = found * lax.broadcast_in_dim(of_cols, found.shape, [1])
     return found.astype(plan.dtypes[2])
 
 
-def _write(
-    plan: _Plan,
-    found: Array,
-    out: Any,
-    leaving: Any,
-    warpgroup: Any,
-    row: Any,
-    col: Any,
-) -> None:
+def _write(plan: _Plan, refs: _Refs, place: _Place, found: Array) -> None:
     """Copies a result to memory piece by piece, by way of shared memory."""
     height, width = plan.piece
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    number = 0
-    for i in range(0, plan.tiles.rows, height):
-        for j in range(0, plan.tiles.cols, width):
-            slot = number % plan.slots
-            number += 1
-            plgpu.wait_smem_to_gmem(plan.slots - 1, wait_read_only=True)
-            leaving[warpgroup, slot] = found[i : i + height, j : j + width]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                leaving.at[warpgroup, slot],
-                out.at[pl.ds(row + i, height), pl.ds(col + j, width)],
-            )
+    corners = itertools.product(
+        range(0, plan.tiles.rows, height), range(0, plan.tiles.cols, width)
+    )
+    for number, (i, j) in enumerate(corners):
+        slot = number % plan.slots
+        plgpu.wait_smem_to_gmem(plan.slots - 1, wait_read_only=True)
+        piece = found[i : i + height, j : j + width]
+        refs.leaving[place.warpgroup, slot] = piece
+        plgpu.commit_smem()
+        there = pl.ds(place.row + i, height), pl.ds(place.col + j, width)
+        plgpu.copy_smem_to_gmem(
+            refs.leaving.at[place.warpgroup, slot], refs.out.at[there]
+        )

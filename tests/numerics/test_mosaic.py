@@ -13,14 +13,13 @@ has_interpreter = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def one_multiprocessor(monkeypatch):
-    """Two blocks at once: one interpreter plays all of them, and blocks take turns."""
+def few_multiprocessors(monkeypatch):
+    """Two blocks run at once and the others take turns."""
     monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", 2)
 
 
 def interpreted(*args, **kwargs):
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return np.asarray(mosaic.matmul(*args, **kwargs), np.float64)
+    return np.asarray(mosaic.matmul(*args, interpret=True, **kwargs), np.float64)
 
 
 def integers(rng, low, high, shape, dtype=jnp.int8):
