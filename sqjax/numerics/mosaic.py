@@ -40,9 +40,6 @@ _CHANNELS = 128
 _MULTIPLYING = 2
 #: Rows of activations up to which the weight is the first operand.
 _FEW = 64
-#: Blocks that run at once: the multiprocessors of an H100 or H200 in SXM form. Another number is no
-#: error: blocks take turns.
-_MULTIPROCESSORS = 132
 #: A piece of the result that is written at once has so many rows, and columns of so many bytes.
 _PIECE_ROWS, _PIECE_BYTES = 64, 128
 #: Blocks that follow one another share so many columns of blocks, which then are in the L2 cache.
@@ -71,6 +68,7 @@ def matmul(
     x_scale: Shaped[Array, "..."] | None = None,
     zero: Shaped[Array, "..."] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
+    multiprocessors: int = 132,
     interpret: bool = False,
 ) -> Float[Array, "rows outputs"]:
     """A quantized matmul in one kernel; see the module, and `sqjax.triton.matmul` for the formula.
@@ -86,7 +84,10 @@ def matmul(
         x_scale: float32 (rows,), for an int8 x. None: 1.
         zero: int8 (outputs, groups), zero points of int4 values, or None: 0.
         dtype: of the result, bfloat16 or float32.
-        interpret: run in Pallas's interpreter, on any machine.
+        multiprocessors: blocks that run at once, the others take turns. An H100 or H200 in SXM
+            form has 132 multiprocessors.
+        interpret: run in Pallas's interpreter, on any machine; with few multiprocessors, because it
+            plays all of them.
 
     Raises:
         ValueError: other dtypes or shapes; channels or outputs that are no multiples of 128; groups
@@ -94,9 +95,9 @@ def matmul(
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from sqjax.numerics import mosaic
+        >>> import sqjax as sq
         >>> x, w = jnp.ones((3, 100), jnp.int8), jnp.ones((128, 100), jnp.int8)
-        >>> mosaic.matmul(x, w, jnp.ones((128, 1)))
+        >>> sq.mosaic.matmul(x, w, jnp.ones((128, 1)))
         Traceback (most recent call last):
         ValueError: mosaic.matmul: expected channels and outputs in multiples of 128, got 100 and
             128
@@ -114,7 +115,7 @@ def matmul(
     x = jnp.pad(x, ((0, beyond), (0, 0)))
     x_scale = jnp.pad(x_scale, (0, beyond))
     in_groups, output_scale = _of_groups(values, scale, zero)
-    call = partial(_call, tiles, dtype, interpret)
+    call = partial(_call, tiles, dtype, multiprocessors, interpret)
     if is_swapped:
         out = call(values, x, output_scale, x_scale, *in_groups)
         return out.T[:rows]
@@ -244,6 +245,7 @@ class _Plan(NamedTuple):
 def _call(
     tiles: Tiles,
     dtype: DTypeLike,
+    multiprocessors: int,
     interpret: bool,
     a: Array,
     b: Array,
@@ -275,7 +277,7 @@ def _call(
     call = plgpu.kernel(
         partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((rows, cols), dtype),
-        grid=(_MULTIPROCESSORS,),
+        grid=(multiprocessors,),
         grid_names=("multiprocessor",),
         num_threads=_MULTIPLYING + 1,
         thread_name="warpgroup",
@@ -283,9 +285,14 @@ def _call(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         scratch_types=scratch,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=_interpreter() if interpret else None,
     )
     return call(a, b, row_scale, col_scale, *in_groups)
+
+
+def _interpreter() -> Any:
+    pallas: Any = plgpu  # jax 0.10, which mypy may read, has none
+    return pallas.InterpretGPUParams()
 
 
 def _transforms(length: int, dtype: Any) -> tuple[Any, Any]:
@@ -326,11 +333,9 @@ class _Place(NamedTuple):
 
 def _kernel(plan: _Plan, a: Any, b: Any, *arrays: Any) -> None:
     """Every multiprocessor's share of the blocks, one after another."""
-    *inputs, out, leaving, spare = [
-        *arrays,
-        *([] if plan.interpret else [None]),
-    ]
-    row_scale, col_scale, *in_groups = inputs
+    row_scale, col_scale, *others = arrays
+    spare = others.pop() if plan.interpret else None
+    *in_groups, out, leaving = others
     refs = _Refs(row_scale, col_scale, in_groups, out, leaving, spare)
 
     def nothing(*_: Any, **__: Any) -> None:

@@ -12,14 +12,10 @@ has_interpreter = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch):
-    """Two blocks run at once and the others take turns."""
-    monkeypatch.setattr(mosaic, "_MULTIPROCESSORS", 2)
-
-
 def interpreted(*args, **kwargs):
-    return np.asarray(mosaic.matmul(*args, interpret=True, **kwargs), np.float64)
+    # Fewer than there are blocks, which then take turns.
+    out = mosaic.matmul(*args, multiprocessors=2, interpret=True, **kwargs)
+    return np.asarray(out, np.float64)
 
 
 def integers(rng, low, high, shape, dtype=jnp.int8):

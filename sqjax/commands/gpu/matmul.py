@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from sqjax.commands.gpu.weights import (
     some_outputs,
 )
 from sqjax.commands.gpu.wholes import relative
-from sqjax.numerics import triton
+from sqjax.numerics import mosaic, triton
 from sqjax.numerics.dots import LAST_AXES
 from sqjax.numerics.formats import INT8, to_format
 from sqjax.numerics.weight_products import activation_scale
@@ -69,9 +69,11 @@ def matmul(notes: Notes) -> None:
     size = TINY if notes.tiny else FULL
     _card(notes, size)
     _beside_torch(notes, size)
-    others = [name for name in VARIANTS if name not in FIRST]
+    variants = VARIANTS | _for_hopper()
+    first = [name for name in variants if name in FIRST]
+    others = [name for name in variants if name not in FIRST]
     last = 0.0
-    for names in (FIRST, others):
+    for names in (first, others):
         for shape in size.shapes:
             for rows in size.rows:
                 asked = [
@@ -83,7 +85,8 @@ def matmul(notes: Notes) -> None:
                     notes.leave_out([_name(shape, rows, n) for n in asked])
                 elif asked:
                     start = time.monotonic()
-                    _measured(notes, size, shape, rows, asked)
+                    chosen = {name: variants[name] for name in asked}
+                    _measured(notes, size, shape, rows, chosen)
                     last = time.monotonic() - start
 
 
@@ -140,6 +143,48 @@ def _triton_w4a16(weight: QuantWeight, x: Array) -> Array:
     )
 
 
+def _mosaic_w8a8(weight: QuantWeight, x: Array) -> Array:
+    x_scale = activation_scale(x, "per_token", None, INT8)
+    return mosaic.matmul(
+        to_format(x, x_scale),
+        weight.tensor.values,
+        weight.tensor.scale,
+        x_scale=x_scale.squeeze(1),
+        **_mosaic_options(),
+    )
+
+
+def _mosaic_weight_only(weight: QuantWeight, x: Array) -> Array:
+    tensor = weight.tensor
+    return mosaic.matmul(
+        x,
+        tensor.values.astype(tensor.fmt.dtype),
+        tensor.scale,
+        zero=tensor.zero,
+        **_mosaic_options(),
+    )
+
+
+def _mosaic_options() -> dict[str, Any]:
+    if on_gpu():
+        return {"multiprocessors": jax.devices()[0].core_count}
+    return {"multiprocessors": 2, "interpret": True}
+
+
+def _for_hopper() -> dict[str, Variant]:
+    """The Mosaic kernels, where jax has them and the card is a Hopper, or is played."""
+    card: Any = jax.devices()[0]
+    if jax.__version_info__ < (0, 11):
+        return {}
+    if on_gpu() and not str(card.compute_capability).startswith("9."):
+        return {}
+    return {
+        "W8A8_O1, Mosaic": Variant(_mosaic_w8a8, "W8A8_O1"),
+        "W4A16, Mosaic": Variant(_mosaic_weight_only, "W4A16"),
+        "W8A16, Mosaic": Variant(_mosaic_weight_only, "W8A16"),
+    }
+
+
 VARIANTS = {
     BF16: Variant(lambda w, x: x @ w, BF16),
     "bare int8": Variant(_bare, "W8A8_O1", narrow=True),
@@ -148,7 +193,16 @@ VARIANTS = {
     "W4A16, Triton": Variant(_triton_w4a16, "W4A16"),
 }
 #: What says most is measured at all shapes first, because tuning takes seconds a program.
-FIRST = (BF16, "bare int8", "W8A8_O1", "W8A8_O3", "FP8", "W4A16")
+FIRST = (
+    BF16,
+    "bare int8",
+    "W8A8_O1",
+    "W8A8_O3",
+    "FP8",
+    "W4A16",
+    "W8A8_O1, Mosaic",
+    "W4A16, Mosaic",
+)
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -211,10 +265,10 @@ def _measured(
     size: Size,
     shape: tuple[int, int],
     rows: int,
-    names: Sequence[str],
+    variants: Mapping[str, Variant],
 ) -> None:
     """Variants at one shape and number of rows: compiled together, timed in one trace."""
-    calls = _calls(notes, size, shape, rows, names)
+    calls = _calls(notes, size, shape, rows, variants)
     walls = {
         name: profile.queued(call, size.repeats) for name, call in calls.items()
     }
@@ -241,7 +295,7 @@ def _calls(
     size: Size,
     shape: tuple[int, int],
     rows: int,
-    names: Sequence[str],
+    variants: Mapping[str, Variant],
 ) -> dict[str, "_Turns"]:
     """{variant: its calls}, each of which ran once; what fails is noted."""
     key = jax.random.key(rows)
@@ -249,8 +303,7 @@ def _calls(
     wide = random_floats(key, across, jnp.bfloat16)
     narrow = random_integers(key, across, jnp.int8, 127)
     jobs, turns = {}, {}
-    for name in names:
-        variant = VARIANTS[name]
+    for name, variant in variants.items():
         x = narrow if variant.narrow else wide
         weights = _weights(shape, size.rotated)(variant.scheme)
         jobs[_name(shape, rows, name)] = jax.jit(variant.run), (weights[0], x)
