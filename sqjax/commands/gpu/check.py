@@ -35,20 +35,20 @@ Figures = Mapping[str, Any]
 
 def check(notes: Notes) -> None:
     """Runs every check; a row says whether it holds, with what was measured."""
-    for shape in SHAPES:
+    # A tiny run leaves out what is the same again, because compiling takes a processor minutes.
+    most = 1 if notes.tiny else None
+    for shape in SHAPES[:most]:
         _attempt(notes, f"products {_by(shape)}", partial(products, shape))
     _attempt(notes, f"as on a CPU {_by(SHAPES[0])}", as_on_a_cpu)
-    for shape in SHAPES:
+    for shape in SHAPES[:most]:
         _attempt(notes, f"layers {_by(shape)}", partial(layers, shape))
     _attempt(notes, "gradients", gradients)
     _attempt(notes, "save, load", saved_and_loaded)
     _attempt(notes, f"no float copy {_by(LAYER)}", no_float_copy)
-    # A tiny run leaves out what is the same again, because compiling takes a processor minutes.
-    most = 1 if notes.tiny else None
     shapes = MODEL_SHAPES[:most]
-    names, caches = list(MODELS)[:most], list(CACHE_FORMATS)[:most]
-    for name in names:
+    for name in list(MODELS)[:most]:
         _attempt(notes, name, partial(of_model, name, shapes))
+    caches = list(CACHE_FORMATS)[:most]
     _attempt(notes, "generation", partial(generation, caches))
 
 

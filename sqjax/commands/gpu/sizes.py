@@ -60,7 +60,7 @@ FULL = Size(
 )
 TINY = Size(
     shapes=((256, 128),),
-    rows=(1, 8),
+    rows=(8,),
     square=128,
     copied=2**16,
     rotated=0,
@@ -68,6 +68,6 @@ TINY = Size(
     layers=2,
     prompt=32,
     context=16,
-    batches=(1, 2),
+    batches=(2,),
     repeats=2,
 )
