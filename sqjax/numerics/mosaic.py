@@ -91,7 +91,7 @@ def matmul(
 
     Raises:
         ValueError: other dtypes or shapes; channels or outputs that are no multiples of 128; groups
-            whose length is none; an int32 sum that could overflow.
+            whose length is none; an int32 sum that could overflow; jax 0.10.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -156,11 +156,6 @@ def _check(
     zero: Array | None,
 ) -> None:
     """Raises ValueError for operands that the kernel does not take, or that do not fit."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise ValueError(
-            f"mosaic.matmul: expected jax 0.11 or later, got {jax.__version__}; "
-            "take sqjax.triton.matmul, or install a later jax"
-        )
     kinds = x.dtype.name, values.dtype.name
     allowed = [("int8", "int8"), ("bfloat16", "int8"), ("bfloat16", "int4")]
     if kinds not in allowed:
@@ -185,6 +180,11 @@ def _check(
             f"{channels} and {outputs}"
         )
     _check_groups(x, values, groups, x_scale, zero)
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise ValueError(
+            f"mosaic.matmul: expected jax 0.11 or later, got {jax.__version__}; "
+            "take sqjax.triton.matmul, or install a later jax"
+        )
 
 
 def _check_groups(

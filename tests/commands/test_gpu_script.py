@@ -6,6 +6,7 @@ The tiny run is there so that a mistake does not cost a visit; its figures mean 
 import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from sqjax.models import Model
 
 @pytest.fixture
 def plan(tmp_path):
-    return Plan(["python", "-m", "sqjax.commands.gpu"], tmp_path / "record.json", True, 60.0)
+    command = ["python", "-m", "sqjax.commands.gpu"]
+    return Plan(command, tmp_path / "record.json", True, time.monotonic(), 60.0)
 
 
 def names(plan):

@@ -70,7 +70,6 @@ def test_weights_with_one_scale_are_exact_in_bfloat16(dtype):
 X, W, S = jnp.ones((4, 256), jnp.int8), jnp.ones((128, 256), jnp.int8), jnp.ones((128, 1))
 
 
-@has_interpreter
 @pytest.mark.parametrize(
     ("operands", "more", "problem"),
     [

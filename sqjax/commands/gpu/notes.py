@@ -29,13 +29,15 @@ class Plan(NamedTuple):
         command: the command line, as the record names it.
         path: the record's file, or None: figures are printed only.
         tiny: whether everything is small.
-        seconds: how long a part may take, its imports included.
+        started: when the part began, by `time.monotonic`, before it loaded jax.
+        seconds: how long it may take.
         commit: of the code, where there is no git to ask.
     """
 
     command: Sequence[str]
     path: Path | None
     tiny: bool
+    started: float
     seconds: float
     commit: str | None = None
 
@@ -56,7 +58,6 @@ class Notes:
         self.part = part
         self.tiny = plan.tiny
         self._plan = plan
-        self._start = time.monotonic()
         self._left_out: list[str] = []
         self._other: list[Row] = []
         self._rows: list[Row] = []
@@ -100,7 +101,10 @@ class Notes:
 
     def left(self) -> float:
         """The seconds that this part has left."""
-        return self._plan.seconds - (time.monotonic() - self._start)
+        return self._plan.seconds - self._taken()
+
+    def _taken(self) -> float:
+        return time.monotonic() - self._plan.started
 
     def leave_out(self, names: Sequence[str]) -> None:
         """Notes that there was no time for these."""
@@ -117,9 +121,8 @@ class Notes:
             for key, value in row.items()
             if key not in ("part", "name") and not isinstance(value, list)
         ]
-        seconds = time.monotonic() - self._start
         print(
-            f"{seconds:6.1f} s  {self.part:6}  {name:40} {', '.join(shown)}",
+            f"{self._taken():6.1f} s  {self.part:6}  {name:40} {', '.join(shown)}",
             flush=True,
         )
         self.write()
@@ -139,7 +142,7 @@ class Notes:
             "card": card(),
             "code": code(),
             "jax": jax.__version__,
-            "seconds": round(self._before + time.monotonic() - self._start, 1),
+            "seconds": round(self._before + self._taken(), 1),
             "left_out": self._left_out,
         }
         rows = [*self._other, run, *self._rows]

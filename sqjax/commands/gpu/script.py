@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -32,11 +33,12 @@ KEPT = Path(tempfile.gettempdir()) / "sqjax-gpu-programs"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the parts that are asked for; returns the exit status, 1 if something does not hold."""
+    started = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
     parts = options.part or list(PARTS)
     if len(parts) == 1:
-        return _run(parts[0], options)
+        return _run(parts[0], options, started)
     # A process each: one that fails, or that never ends, costs the others nothing.
     failed = [part for part in parts if not _in_a_process(part, options)]
     if failed:
@@ -111,7 +113,7 @@ def _limit(part: str, options: argparse.Namespace) -> float:
     return TINY_LIMIT if options.tiny else LIMITS[part]
 
 
-def _run(part: str, options: argparse.Namespace) -> int:
+def _run(part: str, options: argparse.Namespace, started: float) -> int:
     """Runs one part in this process."""
     if part == "check":
         # Whether a result is right does not depend on which kernel is the fastest; trying them all
@@ -127,6 +129,7 @@ def _run(part: str, options: argparse.Namespace) -> int:
         command,
         options.record,
         options.tiny,
+        started,
         _limit(part, options),
         options.commit,
     )
