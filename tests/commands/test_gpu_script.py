@@ -19,7 +19,7 @@ from sqjax.commands.gpu import notes as record_of_visit
 from sqjax.commands.gpu import script
 from sqjax.commands.gpu.llama import kind_of
 from sqjax.commands.gpu.notes import Notes, Plan
-from sqjax.commands.gpu.profile import Event, runs_of
+from sqjax.commands.gpu.profile import Event, compiled, runs_of
 from sqjax.commands.gpu.weights import SCHEMES, random_weight, some_outputs
 from sqjax.commands.gpu.wholes import MODELS
 from sqjax.commands.records import read_record
@@ -109,6 +109,16 @@ def test_runs_are_told_apart_by_pauses():
     lengths = [15_000.0, 5.0, 1.0, 1.0, 1.0]
     events = [Event(*pair, "k") for pair in zip(starts, lengths, strict=True)]
     assert [len(run) for run in runs_of(events)] == [3, 2]
+
+
+def test_a_program_that_fails_is_noted_and_the_others_run(plan):
+    def refuse(x):
+        raise ValueError("no")
+
+    jobs = {"a": (jax.jit(refuse), (1.0,)), "b": (jax.jit(lambda x: x + 1), (1.0,))}
+    notes = Notes(plan, "matmul")
+    assert set(compiled(jobs, notes)) == {"b"}
+    assert notes.wrong == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,13 @@ def _timed(
     after = _peak()  # before calls queue up, each with results of its own
     wall = profile.queued(call, size.repeats)
     kernels = profile.kernels({"": call}, size.repeats)[""]
-    us = profile.microseconds(kernels) or 1e6 * wall
+    times = profile.timed(kernels, wall)
+    us = times["us"]
     weights, held = weight_bytes(params), weight_bytes(call.cache)
     operations = 2.0 * _multiplied(params) * case.ids.size
     figures: dict[str, Any] = {
         "ms": us / 1e3,
-        "wall_ms": 1e3 * wall,
+        "wall_ms": times["wall_us"] / 1e3,
         "alone_ms": 1e3 * single,
         "tera_ops": operations / us / 1e6,
         "tera_bytes": (weights + held) / us / 1e6,
@@ -217,6 +218,8 @@ def _timed(
         "kinds": _kinds(kernels),
         "holds": finite,
     }
+    if "note" in times:
+        figures["note"] = times["note"]
     if after > before:  # else a program before this one held more
         figures["peak_bytes"] = after
     if named:

@@ -167,7 +167,8 @@ def _mosaic_weight_only(weight: QuantWeight, x: Array) -> Array:
 
 def _mosaic_options() -> dict[str, Any]:
     if on_gpu():
-        return {"multiprocessors": jax.devices()[0].core_count}
+        card: Any = jax.devices()[0]
+        return {"multiprocessors": card.core_count}
     return {"multiprocessors": 2, "interpret": True}
 
 
@@ -232,9 +233,9 @@ def _card(notes: Notes, size: Size) -> None:
     for name, call in calls.items():
         seconds = profile.queued(call, size.repeats)
         kernels = profile.kernels({name: call}, size.repeats)[name]
-        us = profile.microseconds(kernels) or 1e6 * seconds
-        figures = {"us": us, "wall_us": 1e6 * seconds}
-        notes.add(name, {**figures, "tera_per_s": work[name] / us / 1e6})
+        figures = profile.timed(kernels, seconds)
+        rate = work[name] / figures["us"] / 1e6
+        notes.add(name, {**figures, "tera_per_s": rate})
 
 
 def _ignoring(program: Callable[..., Any], *arguments: Any) -> Any:
@@ -274,8 +275,8 @@ def _measured(
     }
     kernels = profile.kernels(calls, size.repeats)
     for name, call in calls.items():
-        us = profile.microseconds(kernels[name]) or 1e6 * walls[name]
-        figures: dict[str, Any] = {"us": us, "wall_us": 1e6 * walls[name]}
+        figures = profile.timed(kernels[name], walls[name])
+        us = figures["us"]
         base = _name(shape, rows, BF16)
         if name == BF16:
             figures["to_bf16"] = 1.0

@@ -56,12 +56,13 @@ def compiled(
 
     All are awaited, because one that is still being tuned would run beside what is timed.
     """
-    programs = {}
+    programs, pending = {}, {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        pending = {
-            name: pool.submit(run.lower(*arguments).compile)
-            for name, (run, arguments) in jobs.items()
-        }
+        for name, (run, arguments) in jobs.items():
+            try:
+                pending[name] = pool.submit(run.lower(*arguments).compile)
+            except Exception as error:
+                notes.failed(name, error)
         for name, future in pending.items():
             try:
                 programs[name] = future.result()
@@ -129,13 +130,13 @@ def _trace(calls: Mapping[str, Call], repeats: int) -> list[Event]:
 def _events(folder: Path) -> Iterator[Event]:
     """The kernels and copies of a trace: on a GPU those of its streams."""
     plane_name = "/device:GPU" if on_gpu() else "/host:CPU"
-    line_names = "Stream" if on_gpu() else "tf_"
+    in_name = "Stream" if on_gpu() else "tf_"
     for file in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             if not plane.name.startswith(plane_name):
                 continue
             for line in plane.lines:
-                if line.name.startswith(line_names):
+                if in_name in line.name:
                     for event in line.events:
                         yield Event(
                             event.start_ns / 1e3,
@@ -168,6 +169,14 @@ def _summed(events: Sequence[Event], repeats: int) -> list[Kernel]:
     return sorted(found, key=lambda kernel: -kernel.microseconds)
 
 
-def microseconds(of_call: Sequence[Kernel]) -> float:
-    """The time of one call's kernels together."""
-    return sum(kernel.microseconds for kernel in of_call)
+def timed(of_call: Sequence[Kernel], seconds: float) -> dict[str, Any]:
+    """The microseconds of one call's kernels, as a row's "us"; and those of queued calls.
+
+    Where the profile saw no kernel, "us" is that of the calls, and a note says so.
+    """
+    wall = 1e6 * seconds
+    us = sum(kernel.microseconds for kernel in of_call)
+    if us:
+        return {"us": us, "wall_us": wall}
+    note = "no kernel in the profile: these are calls"
+    return {"us": wall, "wall_us": wall, "note": note}
