@@ -4,13 +4,13 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx as flax_nnx
 
 from sqjax.commands.gpu import exact
 from sqjax.commands.gpu.notes import Notes, on_gpu
@@ -170,6 +170,7 @@ def layers(shape: tuple[int, int, int]) -> Figures:
     of_linen: Any = linen.QuantDense(outputs, use_bias=False).apply(
         {"params": params}, x
     )
+    flax_nnx: Any = import_module("flax.nnx")
     layer = flax_nnx.Linear(
         inputs, outputs, use_bias=False, rngs=flax_nnx.Rngs(0)
     )

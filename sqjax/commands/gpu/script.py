@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -28,7 +27,7 @@ GRACE = 30
 TINY_LIMIT = 1200
 #: Where compiled programs are kept, and what XLA found by trying kernels, so that the same part can
 #: run again without compiling again.
-KEPT = Path(tempfile.gettempdir()) / "sqjax-gpu-programs"
+KEPT = Path.home() / ".cache" / "sqjax" / "gpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
