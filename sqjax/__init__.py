@@ -135,6 +135,7 @@ __version__ = "0.1.0"
 _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
+    "mosaic": "sqjax.numerics.mosaic",
     "nnx": "sqjax.nnx",
     "plots": "sqjax.plots",
     "report": "sqjax.report",

@@ -25,6 +25,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "gpu matmuls": speed.gpu_matmuls,
     "gpu model": speed.gpu_model,
     "gpu kernels": speed.gpu_kernels,
+    "gpu visit": speed.gpu_visit,
     "convolutional models": quality.convolutional_models,
     "convolution speeds": speed.convolution_speeds,
     "peers": quality.peers,

@@ -130,7 +130,7 @@ def test_the_docstring_of_a_room_says_what_it_may_import(room):
 
 
 def test_dir_shows_the_public_names_alone():
-    namespaces = {"linen", "models", "nnx", "plots", "report", "triton"}
+    namespaces = {"linen", "models", "mosaic", "nnx", "plots", "report", "triton"}
     assert set(dir(sqjax)) == {*sqjax.__all__, *namespaces, "__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", sqjax.__version__)
 
