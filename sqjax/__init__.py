@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         EMBEDDING_INT8,
         FP8,
         FP8_E5M2,
+        W4A4,
         W4A8,
         W4A16,
         W4A16_G64,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         W8A8_O1,
         W8A8_O2,
         W8A8_O3,
+        W8A8_O3_ROTATED,
         W8A8_OUTLIERS,
         W8A16,
         Float8,
@@ -66,6 +68,7 @@ __all__ = [
     "EMBEDDING_INT8",
     "FP8",
     "FP8_E5M2",
+    "W4A4",
     "W4A8",
     "W4A16",
     "W4A16_G64",
@@ -73,6 +76,7 @@ __all__ = [
     "W8A8_O1",
     "W8A8_O2",
     "W8A8_O3",
+    "W8A8_O3_ROTATED",
     "W8A8_OUTLIERS",
     "W8A16",
     "Float8",
@@ -160,8 +164,8 @@ _NAMES = {
     "sqjax.weights.quant_weight": "QuantWeight",
     "sqjax.weights.schemes": (
         "EMBEDDING_INT4 EMBEDDING_INT8 FP8 FP8_E5M2 Float8 Indices Int4 "
-        "Int8 PerTensor PerToken Scheme Static W4A16 W4A16_G64 W4A8 W8A16 "
-        "W8A8 W8A8_O1 W8A8_O2 W8A8_O3 W8A8_OUTLIERS "
+        "Int8 PerTensor PerToken Scheme Static W4A16 W4A16_G64 W4A4 W4A8 "
+        "W8A16 W8A8 W8A8_O1 W8A8_O2 W8A8_O3 W8A8_O3_ROTATED W8A8_OUTLIERS "
     ),
     "sqjax.weights.sharding": "shardings",
     "sqjax.weights.training": "merge split",

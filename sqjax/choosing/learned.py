@@ -142,7 +142,8 @@ def learn(
         batches: a list of batches, each the work of one step: one or two sequences of some hundred
             tokens. As many as there are steps, because a few are learned by heart. Their order does
             not matter.
-        rules: as for `quantize`; without smoothing at run time and outliers.
+        rules: as for `quantize`; without smoothing and rotation at run time, and without
+            outliers.
         s: where to start; None: from 1. Groups that are left out stay as they are.
         clips: True, or where to start, {site: factors}: learn clips too.
         loss: "kl", the Kullback-Leibler divergence of softmax(outputs) along the last axis; "mse",
@@ -229,11 +230,12 @@ def _schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
             "learn: expected rules that quantize a matmul's weight, got none"
         )
     for path, scheme in schemes.items():
-        beside = scheme.smoothing is not None or scheme.outliers is not None
-        if beside or scheme.needs_histogram:
+        beside = (scheme.smoothing, scheme.outliers, scheme.rotation)
+        if beside != (None, None, None) or scheme.needs_histogram:
             raise ValueError(
-                f"learn: {path}: expected a scheme without smoothing at run time, outliers and "
-                f"ranges from histograms, got {scheme!r}; s is learned here, and so are ranges"
+                f"learn: {path}: expected a scheme without smoothing or rotation at run time, "
+                f"outliers and ranges from histograms, got {scheme!r}; s is learned here, and so "
+                "are ranges"
             )
     return schemes
 

@@ -24,10 +24,16 @@ from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site, paths_of
 from sqjax.methods.described import check_leaves, check_stats
 from sqjax.methods.smoothing import Alpha, check_alpha, fold_stats, scales
+from sqjax.numerics.hadamard import rotated
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.convolution import quantize_kernel
 from sqjax.weights.quant_weight import check_float
-from sqjax.weights.quantize import measured, named, quantize_weight
+from sqjax.weights.quantize import (
+    block_of,
+    measured,
+    named,
+    quantize_weight,
+)
 from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
 
 #: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
@@ -85,10 +91,12 @@ def quantize(
             - static scales, outliers, or smoothing at run time are asked for, and the statistics
               were taken from other params than these, for example before smoothing:
               pass `fold_stats(stats, scales(...))`.
+            - a static range of rotated activations, but the statistics have no samples:
+              calibrate with sample=512.
             - a static range other than "absmax", but the statistics have no histograms of these
               params' activations:
               calibrate these params with histogram=True.
-            - a group size that does not fit a weight.
+            - a group size, or a rotation's block, that does not fit a weight.
             - clips of a leaf that is not quantized, of another shape, or not in (0, 1].
 
             Values can not be checked under jit.
@@ -306,6 +314,8 @@ def _quantized_leaf(
         site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
     )
     absmax = _covered(absmax, site, scheme, stats, folded)
+    if scheme.rotation is not None and isinstance(scheme.activation, Static):
+        absmax = _rotated_range(site, scheme, stats, beside.smoothing)
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -341,6 +351,32 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
     enough = stats.trust(site).min(axis=site.feature_axes) == 1
     # Not "found > 0": under jit a range of NaN says that the histogram is not of X / s.
     return jnp.where(enough & ~(found <= 0), found, largest)
+
+
+def _rotated_range(
+    site: Site, scheme: Scheme, stats: Stats, smoothing: Array | None
+) -> Array:
+    """The largest |(X / s) Q| of each matrix over the sampled tokens, (*batch,).
+
+    Raises:
+        ValueError: there is no sample. What a rotation makes of channels is not to be told from
+            their ranges alone.
+    """
+    if site.path not in stats.sample:
+        raise ValueError(
+            f"{site.path}: a static range of rotated activations comes from a sample of tokens, "
+            "and these statistics have none; call calibrate(..., sample=512), or take a scale that "
+            "is computed at run time, activation=sq.PerToken()"
+        )
+    rows = stats.sample[site.path].rows
+    *batch, _, features = rows.shape
+    if smoothing is not None:
+        rows = rows / smoothing.reshape(*batch, 1, features)
+    with named(site.path):
+        block = block_of(scheme.rotation, features)
+    # As a product with the weight rotates it.
+    seen = rotated(rows, block, exact=False)
+    return jnp.max(jnp.abs(seen), axis=(-2, -1))
 
 
 def _quantized_kernel(

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 #: Up to so many channels are transformed by one small matmul. A longer block is cut into parts of
@@ -92,15 +93,36 @@ def rotated(
         raise ValueError(
             f"rotation: expected blocks that divide {channels} channels, got {block}"
         )
+    return _in_float32(x, block) if exact else _in_bfloat16(x, block)
+
+
+def _in_float32(x: Array, block: int) -> Array:
+    return _transformed(x, block, jnp.float32, lax.Precision.HIGHEST)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _in_bfloat16(x: Array, block: int) -> Array:
+    return _transformed(x, block, jnp.bfloat16, None)
+
+
+@_in_bfloat16.defjvp
+def _exact_derivative(block, primals, tangents):
+    """The derivative is computed in float32, because what follows does not round it."""
+    [x], [dx] = primals, tangents
+    return _in_bfloat16(x, block), _in_float32(dx, block)
+
+
+def _transformed(
+    x: Array, block: int, dtype: DTypeLike, precision: lax.Precision | None
+) -> Array:
     part = _part(block)
     summed = _between(x.astype(jnp.float32), block // part, part)
-    dtype = jnp.float32 if exact else jnp.bfloat16
     # Without the root, because +-1 are exact in bfloat16.
     y = lax.dot_general(
         summed.reshape(-1, part).astype(dtype),
         jnp.asarray(_times_root(part), dtype),
         (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
+        precision=precision,
         preferred_element_type=jnp.float32,
     )
     return y.reshape(x.shape) * jnp.float32(1 / math.sqrt(block))
