@@ -232,11 +232,13 @@ def test_the_public_names_are_these():
             "W8A8_O1",
             "W8A8_O2",
             "W8A8_O3",
+            "W8A8_O3_ROTATED",
             "W8A8_OUTLIERS",
             "W8A16",
             "W4A16",
             "W4A16_G64",
             "W4A8",
+            "W4A4",
         ),
         *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
     }

@@ -233,6 +233,35 @@ def test_a_static_range_without_a_sample_is_refused():
         sq.quantize(params, stats, sq.W8A8_O3_ROTATED)
 
 
+def test_a_static_range_of_several_axes_is_that_of_the_stored_order():
+    """The activation has its axes in another order than the weight."""
+    x, w = with_outliers(40, 8, 6), normal(6, 10, 8)
+    turned = lambda p, x: jnp.einsum("tji,ioj->to", x, p["w"])
+    stats = sq.calibrate(turned, {"w": w}, [x], sample=64)
+    qparams = sq.quantize({"w": w}, stats, sq.W8A8_O3_ROTATED)
+    flat = np.asarray(x, np.float64).swapaxes(1, 2).reshape(40, 48)
+    largest = np.abs(flat @ hadamard(48)).max()
+    np.testing.assert_allclose(qparams["w"].input_scale, largest / 127, rtol=2.0**-8)
+
+
+# Files, layers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_weight_is_rotated_still(tmp_path):
+    x, w = normal(5, 48), normal(48, 10)
+    qparams = quantized(sq.W4A4, {"w": w}, x)
+    sq.save(tmp_path / "w.safetensors", qparams)
+    again = sq.load(tmp_path / "w.safetensors")
+    assert jax.tree.structure(again) == jax.tree.structure(qparams)
+    jax.tree.map(np.testing.assert_array_equal, again, qparams)
+
+
+def test_a_layer_alone_has_no_static_range_of_rotated_activations():
+    params = {"kernel": normal(48, 10)}
+    with pytest.raises(ValueError, match=r"^quantize_dense: kernel: a static range of rotated"):
+        sq.linen.quantize_dense(params, sq.W8A8_O3_ROTATED, absmax=jnp.ones(48))
+
+
 # Refusals ---------------------------------------------------------------------------------------------------------
 
 
