@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
     from sqjax.methods.quantization import quantize, smoothquant
+    from sqjax.methods.rotation import rotate, rotations
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
+    from sqjax.proving.proof import prove
     from sqjax.runtime.caches import quantize_cache
     from sqjax.runtime.int8_attention import int8_attention
     from sqjax.runtime.quantized import quantized
@@ -106,11 +108,14 @@ __all__ = [
     "load_quantized",
     "load_saved",
     "merge",
+    "prove",
     "quantize",
     "quantize_by_search",
     "quantize_cache",
     "quantized",
     "recommend",
+    "rotate",
+    "rotations",
     "save",
     "scales",
     "search_alpha",
@@ -150,7 +155,9 @@ _NAMES = {
     "sqjax.files.loading": "load load_saved",
     "sqjax.files.saving": "save",
     "sqjax.folding.apply": "fold",
+    "sqjax.proving.proof": "prove",
     "sqjax.methods.quantization": "quantize smoothquant",
+    "sqjax.methods.rotation": "rotate rotations",
     "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",
     "sqjax.methods.verification": "verify",

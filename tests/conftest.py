@@ -24,10 +24,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 )
+# One piece of machine code a program: cutting it for several threads costs more than they save where it is so small.
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    )
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 # What is compiled stays in memory: looking through it for garbage again and again takes a twentieth of the time.
 gc.set_threshold(100_000, 20, 100)
@@ -39,6 +40,24 @@ def pytest_addoption(parser):
         action="store_true",
         help="also every case of long tables (each scheme times each shape, ...)",
     )
+
+
+def pytest_configure(config):
+    """What one run compiles the next one finds in pytest's cache, and takes a third of the time.
+
+    An entry belongs to a program, a jax and a machine, so none is ever stale. `--cache-clear` removes them. The
+    processes that tests start share it.
+    """
+    if not hasattr(config, "cache"):
+        return  # -p no:cacheprovider
+    settings = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ.setdefault(name.upper(), str(value))
 
 
 def pytest_collection_modifyitems(config, items):

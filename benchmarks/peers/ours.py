@@ -32,7 +32,7 @@ TOKENS, CALIBRATION, EVALUATION, SEED = 512, 16, 60, 0
 #: llm-compressor's examples smooth with this, so that the fixed rows differ in the groups only.
 ALPHA = 0.8
 #: The tied head stays float, here as there.
-HEAD = {"embed_tokens": None}
+HEAD = {"embed_tokens|lm_head": None}
 #: Of learning: one window each.
 STEPS = 40
 W4 = sq.W4A16_G64
@@ -73,6 +73,13 @@ def folded(case: Case, stats: sq.Stats, result: Any) -> Chosen:
     params = sq.fold(case.params, stats.graph, result.s)
     clips = getattr(result, "clips", None)
     return Chosen(params, sq.fold_stats(stats, result.s), clips)
+
+
+def rotated(case: Case) -> Case:
+    """The same function with rotated activations, for which the head gets a weight of its own."""
+    model, params = sq.models.untie(case.model, case.params)
+    stats = sq.calibrate(model.apply, params, case.batches[:1])
+    return Case(model, sq.rotate(params, stats, seed=SEED), case.batches)
 
 
 # How scales and clips are chosen ------------------------------------------------------------------
@@ -183,11 +190,12 @@ def by_layers(chosen: Chosen, scheme: sq.Scheme) -> Any:
 
 
 class Row(NamedTuple):
-    """A scheme, how scales are chosen for it, and how weights are rounded."""
+    """A scheme, how scales are chosen for it, how weights are rounded, what is done before."""
 
     scheme: sq.Scheme
     choose: Choice
     narrow: Callable[[Chosen, sq.Scheme], Any] = rounding
+    before: Callable[[Case], Case] | None = None
 
 
 def learned_from_search() -> Choice:
@@ -216,12 +224,21 @@ ROWS = {
     "w8a8-search-gptq": Row(sq.W8A8, search, gptq),
     "w8a8-learned": Row(sq.W8A8, learned_from_search()),
     "w8a8-by-search": Row(sq.W8A8, nothing_measured, by_search),
+    "w8a8-rotated-by-search": Row(
+        sq.W8A8, nothing_measured, by_search, rotated
+    ),
     "w8a8-o2-rounding": Row(sq.W8A8_O2, nothing),
     "w8a8-o2-smooth": Row(sq.W8A8_O2, smooth),
     "w8a8-o2-by-search": Row(sq.W8A8_O2, nothing_measured, by_search),
+    "w8a8-o2-rotated-by-search": Row(
+        sq.W8A8_O2, nothing_measured, by_search, rotated
+    ),
     "w8a8-o3-rounding": Row(sq.W8A8_O3, nothing),
     "w8a8-o3-smooth": Row(sq.W8A8_O3, smooth),
     "w8a8-o3-by-search": Row(sq.W8A8_O3, nothing_measured, by_search),
+    "w8a8-o3-rotated-by-search": Row(
+        sq.W8A8_O3, nothing_measured, by_search, rotated
+    ),
     "w8a8-o3-learned": Row(sq.W8A8_O3, learned_from_smoothing()),
     "w4a16-rounding": Row(W4, nothing),
     "w4a16-gptq": Row(W4, nothing_measured, gptq),
@@ -239,13 +256,15 @@ ROWS = {
 FLOAT = "float"
 
 
-def quantized(name: str, case: Case) -> Any:
-    """The tree of one row, computed."""
+def quantized(name: str, case: Case) -> tuple[Any, Any]:
+    """The model and the tree of one row, computed."""
     if name == FLOAT:
-        return case.params
+        return case.model, case.params
     row = ROWS[name]
-    chosen = row.choose(case, row.scheme)
-    return jax.block_until_ready(row.narrow(chosen, row.scheme))
+    start = case if row.before is None else row.before(case)
+    chosen = row.choose(start, row.scheme)
+    tree = jax.block_until_ready(row.narrow(chosen, row.scheme))
+    return start.model, tree
 
 
 def losses(model: Any, tree: Any, windows: np.ndarray) -> list[float]:
@@ -262,7 +281,7 @@ def measure(folder: Path, name: str) -> None:
     windows = np.load(folder / "calibration.npy")
     case = Case(model, params, list(windows[:, None]))
     start = time.process_time()
-    tree = quantized(name, case)
+    model, tree = quantized(name, case)
     seconds = time.process_time() - start
     evaluated = np.load(folder / "evaluation.npy")
     result = {

@@ -20,6 +20,7 @@ from sqjax.folding.find_graph import find_graph
 from sqjax.folding.graph import Graph, Group, Site
 from sqjax.folding.groups import Survey
 from sqjax.folding.sites import Place
+from sqjax.folding.space import Space
 from sqjax.program.facts import Program
 from sqjax.program.repeatable import Repeated
 from sqjax.program.trace import is_array
@@ -278,10 +279,10 @@ def shared_arrays(params: PyTree) -> dict[str, str]:
 
 
 def common_groups(graph: Graph, other: Graph, where: str) -> Graph:
-    """The graph without the groups that are not in `other`, the graph of `where`.
+    """The graph without the groups and spaces that are not in `other`, the graph of `where`.
 
     The sites of a lost group are refused. Two groups are the same one if folding them does the same
-    to the parameters and to the statistics.
+    to the parameters and to the statistics; so are two spaces if rotating them does.
     """
     # By what they do, because the names of groups may differ from program to program.
     there = {_effect(group, other) for group in other.groups}
@@ -306,7 +307,32 @@ def common_groups(graph: Graph, other: Graph, where: str) -> Graph:
 
     names = {group.name for group in kept}
     keys = tuple(key for key in graph.keys if key.path in names)
-    return graph._replace(groups=tuple(kept), refused=tuple(refused), keys=keys)
+    spaces, space_refusals = _common_spaces(graph, other, where)
+    return graph._replace(
+        groups=tuple(kept),
+        refused=tuple(refused),
+        keys=keys,
+        spaces=spaces,
+        space_refusals=space_refusals,
+    )
+
+
+def _common_spaces(
+    graph: Graph, other: Graph, where: str
+) -> tuple[tuple[Space, ...], tuple[tuple[str, str], ...]]:
+    """The spaces that are in both graphs, and the refusals, with the sites of all others."""
+    there = {space.effect for space in other.spaces}
+    kept = tuple(space for space in graph.spaces if space.effect in there)
+    reasons = dict(other.space_refusals)
+    refused = [*graph.space_refusals]
+    for space in graph.spaces:
+        if space.effect in there:
+            continue
+        for site in space.sites:
+            reason = reasons.get(site, "its space is another there")
+            text = f"it does not turn in the program of {where}: {reason}"
+            refused.append((site, text))
+    return kept, tuple(refused)
 
 
 def _effect(group: Group, graph: Graph) -> tuple[Any, ...]:

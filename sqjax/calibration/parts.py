@@ -87,7 +87,11 @@ def joined_stats(graph: Graph, parts: Iterable[tuple[str, Stats]]) -> Stats:
             f"{unseen[0]}: expected a layer that reads it, got none; calibrate the whole model"
         )
     joined = joined_graph(graph.leaves, graphs)
-    graph = common_groups(graph, joined, "its layer alone")
+    common = common_groups(graph, joined, "its layer alone")
+    # Not the spaces: they go through all layers, so the certificate of the whole counts.
+    graph = common._replace(
+        spaces=graph.spaces, space_refusals=graph.space_refusals
+    )
     folded = {}
     for group in graph.groups:
         folded[group.name] = jnp.asarray(np.ones(group.size, np.float32))

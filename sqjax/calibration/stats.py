@@ -17,6 +17,7 @@ from sqjax._arguments import expect
 from sqjax._serialized import serialized
 from sqjax._trees import is_concrete, is_float
 from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
+from sqjax.folding.space import Along, Space
 from sqjax.numerics.channels import Channels, channel_absmax
 from sqjax.numerics.formats import INT8, Format
 from sqjax.numerics.ranges import Histogram, Range, find_range
@@ -28,7 +29,7 @@ MOST_ROWS = 40
 FEW_TOKENS = 32
 
 
-@serialized(Graph, Site, Group, LabelMap, Kernel, Channels)
+@serialized(Graph, Site, Group, LabelMap, Kernel, Channels, Space, Along)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Stats:

@@ -404,12 +404,15 @@ _CHOICES = {
     "w8a8-smooth": "W8A8, alpha 0.8",
     "w8a8-search": "W8A8, `search_alpha`",
     "w8a8-by-search": "W8A8, `quantize_by_search`",
+    "w8a8-rotated-by-search": "W8A8, `rotate` and `quantize_by_search`",
     "w8a8-o2-rounding": "W8A8_O2, rounding",
     "w8a8-o2-smooth": "W8A8_O2, alpha 0.8",
     "w8a8-o2-by-search": "W8A8_O2, `quantize_by_search`",
+    "w8a8-o2-rotated-by-search": "W8A8_O2, `rotate` and `quantize_by_search`",
     "w8a8-o3-rounding": "W8A8_O3, rounding",
     "w8a8-o3-smooth": "W8A8_O3, alpha 0.8",
     "w8a8-o3-by-search": "W8A8_O3, `quantize_by_search`",
+    "w8a8-o3-rotated-by-search": "W8A8_O3, `rotate` and `quantize_by_search`",
     "w8a8-o3-learned": "W8A8_O3, `learn`",
     "w4a16-rounding": "W4A16_G64, rounding",
     "w4a16-awq": "W4A16_G64, `awq`",
@@ -471,6 +474,49 @@ def _standing(difference: float, half: float) -> str:
     if abs(difference) <= half:
         return "equal within the interval"
     return "ahead" if difference < 0 else "behind"
+
+
+# Exactness ------------------------------------------------------------------------------------
+
+
+def exactness(rows: Sequence[Row]) -> Table:
+    """A line for each family: how far logits move that should stay, and what is proved.
+
+    `rotate` is of the spaces that are proved; the last column says what stands in the others' way.
+    """
+    titles = (
+        "logits off by",
+        "their SmoothQuant",
+        "`smooth`",
+        "groups proved",
+        "their SpinQuant",
+        "`rotate`",
+        "spaces proved",
+        "refused",
+    )
+    return Table(titles, list(map(_exactness_of, rows)))
+
+
+def _exactness_of(row: Row) -> tuple[str, ...]:
+    """The cells of one family; one that is not read has theirs alone."""
+    smooth, spin = row["their_smoothquant"], row["their_spinquant"]
+    their_smooth = "" if smooth is None else f"{smooth:.2f}"
+    their_spin = "" if spin is None else f"{spin:.3f}"
+    if "smooth_error" not in row:
+        unread = "not read here"
+        return row["family"], their_smooth, unread, "", their_spin, "", "", ""
+    rotated = f"{row['rotate_error']:.1e}" if row["spaces"] else "refused"
+    untied = ", untied" if row["untied"] and row["spaces"] else ""
+    return (
+        row["family"],
+        their_smooth,
+        f"{row['smooth_error']:.1e}",
+        f"{row['groups']} of {row['all_groups']}",
+        their_spin,
+        rotated + untied,
+        f"{row['spaces']} of {row['all_spaces']}",
+        row["refused"].split(",")[0],
+    )
 
 
 # Cells ----------------------------------------------------------------------------------------
@@ -542,4 +588,5 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "peers": peers,
     "choices": choices,
     "int4 encoder": int4_encoder,
+    "exactness": exactness,
 }

@@ -22,6 +22,7 @@ from sqjax.commands.shared import (
 from sqjax.methods.quantization import quantize
 from sqjax.methods.smoothing import smooth
 from sqjax.models import Model, load
+from sqjax.models.cache import PrefixCache
 from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Params, TokenIds
 from sqjax.runtime.int8_attention import int8_attention
@@ -62,10 +63,13 @@ class Int8Attention(Model):
     """The same model with both batched matmuls of its attention on int8."""
 
     def apply(
-        self, params: Params, ids: TokenIds
+        self,
+        params: Params,
+        ids: TokenIds,
+        prefix: PrefixCache | None = None,
     ) -> Float[Array, "batch tokens vocab"]:
         """As `Model.apply`."""
-        return int8_attention(super().apply)(params, ids)
+        return int8_attention(super().apply)(params, ids, prefix)
 
 
 def compare(

@@ -13,6 +13,8 @@ To be read in this order:
     per_step    one scale vector for each step of a scan, or for each device
     find_graph  all groups of a program, as data (graph); attention_keys, embeddings: two more finds
     apply       the fold itself
+    find_spaces  what may be rotated (space), by a search of its own (space_search, with space_rules
+                and space_moves) and its own certificate (space_certificate)
 
 May import `program`; and the small helpers `sqjax._*`.
 """

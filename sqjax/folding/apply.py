@@ -124,6 +124,15 @@ def unfold(params: PyTree, graph: Graph, s: Mapping[str, Array]) -> PyTree:
     return _scaled(params, graph, s, -1)
 
 
+def fold_any_sign(
+    params: PyTree, graph: Graph, s: Mapping[str, Array]
+) -> PyTree:
+    """`fold` without its checks, for scales that may be negative or, where no leaf that matters is
+    divided by them, zero. Whoever calls it knows that every equation on the way allows that.
+    """
+    return _scaled(params, graph, s, 1)
+
+
 def _scaled(
     params: PyTree, graph: Graph, s: Mapping[str, Array], sign: int
 ) -> PyTree:

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from sqjax.folding.attention_keys import Keys
 from sqjax.folding.embeddings import find_tables
+from sqjax.folding.find_spaces import find_spaces
 from sqjax.folding.graph import Graph, Group, paths_of
 from sqjax.folding.groups import Survey, covers, find_group, stated_group
 from sqjax.folding.search import Refused
@@ -20,7 +21,7 @@ def find_graph(
     keys: Sequence[Keys] = (),
     stated: Mapping[str, Sequence[str]] | None = None,
 ) -> Graph:
-    """Finds the groups of a program.
+    """Finds the groups and the spaces of a program.
 
     Args:
         survey: the program and its sites.
@@ -33,11 +34,14 @@ def find_graph(
     """
     groups = [stated_group(survey, *item) for item in (stated or {}).items()]
     refused, ways = _group_the_rest(survey, groups)
+    spaces, space_refusals = find_spaces(survey)
     return graph_without_groups(survey)._replace(
         groups=(*groups, *map(attrgetter("group"), keys)),
         refused=tuple(refused.items()),
         ways=tuple(ways.items()),
         keys=tuple(map(attrgetter("site"), keys)),
+        spaces=spaces,
+        space_refusals=space_refusals,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from sqjax._arguments import expect
 from sqjax._names import braced, first_matches, near_misses
 from sqjax.folding.labels import channels_and_degrees
+from sqjax.folding.space import Space, summary
 
 
 class LabelMap(NamedTuple):
@@ -208,6 +209,8 @@ class Graph(NamedTuple):
         branches: (site, or one of a stack: layers/kernel[3]; what leaves it without tokens) of
             those that are read in branches of a cond and in while loops only: "branch 1 of `cond`
             at model.py:7 (fn) was not taken".
+        spaces: what can be rotated. Every space has passed its certificate.
+        space_refusals: (site, why its activation is in no space).
     """
 
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -219,6 +222,8 @@ class Graph(NamedTuple):
     keys: tuple[Site, ...] = ()
     tables: tuple[Site, ...] = ()
     branches: tuple[tuple[str, str], ...] = ()
+    spaces: tuple[Space, ...] = ()
+    space_refusals: tuple[tuple[str, str], ...] = ()
 
     def select(self, groups: str | Iterable[str]) -> tuple[Group, ...]:
         """The groups meant by "all", "norm", one name pattern or several (searched in the sites'
@@ -242,8 +247,8 @@ class Graph(NamedTuple):
         return _matching(of_sites, patterns)
 
     def explain(self, path: str) -> str:
-        """Why a leaf is in a group, in which part, or in none: the equations of the program, with
-        their lines.
+        """Why a leaf is in a group or a space, in which part, or in none: the equations of the
+        program, with their lines.
 
         Raises:
             ValueError: there is no such leaf; names near misses.
@@ -265,9 +270,22 @@ class Graph(NamedTuple):
                 lines += _steps("its activation", ways.get(leaf, ()))
         if path in dict(self.ways):
             lines.append(_AT_RUN_TIME)
+        lines += self._spaces_of(path)
         if not lines:
             return f"{path}: no matmul of an activation meets it, and no group needs it"
         return "\n".join(lines)
+
+    def _spaces_of(self, path: str) -> list[str]:
+        """Lines that tell in which spaces a leaf turns, and why its activation is in none."""
+        lines: list[str] = []
+        for space in self.spaces:
+            lines += space.account(path)
+        for leaf, reason in self.space_refusals:
+            if leaf == path or leaf.startswith(f"{path}["):
+                lines.append(
+                    f"the activation of {leaf} is in no space: {reason}"
+                )
+        return lines
 
     def __str__(self) -> str:
         """A table with a row for every group, and the refused leaves with their reasons."""
@@ -292,6 +310,8 @@ class Graph(NamedTuple):
                     absorbers.ljust(widths[1]),
                 )
                 lines.append(f"  {scales}  {absorbers}  {sites}")
+        if self.spaces:
+            lines.append(f"  {summary(self.spaces)}")
         lines += self._refusals()
         named = {path.partition("[")[0] for path, _ in self.refused}
         if any(site.path in named for site in self.sites):

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from sqjax.folding.graph import Graph, Group, LabelMap, Site
+from sqjax.folding.space import Space
 
 #: A path or a name -> the same in another tree.
 Renaming = Callable[[str], str]
@@ -19,7 +20,8 @@ def part_of_graph(
 ) -> Graph:
     """What a graph says of some leaves: the graph of a tree that holds no others.
 
-    Groups that scale other leaves too are left out; `straddling` names them.
+    Groups that scale other leaves too are left out (`straddling` names them), and so are spaces
+    that rotate others.
 
     Args:
         graph: of the whole tree.
@@ -58,6 +60,8 @@ def part_of_graph(
         keys=sites(graph.keys),
         tables=sites(graph.tables),
         branches=pairs(graph.branches),
+        spaces=tuple(s for s in graph.spaces if leaves_of_space(s) <= within),
+        space_refusals=pairs(graph.space_refusals),
     )
     return renamed_graph(part, lambda name: name.removeprefix(prefix))
 
@@ -76,6 +80,8 @@ def renamed_graph(graph: Graph, rename: Renaming) -> Graph:
         keys=sites(graph.keys),
         tables=sites(graph.tables),
         branches=pairs(graph.branches),
+        spaces=tuple(_renamed_space(rename, space) for space in graph.spaces),
+        space_refusals=pairs(graph.space_refusals),
     )
 
 
@@ -90,6 +96,15 @@ def _renamed_group(rename: Renaming, group: Group) -> Group:
         sites=labels(group.sites),
         leaves=labels(group.leaves),
         ways=_renamed_pairs(rename, group.ways),
+    )
+
+
+def _renamed_space(rename: Renaming, space: Space) -> Space:
+    return space._replace(
+        name=rename(space.name),
+        leaves=_renamed_pairs(rename, space.leaves),
+        gains=tuple(map(rename, space.gains)),
+        sites=tuple(map(rename, space.sites)),
     )
 
 
@@ -111,6 +126,11 @@ def _leaf(name: str) -> str:
 def leaves_of_group(group: Group) -> frozenset[str]:
     """The paths of the leaves that a group scales, its sites' own among them."""
     return frozenset(path for path, _ in group.leaves)
+
+
+def leaves_of_space(space: Space) -> frozenset[str]:
+    """The paths of the leaves that a space rotates, and of those that must be ones."""
+    return frozenset(path for path, _ in space.leaves).union(space.gains)
 
 
 def joined_graph(leaves: Any, parts: Iterable[tuple[str, Graph]]) -> Graph:

@@ -40,6 +40,11 @@ from sqjax.models.decoding.cache_scales import cache_scales as cache_scales
 from sqjax.models.decoding.generation import Generated as Generated
 from sqjax.models.decoding.generation import generate as generate
 from sqjax.models.decoding.generation import greedy as greedy
+from sqjax.models.decoding.prefix_files import load_prefix as load_prefix
+from sqjax.models.decoding.prefix_files import save_prefix as save_prefix
+from sqjax.models.decoding.prefixes import Prefix as Prefix
+from sqjax.models.decoding.prefixes import prefix as prefix
+from sqjax.models.decoding.prefixes import token_peaks as token_peaks
 from sqjax.models.encoder import Encoder as Encoder
 from sqjax.models.encoder_config import EncoderConfig as EncoderConfig
 from sqjax.models.evaluation.harness import harness_model as harness_model
@@ -57,6 +62,7 @@ from sqjax.models.slots import CacheFormat as CacheFormat
 from sqjax.models.stacking import stack_layers as stack_layers
 from sqjax.models.stacking import unstack_layers as unstack_layers
 from sqjax.models.text_tower import TextTowerConfig as TextTowerConfig
+from sqjax.models.untying import untie as untie
 from sqjax.models.vision_config import VisionConfig as VisionConfig
 from sqjax.models.vision_model import Preprocessing as Preprocessing
 from sqjax.models.vision_model import VisionModel as VisionModel

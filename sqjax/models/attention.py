@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sqjax.models.slots import Slots, changed_queries, integers
+from sqjax.models.slots import (
+    Slots,
+    changed_queries,
+    integers,
+    omitted_scores,
+)
 from sqjax.numerics.digits import BASE, two_digits
 
 #: How many queries are read at once. See `attend` for why queries are read in blocks.
@@ -35,6 +40,23 @@ class Scoring(NamedTuple):
     scale: float
     softcap: float | None = None
     slopes: tuple[float, ...] | None = None
+
+
+class Before(NamedTuple):
+    """Floats that stand before the slots: the keys and values of a prefix, in one layer.
+
+    Attributes:
+        keys: (kv_heads, prefix, head_dim), rotated already; one prefix serves the batch.
+        values: (kv_heads, prefix, value_dim).
+        mask: (rows, tokens, prefix), what each token may look at.
+        places: (rows, prefix), where they would stand if they were slots: -2 and -1 for two tokens
+            before slot 0, which padding moves on.
+    """
+
+    keys: Array
+    values: Array
+    mask: Array
+    places: Array
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -95,6 +117,7 @@ def attend(
     in_order: bool,
     scoring: Scoring,
     bias: Float[Array, "bias_rows heads tokens slots"] | None = None,
+    before: Before | None = None,
 ) -> Float[Array, "batch tokens heads value_dim"]:
     """softmax(scores of q and k) v, where a score is q k^T * scale, changed as `scoring` says.
 
@@ -112,6 +135,7 @@ def attend(
             the last slot. False for a ring, of which every block must read all slots.
         scoring: how products become scores. Its slopes need slots in order.
         bias: what is added to scores beside; one row may serve the batch.
+        before: what stands before the slots; None for nothing.
     """
     tokens, slots = mask.shape[1:]
     blocks = []
@@ -122,7 +146,10 @@ def attend(
         block = queries[:, first:last]
         added = None if bias is None else bias[:, :, first:last, :end]
         read = keys.first(end), values.first(end)
-        blocks.append(_attend_block(block, *read, seen, scoring, added))
+        own = before
+        if before is not None:
+            own = before._replace(mask=before.mask[:, first:last])
+        blocks.append(_attend_block(block, *read, seen, scoring, added, own))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
@@ -133,6 +160,7 @@ def _attend_block(
     mask: Array,
     scoring: Scoring,
     bias: Array | None,
+    before: Before | None,
 ) -> Array:
     """Attention of one block of queries.
 
@@ -144,7 +172,8 @@ def _attend_block(
         scores  (batch, 2, 15, 21)   (batch, 2, 3, 5, 21), to which the mask (rows, 5, 21) applies
         mixed   (batch, 2, 15, 8)    (batch, 5, 6, 8)
 
-    A bias (rows, 6, 5, 21) is added as (rows, 2, 3, 5, 21).
+    A bias (rows, 6, 5, 21) is added as (rows, 2, 3, 5, 21). One softmax runs over the slots and
+    over what stands before them, whose scores and weights come first.
     """
     batch, tokens, heads, head_dim = queries.shape
     kv_heads, slots = keys.codes.shape[1], mask.shape[2]
@@ -157,20 +186,39 @@ def _attend_block(
     rows = by_key_head.reshape(batch, kv_heads, row_count, head_dim)
 
     by_token = (batch, kv_heads, sharing, tokens)
-    scores = _scores(rows, keys).reshape(*by_token, slots)
-    scores = _changed(scores, scoring)
+    scores = _scores(rows, keys)
+    omitted = omitted_scores(keys, rows)
+    counts = scoring.softcap is not None or before is not None
+    if omitted is not None and counts:
+        # Because tanh of a row's scores depends on what all of them have more, and because those of
+        # what stands before the slots have it.
+        scores = scores + omitted
+    # Nearness to the query may be counted from any slot on: here from slot 0.
+    places = np.arange(slots, dtype=np.float32)[None]
+    scores = _changed(scores.reshape(*by_token, slots), scoring, places)
     if bias is not None:
         added = bias.reshape(bias.shape[0], *by_token[1:], slots)
         scores = scores + added.astype(scores.dtype)
     allowed = mask.reshape(mask.shape[0], 1, 1, tokens, slots)
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    if before is not None:
+        first = _scores_before(rows, before).reshape(*by_token, -1)
+        first = _changed(first, scoring, before.places)
+        seen = before.mask[:, None, None]
+        first = jnp.where(seen, first, jnp.finfo(jnp.float32).min)
+        scores = jnp.concatenate([first, scores], axis=-1)
 
     # The largest score is subtracted because exp would overflow without. The softmax does not
     # depend on it, so no gradient goes through it.
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1)[..., None]
-    mixed = _mix(weights.reshape(batch, kv_heads, row_count, slots), values)
+    by_row = weights.reshape(batch, kv_heads, row_count, -1)
+    if before is None:
+        mixed = _mix(by_row, values)
+    else:
+        mixed = _mix_before(by_row[..., :-slots], before)
+        mixed = mixed + _mix(by_row[..., -slots:], values)
     # Divided after the product, which takes head_dim divisions for each query and not one a slot.
     value_dim = values.head_dim
     mixed = mixed.reshape(*by_token, value_dim) / total
@@ -182,18 +230,15 @@ def _attend_block(
 def _changed(
     scores: Float[Array, "batch kv_heads sharing tokens slots"],
     scoring: Scoring,
+    places: Float[Array | np.ndarray, "rows slots"],
 ) -> Array:
-    """Scores with ALiBi's slopes and the soft cap."""
+    """Scores with ALiBi's slopes and the soft cap. Slots stand at places."""
     if scoring.slopes is not None:
-        kv_heads, sharing, _, slots = scores.shape[1:]
+        kv_heads, sharing = scores.shape[1:3]
         slopes = np.array(scoring.slopes, np.float32)
-        # A softmax does not see what all scores of a row have more, so nearness to the query may be
-        # counted from any slot on: here from slot 0.
-        nearness = np.arange(slots, dtype=np.float32)
-        by_slot = (slopes[:, None] * nearness).reshape(
-            1, kv_heads, sharing, 1, slots
-        )
-        scores = scores + by_slot
+        slopes = slopes.reshape(1, kv_heads, sharing, 1, 1)
+        # A softmax does not see what all scores of a row have more, so a place stands for nearness.
+        scores = scores + slopes * places[:, None, None, None, :]
     if scoring.softcap is not None:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
     return scores
@@ -244,6 +289,24 @@ def _mix(
     batch, kv_heads, _, rows, _ = products.shape
     groups_last = products.transpose(0, 1, 3, 2, 4)
     return groups_last.reshape(batch, kv_heads, rows, -1)
+
+
+def _scores_before(
+    rows: Float[Array, "batch kv_heads rows head_dim"], before: Before
+) -> Float[Array, "batch kv_heads rows prefix"]:
+    """As `_scores`, of the keys before the slots, which are floats as they are."""
+    keys = before.keys.astype(jnp.float32)[None]
+    return jnp.matmul(
+        rows.astype(jnp.float32), keys.swapaxes(2, 3), precision="highest"
+    )
+
+
+def _mix_before(
+    weights: Float[Array, "batch kv_heads rows prefix"], before: Before
+) -> Float[Array, "batch kv_heads rows value_dim"]:
+    """As `_mix`, of the values before the slots."""
+    values = before.values.astype(jnp.float32)[None]
+    return jnp.matmul(weights, values, precision="highest")
 
 
 def _by_group(

@@ -57,8 +57,39 @@ class KVCache(NamedTuple):
         return total
 
 
+class PrefixCache(NamedTuple):
+    """The keys and values of a few tokens that stand before every row, as floats.
+
+    They are apart from a `KVCache`, whose slots begin after them, because they stay floats whatever
+    the cache stores, and because all rows share them.
+
+    Attributes:
+        keys: of each layer, (kv_heads, tokens, head_dim), rotated already by the positions 0, 1 ...
+        values: of each layer, (kv_heads, tokens, value_dim).
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they are."""
+        return self.keys[0].shape[1]
+
+    def layer(self, i: int) -> tuple[Array, Array]:
+        """The keys and values of layer i."""
+        return self.keys[i], self.values[i]
+
+    def stacked(self) -> tuple[Array, Array]:
+        """The keys and values of all layers, with an axis of layers before the others."""
+        return jnp.stack(self.keys), jnp.stack(self.values)
+
+
 export.register_namedtuple_serialization(
     KVCache, serialized_name="sqjax.KVCache"
+)
+export.register_namedtuple_serialization(
+    PrefixCache, serialized_name="sqjax.PrefixCache"
 )
 
 

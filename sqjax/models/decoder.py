@@ -11,46 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sqjax.models.attention import visible
-from sqjax.models.cache import KVCache
-from sqjax.models.config import (
-    DecoderConfig,
-    LayerKind,
-    config_ropes,
-    rotated_channels,
-)
+from sqjax.models.cache import KVCache, PrefixCache
+from sqjax.models.config import DecoderConfig
 from sqjax.models.mlp import MLP, Mixture
 from sqjax.models.norms import Gain, NormLayer
-from sqjax.models.rope import rotary_table
+from sqjax.models.positions import Positions, next_positions
 from sqjax.models.self_attention import (
     Attention,
     Context,
     LayerCache,
     MultiHeadLatentAttention,
-    View,
 )
 from sqjax.models.stacking import check_layers, layer_of
-
-
-class Positions(NamedTuple):
-    """Where the tokens that are read stand, the same for every layer.
-
-    For a row of 5 slots that begins with 2 tokens of padding, of which 3 tokens are in the cache
-    and 1 is read now: start = 3, in_row = 1 (padding does not count), and the mask lets the token
-    look at the slots 2 and 3.
-
-    Attributes:
-        views: one for each of ``config.different_kinds``.
-        start: how many tokens the cache held before.
-        in_row: (rows, tokens), the tokens' positions in their rows; negative for padding.
-    """
-
-    views: tuple[View, ...]
-    start: Array
-    in_row: Array
 
 
 class _Norms(NamedTuple):
@@ -174,6 +148,7 @@ class Layers(nn.Module):
         x: Float[Array, "batch tokens hidden"],
         positions: Positions,
         cache: KVCache | None,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache | None]:
         """What the last block gives; and the cache grown, if there was one."""
         config = self.config
@@ -185,12 +160,12 @@ class Layers(nn.Module):
             run_layer = _run_layer(config, 0)
             if self.remat:
                 run_layer = jax.checkpoint(run_layer)
-            return _scanned(config, run_layer, held, x, positions), None
+            return _scanned(config, run_layer, held, x, positions, prefix), None
 
         block_class = nn.remat(Block) if self.remat else Block
         grown = []
         for i in range(config.num_layers):
-            context = _context(config, positions, i, cache)
+            context = _context(config, positions, i, cache, prefix)
             if stacked:
                 layer = {"params": layer_of(held, i)}
                 x, new = _run_layer(config, i)(layer, x, context)
@@ -217,7 +192,11 @@ def _block(config: DecoderConfig, i: int) -> tuple[DecoderConfig, bool, bool]:
 
 
 def _context(
-    config: DecoderConfig, positions: Positions, i: int, cache: KVCache | None
+    config: DecoderConfig,
+    positions: Positions,
+    i: int,
+    cache: KVCache | None,
+    prefix: PrefixCache | None = None,
 ) -> Context:
     """What layer i needs beside x."""
     kind = config.kind(i)
@@ -228,6 +207,7 @@ def _context(
         in_row=positions.in_row,
         ring=kind.sliding_window is not None,
         cache=of_layer,
+        prefix=None if prefix is None else prefix.layer(i),
     )
 
 
@@ -237,14 +217,20 @@ def _scanned(
     stack,
     x: Array,
     positions: Positions,
+    prefix: PrefixCache | None,
 ) -> Array:
     """x after all layers of a stack, without a cache. One program serves layers of every kind."""
     context = _context(config, positions, 0, None)
     different = config.different_kinds
+    # The keys and values of a prefix are scanned with the layers.
+    held = None if prefix is None else prefix.stacked()
     if len(different) == 1:
-        x, _ = jax.lax.scan(
-            lambda x, layer: run_layer({"params": layer}, x, context), x, stack
-        )
+
+        def step_of_one(x, scanned):
+            layer, own = scanned
+            return run_layer({"params": layer}, x, context._replace(prefix=own))
+
+        x, _ = jax.lax.scan(step_of_one, x, (stack, held))
         return x
 
     # Each layer picks its kind's mask and angles out of those of all kinds.
@@ -252,12 +238,12 @@ def _scanned(
     numbers = np.array(list(map(different.index, config.kinds)), np.int32)
 
     def step(x, scanned):
-        layer, number = scanned
+        layer, number, own = scanned
         view = jax.tree.map(lambda part: part[number], views)
-        own = context._replace(view=view)
-        return run_layer({"params": layer}, x, own)
+        changed = context._replace(view=view, prefix=own)
+        return run_layer({"params": layer}, x, changed)
 
-    x, _ = jax.lax.scan(step, x, (stack, jnp.asarray(numbers)))
+    x, _ = jax.lax.scan(step, x, (stack, jnp.asarray(numbers), held))
     return x
 
 
@@ -288,19 +274,26 @@ class Decoder(nn.Module):
         self,
         ids: Int[Array, "batch tokens"],
         cache: KVCache | None,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch tokens width"], KVCache | None]:
         """Each token's hidden state before the head; and the cache grown, if there was one."""
-        x, positions = self.embed(ids, cache)
-        x, cache = self.layers(x, positions, cache)
+        x, positions = self.embed(ids, cache, prefix)
+        x, cache = self.layers(x, positions, cache, prefix)
         return self.finish(x), cache
 
     def embed(
-        self, ids: Int[Array, "batch tokens"], cache: KVCache | None
+        self,
+        ids: Int[Array, "batch tokens"],
+        cache: KVCache | None,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], Positions]:
         """What the first block reads, and where the tokens stand."""
         x = self.embed_tokens(ids)
-        positions = _next_positions(self.config, ids.shape[1], cache, x.dtype)
-        return self._embedded(x, positions), positions
+        count = 0 if prefix is None else prefix.tokens
+        positions = next_positions(
+            self.config, ids.shape[1], cache, x.dtype, count
+        )
+        return self._embedded(x, positions, count), positions
 
     def finish(
         self, x: Float[Array, "batch tokens hidden"]
@@ -313,9 +306,12 @@ class Decoder(nn.Module):
         return x
 
     def _embedded(
-        self, x: Float[Array, "batch tokens width"], positions: Positions
+        self,
+        x: Float[Array, "batch tokens width"],
+        positions: Positions,
+        before: int,
     ) -> Float[Array, "batch tokens hidden"]:
-        """What the first block reads, from the rows of the embedding."""
+        """What the first block reads, from the rows of the embedding, after `before` tokens."""
         config = self.config
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -324,7 +320,8 @@ class Decoder(nn.Module):
         if config.learned_positions:
             # Padding has no position. It takes that of the first token.
             in_row = jnp.maximum(positions.in_row, 0)
-            x = x + self.embed_positions(in_row + config.position_offset)
+            offset = before + config.position_offset
+            x = x + self.embed_positions(in_row + offset)
         return self.embed_layernorm(x) if config.embedding_norm else x
 
     def attend(
@@ -332,48 +329,6 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch tokens vocab"]:
         """Logits by the embedding matrix: x E^T."""
         return self.embed_tokens.attend(x)
-
-
-def _next_positions(
-    config: DecoderConfig, tokens: int, cache: KVCache | None, dtype: DTypeLike
-) -> Positions:
-    """Where the next tokens of a cache stand; without a cache, those from position 0 on."""
-    if config.both_ways:
-        raise ValueError(
-            "LayerKind.both_ways: expected false in a decoder, whose tokens are read one after "
-            "the other; an encoder is a sqjax.models.Encoder"
-        )
-    capacities: dict[LayerKind, int] = {}
-    if cache is None:
-        start = jnp.int32(0)
-        # one row, which serves the whole batch
-        padding = jnp.zeros((1,), jnp.int32)
-    else:
-        start, padding = cache.length, cache.padding
-        for i, held in enumerate(cache.keys):
-            capacities[config.kind(i)] = held.capacity
-    written_at = start + jnp.arange(tokens, dtype=jnp.int32)
-    in_row = written_at[None, :] - padding[:, None]
-    # Padding has no position. It takes that of the first token; the mask hides it from all others.
-    places = jnp.maximum(in_row, 0)
-    longest = jnp.max(places) + 1
-    channels = turning_channels(config)
-    views = []
-    for kind in config.different_kinds:
-        rotary = None
-        if channels is not None:
-            rotary = rotary_table(places, kind.rope, channels, longest, dtype)
-        slots = capacities.get(kind, tokens)
-        mask = visible(start, tokens, slots, padding, kind.sliding_window)
-        views.append(View(rotary, mask))
-    return Positions(tuple(views), start, in_row)
-
-
-def turning_channels(config: DecoderConfig) -> int | None:
-    """How many channels of a head turn in the layers that have a rope; None if no layer has."""
-    for rope in config_ropes(config):
-        return rope.channels(rotated_channels(config))
-    return None
 
 
 class CausalLM(nn.Module):
@@ -396,11 +351,12 @@ class CausalLM(nn.Module):
         ids: Int[Array, "batch tokens"],
         cache: KVCache | None = None,
         last: bool = False,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch positions vocab"], KVCache | None]:
         """Logits of every position, or of the last only; and the cache grown, if there was one."""
         config = self.config
         decoder = Decoder(config, self.remat, name="model")
-        x, cache = decoder(ids, cache)
+        x, cache = decoder(ids, cache, prefix)
         # A prefill needs one position's logits, and the head is the largest matmul.
         if last:
             x = x[:, -1:]
@@ -450,7 +406,7 @@ def run_layer(
 ) -> Float[Array, "batch tokens hidden"]:
     """What one layer gives, of what it reads; `params` are its own."""
     # Positions cost little, and are found again for each layer.
-    positions = _next_positions(config, x.shape[1], None, x.dtype)
+    positions = next_positions(config, x.shape[1], None, x.dtype)
     context = _context(config, positions, layer, None)
     x, _ = _run_layer(config, layer)({"params": params}, x, context)
     return x

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sqjax.models.decoder import Layers, Positions, turning_channels
+from sqjax.models.decoder import Layers
 from sqjax.models.encoder_config import EncoderConfig
 from sqjax.models.fields import SIZE, check
 from sqjax.models.model import (
@@ -28,6 +28,7 @@ from sqjax.models.model import (
 )
 from sqjax.models.norms import NormLayer
 from sqjax.models.pooling import Pooling, pool
+from sqjax.models.positions import Positions, turning_channels
 from sqjax.models.rope import rotary_table
 from sqjax.models.self_attention import View
 from sqjax.models.text.batches import (

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax._arguments import expect
 from sqjax._trees import named_leaves
-from sqjax.models.cache import KVCache, empty_cache
+from sqjax.models.cache import KVCache, PrefixCache, empty_cache
 from sqjax.models.config import DecoderConfig
 from sqjax.models.decoder import CausalLM
 from sqjax.models.fields import SIZE, check
@@ -51,22 +51,32 @@ class Model:
         return initialized(CausalLM(self.config), key, dtype, one_token)
 
     def apply(
-        self, params: Params, ids: TokenIds
+        self,
+        params: Params,
+        ids: TokenIds,
+        prefix: PrefixCache | None = None,
     ) -> Float[Array, "batch tokens vocab"]:
         """The logits of the token after each position.
 
         Layers in one stack (`stack_layers`) are scanned.
 
+        Args:
+            params: the bare parameter tree.
+            ids: the tokens.
+            prefix: the keys and values of tokens that stand before every row: the `cache` of what
+                `sqjax.models.prefix` returns. The logits are those of the ids alone.
+
         Raises:
-            ValueError: if there are more tokens than ``config.max_length``, or the parameters'
-                layers are not as many as the configuration says, apart or in one stack.
+            ValueError: if there are more tokens than ``config.max_length``, the prefix is another
+                model's, or the parameters' layers are not as many as the configuration says, apart
+                or in one stack.
         """
         check_ids(ids)
         check_floats(params)
-        self._check_length(ids.shape[1])
+        self._check_length(ids.shape[1], prefix)
         variables = {"params": params}
         module = CausalLM(self.config, self.remat)
-        logits, _ = module.apply(variables, jnp.asarray(ids))
+        logits, _ = module.apply(variables, jnp.asarray(ids), prefix=prefix)
         return logits
 
     def init_cache(
@@ -97,36 +107,47 @@ class Model:
         return cache_for(self.config, batch, length, dtype, kind, chunk)
 
     def decode(
-        self, params: Params, ids: TokenIds, cache: KVCache
+        self,
+        params: Params,
+        ids: TokenIds,
+        cache: KVCache,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch vocab"], KVCache]:
         """Reads more tokens: the logits after the last one, and the cache that remembers them all.
 
         Several tokens at once are a prefill, one token is a step. Inside `jax.jit` nothing can
         see a cache overflow over several calls, so make the cache as long as everything that will
         be read. Parameters whose layers are one stack are read too. Then each layer is copied out
-        of the stack on every call, so for a loop take them apart once, by `unstack_layers`.
+        of the stack on every call, so for a loop take them apart once, by `unstack_layers`. A
+        prefix is as in `apply`, the same one on every call; it takes no slots of the cache.
 
         Raises:
-            ValueError: if these tokens are more than the cache has room for, or it is another
-                model's.
+            ValueError: if these tokens are more than the cache has room for, or than
+                ``config.max_length`` after the prefix, or cache or prefix are another model's.
         """
         check_floats(params)
         self._check_cache(ids, cache)
+        self._check_prefix(ids, cache, prefix)
         variables = {"params": params}
         logits, grown = CausalLM(self.config).apply(
-            variables, jnp.asarray(ids), cache, last=True
+            variables, jnp.asarray(ids), cache, last=True, prefix=prefix
         )
         return logits[:, -1], cast(KVCache, grown)
 
     def read(
-        self, params: Params, ids: TokenIds, cache: KVCache
+        self,
+        params: Params,
+        ids: TokenIds,
+        cache: KVCache,
+        prefix: PrefixCache | None = None,
     ) -> tuple[Float[Array, "batch tokens vocab"], KVCache]:
         """As `decode`, with the logits after every token."""
         check_floats(params)
         self._check_cache(ids, cache)
+        self._check_prefix(ids, cache, prefix)
         variables = {"params": params}
         logits, grown = CausalLM(self.config).apply(
-            variables, jnp.asarray(ids), cache
+            variables, jnp.asarray(ids), cache, prefix=prefix
         )
         return logits, cast(KVCache, grown)
 
@@ -163,7 +184,25 @@ class Model:
                 "make a longer one with model.init_cache(batch, length)"
             )
 
-    def _check_length(self, tokens: int) -> None:
+    def _check_prefix(
+        self, ids: TokenIds, cache: KVCache, prefix: PrefixCache | None
+    ) -> None:
+        """Raises ValueError if a prefix is another model's, or leaves no room for these tokens."""
+        if prefix is None:
+            return
+        check_prefix(self.config, prefix)
+        # Inside jit nobody knows how many tokens the cache holds.
+        traced = jax.core.Tracer
+        if not isinstance(cache.length + cache.padding, traced):
+            held = int(jnp.max(cache.length - cache.padding))
+            self._check_length(held + ids.shape[1], prefix)
+
+    def _check_length(
+        self, tokens: int, prefix: PrefixCache | None = None
+    ) -> None:
+        if prefix is not None:
+            check_prefix(self.config, prefix)
+            tokens += prefix.tokens
         if tokens > self.config.max_length:
             raise ValueError(
                 f"tokens: expected at most {self.config.max_length} (config.max_length), got "
@@ -181,6 +220,27 @@ def _room(config: DecoderConfig, layer: int, capacity: int, held: int) -> int:
     window = config.kind(layer).sliding_window
     needed = held if window is None else min(held, window - 1)
     return capacity - needed
+
+
+def check_prefix(config: DecoderConfig, prefix: Any) -> None:
+    """Raises ValueError unless these are keys and values of a model of this configuration."""
+    expect(
+        isinstance(prefix, PrefixCache),
+        "prefix",
+        "the `cache` of what sqjax.models.prefix returns",
+        prefix,
+    )
+    shapes = [part.shape for part in (*prefix.keys, *prefix.values)]
+    lead = (config.num_kv_heads, prefix.tokens)
+    of_layers = config.num_layers
+    expected = [(*lead, config.head_dim)] * of_layers
+    expected += [(*lead, config.value_dim)] * of_layers
+    if shapes != expected:
+        raise ValueError(
+            f"prefix: expected keys and values of {of_layers} layers, {expected[0]} and "
+            f"{expected[-1]} each, got {len(prefix.keys)} layers of {shapes[0]}; a prefix belongs "
+            "to one model: make it with sqjax.models.prefix(model, params, ...)"
+        )
 
 
 def initialized(
@@ -214,6 +274,17 @@ def check_floats(params: Any) -> None:
                 f"{name}: expected an array, got a quantized weight; run "
                 "sqjax.quantized(fn)(qparams, ...), where fn is what was called"
             )
+
+
+def compute_dtype(params: Params) -> DTypeLike:
+    """The dtype in which a model computes: that of a norm's weight, which is never quantized."""
+    paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path.endswith("norm/weight"):
+            return leaf.dtype
+    raise ValueError(
+        f"params: expected a norm's weight among the parameters of a Model, got {paths[:5]}"
+    )
 
 
 def check_ids(ids: Any) -> None:

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sqjax.models.attention import Scoring, alibi_slopes, attend
+from sqjax.models.attention import Before, Scoring, alibi_slopes, attend
 from sqjax.models.cache import write
 from sqjax.models.config import DecoderConfig, LatentAttention, config_ropes
 from sqjax.models.mlp import projections
@@ -17,6 +18,8 @@ from sqjax.models.rope import RotaryTable, rotate
 from sqjax.models.slots import Slots
 
 LayerCache = tuple[Slots, Slots]
+#: The keys and values of a prefix in one layer, (kv_heads, prefix, channels) each.
+LayerPrefix = tuple[Array, Array]
 
 
 class View(NamedTuple):
@@ -26,11 +29,13 @@ class View(NamedTuple):
         rotary: cosines and sines of the tokens' positions; None where no layer turns.
         mask: (rows, tokens, slots), what each token may look at.
         bias: (rows, heads, tokens, slots), what is added to scores; None for nothing.
+        before: (rows, tokens, prefix), what each token may look at of a prefix; None for none.
     """
 
     rotary: RotaryTable | None
     mask: Array
     bias: Array | None = None
+    before: Array | None = None
 
 
 class Context(NamedTuple):
@@ -41,6 +46,7 @@ class Context(NamedTuple):
         start, in_row: as in `Positions`.
         ring: whether its slots are reused once all are full.
         cache: its keys and values; None where the tokens look at each other only.
+        prefix: the keys and values of what stands before all tokens; None for nothing.
     """
 
     view: View
@@ -48,6 +54,7 @@ class Context(NamedTuple):
     in_row: Array
     ring: bool
     cache: LayerCache | None
+    prefix: LayerPrefix | None = None
 
 
 class Attention(nn.Module):
@@ -196,9 +203,28 @@ def _attended(
     in_order = not config.both_ways and (cache is None or not context.ring)
     view = context.view
     mixed = attend(
-        queries, *read, view.mask, in_order, _scoring(config), view.bias
+        queries,
+        *read,
+        view.mask,
+        in_order,
+        _scoring(config),
+        view.bias,
+        _before(context),
     )
     return mixed, cache
+
+
+def _before(context: Context) -> Before | None:
+    """What stands before the slots in this layer."""
+    mask = context.view.before
+    if context.prefix is None or mask is None:
+        return None
+    keys, values = context.prefix
+    count = keys.shape[1]
+    # A row has its first token in the slot after its padding.
+    first = (context.start - context.in_row[:, 0]).astype(jnp.float32)
+    places = first[:, None] + np.arange(-count, 0, dtype=np.float32)[None]
+    return Before(keys, values, mask, places)
 
 
 def _scoring(config: DecoderConfig) -> Scoring:

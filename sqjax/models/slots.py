@@ -71,8 +71,8 @@ class CacheFormat:
             nothing. "channels": each channel is divided by its largest magnitude in these
             tokens (a later token may exceed it: its own scale then grows). "rotated": each
             channel's mean over these tokens is subtracted, which adds the same number to all scores
-            of a query and so changes no softmax; then an orthogonal matrix spreads large channels
-            over all channels, and turns the queries too.
+            of a query and so changes no softmax (a soft cap gets the number back); then an
+            orthogonal matrix spreads large channels over all channels, and turns the queries too.
 
     Raises:
         ValueError: a name that is not known, a group that is not positive, scales or a zero point
@@ -348,7 +348,7 @@ def changed_queries(slots: Slots, rows: Array) -> Array:
 
     Up to a constant of each row, which changes no softmax. For "channels" (q c) . (k / c) = q .
     k. For "rotated", with an orthogonal R and the mean m, (q R) . ((k - m) R) = q . k - q . m,
-    and q . m is the constant.
+    and q . m is the constant, which `omitted_scores` gives.
     """
     if slots.channel is None:
         return rows
@@ -357,6 +357,21 @@ def changed_queries(slots: Slots, rows: Array) -> Array:
     return jnp.matmul(
         rows.astype(jnp.float32), rotation(slots.head_dim), precision="highest"
     )
+
+
+def omitted_scores(
+    slots: Slots, rows: Float[Array, "batch kv_heads rows head_dim"]
+) -> Float[Array, "batch kv_heads rows 1"] | None:
+    """What the products of changed queries and changed keys lack of q . k: q . m of each row.
+
+    A softmax does not see it. What stands before the softmax and is not linear, as a soft cap,
+    does. None where they lack nothing.
+    """
+    if slots.channel is None or slots.format.keys == "channels":
+        return None
+    means = slots.channel[:, :, None, :]
+    products = rows.astype(jnp.float32) * means
+    return jnp.sum(products, axis=-1, keepdims=True)
 
 
 def _factors(slots: Slots) -> Array:

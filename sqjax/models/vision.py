@@ -8,9 +8,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sqjax.models.attention import Scoring, attend
-from sqjax.models.decoder import Layers, Positions
+from sqjax.models.decoder import Layers
 from sqjax.models.mlp import ACTIVATIONS, MLP
 from sqjax.models.norms import NormLayer
+from sqjax.models.positions import Positions
 from sqjax.models.self_attention import View
 from sqjax.models.slots import Slots
 from sqjax.models.vision_config import VisionConfig

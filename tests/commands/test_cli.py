@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from tiny_speaker import END, write_speaker
 
 import sqjax as sq
+from sqjax.choosing.recommend import Recommendation, Tried
 from sqjax.commands import cli
 from sqjax.commands.calibrating import read_stats
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
 from sqjax.commands.outputs import check_output, new_file
 from sqjax.commands.recipes import digest_at
+from sqjax.commands.recommending import text_of
 from sqjax.commands.texts import read_texts
 from sqjax.weights.schemes import PRESETS, Indices
 from sqjax.weights.sizes import weight_bytes
@@ -255,10 +257,22 @@ def test_recommend_writes_what_it_names(run, refusal):
     [named] = [one for one in record["tried"] if one["recipe"] == record["recommended"]]
     assert weight_bytes(loaded("small")[1]) == named["weight_bytes"] < record["float_bytes"]
     assert named["loss_difference"] + named["interval"] <= record["budget"] == np.log(1.5)
-    said = run("recommend", "tiny", *read, "--budget", "0")
-    assert "no recipe is within 0%" in said
     said = refusal("recommend", "tiny", *read, "--windows", "2")
     assert "expected 3 windows of text or more, 2 of which judge, got 2" in said
+
+
+def test_recommend_says_what_none_is_within():
+    tried = Tried("w8a8", 25_000_000, loss=1.0, difference=0.02, interval=0.01, rules=sq.W8A8)
+    found = Recommendation(None, {}, None, (tried,), 0.98, 100_000_000, np.log(1.01))
+    assert text_of(found, 1, None).splitlines() == [
+        "    size  perplexity  more than float",
+        "  100 MB       2.664                   float",
+        "   25 MB       2.718  +2.02% +- 1.00%  w8a8",
+        "no recipe is within 1%: accept more with --budget, or judge on more windows with --windows",
+    ]
+    starred = text_of(found._replace(name="w8a8"), 5, Path("new")).splitlines()
+    assert starred[2] == "*   25 MB       2.718  +2.02% +- 1.00%  w8a8"
+    assert starred[3:] == ["the smallest within 5%: w8a8", "written to new"]
 
 
 @pytest.mark.slow

@@ -50,6 +50,23 @@ def own(name, losses, seconds):
     }
 
 
+def exact(family, theirs, spaces, every, refused):
+    """A family with a tied head."""
+    return {
+        "family": family,
+        "their_smoothquant": theirs,
+        "their_spinquant": 0.3151,
+        "smooth_error": 1.2e-6,
+        "groups": 16,
+        "all_groups": 16,
+        "rotate_error": 2e-6,
+        "spaces": spaces,
+        "all_spaces": every,
+        "untied": True,
+        "refused": refused,
+    }
+
+
 DEMO = [demo_row("float32", 36.478, 1000.0, 50.0), demo_row("W8A8", 37.1, 1840.0, 75.0)]
 SCHEMES = [
     {
@@ -215,6 +232,28 @@ EXPECTED = {
         ],
         ("W4A16_G64", "mean cosine", "least cosine", "same nearest sentence", "core seconds"),
         [("GPTQ", "0.9884", "0.9607", "83.2%", "15")],
+    ),
+    "exactness": (
+        [
+            exact("Gemma 2", 0.6, 4, 5, "no group folds the gain norm, and Q does not pass it"),
+            exact("AFMoE", 0.16, 0, 2, "no group folds the gain norm"),
+            {"family": "Qwen3.5-MoE", "their_smoothquant": 0.87, "their_spinquant": None},
+        ],
+        (
+            *("logits off by", "their SmoothQuant", "`smooth`", "groups proved"),
+            *("their SpinQuant", "`rotate`", "spaces proved", "refused"),
+        ),
+        [
+            (
+                *("Gemma 2", "0.60", "1.2e-06", "16 of 16", "0.315", "2.0e-06, untied"),
+                *("4 of 5", "no group folds the gain norm"),
+            ),
+            (
+                *("AFMoE", "0.16", "1.2e-06", "16 of 16", "0.315", "refused"),
+                *("0 of 2", "no group folds the gain norm"),
+            ),
+            ("Qwen3.5-MoE", "0.87", "not read here", *[""] * 5),
+        ],
     ),
     "decode caches": (
         DECODE,

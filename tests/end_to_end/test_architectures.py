@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from slow import slow_but
+from traced import spaces_of
 
 import sqjax as sq
 from sqjax._trees import map_named, named_leaves
@@ -979,6 +980,23 @@ def test_powers_of_two_change_no_bit_of_another_batch(build):
         assert not np.array_equal(before[path], after[path]), path
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("build", [build for build in CASES if build is not fourier])
+@pytest.mark.slow
+def test_all_groups_and_spaces_are_proved_in_a_finite_field(build):
+    """Of gains that no group folds it is proved that they need to be ones only."""
+    made, graph = found(build)
+    spaces = spaces_of(made.fn, made.params, *made.args)
+    prove = functools.partial(sq.prove, spaces=spaces, trials=1, gains="ones")
+    proof = prove(made.fn, made.params, graph, *made.args)
+    assert proof.holds, proof
+
+
+def test_a_fourier_transform_has_no_rule_in_a_finite_field():
+    made, graph = found(fourier)
+    with pytest.raises(ValueError, match=r"expected a primitive that has a rule.*to complex64"):
+        sq.prove(made.fn, made.params, graph, *made.args)
 
 
 def rounded(params, offsets):

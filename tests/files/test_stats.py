@@ -60,6 +60,18 @@ def test_beside_parameters_and_folded(tmp_path):
     assert_same(quantized, expected)
 
 
+def test_spaces_come_back_and_an_older_file_has_none(tmp_path):
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    stats = sq.calibrate(lambda p, x: x @ p["a"] @ p["b"], params, [jnp.ones((5, 3))])
+    file = tmp_path / "stats.safetensors"
+    sq.save(file, stats)
+    assert [space.size for space in sq.load(file).graph.spaces] == [4]
+    assert_same(sq.load(file), stats)
+    changed(file, lambda ours: ours[1]["graph"].update(fields=ours[1]["graph"]["fields"][:9]))
+    older = stats.graph._replace(spaces=(), space_refusals=())
+    assert sq.load(file).graph == older
+
+
 def changed(file, change):
     """The file with the JSON of its only node changed, and sealed again."""
     raw = file.read_bytes()

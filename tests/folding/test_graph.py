@@ -64,7 +64,8 @@ def test_the_table_tells_tied_channels_steps_and_refusals():
 def test_explain_walks_from_the_activation_to_who_absorbs(graph):
     lines = graph.explain("down").splitlines()
     assert lines[:2] == ["down is a site of the group down: 6 scales, absorbed by", "  up"]
-    steps = [re.match(r"    `(\w+)` at .*test_graph\.py:\d+", line).group(1) for line in lines[2:]]
+    ways = [re.match(r"    `(\w+)` at .*test_graph\.py:\d+", line) for line in lines]
+    steps = [way.group(1) for way in ways if way]
     assert steps == ["mul", "dot_general"]
     both = graph.explain("up")
     assert "up is a site of the group gate" in both
@@ -85,6 +86,44 @@ def test_explain_walks_to_what_stands_in_the_way():
     )
     with pytest.raises(ValueError, match=r"'ilde' is no leaf.*Near misses: 'idle'"):
         graph.explain("ilde")
+
+
+# Spaces -------------------------------------------------------------------------------------------
+
+RESIDUAL = {
+    "embed": normal(7, 4), "gain": jnp.ones(4), "up": normal(4, 5), "down": normal(5, 4),
+    "head": normal(4, 3),
+}  # fmt: skip
+
+
+def residual(p, ids):
+    x = p["embed"][ids]
+    h = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True)) * p["gain"][None]
+    x = x + jnp.tanh(h @ p["up"]) @ p["down"]
+    # A short batch is read in another way.
+    return (jnp.tanh(x) if len(ids) == 1 else x) @ p["head"]
+
+
+TEXT = jnp.arange(3)
+
+
+def test_spaces_are_printed_and_explained():
+    graph = sq.calibrate(residual, RESIDUAL, [TEXT]).graph
+    assert "  1 space that may turn: 1 of 4 channels in 4 leaves" in str(graph).splitlines()
+    text = graph.explain("down")
+    assert "down turns along its axis 1 in the space up: 4 channels, with 3 other leaves" in text
+    assert re.search(r"the activation of down is in no space: `tanh` at .*test_graph\.py", text)
+    assert "gain must be folded into what reads it before the space up turns" in graph.explain(
+        "gain"
+    )
+
+
+def test_a_space_must_be_one_in_the_program_of_every_batch():
+    graph = sq.calibrate(residual, RESIDUAL, [TEXT, TEXT[:1]]).graph
+    assert graph.spaces == ()
+    reasons = [reason for site, reason in graph.space_refusals if site == "head"]
+    assert len(reasons) == 1
+    assert "it does not turn in the program of batch 1: `tanh` at" in reasons[0]
 
 
 # Groups stated by hand -----------------------------------------------------------------------------

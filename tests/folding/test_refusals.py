@@ -16,6 +16,7 @@ from sqjax.folding import moves
 from sqjax.folding import search as closure
 from sqjax.folding.certificate import certify
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.graph import Group, LabelMap
 from sqjax.folding.groups import Survey
 from sqjax.folding.per_step import Stack
 from sqjax.folding.sites import find_sites
@@ -305,6 +306,21 @@ def test_the_certificate_alone_refuses(name):
     problem = certify(program, carelessly(program, case.labels))
     assert isinstance(problem, str)
     assert "`" in problem or "fn" in problem or "dtype" in problem
+
+
+#: Those whose labels are on leaves alone: an input, a constant or an integer is not changed there.
+OF_LEAVES = [name for name, case in UNLAWFUL.items() if case.labels.keys() <= case.params.keys()]
+
+
+@pytest.mark.parametrize("name", OF_LEAVES)
+def test_the_field_alone_refuses(name):
+    case = UNLAWFUL[name]
+    labels = [(path, LabelMap.of(np.asarray(x))) for path, x in case.labels.items()]
+    graph = graph_of(case.fn, case.params, *case.args)
+    size = max(int(abs(x.array).max()) for _, x in labels)
+    group = Group(case.site, size, (), tuple(labels), norm=False)
+    proof = sq.prove(case.fn, case.params, graph._replace(groups=(group,)), *case.args)
+    assert not proof.holds
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 TARGETS = {"sm_80": "a100_sxm_80", "sm_90a": "h100_sxm"}
@@ -122,6 +123,18 @@ def computations(text: str) -> dict[str, list[Line]]:
     return found
 
 
+@contextlib.contextmanager
+def _without_cache():
+    """The cache of compiled programs left alone, because reading one takes a device of its kind."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which asks again whether it is enabled
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
 def compiled(
     fn: Any, *args: Any, target: str, form: str = "triton", ptx: bool = False, merge: bool = False
 ) -> Program:
@@ -137,7 +150,8 @@ def compiled(
     options |= {} if merge else {"xla_gpu_dot_merger_threshold_mb": 0}
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"} if ptx else {}
-        done = lowered.compile(compiler_options=options | dump)
+        with _without_cache():
+            done = lowered.compile(compiler_options=options | dump)
         kernels = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     return Program(done.as_text(), kernels, done.memory_analysis().temp_size_in_bytes)
 

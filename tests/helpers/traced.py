@@ -5,6 +5,7 @@ import numpy as np
 
 from sqjax.calibration.analysis import shared_arrays
 from sqjax.folding.find_graph import find_graph
+from sqjax.folding.find_spaces import find_spaces
 from sqjax.folding.groups import Survey
 from sqjax.program.facts import Program
 from sqjax.program.trace import trace
@@ -21,3 +22,8 @@ def program_of(fn, params, *args):
 
 def graph_of(fn, params, *args):
     return find_graph(Survey.of(program_of(fn, params, *args), shared_arrays(params)))
+
+
+def spaces_of(fn, params, *args):
+    survey = Survey.of(program_of(fn, params, *args), shared_arrays(params))
+    return find_spaces(survey).spaces

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "files": {"weights", "numerics"},
     "folding": {"program"},
     "calibration": {"folding", "program", "numerics"},
+    "proving": {"folding", "program", "numerics"},
     "runtime": {"program", "weights", "numerics"},
     "methods": {"calibration", "folding", "weights", "runtime", "program", "numerics"},
     "choosing": {"methods", "calibration", "folding", "weights", "runtime", "program", "numerics"},
@@ -246,6 +247,8 @@ def test_the_public_names_are_these():
         *(
             "calibrate",
             "scales",
+            "rotate",
+            "rotations",
             "fold",
             "fold_stats",
             "gram_bytes",
@@ -261,6 +264,7 @@ def test_the_public_names_are_these():
             "choose_precision",
             "learn",
             "gptq_blocks",
+            "prove",
         ),
         *("search_alpha", "awq", "smooth_awq"),
         *(

@@ -47,9 +47,9 @@ each_coded_format = pytest.mark.parametrize(
 )
 
 
-def scoring(queries):
+def scoring(queries, softcap=None):
     """The usual scores: q k^T / sqrt(head_dim)."""
-    return Scoring(queries.shape[-1] ** -0.5)
+    return Scoring(queries.shape[-1] ** -0.5, softcap)
 
 
 def random_vectors(shape, seed=0):
@@ -69,15 +69,18 @@ def positions(first, tokens):
 #: with 6, so its first three written tokens are padding.
 BEFORE, TOKENS, AFTER = 3, 21, 2
 PADDING = jnp.asarray([3, 6], jnp.int32)
+SOFTCAP = 2.0
 #: (tokens, query heads) of the queries that read them.
 QUERIES = {"a step": (1, 6), "a step, one query a head": (1, 2), "a prefill": (5, 6)}
 
 
-def plain_attention(queries, keys, values, mask):
+def plain_attention(queries, keys, values, mask, softcap=None):
     """In float64, without blocks, groups or shifts."""
     q, k, v = (np.asarray(x, np.float64) for x in (queries, keys, values))
     k, v = (np.repeat(x, q.shape[2] // x.shape[1], axis=1) for x in (k, v))
     scores = np.einsum("bthd,bhsd->bhts", q, k) / np.sqrt(q.shape[-1])
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
     weights = np.where(np.asarray(mask)[:, None], np.exp(scores), 0)
     return np.einsum("bhts,bhsd->bthd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -120,7 +123,9 @@ def through(name):
             tokens = q.shape[1]
             before = jnp.int32(BEFORE + TOKENS - tokens)
             mask = visible(before, tokens, slots, PADDING, None)
-            reads[case] = mask, attend(q, keys, values, mask, True, scoring(q))
+            read = mask, attend(q, keys, values, mask, True, scoring(q))
+            capped = attend(q, keys, values, mask, True, scoring(q, SOFTCAP))
+            reads[case] = *read, capped
         encoded = encode(vectors[0], kind)
         return encoded, decoded(encoded), keys, values, decoded(keys), decoded(values), reads
 
@@ -163,13 +168,17 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(name):
     found = through(name)
     keys, values = np.asarray(found.of_keys), np.asarray(found.of_values)
     assert found.reads.keys() == QUERIES.keys()
-    for queries, mask, got in found.reads.values():
+    for queries, mask, got, got_capped in found.reads.values():
         expected = plain_attention(queries, keys, values, mask)
+        expected_capped = plain_attention(queries, keys, values, mask, SOFTCAP)
         largest_score = 32 * np.abs(queries).max() * np.abs(keys).max() / 32**0.5
         tolerance = 4 * (1 + largest_score) / (508 * 127)
         if KINDS[name].codes in ("float", "e4m3"):
             tolerance = 2e-6
-        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(values).max())
+        off = {"rtol": 0, "atol": tolerance * np.abs(values).max()}
+        np.testing.assert_allclose(got, expected, **off)
+        # A soft cap sees what a softmax does not: a number that all scores of a row have more.
+        np.testing.assert_allclose(got_capped, expected_capped, **off)
 
 
 jitted_write = jax.jit(write, static_argnums=4)

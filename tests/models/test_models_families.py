@@ -17,6 +17,7 @@ import tiny_checkpoint
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
+from traced import spaces_of
 
 import sqjax as sq
 from sqjax.models import families as f
@@ -205,7 +206,7 @@ GROUPS = {
     "olmoe": 2 * 4 + 1,
     "deepseek_v2": 6 + 2 * 7 + 1,  # of latents two norms more; a shared expert's down
     "gemma": 2 * 4,
-    "gemma2": 2 * 4,
+    "gemma2": 4 * 4,
     "gemma3_text": 4 * 4,
     "gpt2": 2 * 3,
     "gptj": 2 * 2 + 1,
@@ -232,6 +233,9 @@ def test_the_groups_that_fold_and_int8(name):
     ids = jnp.asarray(case["vectors"]["ids"])
     stats = sq.calibrate(model.apply, params, [ids])
     assert len(stats.graph.groups) == GROUPS[name]
+    spaces = spaces_of(model.apply, params, ids)
+    proof = sq.prove(model.apply, params, stats, ids, spaces=spaces, trials=1, gains="ones")
+    assert proof.holds, proof
     expected = logits_of(name)
     scales = sq.scales(params, stats, 0.5)
     smoothed = sq.fold(params, stats.graph, scales)

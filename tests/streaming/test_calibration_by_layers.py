@@ -13,6 +13,7 @@ import sqjax as sq
 from sqjax.models import Model
 from sqjax.models.config import DecoderConfig, Experts, LayerKind, Norm
 from sqjax.models.rope import Rope
+from sqjax.numerics.ranges import EDGES
 from sqjax.streaming import calibration
 
 NUMBERS = ("absmax", "abs_sum", "count", "reached", "weight_absmax", "leaf_sizes", "folded")
@@ -27,10 +28,14 @@ def assert_equal_stats(got, expected):
         for path, x in ours.items():
             np.testing.assert_allclose(x, theirs[path], 1e-4, 1e-6, err_msg=f"{name} of {path}")
     for path, histogram in got.histogram.items():
-        # A rounded activation may be in the next bin.
         ours = np.asarray(histogram.counts, int)
         theirs = np.asarray(expected.histogram[path].counts, int)
-        assert np.abs(ours - theirs).sum() <= 0.02 * ours.sum()
+        assert abs(ours.sum() - theirs.sum()) <= 0.01 * ours.sum()
+        # A rounded activation may be in the next bin. The smallest ones may be in any bin below,
+        # because GELU of a large negative number is what is left of 1 - 0.99999.
+        large = EDGES[:-1] >= 2.0**-10 * histogram.absmax.max()
+        moved = np.abs(ours - theirs)[..., large].sum()
+        assert moved <= 0.005 * ours[..., large].sum()
     assert got.histogram.keys() == expected.histogram.keys()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from sqjax._arguments import check_mapping
-from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.fields import one_of
 from sqjax.models.model import (
     Model,
@@ -19,6 +18,7 @@ from sqjax.models.model import (
     cache_for,
     check_ids,
     check_model,
+    compute_dtype,
 )
 from sqjax.models.slots import CacheFormat
 from sqjax.numerics.formats import E4M3, INT8, absmax, scale_from_absmax

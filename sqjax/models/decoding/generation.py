@@ -8,18 +8,22 @@ from typing import Any, NamedTuple, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sqjax._trees import named_leaves
-from sqjax.models.cache import KVCache
+from sqjax.models.cache import KVCache, PrefixCache
+from sqjax.models.decoding.prefixes import Prefix, cache_of
 from sqjax.models.decoding.prompts import (
     Prompts,
     pad_left,
     prompt_rows,
     stop_ids,
 )
-from sqjax.models.decoding.sampling import Sampling, likeliest, sample
+from sqjax.models.decoding.sampling import (
+    Sampling,
+    likeliest,
+    row_keys,
+    sample,
+)
 from sqjax.models.decoding.sizes import program_sizes, share_a_scale
 from sqjax.models.model import (
     Model,
@@ -27,11 +31,11 @@ from sqjax.models.model import (
     TokenIds,
     cache_for,
     check_model,
+    compute_dtype,
 )
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.runtime.quantized import quantized
-from sqjax.weights.quant_weight import is_quantized
 
 #: Called with a row's number and its new tokens; what is true ends that row.
 Stream = Callable[[int, list[int]], object]
@@ -80,6 +84,7 @@ def generate(
     chunk: int | None = None,
     stream: Stream | None = None,
     stream_every: int = 1,
+    prefix: Prefix | None = None,
 ) -> Generated:
     """Continues prompts by up to `steps` tokens each.
 
@@ -116,6 +121,8 @@ def generate(
         stream: called as stream(row, tokens) with the new tokens of each row as they come. If it
             returns something true the row ends there.
         stream_every: the loop is left so often, in steps, to call `stream`.
+        prefix: what `sqjax.models.prefix` made for the float form of these parameters: tokens that
+            stand before every prompt and are not read again.
 
     Raises:
         ValueError: prompts or stop tokens that are not in the vocabulary, an empty prompt, more
@@ -138,10 +145,11 @@ def generate(
     rows = prompt_rows(model, prompts)
     ends = stop_ids(model, stop)
     how = _sampling(model, temperature, top_k, top_p)
-    _check_length(model, rows, steps)
+    before = cache_of(model, prefix, "generate")
+    _check_length(model, rows, steps, before)
     _check_stream(stream)
     kind = cache_format(cache)
-    keys = _row_keys(seed, len(rows))
+    keys = row_keys(seed, len(rows))
     params = unstack_layers(params)
     sizes = program_sizes(
         max(map(len, rows)),
@@ -162,9 +170,10 @@ def generate(
         sizes.chunk,
         sizes.room,
         kind,
+        before,
     )
     state = _continue(
-        model, params, state, how, ends, stream, stream_every, steps
+        model, params, state, how, ends, stream, stream_every, steps, before
     )
     tokens = _new_tokens(state, np.zeros(len(rows), int))
     _check_finite(state)
@@ -185,6 +194,7 @@ def _continue(
     stream: Stream | None,
     every: int,
     steps: int,
+    before: PrefixCache | None,
 ) -> _State:
     """The loop; for a callback in pieces of `every` steps, after each of which it is told tokens.
 
@@ -192,7 +202,8 @@ def _continue(
     so that the cache is not copied.
     """
     if stream is None:
-        return _advance(model, params, state, how, ends, jnp.int32(steps))
+        until = jnp.int32(steps)
+        return _advance(model, params, state, how, ends, until, before)
     told = np.zeros(len(state.out), int)
     while True:
         new_tokens = _new_tokens(state, told)
@@ -207,7 +218,7 @@ def _continue(
         if int(state.step) >= steps or np.all(state.stopped):
             return state
         until = jnp.minimum(state.step + jnp.int32(every), jnp.int32(steps))
-        state = _advance(model, params, state, how, ends, until)
+        state = _advance(model, params, state, how, ends, until, before)
 
 
 def _new_tokens(state: _State, told: np.ndarray) -> list[list[int]]:
@@ -273,9 +284,16 @@ def _sampling(
     )
 
 
-def _check_length(model: Model, rows: list[np.ndarray], steps: int) -> None:
+def _check_length(
+    model: Model,
+    rows: list[np.ndarray],
+    steps: int,
+    before: PrefixCache | None,
+) -> None:
     """Raises ValueError if the longest prompt and its new tokens are more than the model takes."""
     longest = max(map(len, rows))
+    if before is not None:
+        longest += before.tokens
     most = model.config.max_length
     if longest + steps > most:
         raise ValueError(
@@ -300,27 +318,6 @@ def _check_stream(stream: Any) -> None:
         )
 
 
-def _row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
-    """A random key for each row: from one seed and the row's number, or from the row's own seed."""
-    several = list(seed) if np.ndim(seed) else [seed]
-    for one in several:
-        # Numbers of 32 bits are what jax makes keys of.
-        if not hasattr(one, "__index__") or not -(2**31) <= one < 2**32:
-            raise ValueError(
-                f"generate: expected seeds to be whole numbers of 32 bits, got {one!r}; take "
-                "seed % 2**32"
-            )
-    if np.ndim(seed) == 0:
-        key = jax.random.key(operator.index(seed))
-        numbers = jnp.arange(rows, dtype=jnp.uint32)
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-    if len(several) != rows:
-        raise ValueError(
-            f"generate: expected one seed, or one for each of {rows} prompts, got {len(several)}"
-        )
-    return jnp.stack([jax.random.key(operator.index(s)) for s in several])
-
-
 @partial(jax.jit, static_argnames=("model", "chunk", "steps", "kind"))
 def _prefill(
     model,
@@ -333,6 +330,7 @@ def _prefill(
     chunk: int,
     steps: int,
     kind: CacheFormat,
+    before: PrefixCache | None,
 ) -> _State:
     """Reads the prompts, chunk by chunk, and finds the first new token of each.
 
@@ -354,7 +352,7 @@ def _prefill(
     decode = quantized(model.decode)
 
     def read(cache, piece):
-        logits, cache = decode(params, piece, cache)
+        logits, cache = decode(params, piece, cache, before)
         return cache, logits
 
     if tokens == chunk:
@@ -418,7 +416,13 @@ def _choose(
 
 @partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _advance(
-    model, params, state: _State, how: Sampling | None, ends, until
+    model,
+    params,
+    state: _State,
+    how: Sampling | None,
+    ends,
+    until,
+    before: PrefixCache | None,
 ) -> _State:
     """Steps until there are `until` (or as many as there is room for), or every row has ended."""
     decode = quantized(model.decode)
@@ -428,21 +432,11 @@ def _advance(
         return (state.step < last) & ~jnp.all(state.stopped)
 
     def step(state: _State) -> _State:
-        logits, cache = decode(params, state.token[:, None], state.cache)
+        read = params, state.token[:, None], state.cache, before
+        logits, cache = decode(*read)
         return _choose(state._replace(cache=cache), logits, how, ends)
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-def compute_dtype(params: Params) -> DTypeLike:
-    """The dtype in which a model computes: that of a norm's weight, which is never quantized."""
-    paths, leaves, _ = named_leaves(params, is_leaf=is_quantized)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if path.endswith("norm/weight"):
-            return leaf.dtype
-    raise ValueError(
-        f"params: expected a norm's weight among the parameters of a Model, got {paths[:5]}"
-    )
 
 
 @partial(jax.jit, static_argnames=("model", "steps", "cache"))
@@ -452,6 +446,7 @@ def greedy(
     prompt_ids: TokenIds,
     steps: int,
     cache: str | CacheFormat = "float",
+    prefix: Prefix | None = None,
 ) -> Int[Array, "batch steps"]:
     """The ``steps`` tokens that follow each prompt when the likeliest token is taken every time.
 
@@ -466,12 +461,14 @@ def greedy(
         prompt_ids: prompts of one length, without padding.
         steps: how many tokens to generate.
         cache: how keys and values are stored, as in `generate`.
+        prefix: as in `generate`.
 
     Raises:
         ValueError: if the prompt is empty, ``steps`` is less than 1, or both together are more than
-            ``config.max_length``.
+            ``config.max_length``, with a prefix together with its tokens.
     """
     check_model(model, "greedy")
+    before = cache_of(model, prefix, "greedy")
     batch, tokens = prompt_ids.shape
     if tokens < 1 or steps < 1:
         raise ValueError(
@@ -483,11 +480,11 @@ def greedy(
     slots = model.init_cache(
         batch, tokens + steps, compute_dtype(params), cache, chunk=tokens
     )
-    logits, slots = decode(params, prompt_ids, slots)
+    logits, slots = decode(params, prompt_ids, slots, before)
 
     def step(carry, _):
         token, slots = carry
-        logits, slots = decode(params, token[:, None], slots)
+        logits, slots = decode(params, token[:, None], slots, before)
         return (likeliest(logits), slots), token
 
     first = likeliest(logits)

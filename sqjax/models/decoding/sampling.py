@@ -1,9 +1,11 @@
 """The next token from logits: the likeliest, or drawn from the likely ones."""
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 
@@ -20,6 +22,27 @@ class Sampling(NamedTuple):
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+
+
+def row_keys(seed: Any, rows: int) -> Key[Array, " batch"]:
+    """A random key for each row: from one seed and the row's number, or from the row's own seed."""
+    several = list(seed) if np.ndim(seed) else [seed]
+    for one in several:
+        # Numbers of 32 bits are what jax makes keys of.
+        if not hasattr(one, "__index__") or not -(2**31) <= one < 2**32:
+            raise ValueError(
+                f"generate: expected seeds to be whole numbers of 32 bits, got {one!r}; take "
+                "seed % 2**32"
+            )
+    if np.ndim(seed) == 0:
+        key = jax.random.key(operator.index(seed))
+        numbers = jnp.arange(rows, dtype=jnp.uint32)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    if len(several) != rows:
+        raise ValueError(
+            f"generate: expected one seed, or one for each of {rows} prompts, got {len(several)}"
+        )
+    return jnp.stack([jax.random.key(operator.index(s)) for s in several])
 
 
 def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:

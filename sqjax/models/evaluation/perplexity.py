@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
+from sqjax.models.cache import PrefixCache
+from sqjax.models.decoding.prefixes import Prefix, cache_of
 from sqjax.models.decoding.prompts import check_tokens
 from sqjax.models.evaluation.scoring import next_logprobs
 from sqjax.models.fields import SIZE
@@ -49,6 +51,7 @@ def perplexity(
     *,
     cache: str | CacheFormat | None = None,
     chunk: int | None = None,
+    prefix: Prefix | None = None,
     progress: bool = False,
     description: str = "perplexity",
 ) -> float:
@@ -65,6 +68,8 @@ def perplexity(
             through which every key and value is read, as if the window were generated.
         chunk: with a cache, how many tokens are written and read at once, as in `next_logprobs`; it
             divides the length.
+        prefix: what `sqjax.models.prefix` made for the float form of these parameters: tokens that
+            stand before every window, and are not among those whose likelihood counts.
         progress: whether to show a progress bar.
         description: what the bar says.
 
@@ -83,13 +88,14 @@ def perplexity(
     check_model(model, "perplexity")
     rows = _windows_of(model, tokens, length)
     kind = None if cache is None else cache_format(cache)
+    before = cache_of(model, prefix, "perplexity")
     losses = []
     shown = tqdm(
         rows, desc=description, unit="window", disable=not progress, leave=False
     )
     for row in shown:
         ids = jnp.asarray(row, jnp.int32)[None]
-        losses.append(_loss(model, params, ids, kind, chunk))
+        losses.append(_loss(model, params, ids, kind, chunk, before))
     mean = float(np.mean(losses))
     if not np.isfinite(mean):
         raise ValueError(
@@ -126,9 +132,12 @@ def _loss(
     ids: Array,
     kind: CacheFormat | None,
     chunk: int | None,
+    before: PrefixCache | None,
 ) -> float:
     """The mean negative log-likelihood of a window's tokens after its first."""
     # What follows each token; the last, which follows nothing, gets the first and is left out.
     targets = jnp.roll(ids, -1, axis=1)
-    logprobs, _ = next_logprobs(model, params, ids, targets, kind, chunk)
+    logprobs, _ = next_logprobs(
+        model, params, ids, targets, kind, chunk, prefix=before
+    )
     return -float(jnp.mean(logprobs[:, :-1]))

@@ -10,14 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sqjax._shapes import entries_at
-from sqjax.models.decoding.generation import compute_dtype
+from sqjax.models.cache import PrefixCache
+from sqjax.models.decoding.prefixes import Prefix, cache_of
 from sqjax.models.decoding.prompts import (
     check_tokens,
     encode_alone,
     encode_open,
 )
 from sqjax.models.fields import SIZE, is_whole
-from sqjax.models.model import Model, Params, check_model
+from sqjax.models.model import Model, Params, check_model, compute_dtype
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.models.tokenizer import check_text
@@ -81,6 +82,7 @@ def next_logprobs(
     cache: CacheFormat | None = None,
     chunk: int | None = None,
     padding: Int[Array | np.ndarray, " batch"] | None = None,
+    prefix: PrefixCache | None = None,
 ) -> tuple[Float[Array, "batch tokens"], Bool[Array, "batch tokens"]]:
     """The log-probability of each target, and whether no other token is likelier.
 
@@ -98,6 +100,7 @@ def next_logprobs(
             scales of channels. None for all.
         padding: with a cache, how many of each row's first inputs are padding, to which no token
             attends. None for none.
+        prefix: the keys and values of tokens that stand before every row; None for none.
 
     Raises:
         ValueError: the chunk does not divide the number of tokens, these are more than
@@ -109,7 +112,7 @@ def next_logprobs(
                 "next_logprobs: a chunk and padding need a cache; "
                 'give one ("float"), or leave them out'
             )
-        logits = quantized(model.apply)(params, inputs)
+        logits = quantized(model.apply)(params, inputs, prefix)
         return _score_targets(logits, targets)
     batch, tokens = inputs.shape
     size = tokens if chunk is None else chunk
@@ -125,7 +128,7 @@ def next_logprobs(
 
     def read_piece(slots, piece):
         piece_inputs, piece_targets = piece
-        logits, slots = read(params, piece_inputs, slots)
+        logits, slots = read(params, piece_inputs, slots, prefix)
         return slots, _score_targets(logits, piece_targets)
 
     def split(x):
@@ -155,6 +158,7 @@ def loglikelihoods(
     *,
     cache: str | CacheFormat | None = None,
     batch: int = 8,
+    prefix: Prefix | None = None,
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -169,6 +173,8 @@ def loglikelihoods(
         cache: None, or the format of the cache through which everything is read, as in
             `next_logprobs`.
         batch: how many sequences are read at once.
+        prefix: what `sqjax.models.prefix` made for the float form of these parameters: tokens that
+            stand before every context, and leave it so much less room.
 
     Raises:
         ValueError: ids that are not in the vocabulary, an empty context, a continuation that is
@@ -190,12 +196,16 @@ def loglikelihoods(
             f"loglikelihoods: expected a batch of at least 1, got {batch}"
         )
     kind = None if cache is None else cache_format(cache)
-    asked = [_asked(model, number, pair) for number, pair in enumerate(pairs)]
+    before = cache_of(model, prefix, "loglikelihoods")
+    most = _room(model, before)
+    asked = [
+        _asked(model, number, pair, most) for number, pair in enumerate(pairs)
+    ]
     likelihoods: dict[int, Likelihood] = {}
     for numbers in _batches([len(sequence) for sequence, _ in asked], batch):
         together = [asked[number][0] for number in numbers]
         logprobs, is_likeliest, padding = _read(
-            model, params, together, batch, kind
+            model, params, together, batch, kind, before
         )
         for row, number in enumerate(numbers):
             # The token at position i of a sequence is the target at i - 1.
@@ -214,10 +224,11 @@ def _read(
     together: list[list[int]],
     batch: int,
     kind: CacheFormat | None,
+    before: PrefixCache | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `next_logprobs` says of some sequences, and how many zeros stand before each."""
     is_cached = kind is not None
-    ids, padding = _batch(together, batch, model.config.max_length, is_cached)
+    ids, padding = _batch(together, batch, _room(model, before), is_cached)
     scored = next_logprobs(
         model,
         params,
@@ -225,6 +236,7 @@ def _read(
         ids[:, 1:],
         kind,
         padding=padding if is_cached else None,
+        prefix=before,
     )
     logprobs, is_likeliest = map(np.asarray, scored)
     return logprobs, is_likeliest, padding
@@ -242,11 +254,19 @@ def _likelihood(
     return Likelihood(total, bool(is_likeliest.all()))
 
 
-def _asked(model: Model, number: int, pair: Pair) -> tuple[list[int], int]:
+def _room(model: Model, before: PrefixCache | None) -> int:
+    """How many tokens the model reads at once, after a prefix."""
+    taken = 0 if before is None else before.tokens
+    return model.config.max_length - taken
+
+
+def _asked(
+    model: Model, number: int, pair: Pair, most: int
+) -> tuple[list[int], int]:
     """(context and continuation in one, how many tokens at its end are asked for).
 
-    It is shortened on the left to what the model reads at once: one token more than
-    ``config.max_length``, because the last one is a target only.
+    It is shortened on the left to one token more than the `most` that the model reads at once,
+    because the last one is a target only.
     """
     where = f"pairs[{number}]"
     if not isinstance(pair, Sequence) or len(pair) != 2:
@@ -260,12 +280,12 @@ def _asked(model: Model, number: int, pair: Pair) -> tuple[list[int], int]:
                 f"{where}, {name}: expected a flat sequence of token ids, got {ids!r}"
             )
         check_tokens(model, ids, f"{where}, {name}")
-    most = model.config.max_length
     if len(context) < 1 or not 1 <= len(continuation) <= most:
         raise ValueError(
             f"{where}: expected a context of at least one token and a continuation of at "
             f"least one and at most {most} (config.max_length), got {len(context)} and "
-            f"{len(continuation)}; a text that merges into the token before it leaves none"
+            f"{len(continuation)}; a prefix takes room, and a text that merges into the token "
+            "before it leaves none"
         )
     sequence = [*context, *continuation][-(most + 1) :]
     return sequence, len(continuation)
@@ -344,6 +364,7 @@ def multiple_choice(
     *,
     cache: str | CacheFormat | None = None,
     batch: int = 8,
+    prefix: Prefix | None = None,
 ) -> Accuracy:
     """Answers questions by the log-likelihood of their choices.
 
@@ -368,7 +389,9 @@ def multiple_choice(
             _check_scored(number, choice, pair)
             pairs.append(pair)
     likelihoods = iter(
-        loglikelihoods(model, params, pairs, cache=cache, batch=batch)
+        loglikelihoods(
+            model, params, pairs, cache=cache, batch=batch, prefix=prefix
+        )
     )
     logprobs = [
         [next(likelihoods).logprob for _ in question.choices]

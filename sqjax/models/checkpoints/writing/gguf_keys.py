@@ -22,8 +22,8 @@ from sqjax.models.checkpoints.gguf_config import read_config
 from sqjax.models.checkpoints.mapping import parameter_shapes
 from sqjax.models.checkpoints.names import Row, Shape, find, their_shape
 from sqjax.models.config import DecoderConfig, Experts, LayerKind
-from sqjax.models.decoder import turning_channels
 from sqjax.models.fields import LARGEST_SIZE
+from sqjax.models.positions import turning_channels
 from sqjax.models.rope import (
     Linear,
     Llama3,

@@ -26,9 +26,14 @@ from sqjax.models.checkpoints.writing.directory import check_target
 from sqjax.models.checkpoints.writing.leaves import check_leaves
 from sqjax.models.checkpoints.writing.llamas import tokenizer_files
 from sqjax.models.checkpoints.writing.run_script import RUN
-from sqjax.models.decoding.generation import compute_dtype
 from sqjax.models.fields import SIZE, check
-from sqjax.models.model import Model, Params, cache_for, check_model
+from sqjax.models.model import (
+    Model,
+    Params,
+    cache_for,
+    check_model,
+    compute_dtype,
+)
 from sqjax.models.slots import CacheFormat, cache_format
 from sqjax.models.stacking import unstack_layers
 from sqjax.numerics.formats import INT4

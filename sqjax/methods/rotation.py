@@ -1,0 +1,228 @@
+"""Rotations: the same function with its activations' outliers spread over all channels.
+
+(X Q) (Q^T W) = X W for every orthogonal Q. Smoothing divides a channel that is large in all tokens;
+a rotation takes also what is large in a few tokens, because one number a becomes n of about a /
+sqrt(n). QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; SpinQuant, Liu et al. 2024, arXiv
+2405.16406.
+
+What may be rotated is `graph.spaces`, found in the program and not by the model's name.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sqjax._arguments import check_mapping, expect
+from sqjax._names import first_matches, near_misses
+from sqjax._trees import PyTree, check_finite, is_concrete
+from sqjax.calibration.stats import Stats
+from sqjax.folding.apply import leaves_by_path
+from sqjax.folding.graph import Graph
+from sqjax.folding.space import Space
+from sqjax.folding.turn import turned, with_gains_of_one
+from sqjax.methods.described import check_stats
+from sqjax.numerics.orthogonal import (
+    keeping_ones,
+    random_hadamard,
+    random_orthogonal,
+)
+from sqjax.weights.quant_weight import check_float
+
+#: How matrices are drawn.
+DRAWN = {"hadamard": random_hadamard, "random": random_orthogonal}
+
+#: Q Q^T and 1 Q of a matrix may be off by so much: float32 rounds the sums of thousands by less.
+ORTHOGONAL = 1e-4
+
+
+def rotations(
+    stats: Stats,
+    how: str = "hadamard",
+    *,
+    seed: int = 0,
+    spaces: str | Iterable[str] = "all",
+) -> dict[str, Array]:
+    """An orthogonal matrix for each space of a program.
+
+    Args:
+        stats: what `calibrate` returned; of it only `stats.graph`. One batch is enough.
+        how: "hadamard" (signs drawn at random, times a Hadamard matrix: the flattest there is) or
+            "random" (drawn evenly among all rotations).
+        seed: of the drawing. Every space gets a matrix of its own.
+        spaces: "all", or patterns of names, of which one is found in the name of the space or of
+            one of its sites.
+
+    Returns:
+        {the space's name: float32 Q, (size, size)}. Where a LayerNorm takes the mean of the
+        channels, Q fixes the vector of ones.
+
+    Raises:
+        ValueError: stats, `how`, `seed` or a pattern is not one of those; or the program has no
+            space, with the reason of each site.
+
+    Examples:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x @ p["v"]) @ p["o"]
+        >>> params = {"v": jnp.ones((3, 4)), "o": jnp.ones((4, 2))}
+        >>> stats = sq.calibrate(fn, params, [jnp.ones((5, 3))])
+        >>> q = sq.rotations(stats)["o"]
+        >>> jnp.allclose(q @ q.T, jnp.eye(4), atol=1e-6).item()
+        True
+    """
+    check_stats(stats, "rotations")
+    if how not in DRAWN:
+        raise ValueError(
+            f"rotate: how: expected 'hadamard', 'random' or {{space: matrix}}, got {how!r}"
+        )
+    expect(isinstance(seed, int) and seed >= 0, "seed", "a whole number", seed)
+    if not stats.graph.spaces:
+        reasons = [f"{site}: {why}" for site, why in stats.graph.space_refusals]
+        raise ValueError(
+            "rotate: this program has no space that may turn"
+            + "".join(f"\n  {reason}" for reason in reasons[:10])
+        )
+    chosen = {space.name for space in _chosen(stats.graph, spaces)}
+    return {
+        space.name: _drawn(space, how, np.random.default_rng([seed, index]))
+        for index, space in enumerate(stats.graph.spaces)
+        if space.name in chosen
+    }
+
+
+def _drawn(space: Space, how: str, rng: np.random.Generator) -> Array:
+    draw = DRAWN[how]
+    if space.keeps_ones:
+        return jnp.asarray(keeping_ones(draw(space.size - 1, rng)), jnp.float32)
+    return jnp.asarray(draw(space.size, rng), jnp.float32)
+
+
+def _chosen(graph: Graph, spaces: str | Iterable[str]) -> tuple[Space, ...]:
+    """The spaces that a pattern is found in."""
+    if spaces == "all":
+        return graph.spaces
+    expect(
+        isinstance(spaces, Iterable),
+        "spaces",
+        "'all', or patterns of names",
+        spaces,
+    )
+    patterns = [spaces] if isinstance(spaces, str) else list(spaces)
+    names = [(space.name, *space.sites) for space in graph.spaces]
+    flat = [name for of_one in names for name in of_one]
+    found = first_matches(dict.fromkeys(patterns), flat, "pattern of spaces")
+    return tuple(
+        space
+        for space, of_one in zip(graph.spaces, names, strict=True)
+        if any(found[name] is not None for name in of_one)
+    )
+
+
+def rotate(
+    params: PyTree,
+    stats: Stats,
+    how: str | Mapping[str, Any] = "hadamard",
+    *,
+    seed: int = 0,
+    spaces: str | Iterable[str] = "all",
+) -> PyTree:
+    """The same function with its activations rotated: every leaf of a space is multiplied by Q.
+
+    Rotate first, because only float parameters with their gains still in place can be: then
+    calibrate what comes out, then smooth, search, quantize. Gains of norms are folded into the
+    kernels behind them beforehand (they become ones), as a rotation could not pass them.
+
+    Pure; works under jit, and is differentiable with respect to the matrices and params: matrices
+    may be learned (`sqjax.numerics.orthogonal.cayley`). Under jit the matrices and gains are not
+    checked.
+
+    Args:
+        params: the calibrated parameters.
+        stats: what `calibrate` returned; of it only `stats.graph`. One batch is enough.
+        how: "hadamard" or "random", as in `rotations`; or what that returns, {space: matrix}, for
+            matrices of your own. A space that is left out stays as it is.
+        seed: of the drawing.
+        spaces: as in `rotations`; for a mapping leave it at "all".
+
+    Returns:
+        The tree of params, with the same shapes and dtypes.
+
+    Raises:
+        ValueError: params are not the calibrated tree, or hold NaN or infinity; a space is unknown;
+            a matrix has another size, is not orthogonal, or does not fix the vector of ones where a
+            LayerNorm asks for that; a gain stands in the way that no fold group can move.
+
+    Examples:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x @ p["v"]) @ p["o"]
+        >>> params = {"v": jnp.array([[5.0, 0.0], [5.0, 0.0]]), "o": jnp.ones((2, 1))}
+        >>> stats = sq.calibrate(fn, params, [jnp.ones((1, 2))])
+        >>> turn = jnp.array([[0.6, 0.8], [0.8, -0.6]])
+        >>> rotated = sq.rotate(params, stats, {"o": turn})
+        >>> x = jnp.array([[1.0, 1.0]])
+        >>> (x @ params["v"]).tolist(), (x @ rotated["v"]).round().astype(int).tolist()
+        ([[10.0, 0.0]], [[6, 8]])
+        >>> sq.verify(fn, params, rotated, x) < 1e-6
+        True
+    """
+    check_stats(stats, "rotate")
+    check_float(params, "rotate")
+    leaves_by_path(params, stats.graph)
+    check_finite(params, "parameter")
+    if isinstance(how, str):
+        how = rotations(stats, how, seed=seed, spaces=spaces)
+    elif spaces != "all":
+        raise ValueError(
+            "rotate: spaces chooses what is drawn; of matrices of your own give only those wanted"
+        )
+    turns = _checked(stats.graph, how)
+    chosen = [space for space, _ in turns]
+    return turned(with_gains_of_one(params, stats.graph, chosen), turns)
+
+
+def _checked(
+    graph: Graph, matrices: Mapping[str, Any]
+) -> list[tuple[Space, Array]]:
+    """(space, its matrix), in the order of the graph."""
+    check_mapping(matrices, "how", "{space: matrix}, as rotations returns it")
+    by_name = {space.name: space for space in graph.spaces}
+    for name in matrices:
+        if name not in by_name:
+            raise ValueError(
+                f"rotate: no space is named {name!r}. Near misses: "
+                f"{near_misses(name, list(by_name))}"
+            )
+    turns = []
+    for name, space in by_name.items():
+        if name in matrices:
+            q = jnp.asarray(matrices[name])
+            _check_matrix(space, q)
+            turns.append((space, q))
+    return turns
+
+
+def _check_matrix(space: Space, q: Array) -> None:
+    expected = (space.size, space.size)
+    if q.shape != expected or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"rotate: {space.name}: expected floats of shape {expected}, got {q.dtype} {q.shape}"
+        )
+    if not is_concrete(q):
+        return
+    exact = np.asarray(q, np.float64)
+    off = np.abs(exact @ exact.T - np.eye(space.size)).max()
+    if not off <= ORTHOGONAL:
+        raise ValueError(
+            f"rotate: {space.name}: expected an orthogonal matrix, Q Q^T = 1; it is off by "
+            f"{off:.2g}"
+        )
+    if space.keeps_ones:
+        off = np.abs(exact.sum(0) - 1).max()
+        if not off <= ORTHOGONAL:
+            raise ValueError(
+                f"rotate: {space.name}: a LayerNorm takes the mean of these channels, so the "
+                f"matrix must fix the vector of ones, 1 Q = 1; it is off by {off:.2g}. "
+                "sqjax.numerics.orthogonal.keeping_ones makes such a matrix"
+            )

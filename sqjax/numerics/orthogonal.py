@@ -1,0 +1,87 @@
+"""Orthogonal matrices to rotate by: Hadamard matrices with random signs, random ones, Cayley's.
+
+All are float64 arrays of numpy, made once on the host, but `cayley`, which is differentiable.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sqjax.numerics.hadamard import hadamard
+
+
+def random_hadamard(
+    size: int, rng: np.random.Generator
+) -> Float[np.ndarray, "size size"]:
+    """diag(signs) Q, with the Q of `hadamard` and a random sign for each row.
+
+    Without the signs a vector of ones, and what is near it, would become one large number: Q's
+    first column is constant. QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, section 3.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sqjax.numerics.orthogonal import random_hadamard
+        >>> q = random_hadamard(12, np.random.default_rng(0))
+        >>> np.allclose(q @ q.T, np.eye(12)), float(abs(q).max()) <= (2 / 12) ** 0.5
+        (True, True)
+    """
+    signs = rng.choice([-1.0, 1.0], size)
+    return signs[:, None] * hadamard(size)
+
+
+def random_orthogonal(
+    size: int, rng: np.random.Generator
+) -> Float[np.ndarray, "size size"]:
+    """A rotation or reflection drawn evenly among all of them.
+
+    The Q of a normal matrix Q R, with R's diagonal made positive, because only then no direction is
+    preferred (Mezzadri 2007, arXiv math-ph/0609050).
+    """
+    q, r = np.linalg.qr(rng.normal(size=(size, size)))
+    return q * np.sign(np.diagonal(r))
+
+
+def keeping_ones(
+    inner: Float[np.ndarray, "inner inner"],
+) -> Float[np.ndarray, "size size"]:
+    """An orthogonal matrix of one size more, for which 1 Q = 1, that rotates all else by `inner`.
+
+    P diag(1, inner) P, with the reflection P that exchanges the first axis and the direction of
+    ones. For a space with a LayerNorm, whose mean must stay the mean.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sqjax.numerics.orthogonal import keeping_ones
+        >>> keeping_ones(np.array([[-1.0]])).round(12).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    size = len(inner) + 1
+    # P = 1 - 2 v v^T / v.v for v = e1 - 1 / sqrt(size), which is 0 for no size above 1.
+    v = np.full(size, -1 / math.sqrt(size))
+    v[0] += 1
+    reflection = np.eye(size) - 2 * np.outer(v, v) / (v @ v)
+    middle = np.eye(size)
+    middle[1:, 1:] = inner
+    return reflection @ middle @ reflection
+
+
+def cayley(
+    free: Float[Array, "size size"],
+) -> Float[Array, "size size"]:
+    """(1 - A) (1 + A)^-1 for A = free - free^T: orthogonal whatever `free` is, the identity for 0.
+
+    Differentiable, so that gradients may look for a rotation: SpinQuant, Liu et al. 2024, arXiv
+    2405.16406.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from sqjax.numerics.orthogonal import cayley
+        >>> cayley(jnp.array([[0.0, 1.0], [0.0, 0.0]])).round(6).tolist()
+        [[0.0, -1.0], [1.0, 0.0]]
+    """
+    skew = free - free.T
+    one = jnp.eye(len(free), dtype=free.dtype)
+    # Both factors commute, so the one that is inverted may stand first.
+    return jnp.linalg.solve(one + skew, one - skew)

@@ -1,0 +1,379 @@
+"""`rotate`: beside QuaRot's construction in numpy, and as the same function of many programs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lawful_spaces import CASES
+from tiny_llama import GROUPED, random_ids, random_params
+
+import sqjax as sq
+from sqjax.folding.graph import Graph
+from sqjax.folding.space import Along, Space
+from sqjax.folding.turn import with_gains_of_one
+from sqjax.models import Model, stack_layers, untie
+from sqjax.numerics.orthogonal import (
+    cayley,
+    keeping_ones,
+    random_hadamard,
+    random_orthogonal,
+)
+
+UNTIED = replace(GROUPED, tie_embeddings=False)
+HEADS, SHARED, HEAD = GROUPED.num_heads, GROUPED.num_kv_heads, GROUPED.head_dim
+RESIDUAL = "model/layers/0/self_attn/q_proj/kernel"
+VALUES = [f"model/layers/{i}/self_attn/o_proj/kernel" for i in range(GROUPED.num_layers)]
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# Matrices -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 12, 48, 64])
+@pytest.mark.parametrize("draw", [random_hadamard, random_orthogonal])
+def test_matrices_are_orthogonal_and_drawn(draw, size):
+    q = draw(size, rng())
+    np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-12)
+    assert not np.allclose(q, draw(size, rng(1)))
+    ones = keeping_ones(q)
+    np.testing.assert_allclose(ones @ ones.T, np.eye(size + 1), atol=1e-12)
+    np.testing.assert_allclose(ones.sum(0), 1, atol=1e-12)
+    assert np.abs(ones - np.eye(size + 1)).max() > 0.1
+
+
+def test_a_hadamard_matrix_spreads_a_channel_evenly():
+    assert np.abs(random_hadamard(64, rng())).max() == pytest.approx(1 / 8)
+
+
+def test_cayley_is_orthogonal_the_formula_and_differentiable():
+    free = rng().normal(size=(5, 5))
+    a = free - free.T
+    expected = (np.eye(5) - a) @ np.linalg.inv(np.eye(5) + a)
+    got = cayley(jnp.asarray(free, jnp.float32))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(got @ got.T, np.eye(5), atol=1e-5)
+    slope = jax.grad(lambda f: cayley(f)[0, 1])(jnp.zeros((5, 5)))
+    assert (float(slope[0, 1]), float(slope[1, 0])) == (-2.0, 2.0)
+
+
+# Beside QuaRot ------------------------------------------------------------------------------------
+
+
+def quarot(params, q, per_head):
+    """Sections 4.1 and 4.2 of QuaRot (arXiv 2404.00456), in float64, by the names of a Llama.
+
+    Norms' gains go into the kernels that read them; what reads the residual is multiplied by Q^T
+    from the left, what writes it by Q from the right; values of each head by a matrix of the
+    layer's own, which the output projection undoes.
+    """
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    decoder = p["model"]
+    decoder["embed_tokens"]["embedding"] = decoder["embed_tokens"]["embedding"] @ q
+    for i, layer in decoder["layers"].items():
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        of_queries = layer["input_layernorm"]["weight"][:, None]
+        of_gates = layer["post_attention_layernorm"]["weight"][:, None]
+        for part, names, gain in (
+            (attention, ("q_proj", "k_proj", "v_proj"), of_queries),
+            (mlp, ("gate_proj", "up_proj"), of_gates),
+        ):
+            for name in names:
+                part[name]["kernel"] = q.T @ (gain * part[name]["kernel"])
+        heads = per_head[int(i)]
+        values, mixed = attention["v_proj"], attention["o_proj"]
+        values["kernel"] = values["kernel"] @ np.kron(np.eye(SHARED), heads)
+        mixed["kernel"] = np.kron(np.eye(HEADS), heads).T @ mixed["kernel"] @ q
+        mlp["down_proj"]["kernel"] = mlp["down_proj"]["kernel"] @ q
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            layer[norm]["weight"] = np.ones_like(layer[norm]["weight"])
+    gain = decoder["norm"]["weight"][:, None]
+    p["lm_head"]["kernel"] = q.T @ (gain * p["lm_head"]["kernel"])
+    decoder["norm"]["weight"] = np.ones_like(decoder["norm"]["weight"])
+    return p
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = Model(UNTIED)
+    params, ids = random_params(model), random_ids(2, 8)
+    return model, params, ids, sq.calibrate(model.apply, params, [ids])
+
+
+def test_weights_are_those_of_quarot(llama):
+    _, params, _, stats = llama
+    matrices = sq.rotations(stats, seed=3)
+    assert set(matrices) == {RESIDUAL, *VALUES}
+    exact = {name: np.asarray(q, np.float64) for name, q in matrices.items()}
+    expected = quarot(params, exact[RESIDUAL], [exact[name] for name in VALUES])
+    got = sq.rotate(params, stats, seed=3)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=str(path))
+
+
+def test_drawn_matrices_are_given_ones_and_seeds_differ(llama):
+    _, params, _, stats = llama
+    drawn = sq.rotate(params, stats, "random", seed=5)
+    given = sq.rotate(params, stats, sq.rotations(stats, "random", seed=5))
+    jax.tree.map(np.testing.assert_array_equal, drawn, given)
+    other = sq.rotations(stats, "random", seed=6)[RESIDUAL]
+    assert not np.allclose(other, sq.rotations(stats, "random", seed=5)[RESIDUAL])
+
+
+def test_some_spaces_alone(llama):
+    model, params, ids, stats = llama
+    assert set(sq.rotations(stats, spaces=["o_proj"])) == set(VALUES)
+    rotated = sq.rotate(params, stats, spaces="o_proj")
+    assert sq.verify(model.apply, params, rotated, ids) < 1e-5
+    np.testing.assert_array_equal(rotated["lm_head"]["kernel"], params["lm_head"]["kernel"])
+
+
+@pytest.mark.slow
+def test_under_jit_and_its_gradient_by_the_matrix(llama):
+    _, params, _, stats = llama
+    size = stats.graph.spaces[0].size
+    free = jnp.asarray(rng().normal(size=(size, size)) / 5, jnp.float32)
+
+    @jax.jit
+    def loss(free):
+        rotated = sq.rotate(params, stats, {RESIDUAL: cayley(free)})
+        kernel = rotated["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+        return jnp.sum(kernel**4)
+
+    value, slope = jax.value_and_grad(loss)(free)
+    eager = sq.rotate(params, stats, {RESIDUAL: cayley(free)})
+    kernel = eager["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert float(value) == pytest.approx(float(jnp.sum(kernel**4)), rel=1e-5)
+    step = 1e-3 * slope / jnp.linalg.norm(slope)
+    change = float(loss(free + step) - loss(free - step))
+    assert change == pytest.approx(2e-3 * float(jnp.linalg.norm(slope)), rel=0.05)
+
+
+# The same function --------------------------------------------------------------------------------
+
+
+#: Of a head that is the embedding the gain before it must be ones.
+KEPT = {"opt": "g3"}
+ROTATED = ("llama", "opt", "parallel", "experts", "scan", "fused", "siamese", "linear")
+
+
+@pytest.mark.slow
+@pytest.mark.each_case
+@pytest.mark.parametrize("name", ROTATED)
+def test_programs_compute_the_same_whatever_their_gains(name):
+    """Gains of other values than ones, negative ones among them."""
+    case = CASES[name]
+    draw = rng()
+
+    def other(path, leaf):
+        is_gain = str(path[-1].key).startswith("g") and leaf.ndim <= 2 and (leaf == 1).all()
+        is_gain &= path[-1].key != KEPT.get(name)
+        return jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype) if is_gain else leaf
+
+    params = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, case.params)
+    inputs = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, case.inputs)
+    params = jax.tree_util.tree_map_with_path(other, params)
+    with jax.numpy_rank_promotion("allow"):
+        stats = sq.calibrate(case.fn, params, [inputs])
+        assert stats.graph.spaces
+        rotated = sq.rotate(params, stats)
+        assert sq.verify(case.fn, params, rotated, *inputs) < 1e-5
+    assert not np.allclose(
+        *(np.concatenate([x.ravel() for x in jax.tree.leaves(p)]) for p in (params, rotated))
+    )
+
+
+@pytest.mark.slow
+def test_a_tied_head_is_refused_and_untied():
+    model = Model(GROUPED)
+    params, ids = random_params(model), random_ids(2, 8)
+    stats = sq.calibrate(model.apply, params, [ids])
+    with pytest.raises(ValueError, match=r"model/norm/weight .*no fold group .*models\.untie"):
+        sq.rotate(params, stats)
+    own, untied = untie(model, params)
+    np.testing.assert_allclose(own.apply(untied, ids), model.apply(params, ids), atol=1e-5)
+    stats = sq.calibrate(own.apply, untied, [ids])
+    rotated = sq.rotate(untied, stats)
+    assert sq.verify(own.apply, untied, rotated, ids) < 1e-5
+    again, same = untie(own, untied)
+    assert again is own
+    assert same == untied
+
+
+@pytest.mark.slow
+def test_stacked_layers_turn_as_one(llama):
+    model, params, ids, _ = llama
+    stacked = stack_layers(params)
+    stats = sq.calibrate(model.apply, stacked, [ids])
+    rotated = sq.rotate(stacked, stats)
+    assert sq.verify(model.apply, stacked, rotated, ids) < 1e-5
+    kernel = rotated["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+    assert not np.allclose(kernel, stacked["model"]["layers"]["mlp"]["down_proj"]["kernel"])
+
+
+# What it is for -----------------------------------------------------------------------------------
+
+
+def block(p, x):
+    h = x @ p["e"]
+    normed = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6) * p["gain"][None]
+    return jnp.tanh(normed @ p["w"])
+
+
+def outlier_params():
+    draw = rng()
+    e = draw.normal(size=(8, 32))
+    e[:, 5] *= 100
+    gain = draw.uniform(0.5, 1.5, 32) * np.where(np.arange(32) % 3, 1, -1)
+    w = draw.normal(size=(32, 16))
+    w[5] /= 100  # so that the other channels matter as much
+    leaves = {"e": e, "gain": gain, "w": w}
+    return {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
+
+
+def test_an_outlier_is_spread():
+    params, x = outlier_params(), jnp.asarray(rng(1).normal(size=(64, 8)), jnp.float32)
+    stats = sq.calibrate(block, params, [x])
+    rotated = sq.rotate(params, stats)
+    np.testing.assert_array_equal(rotated["gain"], 1)
+    after = sq.calibrate(block, rotated, [x])
+    largest = [float(seen.absmax["w"].max()) for seen in (stats, after)]
+    assert largest[1] < 0.6 * largest[0]
+
+
+def test_gains_of_zero_and_of_one_plus_w():
+    params = outlier_params()
+    params["gain"] = params["gain"].at[3].set(0.0)
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(block, params, [x])
+    assert sq.verify(block, params, sq.rotate(params, stats), x) < 1e-5
+
+    def offset(p, x):
+        return block({**p, "gain": 1 + p["gain"]}, x)
+
+    stats = sq.calibrate(offset, params, [x])
+    rotated = sq.rotate(params, stats)
+    np.testing.assert_array_equal(rotated["gain"], 0)
+    assert sq.verify(offset, params, rotated, x) < 1e-4  # 1 + w rounds w
+
+
+# Refused ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy():
+    params = outlier_params()
+    return params, sq.calibrate(block, params, [jnp.ones((2, 8))])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("spun", "expected 'hadamard', 'random' or .* got 'spun'"),
+        ({"e": np.eye(32)}, "no space is named 'e'"),
+        ({"w": np.eye(31)}, r"w: expected floats of shape \(32, 32\), got .*\(31, 31\)"),
+        ({"w": np.eye(32, dtype=int)}, "w: expected floats of shape"),
+        ({"w": 2 * np.eye(32)}, "w: expected an orthogonal matrix, .* off by 3"),
+        ({"w": np.full((32, 32), np.nan)}, "w: expected an orthogonal matrix"),
+    ],
+)
+def test_wrong_matrices(toy, how, message):
+    with pytest.raises(ValueError, match=message):
+        sq.rotate(*toy, how)
+
+
+def test_wrong_arguments(toy):
+    params, stats = toy
+    with pytest.raises(ValueError, match="pattern of spaces"):
+        sq.rotate(params, stats, spaces="nothing")
+    with pytest.raises(ValueError, match="give only those wanted"):
+        sq.rotate(params, stats, {}, spaces="w")
+    with pytest.raises(ValueError, match="seed"):
+        sq.rotate(params, stats, seed=-1)
+    with pytest.raises(ValueError, match="not the tree that was calibrated"):
+        sq.rotate({**params, "gain": jnp.ones(31)}, stats)
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        sq.rotate({**params, "w": params["w"].at[0, 0].set(jnp.nan)}, stats)
+
+
+def test_a_layer_norm_takes_matrices_that_keep_its_mean():
+    def fn(p, x):
+        h = x @ p["e"]
+        centred = h - jnp.mean(h, -1, keepdims=True)
+        return (centred * jax.lax.rsqrt(jnp.var(h, -1, keepdims=True) + 1e-5)) @ p["w"]
+
+    params = {name: x for name, x in outlier_params().items() if name != "gain"}
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(fn, params, [x])
+    rotated = sq.rotate(params, stats)
+    assert sq.verify(fn, params, rotated, x) < 1e-5
+    with pytest.raises(ValueError, match="fix the vector of ones, 1 Q = 1; it is off by"):
+        sq.rotate(params, stats, {"w": random_orthogonal(32, rng())})
+
+
+def test_a_negative_gain_goes_through_no_relu():
+    """Its group scales v before a ReLU, along the axis of v that does not turn."""
+
+    def fn(p, x, z):
+        h = x @ p["e"] + jax.nn.relu(z * p["gain"][None]) @ p["v"]
+        normed = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6) * p["gain"][None]
+        return jnp.tanh(normed @ p["w"])
+
+    params = {**outlier_params(), "v": jnp.asarray(rng(2).normal(size=(32, 32)), jnp.float32)}
+    x, z = (jnp.asarray(rng(i).normal(size=(4, n)), jnp.float32) for i, n in ((1, 8), (3, 32)))
+    stats = sq.calibrate(fn, params, [(x, z)])
+    assert ("v", Along(1)) in stats.graph.spaces[0].leaves
+    with pytest.raises(ValueError, match=r"gain is not known to be positive.*\['v'\] outside"):
+        sq.rotate(params, stats)
+    positive = {**params, "gain": jnp.abs(params["gain"])}
+    assert sq.verify(fn, positive, sq.rotate(positive, stats), x, z) < 1e-5
+
+
+def test_a_program_without_a_space_is_refused():
+    params = {"w": jnp.ones((3, 2))}
+    stats = sq.calibrate(lambda p, x: x @ p["w"], params, [jnp.ones((2, 3))])
+    with pytest.raises(ValueError, match=r"no space that may turn\n  w: it would turn input 0"):
+        sq.rotate(params, stats)
+
+
+def test_a_gain_that_another_space_turns_is_refused():
+    own = Space("a", 4, (("u", Along(1)), ("g", Along(0))))
+    other = Space("b", 3, (("v", Along(1)),), ("g",))
+    with pytest.raises(ValueError, match="g is a gain of the space b, and turns in the space a"):
+        with_gains_of_one({"g": jnp.ones((4, 3))}, Graph((), (), (), ()), [own, other])
+
+
+def test_a_bias_behind_a_gain_of_zero_can_not_be_divided():
+    def fn(p, x):
+        h = x @ p["e"]
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)
+        return (h * p["gain"][None] + p["bias"][None]) @ p["w"]
+
+    params = {**outlier_params(), "bias": jnp.ones(32)}
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(fn, params, [x])
+    assert sq.verify(fn, params, sq.rotate(params, stats), x) < 1e-5
+    params["gain"] = params["gain"].at[3].set(0.0)
+    with pytest.raises(ValueError, match=r"gain is 0 at channel 3, and \['bias'\]"):
+        sq.rotate(params, stats)
+
+
+def test_a_negative_gain_that_is_also_used_outside_the_space_is_refused():
+    def fn(p, x):
+        outside = jax.nn.relu((x @ p["v"]) * p["gain"][None]) @ p["u"]
+        return block(p, x) + outside
+
+    params = outlier_params()
+    params |= {"v": params["e"] + 1, "u": params["w"] + 1}
+    x = jnp.asarray(rng(1).normal(size=(4, 8)), jnp.float32)
+    stats = sq.calibrate(fn, params, [x])
+    with pytest.raises(ValueError, match=r"gain is not known to be positive .*'u'\] outside"):
+        sq.rotate(params, stats)
+    params["gain"] = jnp.abs(params["gain"])
+    assert sq.verify(fn, params, sq.rotate(params, stats), x) < 1e-4
