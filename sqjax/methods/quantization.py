@@ -5,6 +5,7 @@ Smoothing scales, always called `s`, are folded into the parameters before, or (
 `smoothing`) stored beside the weight.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
@@ -315,7 +316,9 @@ def _quantized_leaf(
     )
     absmax = _covered(absmax, site, scheme, stats, folded)
     if scheme.rotation is not None and isinstance(scheme.activation, Static):
-        absmax = _rotated_range(site, scheme, stats, beside.smoothing)
+        absmax = _rotated_range(
+            absmax, site, scheme, stats, beside.smoothing
+        )
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -354,9 +357,17 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
 
 
 def _rotated_range(
-    site: Site, scheme: Scheme, stats: Stats, smoothing: Array | None
+    absmax: Array,
+    site: Site,
+    scheme: Scheme,
+    stats: Stats,
+    smoothing: Array | None,
 ) -> Array:
-    """The largest |(X / s) Q| of each matrix over the sampled tokens, (*batch,).
+    """The largest |(X / s) Q| of each matrix over the sampled tokens, (*batch,); never less than an
+    outlier of a token that is not among them makes of itself.
+
+    A channel of 700 in a block of 49 becomes 49 numbers whose squares sum to 700^2 at least, so the
+    largest is 700 / sqrt(49) = 100 or more.
 
     Raises:
         ValueError: there is no sample. What a rotation makes of channels is not to be told from
@@ -372,11 +383,20 @@ def _rotated_range(
     *batch, _, features = rows.shape
     if smoothing is not None:
         rows = rows / smoothing.reshape(*batch, 1, features)
+        absmax = absmax / smoothing
     with named(site.path):
         block = block_of(scheme.rotation, features)
     # As a product with the weight rotates it.
-    seen = rotated(rows, block, exact=False)
-    return jnp.max(jnp.abs(seen), axis=(-2, -1))
+    turned = rotated(rows, block, exact=False)
+    sampled = jnp.max(jnp.abs(turned), axis=(-2, -1))
+    if site.batch:
+        # An expert that few tokens reached takes the range of the one that needs most.
+        enough = stats.trust(site).min(axis=site.feature_axes) == 1
+        most = jnp.max(sampled, axis=-1, keepdims=True)
+        sampled = jnp.where(enough, sampled, most)
+    return jnp.maximum(
+        sampled, jnp.max(absmax, axis=site.feature_axes) / math.sqrt(block)
+    )
 
 
 def _quantized_kernel(

@@ -238,13 +238,14 @@ def block_of(rotation: Rotation, channels: int) -> int:
     Raises:
         ValueError: the block does not divide the channels.
     """
-    block = channels if rotation == "hadamard" else int(rotation)
-    if channels % max(block, 1):
+    if rotation == "hadamard":
+        return max(channels, 1)
+    if channels % rotation:
         raise ValueError(
             f"rotation: expected blocks that divide its {channels} contracted channels, got "
-            f"{block}; take {channels & -channels}, or 'hadamard' for all channels"
+            f"{rotation}; take 'hadamard', all channels in one block, or a number that divides them"
         )
-    return max(block, 1)
+    return int(rotation)
 
 
 def rotated_weight(

@@ -505,8 +505,9 @@ W4A8 = Scheme(
     weight=Int4(group_size=128, zero_point=True, two_level=True),
     activation=PerToken(),
 )
-#: The same with int4 per-token activations, which a rotation makes fit for 4 bits.
-W4A4 = W4A8.replace(activation=PerToken(format="int4"), rotation="hadamard")
+#: The same with int4 per-token activations; rotated ones are fit for so few bits.
+W4A4 = W4A8.replace(activation=PerToken(format="int4"))
+W4A4_ROTATED = W4A4.replace(rotation="hadamard")
 #: An int8 embedding table, a scale a row; and an int4 one in groups.
 EMBEDDING_INT8 = Scheme(weight=Int8(), activation=Indices())
 EMBEDDING_INT4 = Scheme(
@@ -528,6 +529,7 @@ PRESETS = {
     "W4A16_G64": W4A16_G64,
     "W4A8": W4A8,
     "W4A4": W4A4,
+    "W4A4_ROTATED": W4A4_ROTATED,
     "EMBEDDING_INT8": EMBEDDING_INT8,
     "EMBEDDING_INT4": EMBEDDING_INT4,
 }

@@ -240,6 +240,7 @@ def test_the_public_names_are_these():
             "W4A16_G64",
             "W4A8",
             "W4A4",
+            "W4A4_ROTATED",
         ),
         *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
     }

@@ -122,7 +122,11 @@ def test_smoothing_comes_before_the_rotation():
 
 @pytest.mark.parametrize(
     ("scheme", "factor"),
-    [(sq.W4A4, 1.5), (sq.W8A8_O2.replace(rotation="hadamard"), 4.0), (sq.W8A8_O3_ROTATED, 4.0)],
+    [
+        (sq.W4A4_ROTATED, 1.5),
+        (sq.W8A8_O2.replace(rotation="hadamard"), 4.0),
+        (sq.W8A8_O3_ROTATED, 4.0),
+    ],
     ids=["W4A4", "O2", "O3"],
 )
 def test_activations_with_outliers_lose_several_times_less(scheme, factor):
@@ -148,7 +152,7 @@ def test_stacked_layers_in_a_scan_are_those_apart():
     def stack(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
-    scheme = sq.W4A4.replace(rotation=16)
+    scheme = sq.W4A4_ROTATED.replace(rotation=16)
     qparams = sq.quantize({"w": layers}, sq.calibrate(stack, {"w": layers}, [x]), scheme)
     got = jax.jit(sq.quantized(stack))(qparams, x)
     for w in layers:
@@ -172,7 +176,7 @@ def test_experts_of_a_ragged_dot_are_those_apart():
 
 def test_gradients_are_those_of_the_dequantized_product():
     x, w, g = normal(6, 48), normal(48, 10), normal(6, 10, seed=3)
-    qparams = quantized(sq.W4A4, {"w": w}, x)
+    qparams = quantized(sq.W4A4_ROTATED, {"w": w}, x)
     _, pull = jax.vjp(lambda x: sq.quantized(fn)(qparams, x), x)
     expected = np.asarray(g, np.float64) @ np.asarray(qparams["w"].dequantize(), np.float64).T
     np.testing.assert_allclose(pull(g)[0], expected, rtol=1e-5, atol=1e-5)
@@ -181,8 +185,8 @@ def test_gradients_are_those_of_the_dequantized_product():
 def test_vmap_and_jit_of_quantize_change_nothing():
     x, w = normal(3, 6, 48), normal(48, 10)
     stats = sq.calibrate(fn, {"w": w}, [x])
-    qparams = sq.quantize({"w": w}, stats, sq.W4A4)
-    under_jit = jax.jit(lambda p, stats: sq.quantize(p, stats, sq.W4A4))({"w": w}, stats)
+    qparams = sq.quantize({"w": w}, stats, sq.W4A4_ROTATED)
+    under_jit = jax.jit(lambda p, stats: sq.quantize(p, stats, sq.W4A4_ROTATED))({"w": w}, stats)
     jax.tree.map(np.testing.assert_array_equal, qparams, under_jit)
     run = sq.quantized(fn)
     each = jax.vmap(lambda x: run(qparams, x))(x)
@@ -233,6 +237,24 @@ def test_a_static_range_without_a_sample_is_refused():
         sq.quantize(params, stats, sq.W8A8_O3_ROTATED)
 
 
+def test_a_static_range_covers_what_a_token_outside_of_the_sample_was():
+    """3000 is once in 100 tokens, of which 4 are sampled; it becomes 3000 / 8 in 64 channels."""
+    w = normal(64, 10)
+    x = normal(100, 64).at[int(np.random.default_rng(0).integers(100)), 3].set(3000.0)
+    sampled = sq.calibrate(fn, {"w": w}, [x], sample=4)
+    assert np.abs(sampled.sample["w"].rows).max() < 3000
+    weight = sq.quantize({"w": w}, sampled, sq.W8A8_O3_ROTATED)["w"]
+    np.testing.assert_allclose(weight.input_scale, 3000 / 8 / 127, rtol=1e-6)
+
+
+def test_an_expert_that_no_token_reached_takes_the_largest_range():
+    w, x, sizes = normal(2, 32, 8), normal(64, 32), jnp.array([64, 0], jnp.int32)
+    ragged = lambda p, x, sizes: jax.lax.ragged_dot(x, p["w"], sizes)
+    stats = sq.calibrate(ragged, {"w": w}, [(x, sizes)], sample=64)
+    scale = sq.quantize({"w": w}, stats, sq.W8A8_O3_ROTATED)["w"].input_scale
+    assert scale[0] == scale[1] > 0
+
+
 def test_a_static_range_of_several_axes_is_that_of_the_stored_order():
     """The activation has its axes in another order than the weight."""
     x, w = with_outliers(40, 8, 6), normal(6, 10, 8)
@@ -249,7 +271,7 @@ def test_a_static_range_of_several_axes_is_that_of_the_stored_order():
 
 def test_a_saved_weight_is_rotated_still(tmp_path):
     x, w = normal(5, 48), normal(48, 10)
-    qparams = quantized(sq.W4A4, {"w": w}, x)
+    qparams = quantized(sq.W4A4_ROTATED, {"w": w}, x)
     sq.save(tmp_path / "w.safetensors", qparams)
     again = sq.load(tmp_path / "w.safetensors")
     assert jax.tree.structure(again) == jax.tree.structure(qparams)
@@ -286,7 +308,7 @@ def test_a_scheme_that_can_not_be_is_refused(scheme, changes, message):
 
 def test_blocks_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(
-        ValueError, match=r"^w: rotation: .* 48 contracted channels, got 32; take 16"
+        ValueError, match=r"^w: rotation: .* 48 contracted channels, got 32; take 'hadamard'"
     ):
         quantized(sq.W8A8.replace(rotation=32), {"w": normal(48, 10)}, normal(5, 48))
     assert block_of("hadamard", 48) == 48

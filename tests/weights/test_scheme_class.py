@@ -34,7 +34,7 @@ def test_a_repr_leaves_out_what_is_the_default():
 
 def test_presets_differ():
     names = set(PRESETS) - {"W8A8"}
-    assert len({PRESETS[name] for name in names}) == len(names) == 14
+    assert len({PRESETS[name] for name in names}) == len(names) == 15
 
 
 def test_a_scheme_is_a_value_and_no_container():
