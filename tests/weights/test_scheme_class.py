@@ -11,13 +11,15 @@ import pytest
 import sqjax as sq
 from sqjax.weights import schemes
 
-PRESETS = {name: value for name, value in vars(sq).items() if isinstance(value, sq.Scheme)}
+# By their names, because sqjax has what was asked for only.
+NAMES = {name: getattr(sq, name) for name in sq.__all__}
+PRESETS = {name: value for name, value in NAMES.items() if isinstance(value, sq.Scheme)}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_scheme_prints_as_the_call_that_makes_it(name):
     scheme = PRESETS[name]
-    again = eval(repr(scheme), vars(sq))
+    again = eval(repr(scheme), dict(NAMES))
     assert again == scheme
     assert hash(again) == hash(scheme)
 
