@@ -469,6 +469,34 @@ def int4_encoder(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+def rotation_costs(rows: Sequence[Row]) -> Table:
+    """A line for each rotation at run time: what a prefill takes, and how much more that is."""
+    of_prefill = _of_table("prefill", rows)
+    titles = ("rotated before down_proj", "core seconds", "more than none")
+    first = of_prefill[0]["core_seconds"]
+    lines = []
+    for row in of_prefill:
+        seconds = row["core_seconds"]
+        more = f"{100 * (seconds / first - 1):+.1f}%"
+        lines.append((row["rotation"], f"{seconds:.3f}", more))
+    return Table(titles, lines)
+
+
+def rotation_gains(rows: Sequence[Row]) -> Table:
+    """A line for each recipe of W4A4, a column for each model: the loss beside float."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in _of_table("W4A4", rows):
+        losses.setdefault(row["recipe"], {})[row["model"]] = row["loss"]
+    models = list(
+        dict.fromkeys(row["model"] for row in _of_table("W4A4", rows))
+    )
+    lines = []
+    for recipe, found in losses.items():
+        cells = [f"{found[m]:.3f}" if m in found else "" for m in models]
+        lines.append((recipe, *cells))
+    return Table(("W4A4 in groups of 128", *models), lines)
+
+
 def _standing(difference: float, half: float) -> str:
     """Where ours stands by the interval of difference - half to difference + half."""
     if abs(difference) <= half:
@@ -589,4 +617,6 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "choices": choices,
     "int4 encoder": int4_encoder,
     "exactness": exactness,
+    "rotation costs": rotation_costs,
+    "rotation gains": rotation_gains,
 }
