@@ -35,7 +35,14 @@ from sqjax.weights.quantize import (
     named,
     quantize_weight,
 )
-from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
+from sqjax.weights.schemes import (
+    W8A8,
+    Indices,
+    Rotation,
+    Scheme,
+    Static,
+    scheme_of,
+)
 
 #: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
 #: stay float}. A preset may be given by its name, "W8A8".
@@ -357,7 +364,7 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
 def _rotated_range(
     absmax: Array,
     site: Site,
-    scheme: Scheme,
+    rotation: Rotation,
     stats: Stats,
     smoothing: Array | None,
 ) -> Array:
@@ -383,7 +390,7 @@ def _rotated_range(
         rows = rows / smoothing.reshape(*batch, 1, features)
         absmax = absmax / smoothing
     with named(site.path):
-        block = block_of(scheme.rotation, features)
+        block = block_of(rotation, features)
     # As a product with the weight rotates it.
     turned = rotated(rows, block, exact=False)
     sampled = jnp.max(jnp.abs(turned), axis=(-2, -1))

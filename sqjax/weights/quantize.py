@@ -214,9 +214,9 @@ def _quantize_weight(
                 "a static scheme needs the activation's absmax from calibration; dynamic ones do "
                 "not"
             )
-        is_own = smoothing is None or rotation is not None
-        seen = absmax if is_own else absmax / smoothing
-        input_scale = _input_scale(seen, len(batch), scheme.activation.fmt)
+        if smoothing is not None and rotation is None:
+            absmax = absmax / smoothing
+        input_scale = _input_scale(absmax, len(batch), scheme.activation.fmt)
     activation = scheme.activation
     return QuantWeight(
         replace(_tensor(weight, contracting, scheme, batch), dtype=dtype),

@@ -6,6 +6,7 @@ import jaxprs
 import numpy as np
 import pytest
 import schemes_in_numpy as oracle
+from slow import slow_but
 
 import sqjax as sq
 from sqjax.numerics.hadamard import hadamard, rotated
@@ -51,7 +52,7 @@ def relative(got, exact):
 # Products ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", slow_but(list(SCHEMES), "W8A8", "O3", "W4A16 g32", "W4A4 g32"))
 def test_a_rotated_product_is_that_of_the_rotated_operands(name):
     scheme = SCHEMES[name]
     x, w = with_outliers(20, INNER), normal(INNER, OUTPUTS, seed=1)
@@ -67,7 +68,7 @@ def test_a_rotated_product_is_that_of_the_rotated_operands(name):
     assert (np.abs(got - plain) > (16 + INNER) * EPS * expected.magnitude).any()
 
 
-@pytest.mark.parametrize("name", ["W8A8", "O3", "W4A8 g32", "W4A4 g32"])
+@pytest.mark.parametrize("name", slow_but(["W8A8", "O3", "W4A8 g32", "W4A4 g32"], "O3", "W4A4 g32"))
 def test_what_meets_the_weight_is_int8(name):
     x, w = normal(20, 96), normal(96, OUTPUTS)
     qparams = quantized(SCHEMES[name].replace(rotation="hadamard"), {"w": w}, x)
@@ -146,6 +147,7 @@ def test_activations_with_outliers_lose_several_times_less(scheme, factor):
 # Transformations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stacked_layers_in_a_scan_are_those_apart():
     layers, x = normal(3, 32, 32) / 6, normal(5, 32)
 
@@ -160,6 +162,7 @@ def test_stacked_layers_in_a_scan_are_those_apart():
     np.testing.assert_allclose(got, x, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_of_a_ragged_dot_are_those_apart():
     w, x, sizes = normal(2, 32, 8), with_outliers(20, 32), jnp.array([9, 11], jnp.int32)
     ragged = lambda p, x, sizes: jax.lax.ragged_dot(x, p["w"], sizes)
