@@ -323,7 +323,9 @@ def _quantized_leaf(
     )
     absmax = _covered(absmax, site, scheme, stats, folded)
     if scheme.rotation is not None and isinstance(scheme.activation, Static):
-        absmax = _rotated_range(absmax, site, scheme, stats, beside.smoothing)
+        absmax = _rotated_range(
+            absmax, site, scheme.rotation, stats, beside.smoothing
+        )
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
