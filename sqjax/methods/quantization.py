@@ -8,8 +8,7 @@ Smoothing scales, always called `s`, are folded into the parameters before, or (
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +43,8 @@ from sqjax.weights.schemes import (
     scheme_of,
 )
 
+#: So many tokens of a site tell the range of rotated activations, and serve a search.
+SAMPLE = 512
 #: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
 #: stay float}. A preset may be given by its name, "W8A8".
 Rules = Scheme | str | Mapping[str, Scheme | str | None]
@@ -322,10 +323,8 @@ def _quantized_leaf(
         site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
     )
     absmax = _covered(absmax, site, scheme, stats, folded)
-    if scheme.rotation is not None and isinstance(scheme.activation, Static):
-        absmax = _rotated_range(
-            absmax, site, scheme.rotation, stats, beside.smoothing
-        )
+    if scheme.needs_sample:
+        absmax = _rotated_range(absmax, site, scheme, stats, beside.smoothing)
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -366,7 +365,7 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
 def _rotated_range(
     absmax: Array,
     site: Site,
-    rotation: Rotation,
+    scheme: Scheme,
     stats: Stats,
     smoothing: Array | None,
 ) -> Array:
@@ -392,7 +391,7 @@ def _rotated_range(
         rows = rows / smoothing.reshape(*batch, 1, features)
         absmax = absmax / smoothing
     with named(site.path):
-        block = block_of(rotation, features)
+        block = block_of(cast(Rotation, scheme.rotation), features)
     # As a product with the weight rotates it.
     turned = rotated(rows, block, exact=False)
     sampled = jnp.max(jnp.abs(turned), axis=(-2, -1))
@@ -471,14 +470,21 @@ def smoothquant(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    twice = _needs_histograms(scheme)
+    twice = any(how.needs_histogram for how in _schemes_in(scheme))
     # All that can be known is checked before the long part.
     check_alpha("smoothquant: alpha", alpha)
     if runtime is not None:
         check_alpha("smoothquant: runtime", runtime)
     if twice:
         batches = list(batches)
-    stats = calibrate(fn, params, batches, mask=mask, progress=progress)
+    stats = calibrate(
+        fn,
+        params,
+        batches,
+        mask=mask,
+        sample=sample_for(scheme),
+        progress=progress,
+    )
     s = scales(params, stats, alpha, groups=groups)
     schemes = site_schemes(stats.graph, scheme)
     if runtime is not None:
@@ -493,6 +499,7 @@ def smoothquant(
             batches,
             mask=mask,
             histogram=True,
+            sample=sample_for(scheme),
             progress=progress,
         )
     else:
@@ -500,9 +507,13 @@ def smoothquant(
     return quantize_sites(folded, stats, schemes, s)
 
 
-def _needs_histograms(rules: Rules) -> bool:
-    schemes = _by_pattern(rules).values()
-    return any(map(attrgetter("needs_histogram"), filter(None, schemes)))
+def sample_for(rules: Rules) -> int:
+    """How many tokens of each site `calibrate` shall keep for these rules: 512, or 0 for none."""
+    return SAMPLE if any(how.needs_sample for how in _schemes_in(rules)) else 0
+
+
+def _schemes_in(rules: Rules) -> list[Scheme]:
+    return [how for how in _by_pattern(rules).values() if how is not None]
 
 
 def _smoothed_at_run_time(

@@ -400,6 +400,11 @@ class Scheme(_Part):
         )
 
     @property
+    def needs_sample(self) -> bool:
+        """Whether its static range is of rotated activations: `calibrate(..., sample=512)`."""
+        return self.rotation is not None and isinstance(self.activation, Static)
+
+    @property
     def measured(self) -> bool:
         """Whether it needs to know the ranges of the activations that `calibrate` saw."""
         return isinstance(self.activation, Static) or self._changes_activation

@@ -232,6 +232,13 @@ def test_a_static_range_is_that_of_the_sampled_tokens():
     assert sq.site_errors(fn, {"w": w}, {"w": weight}, x)["w"].clipped == 0
 
 
+def test_smoothquant_keeps_the_sample_that_a_static_range_needs():
+    x, w = with_outliers(64, 48), normal(48, 10)
+    weight = sq.smoothquant(fn, {"w": w}, [x], scheme=sq.W8A8_O3_ROTATED)["w"]
+    largest = np.abs(np.asarray(x, np.float64) @ hadamard(48)).max()
+    np.testing.assert_allclose(weight.input_scale, largest / 127, rtol=2.0**-8)
+
+
 def test_a_static_range_without_a_sample_is_refused():
     params, x = {"w": normal(48, 10)}, normal(5, 48)
     stats = sq.calibrate(fn, params, [x])
