@@ -172,7 +172,7 @@ def main() -> None:
     """Prints the rows, and writes the record where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE.json")
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     if options.record is not None:
