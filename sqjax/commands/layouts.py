@@ -32,4 +32,6 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "choices": quality.choices,
     "int4 encoder": quality.int4_encoder,
     "exactness": quality.exactness,
+    "rotation costs": speed.rotation_costs,
+    "rotation gains": quality.rotation_gains,
 }

@@ -236,6 +236,19 @@ def _fastest(rows: Sequence[Row], pattern: str) -> str:
     return f"{min(found):.0f} us" if found else ""
 
 
+def rotation_costs(rows: Sequence[Row]) -> Table:
+    """A line for each rotation at run time: what a prefill takes, and how much more that is."""
+    of_prefill = rows_of("prefill", rows)
+    titles = ("rotated before down_proj", "core seconds", "more than none")
+    first = of_prefill[0]["core_seconds"]
+    lines = []
+    for row in of_prefill:
+        seconds = row["core_seconds"]
+        more = f"{100 * (seconds / first - 1):+.1f}%"
+        lines.append((row["rotation"], f"{seconds:.3f}", more))
+    return Table(titles, lines)
+
+
 # Convolutions and memory ----------------------------------------------------------------------
 
 

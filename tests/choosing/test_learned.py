@@ -225,7 +225,8 @@ def test_a_loss_of_ones_own():
 WRONG = {
     "no batches": ({"batches": []}, "batches is empty"),
     "nothing quantized": ({"rules": {".*": None}}, "quantize a matmul"),
-    "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing at run time"),
+    "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing or rotation"),
+    "rotated": ({"rules": sq.W4A4_ROTATED}, "without smoothing or rotation"),
     "loss": ({"loss": "l1"}, "'kl', 'mse' or a function"),
     "group": ({"s": {"u": jnp.ones(16)}}, "no group is named 'u'"),
     "clips of 0": ({"clips": {"up": jnp.zeros((24, 1))}}, "clips of 'up': expected factors in"),
