@@ -236,7 +236,10 @@ WRONG = {
     "every": ({"every": 0}, "learn: every: expected a number of 1 or more, got 0"),
     "patience": ({"patience": 0}, "learn: patience: expected a number of 1 or more, or None"),
     "state": ({"state": {}}, "state of an earlier call"),
-    "other state": ({"state": {"arrays": {}}}, "state is of other arguments"),
+    "other state": (
+        {"state": {"arrays": {}, "best_loss": 1.0, "train": [], "held_out": [1.0]}},
+        "state is of other arguments",
+    ),
 }
 
 
