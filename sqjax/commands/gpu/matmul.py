@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -73,21 +74,17 @@ def matmul(notes: Notes) -> None:
     first = [name for name in variants if name in FIRST]
     others = [name for name in variants if name not in FIRST]
     last = 0.0
-    for names in (first, others):
-        for shape in size.shapes:
-            for rows in size.rows:
-                asked = [
-                    name
-                    for name in names
-                    if not notes.has(_name(shape, rows, name))
-                ]
-                if asked and notes.left() < last:
-                    notes.leave_out([_name(shape, rows, n) for n in asked])
-                elif asked:
-                    start = time.monotonic()
-                    chosen = {name: variants[name] for name in asked}
-                    _measured(notes, size, shape, rows, chosen)
-                    last = time.monotonic() - start
+    for names, shape, rows in product((first, others), size.shapes, size.rows):
+        title_of = {name: _name(shape, rows, name) for name in names}
+        asked = [name for name in names if not notes.has(title_of[name])]
+        # As long as the one before took, because they are alike.
+        if asked and notes.left() < last:
+            notes.leave_out([title_of[name] for name in asked])
+        elif asked:
+            start = time.monotonic()
+            chosen = {name: variants[name] for name in asked}
+            _measured(notes, size, shape, rows, chosen)
+            last = time.monotonic() - start
 
 
 def _name(shape: tuple[int, int], rows: int, variant: str) -> str:

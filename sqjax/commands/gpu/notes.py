@@ -75,19 +75,13 @@ class Notes:
                     f"{card()}; name another file"
                 )
         self._other = [row for row in record.rows if row["part"] != self.part]
-        same = [
-            run
-            for run in runs
-            if run["part"] == self.part and run["code"] == code()
-        ]
+        own = [row for row in record.rows if row["part"] == self.part]
+        same = [run for run in runs if run in own and run["code"] == code()]
+        # Of other code all is measured again.
         if same:
             self._before = same[0]["seconds"]
             self._rows = [
-                row
-                for row in record.rows
-                if row["part"] == self.part
-                and row["name"] != RUN
-                and "error" not in row
+                row for row in own if row["name"] != RUN and "error" not in row
             ]
 
     def has(self, name: str) -> bool:
