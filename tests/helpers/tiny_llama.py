@@ -11,12 +11,13 @@ from sqjax.models.config import LayerKind
 from sqjax.models.rope import Rope
 from sqjax.models.tokenizer import Tokenizer
 
+#: Its matrices have two shapes, (32, 32) and that of keys and values: each is a program of what quantizes.
 GROUPED = LlamaConfig(
     vocab_size=61,
-    hidden_size=24,
-    intermediate_size=40,
+    hidden_size=32,
+    intermediate_size=32,
     num_layers=2,
-    num_heads=6,
+    num_heads=4,
     num_kv_heads=2,
     head_dim=8,
     tie_embeddings=True,
