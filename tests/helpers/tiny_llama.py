@@ -37,7 +37,7 @@ def random_params(model, seed=0):
     def draw(path, leaf):
         name, noise = path[-1].key, rng.normal(size=leaf.shape)
         by_name = {"weight": 1 + 0.4 * noise, "kernel": 1.5 * noise / leaf.shape[0] ** 0.5}
-        return jnp.asarray(by_name.get(name, noise), jnp.float32)
+        return jnp.asarray(np.asarray(by_name.get(name, noise), np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 

@@ -37,7 +37,7 @@ TEXT = random_ids(2, 12)
 BATCHES = [TEXT, random_ids(2, 12, 2)]
 ONE = {"num_layers": 1}
 KINDS = {
-    "plain": {},
+    "plain": ONE,
     # The token at position 8 looks at none of the three.
     "window": {"kinds": looking_back(6), **ONE},
     "alibi": {"kinds": (LayerKind(rope=None),), "alibi": 1.0, **ONE},
@@ -208,7 +208,7 @@ def test_a_quantized_model_runs_on_integers_after_a_prefix():
     kinds = Counter(dot.dtypes for dot in jaxprs.dots(jaxprs.of(run, qparams, TEXT)))
     without = sq.quantized(model.apply)
     plain = Counter(dot.dtypes for dot in jaxprs.dots(jaxprs.of(without, qparams, TEXT)))
-    assert kinds[jaxprs.INT8_DOT] == plain[jaxprs.INT8_DOT] >= 14
+    assert kinds[jaxprs.INT8_DOT] == plain[jaxprs.INT8_DOT] >= 7
     # Two float products a layer more: the scores of the prefix, and its values.
     assert kinds.total() - plain.total() == 2 * model.config.num_layers
     assert perplexity(model, qparams, TEXT, prefix=prefix, cache="int8") > 1
@@ -305,8 +305,8 @@ def test_a_file_gives_a_prefix_back_to_its_model(tmp_path):
         np.testing.assert_array_equal(got, written)
     close(jax.jit(again.apply)(params, TEXT), expected)
     for other, message in (
-        (replace(GROUPED, max_length=32), "max_length = 64, not 32"),
-        (replace(GROUPED, attention_softcap=2.0), r"attention_softcap = the default, not 2\.0"),
+        (replace(model.config, max_length=32), "max_length = 64, not 32"),
+        (replace(model.config, attention_softcap=2.0), r"attention_softcap = the default, not 2\.0"),
     ):
         with pytest.raises(ValueError, match=f"got one of another, with {message}; make"):
             load_prefix(file, Model(other))
@@ -411,7 +411,7 @@ def test_what_makes_no_prefix_is_refused():
 
 def test_a_prefix_where_it_does_not_fit_is_refused():
     model, params, prefix, _ = made("plain")
-    other = Model(replace(GROUPED, max_length=32))
+    other = Model(replace(model.config, max_length=32))
     for call, inputs in ((generate, ([[1, 2]], 2)), (perplexity, (TEXT,))):
         with pytest.raises(ValueError, match="expected a prefix of this model"):
             call(other, params, *inputs, prefix=prefix)
@@ -419,13 +419,13 @@ def test_a_prefix_where_it_does_not_fit_is_refused():
             call(model, params, *inputs, prefix=prefix.cache)
     with pytest.raises(ValueError, match=r"at most 64 .* got 65"):
         prefix.apply(params, random_ids(1, 62))
-    prefix.apply(params, random_ids(1, 61))
+    jax.eval_shape(prefix.apply, params, random_ids(1, 61))
     with pytest.raises(ValueError, match=r"at most 64 .*, got 62 \+ 3"):
         generate(model, params, [[1] * 59], 3, prefix=prefix)
     with pytest.raises(ValueError, match=r"at most 64 .* got 65"):
         model.decode(params, random_ids(1, 62), model.init_cache(1, 62), prefix.cache)
-    narrow = Model(replace(GROUPED, num_layers=1))
+    deeper = Model(GROUPED)
     with pytest.raises(ValueError, match="a prefix belongs to one model"):
-        narrow.apply(random_params(narrow), TEXT, prefix.cache)
+        deeper.apply(random_params(deeper), TEXT, prefix.cache)
     with untyped(), pytest.raises(ValueError, match="the `cache` of what"):
         model.apply(params, TEXT, prefix)
