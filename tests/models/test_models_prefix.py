@@ -134,7 +134,7 @@ def test_generate_goes_on_as_after_the_same_tokens(name):
 
 
 def test_greedy_goes_on_as_after_the_same_tokens():
-    model, params, prefix, _ = made("plain")
+    model, params, prefix, _ = made("two kinds")
     got = greedy(model, params, TEXT, 5, prefix=prefix)
     np.testing.assert_array_equal(got, greedy(model, params, prefix.before(TEXT), 5))
     assert np.any(got != greedy(model, params, TEXT, 5))
