@@ -16,7 +16,7 @@ SMALL = {
     "hidden_size": 32,
     "intermediate_size": 32,  # as the others, so that fewer programs are compiled
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
