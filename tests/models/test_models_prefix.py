@@ -195,7 +195,9 @@ def test_a_folded_tree_has_a_prefix_of_its_own():
     stats = calibrated()
     folded = sq.fold(params, stats.graph, sq.scales(params, stats, 0.5))
     close(jax.jit(prefix.of(folded).apply)(folded, TEXT), expected)
-    assert np.abs(jax.jit(prefix.apply)(folded, TEXT) - expected).max() > 0.01 * np.abs(expected).max()
+    assert (
+        np.abs(jax.jit(prefix.apply)(folded, TEXT) - expected).max() > 0.01 * np.abs(expected).max()
+    )
     assert prefix.of(folded).ids == IDS
 
 
@@ -306,7 +308,10 @@ def test_a_file_gives_a_prefix_back_to_its_model(tmp_path):
     close(jax.jit(again.apply)(params, TEXT), expected)
     for other, message in (
         (replace(model.config, max_length=32), "max_length = 64, not 32"),
-        (replace(model.config, attention_softcap=2.0), r"attention_softcap = the default, not 2\.0"),
+        (
+            replace(model.config, attention_softcap=2.0),
+            r"attention_softcap = the default, not 2\.0",
+        ),
     ):
         with pytest.raises(ValueError, match=f"got one of another, with {message}; make"):
             load_prefix(file, Model(other))
