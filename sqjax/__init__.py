@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from sqjax.calibration.stats import Stats, gram_bytes
     from sqjax.choosing.alphas import search_alpha
     from sqjax.choosing.awq import awq, smooth_awq
-    from sqjax.choosing.by_search import quantize_by_search
+    from sqjax.choosing.by_search import (
+        prepare_by_search,
+        quantize_by_search,
+    )
     from sqjax.choosing.gptq import gptq
     from sqjax.choosing.gptq_blocks import gptq_blocks
     from sqjax.choosing.learned import learn
@@ -104,6 +107,7 @@ __all__ = [
     "load_quantized",
     "load_saved",
     "merge",
+    "prepare_by_search",
     "prove",
     "quantize",
     "quantize_by_search",
@@ -140,7 +144,7 @@ _NAMESPACES = {
 _NAMES = {
     "sqjax.calibration.calibrate": "calibrate",
     "sqjax.calibration.stats": "Stats gram_bytes",
-    "sqjax.choosing.by_search": "quantize_by_search",
+    "sqjax.choosing.by_search": "prepare_by_search quantize_by_search",
     "sqjax.choosing.gptq": "gptq",
     "sqjax.choosing.learned": "learn",
     "sqjax.choosing.precision": "choose_precision",

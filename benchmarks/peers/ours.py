@@ -40,15 +40,19 @@ W4_SYMMETRIC = sq.Scheme(weight=sq.Int4(group_size=64), activation=None)
 
 
 class Case(NamedTuple):
-    """What is quantized, and on which batches."""
+    """What is quantized, on which batches, and which tokens stand before each in float."""
 
     model: Any
     params: Any
-    batches: list[np.ndarray]
+    batches: list[Any]
+    prefix: sq.models.Prefix | None = None
 
     def stats(self, **what: Any) -> sq.Stats:
         """The statistics of the float model."""
-        return sq.calibrate(self.model.apply, self.params, self.batches, **what)
+        mask = None if self.prefix is None else self.prefix.mask
+        return sq.calibrate(
+            self.model.apply, self.params, self.batches, mask=mask, **what
+        )
 
     def measured(self) -> sq.Stats:
         """The statistics that the searches read: Gram matrices, and a sample of the tokens."""
@@ -56,11 +60,12 @@ class Case(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Smoothed parameters, their statistics, and the clips of their weights."""
+    """Smoothed parameters, their statistics, the clips of their weights, and other rules."""
 
     params: Any
     stats: sq.Stats
     clips: Mapping[str, Any] | None
+    rules: Mapping[str, Any] | None = None
 
 
 def rules(scheme: sq.Scheme) -> dict[str, sq.Scheme | None]:
@@ -80,6 +85,18 @@ def rotated(case: Case) -> Case:
     model, params = sq.models.untie(case.model, case.params)
     stats = sq.calibrate(model.apply, params, case.batches[:1])
     return Case(model, sq.rotate(params, stats, seed=SEED), case.batches)
+
+
+def prefixed(case: Case) -> Case:
+    """The same model after a few tokens that stand out, whose keys and values stay float."""
+    held = sq.models.prefix(case.model, case.params, case.batches[:2])
+    batches = [held.before(ids) for ids in case.batches]
+    return Case(case.model, case.params, batches, held)
+
+
+def rotated_and_prefixed(case: Case) -> Case:
+    """Both."""
+    return prefixed(rotated(case))
 
 
 # How scales and clips are chosen ------------------------------------------------------------------
@@ -103,6 +120,13 @@ def smooth(case: Case, scheme: sq.Scheme) -> Chosen:
     s = sq.scales(case.params, stats, ALPHA)
     params = sq.fold(case.params, stats.graph, s)
     return Chosen(params, sq.fold_stats(stats, s), None)
+
+
+def by_search(case: Case, scheme: sq.Scheme) -> Chosen:
+    """What `quantize_by_search` rounds by GPTQ."""
+    stats = case.measured()
+    found = sq.prepare_by_search(case.params, stats, rules(scheme))
+    return Chosen(found.params, found.stats, found.clips, found.rules)
 
 
 def search(case: Case, scheme: sq.Scheme) -> Chosen:
@@ -162,14 +186,8 @@ def rounding(chosen: Chosen, scheme: sq.Scheme) -> Any:
 
 def gptq(chosen: Chosen, scheme: sq.Scheme) -> Any:
     """So that later channels make up for the errors of earlier ones."""
-    return sq.gptq(
-        chosen.params, chosen.stats, rules(scheme), clips=chosen.clips
-    )
-
-
-def by_search(chosen: Chosen, scheme: sq.Scheme) -> Any:
-    """All in one call."""
-    return sq.quantize_by_search(chosen.params, chosen.stats, rules(scheme))
+    how = chosen.rules or rules(scheme)
+    return sq.gptq(chosen.params, chosen.stats, how, clips=chosen.clips)
 
 
 def by_layers(chosen: Chosen, scheme: sq.Scheme) -> Any:
@@ -223,21 +241,24 @@ ROWS = {
     "w8a8-search": Row(sq.W8A8, search),
     "w8a8-search-gptq": Row(sq.W8A8, search, gptq),
     "w8a8-learned": Row(sq.W8A8, learned_from_search()),
-    "w8a8-by-search": Row(sq.W8A8, nothing_measured, by_search),
-    "w8a8-rotated-by-search": Row(
-        sq.W8A8, nothing_measured, by_search, rotated
+    "w8a8-by-search": Row(sq.W8A8, by_search, gptq),
+    "w8a8-rotated-by-search": Row(sq.W8A8, by_search, gptq, rotated),
+    "w8a8-prefixed-by-search": Row(
+        sq.W8A8, by_search, gptq, rotated_and_prefixed
     ),
     "w8a8-o2-rounding": Row(sq.W8A8_O2, nothing),
     "w8a8-o2-smooth": Row(sq.W8A8_O2, smooth),
-    "w8a8-o2-by-search": Row(sq.W8A8_O2, nothing_measured, by_search),
-    "w8a8-o2-rotated-by-search": Row(
-        sq.W8A8_O2, nothing_measured, by_search, rotated
+    "w8a8-o2-by-search": Row(sq.W8A8_O2, by_search, gptq),
+    "w8a8-o2-rotated-by-search": Row(sq.W8A8_O2, by_search, gptq, rotated),
+    "w8a8-o2-prefixed-by-search": Row(
+        sq.W8A8_O2, by_search, gptq, rotated_and_prefixed
     ),
     "w8a8-o3-rounding": Row(sq.W8A8_O3, nothing),
     "w8a8-o3-smooth": Row(sq.W8A8_O3, smooth),
-    "w8a8-o3-by-search": Row(sq.W8A8_O3, nothing_measured, by_search),
-    "w8a8-o3-rotated-by-search": Row(
-        sq.W8A8_O3, nothing_measured, by_search, rotated
+    "w8a8-o3-by-search": Row(sq.W8A8_O3, by_search, gptq),
+    "w8a8-o3-rotated-by-search": Row(sq.W8A8_O3, by_search, gptq, rotated),
+    "w8a8-o3-prefixed-by-search": Row(
+        sq.W8A8_O3, by_search, gptq, rotated_and_prefixed
     ),
     "w8a8-o3-learned": Row(sq.W8A8_O3, learned_from_smoothing()),
     "w4a16-rounding": Row(W4, nothing),
@@ -249,28 +270,45 @@ ROWS = {
     "w4a16-awq-by-layers": Row(W4, awq_scales, by_layers),
     "w4a16-g128-awq-gptq": Row(sq.W4A16, awq, gptq),
     "w4a8-rounding": Row(sq.W4A8, nothing),
-    "w4a8-by-search": Row(sq.W4A8, nothing_measured, by_search),
+    "w4a8-by-search": Row(sq.W4A8, by_search, gptq),
     "w4a16-learned": Row(W4, learned_from_awq()),
     "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),
 }
-FLOAT = "float"
+FLOAT, FLOAT_PREFIXED = "float", "float-prefixed"
+NAMES = (FLOAT, FLOAT_PREFIXED, *ROWS)
 
 
-def quantized(name: str, case: Case) -> tuple[Any, Any]:
-    """The model and the tree of one row, computed."""
+class Made(NamedTuple):
+    """A quantized model, with the prefix of its float form."""
+
+    model: Any
+    tree: Any
+    prefix: sq.models.Prefix | None = None
+
+
+def quantized(name: str, case: Case) -> Made:
+    """What one row makes, computed."""
     if name == FLOAT:
-        return case.model, case.params
+        return Made(case.model, case.params)
+    if name == FLOAT_PREFIXED:
+        return Made(case.model, case.params, prefixed(case).prefix)
     row = ROWS[name]
     start = case if row.before is None else row.before(case)
     chosen = row.choose(start, row.scheme)
     tree = jax.block_until_ready(row.narrow(chosen, row.scheme))
-    return start.model, tree
+    # Folding changes what the prefix's values must be.
+    held = None if start.prefix is None else start.prefix.of(chosen.params)
+    return Made(start.model, tree, held)
 
 
-def losses(model: Any, tree: Any, windows: np.ndarray) -> list[float]:
+def losses(made: Made, windows: np.ndarray) -> list[float]:
     """The mean negative log-likelihood of each window's tokens after its first."""
     return [
-        math.log(sq.models.perplexity(model, tree, window[None]))
+        math.log(
+            sq.models.perplexity(
+                made.model, made.tree, window[None], prefix=made.prefix
+            )
+        )
         for window in windows
     ]
 
@@ -281,7 +319,7 @@ def measure(folder: Path, name: str) -> None:
     windows = np.load(folder / "calibration.npy")
     case = Case(model, params, list(windows[:, None]))
     start = time.process_time()
-    model, tree = quantized(name, case)
+    made = quantized(name, case)
     seconds = time.process_time() - start
     evaluated = np.load(folder / "evaluation.npy")
     result = {
@@ -290,7 +328,7 @@ def measure(folder: Path, name: str) -> None:
         "commit": current_commit(),
         "threads": len(os.sched_getaffinity(0)),
         "seconds": round(seconds, 1),
-        "losses": losses(model, tree, evaluated),
+        "losses": losses(made, evaluated),
     }
     path = folder / "ours" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -316,10 +354,10 @@ def main(arguments: list[str]) -> None:
     """What the command line asks for."""
     match arguments:
         case ["list"]:
-            print("\n".join([FLOAT, *ROWS]))
+            print("\n".join(NAMES))
         case ["write", folder]:
             write(Path(folder))
-        case [folder, *names] if names and {*names} <= {FLOAT, *ROWS}:
+        case [folder, *names] if names and {*names} <= {*NAMES}:
             for name in names:
                 measure(Path(folder), name)
         case _:

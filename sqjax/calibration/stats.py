@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from sqjax._arguments import expect
 from sqjax._serialized import serialized
+from sqjax._tables import aligned
 from sqjax._trees import is_concrete, is_float
 from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
 from sqjax.folding.space import Along, Space
@@ -104,11 +105,7 @@ class Stats:
         head = f"{len(self.graph.sites)} sites, {len(self.graph.groups)} groups"
         rows = [("tokens", "max |X|", "max / median", "site")]
         rows += map(self._row, self.graph.sites[:MOST_ROWS])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [head]
-        for *numbers, path in rows:
-            cells = [x.rjust(n) for x, n in zip(numbers, widths, strict=False)]
-            lines.append("  ".join(["", *cells, path]))
+        lines = [head, *(f"  {line}" for line in aligned(rows, left={3}))]
         more = len(self.graph.sites) - MOST_ROWS
         if more > 0:
             lines.append(f"  ... and {more} sites more")

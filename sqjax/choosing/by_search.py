@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
@@ -19,6 +19,22 @@ from sqjax.methods.described import check_stats
 from sqjax.methods.quantization import Rules, site_schemes
 from sqjax.methods.smoothing import fold_stats
 from sqjax.weights.schemes import W8A8, Int4, Scheme
+
+
+class Prepared(NamedTuple):
+    """What a search found, folded into a float tree: what `gptq` and `quantize` take.
+
+    Attributes:
+        params: the float tree with its scales folded in; the same function.
+        stats: its statistics.
+        rules: {a pattern for one path: its scheme}, of every leaf that is quantized.
+        clips: {path: factors of its ranges}.
+    """
+
+    params: PyTree
+    stats: Stats
+    rules: dict[str, Scheme]
+    clips: dict[str, Array]
 
 
 def quantize_by_search(
@@ -57,6 +73,40 @@ def quantize_by_search(
         >>> error(sq.quantize_by_search) < error(sq.quantize)
         True
     """
+    found = prepare_by_search(params, stats, scheme)
+    return gptq(found.params, found.stats, found.rules, clips=found.clips)
+
+
+def prepare_by_search(
+    params: PyTree, stats: Stats, scheme: Rules = W8A8
+) -> Prepared:
+    """What `quantize_by_search` does before it rounds: the float tree, and how to round it.
+
+    For what has to see that tree: a prefix, whose keys and values stay float
+    (`sqjax.models.prefix`), another way to round, or a look at what was found.
+
+    Args:
+        params: as for `quantize_by_search`.
+        stats: as for `quantize_by_search`.
+        scheme: as for `quantize_by_search`.
+
+    Returns:
+        `Prepared`.
+
+    Raises:
+        ValueError: as `quantize_by_search`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x * p["norm"]) @ p["w"]
+        >>> params = {"norm": jnp.ones((1, 64)), "w": jax.random.normal(jax.random.key(0), (64, 8))}
+        >>> x = jax.random.normal(jax.random.key(1), (32, 64)) * jnp.linspace(0.1, 9, 64)[None]
+        >>> stats = sq.calibrate(fn, params, [x], gram=True, sample=32)
+        >>> found = sq.prepare_by_search(params, stats, sq.W8A8_O3)
+        >>> sq.verify(fn, params, found.params, x) < 1e-5
+        True
+        >>> qparams = sq.quantize(found.params, found.stats, found.rules, clips=found.clips)
+    """
     check_stats(stats, "quantize_by_search")
     schemes = site_schemes(stats.graph, scheme)
     _check_ranges(schemes)
@@ -65,11 +115,10 @@ def quantize_by_search(
     s = _searched(params, without(stats, massive), schemes)
     for path, (_, threshold) in massive.items():
         schemes[path] = schemes[path].replace(outliers=threshold)
-    rules = _rules_of(schemes)
     folded, after = fold(params, stats.graph, s), fold_stats(stats, s)
     # Of the weights as they are now: another s would have had other ranges.
     clips = search_clips(folded, after, _clipped(schemes))
-    return gptq(folded, after, rules, clips=clips)
+    return Prepared(folded, after, _rules_of(schemes), clips)
 
 
 def _clipped(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:

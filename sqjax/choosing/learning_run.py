@@ -110,6 +110,11 @@ class Run:
         mine = self._arrays()
         try:
             shapes = _shapes_by_path(dict(state["arrays"]))
+            best_loss = float(state["best_loss"])
+            losses = {
+                name: tuple(np.asarray(state[name], np.float32).tolist())
+                for name in ("train", "held_out")
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 "learn: expected the state of an earlier call, got something else"
@@ -125,11 +130,6 @@ class Run:
         moments = jax.tree.unflatten(
             jax.tree.structure(self.moments), arrays["moments"]
         )
-        losses = {
-            name: tuple(np.asarray(state[name], np.float32).tolist())
-            for name in ("train", "held_out")
-        }
-        best_loss = float(state["best_loss"])
         self._check_same_loss(arrays["best"], best_loss, held_out)
         return self._with(
             logs=arrays["logs"],

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, expect
 from sqjax._names import first_matches
+from sqjax._tables import aligned
 from sqjax._trees import PyTree, is_float
 from sqjax.calibration.analysis import described
 from sqjax.calibration.calibrate import calibrate, check_batches
@@ -29,6 +30,7 @@ from sqjax.choosing.divergence import divergence
 from sqjax.choosing.precision import choose_precision
 from sqjax.folding.graph import Graph, paths_of
 from sqjax.methods.quantization import Rules, quantize
+from sqjax.methods.rotation import rotate
 from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import (
     W4A8,
@@ -105,11 +107,7 @@ class Recommendation(NamedTuple):
             more = f"{one.difference:+.4f} +- {one.interval:.4f}"
             size = shown_bytes(one.nbytes)
             rows.append((star, size, f"{one.loss:.4f}", more, one.name))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for *cells, name in rows:
-            padded = [c.rjust(n) for c, n in zip(cells, widths, strict=False)]
-            lines.append("  ".join([*padded, name]).rstrip())
+        lines = aligned(rows, left={4})
         found = "none" if self.name is None else self.name
         lines.append(f"within {self.budget:g}: {found}")
         return "\n".join(lines)
@@ -138,7 +136,9 @@ def recommend(
 
     - "w8a8 static": int8 weights and activations, alphas searched (`search_alpha`), scales from
       calibration: the fastest.
-    - "w8a8": the same with a scale for each token.
+    - "w8a8 static rotated": the same of rotated activations (`rotate`), whose outliers are spread
+      over all channels; it calibrates again. Left out where the program has no space to rotate.
+    - "w8a8": as "w8a8 static" with a scale for each token.
     - "w8a16": int8 weights alone.
     - "mixed": int8 weights with int4 ones where they matter least, 6 bits a weight together
       (`choose_precision`). It takes the outputs as logits, so with a `loss` it is left out, unless
@@ -171,9 +171,10 @@ def recommend(
     Raises:
         ValueError: what `calibrate` refuses; no batch is left to calibrate on, or fewer than two to
             judge on; an unknown recipe, or "mixed" where the outputs are no logits; a budget that
-            is no number of 0 or more; a pattern of `floats` that is found in no site, or `floats`
-            that leave nothing to quantize; a `loss` that does not take these arguments, or gives no
-            finite scalar; no `loss`, and outputs without a float array or with one without axes.
+            is no number of 0 or more; a rotated recipe is asked for where nothing may turn; a
+            pattern of `floats` that is found in no site, or `floats` that leave nothing to
+            quantize; a `loss` that does not take these arguments, or gives no finite scalar; no
+            `loss`, and outputs without a float array or with one without axes.
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -193,9 +194,15 @@ def recommend(
     floats = _listed(floats)
     seen, judged = _split(batches, held_out)
     wanted: dict[str, Any] = {"gram": True, "sample": _SAMPLE}
-    stats = calibrate(fn, params, seen, mask=mask, progress=progress, **wanted)
+
+    def calibrated(tree: PyTree) -> Stats:
+        return calibrate(fn, tree, seen, mask=mask, progress=progress, **wanted)
+
+    stats = calibrated(params)
     _check_floats(stats.graph, floats)
-    problem = _Problem(fn, params, stats, seen, floats)
+    if recipes is None and not stats.graph.spaces:
+        names.remove(_ROTATED)
+    problem = _Problem(fn, params, calibrated, stats, seen, floats)
     judge = _Judge.of(fn, params, judged, loss)
 
     tried: list[Tried] = []
@@ -293,9 +300,15 @@ class _Problem(NamedTuple):
 
     fn: Callable[..., Any]
     params: PyTree
+    calibrated: Callable[[PyTree], Stats]
     stats: Stats
     batches: list[Any]
     floats: tuple[str, ...]
+
+    def rotated(self) -> "_Problem":
+        """The same function with rotated activations, whose statistics are others."""
+        params = rotate(self.params, self.stats)
+        return self._replace(params=params, stats=self.calibrated(params))
 
     def rules(self, scheme: Scheme) -> dict[str, Scheme | None]:
         """The scheme for all sites but those that stay float."""
@@ -315,6 +328,11 @@ def _searched(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
     return rules, quantize_by_search(problem.params, problem.stats, rules)
 
 
+def _rotated(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
+    """The scheme, searched for after its activations are rotated."""
+    return _searched(scheme, problem.rotated())
+
+
 def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
     """int8 weights, and int4 ones where they matter least."""
     found = choose_precision(
@@ -332,10 +350,13 @@ def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
 
 #: The recipe whose choice is made by gradients of logits, not by the judge's loss.
 _MIXED = "mixed"
+#: The recipe for programs that have a space.
+_ROTATED = "w8a8 static rotated"
 
 #: The recipes by name: of two of one size the faster one first.
 RECIPES: dict[str, Callable[[_Problem], tuple[Rules, PyTree]]] = {
     "w8a8 static": partial(_searched, W8A8_O3),
+    _ROTATED: partial(_rotated, W8A8_O3),
     "w8a8": partial(_searched, W8A8_O1),
     "w8a16": partial(_rounded, W8A16),
     _MIXED: _mixed,

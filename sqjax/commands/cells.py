@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sqjax._tables import aligned
 from sqjax.commands.records import Row
 
 
@@ -16,14 +17,7 @@ class Table(NamedTuple):
 def text(table: Table) -> str:
     """The table for a terminal: the first column on the left, the others aligned on the right."""
     rows = [table.titles, *table.lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        aligned = [first.ljust(widths[0])]
-        for cell, width in zip(others, widths[1:], strict=True):
-            aligned.append(cell.rjust(width))
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned(rows, left={0}))
 
 
 def markdown(table: Table) -> str:

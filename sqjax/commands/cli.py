@@ -22,6 +22,7 @@ from sqjax.commands.quantize import quantize
 from sqjax.commands.recipes import recipe_with
 from sqjax.commands.recommend import recommend
 from sqjax.commands.report import report
+from sqjax.commands.rotate import rotate
 from sqjax.commands.smooth import smooth
 
 #: Exit statuses: of bad input, of what failed for another reason, and of Ctrl-C as shells have it.
@@ -63,6 +64,7 @@ for one in (
     report,
     calibrate,
     smooth,
+    rotate,
     export,
     bench.demo,
     bench.bench,

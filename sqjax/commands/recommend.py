@@ -65,6 +65,8 @@ def recommend(
 
     \b
     w8a8 static  int8, scales of activations from calibration: the fastest
+    w8a8 static rotated
+                 the same, with outliers spread over all channels
     w8a8         int8, a scale for each token
     w8a16        int8 weights alone
     mixed        int8 and int4 weights, 6 bits a weight together

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sqjax import models
+from sqjax._tables import aligned
 from sqjax.choosing.recommend import Recommendation, recommend
 from sqjax.commands.model_argument import Opened
 from sqjax.commands.options import Talk
@@ -102,11 +103,7 @@ def text_of(found: Recommendation, percent: float, output: Path | None) -> str:
         spread = 100 * one.interval
         cells = f"{one.nbytes / 1e6:.0f} MB", f"{math.exp(one.loss):.3f}"
         rows.append((star, *cells, f"{more:+.2f}% +- {spread:.2f}%", one.name))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for *row, name in rows:
-        padded = [c.rjust(n) for c, n in zip(row, widths, strict=False)]
-        lines.append("  ".join([*padded, name]).rstrip())
+    lines = aligned(rows, left={4})
     if found.name is None:
         lines.append(
             f"no recipe is within {percent:g}%: accept more with --budget, or judge on more "

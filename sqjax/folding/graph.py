@@ -11,6 +11,7 @@ import numpy as np
 
 from sqjax._arguments import expect
 from sqjax._names import braced, first_matches, near_misses
+from sqjax._tables import aligned
 from sqjax.folding.labels import channels_and_degrees
 from sqjax.folding.space import Space, summary
 
@@ -340,12 +341,7 @@ class Graph(NamedTuple):
 def _table(groups: Iterable[tuple[str, str, str]]) -> list[str]:
     """Lines with a row for every group: numbers to the right, names to the left."""
     rows = [("scales", "absorbed by", "sites"), *groups]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for scales, absorbers, sites in rows:
-        first, second = scales.rjust(widths[0]), absorbers.ljust(widths[1])
-        lines.append(f"  {first}  {second}  {sites}")
-    return lines
+    return [f"  {line}" for line in aligned(rows, left={1, 2})]
 
 
 def _lines_of(refusals: list[tuple[str, str]]) -> list[str]:

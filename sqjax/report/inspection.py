@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sqjax._tables import aligned
 from sqjax._trees import PyTree, named_leaves
 from sqjax.calibration.calibrate import calibrate
 from sqjax.calibration.stats import Stats, outlier_ratio
@@ -206,13 +207,8 @@ def _outlier_table(sites: Iterable[SiteFacts]) -> list[str]:
     by_path = {site.path: site for site in sites}
     rows = [("sites", "median", "worst", "max |X|", "")]
     rows += [_outlier_row(kind, by_path) for kind in kinds(by_path)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
     # The name comes last, so that long ones push nothing aside.
-    for *numbers, name in rows:
-        cells = [x.rjust(n) for x, n in zip(numbers, widths, strict=False)]
-        lines.append("  ".join(["", *cells, name]).rstrip())
-    return lines
+    return [f"  {line}" for line in aligned(rows, left={4})]
 
 
 def _outlier_row(

@@ -55,6 +55,17 @@ def test_rules_with_int4_and_int8_weights(stats):
     assert [found[path].tensor.fmt.name for path in ("up", "down")] == ["int4", "int8"]
 
 
+@pytest.mark.slow
+def test_what_is_prepared_computes_the_same_and_rounds_to_the_same(stats):
+    found = sq.prepare_by_search(PARAMS, stats, sq.W4A8)
+    assert not np.allclose(found.params["up"], PARAMS["up"])
+    assert sq.verify(mlp, PARAMS, found.params, X) < 1e-5
+    rounded = sq.gptq(found.params, found.stats, found.rules, clips=found.clips)
+    whole = sq.quantize_by_search(PARAMS, stats, sq.W4A8)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, rounded, whole)))
+    assert 0 < float(found.clips["up"].min()) < 1
+
+
 def test_statistics_of_maxima_alone_are_refused():
     stats = sq.calibrate(mlp, PARAMS, [X])
     for scheme in (sq.W8A8, sq.W4A16_G64):

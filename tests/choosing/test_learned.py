@@ -182,6 +182,9 @@ def test_a_state_of_another_loss_or_other_rules_is_refused():
     moved = state["arrays"] | {"best": {"t": state["arrays"]["best"]}}
     with pytest.raises(ValueError, match="state is of other arguments"):
         learned(state=state | {"arrays": moved})
+    for name in state:
+        with pytest.raises(ValueError, match="expected the state of an earlier call"):
+            learned(state={field: x for field, x in state.items() if field != name})
 
 
 def test_a_logit_that_is_masked_has_no_part_in_the_divergence():

@@ -117,6 +117,33 @@ def test_none_is_named_where_none_is_within():
     assert "within 0: none" in str(found)
 
 
+@pytest.mark.slow
+def test_outliers_of_a_few_tokens_are_rotated_away():
+    """Smoothing divides channels that are large in all tokens: here each is large in a few."""
+
+    def heads(params, x):
+        return (x @ params["v"]) @ params["o"]
+
+    params = {"v": jnp.eye(64), "o": jax.random.normal(KEYS[3], (64, 16)) / 8}
+    large = 100 * jax.nn.one_hot(jnp.arange(256).reshape(8, 32) % 64, 64)
+    found = sq.recommend(
+        heads,
+        params,
+        list(jax.random.normal(KEYS[2], (8, 32, 64)) + large),
+        budget=1e9,
+        loss=lambda outputs, exact, x: jnp.mean((outputs - exact) ** 2),
+        recipes=["w8a8 static", "w8a8 static rotated"],
+        floats="^v$",
+    )
+    loss = {one.name: one.loss for one in found.tried}
+    assert 0 < 4 * loss["w8a8 static rotated"] < loss["w8a8 static"]
+
+
+def test_rotating_is_asked_for_where_nothing_may_turn():
+    with pytest.raises(ValueError, match="rotate: this program has no space that may turn"):
+        sq.recommend(mlp, PARAMS, BATCHES, recipes="w8a8 static rotated")
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="budget=: expected a number of 0 or more, got -1"):
         sq.recommend(mlp, PARAMS, BATCHES, budget=-1.0)

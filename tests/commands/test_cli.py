@@ -41,6 +41,7 @@ COMMANDS = (
     "report",
     "calibrate",
     "smooth",
+    "rotate",
 )
 COMMANDS += ("export", "demo", "bench")
 #: How much the tests read.
@@ -288,6 +289,22 @@ def test_statistics_serve_python_too(stats):
 
 
 @pytest.mark.slow
+def test_rotate_computes_the_same(run):
+    made = json.loads(run("rotate", "tiny", "--seed", "1", "-o", "turned", "--json", "--quiet"))
+    (model, params), (same, turned) = loaded("tiny"), loaded("turned")
+    ids = jnp.arange(24, dtype=jnp.int32)[None] % model.config.vocab_size
+    expected = model.apply(params, ids)
+    np.testing.assert_allclose(same.apply(turned, ids), expected, rtol=1e-4, atol=1e-4)
+    table = ("model", "embed_tokens", "embedding")
+    before, after = at(params, table), at(turned, table)
+    # Rows are turned, and so as long as they were.
+    assert not np.allclose(after, before)
+    np.testing.assert_allclose(*(np.linalg.norm(x, axis=1) for x in (after, before)), rtol=1e-4)
+    assert made["untied"] == model.config.tie_embeddings
+    assert made["spaces"] == 1 + model.config.num_layers  # the residual, and v -> o of each layer
+    assert run("inspect", "turned", "--quiet")
+
+
 def test_smooth_computes_the_same(run, stats):
     run("smooth", "tiny", "--alpha", "0.8", "--stats", stats, "-o", "smooth", "--quiet")
     model, params = loaded("tiny")

@@ -250,6 +250,7 @@ def test_the_public_names_are_these():
             "fold",
             "fold_stats",
             "gram_bytes",
+            "prepare_by_search",
             "quantize_by_search",
             "recommend",
             "smooth",
