@@ -30,7 +30,7 @@ from sqjax.commands.shared import shipped
 from sqjax.models.decoder import embed, run_layer
 from sqjax.models.evaluation.perplexity import perplexity, windows
 
-VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 192, 512, 4, 3
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 256, 768, 4, 4
 TOKENS, BATCH, MOST_STEPS = 128, 16, 1500
 CALIBRATED, JUDGED = 64, 60
 #: The head and the embeddings stay float, as in all measurements of int4 here.
@@ -38,7 +38,7 @@ RULES = {"embed_tokens": None, "lm_head": None, ".*": sq.W4A16_G64}
 
 
 def small_model() -> sq.models.Model:
-    """A Llama of about 2 million parameters, over bytes."""
+    """A Llama of about 3.5 million parameters, over bytes."""
     head_dim = HIDDEN // HEADS
     config = sq.models.llama_config(
         VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEADS, head_dim

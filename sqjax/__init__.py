@@ -45,6 +45,8 @@ if TYPE_CHECKING:
         EMBEDDING_INT8,
         FP8,
         FP8_E5M2,
+        W4A4,
+        W4A4_ROTATED,
         W4A8,
         W4A16,
         W4A16_G64,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         W8A8_O1,
         W8A8_O2,
         W8A8_O3,
+        W8A8_O3_ROTATED,
         W8A8_OUTLIERS,
         W8A16,
         Float8,
@@ -71,6 +74,8 @@ __all__ = [
     "EMBEDDING_INT8",
     "FP8",
     "FP8_E5M2",
+    "W4A4",
+    "W4A4_ROTATED",
     "W4A8",
     "W4A16",
     "W4A16_G64",
@@ -78,6 +83,7 @@ __all__ = [
     "W8A8_O1",
     "W8A8_O2",
     "W8A8_O3",
+    "W8A8_O3_ROTATED",
     "W8A8_OUTLIERS",
     "W8A16",
     "Float8",
@@ -135,6 +141,7 @@ __version__ = "0.1.0"
 _NAMESPACES = {
     "linen": "sqjax.linen",
     "models": "sqjax.models",
+    "mosaic": "sqjax.numerics.mosaic",
     "nnx": "sqjax.nnx",
     "plots": "sqjax.plots",
     "report": "sqjax.report",
@@ -171,8 +178,9 @@ _NAMES = {
     "sqjax.weights.quant_weight": "QuantWeight",
     "sqjax.weights.schemes": (
         "EMBEDDING_INT4 EMBEDDING_INT8 FP8 FP8_E5M2 Float8 Indices Int4 "
-        "Int8 PerTensor PerToken Scheme Static W4A16 W4A16_G64 W4A8 W8A16 "
-        "W8A8 W8A8_O1 W8A8_O2 W8A8_O3 W8A8_OUTLIERS "
+        "Int8 PerTensor PerToken Scheme Static W4A16 W4A16_G64 W4A4 "
+        "W4A4_ROTATED W4A8 W8A16 W8A8 W8A8_O1 W8A8_O2 W8A8_O3 "
+        "W8A8_O3_ROTATED W8A8_OUTLIERS "
     ),
     "sqjax.weights.sharding": "shardings",
     "sqjax.weights.training": "merge split",

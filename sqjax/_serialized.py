@@ -81,7 +81,8 @@ def exported(
             named = json.loads(text)
             for name, (_, known) in ways.items():
                 named[name] = known(named[name])
-            return tuple(named[name] for name in _static_names(cls))
+            # A field that is younger than the text is None.
+            return tuple(named.get(name) for name in _static_names(cls))
 
         export.register_pytree_node_serialization(
             cls,

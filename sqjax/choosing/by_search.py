@@ -49,6 +49,8 @@ def quantize_by_search(
        unsmoothed: see `sqjax.choosing.massive`.
     3. int4 ranges are clipped as AWQ found it, and all codes are rounded by `gptq`.
 
+    Sites with a rotation at run time have no scales: it spreads what these would move.
+
     Args:
         params: the calibrated tree.
         stats: what ``calibrate(..., gram=True, sample=512)`` returned for it.
@@ -152,7 +154,7 @@ def _searched(
     search_of = {
         path: _search_for(schemes[path])
         for path in paths_of(stats.graph.sites)
-        if path in schemes
+        if path in schemes and schemes[path].rotation is None
     }
     s: dict[str, Array] = {}
     for search in dict.fromkeys(search_of.values()):

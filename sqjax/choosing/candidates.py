@@ -100,7 +100,7 @@ def searched_schemes(stats: Stats, rules: Rules, what: str) -> Schemes:
     schemes = site_schemes(stats.graph, rules)
     for path in sites:
         scheme = schemes.get(path)
-        for field in ("smoothing", "outliers"):
+        for field in ("smoothing", "outliers", "rotation"):
             if getattr(scheme, field, None) is not None:
                 raise ValueError(
                     f"{what}: {path}: expected a scheme without {field}, because s is chosen for "

@@ -21,10 +21,16 @@ from sqjax.calibration.stats import Stats
 from sqjax.choosing.matrices import in_matrix, stacked
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Site
+from sqjax.numerics.hadamard import rotated_gram
 from sqjax.numerics.output_error import best_changes, gram_error
 from sqjax.weights.clipping import ranges_of
 from sqjax.weights.qtensor import dequantize
-from sqjax.weights.quantize import named, quantize_weight
+from sqjax.weights.quantize import (
+    block_of,
+    named,
+    quantize_weight,
+    rotated_weight,
+)
 from sqjax.weights.schemes import Float8, Scheme
 
 #: 1, 0.975, ... 0.6: the shares of a range that are tried.
@@ -105,11 +111,17 @@ def _of_matrix(
 ) -> Array:
     """The best shares of the ranges of one matrix."""
     weight = weight.astype(jnp.float32)
-    layout, lowest, _ = ranges_of(weight, axes, scheme, ())
     # As the weight is stored: its contracted axes ascending, and the last of them in groups.
     ascending = tuple(sorted(axes))
     gram = _reordered(gram, axes, sizes_along(weight.shape, axes))
     features = gram.shape[0]
+    if scheme.rotation is not None:
+        # What is rounded is the rotated weight, of which these ranges are.
+        block = block_of(scheme.rotation, features)
+        weight = rotated_weight(weight, ascending, block)
+        gram = rotated_gram(gram, block)
+        scheme = scheme.replace(rotation=None)
+    layout, lowest, _ = ranges_of(weight, axes, scheme, ())
     outer = other_axes(weight.ndim, axes)
 
     def changed(clip: Array) -> Array:

@@ -27,6 +27,7 @@ from sqjax.methods.quantization import (
 )
 from sqjax.numerics.formats import HIGHEST, LOWEST
 from sqjax.numerics.gptq import Grid, gptq_rounded
+from sqjax.numerics.hadamard import rotated, rotated_gram
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight, is_quantized
 from sqjax.weights.schemes import W4A16_G64
@@ -92,7 +93,7 @@ def gptq(
         ValueError: what `quantize` refuses; there are no Gram matrices; the statistics are of other
             params; damping is negative. Values can not be checked under jit.
 
-    Frantar et al. 2022 (arXiv 2210.17323). Where smoothing at run time or outliers change what the
+    Frantar et al. 2022 (arXiv 2210.17323). Where smoothing, a rotation or outliers change what the
     weight meets, G is changed likewise.
 
     Examples:
@@ -202,12 +203,15 @@ def _as_quantized(
 ) -> tuple[Array, Array]:
     """The weight and the Gram matrix as the product of a quantized weight has them.
 
-    It multiplies X / s with codes that stand for s W, and has zeros for the outliers in both.
+    It multiplies (X / s) Q with codes that stand for Q s W, and has zeros for the outliers in both.
     """
     if weight.smoothing is not None:
         s = weight.smoothing.reshape(gram.shape[:-1]).astype(jnp.float32)
         float_weight = float_weight * s[..., None, :]
         gram = gram / (s[..., :, None] * s[..., None, :])
+    if weight.rotation is not None:
+        float_weight = rotated(float_weight, weight.rotation)
+        gram = rotated_gram(gram, weight.rotation)
     if weight.outliers is not None:
         features = gram.shape[-1]
         is_outlier = jax.nn.one_hot(weight.outliers.channels, features)

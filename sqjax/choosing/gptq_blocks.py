@@ -27,7 +27,6 @@ from sqjax.numerics.gptq import corrected_weight
 from sqjax.numerics.output_error import EXACT
 from sqjax.program.equations import Var
 from sqjax.program.evaluate import evaluate
-from sqjax.weights.qtensor import dequantize
 from sqjax.weights.quant_weight import QuantWeight, is_quantized
 from sqjax.weights.schemes import W4A16_G64, Scheme
 
@@ -359,6 +358,6 @@ def _with_leaves(
         is_other = name in paths and isinstance(other, QuantWeight)
         weight = other if is_other else leaf
         if is_other and as_float:
-            weight = dequantize(other.tensor)
+            weight = other.dequantize()
         taken.append(weight)
     return jax.tree.unflatten(treedef, taken)

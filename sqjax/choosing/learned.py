@@ -124,7 +124,8 @@ def learn(
         batches: a list of batches, each the work of one step: one or two sequences of some hundred
             tokens. As many as there are steps, because a few are learned by heart. Their order does
             not matter.
-        rules: as for `quantize`; without smoothing at run time and outliers.
+        rules: as for `quantize`; without smoothing and rotation at run time, and without
+            outliers.
         s: where to start; None: from 1. Groups that are left out stay as they are.
         clips: True, or where to start, {site: factors}: learn clips too.
         loss: "kl", the Kullback-Leibler divergence of softmax(outputs) along the last axis; "mse",

@@ -44,11 +44,12 @@ def learned_schemes(stats: Stats, rules: Rules) -> dict[str, Scheme]:
             "learn: expected rules that quantize a matmul's weight, got none"
         )
     for path, scheme in schemes.items():
-        beside = scheme.smoothing is not None or scheme.outliers is not None
-        if beside or scheme.needs_histogram:
+        beside = (scheme.smoothing, scheme.outliers, scheme.rotation)
+        if beside != (None, None, None) or scheme.needs_histogram:
             raise ValueError(
-                f"learn: {path}: expected a scheme without smoothing at run time, outliers and "
-                f"ranges from histograms, got {scheme!r}; s is learned here, and so are ranges"
+                f"learn: {path}: expected a scheme without smoothing or rotation at run time, "
+                f"outliers and ranges from histograms, got {scheme!r}; s is learned here, and so "
+                "are ranges"
             )
     return schemes
 

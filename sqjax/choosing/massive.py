@@ -69,9 +69,14 @@ def _is_served(site: Site, scheme: Scheme) -> bool:
     Of a stack every matrix has as many outliers as the one that has most, so stacks are left out.
     """
     shared = isinstance(scheme.activation, Static | PerTensor)
-    beside = scheme.outliers is not None or scheme.smoothing is not None
+    beside = (scheme.outliers, scheme.smoothing, scheme.rotation)
     plain = site.kernel is None and not site.batch
-    return shared and plain and not beside and not scheme.needs_histogram
+    return (
+        shared
+        and plain
+        and beside == (None,) * 3
+        and not scheme.needs_histogram
+    )
 
 
 def without(stats: Stats, massive: Mapping[str, Massive]) -> Stats:

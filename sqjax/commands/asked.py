@@ -12,6 +12,7 @@ class Asked(NamedTuple):
         tokens, windows: how much of it; None for the usual.
         stats: a file with statistics, in place of all of these.
         search: whether what a search reads is kept: Gram matrices and samples of tokens.
+        sample: whether samples alone are kept, for static ranges of rotated activations.
     """
 
     text: Path | None
@@ -19,6 +20,7 @@ class Asked(NamedTuple):
     windows: int | None
     stats: Path | None = None
     search: bool = False
+    sample: bool = False
 
 
 class How(NamedTuple):

@@ -6,6 +6,7 @@ was `bench`, so those names work still, hidden.
 
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -205,10 +206,53 @@ def decode(
     _measure(talk, record, lambda: decoding.run(model, quick, only))
 
 
+@command(
+    "gpu",
+    "sqjax bench gpu --record h100.json\nsqjax bench gpu --part matmul --tiny",
+    click.option(
+        "--part",
+        "parts",
+        multiple=True,
+        type=click.Choice(("check", "matmul", "layer", "model", "decode")),
+        help="Only this part; may be given several times.",
+    ),
+    click.option(
+        "--tiny",
+        is_flag=True,
+        help="A small run of everything, on any machine.",
+    ),
+    _RECORD,
+)
+def gpu(
+    talk: Talk, parts: tuple[str, ...], tiny: bool, record: Path | None
+) -> None:
+    """Check and time everything on a GPU, each part within its time.
+
+    A record that exists is completed: rows of other parts stay.
+    """
+    from sqjax.commands.gpu.script import main
+    from sqjax.commands.records import check_writable, read_record
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json" if record is None else record
+        check_writable(path)
+        arguments = ["--record", str(path), *(["--tiny"] if tiny else [])]
+        for part in parts:
+            arguments += ["--part", part]
+        with contextlib.redirect_stdout(
+            sys.stderr if talk.json else sys.stdout
+        ):
+            status = main(arguments)
+        if talk.json:
+            talk.result({"rows": read_record(path).rows}, "")
+    if status:
+        raise RuntimeError("not all of it is right: see the rows above")
+
+
 bench = click.Group(
     "bench",
     help="The tables of the documentation, measured on this machine.",
-    commands=[demo, schemes, decode, speed, embeddings],
+    commands=[demo, schemes, decode, speed, embeddings, gpu],
 )
 #: {the name that a command had before: the command}.
 FORMER = {

@@ -15,10 +15,8 @@ from sqjax.commands.recipes import digest_at, settle
 from sqjax.commands.shared import NO_TOKENIZER
 from sqjax.commands.texts import lines, read_texts, token_windows
 from sqjax.folding.apply import fold
+from sqjax.methods.quantization import SAMPLE
 from sqjax.methods.smoothing import fold_stats, scales
-
-#: Tokens of each matmul that a search for smoothing strengths sees.
-SAMPLE = 512
 
 
 class Calibrated(NamedTuple):
@@ -67,7 +65,7 @@ def calibrated(
             opened.model.batches(read),
             mask=lambda _, mask: mask,
             progress=talk.progress,
-            **kept_for_search(asked.search),
+            **kept(asked),
         )
         return Calibrated(stats, name, made_of)
     windows = token_windows(opened.model, texts, asked.tokens, asked.windows)
@@ -80,14 +78,15 @@ def calibrated(
         opened.params,
         batches,
         progress=talk.progress,
-        **kept_for_search(asked.search),
+        **kept(asked),
     )
     return Calibrated(stats, str(windows), made_of)
 
 
-def kept_for_search(search: bool) -> dict[str, Any]:
-    """What `calibrate` keeps beside maxima, for a search."""
-    return {"gram": True, "sample": SAMPLE} if search else {}
+def kept(asked: Asked) -> dict[str, Any]:
+    """What `calibrate` keeps beside maxima."""
+    sample = SAMPLE if asked.search or asked.sample else 0
+    return {"gram": asked.search, "sample": sample}
 
 
 def _kept(asked: Asked) -> Stats:
@@ -98,9 +97,11 @@ def _kept(asked: Asked) -> Stats:
     """
     assert asked.stats is not None
     stats = read_stats(asked.stats)
-    if asked.search and not (stats.gram and stats.sample):
+    lacks = asked.search and not stats.gram
+    if lacks or ((asked.search or asked.sample) and not stats.sample):
+        what = "--search" if asked.search else "static ranges after a rotation"
         raise ValueError(
-            f"--stats: {asked.stats}: expected statistics for --search, got some of maxima alone; "
+            f"--stats: {asked.stats}: expected statistics for {what}, got some of maxima alone; "
             "write them with `sqjax calibrate --search`"
         )
     return stats

@@ -36,7 +36,7 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}x"
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """A number of bytes, in millions."""
     return f"{count / 1e6:.0f}"
 

@@ -16,6 +16,7 @@ SCHEMES = {
     "w8a8_o1": True,
     "w8a8_o2": True,
     "w8a8_o3": True,
+    "w8a8_o3_rotated": True,
     "w8a8_outliers": True,
     "fp8": True,
     "fp8_e5m2": True,
@@ -23,6 +24,8 @@ SCHEMES = {
     "w4a16": False,
     "w4a16_g64": False,
     "w4a8": True,
+    "w4a4": True,
+    "w4a4_rotated": True,
     "embedding_int8": False,
     "embedding_int4": False,
 }

@@ -109,4 +109,5 @@ def _kind_of(leaf: Any) -> str:
     if leaf.activations is None:
         return f"{weight}, float activations"
     scales = leaf.activations.replace("_", " ")
-    return f"{weight}, {leaf.activation_format} activations, {scales}"
+    how = "" if leaf.rotation is None else ", rotated"
+    return f"{weight}, {leaf.activation_format} activations, {scales}{how}"

@@ -25,10 +25,13 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "gpu matmuls": speed.gpu_matmuls,
     "gpu model": speed.gpu_model,
     "gpu kernels": speed.gpu_kernels,
+    "gpu visit": speed.gpu_visit,
     "convolutional models": quality.convolutional_models,
     "convolution speeds": speed.convolution_speeds,
     "peers": quality.peers,
     "choices": quality.choices,
     "int4 encoder": quality.int4_encoder,
     "exactness": quality.exactness,
+    "rotation costs": speed.rotation_costs,
+    "rotation gains": quality.rotation_gains,
 }

@@ -177,6 +177,19 @@ def peers(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+def rotation_gains(rows: Sequence[Row]) -> Table:
+    """A line for each recipe of W4A4, a column for each model: the loss beside float."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in rows_of("W4A4", rows):
+        losses.setdefault(row["recipe"], {})[row["model"]] = row["loss"]
+    models = list(dict.fromkeys(row["model"] for row in rows_of("W4A4", rows)))
+    lines = []
+    for recipe, found in losses.items():
+        cells = [f"{found[m]:.3f}" if m in found else "" for m in models]
+        lines.append((recipe, *cells))
+    return Table(("W4A4 in groups of 128", *models), lines)
+
+
 def _standing(difference: float, half: float) -> str:
     """Where ours stands by the interval of difference - half to difference + half."""
     if abs(difference) <= half:

@@ -119,6 +119,7 @@ def steps(rows: Sequence[Row]) -> Table:
 
 # A GPU ----------------------------------------------------------------------------------------
 
+NOT_MEASURED = "not measured"
 
 #: Kernels of a product that starts from int8 activations: patterns of their rows' part and name, in
 #: which SHAPE stands for the shape. Where one was tried with several block sizes, the fastest is
@@ -138,10 +139,8 @@ GPU_KERNELS = {
 def gpu_matmuls(rows: Sequence[Row]) -> Table:
     """The kernels' time of one product, 4,096 to 14,336 channels, for some numbers of rows."""
     times_of: dict[str, dict[int, float]] = {}
-    # Only rows that were measured beside bfloat16 have a ratio to it.
     compared = [row for row in rows if "to_bf16" in row]
     for row in compared:
-        # "2048x4096x14336 bare int8": rows x channels in x channels out, then the kernel.
         shape, _, name = row["name"].partition(" ")
         count, _, channels = shape.partition("x")
         if channels == "4096x14336":
@@ -155,8 +154,11 @@ def gpu_matmuls(rows: Sequence[Row]) -> Table:
     for name, by_count in times_of.items():
         cells = []
         for count in counts:
-            ratio = times(times_of["bf16"][count] / by_count[count])
-            cells.append(f"{ratio} ({by_count[count]:.0f} us)")
+            if count in by_count:
+                ratio = times(times_of["bf16"][count] / by_count[count])
+                cells.append(f"{ratio} ({by_count[count]:.0f} us)")
+            else:
+                cells.append(NOT_MEASURED)
         lines.append((name, *cells))
     return Table(titles, lines)
 
@@ -177,9 +179,39 @@ def gpu_model(rows: Sequence[Row]) -> Table:
                 ratio = times(measured["bf16"][case] / by_case[case])
                 cells.append(f"{ratio} ({by_case[case]:.2f} ms)")
             else:
-                cells.append("not measured")
+                cells.append(NOT_MEASURED)
         lines.append((name, *cells))
     return Table(("", "prefill of 2,048 tokens", "one decode step"), lines)
+
+
+def gpu_visit(rows: Sequence[Row]) -> Table:
+    """A line for each scheme: the kernels' time of each case of a model, as ratios to bfloat16.
+
+    Then the memory of its prefill: all that the program holds, weights and cache included. For rows
+    that `sqjax bench gpu` wrote.
+    """
+    measured: dict[str, dict[str, float]] = {}
+    memory: dict[str, float] = {}
+    for row in rows:
+        if "ms" in row:
+            case, _, name = row["name"].rpartition(" ")
+            title = f"one layer, {case}" if row["part"] == "layer" else case
+            measured.setdefault(title, {})[name] = row["ms"]
+            if row["part"] == "model":
+                memory[name] = row["program_bytes"]
+    names = dict.fromkeys(name for case in measured.values() for name in case)
+    lines = []
+    for name in names:
+        cells = []
+        for by_name in measured.values():
+            if name in by_name and "bf16" in by_name:
+                ratio = times(by_name["bf16"] / by_name[name])
+                cells.append(f"{ratio} ({by_name[name]:.2f} ms)")
+            else:
+                cells.append(NOT_MEASURED)
+        held = megabytes(memory[name]) if name in memory else NOT_MEASURED
+        lines.append((name, *cells, held))
+    return Table(("", *measured, "MB of a prefill"), lines)
 
 
 def gpu_kernels(rows: Sequence[Row]) -> Table:
@@ -202,6 +234,19 @@ def _fastest(rows: Sequence[Row], pattern: str) -> str:
         if "us" in row and re.match(pattern, f"{row['part']} {row['name']}"):
             found.append(row["us"])
     return f"{min(found):.0f} us" if found else ""
+
+
+def rotation_costs(rows: Sequence[Row]) -> Table:
+    """A line for each rotation at run time: what a prefill takes, and how much more that is."""
+    of_prefill = rows_of("prefill", rows)
+    titles = ("rotated before down_proj", "core seconds", "more than none")
+    first = of_prefill[0]["core_seconds"]
+    lines = []
+    for row in of_prefill:
+        seconds = row["core_seconds"]
+        more = f"{100 * (seconds / first - 1):+.1f}%"
+        lines.append((row["rotation"], f"{seconds:.3f}", more))
+    return Table(titles, lines)
 
 
 # Convolutions and memory ----------------------------------------------------------------------

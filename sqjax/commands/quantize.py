@@ -122,11 +122,14 @@ def quantize(
     w8a8, w8a8_o1     int8 weights, int8 activations with a scale for each token
     w8a8_o2           the same, with one scale that is measured at run time
     w8a8_o3           the same, with one scale from calibration (static)
+    w8a8_o3_rotated   the same, with activations that are rotated at run time
     w8a8_outliers     as w8a8, but channels above 6 in calibration stay float
     fp8, fp8_e5m2     float8 weights, float8 activations by token
     w8a16             int8 weights alone
     w4a16, w4a16_g64  int4 weights alone, in groups of 128 or of 64
     w4a8              int4 weights in groups, int8 activations by token
+    w4a4              the same, with int4 activations
+    w4a4_rotated      the same, with activations that are rotated at run time
     embedding_int8, embedding_int4
                       of an embedding that is no head, for --rule
     q8_0, q4_0, q4_1  8 and 4 bits of ggml, for --format gguf
@@ -151,7 +154,8 @@ def quantize(
     )
     from sqjax.commands.model_argument import open_model
 
-    asked = Asked(text, tokens, windows, stats, search)
+    sample = quantizing.needs_sample([how.scheme, *how.rules.values()])
+    asked = Asked(text, tokens, windows, stats, search, sample)
     if how.needs_statistics:
         check_asked(asked)
     opened = open_model(model, dtype, talk)

@@ -1,5 +1,6 @@
 """The work of `sqjax quantize`: parameters in a scheme, written in a format."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from sqjax.weights.sizes import weight_bytes
 
 #: What a tied head is called in the trees of models here.
 TIED = "embed_tokens"
+
+
+def needs_sample(names: Iterable[str]) -> bool:
+    """Whether a scheme of these names, or of other formats' names, needs samples of tokens."""
+    schemes = [PRESETS.get(name.upper()) for name in names]
+    return any(how is not None and how.needs_sample for how in schemes)
 
 
 def quantized_as(opened: Opened, stats: Any, how: How, talk: Talk) -> Any:

@@ -108,9 +108,11 @@ def report(
     from sqjax import report as reports
     from sqjax.commands.calibrating import calibrated, check_asked
     from sqjax.commands.model_argument import open_decoder
+    from sqjax.commands.quantizing import needs_sample
     from sqjax.commands.texts import read_texts, token_windows
 
-    asked = Asked(text, tokens, windows, stats)
+    sample = needs_sample([scheme])
+    asked = Asked(text, tokens, windows, stats, sample=sample)
     check_asked(asked)
     texts = read_texts(eval_text, "evaluation")
     opened = open_decoder(model, dtype, talk)

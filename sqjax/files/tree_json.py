@@ -81,10 +81,14 @@ FIELDS: dict[type, Fields] = {
     ),
     QuantWeight: Fields(
         nodes=("tensor", "input_scale", "smoothing", "outliers"),
-        values=("activations", "contracted", "activation_format"),
+        values=("activations", "contracted", "activation_format", "rotation"),
     ),
     Outliers: Fields(nodes=("channels", "weight"), values=()),
 }
+
+
+#: Fields that files of before do not have: None is not written, so that others stay as they were.
+_LATER = ("rotation",)
 
 
 class PlainValue(NamedTuple):
@@ -129,6 +133,7 @@ VALUES: dict[str, PlainValue] = {
     "activations": PlainValue(_is_name_among(_ACTIVATIONS), _as_it_is),
     "contracted": PlainValue(_is_positive, _as_it_is),
     "activation_format": PlainValue(_is_name_among(FORMATS), _as_it_is),
+    "rotation": PlainValue(_is_size_or_none, _as_it_is),
 }
 
 
@@ -250,9 +255,11 @@ def _values_to_json(keys: Keys, node: Any) -> dict[str, Any]:
     """{field: JSON} of the fields that hold plain values, if `load` will know them."""
     found = {}
     for name in FIELDS[type(node)].values:
-        found[name] = _plain(getattr(node, name))
+        value = _plain(getattr(node, name))
         # Raises if the value would not come back.
-        _decoded(keys, name, found[name])
+        _decoded(keys, name, value)
+        if value is not None or name not in _LATER:
+            found[name] = value
     return found
 
 
@@ -463,7 +470,8 @@ def _fields_from_json(
     for name in FIELDS[cls].nodes:
         found[name] = from_json((*keys, name), content[name], declared)
     for name in FIELDS[cls].values:
-        found[name] = _decoded(keys, name, content[name])
+        value = content.get(name) if name in _LATER else content[name]
+        found[name] = _decoded(keys, name, value)
     return found
 
 

@@ -4,6 +4,7 @@
 beside the tensor, which formats go together, and the numbers themselves. A file can hold anything.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def _wrong_formats(weight: QuantWeight) -> str | None:
     if weight.activations is None:
         return None
     of_weight, of_x = weight.tensor.fmt, weight.activation_format
-    allowed = ("e4m3", "e5m2") if of_weight.floating else ("int8",)
+    allowed = ("e4m3", "e5m2") if of_weight.floating else ("int8", "int4")
     if of_x not in allowed:
         return (
             f"expected an activation_format among {allowed} with weights of {of_weight.name}, "
@@ -164,6 +165,19 @@ def _wrong_shapes(weight: QuantWeight) -> str | None:
         stack = outer[: max(len(x.shape) - len(own), 0)]
         if tuple(x.shape) not in (own, (*stack, *own)):
             return f"{name} of shape {(*stack, *own)} expected, got {tuple(x.shape)}"
+    return None
+
+
+def _wrong_rotation(weight: QuantWeight) -> str | None:
+    """A rotation is in whole blocks of the contracted channels, and none of them is apart."""
+    if weight.rotation is None:
+        return None
+    sizes = tuple(weight.tensor.values.shape)
+    channels = math.prod(sizes[len(sizes) - weight.contracted :])
+    if channels % weight.rotation:
+        return f"a rotation that divides {channels} channels expected, got {weight.rotation}"
+    if weight.outliers is not None:
+        return "outliers need unrotated channels, got a rotation"
     return None
 
 
@@ -299,6 +313,7 @@ _PARTS_OF_WEIGHT = (
     _wrong_formats,
     _wrong_dtypes,
     _wrong_shapes,
+    _wrong_rotation,
 )
 _PARTS_OF_TENSOR = (_wrong_levels, _wrong_logical_dtype)
 _VALUES_OF_WEIGHT = (_wrong_input_scale, _wrong_smoothing, _wrong_outliers)

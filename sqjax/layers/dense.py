@@ -164,6 +164,11 @@ def problem_of_scheme(
             f"the range of {scheme.activation!r} comes from histograms, which only sqjax.quantize "
             "has; pass the range that x is clipped to as absmax, with range='absmax'"
         )
+    if scheme.rotation is not None and isinstance(scheme.activation, Static):
+        return (
+            "a static range of rotated activations is not to be told from absmax; choose a scale "
+            "that is computed at run time, activation=sqjax.PerToken(), or call sqjax.quantize"
+        )
     if scheme.smoothing is not None and smoothing is not None:
         return (
             "two smoothings, the scheme's alpha and the given s; leave one out"

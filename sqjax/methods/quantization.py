@@ -5,10 +5,10 @@ Smoothing scales, always called `s`, are folded into the parameters before, or (
 `smoothing`) stored beside the weight.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +24,27 @@ from sqjax.folding.apply import expand, fold, leaves_by_path
 from sqjax.folding.graph import Graph, Site, paths_of
 from sqjax.methods.described import check_leaves, check_stats
 from sqjax.methods.smoothing import Alpha, check_alpha, fold_stats, scales
+from sqjax.numerics.hadamard import rotated
 from sqjax.numerics.smoothing import smoothing_scales
 from sqjax.weights.convolution import quantize_kernel
 from sqjax.weights.quant_weight import check_float
-from sqjax.weights.quantize import measured, named, quantize_weight
-from sqjax.weights.schemes import W8A8, Indices, Scheme, Static, scheme_of
+from sqjax.weights.quantize import (
+    block_of,
+    measured,
+    named,
+    quantize_weight,
+)
+from sqjax.weights.schemes import (
+    W8A8,
+    Indices,
+    Rotation,
+    Scheme,
+    Static,
+    scheme_of,
+)
 
+#: So many tokens of a site tell the range of rotated activations, and serve a search.
+SAMPLE = 512
 #: What `quantize` is told: one scheme for all sites, or {pattern of names: its scheme, or None to
 #: stay float}. A preset may be given by its name, "W8A8".
 Rules = Scheme | str | Mapping[str, Scheme | str | None]
@@ -85,10 +100,12 @@ def quantize(
             - static scales, outliers, or smoothing at run time are asked for, and the statistics
               were taken from other params than these, for example before smoothing:
               pass `fold_stats(stats, scales(...))`.
+            - a static range of rotated activations, but the statistics have no samples:
+              calibrate with sample=512.
             - a static range other than "absmax", but the statistics have no histograms of these
               params' activations:
               calibrate these params with histogram=True.
-            - a group size that does not fit a weight.
+            - a group size, or a rotation's block, that does not fit a weight.
             - clips of a leaf that is not quantized, of another shape, or not in (0, 1].
 
             Values can not be checked under jit.
@@ -306,6 +323,8 @@ def _quantized_leaf(
         site.path, leaf, site.channel_axes, scheme, absmax, len(site.batch)
     )
     absmax = _covered(absmax, site, scheme, stats, folded)
+    if scheme.needs_sample:
+        absmax = _rotated_range(absmax, site, scheme, stats, beside.smoothing)
     # `quantize_weight` knows arrays only: the path is added to what it refuses.
     with named(site.path):
         return quantize_weight(
@@ -341,6 +360,49 @@ def _range_or(absmax: Array, site: Site, how: Static, stats: Stats) -> Array:
     enough = stats.trust(site).min(axis=site.feature_axes) == 1
     # Not "found > 0": under jit a range of NaN says that the histogram is not of X / s.
     return jnp.where(enough & ~(found <= 0), found, largest)
+
+
+def _rotated_range(
+    absmax: Array,
+    site: Site,
+    scheme: Scheme,
+    stats: Stats,
+    smoothing: Array | None,
+) -> Array:
+    """The largest |(X / s) Q| of each matrix over the sampled tokens, (*batch,); never less than an
+    outlier of a token that is not among them makes of itself.
+
+    A channel of 700 in a block of 49 becomes 49 numbers whose squares sum to 700^2 at least, so the
+    largest is 700 / sqrt(49) = 100 or more.
+
+    Raises:
+        ValueError: there is no sample. What a rotation makes of channels is not to be told from
+            their ranges alone.
+    """
+    if site.path not in stats.sample:
+        raise ValueError(
+            f"{site.path}: a static range of rotated activations comes from a sample of tokens, "
+            "and these statistics have none; call calibrate(..., sample=512), or take a scale that "
+            "is computed at run time, activation=sq.PerToken()"
+        )
+    rows = stats.sample[site.path].rows
+    *batch, _, features = rows.shape
+    if smoothing is not None:
+        rows = rows / smoothing.reshape(*batch, 1, features)
+        absmax = absmax / smoothing
+    with named(site.path):
+        block = block_of(cast(Rotation, scheme.rotation), features)
+    # As a product with the weight rotates it.
+    turned = rotated(rows, block, exact=False)
+    sampled = jnp.max(jnp.abs(turned), axis=(-2, -1))
+    if site.batch:
+        # An expert that few tokens reached takes the range of the one that needs most.
+        enough = stats.trust(site).min(axis=site.feature_axes) == 1
+        most = jnp.max(sampled, axis=-1, keepdims=True)
+        sampled = jnp.where(enough, sampled, most)
+    return jnp.maximum(
+        sampled, jnp.max(absmax, axis=site.feature_axes) / math.sqrt(block)
+    )
 
 
 def _quantized_kernel(
@@ -408,14 +470,21 @@ def smoothquant(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    twice = _needs_histograms(scheme)
+    twice = any(how.needs_histogram for how in _schemes_in(scheme))
     # All that can be known is checked before the long part.
     check_alpha("smoothquant: alpha", alpha)
     if runtime is not None:
         check_alpha("smoothquant: runtime", runtime)
     if twice:
         batches = list(batches)
-    stats = calibrate(fn, params, batches, mask=mask, progress=progress)
+    stats = calibrate(
+        fn,
+        params,
+        batches,
+        mask=mask,
+        sample=sample_for(scheme),
+        progress=progress,
+    )
     s = scales(params, stats, alpha, groups=groups)
     schemes = site_schemes(stats.graph, scheme)
     if runtime is not None:
@@ -430,6 +499,7 @@ def smoothquant(
             batches,
             mask=mask,
             histogram=True,
+            sample=sample_for(scheme),
             progress=progress,
         )
     else:
@@ -437,9 +507,13 @@ def smoothquant(
     return quantize_sites(folded, stats, schemes, s)
 
 
-def _needs_histograms(rules: Rules) -> bool:
-    schemes = _by_pattern(rules).values()
-    return any(map(attrgetter("needs_histogram"), filter(None, schemes)))
+def sample_for(rules: Rules) -> int:
+    """How many tokens of each site `calibrate` shall keep for these rules: 512, or 0 for none."""
+    return SAMPLE if any(how.needs_sample for how in _schemes_in(rules)) else 0
+
+
+def _schemes_in(rules: Rules) -> list[Scheme]:
+    return [how for how in _by_pattern(rules).values() if how is not None]
 
 
 def _smoothed_at_run_time(

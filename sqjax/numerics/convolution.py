@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from sqjax.numerics.dots import narrow_dot
-from sqjax.numerics.formats import FORMATS, to_format
+from sqjax.numerics.formats import FORMATS, to_operand
 from sqjax.numerics.straight_through import tangent_of
 from sqjax.numerics.weight_products import Recipe, activation_scale
 
@@ -101,7 +101,7 @@ def convolution(
         images, recipe.activations, kernel.input_scale, fmt
     )
     x_scale = scale.reshape(-1, *[1] * (x.ndim - 1))
-    q = to_format(x, x_scale, fmt)
+    q = to_operand(x, x_scale, fmt)
     if not kernel.has_one_scale_an_output:
         in_float = convolve(q.astype(jnp.float32), kernel.dequantized(), window)
         return in_float * x_scale

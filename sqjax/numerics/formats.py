@@ -114,6 +114,17 @@ def to_format(
     return jnp.clip(q, -fmt.bound, fmt.bound).astype(container(fmt))
 
 
+def to_operand(
+    x: Float[Array, "*s"], scale: Float[Array, "..."], fmt: Format
+) -> Shaped[Array, "*s"]:
+    """`to_format` in the dtype that products multiply: int8 for int4 too.
+
+    Because no platform multiplies int4 with int8, and few int4 with int4.
+    """
+    q = to_format(x, scale, fmt)
+    return q if fmt.floating else q.astype(INT8.dtype)
+
+
 def zero_point_range(
     low: Float[Array, "*s"], high: Float[Array, "*s"]
 ) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:

@@ -17,7 +17,7 @@ from sqjax.numerics.formats import (
     absmax,
     scale_from_absmax,
     shared_scale,
-    to_format,
+    to_operand,
 )
 from sqjax.numerics.straight_through import tangent_of
 
@@ -147,7 +147,7 @@ def _product(
         return weight_only(x, matrix, recipe.group)
     fmt = FORMATS[recipe.fmt]
     x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
-    q = to_format(x, x_scale, fmt)
+    q = to_operand(x, x_scale, fmt)
     if recipe.group is not None and matrix.scale.shape[1] > 1:
         return _in_groups(q, matrix, recipe.group) * x_scale
     sums = narrow_dot(q, matrix.integers(recipe.group))
@@ -189,7 +189,7 @@ def transposed_product(
     scaled = x.astype(jnp.float32) * matrix.scale.T
     fmt = FORMATS[recipe.fmt]
     x_scale = activation_scale(scaled, "per_token", None, fmt)
-    q = to_format(scaled, x_scale, fmt)
+    q = to_operand(scaled, x_scale, fmt)
     sums = narrow_dot(q, matrix.integers(recipe.group), summed=0)
     return sums.astype(jnp.float32) * x_scale
 
@@ -434,7 +434,7 @@ def ragged_product(
         x_scale = activation_scale(
             x, recipe.activations, stack.input_scale, fmt
         )
-    q = to_format(x, x_scale, fmt)
+    q = to_operand(x, x_scale, fmt)
     if fmt.floating:
         sums = _ragged(q, codes, group_sizes, jnp.float32)
     else:

@@ -19,6 +19,7 @@ from sqjax.folding.apply import fold
 from sqjax.methods.quantization import (
     Rules,
     quantize_sites,
+    sample_for,
     site_schemes,
 )
 from sqjax.methods.site_errors import Comparison, SiteError
@@ -138,7 +139,13 @@ def measure(
     _check(model, alpha, alphas, prompts)
     batches, windows = list(batches), jnp.asarray(windows)
     if stats is None:
-        stats = calibrate(model.apply, params, batches, progress=progress)
+        stats = calibrate(
+            model.apply,
+            params,
+            batches,
+            sample=sample_for(scheme),
+            progress=progress,
+        )
     schemes = site_schemes(stats.graph, scheme)
     # Both forms are made before anything is measured, because they refuse what does not fit.
     measured = _Model(model, params, batches, stats, schemes)

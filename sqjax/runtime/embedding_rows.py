@@ -32,13 +32,16 @@ def gathers_rows(
 
 
 def _fill_stays(equation: JaxprEqn, weight: QuantWeight) -> bool:
-    """Whether dividing by the smoothing scales leaves the fill value as it is.
+    """Whether dividing by the smoothing scales, or rotating, leaves the fill value as it is.
 
-    Rows out of range are filled, and then divided as the others are: 0, NaN and infinity stay.
+    Rows out of range are filled, and then divided as the others are: 0, NaN and infinity stay. Of
+    these a rotation makes 0 and NaN.
     """
-    if weight.smoothing is None:
+    if weight.smoothing is None and weight.rotation is None:
         return True
     fill = equation.params["fill_value"]
+    if weight.rotation is not None and fill is not None and np.isinf(fill):
+        return False
     # None: the gather's mode clips or wraps, so nothing is filled.
     return fill is None or fill == 0 or not np.isfinite(fill)
 
@@ -71,7 +74,9 @@ def gathered(equation: JaxprEqn, weight: QuantWeight, indices: Array) -> Array:
             Outliers(weight.outliers.channels, kept),
             row_rank=tensor.ndim - 1,
         )
-    if weight.smoothing is not None:  # the tensor holds s * W
+    # The tensor holds Q s W.
+    x = weight.rotated_channels(x)
+    if weight.smoothing is not None:
         lead = (1,) * (x.ndim - weight.smoothing.ndim)
         x = x / weight.smoothing.reshape(lead + weight.smoothing.shape)
     return x.astype(tensor.dtype)

@@ -26,7 +26,7 @@ from sqjax.program.registry import Kind, Special, specials_among
 from sqjax.program.subprograms import shard_map_in, source_of
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import QuantWeight
-from sqjax.weights.sharding import check_groups, weight_specs
+from sqjax.weights.sharding import check_groups, check_rotation, weight_specs
 
 # Weights ------------------------------------------------------------------------------------------
 
@@ -76,6 +76,7 @@ def _weight_specs(
     shards = shard_map_in(equation)
     sizes = {} if shards is None else shards.sizes
     check_groups(leaf.value, specs, sizes, leaf.path)
+    check_rotation(leaf.value, specs, sizes, leaf.path)
     return Special(leaf.path, specs)
 
 

@@ -47,8 +47,13 @@ def quantize_kernel(
             multiplied by s here, and the image divided by it.
 
     Raises:
-        ValueError: a scheme with outliers: a convolution has none.
+        ValueError: a scheme with outliers or a rotation: a convolution has none.
     """
+    if scheme.rotation is not None:
+        raise ValueError(
+            "rotations are for matmuls, and this is a convolution's kernel; give it a scheme "
+            f"without one: {scheme.replace(rotation=None)!r}"
+        )
     if scheme.outliers is not None:
         raise ValueError(
             "outlier channels are for matmuls, and this is a convolution's kernel; give it a "
@@ -177,6 +182,8 @@ def _problem(weight: QuantWeight, outputs: int) -> str | None:
     tensor = weight.tensor
     if weight.outliers is not None:
         return "a convolution has no outlier channels"
+    if weight.rotation is not None:
+        return "a convolution has no rotation"
     if _has_scales_apart(tensor, outputs):
         return (
             f"a convolution with the output axis {outputs}, but its scales (stored as "

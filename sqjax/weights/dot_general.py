@@ -1,4 +1,4 @@
-"""Quantized matmuls with a stored weight: any axes, batches, smoothing at run time, outliers.
+"""Quantized matmuls with a stored weight: any axes, batches, what is done at run time, outliers.
 
 These functions bring the operands into the one form that `sqjax.numerics.weight_products` takes,
 rows and a matrix with the contracted axis last, and the result back into the caller's axes.
@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
+from sqjax.numerics.hadamard import rotated
 from sqjax.numerics.weight_products import (
+    Activations,
     Matrix,
     Recipe,
     count_beyond,
@@ -66,7 +68,7 @@ def quantized_dot_general(
     else:
         check_contraction(weight, w_axes, w_batch, where)
         multiply, channels = _multiply, list(w_axes)
-    multiply = partial(multiply, weight.recipe)
+    multiply = partial(multiply, weight.recipe, weight.rotation)
 
     rows, sizes = _as_rows(x, axes)
     operands = rows, *matrices(weight, len(channels), len(w_batch))
@@ -85,7 +87,8 @@ def clipped_values(
     """How many values of x, as `quantized_dot_general` quantizes them, lie beyond a static scale.
 
     0 where the scale is computed at run time, or x stays float. With smoothing at run time these
-    are values of X / s; outlier channels, which stay float, are not counted.
+    are values of X / s, with a rotation of X Q; outlier channels, which stay float, are not
+    counted.
     """
     (_, w_axes), (_, w_batch) = dimensions
     is_other = _sums_over_outputs(weight.tensor, w_axes, w_batch)
@@ -96,7 +99,9 @@ def clipped_values(
     def of_matrix(
         rows: Array, matrix: Matrix, smoothing: Any, outliers: Any
     ) -> Array:
-        rows = _smoothed(rows, smoothing)
+        rows = _as_quantized(
+            rows, smoothing, weight.rotation, weight.activations
+        )
         if outliers is not None:
             rows = rows.at[:, outliers.channels].set(jnp.zeros((), rows.dtype))
         scale: Any = matrix.input_scale
@@ -177,16 +182,17 @@ def _as_partners(
 
 def _multiply(
     recipe: Recipe,
+    rotation: int | None,
     rows: Array,
     matrix: Matrix,
     smoothing: Array | None,
     outliers: Outliers | None,
 ) -> Float[Array, "rows outputs"]:
-    """rows @ W.T: rows are divided by `smoothing`, then outlier channels are multiplied in float.
+    """rows @ W.T: rows are divided by `smoothing` and rotated, outliers then multiplied in float.
 
     The other channels are multiplied in the recipe's formats, with zeros where the outliers were.
     """
-    rows = _smoothed(rows, smoothing)
+    rows = _as_quantized(rows, smoothing, rotation, recipe.activations)
     if outliers is None:
         return product(recipe, rows, matrix)
     # In float32, because XLA:CPU can not run a product of bfloat16 that is merged with a gather.
@@ -199,6 +205,7 @@ def _multiply(
 
 def _multiply_transposed(
     recipe: Recipe,
+    rotation: int | None,
     rows: Array,
     matrix: Matrix,
     smoothing: Array | None,
@@ -206,15 +213,31 @@ def _multiply_transposed(
 ) -> Float[Array, "rows inner"]:
     """rows @ W, where `_multiply` is rows @ W.T: W's channels are outputs here.
 
-    So outlier channels are outputs that are multiplied in float, and where the matrix holds W times
-    `smoothing`, the outputs are divided by it.
+    So outlier channels are outputs that are multiplied in float, and where the matrix holds Q W
+    times `smoothing`, the outputs are rotated back, and divided by it.
     """
     out = transposed_product(recipe, rows, matrix)
     if outliers is not None:
         weight = outliers.weight.astype(jnp.float32)
         in_float = jnp.matmul(rows.astype(jnp.float32), weight)
         out = out.at[:, outliers.channels].set(in_float)
+    if rotation is not None:
+        out = rotated(out, rotation)
     return _smoothed(out, smoothing)
+
+
+def _as_quantized(
+    rows: Array,
+    smoothing: Array | None,
+    rotation: int | None,
+    activations: Activations | None,
+) -> Array:
+    """What a product takes of rows: (X / s) Q, or without what there is not."""
+    rows = _smoothed(rows, smoothing)
+    if rotation is None:
+        return rows
+    # What is then rounded to int8 needs no more than bfloat16.
+    return rotated(rows, rotation, exact=activations is None)
 
 
 def _smoothed(rows: Array, smoothing: Array | None) -> Array:
@@ -384,7 +407,7 @@ def quantized_ragged_dot(
     for problem, found in problems.items():
         if found:
             raise ValueError(f"{where}: {problem}")
-    x = _smoothed(x, weight.smoothing)
+    x = _as_quantized(x, weight.smoothing, weight.rotation, weight.activations)
     # Without its smoothing, by which x has been divided already.
     stack, _, _ = matrices(dataclasses.replace(weight, smoothing=None), 1, 1)
     return ragged_product(weight.recipe, x, stack, group_sizes)
@@ -402,5 +425,7 @@ def clipped_rows(
     # A row has the scale of its matrix; rows beyond all groups have the last one's.
     scale = jnp.broadcast_to(weight.input_scale, group_sizes.shape)
     of_row = jnp.repeat(scale, group_sizes, total_repeat_length=rows)
-    divided = _smoothed(x, weight.smoothing)
-    return count_beyond(divided, of_row[:, None], weight.activation_format)
+    seen = _as_quantized(
+        x, weight.smoothing, weight.rotation, weight.activations
+    )
+    return count_beyond(seen, of_row[:, None], weight.activation_format)

@@ -15,6 +15,7 @@ from sqjax._serialized import exported
 from sqjax._shapes import Shape, sharded_as
 from sqjax._trees import named_leaves
 from sqjax.numerics.formats import FormatName
+from sqjax.numerics.hadamard import rotated
 from sqjax.numerics.weight_products import Activations, Recipe
 from sqjax.weights.no_array import NoArray
 from sqjax.weights.qtensor import QTensor
@@ -60,8 +61,11 @@ class QuantWeight(NoArray):
             whole activation, at run time), "static" (`input_scale`), or None: the activation stays
             float (weight-only).
         contracted: the number of contracted axes, which are stored last.
-        activation_format: the format of quantized activations, "int8", "e4m3" or "e5m2".
+        activation_format: the format of quantized activations, "int8", "int4", "e4m3" or "e5m2".
         outliers: the channels that are multiplied in float, or None.
+        rotation: the channels of a block of Q, a rotation at run time (see
+            `sqjax.numerics.hadamard`), or None. Where it is given the weight holds Q s W along its
+            contracted channels, flattened as they are stored, and the quantizer sees (X/s) Q.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -86,6 +90,7 @@ class QuantWeight(NoArray):
         default="int8", metadata={"static": True}
     )
     outliers: Any = None  # Outliers or None
+    rotation: int | None = field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         return weight_text(self)
@@ -141,16 +146,33 @@ class QuantWeight(NoArray):
 
         return self._with_codes(self.tensor.times(factor), of_outliers)
 
-    def where(self, mask: Any) -> "QuantWeight":
+    def where(self, mask: Any) -> "QuantWeight | None":
         """The weight where a mask is true, an array of its rank or a number, and 0 elsewhere.
 
-        All scales stay, and what the activations are divided by.
+        All scales stay, and what the activations are divided by. None for a mask of channels where
+        the weight holds sums of channels, as a rotated one does.
         """
+        if self.rotation is not None and not self.is_one_for_channels(mask):
+            return None
 
         def of_outliers(kept):
             return jnp.where(self._at_outliers(mask), kept, 0)
 
         return self._with_codes(self.tensor.where(mask), of_outliers)
+
+    def is_one_for_channels(self, x: Any) -> bool:
+        """Whether a number, or an array of the weight's rank, is the same for all channels."""
+        if not jnp.ndim(x):
+            return True
+        stored = self.tensor.as_stored(jnp.shape(x))
+        return math.prod(stored[-self.contracted :]) == 1
+
+    def rotated_channels(self, x: Array) -> Array:
+        """An array whose last axes are the stored channels, times Q, which is its own inverse."""
+        if self.rotation is None:
+            return x
+        flat = x.reshape(*x.shape[: x.ndim - self.contracted], -1)
+        return rotated(flat, self.rotation).reshape(x.shape)
 
     def _with_codes(
         self, tensor: QTensor, of_outliers: Callable[[Any], Any]
@@ -190,7 +212,8 @@ class QuantWeight(NoArray):
     def dequantize(self) -> Array:
         """The float weight that it stands for, as a matmul that is not smoothed would read it.
 
-        So the smoothing at run time is undone, and the outlier channels are where they were.
+        So the rotation and the smoothing at run time are undone, and the outlier channels are where
+        they were.
         """
         tensor = self.tensor
         x = tensor.codes().astype(jnp.float32) * tensor.spread(tensor.scale)
@@ -201,6 +224,7 @@ class QuantWeight(NoArray):
             at = jnp.broadcast_to(self._outlier_channels(), kept.shape)
             put = jnp.put_along_axis(flat, at, kept, -1, inplace=False)
             x = put.reshape(x.shape)
+        x = self.rotated_channels(x)
         if self.smoothing is not None:
             x = x / self._smoothing_beside(x.shape)
         return x.transpose(tensor.axes).astype(tensor.dtype)

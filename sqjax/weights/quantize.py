@@ -1,6 +1,7 @@
-"""One leaf quantized: codes, scales, outlier channels, smoothing at run time."""
+"""One leaf quantized: codes, scales, outlier channels, smoothing and rotation at run time."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from sqjax._shapes import from_front, other_axes, sizes_along
 from sqjax._trees import is_concrete
 from sqjax.numerics.formats import Format, scale_from_absmax, to_format
+from sqjax.numerics.hadamard import rotated
 from sqjax.numerics.smoothing import believable, smoothing_scales
 from sqjax.numerics.weight_products import Activations
 from sqjax.weights.clipping import clip_weight
@@ -26,6 +28,7 @@ from sqjax.weights.schemes import (
     Int4,
     PerTensor,
     PerToken,
+    Rotation,
     Scheme,
     Static,
 )
@@ -142,7 +145,7 @@ def quantize_weight(
         scheme: how.
         absmax: max |X_j| of the activation it meets, of the shape of the batch axes and then any
             other (there its largest value counts; with outliers: the contracted axes): for static
-            schemes.
+            schemes. Of a rotated weight it is that of (X / s) Q.
         smoothing: s of the shape of the batch axes, then of the contracted axes, for smoothing at
             run time; `weight` is then multiplied by s here, and `absmax`, of the same shape, is
             that of X before the division by s.
@@ -191,6 +194,11 @@ def _quantize_weight(
         weight = weight.astype(jnp.float32) * _spread(
             s, (*batch, *contracting), weight.ndim
         )
+    rotation = None
+    if scheme.rotation is not None:
+        channels = math.prod(sizes_along(weight.shape, contracting))
+        rotation = block_of(scheme.rotation, channels)
+        weight = rotated_weight(weight, contracting, rotation)
     in_float = None
     if outliers is not None:
         split = _split(weight, contracting, batch, outliers, dtype)
@@ -206,8 +214,9 @@ def _quantize_weight(
                 "a static scheme needs the activation's absmax from calibration; dynamic ones do "
                 "not"
             )
-        seen = absmax if smoothing is None else absmax / smoothing
-        input_scale = _input_scale(seen, len(batch), scheme.activation.fmt)
+        if smoothing is not None and rotation is None:
+            absmax = absmax / smoothing
+        input_scale = _input_scale(absmax, len(batch), scheme.activation.fmt)
     activation = scheme.activation
     return QuantWeight(
         replace(_tensor(weight, contracting, scheme, batch), dtype=dtype),
@@ -219,6 +228,35 @@ def _quantize_weight(
         if isinstance(activation, PerToken | PerTensor | Static)
         else "int8",
         in_float,
+        rotation,
+    )
+
+
+def block_of(rotation: Rotation, channels: int) -> int:
+    """The channels of a rotation's block: of a whole weight, "hadamard", all of them.
+
+    Raises:
+        ValueError: the block does not divide the channels.
+    """
+    if rotation == "hadamard":
+        return max(channels, 1)
+    if channels % rotation:
+        raise ValueError(
+            f"rotation: expected blocks that divide its {channels} contracted channels, got "
+            f"{rotation}; take 'hadamard', all channels in one block, or a number that divides them"
+        )
+    return int(rotation)
+
+
+def rotated_weight(
+    weight: Array, contracting: tuple[int, ...], block: int
+) -> Array:
+    """Q W, along all contracted channels as one axis: a kernel (4, 64, 8) has 256 of them."""
+    last = tuple(range(-len(contracting), 0))
+    moved = jnp.moveaxis(weight, contracting, last)
+    flat = moved.reshape(*moved.shape[: last[0]], -1)
+    return jnp.moveaxis(
+        rotated(flat, block).reshape(moved.shape), last, contracting
     )
 
 

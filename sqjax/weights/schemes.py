@@ -4,14 +4,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from sqjax.numerics.formats import FORMATS, INT4, INT8, Format, Granularity
 from sqjax.numerics.ranges import Range, is_range
 
-#: The formats of activations: an int4 activation is too coarse, so no product takes one.
-ActivationFormat = Literal["int8", "e4m3", "e5m2"]
+#: The formats of activations. int4 is for those without outliers, as a rotation makes them.
+ActivationFormat = Literal["int8", "int4", "e4m3", "e5m2"]
 Float8Format = Literal["e4m3", "e5m2"]
+#: The blocks of a rotation at run time: all channels of a weight, or so many.
+Rotation = Literal["hadamard"] | int
 
 Part = TypeVar("Part", bound="_Part")
 
@@ -224,8 +226,9 @@ class _Activation(_Part):
     format: ActivationFormat = "int8"
 
     def __post_init__(self) -> None:
-        known = self.format in ("int8", "e4m3", "e5m2")
-        _require(known, self, "format", "'int8', 'e4m3' or 'e5m2'")
+        known = self.format in get_args(ActivationFormat)
+        meaning = "'int8', 'int4', 'e4m3' or 'e5m2'"
+        _require(known, self, "format", meaning)
 
     @property
     def fmt(self) -> Format:
@@ -238,7 +241,7 @@ class PerToken(_Activation):
     """Activations with a scale for every token (row), computed at run time: the most accurate.
 
     Attributes:
-        format: "int8", or with float8 weights "e4m3" or "e5m2".
+        format: "int8"; "int4", [-7, 7], multiplied as int8; with float8 weights "e4m3" or "e5m2".
 
     Raises:
         ValueError: an unknown format.
@@ -258,7 +261,7 @@ class PerTensor(_Activation):
     would take time, NaN is taken as 0.
 
     Attributes:
-        format: "int8", or with float8 weights "e4m3" or "e5m2".
+        format: "int8"; "int4", [-7, 7], multiplied as int8; with float8 weights "e4m3" or "e5m2".
 
     Raises:
         ValueError: an unknown format.
@@ -282,7 +285,7 @@ class Static(_Activation):
             range of least expected squared error; or a percentile of |x| as a fraction, such as
             0.9999. The last two need `calibrate(..., histogram=True)`, and go neither with
             smoothing at run time nor with outliers.
-        format: "int8", or with float8 weights "e4m3" or "e5m2".
+        format: "int8"; "int4", [-7, 7], multiplied as int8; with float8 weights "e4m3" or "e5m2".
 
     Raises:
         ValueError: an unknown range or format.
@@ -338,6 +341,11 @@ class Scheme(_Part):
         outliers: a threshold above 0, or None: channels whose activations exceeded it in
             calibration are multiplied in float (LLM.int8(), Dettmers et al. 2022, arXiv
             2208.07339).
+        rotation: "hadamard", or the channels of a block, or None: rotation at run time. The weight
+            becomes Q W and the activation's quantizer multiplies by Q, an orthogonal matrix that
+            spreads outliers over all channels, or over those of a block (see
+            `sqjax.numerics.hadamard`): X W = (X Q)(Q W). With smoothing X is divided by s first. A
+            block is fewer operations than all channels, and spreads less. Not with outliers.
 
     Raises:
         ValueError: a field is of another type, out of range, or does not go with the others; the
@@ -359,6 +367,7 @@ class Scheme(_Part):
     activation: PerToken | PerTensor | Static | Indices | None = PerToken()
     smoothing: float | None = None
     outliers: float | None = None
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         # Each field alone comes first, because the checks of pairs below read several.
@@ -374,6 +383,7 @@ class Scheme(_Part):
         self._check_formats()
         self._check_smoothing()
         self._check_outliers()
+        self._check_rotation()
         self._check_range()
 
     @property
@@ -390,6 +400,11 @@ class Scheme(_Part):
         )
 
     @property
+    def needs_sample(self) -> bool:
+        """Whether its static range is of rotated activations: `calibrate(..., sample=512)`."""
+        return self.rotation is not None and isinstance(self.activation, Static)
+
+    @property
     def measured(self) -> bool:
         """Whether it needs to know the ranges of the activations that `calibrate` saw."""
         return isinstance(self.activation, Static) or self._changes_activation
@@ -403,7 +418,10 @@ class Scheme(_Part):
         """A product takes two operands of one kind: integers (int4 becomes int8), or float8."""
         if isinstance(self.activation, _Activation):
             same = self.weight.fmt.floating == self.activation.fmt.floating
-            kinds = "int8 activations go with int8 or int4 weights, float8 ones with float8 weights"
+            kinds = (
+                "int8 and int4 activations go with int8 or int4 weights, float8 ones with float8 "
+                "weights"
+            )
             meaning = f"a format that goes with {self.weight!r} ({kinds})"
             _require(same, self, "activation", meaning)
         elif isinstance(self.weight, Int4):
@@ -433,13 +451,32 @@ class Scheme(_Part):
         meaning = "None, because the activation stays float: it has no outliers to take apart"
         _require(self.quantizes_activation, self, "outliers", meaning)
 
-    def _check_range(self) -> None:
-        sees_the_range = not (self.needs_histogram and self._changes_activation)
-        why = (
-            "because any other range comes from the histogram of X, not of X / s or of X "
-            "without outliers (or smooth the parameters)"
+    def _check_rotation(self) -> None:
+        rotation = self.rotation
+        if rotation is None:
+            return
+        is_block = type(rotation) is int and rotation >= 2
+        meaning = (
+            "'hadamard', an int of 2 or more (channels in a block), or None"
         )
-        meaning = f"range='absmax' with smoothing at run time and with outliers, {why}"
+        _require(rotation == "hadamard" or is_block, self, "rotation", meaning)
+        meets_activations = not isinstance(self.activation, Indices)
+        meaning = "None, because embeddings that are looked up have no activation to rotate"
+        _require(meets_activations, self, "rotation", meaning)
+        meaning = "None with a rotation, which leaves no channel of its own to an outlier"
+        _require(self.outliers is None, self, "outliers", meaning)
+
+    def _check_range(self) -> None:
+        changes = self._changes_activation or self.rotation is not None
+        sees_the_range = not (self.needs_histogram and changes)
+        why = (
+            "because any other range comes from the histogram of X, not of X / s, of X without "
+            "outliers or of X Q (or smooth the parameters)"
+        )
+        meaning = (
+            "range='absmax' with smoothing at run time, with outliers and with a rotation, "
+            f"{why}"
+        )
         _require(sees_the_range, self, "activation", meaning)
 
 
@@ -449,6 +486,8 @@ W8A8_O1 = Scheme(weight=Int8(), activation=PerToken())
 W8A8_O2 = Scheme(weight=Int8(), activation=PerTensor())
 #: O3: per-tensor static activations (the fastest; smoothing matters most here).
 W8A8_O3 = Scheme(weight=Int8(), activation=Static())
+#: The same of rotated activations, which have no large channels; calibrate with sample=512.
+W8A8_O3_ROTATED = W8A8_O3.replace(rotation="hadamard")
 #: The usual choice.
 W8A8 = W8A8_O1
 #: W8A8 in which channels with |x| > 6 in calibration stay float: LLM.int8(), composes with
@@ -471,6 +510,9 @@ W4A8 = Scheme(
     weight=Int4(group_size=128, zero_point=True, two_level=True),
     activation=PerToken(),
 )
+#: The same with int4 per-token activations; rotated ones are fit for so few bits.
+W4A4 = W4A8.replace(activation=PerToken(format="int4"))
+W4A4_ROTATED = W4A4.replace(rotation="hadamard")
 #: An int8 embedding table, a scale a row; and an int4 one in groups.
 EMBEDDING_INT8 = Scheme(weight=Int8(), activation=Indices())
 EMBEDDING_INT4 = Scheme(
@@ -483,6 +525,7 @@ PRESETS = {
     "W8A8_O1": W8A8_O1,
     "W8A8_O2": W8A8_O2,
     "W8A8_O3": W8A8_O3,
+    "W8A8_O3_ROTATED": W8A8_O3_ROTATED,
     "W8A8_OUTLIERS": W8A8_OUTLIERS,
     "FP8": FP8,
     "FP8_E5M2": FP8_E5M2,
@@ -490,6 +533,8 @@ PRESETS = {
     "W4A16": W4A16,
     "W4A16_G64": W4A16_G64,
     "W4A8": W4A8,
+    "W4A4": W4A4,
+    "W4A4_ROTATED": W4A4_ROTATED,
     "EMBEDDING_INT8": EMBEDDING_INT8,
     "EMBEDDING_INT4": EMBEDDING_INT4,
 }

@@ -216,3 +216,37 @@ def check_groups(
             f"whole groups of {group}; choose a group size that divides {block}: "
             f"{group_sizes_for(block)}"
         )
+
+
+def check_rotation(
+    leaf: QuantWeight, specs: QuantWeight, sizes: Mapping[str, int], path: str
+) -> None:
+    """Raises ValueError if the channels of a device would be no whole blocks of a rotation.
+
+    1536 channels on 4 devices are 384 for each: whole blocks of 128, but not of 256, nor of 1536.
+    Where a compiler shards arrays as it likes, it moves what a block needs; in a shard_map nothing
+    moves.
+
+    Args:
+        leaf: the whole weight.
+        specs: those of its arrays, from `weight_specs`.
+        sizes: {mesh axis: how many devices}.
+        path: the leaf's name in errors.
+    """
+    if leaf.rotation is None:
+        return
+    first = leaf.ndim - leaf.contracted
+    channels = leaf.tensor.values.shape[first:]
+    entries = tuple(specs.tensor.values)[first:]
+    # How many channels of the flattened ones lie together on a device.
+    together = 1
+    for size, entry in reversed([*zip(channels, entries, strict=True)]):
+        devices = _blocks(entry, sizes)
+        together *= size // devices
+        if devices > 1 and together % leaf.rotation:
+            raise ValueError(
+                f"{path}: is rotated in blocks of {leaf.rotation} of its {math.prod(channels)} "
+                f"channels, and {devices} devices would have {together} of these together; choose "
+                f"a rotation that divides {together}, shard the outputs, or give this site a "
+                "scheme without one"
+            )

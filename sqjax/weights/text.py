@@ -34,6 +34,7 @@ def weight_text(weight: Any) -> str:
     count = channels.shape[-1] if _is_array(channels) else "some"
     beside = {
         "smoothing at run time": weight.smoothing,
+        f"rotated in blocks of {weight.rotation}": weight.rotation,
         f"{count} outlier channels": weight.outliers,
     }
     parts = [_kind(tensor), *scales, f"activations {activations}"]

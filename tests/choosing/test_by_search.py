@@ -41,7 +41,9 @@ def error(qparams):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_O3", "W8A16", "W4A16_G64", "W4A8"])
+@pytest.mark.parametrize(
+    "scheme", ["W8A8", "W8A8_O3", "W8A16", "W4A16_G64", "W4A8", "W4A4_ROTATED"]
+)
 def test_it_is_better_than_rounding(stats, scheme):
     scheme = getattr(sq, scheme)
     found = sq.quantize_by_search(PARAMS, stats, scheme)

@@ -117,8 +117,10 @@ def test_two_levels_stay_inside_of_int8():
         {
             "smoothing": TWO_LEVELS.replace(smoothing=0.5),
             "outliers": sq.W8A8.replace(weight=sq.Int4(), outliers=40.0),
+            "rotation": sq.Scheme(weight=sq.Int4(), activation=None, rotation="hadamard"),
         },
         "outliers",
+        "rotation",
     ),
 )
 def test_what_the_product_sees_is_compensated(scheme):

@@ -230,7 +230,8 @@ def test_a_loss_of_ones_own():
 WRONG = {
     "no batches": ({"batches": []}, "batches is empty"),
     "nothing quantized": ({"rules": {".*": None}}, "quantize a matmul"),
-    "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing at run time"),
+    "at run time": ({"rules": sq.W8A8.replace(smoothing=0.5)}, "without smoothing or rotation"),
+    "rotated": ({"rules": sq.W4A4_ROTATED}, "without smoothing or rotation"),
     "loss": ({"loss": "l1"}, "'kl', 'mse' or a function"),
     "group": ({"s": {"u": jnp.ones(16)}}, "no group is named 'u'"),
     "clips of 0": ({"clips": {"up": jnp.zeros((16, 1))}}, "clips of 'up': expected factors in"),
@@ -240,7 +241,10 @@ WRONG = {
     "every": ({"every": 0}, "learn: every: expected a number of 1 or more, got 0"),
     "patience": ({"patience": 0}, "learn: patience: expected a number of 1 or more, or None"),
     "state": ({"state": {}}, "state of an earlier call"),
-    "other state": ({"state": {"arrays": {}}}, "state is of other arguments"),
+    "other state": (
+        {"state": {"arrays": {}, "best_loss": 1.0, "train": [], "held_out": [1.0]}},
+        "state is of other arguments",
+    ),
 }
 
 

@@ -248,6 +248,15 @@ def test_quantize_searches_as_the_library_does(run, refusal, stats):
 
 
 @pytest.mark.slow
+def test_a_static_range_after_a_rotation_is_calibrated_with_a_sample(run, refusal, stats):
+    made = ["quantize", "tiny", "--scheme", "w8a16", "--rule", "down_proj=w8a8_o3_rotated"]
+    run(*made, "--text", "text.txt", *FEW, "-o", "rotated", "--quiet")
+    kernel = loaded("rotated")[1]["model"]["layers"]["0"]["mlp"]["down_proj"]["kernel"]
+    assert kernel.rotation == kernel.shape[0]
+    assert "static ranges after a rotation" in refusal(*made, "--stats", stats, "-o", "x")
+
+
+@pytest.mark.slow
 def test_recommend_writes_what_it_names(run, refusal):
     read = ["--text", "text.txt", "--tokens", "32", "--windows", "8", "--quiet"]
     out = run("recommend", "tiny", *read, "--budget", "50", "-o", "small", "--json")

@@ -32,6 +32,24 @@ def test_the_model_says_what_was_not_measured(record):
     assert table["W4A16"] == ("not measured", "0.39x (1.92 ms)")
 
 
+def test_a_visit_is_a_column_a_case_with_ratios_and_memory():
+    rows = [
+        {"part": part, "name": f"{case} {name}", "ms": ms, "program_bytes": 5e6 * ms}
+        for part, case, name, ms in (
+            ("layer", "prefill 32", "bf16", 2.0),
+            ("model", "prefill 32", "W8A8_O1", 4.0),
+            ("model", "prefill 32", "bf16", 8.0),
+        )
+    ]
+    rows.append({"part": "model", "name": "run"})
+    table = LAYOUTS["gpu visit"](rows)
+    assert table.titles == ("", "one layer, prefill 32", "prefill 32", "MB of a prefill")
+    assert table.lines == [
+        ("bf16", "1.00x (2.00 ms)", "1.00x (8.00 ms)", "40"),
+        ("W8A8_O1", "not measured", "2.00x (4.00 ms)", "20"),
+    ]
+
+
 def test_kernels_show_the_fastest_block_size(record):
     table = cells(record, "gpu kernels")
     named = [

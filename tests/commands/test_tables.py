@@ -129,6 +129,14 @@ DECODE = [
     step("W8A8", 1, 128, 0.012, 0.0019),
 ]
 
+ROTATION = [
+    {"table": "prefill", "rotation": "none", "seconds": 0.3, "core_seconds": 0.5},
+    {"table": "prefill", "rotation": "blocks of 64", "seconds": 0.3, "core_seconds": 0.52},
+    {"table": "W4A4", "model": "encoder", "recipe": "gptq", "loss": 0.2312},
+    {"table": "W4A4", "model": "decoder", "recipe": "gptq", "loss": 0.4},
+    {"table": "W4A4", "model": "decoder", "recipe": "`rotate`", "loss": 0.1},
+]
+
 #: {name of a table: (rows, its titles, its lines)}
 EXPECTED = {
     "demo": (
@@ -256,6 +264,16 @@ EXPECTED = {
             ),
             ("Qwen3.5-MoE", "0.87", "not read here", *[""] * 5),
         ],
+    ),
+    "rotation costs": (
+        ROTATION,
+        ("rotated before down_proj", "core seconds", "more than none"),
+        [("none", "0.500", "+0.0%"), ("blocks of 64", "0.520", "+4.0%")],
+    ),
+    "rotation gains": (
+        ROTATION,
+        ("W4A4 in groups of 128", "encoder", "decoder"),
+        [("gptq", "0.231", "0.400"), ("`rotate`", "", "0.100")],
     ),
     "decode caches": (
         DECODE,

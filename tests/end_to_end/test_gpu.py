@@ -14,7 +14,7 @@ import pytest
 import sqjax as sq
 from sqjax.linen import QuantDense, quantize_dense
 from sqjax.models import LlamaConfig, Model
-from sqjax.numerics import triton
+from sqjax.numerics import mosaic, triton
 from sqjax.numerics.formats import INT8, to_format
 from sqjax.numerics.weight_products import activation_scale
 
@@ -249,3 +249,37 @@ def test_the_triton_matmul_scales_groups_with_no_copy_of_the_weight(case, target
     assert program.written() == [("f32", (rows, features))]
     assert program.temporary == 0
     assert units in program.ptx
+
+
+# The Mosaic matmul -------------------------------------------------------------------------------------------------
+
+#: {case: (rows, dtype of x, dtype of the values, groups, zero points, the instruction of the matrix units)}.
+MOSAIC = {
+    "int8 x int8": (300, jnp.int8, jnp.int8, 1, False, "s32.s8.s8"),
+    "few rows of int8 x int8": (16, jnp.int8, jnp.int8, 1, False, "s32.s8.s8"),
+    "bfloat16 x int8": (300, jnp.bfloat16, jnp.int8, 1, False, "f32.bf16.bf16"),
+    "bfloat16 x int4 with zeros": (16, jnp.bfloat16, jnp.int4, 8, True, "f32.bf16.bf16"),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+@pytest.mark.parametrize("case", MOSAIC)
+def test_the_mosaic_matmul_reads_weights_as_they_are(case):
+    rows, x_dtype, dtype, groups, zeros, units = MOSAIC[case]
+    shapes = [
+        ((rows, INPUTS), x_dtype),
+        ((FEATURES, INPUTS), dtype),
+        ((FEATURES, groups), jnp.float32),
+    ]
+    shapes += [((FEATURES, groups), jnp.int8)] if zeros else []
+
+    def run(x, values, scale, zero=None):
+        return mosaic.matmul(x, values, scale, zero=zero)
+
+    args = [jax.ShapeDtypeStruct(*spec) for spec in shapes]
+    program = gpu_compile.compiled(run, *args, target="sm_90a")
+    assert f"wgmma.mma_async.sync.aligned.m64n{128 if rows > 64 else 16}" in program.text
+    assert units in program.text
+    # No weight in another dtype, and no sums before they are scaled.
+    assert all(value.size < FEATURES * INPUTS for value in program.written())
+    assert "s32" not in {value.dtype for value in program.written()}

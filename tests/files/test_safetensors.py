@@ -538,9 +538,10 @@ TAMPERED = {
         r"bias: .*KeyError\('int3'\)",
     ),
     "field too many": (
-        set_to(rotation=1),
-        r"w: expected \('tensor', .*got also \['rotation'\]; update sqjax",
+        set_to(reflection=1),
+        r"w: expected \('tensor', .*got also \['reflection'\]; update sqjax",
     ),
+    "rotation": (set_to(rotation=0), r"w: expected a known rotation, got 0"),
     "field too few": (
         lambda h, t: w_of(t).pop("contracted") and None,
         r"w: .*KeyError\('contracted'\)",

@@ -42,6 +42,7 @@ SCHEMES = {
     "W4A16": sq.W4A16_G64,
     "W4A8": sq.W4A8,
     "FP8": sq.FP8,
+    "W4A4_ROTATED": sq.W4A4_ROTATED,
 }
 
 

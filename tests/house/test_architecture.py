@@ -130,7 +130,7 @@ def test_the_docstring_of_a_room_says_what_it_may_import(room):
 
 
 def test_dir_shows_the_public_names_alone():
-    namespaces = {"linen", "models", "nnx", "plots", "report", "triton"}
+    namespaces = {"linen", "models", "mosaic", "nnx", "plots", "report", "triton"}
     assert set(dir(sqjax)) == {*sqjax.__all__, *namespaces, "__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", sqjax.__version__)
 
@@ -233,11 +233,14 @@ def test_the_public_names_are_these():
             "W8A8_O1",
             "W8A8_O2",
             "W8A8_O3",
+            "W8A8_O3_ROTATED",
             "W8A8_OUTLIERS",
             "W8A16",
             "W4A16",
             "W4A16_G64",
             "W4A8",
+            "W4A4",
+            "W4A4_ROTATED",
         ),
         *("FP8", "FP8_E5M2", "EMBEDDING_INT8", "EMBEDDING_INT4"),
     }

@@ -35,6 +35,7 @@ PRESETS = {
     "W4A16": (sq.W4A16, 0.15),
     "W4A16_G64": (sq.W4A16_G64, 0.15),
     "W4A8": (sq.W4A8, 0.15),
+    "W4A4_ROTATED": (sq.W4A4_ROTATED, 0.2),
     "smoothing": (sq.W8A8_O2.replace(smoothing=0.5), 0.03),
     "outliers and smoothing": (sq.W8A8_OUTLIERS.replace(smoothing=0.5, outliers=2.0), 0.02),
     "static outliers": (sq.W8A8_O3.replace(outliers=6.0), 0.05),

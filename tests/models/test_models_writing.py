@@ -610,6 +610,7 @@ def changed_tensor(**changes):
 
 REFUSED = {
     "no smoothing at run time": changed_tensor(smoothing=jnp.ones(16), activations="per_token"),
+    "no rotation at run time": changed_tensor(rotation=8, activations="per_token"),
     "one level of scales": changed_tensor(group_scale=jnp.ones((24, 1), jnp.int8)),
     "int8, int4 or e4m3 weights": changed_tensor(fmt=sq.numerics.formats.E5M2),
     "int8 or e4m3 activations": changed_tensor(activation_format="e5m2", activations="per_token"),

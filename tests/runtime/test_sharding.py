@@ -641,6 +641,26 @@ def test_outlier_channels_in_a_shard_map():
         jax.eval_shape(sq.quantized(by_channels), qparams, x)
 
 
+def test_rotated_channels_in_a_shard_map_are_whole_blocks():
+    """Each device rotates its own blocks; what would need another device's channels is refused."""
+    params, x = {"w1": normal(16, 8)}, normal(4, 16, seed=3).at[:, 2].multiply(20)
+    fn = lambda p, x: x @ p["w1"]
+    summed = lambda p, x: lax.psum(fn(p, x), "model")
+    by_channels = on_devices(summed, ({"w1": P("model", None)}, P(None, "model")))
+    stats = sq.calibrate(fn, params, [x])
+    blocks = sq.quantize(params, stats, sq.W8A16.replace(rotation=8))
+    got = jax.jit(sq.quantized(by_channels))(blocks, x)
+    np.testing.assert_allclose(got, sq.quantized(fn)(blocks, x), rtol=1e-5, atol=1e-5)
+    whole = sq.quantize(params, stats, sq.W8A16.replace(rotation="hadamard"))
+    message = r"^w1: is rotated in blocks of 16 of its 16 channels, and 2 devices would have 8"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(sq.quantized(by_channels), whole, x)
+    # Where the compiler shards arrays it moves what a block needs.
+    where = sq.shardings(whole, {"w1": NamedSharding(mesh(), P("model", None))})
+    placed = jax.jit(sq.quantized(fn))(jax.device_put(whole, where), x)
+    np.testing.assert_allclose(placed, sq.quantized(fn)(whole, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model", None)], ids=str)
 @pytest.mark.slow
 @pytest.mark.every_case

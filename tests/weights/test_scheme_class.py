@@ -11,13 +11,15 @@ import pytest
 import sqjax as sq
 from sqjax.weights import schemes
 
-PRESETS = {name: value for name, value in vars(sq).items() if isinstance(value, sq.Scheme)}
+# By their names, because sqjax has what was asked for only.
+NAMES = {name: getattr(sq, name) for name in sq.__all__}
+PRESETS = {name: value for name, value in NAMES.items() if isinstance(value, sq.Scheme)}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_scheme_prints_as_the_call_that_makes_it(name):
     scheme = PRESETS[name]
-    again = eval(repr(scheme), vars(sq))
+    again = eval(repr(scheme), dict(NAMES))
     assert again == scheme
     assert hash(again) == hash(scheme)
 
@@ -34,7 +36,7 @@ def test_a_repr_leaves_out_what_is_the_default():
 
 def test_presets_differ():
     names = set(PRESETS) - {"W8A8"}
-    assert len({PRESETS[name] for name in names}) == len(names) == 12
+    assert len({PRESETS[name] for name in names}) == len(names) == 15
 
 
 def test_a_scheme_is_a_value_and_no_container():
@@ -84,10 +86,11 @@ def _without_type_checks():
 
 plain = _without_type_checks()
 SIZE = "an int of 1 or more (channels in a group), or None (one scale for an output)"
-KIND = "a format that goes with {} (int8 activations go with int8 or int4 weights, float8 ones"
+KIND = "a format that goes with {} (int8 and int4 activations go with int8 or int4 weights, float8"
 TWO = "int8 activations, because two levels need them (without them leave two_level out)"
 KINDS = "PerToken(...), PerTensor(...), Static(...), Indices() or None"
 RANGE = "'absmax', 'mse', or a percentile as a fraction in (0.0, 1.0] such as 0.9999"
+BLOCK = "'hadamard', an int of 2 or more (channels in a block), or None"
 UNFIT = [  # what is made, the field that is named, what is expected there, what came
     (lambda: plain.Int8(group_size=0), "Int8.group_size", SIZE, "0"),
     (lambda: plain.Int4(group_size=-3), "Int4.group_size", SIZE, "-3"),
@@ -117,15 +120,24 @@ UNFIT = [  # what is made, the field that is named, what is expected there, what
     ),
     (lambda: plain.Float8(format="int8"), "Float8.format", "'e4m3' or 'e5m2'", "'int8'"),
     (
-        lambda: plain.PerToken(format="int4"),
+        lambda: plain.PerToken(format="int6"),
         "PerToken.format",
-        "'int8', 'e4m3' or 'e5m2'",
-        "'int4'",
+        "'int8', 'int4', 'e4m3' or 'e5m2'",
+        "'int6'",
     ),
-    (lambda: plain.Static(format="e4"), "Static.format", "'int8', 'e4m3' or 'e5m2'", "'e4'"),
+    (
+        lambda: plain.Static(format="e4"),
+        "Static.format",
+        "'int8', 'int4', 'e4m3' or 'e5m2'",
+        "'e4'",
+    ),
     *[
         (lambda wrong=wrong: plain.Static(range=wrong), "Static.range", RANGE, repr(wrong))
         for wrong in (0.0, 99.9, True, "max", None)
+    ],
+    *[
+        (lambda wrong=wrong: plain.Scheme(rotation=wrong), "Scheme.rotation", BLOCK, repr(wrong))
+        for wrong in ("haar", 1, True, 64.0)
     ],
     (lambda: plain.Scheme(weight="int8"), "Scheme.weight", "Int8(...), Int4(...) or F", "'int8'"),
     (lambda: plain.Scheme(activation="static"), "Scheme.activation", KINDS, "'static'"),
@@ -178,7 +190,7 @@ UNFIT = [  # what is made, the field that is named, what is expected there, what
     (
         lambda: plain.Scheme(activation=plain.Static(range="mse"), outliers=6.0),
         "Scheme.activation",
-        "range='absmax' with smoothing at run time and with outliers, because",
+        "range='absmax' with smoothing at run time, with outliers and with a rotation, because",
         "Static(range='mse')",
     ),
 ]

@@ -201,6 +201,9 @@ def _check(path: str, weight: QuantWeight) -> None:
         "no smoothing at run time; smooth the float parameters with sqjax.smooth": (
             weight.smoothing is not None
         ),
+        "no rotation at run time; quantize it with rotation=None": (
+            weight.rotation is not None
+        ),
         "no outlier channels; quantize it with sqjax.W8A8": (
             weight.outliers is not None
         ),
@@ -210,8 +213,8 @@ def _check(path: str, weight: QuantWeight) -> None:
         "int8, int4 or e4m3 weights; use Float8(format='e4m3')": (
             tensor.fmt not in (INT8, INT4, E4M3)
         ),
-        "int8 or e4m3 activations; use PerToken(format='e4m3')": (
-            weight.activation_format == "e5m2"
+        "int8 or e4m3 activations; use PerToken() or PerToken(format='e4m3')": (
+            weight.activation_format not in ("int8", "e4m3")
         ),
         f"groups that divide its {inputs} inputs; choose another group_size": (
             in_groups and inputs % (tensor.group or inputs) != 0
