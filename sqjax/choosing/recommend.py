@@ -181,7 +181,7 @@ def recommend(
         >>> fn = lambda p, x: jnp.tanh((x * p["norm"]) @ p["up"]) @ p["down"]
         >>> keys = jax.random.split(jax.random.key(0), 3)
         >>> params = {"norm": jnp.ones((1, 64)), "up": jax.random.normal(keys[0], (64, 64)) / 8,
-        ...           "down": jax.random.normal(keys[1], (64, 16)) / 8}
+        ...           "down": jax.random.normal(keys[1], (64, 64)) / 8}
         >>> batches = list(jax.random.normal(keys[2], (8, 32, 64)))
         >>> found = sq.recommend(fn, params, batches, budget=0.01, recipes=["w8a8", "w8a16"])
         >>> found.name, len(found.tried)

@@ -129,8 +129,8 @@ def measure(
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> from sqjax.report import measure
-        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
-        >>> params, ids = model.init(jax.random.key(0)), jnp.arange(24)[None] % 32
+        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 8, 1, 2, 1, 4))
+        >>> params, ids = jax.jit(model.init)(jax.random.key(0)), jnp.arange(24)[None] % 32
         >>> record = measure(model, params, [ids], ids, scheme="W8A8", repeats=0)
         >>> [variant.name for variant in record.variants], len(record.sites)
         (['float', 'unsmoothed', 'smoothed'], 8)

@@ -34,8 +34,8 @@ def html(record: Record) -> str:
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
         >>> from sqjax.report import html, measure
-        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 16, 1, 2, 1, 4))
-        >>> params, ids = model.init(jax.random.key(0)), jnp.arange(24)[None] % 32
+        >>> model = sq.models.Model(sq.models.llama_config(32, 8, 8, 1, 2, 1, 4))
+        >>> params, ids = jax.jit(model.init)(jax.random.key(0)), jnp.arange(24)[None] % 32
         >>> page = html(measure(model, params, [ids], ids, repeats=0, title="<tiny>"))
         >>> page.startswith("<!DOCTYPE html>"), "<tiny>" in page, "&lt;tiny&gt;" in page
         (True, False, True)

@@ -7,13 +7,22 @@ import pytest
 
 import sqjax as sq
 
-KEYS = jax.random.split(jax.random.key(0), 3)
-PARAMS = {
-    "norm": jnp.ones((1, 128)),
-    "up": jax.random.normal(KEYS[0], (128, 32)) / 8,
-    "down": jax.random.normal(KEYS[1], (32, 16)) / 4,
-}
-X = jax.random.normal(KEYS[2], (96, 128)) * jnp.geomspace(0.05, 20.0, 128)[None]
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape)
+
+
+def arrays(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+#: Both matrices have one shape, so that their programs are compiled once.
+PARAMS = arrays(
+    {"norm": np.ones((1, 128)), "up": normal(128, 128) / 8, "down": normal(128, 128) / 8}
+)
+X = arrays(normal(96, 128) * np.geomspace(0.05, 20.0, 128))
 
 
 def mlp(params, x):
@@ -26,8 +35,9 @@ def stats():
 
 
 def error(qparams):
-    exact = np.asarray(mlp(PARAMS, X), float)
-    return np.linalg.norm(sq.quantized(mlp)(qparams, X) - exact) / np.linalg.norm(exact)
+    exact = np.asarray(jax.jit(mlp)(PARAMS, X), float)
+    got = jax.jit(sq.quantized(mlp))(qparams, X)
+    return np.linalg.norm(got - exact) / np.linalg.norm(exact)
 
 
 @pytest.mark.slow
@@ -70,20 +80,16 @@ def test_ranges_are_those_of_the_scales_that_are_folded():
         normed = x * params["norm"]
         return normed @ params["q"], normed @ params["k"]
 
-    keys = jax.random.split(jax.random.key(3), 4)
-    x = jax.random.normal(keys[0], (256, 16)) * jnp.exp(2 * jax.random.normal(keys[1], (1, 16)))
-    rows = jnp.exp(2 * jax.random.normal(keys[2], (16, 1)))
-    params = {
-        "norm": jnp.ones((1, 16)),
-        "q": rows * jax.random.normal(keys[3], (16, 8)),
-        "k": rows.T.repeat(8, 0).T,
-    }
+    x = arrays(normal(256, 16) * np.exp(2 * normal(1, 16)))
+    rows = np.exp(2 * normal(16, 1))
+    params = {"norm": np.ones((1, 16)), "q": rows * normal(16, 8), "k": rows.repeat(8, 1)}
+    params = arrays(params)
     stats = sq.calibrate(both, params, [x], gram=True, sample=64)
     found = sq.quantize_by_search(params, stats, {"q": sq.W8A8_O3, "k": sq.W4A16_G64})
     alone = sq.search_alpha(params, stats, {"q": sq.W8A8_O3})
     folded, after = sq.fold(params, stats.graph, alone.s), sq.fold_stats(stats, alone.s)
     unclipped = sq.quantize(folded, after, {"k": sq.W4A16_G64})
-    exact = np.asarray(x @ params["k"], float)
+    exact = np.asarray(x, float) @ np.asarray(params["k"], float)
 
     def error(k):
         narrow = np.asarray(sq.dequantize(k.tensor), float) / np.asarray(alone.s["q"])[:, None]

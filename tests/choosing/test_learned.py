@@ -1,5 +1,7 @@
 """`learn`: the simulation beside the quantized model, its gradients beside numpy, the laws."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,8 @@ def normal(*shape):
 
 #: Channels of x that differ by a factor of 30, as those of language models do.
 BATCHES = [normal(64, 16) * jnp.float32(np.geomspace(0.3, 10, 16))[None] for _ in range(4)]
-PARAMS = {"g": 1 + normal(1, 16) ** 2, "up": normal(16, 24), "down": normal(24, 8)}
+#: Both matrices have one shape, so that their programs are compiled once.
+PARAMS = {"g": 1 + normal(1, 16) ** 2, "up": normal(16, 16), "down": normal(16, 16)}
 STATIC = {".*": "W8A8_O3"}
 
 
@@ -31,18 +34,20 @@ def net(p, x):
     return jnp.maximum((x * p["g"]) @ p["up"], 0) @ p["down"]
 
 
-STATS = sq.calibrate(net, PARAMS, BATCHES)
+@functools.cache
+def calibrated():
+    return sq.calibrate(net, PARAMS, BATCHES)
 
 
 def learned(**options):
     options = {"loss": "mse", "steps": 4, "every": 2, **options}
     batches = options.pop("batches", BATCHES)
-    return sq.learn(net, PARAMS, STATS, batches, options.pop("rules", STATIC), **options)
+    return sq.learn(net, PARAMS, calibrated(), batches, options.pop("rules", STATIC), **options)
 
 
 def lost(found, rules=STATIC):
     """The real quantized model's mean square error."""
-    qparams = sq.quantize(*found.applied(PARAMS, STATS), rules, clips=found.clips)
+    qparams = sq.quantize(*found.applied(PARAMS, calibrated()), rules, clips=found.clips)
     errors = [sq.quantized(net)(qparams, x) - net(PARAMS, x) for x in BATCHES]
     return float(np.mean(np.square(errors)))
 
@@ -62,20 +67,20 @@ SCHEMES = {
 
 @pytest.mark.parametrize("scheme", slow_but(SCHEMES, "static"))
 def test_the_simulation_has_the_values_of_the_quantized_model(scheme):
-    s = sq.scales(PARAMS, STATS, 0.5)
-    clips = {"up": jnp.full((24, 2 if "Int4" in repr(scheme) else 1), 0.8, jnp.float32)}
+    s = sq.scales(PARAMS, calibrated(), 0.5)
+    clips = {"up": jnp.full((16, 2 if "Int4" in repr(scheme) else 1), 0.8, jnp.float32)}
     is_static = scheme == sq.W8A8_O3
-    measured = sq.fold_stats(STATS, s)
+    measured = sq.fold_stats(calibrated(), s)
     limit = 0.7 * jnp.max(measured.absmax["down"])
     numbers = {"s": s, "clips": clips, "ranges": {"down": limit} if is_static else {}}
     x = BATCHES[0]
     traced, inputs = trace(net, PARAMS, (x,), {})
-    schemes = site_schemes(STATS.graph, scheme)
-    got = jax.jit(lambda n: simulated(traced, PARAMS, STATS, schemes, n, inputs))(numbers)
+    schemes = site_schemes(calibrated().graph, scheme)
+    got = jax.jit(lambda n: simulated(traced, PARAMS, calibrated(), schemes, n, inputs))(numbers)
 
     if is_static:
         measured.absmax["down"] *= 0.7
-    qparams = sq.quantize(sq.fold(PARAMS, STATS.graph, s), measured, scheme, clips=clips)
+    qparams = sq.quantize(sq.fold(PARAMS, calibrated().graph, s), measured, scheme, clips=clips)
     wanted = sq.quantized(net)(qparams, x)
     assert np.abs(wanted - net(PARAMS, x)).max() > 1e-3 * np.abs(wanted).max()
     # A code that lies between two integers may round to the other one.
@@ -127,7 +132,7 @@ def test_it_learns_what_smoothing_is_for():
     assert lost(found) < 0.6 * lost(start)
     assert found.losses.best < 0.6 * found.losses.held_out[0]
     # And the float function is what it was.
-    folded, _ = found.applied(PARAMS, STATS)
+    folded, _ = found.applied(PARAMS, calibrated())
     x = BATCHES[0]
     np.testing.assert_allclose(net(folded, x), net(PARAMS, x), rtol=1e-4, atol=1e-3)
     assert not np.allclose(folded["up"], PARAMS["up"], rtol=0.1)
@@ -209,7 +214,7 @@ def test_one_program_for_all_batches():
         traced.append(1)
         return net(p, x)
 
-    sq.learn(counted, PARAMS, STATS, BATCHES, STATIC, loss="mse", steps=4, every=2)
+    sq.learn(counted, PARAMS, calibrated(), BATCHES, STATIC, loss="mse", steps=4, every=2)
     assert len(traced) == 1
 
 
@@ -229,7 +234,7 @@ WRONG = {
     "rotated": ({"rules": sq.W4A4_ROTATED}, "without smoothing or rotation"),
     "loss": ({"loss": "l1"}, "'kl', 'mse' or a function"),
     "group": ({"s": {"u": jnp.ones(16)}}, "no group is named 'u'"),
-    "clips of 0": ({"clips": {"up": jnp.zeros((24, 1))}}, "clips of 'up': expected factors in"),
+    "clips of 0": ({"clips": {"up": jnp.zeros((16, 1))}}, "clips of 'up': expected factors in"),
     "shape of clips": ({"clips": {"up": jnp.ones((3, 1))}}, "up: clips: expected factors of the"),
     "site of clips": ({"clips": {"g": jnp.ones((16, 1))}}, "'g' is no matmul's weight"),
     "steps": ({"steps": -1}, "learn: steps: expected a number of 0 or more, got -1"),

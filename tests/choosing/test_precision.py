@@ -39,11 +39,13 @@ def kl(params, x):
     return float(jnp.mean(jnp.sum(jnp.exp(ref) * (ref - got), -1)))
 
 
-STATS = sq.calibrate(net, NET, [X])
+@cache
+def calibrated():
+    return sq.calibrate(net, NET, [X])
 
 
 def chosen(candidates=("W8A16", W4), **options):
-    return sq.choose_precision(net, NET, STATS, [X[:20], X[20:]], candidates, **options)
+    return sq.choose_precision(net, NET, calibrated(), [X[:20], X[20:]], candidates, **options)
 
 
 @cache
@@ -100,7 +102,7 @@ def test_the_score_is_that_of_numpy(fn):
 def test_the_divergence_is_predicted():
     """Of one site at a time, where the errors are small: second order, and 40 drawn labels."""
     for path in ("q", "head"):
-        lost = kl(sq.quantize(NET, STATS, {f"^{path}$": W4}), X)
+        lost = kl(sq.quantize(NET, calibrated(), {f"^{path}$": W4}), X)
         of_w8, of_w4 = best().sensitivity[path]
         assert of_w4 == pytest.approx(lost, rel=0.7)
         assert of_w8 < 0.02 * of_w4
@@ -116,7 +118,7 @@ def test_one_program_whatever_the_number_of_candidates():
     counts = []
     for candidates in ([W4], [W4, "W8A16", "W8A8", None]):
         traced.clear()
-        sq.choose_precision(counted, NET, STATS, [X, X + 1], candidates, bits=8)
+        sq.choose_precision(counted, NET, calibrated(), [X, X + 1], candidates, bits=8)
         counts.append(len(traced))
     assert counts == [1, 1]
 
@@ -127,7 +129,7 @@ def test_one_program_whatever_the_number_of_candidates():
 def test_the_rules_are_what_quantize_takes_and_keep_to_the_budget():
     found = chosen(bits=5, candidates=["W8A16", W4, None], fixed={"head": None})
     assert set(found.sensitivity) == {"q", "k", "o"}
-    qparams = sq.quantize(NET, STATS, found.rules)
+    qparams = sq.quantize(NET, calibrated(), found.rules)
     assert qparams["head"] is NET["head"]
     assert found.nbytes == weight_bytes({path: qparams[path] for path in "qko"})
     assert found.bits <= 5
@@ -151,16 +153,17 @@ def test_more_bytes_lose_less_and_the_curve_says_so():
 
 def test_the_mixture_beats_the_small_scheme_and_never_loses_to_the_large():
     at = {
-        bits: kl(sq.quantize(NET, STATS, best().within(bits=bits).rules), X) for bits in (4, 6, 8)
+        bits: kl(sq.quantize(NET, calibrated(), best().within(bits=bits).rules), X)
+        for bits in (4, 6, 8)
     }
-    uniform = [kl(sq.quantize(NET, STATS, scheme), X) for scheme in (W4, "W8A16")]
+    uniform = [kl(sq.quantize(NET, calibrated(), scheme), X) for scheme in (W4, "W8A16")]
     assert at[4] == uniform[0] > at[6]
     assert at[8] == uniform[1]
 
 
 def test_seeds_repeat_and_the_order_of_batches_does_not_matter():
     first, again, other = best(), chosen(bits=8), best(seed=1)
-    back = sq.choose_precision(net, NET, STATS, [X[20:], X[:20]], ["W8A16", W4], bits=8)
+    back = sq.choose_precision(net, NET, calibrated(), [X[20:], X[:20]], ["W8A16", W4], bits=8)
     for path, loss in first.sensitivity.items():
         assert np.array_equal(loss, again.sensitivity[path])
         assert not np.array_equal(loss, other.sensitivity[path])
@@ -197,4 +200,4 @@ def test_a_budget_may_be_infinite():
 
 def test_batches_that_are_used_up_are_refused():
     with pytest.raises(ValueError, match="batches is empty"):
-        sq.choose_precision(net, NET, STATS, iter([]), [W4], bits=6)
+        sq.choose_precision(net, NET, calibrated(), iter([]), [W4], bits=6)

@@ -9,18 +9,16 @@ import sqjax as sq
 from sqjax.choosing.recommend import RECIPES, _checked, _quantile, _split, divergence_of_trees
 from sqjax.weights.sizes import weight_bytes
 
-KEYS = jax.random.split(jax.random.key(0), 4)
+RNG = np.random.default_rng(0)
+#: Both matrices have one shape, so that their programs are compiled once.
 PARAMS = {
-    "norm": jnp.ones((1, 64)),
-    "up": jax.random.normal(KEYS[0], (64, 64)) / 8,
-    "down": jax.random.normal(KEYS[1], (64, 16)) / 4,
+    "norm": jnp.asarray(np.ones((1, 64), np.float32)),
+    "up": jnp.asarray(RNG.normal(size=(64, 64)) / 8, jnp.float32),
+    "down": jnp.asarray(RNG.normal(size=(64, 64)) / 8, jnp.float32),
 }
 #: A few channels are large, as in language models.
-X = (
-    jax.random.normal(KEYS[2], (8, 32, 64))
-    * jnp.where(jnp.arange(64) % 16 == 0, 9.0, 1.0)[None, None]
-)
-BATCHES = list(X)
+X = np.float32(RNG.normal(size=(8, 32, 64)) * np.where(np.arange(64) % 16 == 0, 9.0, 1.0))
+BATCHES = list(map(jnp.asarray, X))
 
 
 def mlp(params, x):
@@ -66,9 +64,10 @@ def test_the_smallest_within_the_budget_is_named(found):
 def test_losses_are_divergences_from_the_float_model(found):
     [one] = [one for one in found.tried if one.name == found.name]
     losses = []
+    exact, quantized = jax.jit(mlp), jax.jit(sq.quantized(mlp))
     for x in BATCHES[-2:]:  # the last quarter
-        wanted = logprobs(mlp(PARAMS, x))
-        got = logprobs(sq.quantized(mlp)(found.params, x))
+        wanted = logprobs(exact(PARAMS, x))
+        got = logprobs(quantized(found.params, x))
         losses.append((np.exp(wanted) * (wanted - got)).sum(-1).mean())
     assert found.float_loss == pytest.approx(0, abs=1e-6)
     assert one.difference == pytest.approx(np.mean(losses), rel=1e-3, abs=1e-6)
@@ -100,8 +99,9 @@ def test_one_s_own_loss_and_what_stays_float():
         recipes="w4a16",
         budget=1e9,
     )
+    exact, quantized = jax.jit(mlp), jax.jit(sq.quantized(mlp))
     error = [
-        np.mean((np.asarray(sq.quantized(mlp)(found.params, x)) - mlp(PARAMS, x)) ** 2, dtype=float)
+        np.mean(np.square(np.asarray(quantized(found.params, x)) - exact(PARAMS, x)), dtype=float)
         for x in BATCHES[4:]
     ]
     assert found.tried[0].loss == pytest.approx(np.mean(error), rel=1e-4)
@@ -124,12 +124,15 @@ def test_outliers_of_a_few_tokens_are_rotated_away():
     def heads(params, x):
         return (x @ params["v"]) @ params["o"]
 
-    params = {"v": jnp.eye(64), "o": jax.random.normal(KEYS[3], (64, 16)) / 8}
-    large = 100 * jax.nn.one_hot(jnp.arange(256).reshape(8, 32) % 64, 64)
+    draw = np.random.default_rng(1)
+    params = {"v": np.eye(64), "o": draw.normal(size=(64, 64)) / 8}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    large = 100 * np.eye(64)[np.arange(256).reshape(8, 32) % 64]
+    x = np.float32(draw.normal(size=(8, 32, 64)) + large)
     found = sq.recommend(
         heads,
         params,
-        list(jax.random.normal(KEYS[2], (8, 32, 64)) + large),
+        list(map(jnp.asarray, x)),
         budget=1e9,
         loss=lambda outputs, exact, x: jnp.mean((outputs - exact) ** 2),
         recipes=["w8a8 static", "w8a8 static rotated"],

@@ -14,7 +14,7 @@ from sqjax.models import LlamaConfig, Model
 
 # qwix asks flax for a name that flax has removed.
 pytestmark = pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
-TINY = LlamaConfig(300, 32, 64, 1, 4, 2, 8, tie_embeddings=True, max_length=64)
+TINY = LlamaConfig(300, 32, 32, 1, 4, 2, 8, tie_embeddings=True, max_length=64)
 SIZE = benchmark.Size((4,), 8, 1, 1, 32, (4, 1), ((32, 64),))
 SITES, ATTENTION = 7 + 1, 2
 

@@ -291,7 +291,7 @@ def test_statistics_serve_python_too(stats):
     model, params = loaded("tiny")
     ids = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 1, 32)
     expected = sq.calibrate(model.apply, params, list(ids))
-    path = "model/layers/1/mlp/down_proj/kernel"
+    path = "model/layers/0/mlp/down_proj/kernel"
     np.testing.assert_array_equal(found.absmax[path], expected.absmax[path])
     assert found.graph == expected.graph
     assert (stats.parent / "stats.recipe.yaml").is_file()
@@ -302,8 +302,8 @@ def test_rotate_computes_the_same(run):
     made = json.loads(run("rotate", "tiny", "--seed", "1", "-o", "turned", "--json", "--quiet"))
     (model, params), (same, turned) = loaded("tiny"), loaded("turned")
     ids = jnp.arange(24, dtype=jnp.int32)[None] % model.config.vocab_size
-    expected = model.apply(params, ids)
-    np.testing.assert_allclose(same.apply(turned, ids), expected, rtol=1e-4, atol=1e-4)
+    expected = jax.jit(model.apply)(params, ids)
+    np.testing.assert_allclose(jax.jit(same.apply)(turned, ids), expected, rtol=1e-4, atol=1e-4)
     table = ("model", "embed_tokens", "embedding")
     before, after = at(params, table), at(turned, table)
     # Rows are turned, and so as long as they were.
@@ -319,8 +319,8 @@ def test_smooth_computes_the_same(run, stats):
     model, params = loaded("tiny")
     same, smooth = loaded("smooth")
     ids = jnp.asarray([same.tokenizer.encode("The dog barks.")])
-    expected = model.apply(params, ids)
-    np.testing.assert_allclose(same.apply(smooth, ids), expected, rtol=1e-4, atol=1e-4)
+    expected = jax.jit(model.apply)(params, ids)
+    np.testing.assert_allclose(jax.jit(same.apply)(smooth, ids), expected, rtol=1e-4, atol=1e-4)
     norm = ["model", "layers", "0", "input_layernorm", "weight"]
     assert not np.allclose(at(smooth, norm), at(params, norm))
 
@@ -417,10 +417,10 @@ def test_generate_streams_what_the_library_generates(run, quantized):
 @pytest.mark.slow
 def test_inspect_says_what_is_there(run, quantized, stats):
     found = json.loads(run("inspect", "tiny", "--stats", stats, "--quiet", "--json"))
-    assert (found["layers"], found["channels"], len(found["sites"])) == (2, 32, 15)
+    assert (found["layers"], found["channels"], len(found["sites"])) == (1, 32, 8)
     assert "outliers" in run("inspect", "tiny", "--stats", stats, "--quiet").lower()
     found = json.loads(run("inspect", quantized, "--quiet", "--json"))
-    assert len(found["quantized"]) == 13
+    assert len(found["quantized"]) == 7
     assert {*found["quantized"].values()} == {"int8 weight, int8 activations, per token"}
 
 
@@ -456,9 +456,9 @@ def test_other_formats_are_models_again(run, stats):
         model, params = loaded(output)
         same, floats = loaded("tiny")
         ids = jnp.asarray([same.tokenizer.encode("The dog barks.")])
-        got = sq.quantized(model.apply)(params, ids)
-        expected = same.apply(floats, ids)
-        error = jnp.abs(got - expected).max() / jnp.abs(expected).max()
+        got = jax.jit(sq.quantized(model.apply))(params, ids)
+        expected = np.asarray(jax.jit(same.apply)(floats, ids))
+        error = np.abs(got - expected).max() / np.abs(expected).max()
         assert 0 < error < 0.1
 
 

@@ -42,7 +42,7 @@ def tiny(config, tokenizer=None):
 
 @pytest.mark.slow
 def test_demo_prints_every_row(monkeypatch, capsys):
-    config = LlamaConfig(600, 32, 64, 1, 4, 2, 8, tie_embeddings=True)
+    config = LlamaConfig(600, 32, 32, 1, 4, 2, 8, tie_embeddings=True)
     model, params = tiny(config, _Letters(None, 0))
     monkeypatch.setattr(demo, "load", lambda name: (model, params))
     monkeypatch.setattr(demo, "LENGTH", 64)
@@ -62,7 +62,7 @@ def test_demo_prints_every_row(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_schemes_prints_every_row(monkeypatch, capsys):
-    config = LlamaConfig(600, 32, 64, 1, 4, 2, 8, tie_embeddings=True)
+    config = LlamaConfig(600, 32, 32, 1, 4, 2, 8, tie_embeddings=True)
     model, params = tiny(config, _Letters(None, 0))
     monkeypatch.setattr(schemes, "load", lambda name: (model, params))
     monkeypatch.setattr(schemes, "LENGTH", 64)
@@ -80,7 +80,7 @@ def test_schemes_prints_every_row(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_decode_measures_caches_and_steps():
-    model, params = tiny(LlamaConfig(600, 32, 64, 1, 2, 1, 16), _MoreLetters(None, 0))
+    model, params = tiny(LlamaConfig(600, 32, 32, 1, 2, 1, 16), _MoreLetters(None, 0))
     size = decoding.Size(
         windows=2, length=64, steps=2, repeats=1, batches=(2,), contexts=(512, 8), copied=1
     )
@@ -111,7 +111,7 @@ SPEED = [
 
 @pytest.mark.parametrize("only", [None, "accuracy", "speed"])
 def test_decode_prints_the_tables_that_are_asked_for(monkeypatch, capsys, only):
-    model = Model(LlamaConfig(600, 32, 64, 1, 2, 1, 16), _MostLetters(None, 0))
+    model = Model(LlamaConfig(600, 32, 32, 1, 2, 1, 16), _MostLetters(None, 0))
     monkeypatch.setattr(decoding, "load", lambda name: (model, {}))
     monkeypatch.setattr(decoding, "w8a8", lambda *_: {})
     monkeypatch.setattr(decoding, "accuracy", lambda *_: ACCURACY)
@@ -126,7 +126,7 @@ def test_decode_prints_the_tables_that_are_asked_for(monkeypatch, capsys, only):
 
 
 def model_of(length, letters=_MostLetters):
-    return Model(LlamaConfig(600, 32, 64, 1, 2, 1, 16, max_length=length), letters(None, 0))
+    return Model(LlamaConfig(600, 32, 32, 1, 2, 1, 16, max_length=length), letters(None, 0))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_bytes_of_a_tree_count_int4_as_half_a_byte():
 
 
 def test_texts_need_a_tokenizer():
-    config = LlamaConfig(600, 32, 64, 1, 4, 2, 8)
+    config = LlamaConfig(600, 32, 32, 1, 4, 2, 8)
     assert text_windows(Model(config, _Letters(None, 0)), "calibration", 8, 3).shape == (3, 8)
     with pytest.raises(ValueError, match="expected a model with a tokenizer, got one without"):
         text_windows(Model(config), "calibration", 8, 3)

@@ -44,7 +44,7 @@ def tiny_encoder():
     }
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    config = EncoderConfig(99, 32, 64, 1, 2, max_length=64)
+    config = EncoderConfig(99, 32, 32, 1, 2, max_length=64)
     encoder = Encoder(config, Tokenizer(backend, None))
     return encoder, jax.jit(encoder.init)(jax.random.key(0))
 

@@ -11,12 +11,13 @@ from sqjax.models.config import LayerKind
 from sqjax.models.rope import Rope
 from sqjax.models.tokenizer import Tokenizer
 
+#: Its matrices have two shapes, (32, 32) and that of keys and values: each is a program of what quantizes.
 GROUPED = LlamaConfig(
     vocab_size=61,
-    hidden_size=24,
-    intermediate_size=40,
+    hidden_size=32,
+    intermediate_size=32,
     num_layers=2,
-    num_heads=6,
+    num_heads=4,
     num_kv_heads=2,
     head_dim=8,
     tie_embeddings=True,
@@ -36,7 +37,7 @@ def random_params(model, seed=0):
     def draw(path, leaf):
         name, noise = path[-1].key, rng.normal(size=leaf.shape)
         by_name = {"weight": 1 + 0.4 * noise, "kernel": 1.5 * noise / leaf.shape[0] ** 0.5}
-        return jnp.asarray(by_name.get(name, noise), jnp.float32)
+        return jnp.asarray(np.asarray(by_name.get(name, noise), np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 

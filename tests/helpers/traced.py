@@ -13,7 +13,9 @@ from sqjax.program.trace import trace
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     """Normal numbers of this shape, always the same."""
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+    drawn = np.random.default_rng([seed, *shape]).normal(size=shape)
+    # Cast by numpy, because jax compiles a program for each shape.
+    return jnp.asarray(np.asarray(drawn).astype(dtype))
 
 
 def program_of(fn, params, *args):

@@ -28,12 +28,21 @@ from sqjax.models.checkpoints.huggingface import read_config
 CASES = tiny_checkpoint.cases()
 #: One of each kind of block and position; the others run in the slow tests.
 QUICK = ("gemma3_text", "qwen2_moe")
+#: What each of these computes another case of its family computes too, or has more of.
+AS_OTHERS = {
+    "llama", "llama_tied", "llama_linear", "llama_dynamic_short", "bloom", "falcon_rw_sixteen_heads",
+    "gemma_gelu", "gemma3_text_plain", "mistral_nemo", "phi3_longrope_short",
+    "qwen3_moe_every_second", "stablelm_parallel", "cohere",
+}  # fmt: skip
 #: transformers rounds Falcon's slopes to bfloat16. These heads' are no powers of two.
 ROUNDED = {"falcon_rw_sixteen_heads": 2e-3}
 
 
 def of_case(name):
-    return pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow,))
+    marks = [pytest.mark.slow] * (name not in QUICK) + [pytest.mark.every_case] * (
+        name in AS_OTHERS
+    )
+    return pytest.param(name, marks=marks)
 
 
 @functools.cache

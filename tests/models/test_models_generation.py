@@ -16,7 +16,7 @@ from sqjax.models.decoding.generation import check_counts
 from sqjax.models.decoding.sampling import restrict
 from sqjax.models.decoding.sizes import program_sizes
 
-CONFIG = replace(GROUPED, num_layers=2, tie_embeddings=False)
+CONFIG = replace(GROUPED, num_layers=1, tie_embeddings=False)
 MODEL = Model(CONFIG)
 STEPS = 10
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35], [8], [9, 7, 9, 3]]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def test_each_type_is_read_as_the_package_dequantizes_it(tmp_path, dtype):
 
 
 def test_rows_that_blocks_do_not_fill_are_float16(tmp_path):
-    model = Model(GROUPED)
+    model = Model(replace(GROUPED, hidden_size=24))
     save_gguf(tmp_path / "new.gguf", model, random_params(model), "q4_0")
     kinds = {name: kind for name, (kind, _) in read_file(tmp_path / "new.gguf")[0].items()}
     assert kinds["blk.0.ffn_up.weight"] == "F16"

@@ -176,15 +176,15 @@ def test_every_tensor_problem_in_one_error(tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"] = weights[
         "model.layers.1.mlp.up_proj.weight"
     ].T.copy()
-    weights["model.layers.2.mlp.up_proj.weight"] = np.ones((20, 12), np.float32)
+    weights["model.layers.2.mlp.up_proj.weight"] = np.ones((24, 12), np.float32)
     weights["model.layers.0.mlp.experts"] = np.ones(3, np.float32)
     weights["lm_head.weight"] = np.ones((31, 12), np.int8)
     with pytest.raises(ValueError, match=r"5 problem\(s\)") as caught:
         load(write(tmp_path, weights=weights))
     for line in (
         "model/norm/weight: expected a tensor for it, got none",
-        "model.layers.1.mlp.up_proj.weight: expected shape (20, 12), got (12, 20)",
-        "model.layers.2.mlp.up_proj.weight: expected no such tensor, got one of shape (20, 12)",
+        "model.layers.1.mlp.up_proj.weight: expected shape (24, 12), got (12, 24)",
+        "model.layers.2.mlp.up_proj.weight: expected no such tensor, got one of shape (24, 12)",
         "model.layers.0.mlp.experts: expected no such tensor, got one of shape (3,)",
         "lm_head.weight: expected a dtype of ('F64', 'F32', 'F16', 'BF16'), got I8",
     ):

@@ -13,10 +13,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def minilm():
-    """(the encoder, its parameters, sentences, torch's embeddings)."""
+    """(the encoder, its parameters, sentences, torch's embeddings).
+
+    The layers are in one stack, whose program is that of one layer.
+    """
     with np.load(Path(__file__).parent / "vectors" / "minilm.npz") as arrays:
         sentences, expected = arrays["sentences"].tolist(), arrays["embeddings"]
-    return *load_encoder("all-minilm-l6-v2"), sentences, expected
+    encoder, params = load_encoder("all-minilm-l6-v2")
+    return encoder, stack_layers(params), sentences, expected
 
 
 def test_embeddings_are_those_of_torch(minilm):
@@ -26,12 +30,8 @@ def test_embeddings_are_those_of_torch(minilm):
 
 
 def test_int8_embeddings_are_near(minilm):
-    """Cosines of at least 0.99 by a scale for each token, as measured on 64 other sentences.
-
-    The layers are in one stack, whose program is that of one layer.
-    """
+    """Cosines of at least 0.99 by a scale for each token, as measured on 64 other sentences."""
     encoder, params, sentences, expected = minilm
-    params = stack_layers(params)
     # The last one is long, which takes long in int8 on a CPU.
     sentences, expected = sentences[:-1], expected[:-1]
     batches = encoder.batches(sentences, batch=8)

@@ -56,6 +56,7 @@ def test_chat_of_the_real_model(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.every_case  # it could not continue as in torch, below, if it did not
 def test_real_model_predicts_text(loaded):
     model, params = loaded
     ids = encode(

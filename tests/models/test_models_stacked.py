@@ -119,8 +119,8 @@ def test_stacks_are_those_made_by_hand():
     params = random_params(MODEL)
     stacked = stack_layers(params)
     assert_same(stacked, stacked_by_hand(params))
-    assert stacked["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 24, 48)
-    assert stacked["model"]["layers"]["self_attn"]["q_proj"]["bias"].shape == (2, 48)
+    assert stacked["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape == (2, 32, 32)
+    assert stacked["model"]["layers"]["self_attn"]["q_proj"]["bias"].shape == (2, 32)
     assert_same(unstack_layers(stacked), params)
     assert stack_layers(stacked) is stacked
     assert unstack_layers(params) is params
@@ -223,8 +223,8 @@ def test_kernels_of_a_stack_are_fused(scheme):
     assert_alike(unstack_layers(fuse(stacked)), fuse(apart))
     assert fuse(stacked)["model"]["layers"]["mlp"]["gate_proj+up_proj"]["kernel"].shape == (
         2,
-        24,
-        80,
+        32,
+        64,
     )
     np.testing.assert_allclose(logits(fuse(stacked)), logits(apart), atol=1e-4)
 
@@ -275,7 +275,7 @@ def test_evaluation_of_a_stack():
 
 
 #: The shapes of every weight of a layer, as a set of sizes: stored either way, with an axis of layers of 1 or 2.
-WEIGHTS = {frozenset((24, 48)), frozenset((24, 16)), frozenset((24, 40))}
+WEIGHTS = {frozenset((32,)), frozenset((32, 16))}
 
 
 def weight_copies(compiled: str) -> Counter:
@@ -310,6 +310,7 @@ def weight_copies(compiled: str) -> Counter:
 
 
 @pytest.mark.slow
+@pytest.mark.every_case  # as the tests below, whose `weight_copies` it is about
 def test_the_loop_of_a_stack_taken_apart_on_every_step_copies_every_weight():
     """What `generate` and `greedy` must not do: a slice of each of seven weights and two layers."""
 
@@ -445,7 +446,7 @@ def test_layers_that_are_not_alike():
     mixed = sq.quantize(apart, of_apart, {"layers/1/mlp/up_proj": None, ".*": sq.W8A8})
     with pytest.raises(
         ValueError,
-        match=r"model/layers/1/mlp/up_proj/kernel: expected .*int8.*got float32\[24, 40\]",
+        match=r"model/layers/1/mlp/up_proj/kernel: expected .*int8.*got float32\[32, 32\]",
     ):
         stack_layers(mixed)
 

@@ -16,7 +16,7 @@ from sqjax.models import load
 
 LLAMA = CONFIG | {
     "hidden_size": 16,
-    "intermediate_size": 24,
+    "intermediate_size": 16,
     "num_attention_heads": 4,
     "num_hidden_layers": 1,
 }

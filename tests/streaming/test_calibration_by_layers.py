@@ -49,7 +49,7 @@ SMALL = DecoderConfig(
     max_length=64,
 )
 WINDOWS = (LayerKind(3), LayerKind(None, Rope(1e6)), LayerKind(3))
-SIZES = (61, 24, 40, 3, 6, 2, 8)
+SIZES = (61, 32, 32, 3, 4, 2, 8)
 CONFIGS = {
     "tied": GROUPED,
     "gemma": DecoderConfig(
@@ -64,7 +64,7 @@ CONFIGS = {
         tie_embeddings=True,
     ),
     "opt": DecoderConfig(
-        *(61, 24, 40, 2, 6, 6, 4),
+        *(61, 32, 32, 2, 4, 4, 8),
         norm=Norm("layer", bias=True),
         attention_bias=True,
         output_bias=True,
@@ -78,7 +78,7 @@ CONFIGS = {
         max_length=32,
     ),
     "experts": DecoderConfig(
-        *(61, 24, 40, 2, 6, 2, 8), experts=Experts(4, 2, 16, shared_size=8, dense_layers=(0,))
+        *(61, 32, 32, 2, 4, 2, 8), experts=Experts(4, 2, 16, shared_size=8, dense_layers=(0,))
     ),
 }
 
