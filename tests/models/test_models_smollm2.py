@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from sqjax.commands.shared import shipped
-from sqjax.models import generate, greedy, load, stack_layers
+from sqjax.commands.shared import shipped, text_windows
+from sqjax.models import generate, greedy, load, prefix, stack_layers, token_peaks
 from sqjax.models.evaluation.perplexity import perplexity
 
 
@@ -149,3 +149,19 @@ def test_a_quantized_cache_on_the_real_model(loaded):
         got = perplexity(model, params, ids, 128, cache=name, chunk=64)
         assert 1e-5 < abs(got / plain - 1) < bound
         assert model.init_cache(1, 4, kind=name).bytes_per_token == nbytes
+
+
+@pytest.mark.slow
+def test_no_token_stands_out_behind_the_prefix(loaded):
+    """Behind the opening token alone the first one does in a few texts."""
+    model, params = loaded
+    # The windows of the evaluation text whose first token does, and three others.
+    texts = jnp.asarray(
+        text_windows(model, "evaluation", 512, 60)[[13, 28, 29, 49, 54, 0, 1, 2], :16]
+    )
+    chosen = prefix(model, params, [jnp.asarray(text_windows(model, "calibration", 512, 2))])
+    assert len(chosen.ids) == 2
+    opening = prefix(model, params, ids=chosen.ids[-1:])
+    peaks = [np.asarray(token_peaks(model, params, texts, p)) for p in (opening, chosen)]
+    assert (peaks[0][:, 0] > 64).sum() == 5
+    assert peaks[1].max() < 32

@@ -36,6 +36,8 @@ from sqjax.weights.quant_weight import is_quantized
 
 #: A token stands out if its largest activation is above so many times the median token's.
 RATIO = 64.0
+#: Of texts that are cut into pieces of so many tokens every piece's first token is looked at.
+_PIECE = 16
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +116,9 @@ def prefix(
     A token stands out if its largest activation is above `ratio` times that of the median token
     (`token_peaks`). The prefix has as many tokens as stand out in a text on average, rounded up:
     those that stand out most often after the first place, and last the token that opens a text (the
-    tokenizer's; without one, that which stands out most often).
+    tokenizer's; without one, that which stands out most often). Where the first token of a piece of
+    the texts still stands out behind these, the most frequent tokens of the texts are put before
+    them: in some models a token stands out because all before it are the same one.
 
     Args:
         model: a `Model`.
@@ -156,7 +160,9 @@ def prefix(
         )
     if ids is None:
         _check_floats(params)
-        ids = _chosen(model, params, batches, most, ratio)
+        texts = [_ids_of(batch) for batch in batches]
+        ids = _chosen(model, params, texts, most, ratio)
+        ids = _enough(model, params, texts, ids, most, ratio)
     return _made(model, params, check_prefix_ids(model, ids))
 
 
@@ -217,6 +223,52 @@ def cache_of(model: Model, prefix: Any, what: str) -> PrefixCache | None:
     return prefix.cache
 
 
+def _ids_of(batch: Any) -> Any:
+    """The token ids of a batch: `calibrate` takes its inputs one by one, as tuples."""
+    return batch[0] if isinstance(batch, tuple) else batch
+
+
+def _enough(
+    model: Model,
+    params: Params,
+    texts: list[Any],
+    ids: list[int],
+    most: int,
+    ratio: float,
+) -> list[int]:
+    """A prefix with frequent tokens before it, as long as fewer texts then begin with a peak.
+
+    Of texts of (2, 40) tokens the pieces are (4, 16): any token may be the first after a prefix.
+    """
+    pieces = [_pieces(np.asarray(text)) for text in texts]
+    counts = Counter(token for piece in pieces for token in piece.flat)
+    ordered = [int(token) for token, _ in counts.most_common()]
+    frequent = [token for token in ordered if token not in ids]
+
+    def peaks_behind(ids: list[int]) -> int:
+        made = _made(model, params, check_prefix_ids(model, ids))
+        of_pieces = (token_peaks(model, params, x, made) for x in pieces)
+        return sum(int(jnp.sum(peaks[:, 0] > ratio)) for peaks in of_pieces)
+
+    count = peaks_behind(ids)
+    for token in frequent:
+        if not count or len(ids) >= most:
+            break
+        longer = [token, *ids]
+        fewer = peaks_behind(longer)
+        # A token that stands out wherever it is does so behind any prefix.
+        if fewer >= count:
+            break
+        ids, count = longer, fewer
+    return ids
+
+
+def _pieces(ids: np.ndarray) -> np.ndarray:
+    """Texts cut into pieces of `_PIECE` tokens, without what is left over; shorter ones whole."""
+    whole = ids.shape[1] // _PIECE * _PIECE
+    return ids[:, :whole].reshape(-1, _PIECE) if whole else ids
+
+
 class _Found(NamedTuple):
     """Which tokens stand out in some texts.
 
@@ -265,9 +317,7 @@ def _found(
 ) -> _Found:
     """Which tokens stand out in batches of texts."""
     found = _Found(0, Counter(), Counter())
-    for batch in batches:
-        # `calibrate` takes its inputs one by one, as tuples.
-        ids = batch[0] if isinstance(batch, tuple) else batch
+    for ids in batches:
         peaks = np.asarray(token_peaks(model, params, ids))
         if not np.all(np.isfinite(peaks)):
             raise ValueError(
