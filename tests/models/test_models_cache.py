@@ -439,7 +439,7 @@ def test_the_cache_of_another_model_or_batch():
     params = jax.eval_shape(model.init, jax.random.key(0))
     others = {
         "layers": {"num_layers": 3},
-        "heads": {"num_kv_heads": 3},
+        "heads": {"num_kv_heads": 4},
         "head_dim": {"head_dim": 8},
     }
     for change in others.values():
