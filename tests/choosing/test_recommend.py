@@ -197,7 +197,7 @@ def test_floats_are_found_and_leave_something():
 def test_a_loss_that_does_not_fit_is_refused():
     cases = (
         (lambda outputs, x: 0.0, "does not take these 3 arguments"),
-        (lambda outputs, exact, x: (outputs - exact)[0], r"expected a scalar.* got \(16,\)"),
+        (lambda outputs, exact, x: (outputs - exact)[0], r"expected a scalar.* got \(64,\)"),
         ("mse", r"expected a function loss\(outputs, float_outputs, \*batch\), got 'mse'"),
     )
     for loss, said in cases:

@@ -474,7 +474,7 @@ def test_refusals_of_schemes():
         MSE.replace(smoothing=0.5)
     with pytest.raises(ValueError, match=rf"^b: Scheme.activation: .*{of_x}"):
         sq.smoothquant(fn, PARAMS, BATCHES, scheme=MSE, groups="^a$", runtime=0.5)
-    with pytest.raises(ValueError, match=r"range comes from .* or of X without outliers"):
+    with pytest.raises(ValueError, match=r"range comes from .* of X without outliers"):
         MSE.replace(outliers=6.0)
 
 
