@@ -154,11 +154,8 @@ def gpu_matmuls(rows: Sequence[Row]) -> Table:
     for name, by_count in times_of.items():
         cells = []
         for count in counts:
-            if count in by_count:
-                ratio = times(times_of["bf16"][count] / by_count[count])
-                cells.append(f"{ratio} ({by_count[count]:.0f} us)")
-            else:
-                cells.append(NOT_MEASURED)
+            first, own = times_of["bf16"][count], by_count.get(count)
+            cells.append(_beside(first, own, "{:.0f} us"))
         lines.append((name, *cells))
     return Table(titles, lines)
 
@@ -175,11 +172,8 @@ def gpu_model(rows: Sequence[Row]) -> Table:
     for name, by_case in measured.items():
         cells = []
         for case in cases:
-            if case in by_case:
-                ratio = times(measured["bf16"][case] / by_case[case])
-                cells.append(f"{ratio} ({by_case[case]:.2f} ms)")
-            else:
-                cells.append(NOT_MEASURED)
+            first, own = measured["bf16"].get(case), by_case.get(case)
+            cells.append(_beside(first, own, "{:.2f} ms"))
         lines.append((name, *cells))
     return Table(("", "prefill of 2,048 tokens", "one decode step"), lines)
 
@@ -204,14 +198,18 @@ def gpu_visit(rows: Sequence[Row]) -> Table:
     for name in names:
         cells = []
         for by_name in measured.values():
-            if name in by_name and "bf16" in by_name:
-                ratio = times(by_name["bf16"] / by_name[name])
-                cells.append(f"{ratio} ({by_name[name]:.2f} ms)")
-            else:
-                cells.append(NOT_MEASURED)
+            first, own = by_name.get("bf16"), by_name.get(name)
+            cells.append(_beside(first, own, "{:.2f} ms"))
         held = megabytes(memory[name]) if name in memory else NOT_MEASURED
         lines.append((name, *cells, held))
     return Table(("", *measured, "MB of a prefill"), lines)
+
+
+def _beside(first: float | None, own: float | None, shown: str) -> str:
+    """A time with its ratio to the first line's: "1.97x (153 us)", if both were measured."""
+    if first is None or own is None:
+        return NOT_MEASURED
+    return f"{times(first / own)} ({shown.format(own)})"
 
 
 def gpu_kernels(rows: Sequence[Row]) -> Table:

@@ -118,7 +118,7 @@ def prefix(
     those that stand out most often after the first place, and last the token that opens a text (the
     tokenizer's; without one, that which stands out most often). Where the first token of a piece of
     the texts still stands out behind these, the most frequent tokens of the texts are put before
-    them: in some models a token stands out because all before it are the same one.
+    them: in some models that token stands out behind a lone one, and not behind two that differ.
 
     Args:
         model: a `Model`.
