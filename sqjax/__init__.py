@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sqjax.streaming.act_scales import stats_from_act_scales
     from sqjax.streaming.calibration import calibrate_layers
     from sqjax.streaming.loading import load_quantized
+    from sqjax.weights.kernels import with_kernel
     from sqjax.weights.qtensor import QTensor, dequantize
     from sqjax.weights.quant_weight import QuantWeight
     from sqjax.weights.schemes import (
@@ -133,6 +134,7 @@ __all__ = [
     "split",
     "stats_from_act_scales",
     "verify",
+    "with_kernel",
 ]
 
 __version__ = "0.1.0"
@@ -174,6 +176,7 @@ _NAMES = {
     "sqjax.streaming.act_scales": "stats_from_act_scales",
     "sqjax.streaming.calibration": "calibrate_layers",
     "sqjax.streaming.loading": "load_quantized",
+    "sqjax.weights.kernels": "with_kernel",
     "sqjax.weights.qtensor": "QTensor dequantize",
     "sqjax.weights.quant_weight": "QuantWeight",
     "sqjax.weights.schemes": (

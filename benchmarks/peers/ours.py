@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -208,12 +208,16 @@ def by_layers(chosen: Chosen, scheme: sq.Scheme) -> Any:
 
 
 class Row(NamedTuple):
-    """A scheme, how scales are chosen for it, how weights are rounded, what is done before."""
+    """A scheme, how scales are chosen for it, how weights are rounded, what is done before.
+
+    And how keys and values are kept while it is measured.
+    """
 
     scheme: sq.Scheme
     choose: Choice
     narrow: Callable[[Chosen, sq.Scheme], Any] = rounding
     before: Callable[[Case], Case] | None = None
+    cache: Literal["int8"] | None = None
 
 
 def learned_from_search() -> Choice:
@@ -271,6 +275,11 @@ ROWS = {
     "w4a16-g128-awq-gptq": Row(sq.W4A16, awq, gptq),
     "w4a8-rounding": Row(sq.W4A8, nothing),
     "w4a8-by-search": Row(sq.W4A8, by_search, gptq),
+    "w4a8-by-layers": Row(sq.W4A8, by_search, by_layers),
+    "w4a8-by-search-int8-cache": Row(sq.W4A8, by_search, gptq, cache="int8"),
+    "w4a8-by-layers-int8-cache": Row(
+        sq.W4A8, by_search, by_layers, cache="int8"
+    ),
     "w4a16-learned": Row(W4, learned_from_awq()),
     "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),
 }
@@ -279,11 +288,12 @@ NAMES = (FLOAT, FLOAT_PREFIXED, *ROWS)
 
 
 class Made(NamedTuple):
-    """A quantized model, with the prefix of its float form."""
+    """A quantized model, with the prefix of its float form, and its cache."""
 
     model: Any
     tree: Any
     prefix: sq.models.Prefix | None = None
+    cache: Literal["int8"] | None = None
 
 
 def quantized(name: str, case: Case) -> Made:
@@ -298,7 +308,7 @@ def quantized(name: str, case: Case) -> Made:
     tree = jax.block_until_ready(row.narrow(chosen, row.scheme))
     # Folding changes what the prefix's values must be.
     held = None if start.prefix is None else start.prefix.of(chosen.params)
-    return Made(start.model, tree, held)
+    return Made(start.model, tree, held, row.cache)
 
 
 def losses(made: Made, windows: np.ndarray) -> list[float]:
@@ -306,7 +316,11 @@ def losses(made: Made, windows: np.ndarray) -> list[float]:
     return [
         math.log(
             sq.models.perplexity(
-                made.model, made.tree, window[None], prefix=made.prefix
+                made.model,
+                made.tree,
+                window[None],
+                prefix=made.prefix,
+                cache=made.cache,
             )
         )
         for window in windows

@@ -73,15 +73,16 @@ def matmul(
 ) -> Float[Array, "rows outputs"]:
     """A quantized matmul in one kernel; see the module, and `sqjax.triton.matmul` for the formula.
 
-    An int8 `x` makes every sum exact in int32. A bfloat16 `x` meets the weight as bfloat16: with
+    An int8 `x` makes every sum exact in int32. A float8 `x` meets float8 values as the matrix units
+    add them: with fewer bits than float32 has (on Hopper). A bfloat16 `x` meets the weight as bfloat16: with
     one scale for an output its integers are exact there; in groups they are multiplied by their
     scale first, and rounded as XLA's own bfloat16 copy of the weight would be.
 
     Args:
-        x: int8 or bfloat16 (rows, channels).
-        values: int8 or int4 (outputs, channels); int8 for an int8 x.
-        scale: float32 (outputs, groups); one group for an int8 x.
-        x_scale: float32 (rows,), for an int8 x. None: 1.
+        x: int8, float8_e4m3fn or bfloat16 (rows, channels).
+        values: (outputs, channels), of x's dtype; int8 or int4 for a bfloat16 x.
+        scale: float32 (outputs, groups); one group but for a bfloat16 x.
+        x_scale: float32 (rows,), but for a bfloat16 x. None: 1.
         zero: int8 (outputs, groups), zero points of int4 values, or None: 0.
         dtype: of the result, bfloat16 or float32.
         multiprocessors: blocks that run at once, the others take turns. An H100 or H200 in SXM
@@ -108,7 +109,7 @@ def matmul(
         return jnp.zeros((0, outputs), dtype)
     if x_scale is None:
         x_scale = jnp.ones((rows,), jnp.float32)
-    is_swapped = x.dtype != jnp.int8 or rows <= _FEW
+    is_swapped = x.dtype != values.dtype or rows <= _FEW
     tiles = _tiles(rows, is_swapped)
     step = tiles.cols if is_swapped else _MULTIPLYING * tiles.rows
     beyond = -rows % step
@@ -157,7 +158,12 @@ def _check(
 ) -> None:
     """Raises ValueError for operands that the kernel does not take, or that do not fit."""
     kinds = x.dtype.name, values.dtype.name
-    allowed = [("int8", "int8"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    allowed = [
+        ("int8", "int8"),
+        ("float8_e4m3fn", "float8_e4m3fn"),
+        ("bfloat16", "int8"),
+        ("bfloat16", "int4"),
+    ]
     if kinds not in allowed:
         raise ValueError(
             f"mosaic.matmul: expected dtypes of x and the values among {allowed}, got {kinds}"
@@ -197,15 +203,15 @@ def _check_groups(
             f"mosaic.matmul: {channels} channels in {groups} groups; expected groups of equal "
             f"length, a multiple of {_CHANNELS}"
         )
-    is_narrow = x.dtype == jnp.int8
+    is_narrow = x.dtype != jnp.bfloat16
     if is_narrow and (groups > 1 or channels > LONGEST_CONTRACTION):
         raise ValueError(
             f"mosaic.matmul: expected one group of at most {LONGEST_CONTRACTION} channels for an "
-            f"int8 x, got {groups} of {channels // groups}"
+            f"x of {x.dtype.name}, got {groups} of {channels // groups}"
         )
     if x_scale is not None and not is_narrow:
         raise ValueError(
-            f"mosaic.matmul: x_scale is for an int8 x, got an x of dtype {x.dtype.name}"
+            "mosaic.matmul: x_scale is for an int8 or float8 x, got an x of dtype bfloat16"
         )
     if zero is not None and values.dtype != jnp.int4:
         raise ValueError(

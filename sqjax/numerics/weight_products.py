@@ -37,11 +37,13 @@ class Recipe(NamedTuple):
         activations: how the activation is quantized; None: not at all.
         fmt: to which format.
         group: the weight's group size, or None.
+        kernel: "pallas": `sqjax.numerics.mosaic.matmul` multiplies, on GPUs; None: XLA alone.
     """
 
     activations: Activations | None = "per_token"
     fmt: FormatName = "int8"
     group: int | None = None
+    kernel: Literal["pallas"] | None = None
 
 
 class Matrix(NamedTuple):
@@ -141,6 +143,34 @@ def product(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(
+    recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
+) -> Float[Array, "rows outputs"]:
+    if recipe.kernel is None:
+        return _by_xla(recipe, x, matrix)
+    in_kernel = partial(_in_kernel, recipe)
+    by_xla = partial(_by_xla, recipe)
+    return lax.platform_dependent(x, matrix, cuda=in_kernel, default=by_xla)
+
+
+def _in_kernel(
+    recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
+) -> Float[Array, "rows outputs"]:
+    """`_by_xla` with a kernel for everything after x is quantized."""
+    # Here, because it takes long to import, and few ask for it.
+    from sqjax.numerics.mosaic import matmul
+
+    multiply = partial(matmul, dtype=jnp.float32)
+    if recipe.activations is None:
+        rows = x.astype(jnp.bfloat16)
+        return multiply(rows, matrix.codes, matrix.scale, zero=matrix.zero)
+    fmt = FORMATS[recipe.fmt]
+    x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
+    q = to_operand(x, x_scale, fmt)
+    of_rows = jnp.broadcast_to(x_scale, (x.shape[0], 1))[:, 0]
+    return multiply(q, matrix.codes, matrix.scale, x_scale=of_rows)
+
+
+def _by_xla(
     recipe: Recipe, x: Float[Array, "rows inner"], matrix: Matrix
 ) -> Float[Array, "rows outputs"]:
     if recipe.activations is None:

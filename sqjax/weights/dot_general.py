@@ -27,6 +27,7 @@ from sqjax.numerics.weight_products import (
     ragged_product,
     transposed_product,
 )
+from sqjax.weights.kernels import check_call
 from sqjax.weights.qtensor import QTensor
 from sqjax.weights.quant_weight import Outliers, QuantWeight
 
@@ -67,6 +68,7 @@ def quantized_dot_general(
         multiply, channels = _multiply_transposed, axes.outer
     else:
         check_contraction(weight, w_axes, w_batch, where)
+        check_call(x, weight, dimensions, where)
         multiply, channels = _multiply, list(w_axes)
     multiply = partial(multiply, weight.recipe, weight.rotation)
 

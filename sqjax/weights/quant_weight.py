@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class QuantWeight(NoArray):
         rotation: the channels of a block of Q, a rotation at run time (see
             `sqjax.numerics.hadamard`), or None. Where it is given the weight holds Q s W along its
             contracted channels, flattened as they are stored, and the quantizer sees (X/s) Q.
+        kernel: "pallas" where `with_kernel` chose that, or None: XLA's own program.
 
     Examples:
         >>> import jax.numpy as jnp, sqjax as sq
@@ -91,6 +92,9 @@ class QuantWeight(NoArray):
     )
     outliers: Any = None  # Outliers or None
     rotation: int | None = field(default=None, metadata={"static": True})
+    kernel: Literal["pallas"] | None = field(
+        default=None, metadata={"static": True}
+    )
 
     def __repr__(self) -> str:
         return weight_text(self)
@@ -250,7 +254,10 @@ class QuantWeight(NoArray):
     def recipe(self) -> Recipe:
         """How a product with one of its matrices runs."""
         return Recipe(
-            self.activations, self.activation_format, self.tensor.group
+            self.activations,
+            self.activation_format,
+            self.tensor.group,
+            self.kernel,
         )
 
 

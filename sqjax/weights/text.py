@@ -36,6 +36,7 @@ def weight_text(weight: Any) -> str:
         "smoothing at run time": weight.smoothing,
         f"rotated in blocks of {weight.rotation}": weight.rotation,
         f"{count} outlier channels": weight.outliers,
+        f"kernel {weight.kernel}": weight.kernel,
     }
     parts = [_kind(tensor), *scales, f"activations {activations}"]
     return _listed("QuantWeight", parts + _of_what_is_there(beside))

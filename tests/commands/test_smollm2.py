@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import real_models
 from jaxprs import INT8_DOT, dots, widened
-from real_models import first_layers
 
 import sqjax as sq
 from sqjax.commands.shared import text_windows
@@ -25,9 +25,9 @@ def smollm2(request):
     Of the whole model, or of its first layers, the last of which the head reads; these are in one
     stack, because a program of one layer is sooner compiled than one of several.
     """
-    model, params = sq.models.load("smollm2-135m")
+    model, params = real_models.smollm2()
     if request.param:
-        model, params = first_layers(model, params, LAYERS)
+        model, params = real_models.first_layers(model, params, LAYERS)
         params = stack_layers(params)
     batches = [row[None] for row in text_windows(model, "calibration", 128, 2)]
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

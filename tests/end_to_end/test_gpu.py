@@ -258,6 +258,7 @@ MOSAIC = {
     "int8 x int8": (300, jnp.int8, jnp.int8, 1, False, "s32.s8.s8"),
     "few rows of int8 x int8": (16, jnp.int8, jnp.int8, 1, False, "s32.s8.s8"),
     "bfloat16 x int8": (300, jnp.bfloat16, jnp.int8, 1, False, "f32.bf16.bf16"),
+    "float8 x float8": (300, jnp.float8_e4m3fn, jnp.float8_e4m3fn, 1, False, "f32.e4m3.e4m3"),
     "bfloat16 x int4 with zeros": (16, jnp.bfloat16, jnp.int4, 8, True, "f32.bf16.bf16"),
 }
 
@@ -283,3 +284,19 @@ def test_the_mosaic_matmul_reads_weights_as_they_are(case):
     # No weight in another dtype, and no sums before they are scaled.
     assert all(value.size < FEATURES * INPUTS for value in program.written())
     assert "s32" not in {value.dtype for value in program.written()}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11")
+def test_with_kernel_puts_the_kernel_in_the_matmul_s_place():
+    def fn(params, x):
+        return x @ params["w"]
+
+    params, x = {"w": jnp.ones((INPUTS, FEATURES))}, jnp.ones((ROWS, INPUTS))
+    tree = sq.quantize(params, sq.calibrate(fn, params, [x]), sq.W8A8)
+    tree = sq.with_kernel(tree, "pallas")
+    shapes = jax.eval_shape(lambda *args: args, tree, x)
+    program = gpu_compile.compiled(sq.quantized(fn), *shapes, target="sm_90a")
+    assert "s32.s8.s8" in program.text and program.matmuls() == []
+    assert all(value.size < FEATURES * INPUTS for value in program.written())
+    # The scales of rows are found among integers; the sums are nowhere.
+    assert all(value.size < ROWS * FEATURES for value in program.written() if value.dtype == "s32")

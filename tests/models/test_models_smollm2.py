@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from real_models import first_layers, smollm2
 from scipy.special import logsumexp
 
 from sqjax.commands.shared import shipped, text_windows
-from sqjax.models import generate, greedy, load, prefix, stack_layers, token_peaks
+from sqjax.models import generate, greedy, prefix, stack_layers, token_peaks
 from sqjax.models.evaluation.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load("smollm2-135m")
+    return smollm2()
 
 
 def encode(model, text):
@@ -154,12 +155,11 @@ def test_a_quantized_cache_on_the_real_model(loaded):
 @pytest.mark.slow
 def test_no_token_stands_out_behind_the_prefix(loaded):
     """Behind the opening token alone the first one does in a few texts."""
-    model, params = loaded
+    model, params = first_layers(*loaded, 12)  # of them the eleventh makes a token stand out
     # The windows of the evaluation text whose first token does, and three others.
-    texts = jnp.asarray(
-        text_windows(model, "evaluation", 512, 60)[[13, 28, 29, 49, 54, 0, 1, 2], :16]
-    )
-    chosen = prefix(model, params, [jnp.asarray(text_windows(model, "calibration", 512, 2))])
+    evaluated = text_windows(model, "evaluation", 512, 60)
+    texts = jnp.asarray(evaluated[[13, 28, 29, 49, 54, 0, 1, 2], :16])
+    chosen = prefix(model, params, [jnp.asarray(text_windows(model, "calibration", 128, 2))])
     assert len(chosen.ids) == 2
     opening = prefix(model, params, ids=chosen.ids[-1:])
     peaks = [np.asarray(token_peaks(model, params, texts, p)) for p in (opening, chosen)]

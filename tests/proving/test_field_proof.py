@@ -12,7 +12,7 @@ import pytest
 from dags import Dag, evaluate, function
 from mutations import PROGRAMS, wrong_labels
 from random_programs import random_dag, random_image_dag
-from real_models import first_layers
+from real_models import first_layers, smollm2
 from traced import graph_of, normal, spaces_of
 from two_layers import (
     IDS,
@@ -249,7 +249,7 @@ def test_groups_of_random_programs_are_proved_and_their_mutations_refused(seed, 
 @pytest.mark.parametrize("layers", [pytest.param(30, marks=pytest.mark.every_case), 1])
 def test_smollm2_is_proved_and_a_forgotten_leaf_is_found(layers):
     """With the spaces that the search finds; given gains are not ones, and the tied head takes none."""
-    model, params = first_layers(*sq.models.load("smollm2-135m"), layers)
+    model, params = first_layers(*smollm2(), layers)
     few = {"embedding": params["model"]["embed_tokens"]["embedding"][:64]}
     params = {**params, "model": {**params["model"], "embed_tokens": few}}
     model = replace(model, config=replace(model.config, vocab_size=64))
