@@ -73,10 +73,10 @@ def matmul(
 ) -> Float[Array, "rows outputs"]:
     """A quantized matmul in one kernel; see the module, and `sqjax.triton.matmul` for the formula.
 
-    An int8 `x` makes every sum exact in int32. A float8 `x` meets float8 values as the matrix units
-    add them: with fewer bits than float32 has (on Hopper). A bfloat16 `x` meets the weight as bfloat16: with
-    one scale for an output its integers are exact there; in groups they are multiplied by their
-    scale first, and rounded as XLA's own bfloat16 copy of the weight would be.
+    An int8 `x` makes every sum exact in int32. A float8 `x` meets float8 values as Hopper's matrix
+    units add them, with fewer bits than float32 has. A bfloat16 `x` meets the weight as bfloat16:
+    with one scale for an output its integers are exact there; in groups they are multiplied by
+    their scale first, and rounded as XLA's own bfloat16 copy of the weight would be.
 
     Args:
         x: int8, float8_e4m3fn or bfloat16 (rows, channels).

@@ -34,8 +34,8 @@ def with_kernel(qparams: PyTree, kernel: str | Mapping[str, str]) -> PyTree:
 
     Args:
         qparams: what `quantize` returned.
-        kernel: "xla" or "pallas" for all quantized weights, or {pattern of their paths: kernel}. The first pattern
-            that is found wins; a weight that none matches stays as it is.
+        kernel: "xla" or "pallas" for all quantized weights, or {pattern of their paths: kernel}.
+            The first pattern that is found wins; a weight that none matches stays as it is.
 
     Returns:
         A tree with the same paths.

@@ -296,7 +296,8 @@ def test_with_kernel_puts_the_kernel_in_the_matmul_s_place():
     tree = sq.with_kernel(tree, "pallas")
     shapes = jax.eval_shape(lambda *args: args, tree, x)
     program = gpu_compile.compiled(sq.quantized(fn), *shapes, target="sm_90a")
-    assert "s32.s8.s8" in program.text and program.matmuls() == []
+    assert "s32.s8.s8" in program.text
+    assert program.matmuls() == []
     assert all(value.size < FEATURES * INPUTS for value in program.written())
     # The scales of rows are found among integers; the sums are nowhere.
     assert all(value.size < ROWS * FEATURES for value in program.written() if value.dtype == "s32")

@@ -39,6 +39,22 @@ def test_w8a8_is_exact_but_for_its_scales(rows):
 
 
 @has_interpreter
+@pytest.mark.parametrize("rows", [5, 300])
+def test_float8_is_near_float64(rows):
+    rng = np.random.default_rng(rows)
+    x, w = (
+        jnp.asarray(rng.normal(size=(n, 256)), jnp.float32).astype(jnp.float8_e4m3fn)
+        for n in (rows, 128)
+    )
+    scale, x_scale = scales(rng, 128, 1), scales(rng, rows)
+    got = interpreted(x, w, scale, x_scale=x_scale, dtype=jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    want = np.asarray(x_scale, np.float64)[:, None] * exact * np.asarray(scale, np.float64).T
+    # 256 products, each sum rounded to float32; the interpreter adds as float32 does.
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 256 * 2.0**-24
+
+
+@has_interpreter
 @pytest.mark.parametrize("zeros", [False, True])
 def test_int4_in_groups(zeros):
     rng = np.random.default_rng(0)
@@ -79,7 +95,11 @@ X, W, S = jnp.ones((4, 256), jnp.int8), jnp.ones((128, 256), jnp.int8), jnp.ones
         ((X[:, :200], W[:, :200], S), {}, "multiples of 128, got 200 and 128"),
         ((X, W, jnp.ones((128, 2))), {}, "expected one group .* got 2 of 128"),
         ((X.astype(jnp.bfloat16), W, jnp.ones((128, 4))), {}, "256 channels in 4 groups"),
-        ((X.astype(jnp.bfloat16), W, S), {"x_scale": jnp.ones(4)}, "x_scale is for an int8 x"),
+        (
+            (X.astype(jnp.bfloat16), W, S),
+            {"x_scale": jnp.ones(4)},
+            "x_scale is for an int8 or float8 x, got .* bfloat16",
+        ),
         (
             (X.astype(jnp.bfloat16), W, S),
             {"zero": jnp.ones((128, 1), jnp.int8)},

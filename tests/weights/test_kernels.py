@@ -48,7 +48,8 @@ def test_a_cpu_computes_the_same_numbers(name):
     scheme = SCHEMES[name]
     plain = quantized_tree(scheme)
     tree, x = sq.with_kernel(plain, "pallas"), activations(scheme)
-    assert tree["w"].kernel == "pallas" and "kernel pallas" in repr(tree["w"])
+    assert tree["w"].kernel == "pallas"
+    assert "kernel pallas" in repr(tree["w"])
     run = jax.jit(sq.quantized(fn))
     np.testing.assert_array_equal(run(tree, x), run(plain, x))
     back = sq.with_kernel(tree, "xla")
@@ -148,7 +149,7 @@ def test_a_batch_of_matrices_is_refused():
     params = {"w": jnp.ones((2, 256, 128))}
     x = jnp.ones((2, 3, 256))
     tree = sq.quantize(params, sq.calibrate(experts, params, [x]), sq.W8A8)
-    with pytest.raises(ValueError, match="^w: .* one matrix, got a batch of them"):
+    with pytest.raises(ValueError, match=r"^w: .* one matrix, got a batch of them"):
         sq.quantized(experts)(sq.with_kernel(tree, "pallas"), x)
 
 
