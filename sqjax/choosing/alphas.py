@@ -21,7 +21,7 @@ from sqjax.choosing.candidates import (
     searched_schemes,
 )
 from sqjax.folding.graph import Group
-from sqjax.methods.described import check_stats
+from sqjax.methods.described import check_known, check_stats
 from sqjax.methods.quantization import Rules
 from sqjax.methods.smoothing import check_alpha, scales_of_groups
 
@@ -99,6 +99,7 @@ def search_alpha(
         >>> qparams = sq.quantize(smoothed, sq.fold_stats(stats, found.s), sq.W8A8_O3)
     """
     check_stats(stats, "search_alpha")
+    check_known(params, stats, "search_alpha")
     schemes = searched_schemes(stats, scheme, "search_alpha")
     tried = checked_grid(grid, "search_alpha")
     chosen = searched_groups(stats, groups, schemes, "search_alpha")

@@ -34,7 +34,7 @@ from sqjax.choosing.candidates import (
 from sqjax.choosing.clips import search_clips
 from sqjax.folding.apply import fold
 from sqjax.folding.graph import Group
-from sqjax.methods.described import check_leaves, check_stats
+from sqjax.methods.described import check_known, check_leaves, check_stats
 from sqjax.methods.quantization import Rules
 from sqjax.methods.smoothing import fold_stats
 from sqjax.numerics.smoothing import believable
@@ -114,6 +114,7 @@ def awq(
         >>> qparams = sq.quantize(folded, after, sq.W4A16_G64, clips=found.clips)
     """
     check_stats(stats, "awq")
+    check_known(params, stats, "awq")
     schemes = searched_schemes(stats, scheme, "awq")
     tried = _with_zero(checked_grid(grid, "awq"))
     chosen = searched_groups(stats, groups, schemes, "awq", weights_only=True)
@@ -173,6 +174,7 @@ def smooth_awq(
         ((8,), (3, 1))
     """
     check_stats(stats, "smooth_awq")
+    check_known(params, stats, "smooth_awq")
     schemes = searched_schemes(stats, scheme, "smooth_awq")
     of_smoothing = checked_grid(alphas, "smooth_awq")
     tried = _with_zero(checked_grid(grid, "smooth_awq"))

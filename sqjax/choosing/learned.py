@@ -29,7 +29,7 @@ from sqjax.choosing.learned_numbers import (
 from sqjax.choosing.learning_loss import Loss, Problem
 from sqjax.choosing.learning_run import Run
 from sqjax.choosing.simulation import applied
-from sqjax.methods.described import check_stats
+from sqjax.methods.described import check_known, check_stats
 from sqjax.methods.quantization import Clips, Rules
 from sqjax.weights.quant_weight import check_float
 
@@ -164,6 +164,7 @@ def learn(
     """
     check_function(fn, "learn", "(fn, params, stats, batches, rules)")
     check_stats(stats, "learn")
+    check_known(params, stats, "learn")
     check_batches(batches)
     _check_counts(steps, every, patience)
     check_float(params, "learn")

@@ -20,7 +20,7 @@ from sqjax.calibration.stats import Stats
 from sqjax.choosing.sensitivity import Loss, sensitivity
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Graph, paths_of
-from sqjax.methods.described import check_stats
+from sqjax.methods.described import check_known, check_stats
 from sqjax.methods.quantization import quantize_sites
 from sqjax.numerics.knapsack import choose, trade_off
 from sqjax.weights.quant_weight import is_quantized
@@ -204,6 +204,7 @@ def choose_precision(
     """
     check_function(fn, "choose_precision", _ORDER)
     check_stats(stats, "choose_precision")
+    check_known(params, stats, "choose_precision")
     check_batches(batches)
     _check_budget(bits, nbytes)
     schemes = _schemes(candidates)

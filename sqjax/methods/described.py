@@ -22,6 +22,15 @@ def check_stats(stats: Any, what: str) -> None:
         )
 
 
+def check_known(params: PyTree, stats: Stats, what: str) -> None:
+    """Raises ValueError for tracers: what is chosen decides which programs are compiled."""
+    if not _known(params, stats):
+        raise ValueError(
+            f"{what}: expected arrays whose numbers are known, got tracers: call it outside of "
+            "jax.jit, grad and vmap"
+        )
+
+
 def check_weights(
     params: PyTree, stats: Stats, sites: Iterable[Site], advice: str
 ) -> None:

@@ -200,6 +200,12 @@ def test_what_is_refused():
     smoothed = sq.smooth(params, stats, 0.5)
     with pytest.raises(ValueError, match="of other parameters"):
         search_alpha(smoothed, stats, sq.W8A8)
+    for search in (search_alpha, sq.awq, sq.smooth_awq):
+        name = search.__name__
+        with pytest.raises(
+            ValueError, match=f"^{name}: .* got tracers: call it outside of jax.jit"
+        ):
+            jax.eval_shape(lambda params: search(params, stats, sq.W4A8).s, params)  # noqa: B023
 
 
 @pytest.mark.slow

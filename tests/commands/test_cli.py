@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_checkpoint
 import yaml
 from click.testing import CliRunner
 from tiny_speaker import END, write_speaker
 
 import sqjax as sq
-from sqjax.choosing.recommend import Recommendation, Tried
+from sqjax.choosing.recommend import RECIPES, Recommendation, Tried
 from sqjax.commands import cli
 from sqjax.commands.calibrating import read_stats
 from sqjax.commands.defaults import GGUF_SCHEMES, SCHEMES
@@ -257,12 +258,14 @@ def test_a_static_range_after_a_rotation_is_calibrated_with_a_sample(run, refusa
 
 
 @pytest.mark.slow
-def test_recommend_writes_what_it_names(run, refusal):
+def test_recommend_writes_what_it_names(run, refusal, monkeypatch):
+    for name in ("mixed", "w8a8 static rotated", "w4a8"):  # test_recommend has them
+        monkeypatch.delitem(RECIPES, name)
     read = ["--text", "text.txt", "--tokens", "32", "--windows", "8", "--quiet"]
     out = run("recommend", "tiny", *read, "--budget", "50", "-o", "small", "--json")
     record = json.loads(out)
     sizes = [one["weight_bytes"] for one in record["tried"]]
-    assert len(sizes) == 7
+    assert len(sizes) == 4
     assert sizes == sorted(sizes)
     [named] = [one for one in record["tried"] if one["recipe"] == record["recommended"]]
     assert weight_bytes(loaded("small")[1]) == named["weight_bytes"] < record["float_bytes"]
@@ -312,6 +315,20 @@ def test_rotate_computes_the_same(run):
     assert made["untied"] == model.config.tie_embeddings
     assert made["spaces"] == 1 + model.config.num_layers  # the residual, and v -> o of each layer
     assert run("inspect", "turned", "--quiet")
+
+
+@pytest.mark.slow
+def test_rotate_turns_an_encoder_too(run):
+    tiny_checkpoint.write(tiny_checkpoint.load("modernbert", "encoders"), Path("encoder"))
+    made = json.loads(run("rotate", "encoder", "-o", "turned_encoder", "--json", "--quiet"))
+    assert made["spaces"] > 0
+    assert made["untied"] is False
+    (model, params), (same, turned) = map(sq.models.load_encoder, ("encoder", "turned_encoder"))
+    inputs = jnp.arange(12, dtype=jnp.int32)[None], jnp.ones((1, 12), bool)
+    got, want = (jax.jit(m.embed)(p, *inputs) for m, p in ((same, turned), (model, params)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    values = ("model", "layers", "0", "self_attn", "v_proj", "kernel")
+    assert not np.allclose(at(turned, values), at(params, values))
 
 
 def test_smooth_computes_the_same(run, stats):

@@ -205,7 +205,10 @@ def test_every_field_of_our_classes_is_kept():
         static = {f.name: f.metadata.get("static", False) for f in dataclasses.fields(cls)}
         nodes, values = tree_json.FIELDS[cls]
         assert sorted(nodes) == sorted(name for name in static if not static[name])
-        assert sorted(values) == sorted(name for name in static if static[name])
+        # Which program multiplies is no part of a file.
+        assert sorted(values) == sorted(
+            name for name in static if static[name] and name != "kernel"
+        )
 
 
 @pytest.mark.parametrize("stored", [jnp.int8, jnp.int4], ids=["int8", "int4"])

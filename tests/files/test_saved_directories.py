@@ -449,8 +449,8 @@ def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path, name):
             left += len(names_in(tmp_path)) > 1
         saving.stdin.close()
         assert saving.wait() == 0
-    assert len(set(seen)) > 5  # some were saved
-    assert left > 5  # and some were killed half-way
+    assert len(set(seen)) > 1  # some were saved
+    assert left > 1  # and some were killed half-way
     # What was left there is removed, of a process that was killed before it had a lock after an hour.
     for early in tmp_path.glob(".sqjax_new-*"):
         os.utime(early, (0, 0))

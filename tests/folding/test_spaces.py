@@ -83,7 +83,10 @@ def distances(changed, dtype="float64"):
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("float64", 1e-10)],
+    [
+        pytest.param("float32", 1e-5, marks=[pytest.mark.slow, pytest.mark.every_case]),
+        ("float64", 1e-10),
+    ],
 )
 def test_turning_them_changes_no_output(dtype, tolerance):
     changed = {name: turned(case.params, found(name).spaces) for name, case in CASES.items()}

@@ -261,6 +261,7 @@ def test_the_public_names_are_these():
             "quantized",
             "smoothquant",
             "verify",
+            "with_kernel",
             "site_errors",
             "gptq",
             "choose_precision",

@@ -160,12 +160,14 @@ def test_under_jit_and_its_gradient_by_the_matrix(llama):
 
 #: Of a head that is the embedding the gain before it must be ones.
 KEPT = {"opt": "g3"}
-ROTATED = ("llama", "opt", "parallel", "experts", "scan", "fused", "siamese", "linear")
+ROTATED = ("llama", "opt", "experts", "scan", "siamese", "linear")
+#: Whose spaces' kinds the others have too.
+ALIKE = [pytest.param(name, marks=pytest.mark.every_case) for name in ("parallel", "fused")]
 
 
 @pytest.mark.slow
 @pytest.mark.each_case
-@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize("name", [*ROTATED, *ALIKE])
 def test_programs_compute_the_same_whatever_their_gains(name):
     """Gains of other values than ones, negative ones among them."""
     case = CASES[name]
