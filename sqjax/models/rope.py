@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -196,7 +197,9 @@ def rotary_table(
     factor = getattr(rope.scaling, "attention_factor", 1.0)
     cos = jnp.cos(angles) * jnp.float32(factor)
     sin = jnp.sin(angles) * jnp.float32(factor)
-    return RotaryTable(cos.astype(dtype), sin.astype(dtype))
+    table = RotaryTable(cos.astype(dtype), sin.astype(dtype))
+    # So that it is computed once: XLA would compute it again for every layer that reads it.
+    return lax.optimization_barrier(table)
 
 
 def rotate(

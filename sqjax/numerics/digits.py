@@ -8,7 +8,7 @@ A row x with the scale s = absmax / 127 is s (q1 + q2 / 254 + q3 / 254^2 + ...),
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from sqjax.numerics.formats import absmax, scale_from_absmax, to_format
+from sqjax.numerics.formats import absmax_of_rows, scale_from_absmax, to_format
 
 #: How many times less a digit counts than the one before.
 BASE = 254.0
@@ -25,7 +25,7 @@ def two_digits(
     Returns:
         (digits, scale): all rows of high digits, then all rows of low ones; a scale for each row.
     """
-    scale = scale_from_absmax(absmax(rows, -1))
+    scale = scale_from_absmax(absmax_of_rows(rows))
     high = to_format(rows, scale)
     remainder = rows / scale - high.astype(jnp.float32)
     low = to_format(remainder, jnp.float32(1 / BASE))
@@ -44,7 +44,7 @@ def three_digits(
     Returns:
         (digits, scales): all rows of first digits, then all of second, then all of third ones.
     """
-    scale = scale_from_absmax(absmax(x, 1))
+    scale = scale_from_absmax(absmax_of_rows(x))
     rest = x.astype(jnp.float32)
     digits, scales = [], []
     for _ in range(3):

@@ -1,13 +1,14 @@
 """Number formats and their scales: the arithmetic of quantization on plain arrays."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int8, Shaped
+from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 #: How many elements share a scale: an output's, all, or so many consecutive channels of an output
 #: (a group size).
@@ -65,10 +66,48 @@ def absmax(
     (https://github.com/openxla/xla/issues/21461). Without their signs, floats are in the order of
     their bits, infinity above all numbers and NaN above infinity, so the bits are compared.
     """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    without_sign = bits & jnp.int32(0x7FFFFFFF)
-    largest = jnp.max(without_sign, axis=axis, keepdims=True, initial=0)
+    largest = jnp.max(_without_sign(x), axis=axis, keepdims=True, initial=0)
     return lax.bitcast_convert_type(largest, jnp.float32)
+
+
+#: So many channels and more are compared by halves on a CPU, down to at most so many.
+_MANY, _FEW = 256, 32
+
+
+def absmax_of_rows(
+    x: Shaped[Array, "*lead channels"],
+) -> Float[Array, "*lead 1"]:
+    """`absmax` along the last axis; on a CPU by halves, which takes a third of the time.
+
+    Because XLA:CPU compares the elements of a row one after the other, but two arrays by vectors.
+    """
+    channels = x.shape[-1]
+    # Symbolic where `jax.export` leaves a size open.
+    if not isinstance(channels, int) or channels < _MANY:
+        return absmax(x, -1)
+    otherwise = partial(absmax, axis=-1)
+    return lax.platform_dependent(x, cpu=_by_halves, default=otherwise)
+
+
+def _by_halves(
+    x: Shaped[Array, "*lead channels"],
+) -> Float[Array, "*lead 1"]:
+    """`absmax` along the last axis: the larger ones of both halves, then of both of their halves.
+
+    Of an odd number the halves share an element, which changes no maximum: 5 are 3 and 3.
+    """
+    largest = _without_sign(x)
+    while largest.shape[-1] > _FEW:
+        half = -(-largest.shape[-1] // 2)
+        largest = jnp.maximum(largest[..., :half], largest[..., -half:])
+    largest = jnp.max(largest, axis=-1, keepdims=True)
+    return lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def _without_sign(x: Shaped[Array, "*s"]) -> Int32[Array, "*s"]:
+    """The bits of |x| in float32, whose order as integers is that of |x|, and NaN the largest."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return bits & jnp.int32(0x7FFFFFFF)
 
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)

@@ -14,7 +14,7 @@ from sqjax.numerics.formats import (
     FORMATS,
     Format,
     FormatName,
-    absmax,
+    absmax_of_rows,
     scale_from_absmax,
     shared_scale,
     to_operand,
@@ -261,7 +261,7 @@ def activation_scale(
                 "static activations need an input_scale: quantize with the statistics of calibrate"
             )
         return static_scale(x, input_scale)
-    of_rows = absmax(x, 1)
+    of_rows = absmax_of_rows(x)
     if activations == "per_tensor":
         shared = shared_scale(of_rows, fmt)
         return _nan_where(~jnp.isfinite(of_rows), shared)
@@ -272,7 +272,7 @@ def static_scale(
     x: Float[Array, "rows inner"], scale: Float[Array, "..."]
 ) -> Float[Array, "rows 1"]:
     """A scale that is known, () or (rows, 1), for each row; see `_nan_where`."""
-    return _nan_where(jnp.isnan(absmax(x, 1)), scale)
+    return _nan_where(jnp.isnan(absmax_of_rows(x)), scale)
 
 
 def count_beyond(

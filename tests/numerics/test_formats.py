@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sqjax.numerics.formats import INT8, scale_from_absmax, to_format
+from sqjax.numerics.formats import INT8, absmax, absmax_of_rows, scale_from_absmax, to_format
 
 TINY = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 
@@ -122,3 +122,21 @@ def test_the_error_is_at_most_half_a_scale(quantize, x):
     assert (np.abs(q) <= INT8.bound).all()
     few_ulp = 4 * np.finfo(np.float32).eps * np.abs(x.astype(np.float64))
     assert (np.abs(q * scale - x) <= scale / 2 + few_ulp).all()
+
+
+@pytest.mark.parametrize("channels", [1, 255, 256, 577, 1536])
+def test_the_largest_of_a_row_is_found_by_halves_too(channels):
+    """In every place, with any sign; NaN is the largest, then infinity."""
+    rows = np.random.default_rng(channels).normal(size=(channels, channels)).astype(np.float32)
+    places = np.arange(channels)
+    rows[places, places] = np.where(places % 2, -9.0, 9.0)
+    expected = np.abs(rows).max(1, keepdims=True)
+    for special in (-np.inf, np.nan):
+        rows[places[:3], places[-3:]] = special
+        expected[:3] = np.abs(special)
+        got = jax.jit(absmax_of_rows)(rows)
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(absmax(jnp.asarray(rows), 1), expected)
+    of_blocks = absmax_of_rows(jnp.asarray(rows, jnp.bfloat16)[None])
+    assert of_blocks.shape == (1, channels, 1)
+    assert of_blocks.dtype == jnp.float32
