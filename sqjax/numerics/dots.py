@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int8, Shaped
+from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.formats import (
@@ -41,36 +41,63 @@ def narrow_dot(
     With summed=0, the axis of the codes that is summed over, it is q @ codes, and the codes need no
     transpose before.
 
-    int4 codes become int8 first, because no platform multiplies int8 with int4. A single row has
-    programs of its own: on a CPU it is computed twice, because XLA:CPU runs an int8 matrix-vector
-    product without its vector units, and two rows take less time than one; on an NVIDIA GPU int4
+    int4 codes become int8 first, because no platform multiplies int8 with int4. A few rows have
+    programs of their own on a CPU: see `_of_few_rows`. A single row has one on an NVIDIA GPU: int4
     codes are multiplied in int32, because XLA:GPU does not compile such a product by way of int8
     for sm_80.
     """
     dimensions = (((1,), (summed,)), ((), ()))
-    floating = jnp.issubdtype(q.dtype, jnp.floating)
-    kind = jnp.float32 if floating else jnp.int32
-
-    def dot(q, codes):
-        codes = codes if floating else codes.astype(jnp.int8)
+    if jnp.issubdtype(q.dtype, jnp.floating):
         return lax.dot_general(
-            q, codes, dimensions, preferred_element_type=kind
+            q, codes, dimensions, preferred_element_type=jnp.float32
         )
 
-    def dot_of_two_rows(q, codes):
-        return dot(jnp.concatenate([q, q]), codes)[:1]
+    def dot(q, codes):
+        codes = codes.astype(jnp.int8)
+        return lax.dot_general(
+            q, codes, dimensions, preferred_element_type=jnp.int32
+        )
 
     def dot_in_int32(q, codes):
         return lax.dot_general(
             q.astype(jnp.int32), codes.astype(jnp.int32), dimensions
         )
 
-    if q.shape[0] != 1 or floating:
+    rows = q.shape[0]
+    # A symbolic number of rows, as `jax.export` may have it, may be large.
+    if not isinstance(rows, int) or not 1 <= rows <= _FEW_ROWS:
         return dot(q, codes)
-    on_gpu = dot_in_int32 if codes.dtype == INT4.dtype else dot
+    on_gpu = dot_in_int32 if rows == 1 and codes.dtype == INT4.dtype else dot
+    on_cpu = partial(_of_few_rows, summed=summed)
     return lax.platform_dependent(
-        q, codes, cpu=dot_of_two_rows, cuda=on_gpu, default=dot
+        q, codes, cpu=on_cpu, cuda=on_gpu, default=dot
     )
+
+
+#: Up to so many rows XLA:CPU multiplies faster with the weight as the first operand.
+_FEW_ROWS = 8
+#: It computes as many rows in the time of one.
+_AT_ONCE = 4
+
+
+def _of_few_rows(
+    q: Int8[Array, "rows inner"],
+    codes: Shaped[Array, "first last"],
+    summed: int,
+) -> Int32[Array, "rows outputs"]:
+    """`narrow_dot` for XLA:CPU, the weight as the first operand: codes @ q.T, transposed.
+
+    Because it packs the second operand anew for every product, which takes longer than the product
+    of a few rows itself. A single row is computed several times, because it runs a matrix-vector
+    product without its vector units. The barrier keeps XLA from exchanging the operands again.
+    """
+    rows = q.shape[0]
+    q = jnp.pad(q, ((0, max(_AT_ONCE - rows, 0)), (0, 0)))
+    dimensions = (((summed,), (1,)), ((), ()))
+    sums = lax.dot_general(
+        codes.astype(jnp.int8), q, dimensions, preferred_element_type=jnp.int32
+    )
+    return lax.optimization_barrier(sums)[:, :rows].T
 
 
 # Products of two activations ----------------------------------------------------------------------

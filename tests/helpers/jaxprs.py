@@ -30,9 +30,24 @@ def programs(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[Jaxpr]:
     """The program and every program inside it."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     yield jaxpr
+    chosen = _platform_choices(jaxpr)
     for equation in jaxpr.eqns:
-        for inner in _programs_among(equation.params.values()):
+        inside = list(_programs_among(equation.params.values()))
+        if equation.primitive.name == "cond" and equation.invars[0] in chosen:
+            inside = [inside[chosen[equation.invars[0]]]]
+        for inner in inside:
             yield from programs(inner)
+
+
+def _platform_choices(jaxpr: Jaxpr) -> dict[Any, int]:
+    """{the index that `lax.platform_dependent` chooses a branch by: the branch of a CPU}."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "platform_index":
+            platforms = equation.params["platforms"]
+            is_ours = [p is None or "cpu" in p for p in platforms]
+            found[equation.outvars[0]] = is_ours.index(True)
+    return found
 
 
 def _programs_among(values: Any) -> Iterator[Jaxpr | ClosedJaxpr]:

@@ -70,7 +70,7 @@ def cosine(a, b):
 # Sums -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
 @pytest.mark.parametrize("inner", [1, 3, 64, 2049])
 def test_sums_are_the_integers_bit_for_bit(rows, inner):
     rng = np.random.default_rng(inner)
@@ -218,17 +218,20 @@ def test_one_row_equals_that_row_of_two(activations):
     np.testing.assert_allclose(one, reference(x, w, activations)[:1], rtol=1e-6)
 
 
-def test_one_row_is_padded_to_two_on_cpu_only():
-    q, values = jnp.ones((1, 64), jnp.int8), jnp.ones((32, 64), jnp.int8)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_on_a_cpu_the_weight_is_the_first_operand_of_a_few_rows(rows):
+    q, values = jnp.ones((rows, 64), jnp.int8), jnp.ones((32, 64), jnp.int8)
     traced = jax.jit(narrow_dot).trace(q, values)
     on_cpu, on_gpu = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
-    assert "(tensor<2x64xi8>, tensor<32x64xi8>) -> tensor<2x32xi32>" in on_cpu
-    assert "(tensor<1x64xi8>, tensor<32x64xi8>) -> tensor<1x32xi32>" not in on_cpu
-    assert "(tensor<1x64xi8>, tensor<32x64xi8>) -> tensor<1x32xi32>" in on_gpu
-    assert "tensor<2x" not in on_gpu
+    plain = f"(tensor<{rows}x64xi8>, tensor<32x64xi8>) -> tensor<{rows}x32xi32>"
+    padded = max(rows, 4)
+    first = f"(tensor<32x64xi8>, tensor<{padded}x64xi8>) -> tensor<32x{padded}xi32>"
+    assert plain in on_gpu
+    assert first not in on_gpu
+    assert (plain in on_cpu, first in on_cpu) == (rows > 8, rows <= 8)
+    # XLA does not exchange them again.
     compiled = jax.jit(narrow_dot).lower(q, values).compile().as_text()
-    assert "s32[2,32]" in compiled
-    assert "s8[2,64]" in compiled
+    assert (f"s32[32,{padded}]" in compiled) == (rows <= 8)
 
 
 # Axes -------------------------------------------------------------------------------------------------------------
@@ -471,14 +474,15 @@ def test_a_second_call_compiles_nothing():
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 20])
 def test_the_program_multiplies_int8_and_never_widens_the_weight(rows, activations):
     x, w = matrices(activations, rows=rows)
     fn, weight = dense(x, w, activations)
     program = jaxprs.of(fn, x, weight)
     dots = jaxprs.dots(program)
     assert {dot.dtypes for dot in dots} == {jaxprs.INT8_DOT}
-    assert {dot.shapes[1] for dot in dots} == {weight.tensor.values.shape}
+    of_weight = 0 if rows <= 8 else 1  # which operand it is
+    assert {dot.shapes[of_weight] for dot in dots} == {weight.tensor.values.shape}
     assert jaxprs.widened(program, larger_than=0) == []
     assert jaxprs.largest_float(program) < w.size
 
