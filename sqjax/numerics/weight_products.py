@@ -162,12 +162,28 @@ def _in_kernel(
     multiply = partial(matmul, dtype=jnp.float32)
     if recipe.activations is None:
         rows = x.astype(jnp.bfloat16)
-        return multiply(rows, matrix.codes, matrix.scale, zero=matrix.zero)
+        out = multiply(rows, matrix.codes, matrix.scale, zero=matrix.zero)
+        return _varying_as((x, matrix), out)
     fmt = FORMATS[recipe.fmt]
     x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
     q = to_operand(x, x_scale, fmt)
     of_rows = jnp.broadcast_to(x_scale, (x.shape[0], 1))[:, 0]
-    return multiply(q, matrix.codes, matrix.scale, x_scale=of_rows)
+    out = multiply(q, matrix.codes, matrix.scale, x_scale=of_rows)
+    return _varying_as((x, matrix), out)
+
+
+def _varying_as(operands: Any, out: Array) -> Array:
+    """A kernel's result, said to differ from device to device where its operands do.
+
+    In a `shard_map` a type says so, and that of a kernel's result does not by itself.
+    """
+    axes = {
+        axis
+        for operand in jax.tree.leaves(operands)
+        for axis in jax.typeof(operand).manual_axis_type.varying
+    }
+    missing = axes - jax.typeof(out).manual_axis_type.varying
+    return lax.pcast(out, tuple(missing), to="varying") if missing else out
 
 
 def _by_xla(

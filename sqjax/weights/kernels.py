@@ -28,7 +28,8 @@ def with_kernel(qparams: PyTree, kernel: str | Mapping[str, str]) -> PyTree:
     "pallas" is for GPUs of the Hopper family (H100, H200); compiled for a CPU or a TPU, such a
     weight is multiplied by XLA all the same. It is the kernel's program for x @ W; derivatives, h @
     W.T, convolutions and ragged matmuls stay XLA's. XLA can not split a kernel among devices by
-    itself: on more than one, call the function in `jax.shard_map`. A file does not hold the choice.
+    itself: on more than one, call the function in `jax.shard_map`. `jax.export` takes one platform
+    at a time. A file does not hold the choice.
 
     int4 values are stored two to a byte, as the kernel reads them: a CPU takes longer over them.
 

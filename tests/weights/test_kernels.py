@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import sqjax as sq
 from sqjax.numerics import mosaic
@@ -112,6 +114,18 @@ def test_derivatives_and_files_are_as_without(tmp_path):
     np.testing.assert_array_equal(jax.grad(loss(tree))(X), jax.grad(loss(plain))(X))
     sq.save(tmp_path / "tree", tree)
     assert jax.tree.structure(sq.load(tmp_path / "tree")) == jax.tree.structure(plain)
+
+
+@needs_jax_0_11
+def test_it_runs_in_a_shard_map_and_is_exported_for_one_platform():
+    plain, x = quantized_tree(sq.W8A8), jnp.concatenate([X, X, X])[:12]
+    tree, run = sq.with_kernel(plain, "pallas"), sq.quantized(fn)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(run, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
+    np.testing.assert_array_equal(jax.jit(split)(tree, x), run(plain, x))
+    for platform, has_kernel in (("cpu", False), ("cuda", True)):
+        exported = jax.export.export(jax.jit(run), platforms=(platform,))(tree, x)
+        assert ("mosaic_gpu" in exported.mlir_module()) == has_kernel
 
 
 @needs_jax_0_11
