@@ -247,6 +247,11 @@ class _Plan(NamedTuple):
         """Rows of both warpgroups."""
         return _MULTIPLYING * self.tiles.rows
 
+    @property
+    def running(self) -> int:
+        """Products that may run still while the next step begins: none where there is one step."""
+        return min(1, self.grid[2] - 1)
+
 
 def _call(
     tiles: Tiles,
@@ -396,7 +401,7 @@ def _pipeline(plan: _Plan, body: Any, around: Any) -> Any:
             lambda step: (0, step),
             transforms=_transforms(_CHANNELS, dtype),
             memory_space=plgpu.SMEM,
-            delay_release=1,  # the product of the step before may still run
+            delay_release=plan.running,
         )
         specs.append(spec)
     return plgpu.emit_pipeline_warp_specialized(
@@ -431,7 +436,7 @@ def _multiply(
         refs.spare[place.warpgroup] = first
         first = refs.spare.at[place.warpgroup]
     plgpu.wgmma(sums, first, second)
-    plgpu.wgmma_wait(1)
+    plgpu.wgmma_wait(plan.running)
     return sums
 
 

@@ -21,10 +21,16 @@ from jaxtyping import Array
 from sqjax.commands.gpu import profile
 from sqjax.commands.gpu.notes import Notes
 from sqjax.commands.gpu.sizes import FULL, TINY, Size
-from sqjax.commands.gpu.weights import BF16, SCHEMES, random_model
+from sqjax.commands.gpu.weights import (
+    BF16,
+    SCHEMES,
+    has_mosaic,
+    random_model,
+)
 from sqjax.models import Model
 from sqjax.models.cache import KVCache
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.kernels import with_kernel
 from sqjax.weights.sizes import weight_bytes
 
 #: Schemes that are compiled together, because that takes longest. The first three stand
@@ -33,6 +39,9 @@ BATCHES = (
     ("W4A16", "W8A8_O1", BF16),
     ("W8A8_O3", "FP8", "W8A16", "W8A8_O2", "W4A8"),
 )
+#: Stands behind the name of a scheme whose matmuls are the Mosaic kernels, where there are any.
+MOSAIC = ", Mosaic"
+IN_KERNELS = tuple(name + MOSAIC for name in ("W4A16", "W8A8_O1", "FP8"))
 #: Slots of a cache beyond its context, for the steps that are timed.
 STEPS = 64
 #: Kernels of a layer that the record names.
@@ -116,7 +125,7 @@ def _all(
 ) -> None:
     """Measures all cases in all schemes, then says how many times as fast as bfloat16 each is."""
     last = 0.0
-    for schemes in BATCHES[:1] if notes.tiny else BATCHES:
+    for schemes in _batches(notes):
         missing = {
             f"{case.name} {scheme}": (scheme, case)
             for scheme in schemes
@@ -131,6 +140,13 @@ def _all(
             last = time.monotonic() - start
     for case in cases(size, model):
         _sum_up(notes, case.name)
+
+
+def _batches(notes: Notes) -> list[tuple[str, ...]]:
+    """Names of schemes, and of kernels, that are compiled together."""
+    plain = BATCHES[:1] if notes.tiny else BATCHES
+    in_kernels = IN_KERNELS[:1] if notes.tiny else IN_KERNELS
+    return [*plain, *[in_kernels] * has_mosaic()]
 
 
 def _measured(
@@ -171,7 +187,9 @@ def _measured(
 
 
 def _params(model: Model, scheme: str) -> Any:
-    return random_model(model, SCHEMES.get(scheme), jax.random.key(0))
+    of_scheme = SCHEMES.get(scheme.removesuffix(MOSAIC))
+    params = random_model(model, of_scheme, jax.random.key(0))
+    return with_kernel(params, "pallas") if MOSAIC in scheme else params
 
 
 class _Calls:
@@ -307,7 +325,7 @@ def _sum_up(notes: Notes, case: str) -> None:
     if not notes.has(base):
         return
     ratios = {}
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *IN_KERNELS):
         row = f"{case} {scheme}"
         if notes.has(row) and "ms" in notes.row(row):
             ratios[scheme] = notes.row(base)["ms"] / notes.row(row)["ms"]

@@ -26,6 +26,7 @@ from sqjax.commands.gpu.sizes import FULL, TINY, Size
 from sqjax.commands.gpu.weights import (
     BF16,
     SCHEMES,
+    has_mosaic,
     in_turn,
     random_floats,
     random_integers,
@@ -170,11 +171,8 @@ def _mosaic_options() -> dict[str, Any]:
 
 
 def _for_hopper() -> dict[str, Variant]:
-    """The Mosaic kernels, where jax has them and the card is a Hopper, or is played."""
-    card: Any = jax.devices()[0]
-    if jax.__version_info__ < (0, 11):
-        return {}
-    if on_gpu() and not str(card.compute_capability).startswith("9."):
+    """The Mosaic kernels, where there are any."""
+    if not has_mosaic():
         return {}
     return {
         "W8A8_O1, Mosaic": Variant(_mosaic_w8a8, "W8A8_O1"),

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sqjax._trees import map_named
+from sqjax.commands.gpu.notes import on_gpu
 from sqjax.models import Model
 from sqjax.numerics.formats import FORMATS
 from sqjax.weights import schemes
@@ -43,6 +44,13 @@ LARGEST_ACTIVATION = 4.0
 _DRAWN = 128
 #: Of float8 weights, as they fill its range of 448.
 _FLOAT8_DEVIATION = 64.0
+
+
+def has_mosaic() -> bool:
+    """Whether jax has the Mosaic kernels, and the card is a Hopper, or is played by a processor."""
+    card: Any = jax.devices()[0]
+    is_hopper = not on_gpu() or str(card.compute_capability).startswith("9.")
+    return jax.__version_info__ >= (0, 11) and is_hopper
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "largest"))
