@@ -43,7 +43,6 @@ PRESETS = {
 }
 #: What the row says where qwix is missing, which is no error: the other rows stand.
 INSTALL_QWIX = 'not installed: python -m pip install "sqjax[benchmark]"'
-HALF_CACHE = "W8A8_O1 fused, bfloat16 cache"
 #: The ceiling of every int8 row: codes that are there already, and sums that nobody scales.
 BARE = "bare int8 dot_general"
 #: A random model for machines that should not download one.
@@ -206,10 +205,6 @@ def model_variants(
         if fused in LIKE_QWIX:
             # q, k and v, and gate and up, as one matmul each.
             variants[fused] = plain._replace(params=fuse(plain.params))
-    whole = variants.get("W8A8_O1 fused")
-    if whole is not None:
-        # Attention as a bfloat16 model has it, whose products some processors have units for.
-        variants[HALF_CACHE] = whole._replace(dtype=jnp.bfloat16)
     try:
         variants[QWIX] = qwix_variant(model, params)
     except ImportError:
