@@ -239,6 +239,11 @@ def learned_from_awq() -> Choice:
     return learned(lambda *given: sq.awq(*given))
 
 
+def learned_from_smooth_awq() -> Choice:
+    """Learned from what `smooth_awq` found for int4 weights and int8 activations."""
+    return learned(lambda *given: sq.smooth_awq(*given))
+
+
 ROWS = {
     "w8a8-rounding": Row(sq.W8A8, nothing),
     "w8a8-smooth": Row(sq.W8A8, smooth),
@@ -279,6 +284,9 @@ ROWS = {
     "w4a8-by-search-int8-cache": Row(sq.W4A8, by_search, gptq, cache="int8"),
     "w4a8-by-layers-int8-cache": Row(
         sq.W4A8, by_search, by_layers, cache="int8"
+    ),
+    "w4a8-learned-gptq-int8-cache": Row(
+        sq.W4A8, learned_from_smooth_awq(), gptq, cache="int8"
     ),
     "w4a16-learned": Row(W4, learned_from_awq()),
     "w4a16-learned-gptq": Row(W4, learned_from_awq(), gptq),

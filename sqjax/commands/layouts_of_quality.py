@@ -227,6 +227,8 @@ _CHOICES = {
     "w4a16-g128-awq-gptq": "W4A16 (groups of 128), `awq` and `gptq`",
     "w4a8-rounding": "W4A8, rounding",
     "w4a8-by-search": "W4A8, `quantize_by_search`",
+    "w4a8-by-search-int8-cache": "W4A8, `quantize_by_search`, int8 cache",
+    "w4a8-learned-gptq-int8-cache": "W4A8, `learn` and `gptq`, int8 cache",
 }
 
 

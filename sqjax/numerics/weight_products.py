@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Shaped
 
 from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, narrow_dot
@@ -196,7 +196,7 @@ def _by_xla(
     q = to_operand(x, x_scale, fmt)
     if recipe.group is not None and matrix.scale.shape[1] > 1:
         return _in_groups(q, matrix, recipe.group) * x_scale
-    sums = narrow_dot(q, matrix.integers(recipe.group))
+    sums = _integer_sums(q, matrix, recipe.group)
     return sums.astype(jnp.float32) * x_scale * matrix.scale.T
 
 
@@ -322,6 +322,17 @@ def _in_groups(
     q: Array, matrix: Matrix, group: int
 ) -> Float[Array, "rows outputs"]:
     """The sum over the groups of (q . codes) * scale; a shorter last group is added by itself."""
+    if not _has_few_columns(q, group):
+        return _group_by_group(q, matrix, group)
+    on_cpu = partial(_scaled_by_blocks, group=group)
+    otherwise = partial(_group_by_group, group=group)
+    return lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
+
+
+def _group_by_group(
+    q: Array, matrix: Matrix, group: int
+) -> Float[Array, "rows outputs"]:
+    """`_in_groups` with a product for each group."""
     groups, tail = divmod(q.shape[1], group)
     on_cpu = partial(_one_by_one, group=group, groups=groups)
     otherwise = partial(_at_once, group=group, groups=groups)
@@ -331,6 +342,80 @@ def _in_groups(
     last = matrix.columns(groups, groups * group, tail)
     sums = narrow_dot(q[:, -tail:], last.integers(None))
     return total + sums.astype(jnp.float32) * last.scale.T
+
+
+# A few rows on a CPU: one product for all groups --------------------------------------------------
+
+#: One product has at most so many columns, one for each row and group.
+_COLUMNS = 64
+
+
+def _has_few_columns(q: Array, group: int) -> bool:
+    """Whether there are so few int8 rows and groups that one product for all is faster."""
+    groups = -(-q.shape[1] // group)
+    few = _at_most(_COLUMNS // groups, q.shape[0])
+    return q.dtype == jnp.int8 and groups > 1 and few
+
+
+def _integer_sums(
+    q: Shaped[Array, "rows inner"], matrix: Matrix, group: int | None
+) -> Shaped[Array, "rows outputs"]:
+    """q @ integers.T, where all groups share a scale for each output; int32, float32 for float8.
+
+    On a CPU the integers of a few rows' weights are not made: see `_by_blocks`.
+    """
+    plain = matrix.zero is None and matrix.group_scale is None
+    if group is None or plain or not _has_few_columns(q, group):
+        return narrow_dot(q, matrix.integers(group))
+
+    def on_cpu(q: Array, matrix: Matrix) -> Array:
+        return jnp.sum(_by_blocks(q, matrix, group), axis=1).T
+
+    def otherwise(q: Array, matrix: Matrix) -> Array:
+        return narrow_dot(q, matrix.integers(group))
+
+    return lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
+
+
+def _scaled_by_blocks(
+    q: Int8[Array, "rows inner"], matrix: Matrix, group: int
+) -> Float[Array, "rows outputs"]:
+    """`_in_groups` with one product for all groups."""
+    sums = _by_blocks(q, matrix, group).astype(jnp.float32)
+    return jnp.sum(sums * matrix.scale[:, :, None], axis=1).T
+
+
+def _by_blocks(
+    q: Int8[Array, "rows inner"], matrix: Matrix, group: int
+) -> Int32[Array, "outputs groups rows"]:
+    """The sum of each group, with zero points and integer scales applied, by one product.
+
+    Its second operand has a column for each row and group, which is zero outside of the group. The
+    codes, which are large, are read once, as they are stored.
+
+    Example: q of 1 row (1, 2, 3, 4) in groups of 2 is ((1, 2, 0, 0), (0, 0, 3, 4)).
+    """
+    rows, inner = q.shape
+    groups = -(-inner // group)
+    of_channel = jnp.arange(inner, dtype=jnp.int32) // group
+    number = jnp.arange(groups, dtype=jnp.int32)
+    own = number[:, None] == of_channel[None]
+    blocks = jnp.where(own[:, None], q[None], jnp.int8(0))
+    flat = blocks.reshape(groups * rows, inner)
+    sums = lax.dot_general(
+        matrix.codes.astype(jnp.int8),
+        flat,
+        LAST_AXES,
+        preferred_element_type=jnp.int32,
+    )
+    # XLA would exchange the operands, and pack the codes anew: see `narrow_dot`.
+    sums = lax.optimization_barrier(sums).reshape(-1, groups, rows)
+    if matrix.zero is not None:
+        total = jnp.sum(blocks, axis=2, dtype=jnp.int32)
+        sums = sums - matrix.zero.astype(jnp.int32)[:, :, None] * total[None]
+    if matrix.group_scale is not None:
+        sums = sums * matrix.group_scale.astype(jnp.int32)[:, :, None]
+    return sums
 
 
 def _at_once(
@@ -437,10 +522,8 @@ def _by_digits(
     if group is not None and matrix.scale.shape[1] > 1:
         sums = _in_groups(q, matrix, group)
     else:
-        sums = (
-            narrow_dot(q, matrix.integers(group)).astype(jnp.float32)
-            * matrix.scale.T
-        )
+        sums = _integer_sums(q, matrix, group).astype(jnp.float32)
+        sums = sums * matrix.scale.T
     by_digit = (sums * scales).reshape(3, x.shape[0], sums.shape[1])
     return jnp.sum(by_digit, axis=0)
 

@@ -13,6 +13,7 @@ from jax import lax
 from slow import slow_but
 
 from sqjax.numerics.dots import LONGEST_CONTRACTION, narrow_dot
+from sqjax.numerics.weight_products import Matrix, Recipe, product
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.qtensor import QTensor, dequantize
 from sqjax.weights.quant_weight import QuantWeight
@@ -503,3 +504,33 @@ def test_a_quantized_weight_looks_like_its_float_weight():
     weight = quantize_weight(normal(12, 4, 3, dtype=jnp.bfloat16), (0,), Scheme())
     assert isinstance(weight, QuantWeight)
     assert (weight.shape, weight.ndim, weight.dtype) == ((12, 4, 3), 3, jnp.bfloat16)
+
+
+# A few rows and groups --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("inner", [96, 80])
+def test_one_product_serves_all_groups_of_a_few_rows(rows, inner):
+    """The last of the groups is shorter, or not; with many rows there is a product for each, or integers are made."""
+    rng = np.random.default_rng(inner)
+    groups = -(-inner // 32)
+    q = rng.integers(-127, 128, (rows, inner), dtype=np.int8)
+    codes = rng.integers(-8, 8, (6, inner), dtype=np.int8)
+    zero, whole = (rng.integers(low, 8, (6, groups), dtype=np.int8) for low in (-8, 1))
+    scale = rng.uniform(0.5, 2, (6, groups)).astype(np.float32)
+    spread = lambda x: np.repeat(x, 32, axis=1)[:, :inner].astype(np.float64)
+    weight = codes - spread(zero)
+    operands = jnp.asarray(q, jnp.float32), jnp.asarray(codes), jnp.asarray(zero)
+
+    def run(scale, group_scale):
+        x, codes, zero = operands
+        matrix = Matrix(codes, zero, group_scale, jnp.asarray(scale), jnp.float32(1))
+        return jax.jit(product, static_argnums=0)(Recipe("static", group=32), x, matrix)
+
+    exact = q.astype(np.float64) @ (weight * spread(scale)).T
+    got = run(scale, None)
+    np.testing.assert_allclose(got, exact, atol=1e-5 * np.abs(exact).max())
+    small = np.clip(whole, 1, 7)  # so that an integer fits into int8
+    exact = q.astype(np.float64) @ (weight * spread(small)).T
+    np.testing.assert_array_equal(run(np.ones((6, 1), np.float32), jnp.asarray(small)), exact)
