@@ -77,7 +77,7 @@ _MANY, _FEW = 256, 32
 def absmax_of_rows(
     x: Shaped[Array, "*lead channels"],
 ) -> Float[Array, "*lead 1"]:
-    """`absmax` along the last axis; on a CPU by halves, which takes a third of the time.
+    """`absmax` along the last axis; on a CPU by halves.
 
     Because XLA:CPU compares the elements of a row one after the other, but two arrays by vectors.
     """
