@@ -352,9 +352,9 @@ _COLUMNS = 64
 
 def _has_few_columns(q: Array, group: int) -> bool:
     """Whether there are so few int8 rows and groups that one product for all is faster."""
-    groups = -(-q.shape[1] // group)
-    few = _at_most(_COLUMNS // groups, q.shape[0])
-    return q.dtype == jnp.int8 and groups > 1 and few
+    rows, groups = q.shape[0], -(-q.shape[1] // group)
+    some = groups > 1 and isinstance(rows, int) and rows > 0
+    return q.dtype == jnp.int8 and some and rows * groups <= _COLUMNS
 
 
 def _integer_sums(
@@ -411,7 +411,12 @@ def _by_blocks(
     # XLA would exchange the operands, and pack the codes anew: see `narrow_dot`.
     sums = lax.optimization_barrier(sums).reshape(-1, groups, rows)
     if matrix.zero is not None:
-        total = jnp.sum(blocks, axis=2, dtype=jnp.int32)
+        total = lax.dot_general(
+            own.astype(jnp.int8),
+            q,
+            LAST_AXES,
+            preferred_element_type=jnp.int32,
+        )
         sums = sums - matrix.zero.astype(jnp.int32)[:, :, None] * total[None]
     if matrix.group_scale is not None:
         sums = sums * matrix.group_scale.astype(jnp.int32)[:, :, None]

@@ -61,7 +61,8 @@ def test_the_python_of_a_page_runs_with_a_real_model(name, capsys):
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_with_the_first_layers_of_its_model(monkeypatch, capsys):
-    monkeypatch.setattr(sqjax.models, "load", lambda name: first_layers(*smollm2(), 1))
+    one_layer = first_layers(*smollm2(), 1)
+    monkeypatch.setattr(sqjax.models, "load", lambda name: one_layer)
     run_with_a_real_model("README.md")
 
 
