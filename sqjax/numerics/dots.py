@@ -1,8 +1,8 @@
 """The integer matmul of rows with a weight, that of two activations, and their int32 bound.
 
-Other integer products stand where their operands are made: of experts, and of a few rows in
-groups, in `weight_products`, of kernels in `convolution`, on GPUs in `triton` and `mosaic`, with a
-quantized cache in `sqjax.runtime.cache_rules` and `sqjax.models.attention`.
+Other integer products stand where their operands are made: of experts in `weight_products`, of a
+few rows in groups in `group_products`, of kernels in `convolution`, on GPUs in `triton` and
+`mosaic`, with a quantized cache in `sqjax.runtime.cache_rules` and `sqjax.models.attention`.
 """
 
 from functools import partial

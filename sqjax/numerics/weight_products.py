@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, narrow_dot
@@ -19,6 +19,8 @@ from sqjax.numerics.formats import (
     shared_scale,
     to_operand,
 )
+from sqjax.numerics.group_products import in_groups, integer_sums
+from sqjax.numerics.matrix import Matrix
 from sqjax.numerics.straight_through import tangent_of
 
 Activations = Literal["per_token", "per_tensor", "static"]
@@ -44,87 +46,6 @@ class Recipe(NamedTuple):
     fmt: FormatName = "int8"
     group: int | None = None
     kernel: Literal["pallas"] | None = None
-
-
-class Matrix(NamedTuple):
-    """A weight matrix: the float one is codes * scale, outputs first.
-
-    It is what products take. `sqjax.weights.qtensor.QTensor`, which users hold, is the same numbers
-    with logical axes; `sqjax.weights.dot_general.matrices` makes one of the other.
-
-    Attributes:
-        codes: (outputs, inner), int8, int4 or float8: what a product multiplies.
-        zero, group_scale: (outputs, groups) int8, or None: codes are (codes - zero) * group_scale.
-        scale: (outputs, groups) float32; one group, unless the recipe has a group size.
-        input_scale: () float32 of static activations, or None.
-    """
-
-    codes: Shaped[Array, "outputs inner"]
-    zero: Int[Array, "outputs groups"] | None
-    group_scale: Int[Array, "outputs groups"] | None
-    scale: Float[Array, "outputs groups"]
-    input_scale: Float[Array, ""] | None
-
-    def integers(self, group: int | None) -> Array:
-        """The codes with zero points and integer scales applied: int8, or float8."""
-        length = self.codes.shape[1]
-        whole_groups = (
-            group is not None and length > group and length % group == 0
-        )
-        # Groups become an axis before all else: spread scales would divide by the group size in the
-        # compiled loop over channels.
-        by_group = whole_groups and self.zero is not None
-        q = (
-            self.codes.reshape(self.codes.shape[0], -1, group)
-            if by_group
-            else self.codes
-        )
-
-        def of_channels(scales: Array) -> Array:
-            return (
-                scales[:, :, None]
-                if by_group
-                else _spread(scales, group, length)
-            )
-
-        if self.zero is not None:
-            q = q.astype(jnp.int8) - of_channels(self.zero)
-        if self.group_scale is not None:
-            q = q.astype(jnp.int8) * of_channels(self.group_scale)
-        return q.reshape(self.codes.shape)
-
-    def columns(self, number: Any, first: Any, length: int) -> "Matrix":
-        """One group as a matrix: its number, its first channel, its length."""
-
-        def part(x: Any, start: Any, size: int) -> Any:
-            return (
-                None
-                if x is None
-                else lax.dynamic_slice_in_dim(x, start, size, 1)
-            )
-
-        return Matrix(
-            codes=part(self.codes, first, length),
-            zero=part(self.zero, number, 1),
-            group_scale=part(self.group_scale, number, 1),
-            scale=part(self.scale, number, 1),
-            input_scale=self.input_scale,
-        )
-
-    def dequantized(self, group: int | None) -> Float[Array, "outputs inner"]:
-        """The float32 matrix."""
-        scale = _spread(self.scale, group, self.codes.shape[1])
-        return self.integers(group).astype(jnp.float32) * scale
-
-
-def _spread(x: Array, group: int | None, length: int) -> Array:
-    """Scales of groups, repeated for every channel: (7, 3) in groups of 4 becomes (7, 10).
-
-    For whole groups this is a broadcast, which compilers fuse into what reads it.
-    """
-    if group is None or x.shape[1] == 1:
-        return x
-    return jnp.repeat(x, group, axis=1)[:, :length]
 
 
 @partial(jax.jit, static_argnames="recipe", inline=True)
@@ -195,8 +116,8 @@ def _by_xla(
     x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
     q = to_operand(x, x_scale, fmt)
     if recipe.group is not None and matrix.scale.shape[1] > 1:
-        return _in_groups(q, matrix, recipe.group) * x_scale
-    sums = _integer_sums(q, matrix, recipe.group)
+        return in_groups(q, matrix, recipe.group) * x_scale
+    sums = integer_sums(q, matrix, recipe.group)
     return sums.astype(jnp.float32) * x_scale * matrix.scale.T
 
 
@@ -318,152 +239,6 @@ def _nan_where(lost: Bool[Array, "rows 1"], scale: Array) -> Array:
     return jnp.where(said, jnp.nan, scale)
 
 
-def _in_groups(
-    q: Array, matrix: Matrix, group: int
-) -> Float[Array, "rows outputs"]:
-    """The sum over the groups of (q . codes) * scale; a shorter last group is added by itself."""
-    if not _has_few_columns(q, group):
-        return _group_by_group(q, matrix, group)
-    on_cpu = partial(_scaled_by_blocks, group=group)
-    otherwise = partial(_group_by_group, group=group)
-    return lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
-
-
-def _group_by_group(
-    q: Array, matrix: Matrix, group: int
-) -> Float[Array, "rows outputs"]:
-    """`_in_groups` with a product for each group."""
-    groups, tail = divmod(q.shape[1], group)
-    on_cpu = partial(_one_by_one, group=group, groups=groups)
-    otherwise = partial(_at_once, group=group, groups=groups)
-    total = lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
-    if not tail:
-        return total
-    last = matrix.columns(groups, groups * group, tail)
-    sums = narrow_dot(q[:, -tail:], last.integers(None))
-    return total + sums.astype(jnp.float32) * last.scale.T
-
-
-# A few rows on a CPU: one product for all groups --------------------------------------------------
-
-#: One product has at most so many columns, one for each row and group.
-_COLUMNS = 64
-
-
-def _has_few_columns(q: Array, group: int) -> bool:
-    """Whether there are so few int8 rows and groups that one product for all is faster."""
-    rows, groups = q.shape[0], -(-q.shape[1] // group)
-    some = groups > 1 and isinstance(rows, int) and rows > 0
-    return q.dtype == jnp.int8 and some and rows * groups <= _COLUMNS
-
-
-def _integer_sums(
-    q: Shaped[Array, "rows inner"], matrix: Matrix, group: int | None
-) -> Shaped[Array, "rows outputs"]:
-    """q @ integers.T, where all groups share a scale for each output; int32, float32 for float8.
-
-    On a CPU the integers of a few rows' weights are not made: see `_by_blocks`.
-    """
-    plain = matrix.zero is None and matrix.group_scale is None
-    if group is None or plain or not _has_few_columns(q, group):
-        return narrow_dot(q, matrix.integers(group))
-
-    def on_cpu(q: Array, matrix: Matrix) -> Array:
-        return jnp.sum(_by_blocks(q, matrix, group), axis=1).T
-
-    def otherwise(q: Array, matrix: Matrix) -> Array:
-        return narrow_dot(q, matrix.integers(group))
-
-    return lax.platform_dependent(q, matrix, cpu=on_cpu, default=otherwise)
-
-
-def _scaled_by_blocks(
-    q: Int8[Array, "rows inner"], matrix: Matrix, group: int
-) -> Float[Array, "rows outputs"]:
-    """`_in_groups` with one product for all groups."""
-    sums = _by_blocks(q, matrix, group).astype(jnp.float32)
-    return jnp.sum(sums * matrix.scale[:, :, None], axis=1).T
-
-
-def _by_blocks(
-    q: Int8[Array, "rows inner"], matrix: Matrix, group: int
-) -> Int32[Array, "outputs groups rows"]:
-    """The sum of each group, with zero points and integer scales applied, by one product.
-
-    Its second operand has a column for each row and group, which is zero outside of the group. The
-    codes, which are large, are read once, as they are stored.
-
-    Example: q of 1 row (1, 2, 3, 4) in groups of 2 is ((1, 2, 0, 0), (0, 0, 3, 4)).
-    """
-    rows, inner = q.shape
-    groups = -(-inner // group)
-    of_channel = jnp.arange(inner, dtype=jnp.int32) // group
-    number = jnp.arange(groups, dtype=jnp.int32)
-    own = number[:, None] == of_channel[None]
-    blocks = jnp.where(own[:, None], q[None], jnp.int8(0))
-    flat = blocks.reshape(groups * rows, inner)
-    sums = lax.dot_general(
-        matrix.codes.astype(jnp.int8),
-        flat,
-        LAST_AXES,
-        preferred_element_type=jnp.int32,
-    )
-    # XLA would exchange the operands, and pack the codes anew: see `narrow_dot`.
-    sums = lax.optimization_barrier(sums).reshape(-1, groups, rows)
-    if matrix.zero is not None:
-        total = lax.dot_general(
-            own.astype(jnp.int8),
-            q,
-            LAST_AXES,
-            preferred_element_type=jnp.int32,
-        )
-        sums = sums - matrix.zero.astype(jnp.int32)[:, :, None] * total[None]
-    if matrix.group_scale is not None:
-        sums = sums * matrix.group_scale.astype(jnp.int32)[:, :, None]
-    return sums
-
-
-def _at_once(
-    q: Array, matrix: Matrix, group: int, groups: int
-) -> Float[Array, "rows outputs"]:
-    """All whole groups in one batched product."""
-
-    def by_group(x):
-        return x[:, : groups * group].reshape(x.shape[0], groups, group)
-
-    codes = by_group(matrix.integers(group))
-    sums = jax.vmap(narrow_dot, in_axes=1)(by_group(q), codes)
-    scale = matrix.scale[:, :groups].T[:, None, :]
-    return jnp.sum(sums.astype(jnp.float32) * scale, axis=0)
-
-
-def _one_by_one(
-    q: Array, matrix: Matrix, group: int, groups: int
-) -> Float[Array, "rows outputs"]:
-    """A loop over the whole groups, for CPUs.
-
-    Not `_at_once`, because XLA:CPU would transpose all of the weight for a batched product.
-    """
-
-    def product_of(number, mine):
-        own = matrix.columns(number, number * group, group)
-        sums = narrow_dot(mine, own.integers(None))
-        return sums.astype(jnp.float32) * own.scale.T
-
-    def add(total, numbered):
-        return total + product_of(*numbered), None
-
-    of_groups = (
-        q[:, : groups * group].reshape(q.shape[0], groups, group).swapaxes(0, 1)
-    )
-    # The sum starts with a group, not with zeros, because in a shard_map it differs from device to
-    # device, and zeros do not: the loop's carry would change its type.
-    first = product_of(0, of_groups[0])
-    rest = jnp.arange(1, groups, dtype=jnp.int32), of_groups[1:]
-    total, _ = lax.scan(add, first, rest)
-    return total
-
-
 def weight_only(
     x: Float[Array, "rows inner"], matrix: Matrix, group: int | None
 ) -> Float[Array, "rows outputs"]:
@@ -525,9 +300,9 @@ def _by_digits(
     """
     q, scales = three_digits(x)
     if group is not None and matrix.scale.shape[1] > 1:
-        sums = _in_groups(q, matrix, group)
+        sums = in_groups(q, matrix, group)
     else:
-        sums = _integer_sums(q, matrix, group).astype(jnp.float32)
+        sums = integer_sums(q, matrix, group).astype(jnp.float32)
         sums = sums * matrix.scale.T
     by_digit = (sums * scales).reshape(3, x.shape[0], sums.shape[1])
     return jnp.sum(by_digit, axis=0)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from sqjax._shapes import entries_at, other_axes, sizes_along
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, DimensionNumbers
 from sqjax.numerics.hadamard import rotated
+from sqjax.numerics.matrix import Matrix
 from sqjax.numerics.weight_products import (
     Activations,
-    Matrix,
     Recipe,
     count_beyond,
     product,

@@ -13,7 +13,8 @@ from jax import lax
 from slow import slow_but
 
 from sqjax.numerics.dots import LONGEST_CONTRACTION, narrow_dot
-from sqjax.numerics.weight_products import Matrix, Recipe, product
+from sqjax.numerics.matrix import Matrix
+from sqjax.numerics.weight_products import Recipe, product
 from sqjax.weights.dot_general import quantized_dot_general
 from sqjax.weights.qtensor import QTensor, dequantize
 from sqjax.weights.quant_weight import QuantWeight
