@@ -92,7 +92,7 @@ def forget():
     for garbage takes a second, so not after every file.
     """
     yield
-    if memory_maps() > 40_000:
+    if memory_maps() > 35_000:
         jax.clear_caches()
         gc.collect()
 
