@@ -85,19 +85,31 @@ def _of_few_rows(
     codes: Shaped[Array, "first last"],
     summed: int,
 ) -> Int32[Array, "rows outputs"]:
-    """`narrow_dot` for XLA:CPU, the weight as the first operand: codes @ q.T, transposed.
+    """`narrow_dot` for XLA:CPU, the weight as the first operand.
 
-    Because it packs the second operand anew for every product, which takes longer than the product
-    of a few rows itself. A single row is computed several times, because it runs a matrix-vector
-    product without its vector units. The barrier keeps XLA from exchanging the operands again.
+    A single row is computed several times, because XLA:CPU runs an int8 matrix-vector product
+    without its vector units.
     """
     rows = q.shape[0]
     q = jnp.pad(q, ((0, max(_AT_ONCE - rows, 0)), (0, 0)))
+    return codes_first(q, codes, summed)[:, :rows].T
+
+
+def codes_first(
+    q: Int8[Array, "rows inner"],
+    codes: Shaped[Array, "first last"],
+    summed: int = 1,
+) -> Int32[Array, "outputs rows"]:
+    """codes @ q.T, which for a few rows XLA:CPU computes faster than q @ codes.T.
+
+    Because it packs the second operand anew for every product, which takes longer than the product
+    of a few rows itself. The barrier keeps XLA from exchanging the operands again.
+    """
     dimensions = (((summed,), (1,)), ((), ()))
     sums = lax.dot_general(
         codes.astype(jnp.int8), q, dimensions, preferred_element_type=jnp.int32
     )
-    return lax.optimization_barrier(sums)[:, :rows].T
+    return lax.optimization_barrier(sums)
 
 
 # Products of two activations ----------------------------------------------------------------------

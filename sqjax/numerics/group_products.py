@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
-from sqjax.numerics.dots import LAST_AXES, narrow_dot
+from sqjax.numerics.dots import codes_first, narrow_dot
 from sqjax.numerics.matrix import Matrix
 
 
@@ -136,21 +136,9 @@ def _by_blocks(
     own = number[:, None] == of_channel[None]
     blocks = jnp.where(own[:, None], q[None], jnp.int8(0))
     flat = blocks.reshape(groups * rows, inner)
-    sums = lax.dot_general(
-        matrix.codes.astype(jnp.int8),
-        flat,
-        LAST_AXES,
-        preferred_element_type=jnp.int32,
-    )
-    # XLA would exchange the operands, and pack the codes anew: see `narrow_dot`.
-    sums = lax.optimization_barrier(sums).reshape(-1, groups, rows)
+    sums = codes_first(flat, matrix.codes).reshape(-1, groups, rows)
     if matrix.zero is not None:
-        total = lax.dot_general(
-            own.astype(jnp.int8),
-            q,
-            LAST_AXES,
-            preferred_element_type=jnp.int32,
-        )
+        total = codes_first(q, own)
         sums = sums - matrix.zero.astype(jnp.int32)[:, :, None] * total[None]
     if matrix.group_scale is not None:
         sums = sums * matrix.group_scale.astype(jnp.int32)[:, :, None]

@@ -1,6 +1,7 @@
 """A quantized matmul for Hopper GPUs (sm_90a), as a Pallas Mosaic-GPU kernel.
 
-It is used by explicit choice: nothing in sqjax calls it but `sqjax bench gpu`, which measures it.
+It is used by explicit choice: for weights that `sqjax.with_kernel` gives it, and by `sqjax bench
+gpu`, which measures it.
 
 This form of it has not run on a GPU yet; a prototype with the same steps has (benchmarks/gpu). It
 is checked in Pallas's interpreter against numpy, and lowered ahead of time for sm_90a. It needs jax

@@ -22,8 +22,8 @@ _BLOCK = 128
 def with_kernel(qparams: PyTree, kernel: str | Mapping[str, str]) -> PyTree:
     """The tree with another program for its matmuls: XLA's own, or `sqjax.mosaic.matmul`.
 
-    What is computed stays the same, up to rounding in float32. By default all is XLA's, and nothing
-    else in sqjax chooses a kernel.
+    What is computed stays the same, up to the rounding that `sqjax.mosaic.matmul` tells of. By
+    default all is XLA's, and nothing else in sqjax chooses a kernel.
 
     "pallas" is for GPUs of the Hopper family (H100, H200); compiled for a CPU or a TPU, such a
     weight is multiplied by XLA all the same. It is the kernel's program for x @ W; derivatives, h @
