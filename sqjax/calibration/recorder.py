@@ -139,12 +139,11 @@ class Recorder:
         absmax, abs_sum, count, reached = {}, {}, {}, {}  # of every path
         for path, seen in self.totals.items():
             reached[path] = seen.reached
-            absmax[path] = seen.absmax
+            absmax[path] = _with_nan_of(seen.absmax, seen.abs_sum)
             abs_sum[path] = seen.abs_sum
             count[path] = seen.tokens
         # Not batch by batch: a check waits for the device. Maxima keep an infinity. Only the sums
         # keep a NaN, because a CPU's vectorised maximum passes over it.
-        absmax = _with_nan_of(absmax, abs_sum)
         check_finite(absmax, "activation at")
         grams = self._of_each("gram")
         check_finite(
@@ -250,12 +249,6 @@ def _checked_mask(mask: Any) -> Array:
 
 
 @jax.jit
-def _with_nan_of(
-    absmax: dict[str, Array], abs_sum: dict[str, Array]
-) -> dict[str, Array]:
+def _with_nan_of(absmax: Array, abs_sum: Array) -> Array:
     """Maxima, NaN where the sum of the same numbers is."""
-    nan = jnp.float32(jnp.nan)
-    return {
-        path: jnp.where(jnp.isnan(abs_sum[path]), nan, largest)
-        for path, largest in absmax.items()
-    }
+    return jnp.where(jnp.isnan(abs_sum), jnp.float32(jnp.nan), absmax)

@@ -359,12 +359,12 @@ def weight_absmax(site: Site, leaf: ArrayLike) -> Array:
 def weight_absmaxes(
     sites: Iterable[Site], leaves: Mapping[str, Any]
 ) -> dict[str, Array]:
-    """{site: `weight_absmax` of its leaf}, all by one compiled program."""
+    """{site: `weight_absmax` of its leaf}."""
     sites = tuple(sites)
     kept = dict(zip(paths_of(sites), map(leaf_channels, sites), strict=True))
-    return _absmaxes_of(
-        {path: leaves[path] for path in kept}, tuple(kept.items())
-    )
+    return {
+        path: _absmax_of(leaves[path], where) for path, where in kept.items()
+    }
 
 
 def leaf_channels(site: Site) -> Channels:
@@ -376,29 +376,17 @@ def leaf_channels(site: Site) -> Channels:
 
 def leaf_sizes(leaves: Mapping[str, Any]) -> dict[str, Array]:
     """{leaf: (max |w|, mean |w|)} of the float leaves that have elements."""
-    sized = {
-        path: leaf
+    return {
+        path: _size(leaf)
         for path, leaf in leaves.items()
         if is_float(leaf) and leaf.size
     }
-    return _sizes(sized)
 
 
 @jax.jit
-def _sizes(leaves: dict[str, Array]) -> dict[str, Array]:
-    """All leaves in one compiled program, because a call for each would take longer."""
-    sizes = {}
-    for path, leaf in leaves.items():
-        magnitude = jnp.abs(leaf.astype(jnp.float32))
-        sizes[path] = jnp.stack([jnp.max(magnitude), jnp.mean(magnitude)])
-    return sizes
-
-
-@partial(jax.jit, static_argnums=1)
-def _absmaxes_of(
-    leaves: dict[str, Array], kept: tuple[tuple[str, Channels], ...]
-) -> dict[str, Array]:
-    return {path: _absmax_of(leaves[path], where) for path, where in kept}
+def _size(leaf: Array) -> Array:
+    magnitude = jnp.abs(leaf.astype(jnp.float32))
+    return jnp.stack([jnp.max(magnitude), jnp.mean(magnitude)])
 
 
 @partial(jax.jit, static_argnums=1)

@@ -98,6 +98,21 @@ def test_tracers_pass_and_closed_over_values_are_checked():
         traced(bad)
 
 
+@pytest.mark.parametrize("size", [8, 2**20 + 1])  # numpy's look, and the compiled one
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_a_nan_is_found_in_arrays_of_every_size_and_kind(size, dtype, kind):
+    fine = np.ones(size, jnp.dtype(dtype))
+    bad = fine.copy()
+    bad[3] = np.nan
+    check_finite(kind(fine), "input")
+    with pytest.raises(ValueError, match=f"input .*: 1 of {size} values are NaN"):
+        check_finite({"x": kind(bad)}, "input")
+    # What is allowed takes nothing away from the others.
+    with pytest.raises(ValueError, match="values are NaN"):
+        check_finite(kind(bad), "input", but=1.0)
+
+
 @pytest.mark.parametrize(("entry", "names"), [(None, ()), ("x", ("x",)), (("x", "y"), ("x", "y"))])
 def test_mesh_axes_of_an_entry(entry, names):
     assert mesh_axes(entry) == names
