@@ -10,6 +10,7 @@ import pytest
 from slow import slow_but
 
 import sqjax as sq
+from sqjax.choosing.batches import checksum, kind_of
 from sqjax.choosing.divergence import divergence
 from sqjax.choosing.simulation import round_activation, simulated
 from sqjax.methods.quantization import site_schemes
@@ -252,3 +253,12 @@ WRONG = {
 def test_wrong_arguments_are_named(options, text):
     with pytest.raises(ValueError, match=text):
         learned(**options)
+
+
+def test_batches_may_hold_random_keys():
+    """Another key is another batch of one kind, and the same key the same one."""
+    x = np.ones(3, np.float32)
+    args = [(x, jax.random.key(seed)) for seed in (0, 1, 0)]
+    first, other, again = map(checksum, args)
+    assert first == again != other
+    assert kind_of(args[0]) == kind_of(args[1]) != kind_of((x, jax.random.PRNGKey(0)))
