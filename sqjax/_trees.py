@@ -74,6 +74,20 @@ def is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def quickly_read(x: Any) -> np.ndarray | None:
+    """A small array in host memory, for numpy to look at; None of any other, and of a tracer.
+
+    Because to compile a look takes 20 ms for each shape, in which numpy reads millions of numbers.
+    """
+    if not is_concrete(x) or np.size(x) > 2**20:
+        return None
+    if isinstance(x, jax.Array):
+        platforms = {device.platform for device in x.devices()}
+        if not x.is_fully_addressable or platforms != {"cpu"}:
+            return None
+    return np.asarray(x)
+
+
 def check_arrays(params: PyTree) -> None:
     """Raises ValueError naming the first leaf of `params` that is no array, or is quantized."""
 
@@ -125,17 +139,10 @@ def _pairs(
 
 def _is_finite(x: Any, but: float | None) -> Any:
     """Whether every number is finite, or `but`."""
-    # Compiling takes 20 ms for each shape, in which numpy looks at a few million numbers.
-    if x.size <= 2**20 and _is_in_host_memory(x):
-        return _all_finite(np.asarray(x), but, np)
+    near = quickly_read(x)
+    if near is not None:
+        return _all_finite(near, but, np)
     return _compiled_all_finite(x, but)
-
-
-def _is_in_host_memory(x: Any) -> bool:
-    if not isinstance(x, jax.Array):
-        return True
-    platforms = {device.platform for device in x.devices()}
-    return x.is_fully_addressable and platforms == {"cpu"}
 
 
 def _all_finite(x: Any, but: float | None, numpy: Any = jnp) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from sqjax._arguments import expect
 from sqjax._serialized import serialized
 from sqjax._tables import aligned
-from sqjax._trees import is_concrete, is_float
+from sqjax._trees import is_concrete, is_float, quickly_read
 from sqjax.folding.graph import Graph, Group, Kernel, LabelMap, Site, paths_of
 from sqjax.folding.space import Along, Space
 from sqjax.numerics.channels import Channels, channel_absmax
@@ -383,8 +383,16 @@ def leaf_sizes(leaves: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
+def _size(leaf: ArrayLike) -> Array:
+    near = quickly_read(leaf)
+    if near is None:
+        return _compiled_size(leaf)
+    magnitude = np.abs(near.astype(np.float32))
+    return jnp.asarray(np.stack([magnitude.max(), magnitude.mean()]))
+
+
 @jax.jit
-def _size(leaf: Array) -> Array:
+def _compiled_size(leaf: Array) -> Array:
     magnitude = jnp.abs(leaf.astype(jnp.float32))
     return jnp.stack([jnp.max(magnitude), jnp.mean(magnitude)])
 

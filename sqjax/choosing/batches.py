@@ -17,9 +17,7 @@ def arguments(batch: Any) -> tuple[Any, ...]:
 def kind_of(args: tuple[Any, ...]) -> Any:
     """What two batches have in common that one program serves: all but the values of arrays."""
     leaves, treedef = jax.tree.flatten(args)
-    kinds = [
-        (np.shape(x), str(x.dtype)) if is_array(x) else x for x in leaves
-    ]
+    kinds = [(np.shape(x), str(x.dtype)) if is_array(x) else x for x in leaves]
     return treedef, tuple(kinds)
 
 

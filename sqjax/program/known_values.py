@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sqjax._trees import is_concrete
+from sqjax._trees import is_concrete, quickly_read
 from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.primitives import KEEP_A_FILL
 
@@ -74,19 +73,26 @@ def captured_values(array: Any) -> np.ndarray | None:
     if not is_concrete(array):
         return None
     # Now, even if the caller is being traced, because the answer decides what is done.
-    with jax.ensure_compile_time_eval():
-        only_zeros, zeros_and_ones = jax.device_get(_looked_at(array))
+    near = quickly_read(array)
+    if near is not None:
+        only_zeros, zeros_and_ones = _looked_at(near)
+    else:
+        with jax.ensure_compile_time_eval():
+            looked_at = _compiled_looked_at(array)
+            only_zeros, zeros_and_ones = jax.device_get(looked_at)
     if only_zeros:
         return np.zeros((), array.dtype)
     return ZEROS_AND_ONES if zeros_and_ones else None
 
 
-@jax.jit
 def _looked_at(array: Any) -> tuple[Any, Any]:
     """(whether an array holds only zeros, whether it holds only zeros and ones)."""
     zero, one = np.array([0, 1], array.dtype)
     is_zero = array == zero
-    return jnp.all(is_zero), jnp.all(is_zero | (array == one))
+    return is_zero.all(), (is_zero | (array == one)).all()
+
+
+_compiled_looked_at = jax.jit(_looked_at)
 
 
 class KnownValues:
