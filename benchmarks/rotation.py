@@ -1,10 +1,10 @@
-"""Rotations at run time: what they cost a prefill, and what they give activations of 4 bits.
+"""What rotations at run time give activations of 4 bits.
 
     python benchmarks/rotation.py --record benchmarks/records/rotation.json
 
-The prefill is SmolLM2's. Activations of 4 bits are judged on weights that were trained in float,
-because SmolLM2's come from a file of 4 bits, whose grid a rotation leaves: on all-MiniLM-L6-v2, and
-on the language model of `small_lm.py`, which is trained here first.
+Activations of 4 bits are judged on weights that were trained in float, because SmolLM2's come from
+a file of 4 bits, whose grid a rotation leaves: on all-MiniLM-L6-v2, and on the language model of
+`small_lm.py`, which is trained here first. What rotations cost is measured by `rotation_costs.py`.
 """
 
 import argparse
@@ -15,13 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from small_lm import BATCH, TOKENS, small_model, text_bytes, trained
 
 import sqjax as sq
-from sqjax.commands.defaults import ENCODER, MODEL
+from sqjax.commands.defaults import ENCODER
 from sqjax.commands.embeddings import agreement_of, sentences
 from sqjax.commands.records import (
     Row,
@@ -31,61 +28,8 @@ from sqjax.commands.records import (
 )
 from sqjax.models.evaluation.perplexity import perplexity, windows
 
-PROMPT = 512
-#: The rotations of what a down projection reads: 1536 channels of SmolLM2.
-ROTATIONS: dict[str, sq.weights.schemes.Rotation | None] = {
-    "none": None,
-    "all channels": "hadamard",
-    "blocks of 256": 256,
-    "blocks of 64": 64,
-}
 #: What stays float: the embeddings and the head.
 FLOATS = {"embed_tokens|lm_head": None}
-
-# What it costs ------------------------------------------------------------------------------------
-
-
-def prefills(repeats: int) -> list[Row]:
-    """A row for each rotation: what an int8 prefill takes, by the median of runs in turns.
-
-    The seconds of the cores are beside those of the clock, because others may use the machine.
-    """
-    model, params = sq.models.load(MODEL)
-    ids = jnp.asarray(np.arange(PROMPT)[None] % 1000, jnp.int32)
-    stats = sq.calibrate(model.apply, params, [ids[:, :64]])
-    cache = model.init_cache(1, PROMPT)
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, rotation in ROTATIONS.items():
-        rules = {"down_proj": sq.W8A8.replace(rotation=rotation), ".*": sq.W8A8}
-        qparams = sq.quantize(params, stats, rules)
-        decode = jax.jit(sq.quantized(model.decode))
-        runs[name] = partial(decode, qparams, ids, cache)
-    rows: list[Row] = []
-    for name, found in in_turns(runs, repeats).items():
-        clock, cores = map(float, np.median(found, axis=0))
-        row: Row = {"table": "prefill", "rotation": name}
-        row |= {"seconds": clock, "core_seconds": cores}
-        print(row, flush=True)
-        rows.append(row)
-    return rows
-
-
-def in_turns(
-    runs: Mapping[str, Callable[[], Any]], repeats: int
-) -> dict[str, np.ndarray]:
-    """{name: (repeats, 2): the seconds of each run by the clock and of all cores}."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            clock, cores = time.perf_counter(), time.process_time()
-            jax.block_until_ready(run())
-            taken = time.perf_counter() - clock, time.process_time() - cores
-            found[name].append(taken)
-    # Without the first run, which compiles.
-    return {name: np.array(times[1:]) for name, times in found.items()}
-
-
-# What it gives ------------------------------------------------------------------------------------
 
 
 def recipes(
@@ -173,13 +117,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, metavar="FILE.json")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     if options.record is not None:
         check_writable(options.record)
     start = time.perf_counter()
-    rows = prefills(options.repeats)
-    rows += of_encoder()
+    rows = of_encoder()
     rows += of_language_model(options.minutes)
     if options.record is not None:
         command = ["python", "benchmarks/rotation.py"]

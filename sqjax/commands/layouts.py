@@ -33,5 +33,6 @@ LAYOUTS: dict[str, Callable[[Sequence[Row]], Table]] = {
     "int4 encoder": quality.int4_encoder,
     "exactness": quality.exactness,
     "rotation costs": speed.rotation_costs,
+    "rotation finding": speed.rotation_finding,
     "rotation gains": quality.rotation_gains,
 }

@@ -247,6 +247,18 @@ def rotation_costs(rows: Sequence[Row]) -> Table:
     return Table(titles, lines)
 
 
+def rotation_finding(rows: Sequence[Row]) -> Table:
+    """A line for each number of layers: what it takes to trace, to find what folds, to fold it."""
+    titles = ("layers", "to trace", "to find", "to fold", "groups", "spaces")
+    lines = []
+    for row in rows_of("finding", rows):
+        of_step = [row[f"{step}_seconds"] for step in ("trace", "find", "fold")]
+        seconds = [f"{x:.1f} s" for x in of_step]
+        counts = [str(row[name]) for name in ("groups", "spaces")]
+        lines.append((str(row["layers"]), *seconds, *counts))
+    return Table(titles, lines)
+
+
 # Convolutions and memory ----------------------------------------------------------------------
 
 

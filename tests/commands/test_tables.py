@@ -132,6 +132,15 @@ DECODE = [
 ROTATION = [
     {"table": "prefill", "rotation": "none", "seconds": 0.3, "core_seconds": 0.5},
     {"table": "prefill", "rotation": "blocks of 64", "seconds": 0.3, "core_seconds": 0.52},
+    {
+        "table": "finding",
+        "layers": 8,
+        "trace_seconds": 0.61,
+        "find_seconds": 1.26,
+        "fold_seconds": 0.3,
+        "groups": 33,
+        "spaces": 9,
+    },
     {"table": "W4A4", "model": "encoder", "recipe": "gptq", "loss": 0.2312},
     {"table": "W4A4", "model": "decoder", "recipe": "gptq", "loss": 0.4},
     {"table": "W4A4", "model": "decoder", "recipe": "`rotate`", "loss": 0.1},
@@ -269,6 +278,11 @@ EXPECTED = {
         ROTATION,
         ("rotated before down_proj", "core seconds", "more than none"),
         [("none", "0.500", "+0.0%"), ("blocks of 64", "0.520", "+4.0%")],
+    ),
+    "rotation finding": (
+        ROTATION,
+        ("layers", "to trace", "to find", "to fold", "groups", "spaces"),
+        [("8", "0.6 s", "1.3 s", "0.3 s", "33", "9")],
     ),
     "rotation gains": (
         ROTATION,
