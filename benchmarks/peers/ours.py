@@ -269,6 +269,12 @@ ROWS = {
     "w8a8-o3-prefixed-by-search": Row(
         sq.W8A8_O3, by_search, gptq, rotated_and_prefixed
     ),
+    "w8a8-o3-rotated-at-run-time": Row(
+        sq.W8A8_O3_ROTATED, nothing_measured, gptq
+    ),
+    "w8a8-o3-prefixed-at-run-time": Row(
+        sq.W8A8_O3_ROTATED, nothing_measured, gptq, prefixed
+    ),
     "w8a8-o3-learned": Row(sq.W8A8_O3, learned_from_smoothing()),
     "w4a16-rounding": Row(W4, nothing),
     "w4a16-gptq": Row(W4, nothing_measured, gptq),

@@ -217,6 +217,8 @@ _CHOICES = {
     "w8a8-o3-by-search": "W8A8_O3, `quantize_by_search`",
     "w8a8-o3-rotated-by-search": "W8A8_O3, `rotate` and `quantize_by_search`",
     "w8a8-o3-prefixed-by-search": "W8A8_O3, a prefix, `rotate` and `prepare_by_search`",
+    "w8a8-o3-rotated-at-run-time": "W8A8_O3_ROTATED, `gptq`",
+    "w8a8-o3-prefixed-at-run-time": "W8A8_O3_ROTATED, a prefix and `gptq`",
     "w8a8-o3-learned": "W8A8_O3, `learn`",
     "w4a16-rounding": "W4A16_G64, rounding",
     "w4a16-awq": "W4A16_G64, `awq`",
