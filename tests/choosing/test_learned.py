@@ -62,6 +62,9 @@ SCHEMES = {
         weight=sq.Int4(group_size=8, zero_point=True, two_level=True), activation=sq.PerToken()
     ),
     "float8": sq.FP8,
+    "zero points": sq.W4A4.replace(
+        weight=G8, activation=sq.PerToken(format="int4", zero_point=True)
+    ),
 }
 
 
