@@ -245,7 +245,7 @@ class PerToken(_Activation):
         zero_point: whether the range is that of the token, [min, max] made to hold 0, and not
             [-absmax, absmax]; int4 only. Its 16 codes then have steps of (max - min) / 15, and not
             of absmax / 7: about half as large where all numbers have one sign, as after a ReLU. A
-            product multiplies code - zero point, which int8 holds, so it is no slower.
+            product multiplies code - zero point, which int8 holds, so it needs no correction.
 
     Raises:
         ValueError: an unknown format, or a zero point in another one than int4.
