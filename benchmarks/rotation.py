@@ -30,6 +30,10 @@ from sqjax.models.evaluation.perplexity import perplexity, windows
 
 #: What stays float: the embeddings and the head.
 FLOATS = {"embed_tokens|lm_head": None}
+#: W4A4_ROTATED with a zero point for each token.
+ROTATED_WITH_ZEROS = sq.W4A4_ROTATED.replace(
+    activation=sq.PerToken(format="int4", zero_point=True)
+)
 
 
 def recipes(
@@ -38,6 +42,7 @@ def recipes(
     """{recipe: a function that makes its quantized parameters}, all of W4A4 in groups of 128."""
     plain = {**floats, ".*": sq.W4A4}
     turned = {**floats, ".*": sq.W4A4_ROTATED}
+    with_zeros = {**floats, ".*": ROTATED_WITH_ZEROS}
 
     def smoothed() -> Any:
         s = sq.scales(params, stats, 0.5)
@@ -51,6 +56,9 @@ def recipes(
         "search": lambda: sq.quantize_by_search(params, stats, plain),
         "rotated, rounding": lambda: sq.quantize(params, stats, turned),
         "rotated, gptq": lambda: sq.gptq(params, stats, turned),
+        "rotated, zero points, gptq": lambda: sq.gptq(
+            params, stats, with_zeros
+        ),
         "rotated, search": lambda: sq.quantize_by_search(params, stats, turned),
     }
 

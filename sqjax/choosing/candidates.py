@@ -29,7 +29,15 @@ from sqjax.choosing.matrices import in_matrix, stacked
 from sqjax.folding.apply import leaves_by_path
 from sqjax.folding.graph import Group, Site, paths_of
 from sqjax.methods.quantization import Rules, site_schemes
-from sqjax.numerics.formats import Format, absmax, scale_from_absmax, to_format
+from sqjax.numerics.formats import (
+    Format,
+    absmax,
+    range_of_rows,
+    scale_from_absmax,
+    to_differences,
+    to_format,
+    zero_point_range,
+)
 from sqjax.numerics.output_error import EXACT, gram_error
 from sqjax.numerics.ranges import Histogram, find_range
 from sqjax.numerics.tails import (
@@ -407,6 +415,10 @@ def _as_quantized(
     none = jnp.zeros(x.shape[1], jnp.float32)
     if how is None or isinstance(how, Indices):
         return x, none
+    if isinstance(how, PerToken) and how.zero_point:
+        scale, zero = zero_point_range(*range_of_rows(x))
+        codes = to_differences(x, scale, zero)
+        return codes.astype(jnp.float32) * scale, none
     if isinstance(how, PerToken):
         scale = scale_from_absmax(absmax(x, -1), how.fmt)
         return _to_and_from(x, scale, how.fmt), none

@@ -4,39 +4,33 @@ A recipe is a scheme with the choice of scales and roundings that suits it. All 
 calibration, and all are judged on the same batches, which calibration did not see.
 """
 
-import inspect
-import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from sqjax._arguments import check_function, expect
 from sqjax._names import first_matches
 from sqjax._tables import aligned
-from sqjax._trees import PyTree, is_float
-from sqjax.calibration.analysis import described
+from sqjax._trees import PyTree
 from sqjax.calibration.calibrate import calibrate, check_batches
 from sqjax.calibration.stats import Stats
-from sqjax.choosing.batches import arguments
 from sqjax.choosing.by_search import quantize_by_search
-from sqjax.choosing.divergence import divergence
+from sqjax.choosing.judging import Judge, Loss, Tried
 from sqjax.choosing.precision import choose_precision
 from sqjax.folding.graph import Graph, paths_of
 from sqjax.methods.quantization import Rules, quantize
 from sqjax.methods.rotation import rotate
-from sqjax.runtime.quantized import quantized
 from sqjax.weights.schemes import (
+    W4A4_ROTATED,
     W4A8,
     W4A16_G64,
     W8A8_O1,
     W8A8_O3,
+    W8A8_O3_ROTATED,
     W8A16,
     Scheme,
 )
@@ -49,31 +43,6 @@ _MIXED_BITS = 6.0
 
 #: What is smaller by less than 1% is of the same size: static scales alone make such differences.
 _SMALLER = 0.99
-
-#: loss(outputs, float outputs, *batch) of one batch: a number, less is better.
-Loss = Callable[..., Any]
-
-
-class Tried(NamedTuple):
-    """One recipe beside the float model.
-
-    Attributes:
-        name: of the recipe.
-        nbytes: of all parameters, as a file or a GPU holds them.
-        loss: its mean over the held-out batches.
-        difference: how much more that is than the float model's.
-        interval: half the width of the 95% interval of the difference, from how it varies between
-            batches (paired: a hard batch is hard for both), by Student's t: few batches make it
-            wide.
-        rules: what `quantize` was given.
-    """
-
-    name: str
-    nbytes: int
-    loss: float
-    difference: float
-    interval: float
-    rules: Rules
 
 
 class Recommendation(NamedTuple):
@@ -146,6 +115,13 @@ def recommend(
     - "w4a16": int4 weights in groups of 64, by AWQ and GPTQ.
     - "w4a8": int4 weights in groups of 128 by smoothing, AWQ and GPTQ, int8 activations by token.
 
+    And two that are tried where `recipes` names them, because no platform runs them faster than
+    those of their size above. They need no space, because they rotate when the program runs (not
+    what a convolution reads):
+
+    - "w8a8 static rotated at run time": `W8A8_O3_ROTATED`.
+    - "w4a4 rotated at run time": `W4A4_ROTATED`, int4 activations too.
+
     Args:
         fn: as for `calibrate`.
         params: as for `calibrate`.
@@ -162,7 +138,7 @@ def recommend(
             `loss` of your own leaves it out.
         logits: whether the outputs are logits, for "mixed"; None: where there is no `loss`.
         floats: name patterns of sites that stay float: a head, a router. Or one pattern.
-        recipes: the names of those to try, or one name; None: all.
+        recipes: the names of those to try, or one name; None: all but those of the last list.
         progress: whether to show a progress bar.
 
     Returns:
@@ -203,7 +179,7 @@ def recommend(
     if recipes is None and not stats.graph.spaces:
         names.remove(_ROTATED)
     problem = _Problem(fn, params, calibrated, stats, seen, floats)
-    judge = _Judge.of(fn, params, judged, loss)
+    judge = Judge.of(fn, params, judged, loss)
 
     tried: list[Tried] = []
     best: tuple[Tried, PyTree] | None = None
@@ -240,7 +216,8 @@ def _checked(
     is_number = isinstance(budget, Real) and float(budget) >= 0
     expect(is_number, "recommend: budget=", "a number of 0 or more", budget)
     if recipes is None:
-        return [name for name in RECIPES if logits or name != _MIXED]
+        left_out = _BY_NAME if logits else (*_BY_NAME, _MIXED)
+        return [name for name in RECIPES if name not in left_out]
     asked = _listed(recipes)
     _check_known(asked)
     if _MIXED in asked and not logits:
@@ -333,6 +310,19 @@ def _rotated(scheme: Scheme, problem: _Problem) -> tuple[Rules, PyTree]:
     return _searched(scheme, problem.rotated())
 
 
+def _rotated_at_run_time(
+    scheme: Scheme, problem: _Problem
+) -> tuple[Rules, PyTree]:
+    """The scheme, but for convolutions without its rotation, which is for matmuls."""
+    rules = problem.rules(scheme)
+    every = rules.pop(".*")
+    for site in problem.stats.graph.sites:
+        if site.kernel is not None:
+            rules[f"^{re.escape(site.path)}$"] = scheme.replace(rotation=None)
+    rules[".*"] = every
+    return rules, quantize_by_search(problem.params, problem.stats, rules)
+
+
 def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
     """int8 weights, and int4 ones where they matter least."""
     found = choose_precision(
@@ -352,146 +342,18 @@ def _mixed(problem: _Problem) -> tuple[Rules, PyTree]:
 _MIXED = "mixed"
 #: The recipe for programs that have a space.
 _ROTATED = "w8a8 static rotated"
+#: The recipes that are tried by name alone.
+_BY_NAME = ("w8a8 static rotated at run time", "w4a4 rotated at run time")
 
 #: The recipes by name: of two of one size the faster one first.
 RECIPES: dict[str, Callable[[_Problem], tuple[Rules, PyTree]]] = {
     "w8a8 static": partial(_searched, W8A8_O3),
     _ROTATED: partial(_rotated, W8A8_O3),
     "w8a8": partial(_searched, W8A8_O1),
+    _BY_NAME[0]: partial(_rotated_at_run_time, W8A8_O3_ROTATED),
     "w8a16": partial(_rounded, W8A16),
     _MIXED: _mixed,
     "w4a8": partial(_searched, W4A8),
+    _BY_NAME[1]: partial(_rotated_at_run_time, W4A4_ROTATED),
     "w4a16": partial(_searched, W4A16_G64),
 }
-
-
-# The judge ----------------------------------------------------------------------------------------
-
-
-class _Judge(NamedTuple):
-    """The held-out batches, and what the float model gives for each.
-
-    Attributes:
-        measure: measure(tree, params, args) is the loss of one batch.
-        params: the float ones.
-        batches: each the arguments of fn after params.
-        losses: of the float model, (batches,).
-    """
-
-    measure: Callable[..., Any]
-    params: PyTree
-    batches: list[tuple[Any, ...]]
-    losses: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        fn: Callable[..., Any],
-        params: PyTree,
-        batches: list[Any],
-        loss: Loss | None,
-    ) -> "_Judge":
-        """The judge of these batches, for which the float model's losses are computed."""
-        args_of = list(map(arguments, batches))
-        of_outputs = (
-            divergence_of_trees if loss is None else _checked_loss(loss)
-        )
-        run = quantized(fn)
-
-        @jax.jit
-        def measure(tree, params, args):
-            # The float outputs are computed anew, because those of all batches may not fit.
-            return of_outputs(run(tree, *args), fn(params, *args), *args)
-
-        # Complete but for its losses, which it can measure by now.
-        made = cls(measure, params, args_of, np.zeros(0))
-        return made._replace(losses=made.all(params))
-
-    def all(self, tree: PyTree) -> np.ndarray:
-        """The loss of every batch."""
-        found = [
-            float(self.measure(tree, self.params, args))
-            for args in self.batches
-        ]
-        if not np.isfinite(found).all():
-            raise ValueError(
-                f"recommend: expected losses that are finite, got {found[:5]}; check loss= and "
-                "the held-out batches"
-            )
-        return np.asarray(found)
-
-    def tried(self, name: str, rules: Rules, tree: PyTree) -> Tried:
-        """A recipe beside the float model."""
-        losses = self.all(tree)
-        differences = losses - self.losses
-        # The standard error of the mean difference; ddof=1, because the mean is estimated too.
-        error = float(differences.std(ddof=1)) / math.sqrt(len(losses))
-        interval = _quantile(len(losses) - 1) * error
-        mean, more = float(losses.mean()), float(differences.mean())
-        return Tried(name, weight_bytes(tree), mean, more, interval, rules)
-
-
-def _quantile(freedom: int) -> float:
-    """Half the width of a 95% interval in standard errors: the 97.5% quantile of Student's t.
-
-    For three degrees of freedom or more an expansion around the normal's 1.96, right to 1%
-    (Abramowitz and Stegun 1964, 26.7.5).
-    """
-    few = {1: 12.706, 2: 4.303}
-    if freedom in few:
-        return few[freedom]
-    return 1.96 + 2.372 / freedom + 2.823 / freedom**2 + 2.556 / freedom**3
-
-
-def _checked_loss(loss: Any) -> Loss:
-    """The loss, which says what is expected of it where its arguments or its value do not fit."""
-    order = "a function loss(outputs, float_outputs, *batch)"
-    expect(callable(loss), "recommend: loss=", order, loss)
-
-    def checked(*args: Any) -> Any:
-        try:
-            inspect.signature(loss).bind(*args)
-        except TypeError as error:
-            raise ValueError(
-                f"recommend: loss=: expected {order}, got one that does not take these "
-                f"{len(args)} arguments: {error}"
-            ) from error
-        except ValueError:
-            # What is not written in Python may have no signature.
-            pass
-        found = loss(*args)
-        if not _is_scalar(found):
-            raise ValueError(
-                "recommend: loss=: expected a scalar, the loss of a batch, got "
-                f"{described(found)}; take the mean, say"
-            )
-        return found
-
-    return checked
-
-
-def _is_scalar(x: Any) -> bool:
-    """Whether it is a real number, or an array of one without axes."""
-    if not hasattr(x, "dtype"):
-        return isinstance(x, Real)
-    is_real = is_float(x) or jnp.issubdtype(x.dtype, jnp.integer)
-    return is_real and not x.shape
-
-
-def divergence_of_trees(outputs: Any, float_outputs: Any, *_: Any) -> Array:
-    """The sum over all float arrays of both outputs of `divergence`.
-
-    Raises:
-        ValueError: there is no float array, or one has no axis.
-    """
-    leaves = map(jax.tree.leaves, (float_outputs, outputs))
-    pairs = zip(*leaves, strict=True)
-    floats = [(wanted, got) for wanted, got in pairs if is_float(wanted)]
-    if not floats or not all(wanted.ndim for wanted, _ in floats):
-        raise ValueError(
-            "recommend: expected outputs whose float arrays have a last axis of logits, got "
-            f"{described(float_outputs)}; pass loss=, a function loss(outputs, float_outputs, "
-            "*batch)"
-        )
-    found = [divergence(got, wanted) for wanted, got in floats]
-    return jnp.sum(jnp.stack(found))

@@ -36,6 +36,7 @@ from sqjax.numerics.formats import (
     Format,
     scale_from_absmax,
     to_codes,
+    to_differences,
     to_format,
     zero_point_range,
 )
@@ -249,6 +250,22 @@ def round_activation(x: Array, scale: Array, fmt: Format) -> Array:
     return straight_through(exact, scale, values, inside).astype(x.dtype)
 
 
+def round_with_zero_point(x: Array, axes: tuple[int, ...]) -> Array:
+    """x rounded to int4 with a zero point for what shares these axes, with gradients.
+
+    Nothing is beyond the range, whose ends are two numbers of x (or 0); so the scale's gradient
+    reaches these two.
+    """
+    exact = x.astype(jnp.float32)
+    lowest = jnp.min(exact, axes, keepdims=True)
+    highest = jnp.max(exact, axes, keepdims=True)
+    scale, zero = zero_point_range(lowest, highest)
+    fixed = lax.stop_gradient(scale)
+    codes = to_differences(lax.stop_gradient(exact), fixed, zero)
+    values = codes.astype(jnp.float32) * fixed
+    return straight_through(exact, scale, values, None).astype(x.dtype)
+
+
 @jax.custom_vjp
 def straight_through(
     x: Array, scale: Array, values: Array, inside: Array | None
@@ -335,9 +352,10 @@ def _rounded_input(met: Meeting, place: int, weight: QuantWeight) -> Array:
             shape[axis] = size
         return round_activation(x, scale.reshape(shape), fmt)
     # A token's scale is that of the axes that the product sums over.
+    of_token = tuple(contracted[place])
+    if weight.activations == "per_token_zero_point":
+        return round_with_zero_point(x, of_token)
     per_token = weight.activations == "per_token"
-    axes = contracted[place] if per_token else range(x.ndim)
-    largest = jnp.max(
-        jnp.abs(x.astype(jnp.float32)), tuple(axes), keepdims=True
-    )
+    axes = of_token if per_token else tuple(range(x.ndim))
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axes, keepdims=True)
     return round_activation(x, scale_from_absmax(largest, fmt), fmt)

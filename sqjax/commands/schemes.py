@@ -28,7 +28,7 @@ from sqjax.models.evaluation.perplexity import perplexity
 from sqjax.models.model import Params, TokenIds
 from sqjax.runtime.int8_attention import int8_attention
 from sqjax.weights import schemes
-from sqjax.weights.schemes import Scheme, Static
+from sqjax.weights.schemes import PerToken, Scheme, Static
 from sqjax.weights.sizes import weight_bytes
 
 SCHEMES: dict[str, Scheme] = {
@@ -37,6 +37,7 @@ SCHEMES: dict[str, Scheme] = {
     "W8A8 O3 static": schemes.W8A8_O3,
     "W8A8 O3 static, range mse": Scheme(activation=Static(range="mse")),
     "W8A8 O3 static, range 0.9999": Scheme(activation=Static(range=0.9999)),
+    "W8A8 O3 static, rotated": schemes.W8A8_O3_ROTATED,
     "W8A8 O1, outliers > 6 in float": schemes.W8A8_OUTLIERS,
     "FP8 e4m3": schemes.FP8,
     "FP8 e5m2": schemes.FP8_E5M2,
@@ -44,7 +45,14 @@ SCHEMES: dict[str, Scheme] = {
     "W4A16 g128": schemes.W4A16,
     "W4A16 g64": schemes.W4A16_G64,
     "W4A8 g128, two levels": schemes.W4A8,
+    "W4A4 g128": schemes.W4A4,
+    "W4A4 g128, rotated": schemes.W4A4_ROTATED,
+    "W4A4 g128, rotated, zero points": schemes.W4A4_ROTATED.replace(
+        activation=PerToken(format="int4", zero_point=True)
+    ),
 }
+#: Tokens of a site that are kept: the static range of rotated activations is theirs.
+_SAMPLE = 512
 
 #: Makes the parameters of a variant from parameters and their own statistics.
 Make = Callable[[Any, Stats], Any]
@@ -95,15 +103,14 @@ def compare(
     evaluation = text_windows(model, "evaluation", LENGTH, size.evaluation)
     print(where(model_name), flush=True)
 
-    stats = calibrate(
-        model.apply, params, batches, histogram=True, progress=True
+    measured = partial(
+        calibrate, model.apply, histogram=True, sample=_SAMPLE, progress=True
     )
+    stats = measured(params, batches)
     smoothed = smooth(params, stats, alpha)
     # Measured anew, because the ranges "mse" and 0.9999 need histograms, and a histogram of X says
     # nothing about X / s.
-    smoothed_stats = calibrate(
-        model.apply, smoothed, batches, histogram=True, progress=True
-    )
+    smoothed_stats = measured(smoothed, batches)
 
     def measure(name: str, model: Model, make: Make) -> Row:
         unsmoothed_tree = make(params, stats)

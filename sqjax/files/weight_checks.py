@@ -108,6 +108,9 @@ def _wrong_formats(weight: QuantWeight) -> str | None:
             f"expected an activation_format among {allowed} with weights of {of_weight.name}, "
             f"got {of_x!r}"
         )
+    has_zero = weight.activations == "per_token_zero_point"
+    if has_zero and of_x != "int4":
+        return f"only int4 activations have zero points, got {of_x}"
     return None
 
 

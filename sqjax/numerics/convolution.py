@@ -23,9 +23,9 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from sqjax.numerics.dots import narrow_dot
-from sqjax.numerics.formats import FORMATS, to_operand
+from sqjax.numerics.formats import FORMATS
 from sqjax.numerics.straight_through import tangent_of
-from sqjax.numerics.weight_products import Recipe, activation_scale
+from sqjax.numerics.weight_products import Recipe, quantized_rows
 
 #: The most products of two int8 in [-127, 127] whose every sum float32 holds exactly.
 EXACT_IN_FLOAT32 = 2**24 // 127**2
@@ -85,9 +85,9 @@ def convolution(
     """The convolution of x with a quantized kernel, in float32.
 
     Quantized activations: (q_x * q_w) * scale_x * scale_w, the sum in int32. "per_token" means a
-    scale for every image, because one sum mixes the positions of an image. Weight-only:
-    (x * q_w) * scale_w in float. The derivative with respect to x is that of the float convolution
-    with the dequantized kernel (straight-through).
+    scale (and zero point) for every image, because one sum mixes the positions of an image.
+    Weight-only: (x * q_w) * scale_w in float. The derivative with respect to x is that of the float
+    convolution with the dequantized kernel (straight-through).
     """
     if recipe.activations is None:
         if not kernel.has_one_scale_an_output:
@@ -97,11 +97,12 @@ def convolution(
 
     fmt = FORMATS[recipe.fmt]
     images = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    scale = activation_scale(
+    of_images, scale = quantized_rows(
         images, recipe.activations, kernel.input_scale, fmt
     )
+    # Pixels beyond an image's edge are 0, which is 0 here too, with or without a zero point.
+    q = of_images.reshape(x.shape)
     x_scale = scale.reshape(-1, *[1] * (x.ndim - 1))
-    q = to_operand(x, x_scale, fmt)
     if not kernel.has_one_scale_an_output:
         in_float = convolve(q.astype(jnp.float32), kernel.dequantized(), window)
         return in_float * x_scale

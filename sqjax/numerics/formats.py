@@ -66,8 +66,7 @@ def absmax(
     (https://github.com/openxla/xla/issues/21461). Without their signs, floats are in the order of
     their bits, infinity above all numbers and NaN above infinity, so the bits are compared.
     """
-    largest = jnp.max(_without_sign(x), axis=axis, keepdims=True, initial=0)
-    return lax.bitcast_convert_type(largest, jnp.float32)
+    return _largest(_without_sign(x), axis)
 
 
 #: So many channels and more are compared by halves on a CPU, down to at most so many.
@@ -77,37 +76,72 @@ _MANY, _FEW = 256, 32
 def absmax_of_rows(
     x: Shaped[Array, "*lead channels"],
 ) -> Float[Array, "*lead 1"]:
-    """`absmax` along the last axis; on a CPU by halves.
+    """`absmax` along the last axis; on a CPU by halves."""
+    return _largest_of_rows(_without_sign(x))
+
+
+def range_of_rows(
+    x: Shaped[Array, "*lead channels"],
+) -> tuple[Float[Array, "*lead 1"], Float[Array, "*lead 1"]]:
+    """(min, max) of 0 and the last axis; where that holds NaN, one of the two is NaN.
+
+    As integers the bits of numbers above 0 are in the order of the numbers, and those of numbers
+    below 0 are less than 0. So the largest are max(x, 0), and without its sign min(x, 0) is that of
+    -x. A NaN is the largest in one of both, by its sign.
+    """
+    bits = _bits(x)
+    low = _largest_of_rows(bits ^ _SIGN)
+    return -low, _largest_of_rows(bits)
+
+
+def _largest_of_rows(
+    bits: Int32[Array, "*lead channels"],
+) -> Float[Array, "*lead 1"]:
+    """`_largest` along the last axis; on a CPU by halves.
 
     Because XLA:CPU compares the elements of a row one after the other, but two arrays by vectors.
     """
-    channels = x.shape[-1]
+    channels = bits.shape[-1]
+    along_rows = partial(_largest, axis=-1)
     # Symbolic where `jax.export` leaves a size open.
     if not isinstance(channels, int) or channels < _MANY:
-        return absmax(x, -1)
-    otherwise = partial(absmax, axis=-1)
-    return lax.platform_dependent(x, cpu=_by_halves, default=otherwise)
+        return along_rows(bits)
+    return lax.platform_dependent(bits, cpu=_by_halves, default=along_rows)
 
 
 def _by_halves(
-    x: Shaped[Array, "*lead channels"],
+    bits: Int32[Array, "*lead channels"],
 ) -> Float[Array, "*lead 1"]:
-    """`absmax` along the last axis: the larger ones of both halves, then of both of their halves.
+    """The larger ones of both halves of a row, then of both of their halves.
 
     Of an odd number the halves share an element, which changes no maximum: 5 are 3 and 3.
     """
-    largest = _without_sign(x)
-    while largest.shape[-1] > _FEW:
-        half = -(-largest.shape[-1] // 2)
-        largest = jnp.maximum(largest[..., :half], largest[..., -half:])
-    largest = jnp.max(largest, axis=-1, keepdims=True)
+    while bits.shape[-1] > _FEW:
+        half = -(-bits.shape[-1] // 2)
+        bits = jnp.maximum(bits[..., :half], bits[..., -half:])
+    return _largest(bits, -1)
+
+
+def _largest(
+    bits: Int32[Array, "..."], axis: int | Sequence[int] | None
+) -> Float[Array, "..."]:
+    """The float whose bits are the largest integer along some axes (None: all), and 0 at least."""
+    largest = jnp.max(bits, axis=axis, keepdims=True, initial=0)
     return lax.bitcast_convert_type(largest, jnp.float32)
+
+
+#: The bit of a float32's sign.
+_SIGN = np.int32(-(2**31))
+
+
+def _bits(x: Shaped[Array, "*s"]) -> Int32[Array, "*s"]:
+    """The bits of x in float32."""
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
 def _without_sign(x: Shaped[Array, "*s"]) -> Int32[Array, "*s"]:
     """The bits of |x| in float32, whose order as integers is that of |x|, and NaN the largest."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return bits & jnp.int32(0x7FFFFFFF)
+    return _bits(x) & ~_SIGN
 
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -167,7 +201,7 @@ def to_operand(
 def zero_point_range(
     low: Float[Array, "*s"], high: Float[Array, "*s"]
 ) -> tuple[Float[Array, "*s"], Int8[Array, "*s"]]:
-    """(scale, zero) of int4 with a zero point, for weights in [low, high].
+    """(scale, zero) of int4 with a zero point, for numbers in [low, high].
 
     scale = (high - low) / 15, zero = round(-low / scale) - 8.
 
@@ -187,3 +221,15 @@ def to_codes(
     """q = clip(round(x / scale) + zero, -8, 7): then (q - zero) * scale is x within scale / 2."""
     q = jnp.round(x.astype(jnp.float32) / scale) + zero.astype(jnp.float32)
     return jnp.clip(q, LOWEST, HIGHEST).astype(container(INT4))
+
+
+def to_differences(
+    x: Float[Array, "*s"], scale: Float[Array, "..."], zero: Int8[Array, "..."]
+) -> Int8[Array, "*s"]:
+    """q - zero of `to_codes`, the integer that a product multiplies: x is that times the scale.
+
+    It is in [-15, 15], because q and zero are in [-8, 7]; so int8 holds it.
+    """
+    zero = zero.astype(jnp.float32)
+    q = jnp.round(x.astype(jnp.float32) / scale)
+    return jnp.clip(q, LOWEST - zero, HIGHEST - zero).astype(INT8.dtype)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sqjax.numerics.digits import three_digits
 from sqjax.numerics.dots import LAST_AXES, LONGEST_CONTRACTION, narrow_dot
@@ -15,15 +15,20 @@ from sqjax.numerics.formats import (
     Format,
     FormatName,
     absmax_of_rows,
+    range_of_rows,
     scale_from_absmax,
     shared_scale,
+    to_differences,
     to_operand,
+    zero_point_range,
 )
 from sqjax.numerics.group_products import in_groups, integer_sums
 from sqjax.numerics.matrix import Matrix
 from sqjax.numerics.straight_through import tangent_of
 
-Activations = Literal["per_token", "per_tensor", "static"]
+Activations = Literal[
+    "per_token", "per_token_zero_point", "per_tensor", "static"
+]
 #: Up to so many rows, a product in groups is summed group by group; with more, the weight is
 #: dequantized first.
 FEW_ROWS = 16
@@ -37,7 +42,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         activations: how the activation is quantized; None: not at all.
-        fmt: to which format.
+        fmt: to which format; int4 with a zero point.
         group: the weight's group size, or None.
         kernel: "pallas": `sqjax.numerics.mosaic.matmul` multiplies, on GPUs; None: XLA alone.
     """
@@ -85,9 +90,9 @@ def _in_kernel(
         rows = x.astype(jnp.bfloat16)
         out = multiply(rows, matrix.codes, matrix.scale, zero=matrix.zero)
         return _varying_as((x, matrix), out)
-    fmt = FORMATS[recipe.fmt]
-    x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
-    q = to_operand(x, x_scale, fmt)
+    q, x_scale = quantized_rows(
+        x, recipe.activations, matrix.input_scale, FORMATS[recipe.fmt]
+    )
     of_rows = jnp.broadcast_to(x_scale, (x.shape[0], 1))[:, 0]
     out = multiply(q, matrix.codes, matrix.scale, x_scale=of_rows)
     return _varying_as((x, matrix), out)
@@ -112,9 +117,9 @@ def _by_xla(
 ) -> Float[Array, "rows outputs"]:
     if recipe.activations is None:
         return weight_only(x, matrix, recipe.group)
-    fmt = FORMATS[recipe.fmt]
-    x_scale = activation_scale(x, recipe.activations, matrix.input_scale, fmt)
-    q = to_operand(x, x_scale, fmt)
+    q, x_scale = quantized_rows(
+        x, recipe.activations, matrix.input_scale, FORMATS[recipe.fmt]
+    )
     if recipe.group is not None and matrix.scale.shape[1] > 1:
         return in_groups(q, matrix, recipe.group) * x_scale
     sums = integer_sums(q, matrix, recipe.group)
@@ -142,7 +147,8 @@ def transposed_product(
 
     W is diag(scale) Q, so this is (x * scale) @ Q. Its operands are as narrow as those of
     `product`. x * scale has one scale for each row, computed at run time, whatever the recipe says,
-    because a static one is that of the other product's activations.
+    because a static one is that of the other product's activations. It has a zero point if those
+    have one.
 
     Where x stays float, or W is in groups, or has more outputs than an int32 sum holds, W is
     dequantized. The derivative is that of `product`.
@@ -154,9 +160,9 @@ def transposed_product(
         return _times_rows(x, weight)
     # The scales belong to the axis that is summed over, so they must be there before rounding.
     scaled = x.astype(jnp.float32) * matrix.scale.T
-    fmt = FORMATS[recipe.fmt]
-    x_scale = activation_scale(scaled, "per_token", None, fmt)
-    q = to_operand(scaled, x_scale, fmt)
+    has_zero = recipe.activations == "per_token_zero_point"
+    kind: Activations = "per_token_zero_point" if has_zero else "per_token"
+    q, x_scale = quantized_rows(scaled, kind, None, FORMATS[recipe.fmt])
     sums = narrow_dot(q, matrix.integers(recipe.group), summed=0)
     return sums.astype(jnp.float32) * x_scale
 
@@ -179,10 +185,38 @@ def _times_rows(x: Array, weight: Array) -> Float[Array, "rows inner"]:
     return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
 
 
+def quantized_rows(
+    x: Float[Array, "rows inner"],
+    activations: Activations,
+    input_scale: Float[Array, "..."] | None,
+    fmt: Format,
+) -> tuple[Shaped[Array, "rows inner"], Float[Array, "..."]]:
+    """(what a product multiplies of each row, its scale): x is about q * scale.
+
+    With a zero point a row's range is [min, max], made to hold 0, in place of [-absmax, absmax]: q
+    is code - zero, which int8 holds. So a product needs no correction for the zero points. The
+    scale is (rows, 1), that of `activation_scale` or that of the range.
+
+    Args:
+        x: the rows.
+        activations: how they are quantized.
+        input_scale: of static ones, () or (rows, 1).
+        fmt: to which format; with a zero point it is int4.
+
+    Raises:
+        ValueError: static activations without an `input_scale`.
+    """
+    if activations == "per_token_zero_point":
+        scale, zero = zero_point_range(*range_of_rows(x))
+        return to_differences(x, scale, zero), scale
+    scale = activation_scale(x, activations, input_scale, fmt)
+    return to_operand(x, scale, fmt), scale
+
+
 def activation_scale(
     x: Float[Array, "rows inner"],
     activations: Activations,
-    input_scale: Float[Array, ""] | None,
+    input_scale: Float[Array, "..."] | None,
     fmt: Format,
 ) -> Float[Array, "..."]:
     """The scale of each row, (rows, 1): absmax / bound of the row or of all rows, or `input_scale`.
@@ -337,13 +371,9 @@ def ragged_product(
             _ragged(x, codes.astype(x.dtype), group_sizes, jnp.float32) * scale
         )
     fmt = FORMATS[recipe.fmt]
-    if recipe.activations == "static" and stack.input_scale is not None:
-        x_scale = static_scale(x, stack.input_scale[row][:, None])
-    else:
-        x_scale = activation_scale(
-            x, recipe.activations, stack.input_scale, fmt
-        )
-    q = to_operand(x, x_scale, fmt)
+    of_matrix = stack.input_scale
+    of_row = None if of_matrix is None else of_matrix[row][:, None]
+    q, x_scale = quantized_rows(x, recipe.activations, of_row, fmt)
     if fmt.floating:
         sums = _ragged(q, codes, group_sizes, jnp.float32)
     else:

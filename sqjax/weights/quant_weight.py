@@ -57,9 +57,9 @@ class QuantWeight(NoArray):
         smoothing: float32 s of the activation's contracted shape (after the axes of a stack), or
             None. Where it is given the weight holds s * W and the activation quantizer divides by
             s: smoothing at run time, (X/s)(sW) = XW.
-        activations: "per_token" (one scale a row, computed at run time), "per_tensor" (one for the
-            whole activation, at run time), "static" (`input_scale`), or None: the activation stays
-            float (weight-only).
+        activations: "per_token" (one scale a row, computed at run time), "per_token_zero_point"
+            (the same with a zero point; int4 only), "per_tensor" (one for the whole activation, at
+            run time), "static" (`input_scale`), or None: the activation stays float (weight-only).
         contracted: the number of contracted axes, which are stored last.
         activation_format: the format of quantized activations, "int8", "int4", "e4m3" or "e5m2".
         outliers: the channels that are multiplied in float, or None.

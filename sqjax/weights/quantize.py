@@ -34,9 +34,8 @@ from sqjax.weights.schemes import (
 )
 from sqjax.weights.sharding import explicit_shardings
 
-#: What a `QuantWeight` calls each kind of activation; it has None for activations that stay float,
-#: and for indices.
-ACTIVATIONS: dict[type, Activations] = {
+#: What a `QuantWeight` calls each kind of activation; see `_kind_of`.
+_KINDS: dict[type, Activations] = {
     PerToken: "per_token",
     PerTensor: "per_tensor",
     Static: "static",
@@ -222,7 +221,7 @@ def _quantize_weight(
         replace(_tensor(weight, contracting, scheme, batch), dtype=dtype),
         input_scale,
         smoothing,
-        ACTIVATIONS.get(type(activation)),
+        _kind_of(activation),
         len(contracting),
         activation.format
         if isinstance(activation, PerToken | PerTensor | Static)
@@ -230,6 +229,13 @@ def _quantize_weight(
         in_float,
         rotation,
     )
+
+
+def _kind_of(activation: Any) -> Activations | None:
+    """What a `QuantWeight` calls a scheme's activation; None for floats and for indices."""
+    if isinstance(activation, PerToken) and activation.zero_point:
+        return "per_token_zero_point"
+    return _KINDS.get(type(activation))
 
 
 def block_of(rotation: Rotation, channels: int) -> int:

@@ -242,15 +242,35 @@ class PerToken(_Activation):
 
     Attributes:
         format: "int8"; "int4", [-7, 7], multiplied as int8; with float8 weights "e4m3" or "e5m2".
+        zero_point: whether the range is that of the token, [min, max] made to hold 0, and not
+            [-absmax, absmax]; int4 only. Its 16 codes then have steps of (max - min) / 15, and not
+            of absmax / 7: about half as large where all numbers have one sign, as after a ReLU. A
+            product multiplies code - zero point, which int8 holds, so it needs no correction.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: an unknown format, or a zero point in another one than int4.
 
     Examples:
         >>> import sqjax as sq
         >>> sq.Scheme(weight=sq.Float8(), activation=sq.PerToken(format="e4m3")) == sq.FP8
         True
+        >>> sq.W4A4.replace(activation=sq.PerToken(format="int4", zero_point=True)).activation
+        PerToken(format='int4', zero_point=True)
     """
+
+    zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_bool = isinstance(self.zero_point, bool)
+        _require(is_bool, self, "zero_point", "True or False")
+        fits = self.format == "int4" or not self.zero_point
+        why = (
+            "because what is multiplied is code - zero point, which int8 holds for int4 alone: of "
+            "int8 it is in [-255, 255], and float8 has no zero points"
+        )
+        meaning = f"False with format={self.format!r}, {why}"
+        _require(fits, self, "zero_point", meaning)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -12,7 +12,7 @@ from slow import slow_but
 import sqjax as sq
 from sqjax.choosing.batches import checksum, kind_of
 from sqjax.choosing.divergence import divergence
-from sqjax.choosing.simulation import round_activation, simulated
+from sqjax.choosing.simulation import round_activation, round_with_zero_point, simulated
 from sqjax.methods.quantization import site_schemes
 from sqjax.numerics.formats import INT8
 from sqjax.program.trace import trace
@@ -63,6 +63,9 @@ SCHEMES = {
         weight=sq.Int4(group_size=8, zero_point=True, two_level=True), activation=sq.PerToken()
     ),
     "float8": sq.FP8,
+    "zero points": sq.W4A4.replace(
+        weight=G8, activation=sq.PerToken(format="int4", zero_point=True)
+    ),
 }
 
 
@@ -125,6 +128,16 @@ def test_rounding_has_the_gradients_of_lsq():
         of_x, got = pull(jnp.eye(4, dtype=jnp.float32)[place])
         assert float(got) == pytest.approx(of_scale, abs=1e-4)
         assert of_x.tolist() == [float(i == place < 2) for i in range(4)]
+
+
+def test_rounding_with_a_zero_point_has_the_gradients_of_lsq():
+    """dx + (round(q) - q) dscale, with scale = (max - min) / 15 = 0.2."""
+    x = jnp.float32([[-1.0, 0.26, 2.0]])
+    values, pull = jax.vjp(lambda x: round_with_zero_point(x, (1,)), x)
+    np.testing.assert_allclose(values, [[-1.0, 0.2, 2.0]], rtol=1e-6)
+    of_scale = (1 - 1.3) / 15
+    [got] = pull(jnp.float32([[0, 1, 0]]))
+    np.testing.assert_allclose(got, [[-of_scale, 1.0, of_scale]], atol=1e-6)
 
 
 def test_it_learns_what_smoothing_is_for():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import sqjax as sq
-from sqjax.choosing.recommend import RECIPES, _checked, _quantile, _split, divergence_of_trees
+from sqjax.choosing.judging import _quantile, divergence_of_trees
+from sqjax.choosing.recommend import _BY_NAME, RECIPES, _checked, _split
 from sqjax.weights.sizes import weight_bytes
 
 RNG = np.random.default_rng(0)
@@ -135,11 +136,14 @@ def test_outliers_of_a_few_tokens_are_rotated_away():
         list(map(jnp.asarray, x)),
         budget=1e9,
         loss=lambda outputs, exact, x: jnp.mean((outputs - exact) ** 2),
-        recipes=["w8a8 static", "w8a8 static rotated"],
+        recipes=["w8a8 static", "w8a8 static rotated", _BY_NAME[0]],
         floats="^v$",
     )
     loss = {one.name: one.loss for one in found.tried}
     assert 0 < 4 * loss["w8a8 static rotated"] < loss["w8a8 static"]
+    assert 0 < 4 * loss[_BY_NAME[0]] < loss["w8a8 static"]
+    rules = {one.name: one.rules for one in found.tried}
+    assert rules[_BY_NAME[0]] == {"^v$": None, ".*": sq.W8A8_O3_ROTATED}
 
 
 def test_rotating_is_asked_for_where_nothing_may_turn():
@@ -178,7 +182,8 @@ def test_the_interval_is_student_s():
 
 
 def test_mixed_is_tried_where_outputs_are_logits():
-    every = list(RECIPES)
+    every = [name for name in RECIPES if name not in _BY_NAME]
+    assert len(every) == 7
     assert _checked(0.1, None, logits=True) == every
     assert _checked(0.1, None, logits=False) == [name for name in every if name != "mixed"]
     assert _checked(np.float32(0.1), "w8a16", logits=False) == ["w8a16"]

@@ -66,7 +66,7 @@ def test_schemes_prints_every_row(monkeypatch, capsys):
     model, params = tiny(config, _Letters(None, 0))
     monkeypatch.setattr(schemes, "load", lambda name: (model, params))
     monkeypatch.setattr(schemes, "LENGTH", 64)
-    monkeypatch.setattr(schemes, "SCHEMES", {"O3": sq.W8A8_O3})
+    monkeypatch.setattr(schemes, "SCHEMES", {"O3": sq.W8A8_O3_ROTATED})
     rows = schemes.compare(demo.Size(2, 2, 0, 0), 0.5)
     printed = capsys.readouterr().out
     assert [row.name for row in rows] == ["float32", "O3", "W8A8 O1, int8 attention"]

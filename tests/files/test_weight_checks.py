@@ -115,6 +115,7 @@ PARTS = {
     "logical dtype": ("int8", "tensor/dtype", to(np.dtype(np.int32)), "stands for a float array"),
     "formats": ("int8", "activation_format", to("e4m3"), r"expected an activation_format among"),
     "int4 activations": ("e4m3", "activation_format", to("int4"), "activation_format among"),
+    "zero point": ("int8", "activations", to("per_token_zero_point"), "only int4 activations"),
     "rotation": (
         "rotated",
         "rotation",

@@ -134,8 +134,14 @@ def quantize(w, scheme):
 
 
 def quantize_activations(x, scheme, absmax=None):
-    """The activation (rows, inner): a scale a row, or one; `absmax` gives the static one."""
+    """The activation (rows, inner): a scale a row, or one; `absmax` gives the static one.
+
+    With a zero point its codes are those of a weight's rows, less the zero point.
+    """
     x = np.asarray(x, np.float64)
+    if getattr(scheme.activation, "zero_point", False):
+        rows = with_zero_point(x, "per_channel")
+        return rows.codes, rows.scale[:, :1]
     largest = (
         np.abs(x).max(1, keepdims=True)
         if isinstance(scheme.activation, sq.PerToken)

@@ -614,6 +614,9 @@ REFUSED = {
     "one level of scales": changed_tensor(group_scale=jnp.ones((24, 1), jnp.int8)),
     "int8, int4 or e4m3 weights": changed_tensor(fmt=sq.numerics.formats.E5M2),
     "int8 or e4m3 activations": changed_tensor(activation_format="e5m2", activations="per_token"),
+    "activations without zero points": changed_tensor(
+        activation_format="int4", activations="per_token_zero_point"
+    ),
     "groups that divide its 16 inputs": changed_tensor(
         group=5, scale=jnp.ones((16, 4), jnp.float32)
     ),

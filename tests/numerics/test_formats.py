@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sqjax.numerics.formats import INT8, absmax, absmax_of_rows, scale_from_absmax, to_format
+from sqjax.numerics.formats import (
+    INT8,
+    absmax,
+    absmax_of_rows,
+    range_of_rows,
+    scale_from_absmax,
+    to_format,
+)
 
 TINY = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 
@@ -140,3 +147,19 @@ def test_the_largest_of_a_row_is_found_by_halves_too(channels):
     of_blocks = absmax_of_rows(jnp.asarray(rows, jnp.bfloat16)[None])
     assert of_blocks.shape == (1, channels, 1)
     assert of_blocks.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("channels", [1, 255, 577])
+def test_the_ends_of_a_row_are_found_by_halves_too(channels):
+    """Each in every place; rows of one sign end at 0; NaN of either sign is in one of both."""
+    rows = np.random.default_rng(channels).normal(size=(channels, channels)).astype(np.float32)
+    places = np.arange(channels)
+    rows[places, places] = np.where(places % 2, -9.0, 9.0)
+    rows[0] = np.abs(rows[0])
+    rows[-1] = -np.abs(rows[-1])
+    low, high = jax.jit(range_of_rows)(rows)
+    np.testing.assert_array_equal(low, np.minimum(rows.min(1, keepdims=True), 0))
+    np.testing.assert_array_equal(high, np.maximum(rows.max(1, keepdims=True), 0))
+    for special, end in ((np.inf, 1), (-np.inf, 0), (np.nan, 1), (-np.float32(np.nan), 0)):
+        ends = range_of_rows(jnp.asarray(rows).at[0, -1].set(special))
+        np.testing.assert_array_equal(ends[end][0], special)

@@ -131,6 +131,21 @@ UNFIT = [  # what is made, the field that is named, what is expected there, what
         "'int8', 'int4', 'e4m3' or 'e5m2'",
         "'e4'",
     ),
+    (
+        lambda: plain.PerToken(format="int4", zero_point=1),
+        "PerToken.zero_point",
+        "True or False",
+        "1",
+    ),
+    *[
+        (
+            lambda fmt=fmt: plain.PerToken(format=fmt, zero_point=True),
+            "PerToken.zero_point",
+            f"False with format='{fmt}', because what is multiplied is code - zero point, which",
+            "True",
+        )
+        for fmt in ("int8", "e4m3")
+    ],
     *[
         (lambda wrong=wrong: plain.Static(range=wrong), "Static.range", RANGE, repr(wrong))
         for wrong in (0.0, 99.9, True, "max", None)

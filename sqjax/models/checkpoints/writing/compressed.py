@@ -213,6 +213,9 @@ def _check(path: str, weight: QuantWeight) -> None:
         "int8, int4 or e4m3 weights; use Float8(format='e4m3')": (
             tensor.fmt not in (INT8, INT4, E4M3)
         ),
+        "activations without zero points; use PerToken()": (
+            weight.activations == "per_token_zero_point"
+        ),
         "int8 or e4m3 activations; use PerToken() or PerToken(format='e4m3')": (
             weight.activation_format not in ("int8", "e4m3")
         ),
