@@ -133,6 +133,7 @@ def main() -> None:
     rows += of_language_model(options.minutes)
     if options.record is not None:
         command = ["python", "benchmarks/rotation.py"]
+        command += ["--minutes", f"{options.minutes:g}"]
         seconds = time.perf_counter() - start
         write_record(options.record, make_record(command, rows, seconds))
 
