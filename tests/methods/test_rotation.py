@@ -160,7 +160,7 @@ def test_under_jit_and_its_gradient_by_the_matrix(llama):
 
 #: Of a head that is the embedding the gain before it must be ones.
 KEPT = {"opt": "g3"}
-ROTATED = ("llama", "opt", "experts", "scan", "siamese", "linear")
+ROTATED = ("llama", "opt", "experts", "scan", "siamese", "linear", "in flax", "scored")
 #: Whose spaces' kinds the others have too.
 ALIKE = [pytest.param(name, marks=pytest.mark.every_case) for name in ("parallel", "fused")]
 
