@@ -57,7 +57,7 @@ def check_weights(
         if not np.all(near):
             raise ValueError(
                 f"{path}: the statistics are of other parameters than these "
-                f"(were they smoothed?); {advice}"
+                f"(were they smoothed, rotated or trained?); {advice}"
             )
 
 

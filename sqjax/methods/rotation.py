@@ -9,13 +9,14 @@ What may be rotated is `graph.spaces`, found in the program and not by the model
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sqjax._arguments import check_mapping, expect
+from sqjax._arguments import came, check_mapping, expect
 from sqjax._names import first_matches, near_misses
 from sqjax._trees import PyTree, check_finite, is_concrete
 from sqjax.calibration.stats import Stats
@@ -56,8 +57,8 @@ def rotations(
             one of its sites.
 
     Returns:
-        {the space's name: float32 Q, (size, size)}. Where a LayerNorm takes the mean of the
-        channels, Q fixes the vector of ones.
+        {the space's name: Q, (size, size)}, float32, or float64 where jax has that enabled. Where a
+        LayerNorm takes the mean of the channels, Q fixes the vector of ones.
 
     Raises:
         ValueError: stats, `how`, `seed` or a pattern is not one of those; or the program has no
@@ -77,7 +78,8 @@ def rotations(
         raise ValueError(
             f"rotate: how: expected 'hadamard', 'random' or {{space: matrix}}, got {how!r}"
         )
-    expect(isinstance(seed, int) and seed >= 0, "seed", "a whole number", seed)
+    is_seed = isinstance(seed, Integral) and seed >= 0
+    expect(is_seed, "rotate: seed", "a whole number, 0 or above", seed)
     if not stats.graph.spaces:
         reasons = [f"{site}: {why}" for site, why in stats.graph.space_refusals]
         raise ValueError(
@@ -86,7 +88,9 @@ def rotations(
         )
     chosen = {space.name for space in _chosen(stats.graph, spaces)}
     return {
-        space.name: _drawn(space, how, np.random.default_rng([seed, index]))
+        space.name: _drawn(
+            space, how, np.random.default_rng([int(seed), index])
+        )
         for index, space in enumerate(stats.graph.spaces)
         if space.name in chosen
     }
@@ -96,8 +100,8 @@ def _drawn(space: Space, how: str, rng: np.random.Generator) -> Array:
     """A matrix for a space; of one that must keep ones all but that direction is drawn."""
     draw = DRAWN[how]
     if space.keeps_ones:
-        return jnp.asarray(keeping_ones(draw(space.size - 1, rng)), jnp.float32)
-    return jnp.asarray(draw(space.size, rng), jnp.float32)
+        return jnp.asarray(keeping_ones(draw(space.size - 1, rng)))
+    return jnp.asarray(draw(space.size, rng))
 
 
 def _chosen(graph: Graph, spaces: str | Iterable[str]) -> tuple[Space, ...]:
@@ -112,8 +116,21 @@ def _chosen(graph: Graph, spaces: str | Iterable[str]) -> tuple[Space, ...]:
     )
     patterns = [spaces] if isinstance(spaces, str) else list(spaces)
     names = [(space.name, *space.sites) for space in graph.spaces]
-    flat = [name for of_one in names for name in of_one]
-    found = first_matches(dict.fromkeys(patterns), flat, "pattern of spaces")
+    # The name of a space is that of its first site, and each is listed once.
+    flat = dict.fromkeys(name for of_one in names for name in of_one)
+    what = "rotate: pattern of spaces"
+    # All sites, so that a pattern of those that can not turn is told why.
+    reasons = {
+        site: why for site, why in graph.space_refusals if site not in flat
+    }
+    found = first_matches(patterns, [*flat, *reasons], what)
+    matched = {found[name] for name in flat}
+    for site, why in reasons.items():
+        if found[site] not in {None, *matched}:
+            raise ValueError(
+                f"{what} {found[site]!r} is found only in sites that are in no space, as in "
+                f"{site}: {why}"
+            )
     return tuple(
         space
         for space, of_one in zip(graph.spaces, names, strict=True)
@@ -187,41 +204,55 @@ def _checked(
     graph: Graph, matrices: Mapping[str, Any]
 ) -> list[tuple[Space, Array]]:
     """(space, its matrix), in the order of the graph."""
-    check_mapping(matrices, "how", "{space: matrix}, as rotations returns it")
+    check_mapping(
+        matrices,
+        "rotate: how",
+        "'hadamard', 'random' or {space: matrix}, as rotations returns it",
+    )
     by_name = {space.name: space for space in graph.spaces}
     for name in matrices:
         if name not in by_name:
             raise ValueError(
                 f"rotate: no space is named {name!r}. Near misses: "
-                f"{near_misses(name, list(by_name))}"
+                f"{near_misses(str(name), list(by_name))}"
             )
     turns = []
     for name, space in by_name.items():
         if name in matrices:
-            q = jnp.asarray(matrices[name])
-            _check_matrix(space, q)
-            turns.append((space, q))
+            turns.append((space, _matrix(space, matrices[name])))
     return turns
 
 
-def _check_matrix(space: Space, q: Array) -> None:
-    """Raises ValueError for a matrix that the space must not be multiplied by."""
-    expected = (space.size, space.size)
-    if q.shape != expected or not jnp.issubdtype(q.dtype, jnp.floating):
+def _matrix(space: Space, given: Any) -> Array:
+    """A matrix that a space may be multiplied by, checked."""
+    expected = f"floats of shape {(space.size, space.size)}"
+    try:
+        q = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"rotate: {space.name}: expected floats of shape {expected}, got {q.dtype} {q.shape}"
+            f"rotate: {space.name}: expected {expected}, got {came(given)}, which is no array"
+        ) from error
+    is_square = q.shape == (space.size, space.size)
+    if not is_square or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"rotate: {space.name}: expected {expected}, got {q.dtype} {q.shape}; sqjax.rotations "
+            "returns a matrix for each space"
         )
-    if not is_concrete(q):
-        return
-    exact = np.asarray(q, np.float64)
-    off = np.abs(exact @ exact.T - np.eye(space.size)).max()
+    if is_concrete(q):
+        _check_values(space, np.asarray(q, np.float64))
+    return q
+
+
+def _check_values(space: Space, q: np.ndarray) -> None:
+    """Raises ValueError for a matrix that is no rotation, or none for this space."""
+    off = np.abs(q @ q.T - np.eye(space.size)).max()
     if not off <= ORTHOGONAL:
         raise ValueError(
             f"rotate: {space.name}: expected an orthogonal matrix, Q Q^T = 1; it is off by "
-            f"{off:.2g}"
+            f"{off:.2g}. sqjax.numerics.orthogonal.cayley makes one of any square matrix"
         )
     if space.keeps_ones:
-        off = np.abs(exact.sum(0) - 1).max()
+        off = np.abs(q.sum(0) - 1).max()
         if not off <= ORTHOGONAL:
             raise ValueError(
                 f"rotate: {space.name}: a LayerNorm takes the mean of these channels, so the "

@@ -474,9 +474,7 @@ CASES = {
     ),
     "in flax": Case(
         in_flax,
-        named(
-            embed=(5, 6), g1=(6,), b1=(6,), up=(6, 7), down=(7, 6), g2=(6,), head=(6, 5)
-        ),
+        named(embed=(5, 6), g1=(6,), b1=(6,), up=(6, 7), down=(7, 6), g2=(6,), head=(6, 5)),
         (IDS,),
         (space("6 embed:1 b1:0 up:0 down:1 head:0", "g1 g2", True),),
     ),

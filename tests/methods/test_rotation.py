@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from lawful_spaces import CASES
 from tiny_llama import GROUPED, random_ids, random_params
+from untyped import untyped
 
 import sqjax as sq
 from sqjax.folding.graph import Graph
@@ -59,6 +64,22 @@ def test_cayley_is_orthogonal_the_formula_and_differentiable():
     np.testing.assert_allclose(got @ got.T, np.eye(5), atol=1e-5)
     slope = jax.grad(lambda f: cayley(f)[0, 1])(jnp.zeros((5, 5)))
     assert (float(slope[0, 1]), float(slope[1, 0])) == (-2.0, 2.0)
+
+
+def test_those_that_keep_ones_may_be_learned():
+    free = jnp.asarray(rng().normal(size=(4, 4)), jnp.float32)
+    of_numpy, of_jax = keeping_ones(np.asarray(cayley(free))), keeping_ones(cayley(free))
+    np.testing.assert_allclose(of_jax, of_numpy, atol=1e-6)
+    slope = jax.jit(jax.grad(lambda f: keeping_ones(cayley(f))[0, 1]))(free)
+    step = 1e-2 * slope
+    ahead, behind = (keeping_ones(cayley(free + x))[0, 1] for x in (step, -step))
+    assert float(ahead - behind) == pytest.approx(2e-2 * float(jnp.sum(slope**2)), rel=0.01)
+
+
+@pytest.mark.parametrize("make", [cayley, keeping_ones])
+def test_a_matrix_that_is_not_square_is_refused(make):
+    with untyped(), pytest.raises(ValueError, match=r"expected a square matrix, got \(3, 4\)"):
+        make(np.ones((3, 4)))
 
 
 # Beside QuaRot ------------------------------------------------------------------------------------
@@ -220,6 +241,62 @@ def test_stacked_layers_turn_as_one(llama):
     assert not np.allclose(kernel, stacked["model"]["layers"]["mlp"]["down_proj"]["kernel"])
 
 
+class Block(nn.Module):
+    norm: type = nn.LayerNorm
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12, name="embed")(x)
+        x = x + nn.Dense(12, name="down")(jnp.tanh(nn.Dense(7, name="up")(self.norm()(x))))
+        return nn.Dense(5, name="head")(self.norm(name="last")(x))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.norm = nnx.Linear(8, 12, rngs=rngs), nnx.LayerNorm(12, rngs=rngs)
+        self.head = nnx.Linear(12, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(self.embed(x)))
+
+
+def of_linen(norm):
+    module = Block(norm)
+    return module.apply, module.init(jax.random.key(0), X)
+
+
+def of_nnx(_):
+    definition, state = nnx.split(NNXBlock())
+    return lambda p, x: nnx.merge(definition, p)(x), state
+
+
+X = rng(1).normal(size=(4, 8)).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.each_case
+@pytest.mark.parametrize(
+    ("make", "norm"), [(of_linen, nn.LayerNorm), (of_linen, nn.RMSNorm), (of_nnx, nnx.LayerNorm)]
+)
+def test_what_norms_of_flax_read_turns(make, norm):
+    """They multiply by the product of the gain and of one number for each token."""
+    with jax.numpy_rank_promotion("allow"):
+        fn, params = make(norm)
+        draw = rng()
+
+        def other(leaf):
+            change = draw.normal(size=leaf.shape) if leaf.ndim == 1 else 0.0
+            return leaf + jnp.asarray(change, leaf.dtype)
+
+        params = jax.tree.map(other, params)
+        stats = sq.calibrate(fn, params, [X])
+        [space] = stats.graph.spaces
+        assert space.size == 12
+        assert space.keeps_ones == (norm is not nn.RMSNorm)
+        assert sq.verify(fn, params, sq.rotate(params, stats), X) < 1e-5
+
+
 # What it is for -----------------------------------------------------------------------------------
 
 
@@ -266,6 +343,32 @@ def test_gains_of_zero_and_of_one_plus_w():
     assert sq.verify(offset, params, rotated, x) < 1e-4  # 1 + w rounds w
 
 
+def test_float64_keeps_its_digits():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        params = {name: jnp.asarray(x, jnp.float64) for name, x in outlier_params().items()}
+        params = {name: x + 1e-9 for name, x in params.items()}  # no multiple of float32's
+        x = jnp.asarray(rng(1).normal(size=(4, 8)))
+        stats = sq.calibrate(block, params, [x])
+        expected, got = block(params, x), block(sq.rotate(params, stats), x)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_leaf_stays_on_its_devices(toy, kind):
+    params, stats = toy
+    mesh = jax.make_mesh((4,), ("x",), (kind,), devices=jax.devices()[:4])
+    along = {"e": P("x"), "gain": P("x"), "w": P("x", None)}
+    placed = {
+        name: jax.device_put(leaf, NamedSharding(mesh, along[name]))
+        for name, leaf in params.items()
+    }
+    rotated = sq.rotate(placed, stats)
+    expected = sq.rotate(params, stats)
+    for name, leaf in placed.items():
+        assert rotated[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+        np.testing.assert_allclose(rotated[name], expected[name], atol=1e-4)
+
+
 # Refused ------------------------------------------------------------------------------------------
 
 
@@ -284,11 +387,23 @@ def toy():
         ({"w": np.eye(32, dtype=int)}, "w: expected floats of shape"),
         ({"w": 2 * np.eye(32)}, "w: expected an orthogonal matrix, .* off by 3"),
         ({"w": np.full((32, 32), np.nan)}, "w: expected an orthogonal matrix"),
+        ({"w": "hadamard"}, "w: expected floats of shape .* got 'hadamard', which is no array"),
+        ({"w": [[1.0], [0.0, 1.0]]}, "w: expected floats of shape .* got list, which is no array"),
+        ({0: np.eye(32)}, "no space is named 0"),
+        (np.eye(32), "how: expected 'hadamard', 'random' or {space: matrix}"),
     ],
 )
 def test_wrong_matrices(toy, how, message):
-    with pytest.raises(ValueError, match=message):
+    with untyped(), pytest.raises(ValueError, match=message):
         sq.rotate(*toy, how)
+
+
+def test_a_pattern_of_sites_that_can_not_turn_is_told_why(llama):
+    _, params, _, stats = llama
+    with pytest.raises(ValueError, match="'down_proj' .* in no space, .* multiplied channel by"):
+        sq.rotate(params, stats, spaces="down_proj")
+    # Of a pattern that is found in others, too, only these turn.
+    assert set(sq.rotations(stats, spaces="o_proj|down_proj")) == set(VALUES)
 
 
 def test_wrong_arguments(toy):
