@@ -400,7 +400,7 @@ def test_wrong_matrices(toy, how, message):
 
 def test_a_pattern_of_sites_that_can_not_turn_is_told_why(llama):
     _, params, _, stats = llama
-    with pytest.raises(ValueError, match="'down_proj' .* in no space, .* multiplied channel by"):
+    with pytest.raises(ValueError, match=r"'down_proj' .* in no space, .* multiplied channel by"):
         sq.rotate(params, stats, spaces="down_proj")
     # Of a pattern that is found in others, too, only these turn.
     assert set(sq.rotations(stats, spaces="o_proj|down_proj")) == set(VALUES)
