@@ -41,6 +41,28 @@ def with_gains_of_one(
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
             space, after which it would not be ones.
     """
+    s, ones = gain_scales(params, graph, spaces)
+    folded = fold_any_sign(params, graph, s)
+    offsets = dict(graph.offsets)
+
+    # g / g is 1 but for rounding, and not even that where g is 0: so ones are written.
+    def exactly_one(path: str, leaf: Any) -> Any:
+        if path not in ones or not ones[path].any():
+            return leaf
+        one = jnp.asarray(1 - offsets.get(path, 0.0), leaf.dtype)
+        return jnp.where(ones[path], one, leaf)
+
+    return map_named(exactly_one, folded)
+
+
+def gain_scales(
+    params: PyTree, graph: Graph, spaces: Iterable[Space]
+) -> tuple[dict[str, Array], dict[str, np.ndarray]]:
+    """({group: s} that makes the gains of these spaces ones, {gain: where it does}).
+
+    Raises:
+        ValueError: as `with_gains_of_one`.
+    """
     spaces = list(spaces)  # an iterator could be read only once
     _check_turning_gains(spaces)
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
@@ -57,17 +79,7 @@ def with_gains_of_one(
             if group.name in own:
                 _check_sign(group, gain, own[group.name], turning[gain])
         s |= own
-    folded = fold_any_sign(params, graph, s)
-    offsets = dict(graph.offsets)
-
-    # g / g is 1 but for rounding, and not even that where g is 0: so ones are written.
-    def exactly_one(path: str, leaf: Any) -> Any:
-        if path not in ones or not ones[path].any():
-            return leaf
-        one = jnp.asarray(1 - offsets.get(path, 0.0), leaf.dtype)
-        return jnp.where(ones[path], one, leaf)
-
-    return map_named(exactly_one, folded)
+    return s, ones
 
 
 def _check_turning_gains(spaces: Sequence[Space]) -> None:

@@ -369,6 +369,112 @@ def test_a_leaf_stays_on_its_devices(toy, kind):
         np.testing.assert_allclose(rotated[name], expected[name], atol=1e-4)
 
 
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def opt_like(p, x):
+    """A LayerNorm with a bias, and attention's values with two contracted axes in the kernel."""
+    h = x @ p["e"]
+    centred = h - jnp.mean(h, -1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+    normed = centred * scale * p["gain"][None] + p["bias"][None]
+    v = jnp.einsum("tc,chd->thd", normed, p["v"])
+    h = h + jnp.einsum("thd,hdc->tc", v, p["o"])
+    return jnp.tanh(h @ p["head"])
+
+
+def opt_params():
+    draw = rng()
+    shapes = dict(e=(8, 12), bias=(12,), v=(12, 3, 4), o=(3, 4, 12), head=(12, 3))
+    leaves = {name: draw.normal(size=shape) for name, shape in shapes.items()}
+    leaves["gain"] = draw.uniform(0.5, 1.5, 12) * np.where(np.arange(12) % 3, 1, -1)
+    return {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
+
+
+def of_layer_norms(_):
+    return opt_like, opt_params(), jnp.asarray(rng(1).normal(size=(40, 8)), jnp.float32)
+
+
+def of_llama(llama):
+    model, params, ids, _ = llama
+    return model.apply, params, ids
+
+
+def known_of(sample):
+    """The Gram matrix of all tokens, where the sample is as large as these are many."""
+    return jnp.einsum("...nf,...ng->...fg", sample.rows, sample.rows, precision="highest")
+
+
+@pytest.mark.slow
+@pytest.mark.each_case
+@pytest.mark.parametrize("of", [of_layer_norms, of_llama])
+def test_statistics_are_those_of_the_rotated_parameters(llama, of):
+    fn, params, x = of(llama)
+    asked = dict(gram=True, sample=64, histogram=True)
+    stats = sq.calibrate(fn, params, [x], **asked)
+    matrices = sq.rotations(stats, "random")
+    rotated = sq.rotate(params, stats, matrices)
+    got = sq.rotate_stats(params, stats, matrices)
+    expected = sq.calibrate(fn, rotated, [x], **asked)
+
+    turning = {path for space in stats.graph.spaces for path in space.sites}
+    assert turning
+    others = {site.path for site in stats.graph.sites} - turning
+    assert got.absmax.keys() == got.abs_sum.keys() == got.histogram.keys() == others
+    for path, gram in expected.gram.items():
+        size = float(jnp.abs(gram).max())
+        np.testing.assert_allclose(got.gram[path], gram, atol=1e-5 * size, err_msg=path)
+        np.testing.assert_allclose(known_of(got.sample[path]), gram, atol=1e-5 * size)
+        if path in turning:
+            assert float(jnp.abs(gram - stats.gram[path]).max()) > 0.1 * size
+    for path in others:
+        np.testing.assert_allclose(got.absmax[path], expected.absmax[path], rtol=1e-4)
+    for name in ("weight_absmax", "leaf_sizes", "count", "reached"):
+        for path, value in getattr(expected, name).items():
+            np.testing.assert_array_equal(getattr(got, name)[path], value)
+
+
+def test_what_rotated_statistics_know_and_what_they_do_not():
+    params, x = outlier_params(), jnp.asarray(rng(1).normal(size=(64, 8)), jnp.float32)
+    stats = sq.calibrate(block, params, [x], gram=True)
+    matrices = sq.rotations(stats)
+    rotated, known = sq.rotate(params, stats, matrices), sq.rotate_stats(params, stats, matrices)
+    assert repr(known).splitlines()[-1].split() == ["?", "?", "?", "w"]
+    scheme = {"w": sq.W4A16, ".*": None}
+    codes = sq.gptq(rotated, known, scheme)["w"].tensor.values
+    expected = sq.gptq(rotated, sq.calibrate(block, rotated, [x], gram=True), scheme)
+    assert float(jnp.mean(codes == expected["w"].tensor.values)) > 0.99
+    sq.quantize(rotated, known, sq.W8A8_O1)
+    refused = "w: the range of its activation is needed, .* calibrate the rotated parameters"
+    for asks in (
+        lambda: sq.quantize(rotated, known, sq.W8A8_O3),
+        lambda: sq.scales(rotated, known),
+        lambda: sq.fold_stats(known, {}),
+        lambda: sq.search_alpha(rotated, known, sq.W8A8_O1),
+        lambda: sq.awq(rotated, known, sq.W4A16),
+        lambda: sq.prepare_by_search(rotated, known, sq.W4A16),
+        lambda: known.input_range("w"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            asks()
+
+
+def test_statistics_that_can_not_be_rotated(toy):
+    params, stats = toy
+    matrices = sq.rotations(stats)
+    with pytest.raises(ValueError, match="takes the parameters that were calibrated, not the rot"):
+        sq.rotate_stats(sq.rotate(params, stats, matrices), stats, matrices)
+    [group] = [group for group in stats.graph.groups if group.name == "w"]
+    folded = sq.fold_stats(stats, {"w": jnp.full(group.size, 2.0)})
+    smoothed = sq.fold(params, stats.graph, {"w": jnp.full(group.size, 2.0)})
+    with pytest.raises(ValueError, match="got s of w folded in; rotate first"):
+        sq.rotate_stats(smoothed, folded, matrices)
+    zero = {**params, "gain": params["gain"].at[3].set(0.0)}
+    of_zero = sq.calibrate(block, zero, [jnp.ones((2, 8))])
+    with pytest.raises(ValueError, match="w: a gain before it is 0 in some channels"):
+        sq.rotate_stats(zero, of_zero, matrices)
+
+
 # Refused ------------------------------------------------------------------------------------------
 
 
