@@ -74,9 +74,9 @@ def keeping_ones(
         middle = jnp.eye(size, dtype=inner.dtype).at[1:, 1:].set(inner)
         p = jnp.asarray(reflection, inner.dtype)
         return jnp.einsum("ij,jk,kl->il", p, middle, p, precision="highest")
-    middle = np.eye(size)
-    middle[1:, 1:] = inner
-    return reflection @ middle @ reflection
+    of_numpy = np.eye(size)
+    of_numpy[1:, 1:] = inner
+    return reflection @ of_numpy @ reflection
 
 
 def cayley(
