@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqjax.files.saving import save
     from sqjax.folding.apply import fold
     from sqjax.methods.quantization import quantize, smoothquant
-    from sqjax.methods.rotation import rotate, rotations
+    from sqjax.methods.rotation import rotate, rotate_stats, rotations
     from sqjax.methods.site_errors import site_errors
     from sqjax.methods.smoothing import fold_stats, scales, smooth
     from sqjax.methods.verification import verify
@@ -122,6 +122,7 @@ __all__ = [
     "quantized",
     "recommend",
     "rotate",
+    "rotate_stats",
     "rotations",
     "save",
     "scales",
@@ -166,7 +167,7 @@ _NAMES = {
     "sqjax.folding.apply": "fold",
     "sqjax.proving.proof": "prove",
     "sqjax.methods.quantization": "quantize smoothquant",
-    "sqjax.methods.rotation": "rotate rotations",
+    "sqjax.methods.rotation": "rotate rotate_stats rotations",
     "sqjax.methods.site_errors": "site_errors",
     "sqjax.methods.smoothing": "fold_stats scales smooth",
     "sqjax.methods.verification": "verify",

@@ -47,7 +47,8 @@ class Stats:
     that one machine may calibrate and another quantize.
 
     Attributes:
-        absmax: {site: max |X_j| over all tokens}, float32, the channels' shape.
+        absmax: {site: max |X_j| over all tokens}, float32, the channels' shape. Sites that
+            `rotate_stats` has rotated have neither this nor abs_sum: no maximum tells that of X Q.
         abs_sum: {site: sum |X_j| over all tokens}, float32, the channels' shape; the mean of |X_j|
             is abs_sum / count.
         count: {site: the number of tokens}, int32 scalars.
@@ -113,8 +114,8 @@ class Stats:
 
     def _row(self, site: Site) -> tuple[str, str, str, str]:
         """(tokens, absmax, outlier ratio, path) of a site, as texts; "?" under jit."""
-        absmax, tokens = self.absmax[site.path], self.count[site.path]
-        if not is_concrete(absmax) or not is_concrete(tokens):
+        absmax, tokens = self.absmax.get(site.path), self.count[site.path]
+        if absmax is None or not is_concrete(absmax) or not is_concrete(tokens):
             return "?", "?", "?", site.path
         largest = float(np.asarray(absmax).max(initial=0))
         ratio = outlier_ratio(absmax)
@@ -253,9 +254,11 @@ class Stats:
             plain matmul.
 
         Raises:
-            ValueError: "mse" or a percentile, but there are no histograms, or `fold_stats` has
-                divided X by s since. (Under jit values can not be checked: the range is NaN then.)
+            ValueError: `rotate_stats` has rotated the site; or "mse" or a percentile, but there are
+                no histograms, or `fold_stats` has divided X by s since. (Under jit values can not
+                be checked: the range is NaN then.)
         """
+        self.check_ranges("input_range", [path])
         # An absmax needs no histogram, and `fold_stats` has divided it by s: it is always right.
         if how == "absmax":
             place = paths_of(self.graph.sites).index(path)
@@ -276,6 +279,15 @@ class Stats:
             )
         covered = find_range(self.histogram[path], how, fmt)
         return jnp.where(unfolded, covered, jnp.float32(jnp.nan))
+
+    def check_ranges(self, what: str, sites: Iterable[str]) -> None:
+        """Raises ValueError, naming the function, if one of these sites has no absmax."""
+        for path in sites:
+            if path not in self.absmax:
+                raise ValueError(
+                    f"{what}: {path}: the range of its activation is needed, and rotate_stats, "
+                    "which made these statistics, can not know it; calibrate the rotated parameters"
+                )
 
     def _is_unfolded(self, path: str) -> Any:
         """Whether `fold_stats` has left a site's activation as it was: every s is 1 there."""

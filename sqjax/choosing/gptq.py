@@ -109,7 +109,7 @@ def gptq(
         >>> error(sq.gptq) < error(sq.quantize) / 2
         True
     """
-    check_stats(stats, "gptq")
+    check_stats(stats, "gptq", ranges=False)
     how = Options(damping, act_order)
     how.check("gptq")
     schemes = site_schemes(stats.graph, scheme)

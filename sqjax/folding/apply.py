@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from sqjax._arguments import check_mapping, expect
@@ -187,17 +188,16 @@ def _scale_leaf(
     )
     value = value + offset if offset else value
     for scale, labels in factors:
-        with_one = _with_one(scale).astype(value.dtype)
+        with_one = _with_one(scale, value.dtype)
         # A label of the other sign is clipped to 0, whose scale is 1.
         times, divided = labels.clip(min=0), (-labels).clip(min=0)
         value = value * with_one[times] / with_one[divided]
     return (value - offset if offset else value).astype(leaf.dtype)
 
 
-def _with_one(scale: Array) -> Array:
+def _with_one(scale: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """[1, s[0], s[1], ...]: what a label multiplies by, found at the label itself."""
-    one = jnp.ones(1, jnp.float32)
-    return jnp.concatenate([one, scale.astype(jnp.float32)])
+    return jnp.concatenate([jnp.ones(1, dtype), scale.astype(dtype)])
 
 
 def check_scales(graph: Graph, s: Mapping[str, Array]) -> None:

@@ -97,13 +97,14 @@ class Space(NamedTuple):
 def summary(spaces: Sequence[Space]) -> str:
     """How many spaces there are, and what the largest of them are like, in a line.
 
-    Example: "31 spaces that may turn: 1 of 576 channels in 211 leaves, 30 of 64 in 2 leaves".
+    Example: "31 spaces that may turn: 1 with 576 channels in 211 leaves, 30 with 64 channels in 2
+    leaves". (Of a group "1 of 576 channels" says that others have no scale.)
     """
     # By the leaves only, because a leaf may turn along two axes.
     kinds = Counter((space.size, len(dict(space.leaves))) for space in spaces)
     largest = sorted(kinds, key=math.prod, reverse=True)
     texts = [
-        f"{kinds[kind]} of {kind[0]} channels in {kind[1]} leaves"
+        f"{kinds[kind]} with {kind[0]} channels in {kind[1]} leaves"
         for kind in largest[:_KINDS_SHOWN]
     ]
     more = ", ..." if len(largest) > _KINDS_SHOWN else ""

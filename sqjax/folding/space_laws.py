@@ -22,7 +22,7 @@ import numpy as np
 from sqjax.folding.claims import Claim
 from sqjax.folding.laws import LAWS
 from sqjax.folding.space import Along
-from sqjax.program.constant_axes import is_constant_along, leaf_of
+from sqjax.program.constant_axes import gain_of, is_constant_along
 from sqjax.program.entries import Carried, carried, entries
 from sqjax.program.equations import Atom, Equation, Var
 from sqjax.program.facts import Program
@@ -248,9 +248,11 @@ def _scaled(turning: Turning, x: Atom, factor: Atom) -> bool:
     """Whether a factor is one number for each vector of x, or a gain of ones."""
     if turning.of(factor) or turning.is_product(factor):
         return False
-    if leaf_of(turning.program, factor) in turning.gains:
-        return True
-    return all(turning.is_constant(factor, along) for along in turning.of(x))
+    return all(
+        turning.is_constant(factor, along)
+        or gain_of(turning.program, factor, along.axis) in turning.gains
+        for along in turning.of(x)
+    )
 
 
 def _multiplied(turning: Turning, equation: Equation) -> bool:

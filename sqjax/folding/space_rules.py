@@ -94,12 +94,26 @@ def _multiply(s: SpaceSearch, e: Equation) -> None:
 
 def _times(s: SpaceSearch, other: Atom, along: Along, y: Var) -> None:
     """What a member times another operand is."""
-    if s.is_constant(other, along) or s.note_gain(other):
+    is_summed = _is_only_summed(s, y, along)
+    if s.is_constant(other, along) or (
+        not is_summed and s.note_gain(other, along)
+    ):
         s.put(y, along)
         return
     # The sum over the channels of two members that turn alike does not change.
     s.put(other, along)
     s.put_product(y, along)
+
+
+def _is_only_summed(s: SpaceSearch, y: Var, along: Along) -> bool:
+    """Whether nothing reads a product but sums over its channels: then a leaf in it is no gain, but
+    turns as the other factor does.
+    """
+    readers = s.program.readers.get(y, [])
+    return y not in s.program.outputs and all(
+        reader.name == "reduce_sum" and along.axis in reader.params["axes"]
+        for reader in readers
+    )
 
 
 def _check_constant(s: SpaceSearch, atom: Atom, along: Along) -> None:
@@ -112,7 +126,7 @@ def _factor_that_turns(s: SpaceSearch, e: Equation, along: Along) -> Atom:
     varying = [x for x in e.inputs if not s.is_constant(x, along)]
     if len(varying) == 2:
         # Of a leaf and an activation the leaf is the gain.
-        varying = [x for x in varying if not s.note_gain(x)]
+        varying = [x for x in varying if not s.note_gain(x, along)]
     if len(varying) != 1:
         raise Refused("it is multiplied channel by channel")
     return varying[0]

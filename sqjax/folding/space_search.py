@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sqjax.folding.search import Refused
 from sqjax.folding.space import Along
 from sqjax.folding.space_moves import Parts, Split
-from sqjax.program.constant_axes import is_constant_along, leaf_of
+from sqjax.program.constant_axes import gain_of, is_constant_along
 from sqjax.program.equations import Atom, Body, Equation, Var
 from sqjax.program.facts import Program
 
@@ -149,9 +149,11 @@ class SpaceSearch:
         """Whether an operand is the same for all channels."""
         return is_constant_along(self.program, atom, along.axis)
 
-    def note_gain(self, atom: Atom) -> bool:
-        """Whether a factor is a leaf; if it is, it is noted as one that must be ones."""
-        path = leaf_of(self.program, atom)
+    def note_gain(self, atom: Atom, along: Along) -> bool:
+        """Whether a factor is a leaf, or one times what is the same for all channels; if it is, the
+        leaf is noted as one that must be ones.
+        """
+        path = gain_of(self.program, atom, along.axis)
         if path is None or self.of(atom):
             return False
         self.gains.add(path)

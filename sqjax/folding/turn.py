@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sqjax._trees import PyTree, is_concrete, map_named, named_leaves
+from sqjax._trees import (
+    PyTree,
+    is_concrete,
+    map_named,
+    named_leaves,
+    replicated,
+)
 from sqjax.folding.apply import fold_any_sign
 from sqjax.folding.graph import Graph, Group
 from sqjax.folding.space import Along, Space
@@ -35,6 +41,28 @@ def with_gains_of_one(
         ValueError: no fold group can take a gain that is not ones; or it is to turn in another
             space, after which it would not be ones.
     """
+    s, ones = gain_scales(params, graph, spaces)
+    folded = fold_any_sign(params, graph, s)
+    offsets = dict(graph.offsets)
+
+    # g / g is 1 but for rounding, and not even that where g is 0: so ones are written.
+    def exactly_one(path: str, leaf: Any) -> Any:
+        if path not in ones or not ones[path].any():
+            return leaf
+        one = jnp.asarray(1 - offsets.get(path, 0.0), leaf.dtype)
+        return jnp.where(ones[path], one, leaf)
+
+    return map_named(exactly_one, folded)
+
+
+def gain_scales(
+    params: PyTree, graph: Graph, spaces: Iterable[Space]
+) -> tuple[dict[str, Array], dict[str, np.ndarray]]:
+    """({group: s} that makes the gains of these spaces ones, {gain: where it does}).
+
+    Raises:
+        ValueError: as `with_gains_of_one`.
+    """
     spaces = list(spaces)  # an iterator could be read only once
     _check_turning_gains(spaces)
     gains = dict.fromkeys(gain for space in spaces for gain in space.gains)
@@ -51,17 +79,7 @@ def with_gains_of_one(
             if group.name in own:
                 _check_sign(group, gain, own[group.name], turning[gain])
         s |= own
-    folded = fold_any_sign(params, graph, s)
-    offsets = dict(graph.offsets)
-
-    # g / g is 1 but for rounding, and not even that where g is 0: so ones are written.
-    def exactly_one(path: str, leaf: Any) -> Any:
-        if path not in ones or not ones[path].any():
-            return leaf
-        one = jnp.asarray(1 - offsets.get(path, 0.0), leaf.dtype)
-        return jnp.where(ones[path], one, leaf)
-
-    return map_named(exactly_one, folded)
+    return s, ones
 
 
 def _check_turning_gains(spaces: Sequence[Space]) -> None:
@@ -81,7 +99,10 @@ def _scales_and_channels(
 ) -> tuple[dict[str, Array], np.ndarray]:
     """({group: s} that makes a gain ones, where in the gain that is)."""
     offset = dict(graph.offsets).get(gain, 0.0)
-    value = leaf + offset if offset else leaf
+    # The gain is multiplied into kernels, so it keeps all digits that these have.
+    array = replicated(jnp.asarray(leaf))
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    value = wide + offset if offset else wide
     covered = np.zeros(leaf.shape, bool)
     s: dict[str, Array] = {}
     for group in graph.groups:
@@ -154,8 +175,8 @@ def _scales_of(
     """
     here = labels < 0
     channels = -labels[here] - 1  # labels count channels from 1
-    own = value.astype(jnp.float32)[here]
-    s = jnp.ones(group.size, jnp.float32).at[channels].set(own)
+    own = value[here]
+    s = jnp.ones(group.size, value.dtype).at[channels].set(own)
     # Of channels that share one scale the last was taken; all must agree with it.
     if is_concrete(s) and not np.array_equal(s[channels], own):
         raise ValueError(
@@ -202,7 +223,7 @@ def _check_others(
     because = f" ({known})" if known else ""
     raise ValueError(
         f"rotate: {gain} multiplies channels of a space, and no fold group can move it into the "
-        f"weights behind it{because}; expected ones. {_ADVICE}"
+        f"weights behind it{because}; expected ones. print(stats.graph) tells why. {_ADVICE}"
     )
 
 
@@ -215,19 +236,36 @@ def turned(
     """
     of_leaf: dict[str, list[tuple[Along, Array]]] = {}
     for space, q in turns:
+        matrix = replicated(jnp.asarray(q))
         for path, along in space.leaves:
-            of_leaf.setdefault(path, []).append((along, jnp.asarray(q)))
+            of_leaf.setdefault(path, []).append((along, matrix))
 
     def turn(path: str, leaf: Any) -> Any:
         if path not in of_leaf:
             return leaf
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        result = leaf.astype(wide)
+        array = replicated(jnp.asarray(leaf))
+        wide = jnp.promote_types(array.dtype, jnp.float32)
+        result = array.astype(wide)
         for along, q in of_leaf[path]:
             result = turned_along(result, q.astype(wide), along)
-        return result.astype(leaf.dtype)
+        return _placed_as(leaf, result.astype(array.dtype))
 
     return map_named(turn, params)
+
+
+def _placed_as(leaf: Any, result: Array) -> Array:
+    """An array on the devices that a leaf lies on, which a product may have left."""
+    of_type = jax.typeof(leaf).sharding
+    if any(entry is not None for entry in of_type.spec):
+        return jax.sharding.reshard(result, of_type)
+    # Other shardings are known of values only.
+    if (
+        isinstance(leaf, jax.Array)
+        and is_concrete(leaf)
+        and is_concrete(result)
+    ):
+        return jax.device_put(result, leaf.sharding)
+    return result
 
 
 @partial(jax.jit, static_argnames="along")

@@ -13,13 +13,17 @@ from sqjax.folding.apply import leaves_by_path, unfold
 from sqjax.folding.graph import Site, paths_of
 
 
-def check_stats(stats: Any, what: str) -> None:
-    """Raises ValueError if these are no statistics."""
+def check_stats(stats: Any, what: str, *, ranges: bool = True) -> None:
+    """Raises ValueError if these are no statistics; or, with `ranges`, if a site has no range,
+    because `rotate_stats` has rotated it.
+    """
     if not isinstance(stats, Stats):
         raise ValueError(
             f"{what}: expected the Stats that sqjax.calibrate(fn, params, batches) returns, got "
             f"{type(stats).__name__}"
         )
+    if ranges:
+        stats.check_ranges(what, paths_of(stats.graph.sites))
 
 
 def check_known(params: PyTree, stats: Stats, what: str) -> None:
@@ -57,7 +61,7 @@ def check_weights(
         if not np.all(near):
             raise ValueError(
                 f"{path}: the statistics are of other parameters than these "
-                f"(were they smoothed?); {advice}"
+                f"(were they smoothed, rotated or trained?); {advice}"
             )
 
 

@@ -119,7 +119,7 @@ def quantize(
         >>> jax.jit(sq.quantized(fn))(qparams, x).round(1).tolist()
         [[17.0, 17.0, 17.0]]
     """
-    check_stats(stats, "quantize")
+    check_stats(stats, "quantize", ranges=False)
     schemes = site_schemes(stats.graph, scheme)
     return quantize_sites(params, stats, schemes, clips=clips)
 
@@ -224,6 +224,7 @@ def quantize_sites(
     # Other schemes take nothing from the statistics, so these may be of any parameters.
     check_clips(clips, schemes, sites)
     described = [sites[path] for path in schemes if schemes[path].measured]
+    stats.check_ranges("quantize", paths_of(described))
     check_leaves(params, stats, described, STATIC_ADVICE)
     _check_reached(stats, schemes)
     s_of_site = expand(stats.folded if folded is None else folded, stats.graph)

@@ -8,22 +8,31 @@ sqrt(n). QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; SpinQuant, Liu et al. 2
 What may be rotated is `graph.spaces`, found in the program and not by the model's name.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sqjax._arguments import check_mapping, expect
+from sqjax._arguments import came, check_mapping, expect
 from sqjax._names import first_matches, near_misses
 from sqjax._trees import PyTree, check_finite, is_concrete
-from sqjax.calibration.stats import Stats
-from sqjax.folding.apply import leaves_by_path
-from sqjax.folding.graph import Graph
-from sqjax.folding.space import Space
-from sqjax.folding.turn import turned, with_gains_of_one
-from sqjax.methods.described import check_stats
+from sqjax.calibration.stats import Stats, leaf_sizes, weight_absmaxes
+from sqjax.folding.apply import expand, leaves_by_path
+from sqjax.folding.graph import Graph, Site, paths_of
+from sqjax.folding.space import Along, Space
+from sqjax.folding.turn import (
+    gain_scales,
+    turned,
+    turned_along,
+    with_gains_of_one,
+)
+from sqjax.methods.described import check_stats, check_weights
+from sqjax.methods.smoothing import fold_stats_any_sign
 from sqjax.numerics.orthogonal import (
     keeping_ones,
     random_hadamard,
@@ -56,8 +65,8 @@ def rotations(
             one of its sites.
 
     Returns:
-        {the space's name: float32 Q, (size, size)}. Where a LayerNorm takes the mean of the
-        channels, Q fixes the vector of ones.
+        {the space's name: Q, (size, size)}, float32, or float64 where jax has that enabled. Where a
+        LayerNorm takes the mean of the channels, Q fixes the vector of ones.
 
     Raises:
         ValueError: stats, `how`, `seed` or a pattern is not one of those; or the program has no
@@ -72,12 +81,13 @@ def rotations(
         >>> jnp.allclose(q @ q.T, jnp.eye(4), atol=1e-6).item()
         True
     """
-    check_stats(stats, "rotations")
+    check_stats(stats, "rotations", ranges=False)
     if how not in DRAWN:
         raise ValueError(
             f"rotate: how: expected 'hadamard', 'random' or {{space: matrix}}, got {how!r}"
         )
-    expect(isinstance(seed, int) and seed >= 0, "seed", "a whole number", seed)
+    is_seed = isinstance(seed, Integral) and seed >= 0
+    expect(is_seed, "rotate: seed", "a whole number, 0 or above", seed)
     if not stats.graph.spaces:
         reasons = [f"{site}: {why}" for site, why in stats.graph.space_refusals]
         raise ValueError(
@@ -86,7 +96,9 @@ def rotations(
         )
     chosen = {space.name for space in _chosen(stats.graph, spaces)}
     return {
-        space.name: _drawn(space, how, np.random.default_rng([seed, index]))
+        space.name: _drawn(
+            space, how, np.random.default_rng([int(seed), index])
+        )
         for index, space in enumerate(stats.graph.spaces)
         if space.name in chosen
     }
@@ -96,8 +108,8 @@ def _drawn(space: Space, how: str, rng: np.random.Generator) -> Array:
     """A matrix for a space; of one that must keep ones all but that direction is drawn."""
     draw = DRAWN[how]
     if space.keeps_ones:
-        return jnp.asarray(keeping_ones(draw(space.size - 1, rng)), jnp.float32)
-    return jnp.asarray(draw(space.size, rng), jnp.float32)
+        return jnp.asarray(keeping_ones(draw(space.size - 1, rng)))
+    return jnp.asarray(draw(space.size, rng))
 
 
 def _chosen(graph: Graph, spaces: str | Iterable[str]) -> tuple[Space, ...]:
@@ -112,8 +124,21 @@ def _chosen(graph: Graph, spaces: str | Iterable[str]) -> tuple[Space, ...]:
     )
     patterns = [spaces] if isinstance(spaces, str) else list(spaces)
     names = [(space.name, *space.sites) for space in graph.spaces]
-    flat = [name for of_one in names for name in of_one]
-    found = first_matches(dict.fromkeys(patterns), flat, "pattern of spaces")
+    # The name of a space is that of its first site, and each is listed once.
+    flat = dict.fromkeys(name for of_one in names for name in of_one)
+    what = "rotate: pattern of spaces"
+    # All sites, so that a pattern of those that can not turn is told why.
+    reasons = {
+        site: why for site, why in graph.space_refusals if site not in flat
+    }
+    found = first_matches(patterns, [*flat, *reasons], what)
+    matched = {found[name] for name in flat}
+    for site, why in reasons.items():
+        if found[site] not in {None, *matched}:
+            raise ValueError(
+                f"{what} {found[site]!r} is found only in sites that are in no space, as in "
+                f"{site}: {why}"
+            )
     return tuple(
         space
         for space, of_one in zip(graph.spaces, names, strict=True)
@@ -168,7 +193,7 @@ def rotate(
         >>> sq.verify(fn, params, rotated, x) < 1e-6
         True
     """
-    check_stats(stats, "rotate")
+    check_stats(stats, "rotate", ranges=False)
     check_float(params, "rotate")
     leaves_by_path(params, stats.graph)
     check_finite(params, "parameter")
@@ -183,45 +208,183 @@ def rotate(
     return turned(with_gains_of_one(params, stats.graph, chosen), turns)
 
 
+def rotate_stats(
+    params: PyTree, stats: Stats, matrices: Mapping[str, Any]
+) -> Stats:
+    """The statistics of the rotated model, as far as they are known without running it.
+
+    Of X Q the Gram matrix is Q^T (X^T X) Q, and a sampled token x is x Q: with these `gptq` rounds
+    the rotated weights, where activations stay float or have scales that are computed at run time.
+    The largest |x| of a channel is not known, nor are mean |x| and histograms: sites that turn have
+    none, and what needs them (a static scale, `scales`, a search) asks for a calibration of the
+    rotated parameters, which is never wrong.
+
+    Args:
+        params: the calibrated parameters, not the rotated ones.
+        stats: their statistics, from `calibrate(..., gram=True)`, say; nothing folded in.
+        matrices: what `rotate` was given, or `rotations` returned.
+
+    Raises:
+        ValueError: as `rotate`; the statistics are of other parameters; or they are not known,
+            because a gain is 0, or something was folded in.
+
+    Examples:
+        >>> import jax.numpy as jnp, sqjax as sq
+        >>> fn = lambda p, x: (x @ p["v"]) @ p["o"]
+        >>> params = {"v": jnp.array([[5.0, 0.0], [5.0, 0.0]]), "o": jnp.ones((2, 1))}
+        >>> stats = sq.calibrate(fn, params, [jnp.ones((1, 2))], gram=True)
+        >>> turn = {"o": jnp.array([[0.6, 0.8], [0.8, -0.6]])}
+        >>> sq.rotate_stats(params, stats, turn).gram["o"].round().tolist()
+        [[36.0, 48.0], [48.0, 64.0]]
+        >>> stats.gram["o"].tolist()
+        [[100.0, 0.0], [0.0, 0.0]]
+    """
+    check_stats(stats, "rotate_stats", ranges=False)
+    rotated = leaves_by_path(rotate(params, stats, matrices), stats.graph)
+    check_weights(params, stats, stats.graph.sites, _OTHERS)
+    _check_nothing_folded(stats)
+    turns = _checked(stats.graph, matrices)
+    s, _ = gain_scales(params, stats.graph, [space for space, _ in turns])
+    scaled = _without_gains(stats, s)
+    gram, sample = dict(scaled.gram), dict(scaled.sample)
+    sites = dict(
+        zip(paths_of(stats.graph.sites), stats.graph.sites, strict=True)
+    )
+    turning = {path for space, _ in turns for path in space.sites}
+    for space, q in turns:
+        for path, along in _contracted_axes(space, sites):
+            site = sites[path]
+            if path in gram:
+                half = _turned_features(gram[path], site, along, q)
+                other = jnp.swapaxes(half, -1, -2)
+                gram[path] = _turned_features(other, site, along, q)
+            if path in sample:
+                rows = _turned_features(sample[path].rows, site, along, q)
+                sample[path] = replace(sample[path], rows=rows)
+    # A histogram of X says nothing about X / s either.
+    unknown = turning | expand(s, stats.graph).keys()
+    return replace(
+        scaled,
+        absmax=_without(scaled.absmax, turning),
+        abs_sum=_without(scaled.abs_sum, turning),
+        histogram=_without(scaled.histogram, unknown),
+        weight_absmax=weight_absmaxes(stats.graph.sites, rotated),
+        leaf_sizes=leaf_sizes(rotated),
+        folded=stats.folded,
+        gram=gram,
+        sample=sample,
+    )
+
+
+_OTHERS = "rotate_stats takes the parameters that were calibrated, not the rotated ones"
+
+
+def _check_nothing_folded(stats: Stats) -> None:
+    """Raises ValueError for what `fold_stats` made, because it says nothing of the rotated X."""
+    for group, s in stats.folded.items():
+        if is_concrete(s) and (np.asarray(s) != 1).any():
+            raise ValueError(
+                f"rotate_stats: expected statistics as calibrate returns them, got s of {group} "
+                "folded in; rotate first, or calibrate the smoothed parameters"
+            )
+
+
+def _without_gains(stats: Stats, s: Mapping[str, Array]) -> Stats:
+    """The statistics after gains have become ones: every X divided by the gain that it lost."""
+    for group, scale in s.items():
+        if is_concrete(scale) and (np.asarray(scale) == 0).any():
+            raise ValueError(
+                f"rotate_stats: {group}: a gain before it is 0 in some channels, of which nothing "
+                "is known without it; calibrate the rotated parameters"
+            )
+    divided = fold_stats_any_sign(stats, s)
+    # A gain may be negative, a magnitude is not.
+    return replace(
+        divided,
+        absmax=jax.tree.map(jnp.abs, divided.absmax),
+        abs_sum=jax.tree.map(jnp.abs, divided.abs_sum),
+    )
+
+
+def _contracted_axes(
+    space: Space, sites: Mapping[str, Site]
+) -> Iterator[tuple[str, Along]]:
+    """(site, where the space lies along its contracted axes) for the activations that turn."""
+    for path, along in space.leaves:
+        if path in space.sites and along.axis in sites[path].axes:
+            yield path, along
+
+
+def _turned_features(x: Array, site: Site, along: Along, q: Array) -> Array:
+    """x (*batch, any, features) multiplied by q along the part of the features that turns.
+
+    Example: of a leaf (4 heads, 8, out), whose features are 32, the axis 1 is that of the 8.
+    """
+    sizes = site.channels[len(site.batch) :]
+    apart = x.reshape(*x.shape[:-1], *sizes)
+    axis = x.ndim - 1 + site.axes.index(along.axis)
+    return turned_along(apart, q.astype(x.dtype), along.at(axis)).reshape(
+        x.shape
+    )
+
+
+def _without(numbers: Mapping[str, Any], paths: set[str]) -> dict[str, Any]:
+    return {path: x for path, x in numbers.items() if path not in paths}
+
+
 def _checked(
     graph: Graph, matrices: Mapping[str, Any]
 ) -> list[tuple[Space, Array]]:
     """(space, its matrix), in the order of the graph."""
-    check_mapping(matrices, "how", "{space: matrix}, as rotations returns it")
+    check_mapping(
+        matrices,
+        "rotate: how",
+        "'hadamard', 'random' or {space: matrix}, as rotations returns it",
+    )
     by_name = {space.name: space for space in graph.spaces}
     for name in matrices:
         if name not in by_name:
             raise ValueError(
                 f"rotate: no space is named {name!r}. Near misses: "
-                f"{near_misses(name, list(by_name))}"
+                f"{near_misses(str(name), list(by_name))}"
             )
     turns = []
     for name, space in by_name.items():
         if name in matrices:
-            q = jnp.asarray(matrices[name])
-            _check_matrix(space, q)
-            turns.append((space, q))
+            turns.append((space, _matrix(space, matrices[name])))
     return turns
 
 
-def _check_matrix(space: Space, q: Array) -> None:
-    """Raises ValueError for a matrix that the space must not be multiplied by."""
-    expected = (space.size, space.size)
-    if q.shape != expected or not jnp.issubdtype(q.dtype, jnp.floating):
+def _matrix(space: Space, given: Any) -> Array:
+    """A matrix that a space may be multiplied by, checked."""
+    expected = f"floats of shape {(space.size, space.size)}"
+    try:
+        q = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"rotate: {space.name}: expected floats of shape {expected}, got {q.dtype} {q.shape}"
+            f"rotate: {space.name}: expected {expected}, got {came(given)}, which is no array"
+        ) from error
+    is_square = q.shape == (space.size, space.size)
+    if not is_square or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"rotate: {space.name}: expected {expected}, got {q.dtype} {q.shape}; sqjax.rotations "
+            "returns a matrix for each space"
         )
-    if not is_concrete(q):
-        return
-    exact = np.asarray(q, np.float64)
-    off = np.abs(exact @ exact.T - np.eye(space.size)).max()
+    if is_concrete(q):
+        _check_values(space, np.asarray(q, np.float64))
+    return q
+
+
+def _check_values(space: Space, q: np.ndarray) -> None:
+    """Raises ValueError for a matrix that is no rotation, or none for this space."""
+    off = np.abs(q @ q.T - np.eye(space.size)).max()
     if not off <= ORTHOGONAL:
         raise ValueError(
             f"rotate: {space.name}: expected an orthogonal matrix, Q Q^T = 1; it is off by "
-            f"{off:.2g}"
+            f"{off:.2g}. sqjax.numerics.orthogonal.cayley makes one of any square matrix"
         )
     if space.keeps_ones:
-        off = np.abs(exact.sum(0) - 1).max()
+        off = np.abs(q.sum(0) - 1).max()
         if not off <= ORTHOGONAL:
             raise ValueError(
                 f"rotate: {space.name}: a LayerNorm takes the mean of these channels, so the "

@@ -335,14 +335,20 @@ def fold_stats(stats: Stats, s: Mapping[str, Array]) -> Stats:
     """
     check_stats(stats, "fold_stats(stats, s)")
     check_scales(stats.graph, s)
+    return fold_stats_any_sign(stats, s)
+
+
+def fold_stats_any_sign(stats: Stats, s: Mapping[str, Array]) -> Stats:
+    """`fold_stats` without its checks: where s is negative, absmax and abs_sum become so, too."""
     s_of_site = expand(s, stats.graph)
     absmax, abs_sum = dict(stats.absmax), dict(stats.abs_sum)
     gram, sample = dict(stats.gram), dict(stats.sample)
     folded = dict(stats.folded)
     batch = {site.path: len(site.batch) for site in stats.graph.sites}
     for path, divisor in s_of_site.items():
-        absmax[path] = absmax[path] / divisor
-        abs_sum[path] = abs_sum[path] / divisor
+        if path in absmax:
+            absmax[path] = absmax[path] / divisor
+            abs_sum[path] = abs_sum[path] / divisor
         # Of all contracted axes as one: (*batch, features).
         flat = divisor.reshape(*divisor.shape[: batch.get(path, 0)], -1)
         if path in gram:

@@ -1,10 +1,13 @@
 """Orthogonal matrices to rotate by: Hadamard matrices with random signs, random ones, Cayley's.
 
-All are float64 arrays of numpy, made once on the host, but `cayley`, which is differentiable.
+Those that are drawn are float64 arrays of numpy, made once on the host. `cayley` is differentiable,
+and so is `keeping_ones` of an array of jax.
 """
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -44,12 +47,16 @@ def random_orthogonal(
 
 
 def keeping_ones(
-    inner: Float[np.ndarray, "inner inner"],
-) -> Float[np.ndarray, "size size"]:
+    inner: Float[Array | np.ndarray, "inner inner"],
+) -> Float[Array | np.ndarray, "size size"]:
     """An orthogonal matrix of one size more, for which 1 Q = 1, that rotates all else by `inner`.
 
     P diag(1, inner) P, with the reflection P that exchanges the first axis and the direction of
-    ones. For a space with a LayerNorm, whose mean must stay the mean.
+    ones. For a space with a LayerNorm, whose mean must stay the mean. Differentiable:
+    keeping_ones(cayley(free)) may be learned.
+
+    Raises:
+        ValueError: `inner` is not square.
 
     Examples:
         >>> import numpy as np
@@ -57,14 +64,19 @@ def keeping_ones(
         >>> keeping_ones(np.array([[-1.0]])).round(12).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
+    _check_square("keeping_ones", inner)
     size = len(inner) + 1
     # P = 1 - 2 v v^T / v.v for v = e1 - 1 / sqrt(size), which is 0 for no size above 1.
     v = np.full(size, -1 / math.sqrt(size))
     v[0] += 1
     reflection = np.eye(size) - 2 * np.outer(v, v) / (v @ v)
-    middle = np.eye(size)
-    middle[1:, 1:] = inner
-    return reflection @ middle @ reflection
+    if isinstance(inner, jax.Array):
+        middle = jnp.eye(size, dtype=inner.dtype).at[1:, 1:].set(inner)
+        p = jnp.asarray(reflection, inner.dtype)
+        return jnp.einsum("ij,jk,kl->il", p, middle, p, precision="highest")
+    of_numpy = np.eye(size)
+    of_numpy[1:, 1:] = inner
+    return reflection @ of_numpy @ reflection
 
 
 def cayley(
@@ -75,13 +87,23 @@ def cayley(
     Differentiable, so that gradients may look for a rotation: SpinQuant, Liu et al. 2024, arXiv
     2405.16406.
 
+    Raises:
+        ValueError: `free` is not square.
+
     Examples:
         >>> import jax.numpy as jnp
         >>> from sqjax.numerics.orthogonal import cayley
         >>> cayley(jnp.array([[0.0, 1.0], [0.0, 0.0]])).round(6).tolist()
         [[0.0, -1.0], [1.0, 0.0]]
     """
+    _check_square("cayley", free)
     skew = free - free.T
     one = jnp.eye(len(free), dtype=free.dtype)
     # Both factors commute, so the one that is inverted may stand first.
     return jnp.linalg.solve(one + skew, one - skew)
+
+
+def _check_square(what: str, matrix: Any) -> None:
+    shape = np.shape(matrix)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"{what}: expected a square matrix, got {shape}")

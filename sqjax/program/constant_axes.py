@@ -58,7 +58,45 @@ def _repeats_along(program: Program, equation: Equation, axis: int) -> bool:
     return is_constant_along(program, equation.inputs[0], axes.index(axis))
 
 
-def leaf_of(program: Program, atom: Atom) -> str | None:
+def gain_of(program: Program, atom: Atom, axis: int) -> str | None:
+    """The leaf that a factor is, repeated, reshaped or cast, times what is the same along an axis.
+
+    None if it is none. Where that leaf is ones, the factor is the same all along the axis.
+
+    Example: g * rsqrt(mean(x * x)), as flax's norms have it, is g times one number for each token.
+    """
+    if not isinstance(atom, Var):
+        return None
+    equation = program.maker.get(atom)
+    if equation is None or atom in program.leaves:
+        return program.leaves.get(atom)
+    name = equation.name
+    if name in ("mul", "div"):
+        varying = _varying_factor(program, equation, axis)
+        return None if varying is None else gain_of(program, varying, axis)
+    if name in (*IDENTITIES, "convert_element_type"):
+        same = equation.inputs[equation.outputs.index(atom)]
+        return gain_of(program, same, axis)
+    if name == "broadcast_in_dim":
+        axes = equation.params["broadcast_dimensions"]
+        if axis in axes:
+            return gain_of(program, equation.inputs[0], axes.index(axis))
+    return _leaf_of(program, atom)
+
+
+def _varying_factor(
+    program: Program, equation: Equation, axis: int
+) -> Atom | None:
+    """The one factor that differs along an axis; None if both do, or if it is divided by."""
+    x, factor = equation.inputs
+    if is_constant_along(program, factor, axis):
+        return x
+    if equation.name == "mul" and is_constant_along(program, x, axis):
+        return factor
+    return None
+
+
+def _leaf_of(program: Program, atom: Atom) -> str | None:
     """The leaf that an array is, repeated, reshaped or cast; None if it is none."""
     while isinstance(atom, Var):
         if atom in program.leaves:

@@ -28,6 +28,7 @@ from sqjax.commands.outputs import check_output, new_file
 from sqjax.commands.recipes import digest_at
 from sqjax.commands.recommending import text_of
 from sqjax.commands.texts import read_texts
+from sqjax.weights.quant_weight import is_quantized
 from sqjax.weights.schemes import PRESETS, Indices
 from sqjax.weights.sizes import weight_bytes
 
@@ -385,6 +386,30 @@ def test_eval_and_compare_measure_what_numpy_does(run, quantized):
 
 
 @pytest.mark.slow
+def test_eval_reads_the_text_behind_a_prefix_as_well(run, quantized):
+    """The prefix of a quantized model is that of the floats that its codes stand for."""
+    given = ["--text", "text.txt", *FEW]
+    found = json.loads(
+        run("eval", quantized, "--against", "tiny", "--prefix", "5, 3", *given, "--json")
+    )
+    for row, path in ((found, quantized), (found["against"], "tiny")):
+        model, params = loaded(path)
+        floats = jax.tree.map(
+            lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
+        )
+        windows = np.asarray(model.tokenizer.encode(TEXT)[:96]).reshape(3, 32)
+        prefix = sq.models.prefix(model, floats, ids=[5, 3])
+        expected = sq.models.perplexity(model, params, windows, prefix=prefix)
+        assert row["prefix"] == {"ids": [5, 3], "perplexity": pytest.approx(expected, rel=1e-5)}
+        assert row["perplexity"] != pytest.approx(expected, rel=1e-4)
+    own, theirs = found["prefix"]["perplexity"], found["against"]["prefix"]["perplexity"]
+    assert found["prefixed_ratio"] == pytest.approx(own / theirs)
+    assert found["prefixed_ratio_to_plain"] == pytest.approx(own / found["against"]["perplexity"])
+    lines = run("eval", "tiny", "--prefix", "5,3", *given).splitlines()
+    assert lines[1] == f"perplexity {theirs:.3f}  behind the prefix 5,3  tiny"
+
+
+@pytest.mark.slow
 def test_tasks_are_asked_of_the_harness(run, monkeypatch):
     """The harness is a stand-in here: it asks one question, and gives scores in its own form."""
     harness, base = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.api.model")
@@ -556,6 +581,14 @@ def test_texts_of_files_folders_and_lines(tmp_path):
         (["export", "tiny", "-o", "x", "--length", "128"], "--length: expected more than --prompt"),
         (["export", "tiny", "-o", "x"], "--length: expected at most 64, which"),
         (["report", "tiny", "-o", "x", "--alphas", "none"], "--alphas: expected a number"),
+        (["eval", "tiny", "--prefix", "first"], "--prefix: expected auto, or token ids"),
+        (
+            ["eval", "tiny", "--prefix", "auto", "--text", "text.txt", *FEW],
+            "--prefix auto: tiny: prefix: expected tokens whose activations are above",
+        ),
+        (["eval", "tiny", "--prefix", "1", "--text", "text.txt"], "give a smaller --tokens"),
+        (["eval", "tiny", "--prefix", "9999", "--text", "text.txt"], "prefix: ids"),
+        (["eval", "tiny", "--prefix", "auto", "--tasks", "a"], "--prefix and --against"),
         (["eval", "tiny", "--limit", "3"], "--limit: expected it with --tasks"),
         (["eval", "tiny", "--tasks", "arc_easy"], "pip install 'sqjax[eval]'"),
         (["generate", "tiny", "Hi", "--max-tokens", "64"], "the model takes 64 in all"),

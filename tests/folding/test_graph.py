@@ -109,7 +109,7 @@ TEXT = jnp.arange(3)
 
 def test_spaces_are_printed_and_explained():
     graph = sq.calibrate(residual, RESIDUAL, [TEXT]).graph
-    assert "  1 space that may turn: 1 of 4 channels in 4 leaves" in str(graph).splitlines()
+    assert "  1 space that may turn: 1 with 4 channels in 4 leaves" in str(graph).splitlines()
     text = graph.explain("down")
     assert "down turns along its axis 1 in the space up: 4 channels, with 3 other leaves" in text
     assert re.search(r"the activation of down is in no space: `tanh` at .*test_graph\.py", text)

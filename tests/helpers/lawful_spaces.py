@@ -64,6 +64,13 @@ def layer_norm(x, gain, bias):
     return centred * scale * gain + bias
 
 
+def flax_norm(x, gain, bias):
+    """As flax and haiku write it: the gain times one number a token, and then times x."""
+    mean = jnp.mean(x, -1, keepdims=True)
+    var = jnp.maximum(0.0, jnp.mean(x * x, -1, keepdims=True) - mean * mean)
+    return (x - mean) * (jax.lax.rsqrt(var + 1e-6) * gain) + bias
+
+
 def heads(x, count):
     return x.reshape(*x.shape[:-1], count, -1)
 
@@ -286,6 +293,20 @@ def siamese(p, ids):
     return jnp.sum(x[0] * x[1], -1) + jnp.sum(x[2] * x[1], -1)
 
 
+def in_flax(p, ids):
+    x = p["embed"][ids]
+    x = x + jnp.tanh(flax_norm(x, p["g1"], p["b1"]) @ p["up"]) @ p["down"]
+    # A root mean square norm, whose gain is divided by a number for each token.
+    root = jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    return x * (2.0 * p["g2"] / root) @ p["head"]
+
+
+def scored(p, x):
+    """A score is the sum of a product with a leaf, which is no gain because nothing else reads it."""
+    unit = p["w"] / jnp.sqrt(jnp.sum(p["w"] ** 2))
+    return jnp.sum(x @ p["u"] * unit, -1)
+
+
 def masked(p, ids, hidden):
     """A leaf of its own in place of hidden tokens."""
     x = jnp.where(hidden[:, None], p["mask"], p["embed"][ids])
@@ -451,6 +472,13 @@ CASES = {
         (IDS,),
         (space("6 embed:1 up:0 down:1"),),
     ),
+    "in flax": Case(
+        in_flax,
+        named(embed=(5, 6), g1=(6,), b1=(6,), up=(6, 7), down=(7, 6), g2=(6,), head=(6, 5)),
+        (IDS,),
+        (space("6 embed:1 b1:0 up:0 down:1 head:0", "g1 g2", True),),
+    ),
+    "scored": Case(scored, named(u=(5, 6), w=(6,)), (X,), (space("6 u:1 w:0"),)),
     "masked": Case(
         masked,
         {**LLAMA, **named(mask=(6,))},

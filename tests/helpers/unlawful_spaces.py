@@ -177,6 +177,10 @@ UNLAWFUL = {
         (space("3 u:1@2 v:0@1"),),
     ),
     "weighed": between(lambda y: y * WEIGHTS.astype(y.dtype)),
+    "a gain weighed": Case(
+        lambda p, ids: p["embed"][ids] * (p["g1"] * WEIGHTS.astype(p["g1"].dtype)) @ p["head"],
+        SMALL, (IDS,), (space("6 embed:1 head:0", "g1"),),
+    ),
     "some masked": between(lambda y: jnp.where(np.arange(6) > 2, y, 0.0)),
     "shifted by a constant": between(lambda y: y + WEIGHTS.astype(y.dtype)),
     "shifted by a number": between(lambda y: y + 1.0),

@@ -249,6 +249,7 @@ def test_the_public_names_are_these():
             "calibrate",
             "scales",
             "rotate",
+            "rotate_stats",
             "rotations",
             "fold",
             "fold_stats",

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from lawful_spaces import CASES
 from tiny_llama import GROUPED, random_ids, random_params
+from untyped import untyped
 
 import sqjax as sq
 from sqjax.folding.graph import Graph
@@ -59,6 +64,22 @@ def test_cayley_is_orthogonal_the_formula_and_differentiable():
     np.testing.assert_allclose(got @ got.T, np.eye(5), atol=1e-5)
     slope = jax.grad(lambda f: cayley(f)[0, 1])(jnp.zeros((5, 5)))
     assert (float(slope[0, 1]), float(slope[1, 0])) == (-2.0, 2.0)
+
+
+def test_those_that_keep_ones_may_be_learned():
+    free = jnp.asarray(rng().normal(size=(4, 4)), jnp.float32)
+    of_numpy, of_jax = keeping_ones(np.asarray(cayley(free))), keeping_ones(cayley(free))
+    np.testing.assert_allclose(of_jax, of_numpy, atol=1e-6)
+    slope = jax.jit(jax.grad(lambda f: keeping_ones(cayley(f))[0, 1]))(free)
+    step = 1e-2 * slope
+    ahead, behind = (keeping_ones(cayley(free + x))[0, 1] for x in (step, -step))
+    assert float(ahead - behind) == pytest.approx(2e-2 * float(jnp.sum(slope**2)), rel=0.01)
+
+
+@pytest.mark.parametrize("make", [cayley, keeping_ones])
+def test_a_matrix_that_is_not_square_is_refused(make):
+    with untyped(), pytest.raises(ValueError, match=r"expected a square matrix, got \(3, 4\)"):
+        make(np.ones((3, 4)))
 
 
 # Beside QuaRot ------------------------------------------------------------------------------------
@@ -160,7 +181,7 @@ def test_under_jit_and_its_gradient_by_the_matrix(llama):
 
 #: Of a head that is the embedding the gain before it must be ones.
 KEPT = {"opt": "g3"}
-ROTATED = ("llama", "opt", "experts", "scan", "siamese", "linear")
+ROTATED = ("llama", "opt", "experts", "scan", "siamese", "linear", "in flax", "scored")
 #: Whose spaces' kinds the others have too.
 ALIKE = [pytest.param(name, marks=pytest.mark.every_case) for name in ("parallel", "fused")]
 
@@ -220,6 +241,62 @@ def test_stacked_layers_turn_as_one(llama):
     assert not np.allclose(kernel, stacked["model"]["layers"]["mlp"]["down_proj"]["kernel"])
 
 
+class Block(nn.Module):
+    norm: type = nn.LayerNorm
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12, name="embed")(x)
+        x = x + nn.Dense(12, name="down")(jnp.tanh(nn.Dense(7, name="up")(self.norm()(x))))
+        return nn.Dense(5, name="head")(self.norm(name="last")(x))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.norm = nnx.Linear(8, 12, rngs=rngs), nnx.LayerNorm(12, rngs=rngs)
+        self.head = nnx.Linear(12, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(self.embed(x)))
+
+
+def of_linen(norm):
+    module = Block(norm)
+    return module.apply, module.init(jax.random.key(0), X)
+
+
+def of_nnx(_):
+    definition, state = nnx.split(NNXBlock())
+    return lambda p, x: nnx.merge(definition, p)(x), state
+
+
+X = rng(1).normal(size=(4, 8)).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.each_case
+@pytest.mark.parametrize(
+    ("make", "norm"), [(of_linen, nn.LayerNorm), (of_linen, nn.RMSNorm), (of_nnx, nnx.LayerNorm)]
+)
+def test_what_norms_of_flax_read_turns(make, norm):
+    """They multiply by the product of the gain and of one number for each token."""
+    with jax.numpy_rank_promotion("allow"):
+        fn, params = make(norm)
+        draw = rng()
+
+        def other(leaf):
+            change = draw.normal(size=leaf.shape) if leaf.ndim == 1 else 0.0
+            return leaf + jnp.asarray(change, leaf.dtype)
+
+        params = jax.tree.map(other, params)
+        stats = sq.calibrate(fn, params, [X])
+        [space] = stats.graph.spaces
+        assert space.size == 12
+        assert space.keeps_ones == (norm is not nn.RMSNorm)
+        assert sq.verify(fn, params, sq.rotate(params, stats), X) < 1e-5
+
+
 # What it is for -----------------------------------------------------------------------------------
 
 
@@ -266,6 +343,138 @@ def test_gains_of_zero_and_of_one_plus_w():
     assert sq.verify(offset, params, rotated, x) < 1e-4  # 1 + w rounds w
 
 
+def test_float64_keeps_its_digits():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        params = {name: jnp.asarray(x, jnp.float64) for name, x in outlier_params().items()}
+        params = {name: x + 1e-9 for name, x in params.items()}  # no multiple of float32's
+        x = jnp.asarray(rng(1).normal(size=(4, 8)))
+        stats = sq.calibrate(block, params, [x])
+        expected, got = block(params, x), block(sq.rotate(params, stats), x)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_leaf_stays_on_its_devices(toy, kind):
+    params, stats = toy
+    mesh = jax.make_mesh((4,), ("x",), (kind,), devices=jax.devices()[:4])
+    along = {"e": P("x"), "gain": P("x"), "w": P("x", None)}
+    placed = {
+        name: jax.device_put(leaf, NamedSharding(mesh, along[name]))
+        for name, leaf in params.items()
+    }
+    rotated = sq.rotate(placed, stats)
+    expected = sq.rotate(params, stats)
+    for name, leaf in placed.items():
+        assert rotated[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+        np.testing.assert_allclose(rotated[name], expected[name], atol=1e-4)
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def opt_like(p, x):
+    """A LayerNorm with a bias, and attention's values with two contracted axes in the kernel."""
+    h = x @ p["e"]
+    centred = h - jnp.mean(h, -1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+    normed = centred * scale * p["gain"][None] + p["bias"][None]
+    v = jnp.einsum("tc,chd->thd", normed, p["v"])
+    h = h + jnp.einsum("thd,hdc->tc", v, p["o"])
+    return jnp.tanh(h @ p["head"])
+
+
+def opt_params():
+    draw = rng()
+    shapes = dict(e=(8, 12), bias=(12,), v=(12, 3, 4), o=(3, 4, 12), head=(12, 3))
+    leaves = {name: draw.normal(size=shape) for name, shape in shapes.items()}
+    leaves["gain"] = draw.uniform(0.5, 1.5, 12) * np.where(np.arange(12) % 3, 1, -1)
+    return {name: jnp.asarray(x, jnp.float32) for name, x in leaves.items()}
+
+
+def of_layer_norms(_):
+    return opt_like, opt_params(), jnp.asarray(rng(1).normal(size=(40, 8)), jnp.float32)
+
+
+def of_llama(llama):
+    model, params, ids, _ = llama
+    return model.apply, params, ids
+
+
+def known_of(sample):
+    """The Gram matrix of all tokens, where the sample is as large as these are many."""
+    return jnp.einsum("...nf,...ng->...fg", sample.rows, sample.rows, precision="highest")
+
+
+@pytest.mark.slow
+@pytest.mark.each_case
+@pytest.mark.parametrize("of", [of_layer_norms, of_llama])
+def test_statistics_are_those_of_the_rotated_parameters(llama, of):
+    fn, params, x = of(llama)
+    asked = dict(gram=True, sample=64, histogram=True)
+    stats = sq.calibrate(fn, params, [x], **asked)
+    matrices = sq.rotations(stats, "random")
+    rotated = sq.rotate(params, stats, matrices)
+    got = sq.rotate_stats(params, stats, matrices)
+    expected = sq.calibrate(fn, rotated, [x], **asked)
+
+    turning = {path for space in stats.graph.spaces for path in space.sites}
+    assert turning
+    others = {site.path for site in stats.graph.sites} - turning
+    assert got.absmax.keys() == got.abs_sum.keys() == got.histogram.keys() == others
+    for path, gram in expected.gram.items():
+        size = float(jnp.abs(gram).max())
+        np.testing.assert_allclose(got.gram[path], gram, atol=1e-5 * size, err_msg=path)
+        np.testing.assert_allclose(known_of(got.sample[path]), gram, atol=1e-5 * size)
+        if path in turning:
+            assert float(jnp.abs(gram - stats.gram[path]).max()) > 0.1 * size
+    for path in others:
+        np.testing.assert_allclose(got.absmax[path], expected.absmax[path], rtol=1e-4)
+    for name in ("weight_absmax", "leaf_sizes", "count", "reached"):
+        for path, value in getattr(expected, name).items():
+            np.testing.assert_array_equal(getattr(got, name)[path], value)
+
+
+def test_what_rotated_statistics_know_and_what_they_do_not():
+    params, x = outlier_params(), jnp.asarray(rng(1).normal(size=(64, 8)), jnp.float32)
+    stats = sq.calibrate(block, params, [x], gram=True)
+    matrices = sq.rotations(stats)
+    rotated, known = sq.rotate(params, stats, matrices), sq.rotate_stats(params, stats, matrices)
+    assert repr(known).splitlines()[-1].split() == ["?", "?", "?", "w"]
+    scheme = {"w": sq.W4A16, ".*": None}
+    codes = sq.gptq(rotated, known, scheme)["w"].tensor.values
+    expected = sq.gptq(rotated, sq.calibrate(block, rotated, [x], gram=True), scheme)
+    assert float(jnp.mean(codes == expected["w"].tensor.values)) > 0.99
+    sq.quantize(rotated, known, sq.W8A8_O1)
+    refused = "w: the range of its activation is needed, .* calibrate the rotated parameters"
+    for asks in (
+        lambda: sq.quantize(rotated, known, sq.W8A8_O3),
+        lambda: sq.scales(rotated, known),
+        lambda: sq.fold_stats(known, {}),
+        lambda: sq.search_alpha(rotated, known, sq.W8A8_O1),
+        lambda: sq.awq(rotated, known, sq.W4A16),
+        lambda: sq.prepare_by_search(rotated, known, sq.W4A16),
+        lambda: known.input_range("w"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            asks()
+
+
+def test_statistics_that_can_not_be_rotated(toy):
+    params, stats = toy
+    matrices = sq.rotations(stats)
+    with pytest.raises(ValueError, match="takes the parameters that were calibrated, not the rot"):
+        sq.rotate_stats(sq.rotate(params, stats, matrices), stats, matrices)
+    [group] = [group for group in stats.graph.groups if group.name == "w"]
+    folded = sq.fold_stats(stats, {"w": jnp.full(group.size, 2.0)})
+    smoothed = sq.fold(params, stats.graph, {"w": jnp.full(group.size, 2.0)})
+    with pytest.raises(ValueError, match="got s of w folded in; rotate first"):
+        sq.rotate_stats(smoothed, folded, matrices)
+    zero = {**params, "gain": params["gain"].at[3].set(0.0)}
+    of_zero = sq.calibrate(block, zero, [jnp.ones((2, 8))])
+    with pytest.raises(ValueError, match="w: a gain before it is 0 in some channels"):
+        sq.rotate_stats(zero, of_zero, matrices)
+
+
 # Refused ------------------------------------------------------------------------------------------
 
 
@@ -284,11 +493,23 @@ def toy():
         ({"w": np.eye(32, dtype=int)}, "w: expected floats of shape"),
         ({"w": 2 * np.eye(32)}, "w: expected an orthogonal matrix, .* off by 3"),
         ({"w": np.full((32, 32), np.nan)}, "w: expected an orthogonal matrix"),
+        ({"w": "hadamard"}, "w: expected floats of shape .* got 'hadamard', which is no array"),
+        ({"w": [[1.0], [0.0, 1.0]]}, "w: expected floats of shape .* got list, which is no array"),
+        ({0: np.eye(32)}, "no space is named 0"),
+        (np.eye(32), "how: expected 'hadamard', 'random' or {space: matrix}"),
     ],
 )
 def test_wrong_matrices(toy, how, message):
-    with pytest.raises(ValueError, match=message):
+    with untyped(), pytest.raises(ValueError, match=message):
         sq.rotate(*toy, how)
+
+
+def test_a_pattern_of_sites_that_can_not_turn_is_told_why(llama):
+    _, params, _, stats = llama
+    with pytest.raises(ValueError, match=r"'down_proj' .* in no space, .* multiplied channel by"):
+        sq.rotate(params, stats, spaces="down_proj")
+    # Of a pattern that is found in others, too, only these turn.
+    assert set(sq.rotations(stats, spaces="o_proj|down_proj")) == set(VALUES)
 
 
 def test_wrong_arguments(toy):

@@ -400,6 +400,8 @@ def test_what_makes_no_prefix_is_refused():
         make_prefix(model, params, [TEXT], ratio=0.0)
     with pytest.raises(ValueError, match="NaN or infinite"):
         make_prefix(model, jax.tree.map(lambda x: x * jnp.nan, params), [TEXT])
+    with pytest.raises(ValueError, match=r"parameter \S+: .* values are NaN or infinite"):
+        make_prefix(model, jax.tree.map(lambda x: x * jnp.nan, params), ids=[1])
     encoder = Encoder(EncoderConfig(64, 32, 48, 2, 4))
     with untyped(), pytest.raises(ValueError, match=r"expected a sqjax\.models\.Model"):
         make_prefix(encoder, params, ids=[1])

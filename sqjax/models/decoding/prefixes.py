@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sqjax._arguments import expect
-from sqjax._trees import named_leaves
+from sqjax._trees import check_finite, named_leaves
 from sqjax.models.cache import PrefixCache
 from sqjax.models.decoder import Block, CausalLM
 from sqjax.models.decoding.prompts import check_tokens
@@ -131,8 +131,8 @@ def prefix(
 
     Raises:
         ValueError: no batches, no token that stands out, ids that are not in the vocabulary or as
-            many as ``config.max_length``, quantized parameters, an encoder, or a model whose keys
-            depend on how long a text becomes (LongRope).
+            many as ``config.max_length``, parameters that are quantized or NaN, an encoder, or a
+            model whose keys depend on how long a text becomes (LongRope).
 
     Examples:
         >>> import jax, jax.numpy as jnp, sqjax as sq
@@ -363,6 +363,7 @@ def _check_floats(params: Params) -> None:
 def _made(model: Model, params: Params, ids: tuple[int, ...]) -> Prefix:
     """The prefix of these tokens, for float parameters."""
     _check_floats(params)
+    check_finite(params, "parameter")
     return Prefix(model, ids, _computed(model, params, ids))
 
 
