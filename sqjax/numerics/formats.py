@@ -82,8 +82,10 @@ def absmax_of_rows(
     Because XLA:CPU compares the elements of a row one after the other, but two arrays by vectors.
     """
     channels = x.shape[-1]
+    # Halves of channels that devices share would have to move.
+    is_split = jax.typeof(x).sharding.spec[-1] is not None
     # Symbolic where `jax.export` leaves a size open.
-    if not isinstance(channels, int) or channels < _MANY:
+    if is_split or not isinstance(channels, int) or channels < _MANY:
         return absmax(x, -1)
     otherwise = partial(absmax, axis=-1)
     return lax.platform_dependent(x, cpu=_by_halves, default=otherwise)

@@ -118,8 +118,8 @@ def test_random_weights_are_what_the_library_reads_and_keep_the_variance():
     floats = jax.jit(
         lambda ws: {n: sq.dequantize(w.tensor).astype(jnp.float32) for n, w in ws.items()}
     )(weights)
-    for name, product in run(weights).items():
-        assert 0.8 < float(jnp.std(product.astype(jnp.float32))) < 1.2, name
+    for name, out in run(weights).items():
+        assert 0.8 < float(jnp.std(out.astype(jnp.float32))) < 1.2, name
         read = some_outputs(weights[name].tensor, 24)
         # A bfloat16 has 8 digits.
         np.testing.assert_allclose(read, floats[name][:, :24].T, rtol=2**-8, err_msg=name)
