@@ -132,7 +132,7 @@ def _wrong_format(weight: QuantWeight) -> str | None:
         return "groups with float32 scales, got integer ones"
     if groups > 1 and not in_float:
         return f"one scale for an output, got {groups}"
-    length = channels if groups == 1 else tensor.group
+    length = channels if groups == 1 else tensor.group or channels
     # A last group may be shorter: 768 channels in groups of 512.
     if channels % _BLOCK or channels != groups * length or length % _BLOCK:
         return (
