@@ -75,43 +75,57 @@ def with_kernel(qparams: PyTree, kernel: str | Mapping[str, str]) -> PyTree:
     ]
     expect(bool(weights), "with_kernel", "what `quantize` returned", qparams)
     chosen = first_matches(by_pattern, weights, "with_kernel pattern")
+    kernel_of = {
+        path: by_pattern[name]
+        for path, name in chosen.items()
+        if name is not None
+    }
+    _check_formats(
+        {
+            path: leaf
+            for path, leaf in zip(paths, leaves, strict=True)
+            if kernel_of.get(path) == "pallas"
+        }
+    )
 
     def changed(path: str, leaf: Any) -> Any:
-        pattern = chosen.get(path)
-        if pattern is None:
-            return leaf
-        if by_pattern[pattern] == "pallas":
-            return _for_pallas(path, leaf)
-        return leaf if leaf.kernel is None else _for_xla(leaf)
+        if kernel_of.get(path) == "pallas":
+            tensor = leaf.tensor.stored_as(jnp.int4)
+            return replace(leaf, tensor=tensor, kernel="pallas")
+        if kernel_of.get(path) == "xla" and leaf.kernel is not None:
+            tensor = leaf.tensor.stored_as(container(INT4))
+            return replace(leaf, tensor=tensor, kernel=None)
+        return leaf
 
     return treedef.unflatten(map(changed, paths, leaves))
 
 
-def _for_pallas(path: str, weight: QuantWeight) -> QuantWeight:
-    """The weight as the kernel multiplies it.
+def _check_formats(weights: Mapping[str, QuantWeight]) -> None:
+    """Checks that the kernel "pallas" has a program for these weights, by their paths.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it has none for some of them, or with this jax.
     """
-    if jax.__version_info__ < (0, 11):
+    if weights and jax.__version_info__ < (0, 11):
         raise ValueError(
-            f"{path}: the kernel 'pallas' needs jax 0.11 or later, got {jax.__version__}"
+            f"{min(weights)}: the kernel 'pallas' needs jax 0.11 or later, got {jax.__version__}"
         )
-    _refuse(path, _wrong_format(weight))
-    tensor = weight.tensor.stored_as(jnp.int4)
-    return replace(weight, tensor=tensor, kernel="pallas")
+    problems = {path: _wrong_format(weight) for path, weight in weights.items()}
+    refused = [path for path, problem in problems.items() if problem]
+    if refused:
+        first, *others = refused
+        named = ", ".join(others[:3])
+        if others[3:]:
+            named += f" and {len(others) - 3} more"
+        more = f" (also {named})" if others else ""
+        _refuse(first, problems[first], more)
 
 
-def _for_xla(weight: QuantWeight) -> QuantWeight:
-    """The weight as it was before `_for_pallas`."""
-    tensor = weight.tensor.stored_as(container(INT4))
-    return replace(weight, tensor=tensor, kernel=None)
-
-
-def _refuse(path: str, problem: str | None) -> None:
+def _refuse(path: str, problem: str | None, others: str = "") -> None:
     if problem is not None:
         raise ValueError(
-            f"{path}: the kernel 'pallas' takes {problem}; give this weight the kernel 'xla'"
+            f"{path}: the kernel 'pallas' takes {problem}; give this weight{others} the kernel "
+            "'xla'"
         )
 
 

@@ -73,7 +73,7 @@ def test_kernels_that_part_check_found_wrong_are_not_measured(plan, monkeypatch)
     monkeypatch.setattr(weights, "has_mosaic", lambda: True)
     assert weights.measures_mosaic(Notes(plan, "matmul"))
     check = Notes(plan, "check")
-    check.add(weights.KERNELS, {"error": "did not end"})
+    check.add(weights.KERNELS, {"error": "begun, and not ended"})
     found = Notes(plan, "matmul")
     assert not weights.measures_mosaic(found)
     found.write()
@@ -97,7 +97,7 @@ def test_a_kernel_that_never_ends_has_said_so_before(plan, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         check._kernels(Notes(plan, "check"), ())
     [row] = read_record(plan.path).rows[1:]
-    assert row["error"] == "did not end"
+    assert row["error"] == "begun, and not ended"
 
 
 @pytest.mark.parametrize("figures", [{"holds": False}, {"error": "ValueError: no"}])

@@ -149,6 +149,19 @@ def test_a_weight_that_the_kernel_has_no_program_for_is_named(scheme, params, pr
 
 
 @needs_jax_0_11
+def test_all_weights_that_are_refused_are_named():
+    def sum_of(params, x):
+        return sum(x @ w for w in params.values())
+
+    params = {name: jnp.ones((200, 128)) for name in "abcde"}
+    tree = sq.quantize(params, sq.calibrate(sum_of, params, [X[:, :200]]), sq.W8A8)
+    with pytest.raises(ValueError, match=r"^a: .* \(also b, c, d and 1 more\) the kernel 'xla'$"):
+        sq.with_kernel(tree, "pallas")
+    with pytest.raises(ValueError, match=r"^d: .* \(also e\) the kernel 'xla'$"):
+        sq.with_kernel(tree, {"d|e": "pallas"})
+
+
+@needs_jax_0_11
 def test_groups_of_all_contracted_axes_count():
     def heads(params, x):
         return jnp.einsum("bhi,hio->bo", x, params["w"])

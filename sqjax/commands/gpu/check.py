@@ -70,7 +70,7 @@ def _kernels(notes: Notes, shapes: Sequence[tuple[int, int, int]]) -> None:
     if not has_mosaic() or notes.has(KERNELS) or notes.left() < 0:
         return
     # It stands there if this process is ended.
-    notes.add(KERNELS, {"error": "did not end"})
+    notes.add(KERNELS, {"error": "begun, and not ended"})
     _attempt(notes, KERNELS, partial(kernels, shapes))
 
 
