@@ -103,8 +103,10 @@ def _largest_of_rows(
     """
     channels = bits.shape[-1]
     along_rows = partial(_largest, axis=-1)
+    # Halves of channels that devices share would have to move.
+    is_split = jax.typeof(bits).sharding.spec[-1] is not None
     # Symbolic where `jax.export` leaves a size open.
-    if not isinstance(channels, int) or channels < _MANY:
+    if is_split or not isinstance(channels, int) or channels < _MANY:
         return along_rows(bits)
     return lax.platform_dependent(bits, cpu=_by_halves, default=along_rows)
 

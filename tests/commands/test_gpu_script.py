@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ import pytest
 
 import sqjax as sq
 from sqjax.commands import cli
+from sqjax.commands.gpu import check, matmul, script, weights
 from sqjax.commands.gpu import notes as record_of_visit
-from sqjax.commands.gpu import script
 from sqjax.commands.gpu.llama import kind_of
 from sqjax.commands.gpu.notes import Notes, Plan
 from sqjax.commands.gpu.profile import Event, compiled, runs_of
@@ -67,6 +68,38 @@ def test_a_record_of_another_card_is_refused(plan, monkeypatch):
         Notes(plan, "matmul")
 
 
+def test_kernels_that_part_check_found_wrong_are_not_measured(plan, monkeypatch):
+    """Nor those that never ended there: they would end the process that measures."""
+    monkeypatch.setattr(weights, "has_mosaic", lambda: True)
+    assert weights.measures_mosaic(Notes(plan, "matmul"))
+    check = Notes(plan, "check")
+    check.add(weights.KERNELS, {"error": "begun, and not ended"})
+    found = Notes(plan, "matmul")
+    assert not weights.measures_mosaic(found)
+    found.write()
+    assert read_record(plan.path).rows[-1]["left_out"] == [
+        "Mosaic kernels: not right in part check"
+    ]
+    check.add(weights.KERNELS, {"holds": True})
+    assert weights.measures_mosaic(Notes(plan, "matmul"))
+    check.add(weights.KERNELS, {"holds": False})
+    # Of other code it is not known.
+    monkeypatch.setattr(record_of_visit, "code", lambda: "another")
+    assert weights.measures_mosaic(Notes(plan, "matmul"))
+
+
+def test_a_kernel_that_never_ends_has_said_so_before(plan, monkeypatch):
+    def ends_the_process(shapes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "has_mosaic", lambda: True)
+    monkeypatch.setattr(check, "kernels", ends_the_process)
+    with pytest.raises(KeyboardInterrupt):
+        check._kernels(Notes(plan, "check"), ())
+    [row] = read_record(plan.path).rows[1:]
+    assert row["error"] == "begun, and not ended"
+
+
 @pytest.mark.parametrize("figures", [{"holds": False}, {"error": "ValueError: no"}])
 def test_what_is_wrong_is_named(plan, figures):
     notes = Notes(plan, "check")
@@ -85,8 +118,8 @@ def test_random_weights_are_what_the_library_reads_and_keep_the_variance():
     floats = jax.jit(
         lambda ws: {n: sq.dequantize(w.tensor).astype(jnp.float32) for n, w in ws.items()}
     )(weights)
-    for name, product in run(weights).items():
-        assert 0.8 < float(jnp.std(product.astype(jnp.float32))) < 1.2, name
+    for name, out in run(weights).items():
+        assert 0.8 < float(jnp.std(out.astype(jnp.float32))) < 1.2, name
         read = some_outputs(weights[name].tensor, 24)
         # A bfloat16 has 8 digits.
         np.testing.assert_allclose(read, floats[name][:, :24].T, rtol=2**-8, err_msg=name)
@@ -135,6 +168,69 @@ def test_a_program_that_fails_is_noted_and_the_others_run(plan):
 )
 def test_kernels_of_the_h200_are_known_by_their_names(name, kind):
     assert kind_of(name) == kind
+
+
+# What costs the others nothing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matmuls(plan, monkeypatch):
+    """Part "matmul" with nothing to measure but what a test puts in its place; returns what was asked for."""
+    plan = plan._replace(tiny=False, path=None)
+    monkeypatch.setattr(matmul, "_beside_torch", lambda *_: None)
+    monkeypatch.setattr(matmul, "measures_mosaic", lambda _: True)
+    return Notes(plan, "matmul")
+
+
+def test_a_card_that_can_not_be_measured_and_a_product_that_fails(matmuls, monkeypatch):
+    def no_card(*_):
+        raise RuntimeError("out of memory")
+
+    def measured(notes, size, shape, rows, variants):
+        if rows == 4096:
+            raise RuntimeError("illegal address")
+        for name in variants:
+            notes.add(f"{rows}x{shape[0]}x{shape[1]} {name}", {"us": 1.0})
+
+    monkeypatch.setattr(matmul, "_card", no_card)
+    monkeypatch.setattr(matmul, "_measured", measured)
+    matmul.matmul(matmuls)
+    size, variants = matmul.FULL, {**matmul.VARIANTS, **matmul.HOPPER}
+    assert len(matmuls.wrong) == 1 + len(size.shapes) * len(variants)
+    assert matmuls.has("1x4096x1024 W8A16, Mosaic")
+    assert not matmuls.has("4096x4096x1024 W8A16, Mosaic")
+
+
+def test_many_rows_which_take_long_do_not_leave_out_few(matmuls, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(matmul.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(matmuls, "_plan", matmuls._plan._replace(started=0.0, seconds=90.0))
+    monkeypatch.setattr(matmul, "_card", lambda *_: None)
+    done = []
+
+    def measured(notes, size, shape, rows, variants):
+        done.append((shape, rows, matmul.BF16 in variants))
+        clock[0] += 40.0 if rows == 4096 and matmul.BF16 in variants else 1.0
+
+    monkeypatch.setattr(matmul, "_measured", measured)
+    matmul.matmul(matmuls)
+    plain = {(shape, rows) for shape, rows, has_bf16 in done if has_bf16}
+    first, *others = matmul.FULL.shapes
+    few = [rows for rows in matmul.FULL.rows if rows != 4096]
+    # After the first shape's 4,096 rows there is no time for the others'.
+    assert plain == {(first, 4096), *product((first, *others), few)}
+
+
+def test_rows_that_torch_printed_before_its_time_was_over_are_kept(plan, monkeypatch):
+    def run(command, **options):
+        printed = b'{"name": "torch", "version": "2"}\n{"name": "a", "us": 1.0}\n{"na'
+        raise subprocess.TimeoutExpired(command, options["timeout"], output=printed)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    notes = Notes(plan._replace(path=None), "matmul")
+    matmul._beside_torch(notes, matmul.TINY)
+    assert notes.row("a")["us"] == 1.0
+    assert "timed out" in notes.row("torch")["note"]
 
 
 # The command line -------------------------------------------------------------------------------------------------

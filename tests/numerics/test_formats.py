@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sqjax.numerics.formats import (
     INT8,
@@ -163,3 +165,13 @@ def test_the_ends_of_a_row_are_found_by_halves_too(channels):
     for special, end in ((np.inf, 1), (-np.inf, 0), (np.nan, 1), (-np.float32(np.nan), 0)):
         ends = range_of_rows(jnp.asarray(rows).at[0, -1].set(special))
         np.testing.assert_array_equal(ends[end][0], special)
+
+
+def test_channels_that_devices_share_are_not_halved():
+    """300 of them on 4 devices: 150 are not divisible."""
+    mesh = jax.make_mesh((4,), ("channels",), axis_types=(AxisType.Explicit,))
+    rows = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(rows, NamedSharding(mesh, P(None, "channels")))
+        got = jax.jit(absmax_of_rows)(split)
+    np.testing.assert_array_equal(got, np.abs(rows).max(1, keepdims=True))

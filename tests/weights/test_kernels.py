@@ -15,6 +15,7 @@ from sqjax.numerics import mosaic
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(5, 256)), jnp.float32)
 GROUPED = sq.Scheme(weight=sq.Int4(group_size=128, zero_point=True), activation=None)
+LONG_GROUPS = sq.Scheme(weight=sq.Int4(group_size=512), activation=None)
 SCHEMES = {
     "per token": sq.W8A8,
     "per tensor": sq.W8A8_O2,
@@ -36,7 +37,7 @@ def parameters(outputs=128, channels=256, dtype=jnp.float32):
 
 def quantized_tree(scheme, params=None):
     params = parameters(dtype=activations(scheme).dtype) if params is None else params
-    x = X[:, : params["w"].shape[0]].astype(params["w"].dtype)
+    x = jnp.tile(X, 3)[:, : params["w"].shape[0]].astype(params["w"].dtype)
     return sq.quantize(params, sq.calibrate(fn, params, [x]), scheme)
 
 
@@ -56,6 +57,7 @@ def test_a_cpu_computes_the_same_numbers(name):
     np.testing.assert_array_equal(run(tree, x), run(plain, x))
     back = sq.with_kernel(tree, "xla")
     assert back["w"].kernel is None
+    assert back["w"].tensor.values.dtype == plain["w"].tensor.values.dtype
 
 
 @needs_jax_0_11
@@ -134,14 +136,51 @@ def test_it_runs_in_a_shard_map_and_is_exported_for_one_platform():
     [
         (sq.W4A8, parameters(), "int4 weights with float activations, got int8 ones"),
         (sq.FP8_E5M2, parameters(), "float8 weights as e4m3"),
-        (sq.W8A8, parameters(channels=200), "multiples of 128, got 200 in 1 groups"),
-        (sq.W4A16_G64, parameters(), "multiples of 128, got 256 in 4 groups"),
+        (sq.W8A8, parameters(channels=200), "multiples of 128, .* got 200 .* groups of 200"),
+        (sq.W4A16_G64, parameters(), "multiples of 128, .* got 256 .* groups of 64"),
+        # The last group is shorter, which the kernel does not know.
+        (LONG_GROUPS, parameters(channels=768), "one length, got 768 channels in groups of 512"),
     ],
 )
 def test_a_weight_that_the_kernel_has_no_program_for_is_named(scheme, params, problem):
     tree = quantized_tree(scheme, params)
     with pytest.raises(ValueError, match=f"^w: the kernel 'pallas' takes .*{problem}"):
         sq.with_kernel(tree, "pallas")
+
+
+@needs_jax_0_11
+def test_all_weights_that_are_refused_are_named():
+    def sum_of(params, x):
+        return sum(x @ w for w in params.values())
+
+    params = {name: jnp.ones((200, 128)) for name in "abcde"}
+    tree = sq.quantize(params, sq.calibrate(sum_of, params, [X[:, :200]]), sq.W8A8)
+    with pytest.raises(ValueError, match=r"^a: .* \(also b, c, d and 1 more\) the kernel 'xla'$"):
+        sq.with_kernel(tree, "pallas")
+    with pytest.raises(ValueError, match=r"^d: .* \(also e\) the kernel 'xla'$"):
+        sq.with_kernel(tree, {"d|e": "pallas"})
+
+
+@needs_jax_0_11
+def test_groups_of_all_contracted_axes_count():
+    def heads(params, x):
+        return jnp.einsum("bhi,hio->bo", x, params["w"])
+
+    params, x = {"w": jnp.ones((4, 96, 128))}, jnp.ones((2, 4, 96))
+    scheme = sq.Scheme(weight=sq.Int8(group_size=96), activation=None)
+    tree = sq.quantize(params, sq.calibrate(heads, params, [x]), scheme)
+    with pytest.raises(ValueError, match=r"^w: .* got 384 channels in groups of 96; give"):
+        sq.with_kernel(tree, "pallas")
+
+
+@needs_jax_0_11
+def test_a_size_that_export_leaves_open_is_refused():
+    tree = sq.with_kernel(quantized_tree(sq.W8A8), "pallas")
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    run = jax.export.export(jax.jit(sq.quantized(fn)))
+    with pytest.raises(ValueError, match=r"^w: .* sizes that are known .* got rows; give"):
+        run(tree, x)
 
 
 @needs_jax_0_11

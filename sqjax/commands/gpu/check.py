@@ -2,7 +2,7 @@
 
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from sqjax.commands.gpu import exact
 from sqjax.commands.gpu.notes import Notes, on_gpu
+from sqjax.commands.gpu.weights import KERNELS, has_mosaic
 from sqjax.commands.gpu.wholes import MODELS, generation, of_model, relative
 from sqjax.commands.gpu.wholes import SHAPES as MODEL_SHAPES
 from sqjax.files.loading import load
@@ -21,6 +22,7 @@ from sqjax.files.saving import save
 from sqjax.layers import linen, nnx
 from sqjax.models.slots import CACHE_FORMATS
 from sqjax.runtime.quantized import quantized
+from sqjax.weights.kernels import with_kernel
 from sqjax.weights.qtensor import dequantize
 from sqjax.weights.quantize import quantize_weight
 from sqjax.weights.schemes import FP8, W8A8_O1, W8A8_O2, W8A8_O3, Scheme
@@ -30,6 +32,14 @@ SHAPES = (32, 256, 192), (5, 384, 72)
 #: Of the layer that may hold no copy of its weight: larger than an activation, and than the 32 MB
 #: that XLA may give cuBLAS to work with.
 LAYER = 48, 4096, 14336
+#: Of what the Mosaic kernels multiply: few rows, and many, have tiles of their own, and in both
+#: there are more blocks than a card has multiprocessors, which take turns then.
+KERNEL_SHAPES = (5, 256, 32768), (300, 512, 16384)
+TINY_KERNEL = 5, 256, 384
+#: The schemes that they have programs for.
+IN_KERNELS = ("W8A8_O1", "W8A8_O2", "W8A8_O3", "FP8", "W8A16", "W4A16")
+#: How far float products may be from numpy's: results of the last two are rounded to bfloat16.
+BFLOAT16_ERROR = 2.0**-8
 Figures = Mapping[str, Any]
 
 
@@ -52,6 +62,16 @@ def check(notes: Notes) -> None:
     _attempt(notes, "generation", partial(generation, caches))
     for name in [] if notes.tiny else others:
         _attempt(notes, name, partial(of_model, name, shapes))
+    _kernels(notes, (TINY_KERNEL,) if notes.tiny else KERNEL_SHAPES)
+
+
+def _kernels(notes: Notes, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """The row of the Mosaic kernels, the last one: see `measures_mosaic`."""
+    if not has_mosaic() or notes.has(KERNELS) or notes.left() < 0:
+        return
+    # It stands there if this process is ended.
+    notes.add(KERNELS, {"error": "begun, and not ended"})
+    _attempt(notes, KERNELS, partial(kernels, shapes))
 
 
 def _by(shape: tuple[int, ...]) -> str:
@@ -94,14 +114,19 @@ def _products(stored: Any, activations: Any) -> Any:
     }
 
 
-def _run(operands: Mapping[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-    """({scheme: its weight}, {scheme: its product}) of {scheme: (activation, weight)}."""
-    activations = {name: jnp.asarray(x) for name, (x, _) in operands.items()}
+def _quantized(operands: Mapping[str, Any]) -> Any:
+    """{scheme: its weight} of {scheme: (activation, weight)}."""
     weights = {name: jnp.asarray(w) for name, (_, w) in operands.items()}
     absmaxes = {
         name: jnp.asarray(np.abs(x).max(0)) for name, (x, _) in operands.items()
     }
-    stored = _stored(weights, absmaxes)
+    return _stored(weights, absmaxes)
+
+
+def _run(operands: Mapping[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
+    """({scheme: its weight}, {scheme: its product}) of {scheme: (activation, weight)}."""
+    activations = {name: jnp.asarray(x) for name, (x, _) in operands.items()}
+    stored = _quantized(operands)
     return stored, jax.tree.map(np.asarray, _products(stored, activations))
 
 
@@ -126,6 +151,41 @@ def products(shape: tuple[int, int, int]) -> Figures:
         "schemes": len(found),
         "wrong": ", ".join(wrong) or "none",
     }
+
+
+def kernels(shapes: Sequence[tuple[int, int, int]]) -> Figures:
+    """What the Mosaic kernels multiply beside numpy: equal to the bit where x is int8."""
+    wrong, errors = [], []
+    for shape in shapes:
+        operands = {
+            name: exact.operands(exact.SCHEMES[name], *shape)
+            for name in IN_KERNELS
+        }
+        for name, weight in _quantized(operands).items():
+            try:
+                error = _error_of_kernel(name, operands[name][0], weight)
+            except Exception as failure:
+                traceback.print_exc(limit=-3)
+                wrong.append(f"{name} {_by(shape)}: {type(failure).__name__}")
+                continue
+            errors.append(error)
+            is_exact = name.startswith("W8A8")
+            if error > (0 if is_exact else BFLOAT16_ERROR):
+                wrong.append(f"{name} {_by(shape)}")
+    return {
+        "holds": not wrong,
+        "off": max(errors, default=None),
+        "wrong": ", ".join(wrong) or "none",
+    }
+
+
+def _error_of_kernel(name: str, x: np.ndarray, weight: Any) -> float:
+    """How far the kernel's product is from numpy's."""
+    tree = with_kernel({"w": weight}, "pallas")
+    is_quantized = exact.SCHEMES[name].quantizes_activation
+    rows = jnp.asarray(x, jnp.float32 if is_quantized else jnp.bfloat16)
+    found = jax.jit(quantized(_product))(tree, rows)
+    return relative(found.astype(jnp.float32), exact.expected(x, weight.tensor))
 
 
 def as_on_a_cpu() -> Figures:

@@ -26,8 +26,8 @@ from sqjax.commands.gpu.sizes import FULL, TINY, Size
 from sqjax.commands.gpu.weights import (
     BF16,
     SCHEMES,
-    has_mosaic,
     in_turn,
+    measures_mosaic,
     random_floats,
     random_integers,
     random_weight,
@@ -69,23 +69,45 @@ class Variant(NamedTuple):
 def matmul(notes: Notes) -> None:
     """Measures the card, PyTorch where it is there, and all variants at all shapes."""
     size = TINY if notes.tiny else FULL
-    _card(notes, size)
+    try:
+        _card(notes, size)
+    except Exception as error:  # the products have no shares then
+        notes.failed(PRODUCT, error)
     _beside_torch(notes, size)
-    variants = VARIANTS | _for_hopper()
-    first = [name for name in variants if name in FIRST]
-    others = [name for name in variants if name not in FIRST]
-    last = 0.0
-    for names, shape, rows in product((first, others), size.shapes, size.rows):
+    hopper = HOPPER if measures_mosaic(notes) else {}
+    variants = VARIANTS | hopper
+    others = [name for name in VARIANTS if name not in FIRST]
+    of_shape = product(size.shapes, size.rows, (FIRST, tuple(hopper)))
+    of_others = product(size.shapes, size.rows, (tuple(others),))
+    took: dict[Any, float] = {}
+    for shape, rows, names in (*of_shape, *of_others):
         title_of = {name: _name(shape, rows, name) for name in names}
         asked = [name for name in names if not notes.has(title_of[name])]
-        # As long as the one before took, because they are alike.
-        if asked and notes.left() < last:
+        # As long as the same took at another shape: tuning is slow where there are many rows.
+        if asked and notes.left() < took.get((rows, names), 0.0):
             notes.leave_out([title_of[name] for name in asked])
         elif asked:
             start = time.monotonic()
             chosen = {name: variants[name] for name in asked}
-            _measured(notes, size, shape, rows, chosen)
-            last = time.monotonic() - start
+            _attempt(notes, size, shape, rows, chosen)
+            took[rows, names] = time.monotonic() - start
+
+
+def _attempt(
+    notes: Notes,
+    size: Size,
+    shape: tuple[int, int],
+    rows: int,
+    variants: Mapping[str, Variant],
+) -> None:
+    """`_measured`; if it fails, what it did not come to is noted, and the next ones go on."""
+    try:
+        _measured(notes, size, shape, rows, variants)
+    except Exception as error:
+        for name in variants:
+            title = _name(shape, rows, name)
+            if not notes.has(title):
+                notes.failed(title, error)
 
 
 def _name(shape: tuple[int, int], rows: int, variant: str) -> str:
@@ -170,17 +192,12 @@ def _mosaic_options() -> dict[str, Any]:
     return {"multiprocessors": 2, "interpret": True}
 
 
-def _for_hopper() -> dict[str, Variant]:
-    """The Mosaic kernels, where there are any."""
-    if not has_mosaic():
-        return {}
-    return {
-        "W8A8_O1, Mosaic": Variant(_mosaic_w8a8, "W8A8_O1"),
-        "W4A16, Mosaic": Variant(_mosaic_weight_only, "W4A16"),
-        "W8A16, Mosaic": Variant(_mosaic_weight_only, "W8A16"),
-    }
-
-
+#: The Mosaic kernels.
+HOPPER = {
+    "W8A8_O1, Mosaic": Variant(_mosaic_w8a8, "W8A8_O1"),
+    "W4A16, Mosaic": Variant(_mosaic_weight_only, "W4A16"),
+    "W8A16, Mosaic": Variant(_mosaic_weight_only, "W8A16"),
+}
 VARIANTS = {
     BF16: Variant(lambda w, x: x @ w, BF16),
     "bare int8": Variant(_bare, "W8A8_O1", narrow=True),
@@ -189,16 +206,7 @@ VARIANTS = {
     "W4A16, Triton": Variant(_triton_w4a16, "W4A16"),
 }
 #: What says most is measured at all shapes first, because tuning takes seconds a program.
-FIRST = (
-    BF16,
-    "bare int8",
-    "W8A8_O1",
-    "W8A8_O3",
-    "FP8",
-    "W4A16",
-    "W8A8_O1, Mosaic",
-    "W4A16, Mosaic",
-)
+FIRST = (BF16, "bare int8", "W8A8_O1", "W8A8_O3", "FP8", "W4A16")
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -342,12 +350,11 @@ def _rates(
     inputs, outputs = shape
     operations = 2.0 * rows * inputs * outputs / us / 1e6
     read = weight_bytes(weight) / us / 1e6
-    return {
-        "tera_ops": operations,
-        "of_product": operations / notes.row(PRODUCT)["tera_per_s"],
-        "tera_bytes": read,
-        "of_copy": read / notes.row(COPY)["tera_per_s"],
-    }
+    figures = {"tera_ops": operations, "tera_bytes": read}
+    if notes.has(PRODUCT) and notes.has(COPY):
+        figures["of_product"] = operations / notes.row(PRODUCT)["tera_per_s"]
+        figures["of_copy"] = read / notes.row(COPY)["tera_per_s"]
+    return figures
 
 
 def _error(found: Array, weight: Any, x: Array) -> float:
@@ -370,18 +377,23 @@ def _beside_torch(notes: Notes, size: Size) -> None:
         return
     asked = {"shapes": size.shapes, "rows": size.rows, "bytes": size.rotated}
     command = [sys.executable, "-m", "sqjax.commands.gpu.beside_torch"]
+    failure: Any = None
     try:
-        done = subprocess.run(
+        printed: Any = subprocess.run(
             [*command, json.dumps(asked)],
             capture_output=True,
             text=True,
             timeout=TORCH,
             check=True,
-        )
+        ).stdout
     except (subprocess.SubprocessError, OSError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        notes.add("torch", {"note": str(said).strip()[-200:]})
-        return
-    for line in done.stdout.splitlines():
+        failure, printed = error, getattr(error, "stdout", None) or ""
+    if isinstance(printed, bytes):  # as they are after a timeout
+        printed = printed.decode()
+    # A line that was cut off has no end.
+    for line in printed.split("\n")[:-1]:
         row = json.loads(line)
         notes.add(row.pop("name"), row)
+    if failure is not None:
+        said = getattr(failure, "stderr", None) or str(failure)
+        notes.add("torch", {"note": str(said).strip()[-200:]})

@@ -85,8 +85,19 @@ class Notes:
             ]
 
     def has(self, name: str) -> bool:
-        """Whether a row of this name is there already."""
-        return any(row["name"] == name for row in self._rows)
+        """Whether a row of this name is there already, with figures."""
+        return any(
+            row["name"] == name and "error" not in row for row in self._rows
+        )
+
+    def found_wrong(self, part: str, name: str) -> bool:
+        """Whether another part, of the same code, has a row of this name that does not hold."""
+        of_part = [row for row in self._other if row["part"] == part]
+        same = any(
+            row["code"] == code() for row in of_part if row["name"] == RUN
+        )
+        named = [row for row in of_part if row["name"] == name]
+        return same and any(map(_is_wrong, named))
 
     def row(self, name: str) -> Row:
         """The row of this name."""
@@ -154,11 +165,11 @@ class Notes:
     @property
     def wrong(self) -> list[str]:
         """The rows that could not be measured, and the checks that do not hold."""
-        return [
-            row["name"]
-            for row in self._rows
-            if "error" in row or row.get("holds") is False
-        ]
+        return [row["name"] for row in self._rows if _is_wrong(row)]
+
+
+def _is_wrong(row: Row) -> bool:
+    return "error" in row or row.get("holds") is False
 
 
 @cache

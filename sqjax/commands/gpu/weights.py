@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from sqjax._trees import map_named
-from sqjax.commands.gpu.notes import on_gpu
+from sqjax.commands.gpu.notes import Notes, on_gpu
 from sqjax.models import Model
 from sqjax.numerics.formats import FORMATS
 from sqjax.weights import schemes
@@ -44,6 +44,24 @@ LARGEST_ACTIVATION = 4.0
 _DRAWN = 128
 #: Of float8 weights, as they fill its range of 448.
 _FLOAT8_DEVIATION = 64.0
+
+
+#: The row of part "check" that says whether the Mosaic kernels are right.
+KERNELS = "Mosaic kernels"
+
+
+def measures_mosaic(notes: Notes) -> bool:
+    """Whether the Mosaic kernels are there, and part "check" did not find them wrong.
+
+    Because a kernel that never ends, or reads beyond its arrays, takes all that its process would
+    have measured after it.
+    """
+    if not has_mosaic():
+        return False
+    if notes.found_wrong("check", KERNELS):
+        notes.leave_out([f"{KERNELS}: not right in part check"])
+        return False
+    return True
 
 
 def has_mosaic() -> bool:
