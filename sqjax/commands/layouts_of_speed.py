@@ -237,13 +237,15 @@ def _fastest(rows: Sequence[Row], pattern: str) -> str:
 def rotation_costs(rows: Sequence[Row]) -> Table:
     """A line for each rotation at run time: what a prefill takes, and how much more that is."""
     of_prefill = rows_of("prefill", rows)
-    titles = ("rotated before down_proj", "core seconds", "more than none")
-    first = of_prefill[0]["core_seconds"]
+    titles = ("rotated before down_proj", "by the clock", "of the cores")
     lines = []
     for row in of_prefill:
-        seconds = row["core_seconds"]
-        more = f"{100 * (seconds / first - 1):+.1f}%"
-        lines.append((row["rotation"], f"{seconds:.3f}", more))
+        cells = []
+        for of_what in ("seconds", "core_seconds"):
+            seconds, first = row[of_what], of_prefill[0][of_what]
+            more = 100 * (seconds / first - 1)
+            cells.append(f"{seconds:.3f} s, {more:+.1f}%")
+        lines.append((row["rotation"], *cells))
     return Table(titles, lines)
 
 

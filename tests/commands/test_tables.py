@@ -276,8 +276,11 @@ EXPECTED = {
     ),
     "rotation costs": (
         ROTATION,
-        ("rotated before down_proj", "core seconds", "more than none"),
-        [("none", "0.500", "+0.0%"), ("blocks of 64", "0.520", "+4.0%")],
+        ("rotated before down_proj", "by the clock", "of the cores"),
+        [
+            ("none", "0.300 s, +0.0%", "0.500 s, +0.0%"),
+            ("blocks of 64", "0.300 s, +0.0%", "0.520 s, +4.0%"),
+        ],
     ),
     "rotation finding": (
         ROTATION,
