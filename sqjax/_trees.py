@@ -77,7 +77,7 @@ def is_float(x: Any) -> bool:
 def quickly_read(x: Any) -> np.ndarray | None:
     """A small array in host memory, for numpy to look at; None of any other, and of a tracer.
 
-    Because to compile a look takes 20 ms for each shape, in which numpy reads millions of numbers.
+    Because each shape would have to be compiled, which takes longer than numpy takes to read it.
     """
     if not is_concrete(x) or np.size(x) > 2**20:
         return None

@@ -224,6 +224,10 @@ def rotate_stats(
         stats: their statistics, from `calibrate(..., gram=True)`, say; nothing folded in.
         matrices: what `rotate` was given, or `rotations` returned.
 
+    Returns:
+        Statistics of the same sites, whose arrays have the same shapes: Gram matrices (*batch,
+        features, features), samples (*batch, tokens, features).
+
     Raises:
         ValueError: as `rotate`; the statistics are of other parameters; or they are not known,
             because a gain is 0, or something was folded in.

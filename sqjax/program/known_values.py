@@ -72,11 +72,11 @@ def captured_values(array: Any) -> np.ndarray | None:
     """What an array holds that fn has captured: a bias of zeros, say, or a mask; else None."""
     if not is_concrete(array):
         return None
-    # Now, even if the caller is being traced, because the answer decides what is done.
     near = quickly_read(array)
     if near is not None:
         only_zeros, zeros_and_ones = _looked_at(near)
     else:
+        # Now, even if the caller is being traced, because the answer decides what is done.
         with jax.ensure_compile_time_eval():
             looked_at = _compiled_looked_at(array)
             only_zeros, zeros_and_ones = jax.device_get(looked_at)
